@@ -1,0 +1,32 @@
+"""inkstream: text to image with Z-Image and FLUX. Names are loaded on first use, so that importing costs nothing."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from inkstream.engine.engine import Engine
+    from inkstream.engine.loader import load
+    from inkstream.engine.model import Model
+    from inkstream.types import Conditioning, InputError, Request, Result, Spec
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Engine": "inkstream.engine.engine",
+    "load": "inkstream.engine.loader",
+    "Model": "inkstream.engine.model",
+    "Conditioning": "inkstream.types",
+    "InputError": "inkstream.types",
+    "Request": "inkstream.types",
+    "Result": "inkstream.types",
+    "Spec": "inkstream.types",
+}
+__all__ = ["Conditioning", "Engine", "InputError", "Model", "Request", "Result", "Spec", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'inkstream' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)

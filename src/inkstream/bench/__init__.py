@@ -1,0 +1,1 @@
+"""Timed runs, ours beside peers."""

@@ -1,0 +1,53 @@
+"""Wall time of calls, and two rivals timed turn by turn in one process, where the machine's moods hit both alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from time import perf_counter
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of one contender over its repeats."""
+
+    median: float
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two contenders and `ratio`, the median of ours over the median of theirs: below 1, ours is faster."""
+
+    ours: Times
+    theirs: Times
+    ratio: float
+
+
+def median_seconds(fn: Callable[[], object], warmup: int = 1, repeats: int = 5) -> float:
+    """The median wall time of fn(). It must have finished its work when it returns: on a GPU, copy the result back."""
+    for _ in range(warmup):
+        fn()
+    return median(_seconds(fn) for _ in range(repeats))
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Comparison:
+    """Time the two in turn, A B A B, after warming both up. The same rule for their work as in `median_seconds`."""
+    for _ in range(warmup):
+        ours()
+        theirs()
+    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
+    a, b = (_times(seconds) for seconds in zip(*pairs))
+    return Comparison(a, b, a.median / b.median)
+
+
+def _seconds(fn: Callable[[], object]) -> float:
+    start = perf_counter()
+    fn()
+    return perf_counter() - start
+
+
+def _times(seconds: Sequence[float]) -> Times:
+    return Times(median(seconds), min(seconds), max(seconds))

@@ -1,0 +1,231 @@
+"""A loaded model: encode, sample, decode. The one denoising loop is `advance`; whoever draws, drives it."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from inkstream.engine.inputs import fit_size, open_mask, open_picture, to_pixels
+from inkstream.engine.preview import fit_preview
+from inkstream.families import Family
+from inkstream.flow import add_noise, to_image
+from inkstream.sampling.guidance import guide, is_on
+from inkstream.sampling.masks import keep, latent_mask, paste, start_index
+from inkstream.sampling.schedules import SCHEDULES
+from inkstream.sampling.solvers import SOLVERS, times_asked
+from inkstream.types import Conditioning, InputError, Query, Request, Solver, Spec
+
+FEATHER = 8
+"""Pixels inside a mask's edge over which the repainted part fades in."""
+
+
+class Model:
+    """What `inkstream.load` returns. Latents are (B, C, h, w) float32, pixels (B, 3, H, W) float32 in [0, 1]."""
+
+    def __init__(self, family: Family, device: torch.device, dtype: torch.dtype):
+        self.family = family
+        self.device = device
+        self.dtype = dtype
+
+    @property
+    def spec(self) -> Spec:
+        return self.family.spec
+
+    @torch.inference_mode()
+    def encode(self, request: Request) -> Conditioning:
+        """The request's prompt, and behind it its negative prompt where guidance will ask for it."""
+        request = complete(request, self.spec)
+        prompts = [request.prompt, request.negative_prompt] if guided(request) else [request.prompt]
+        return Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
+
+    @torch.inference_mode()
+    def sample(self, request: Request, cond: Conditioning, noise: Tensor | None = None) -> Tensor:
+        """Latents of the request's `count` pictures, all driven through the model together.
+
+        noise: (B, C, h, w), the start; drawn from the request's seeds where left out, else B counts the pictures.
+        """
+        request = complete(request, self.spec)
+        shape = self.family.latent_shape(request.width, request.height)  # type: ignore[arg-type]
+        if noise is not None and noise.shape[1:] != shape:
+            size = f"{request.width}x{request.height}"
+            raise InputError(f"noise is {tuple(noise.shape)}: a {size} picture takes (B, {', '.join(map(str, shape))})")
+        count = request.count if noise is None else len(noise)
+        original = self.open_original(request)
+        runs = [
+            self.start(one, cond, original, None if noise is None else noise[i])
+            for i, one in enumerate(singles(request, count))
+        ]
+        while pending := [run for run in runs if run.query is not None]:
+            advance(self.family, pending)
+        return torch.stack([run.result for run in runs])
+
+    @torch.inference_mode()
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents: (B, C, h, w) -> pixels (B, 3, H, W) in [0, 1]."""
+        return self.family.decode(latents.to(self.device))
+
+    @torch.inference_mode()
+    def open_original(self, request: Request) -> Original | None:
+        """The picture a request starts from, as pixels, latents and mask; None where it starts from noise."""
+        if request.image is None:
+            return None
+        width, height = request.width, request.height
+        assert width is not None
+        assert height is not None
+        pixels = to_pixels(open_picture(request.image), width, height)
+        mask = None if request.mask is None else torch.as_tensor(open_mask(request.mask, (width, height)))
+        return Original(pixels, self.family.encode_image(pixels[None].to(self.device))[0], mask)
+
+    @torch.inference_mode()
+    def start(
+        self, request: Request, cond: Conditioning, original: Original | None, noise: Tensor | None = None
+    ) -> Run:
+        """One picture about to be drawn, waiting at its first query. `request` is complete."""
+        shape = self.family.latent_shape(request.width, request.height)  # type: ignore[arg-type]
+        generator = torch.Generator("cpu").manual_seed(request.seed)  # type: ignore[arg-type]
+        if noise is None:
+            noise = torch.randn(shape, generator=generator)
+        noise = noise.to(self.device, torch.float32)
+        ts = SCHEDULES[request.schedule](request.steps, request.shift)  # type: ignore[index]
+        if original is not None:
+            ts = ts[start_index(len(ts) - 1, request.strength) :]  # type: ignore[arg-type]
+            noise = add_noise(original.latents, noise, ts[0])
+        solver = SOLVERS[request.solver](noise, ts, generator)  # type: ignore[index]
+        if original is not None and original.mask is not None:
+            mask = latent_mask(original.mask, *shape[1:]).to(self.device)
+            solver = keep(solver, original.latents, mask)
+        times = times_asked(request.solver, ts)  # type: ignore[arg-type]
+        if guided(request) and len(cond) < 2:
+            raise InputError(f"guidance {request.guidance} needs the negative prompt too: encode this same request")
+        entries = cond if guided(request) else cond[0]
+        prepared = self.family.prepare(entries, request.width, request.height, times)  # type: ignore[arg-type]
+        return Run(request, solver, prepared, len(times), noise)
+
+    def finish(self, run: Run, original: Original | None) -> Tensor:
+        """Pixels (3, H, W) of a run that is done; outside a mask they are the original's own."""
+        if not torch.isfinite(run.result).all():
+            raise self.overflow()
+        pixels = self.decode(run.result[None])[0].cpu()
+        if not torch.isfinite(pixels).all():
+            raise self.overflow()
+        if original is not None and original.mask is not None:
+            pixels = paste(original.pixels, pixels, original.mask, FEATHER)
+        return pixels
+
+    def overflow(self) -> InputError:
+        """What to say when numbers left the range of the model's dtype."""
+        name = str(self.dtype).removeprefix("torch.")
+        remedy = "use bfloat16 (--dtype bf16)" if self.dtype == torch.float16 else "use float32 (--dtype fp32)"
+        return InputError(f"{self.spec.name} in {name} gave numbers that are not finite: it overflows here, {remedy}")
+
+    @cached_property
+    def preview(self) -> Any:
+        """latents (C, h, w) -> a small picture, by a linear map fitted to this model's autoencoder once."""
+        return fit_preview(self.family, self.device)
+
+
+@dataclass(frozen=True)
+class Original:
+    """The picture to start from. pixels: (3, H, W) in [0, 1]; latents: (C, h, w); mask: (H, W), 1 repaints."""
+
+    pixels: Tensor
+    latents: Tensor
+    mask: Tensor | None
+
+
+class Run:
+    """One picture being drawn: a solver, the query it waits for, and what the model prepared for it."""
+
+    def __init__(self, request: Request, solver: Solver, prepared: Sequence[Any], evaluations: int, start: Tensor):
+        self.request = request
+        self.prepared = prepared
+        self.evaluations = evaluations
+        self.result: Tensor = start
+        self.query: Query | None = None
+        self.estimate: Tensor = start  # the clean latents as last foreseen
+        self._solver = solver
+        self._send(None)
+
+    def entries(self) -> Sequence[Any]:
+        """The prepared prompts whose velocity the pending query needs: both where guidance is on, else the first."""
+        assert self.query is not None
+        r = self.request
+        on = len(self.prepared) > 1 and is_on(
+            self.query.t, r.guidance, r.cfg_truncation, r.guidance_from, r.guidance_until  # type: ignore[arg-type]
+        )
+        return self.prepared if on else self.prepared[:1]
+
+    def answer(self, velocities: Sequence[Tensor]) -> None:
+        """Send the velocity at the pending query, guided if there are two, and move on to the next."""
+        assert self.query is not None
+        v = velocities[0]
+        if len(velocities) == 2:
+            v = guide(*velocities, self.request.guidance, self.request.cfg_normalization)  # type: ignore[arg-type]
+        self.estimate = to_image(self.query.x, v, self.query.t)
+        self._send(v)
+
+    def close(self) -> None:
+        self._solver.close()
+
+    def _send(self, v: Tensor | None) -> None:
+        try:
+            self.query = next(self._solver) if v is None else self._solver.send(v)
+        except StopIteration as end:
+            self.query, self.result = None, end.value
+
+
+@torch.inference_mode()
+def advance(family: Family, runs: Sequence[Run]) -> None:
+    """Answer the pending query of every run in one packed forward."""
+    asked = [(run.query, entry) for run in runs for entry in run.entries()]
+    counts = [len(run.entries()) for run in runs]
+    answers = iter(family.answer([query for query, _ in asked], [entry for _, entry in asked]))  # type: ignore[misc]
+    for run, count in zip(runs, counts):
+        run.answer([next(answers) for _ in range(count)])
+
+
+def guided(request: Request) -> bool:
+    """Whether a complete request asks for the negative prompt at all."""
+    return request.guidance > 1  # type: ignore[operator]
+
+
+def singles(request: Request, count: int) -> Iterator[Request]:
+    """The requests that draw each picture alone: seeds count up from the first."""
+    for i in range(count):
+        yield request.model_copy(update={"seed": request.seed + i, "count": 1})  # type: ignore[operator]
+
+
+def complete(request: Request, spec: Spec) -> Request:
+    """The request with every open field taken from the model's defaults. InputError where the model cannot do it."""
+    if request.image is None:
+        for name in ("mask", "strength"):
+            if getattr(request, name) is not None:
+                raise InputError(f"{name} needs a picture to start from: give image as well, or leave {name} out")
+    width, height = request.width, request.height
+    if request.image is not None and (width is None or height is None):
+        own = fit_size(open_picture(request.image), spec.multiple)
+        width, height = width or own[0], height or own[1]
+    width, height = width or spec.size[0], height or spec.size[1]
+    for name, value in (("width", width), ("height", height)):
+        if value % spec.multiple:
+            low = value // spec.multiple * spec.multiple
+            near = f"{low} or {low + spec.multiple}" if low else f"{spec.multiple}"
+            raise InputError(f"{name} {value} is not a multiple of {spec.multiple}: take {near}")
+    defaults: dict[str, Any] = {
+        "steps": spec.steps,
+        "guidance": spec.guidance,
+        "shift": spec.shift,
+        "solver": spec.solver,
+        "schedule": spec.schedule,
+        "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
+    }
+    if request.image is not None:
+        defaults["strength"] = 1.0 if request.mask is not None else spec.strength
+    update = {name: value for name, value in defaults.items() if getattr(request, name) is None}
+    return request.model_copy(update={**update, "width": width, "height": height})

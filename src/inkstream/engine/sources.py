@@ -1,0 +1,332 @@
+"""Where a model's parts lie: a name, a repository, a folder or a file becomes checked paths. Only headers are read."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
+from inkstream.nn.config import read_config
+from inkstream.types import InputError, Loading, Spec
+from inkstream.weights.files import few, read_header, strip_prefix
+from inkstream.weights.keymap import Rule, translate
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+"""What single files put before every name of the transformer."""
+
+FOLDERS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+KINDS = ("safetensors", "json", "txt")
+PUBLISHED = ("model_index.json", *(f"{folder}/*.{kind}" for folder in FOLDERS for kind in KINDS))
+"""The files of a published repository that are needed."""
+
+COMFYUI = {"transformer": ("diffusion_models", "unet"), "text_encoder": ("text_encoders", "clip"), "vae": ("vae",)}
+"""Where ComfyUI's models/ folder keeps the parts."""
+
+Progress = Callable[[Loading], None]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part's weights on disk, checked against its module: every name and shape is as it must be."""
+
+    path: Path  # a safetensors file, or a folder of shards
+    config: Any
+    module: nn.Module  # on meta
+    rules: Sequence[Rule]  # from the layout on disk into our names
+    tensors: Mapping[str, Tensor]  # what the files hold, on meta, in our names; more than the module may read
+
+
+@dataclass(frozen=True)
+class Source:
+    """A whole model on disk, nothing of it read yet."""
+
+    family: type[Family]
+    spec: Spec
+    parts: Mapping[str, Found]
+    tokenizer: Path  # a folder
+    documents: Mapping[str, Mapping[str, Any]]  # the JSON files beside the parts, by their path in a published folder
+
+
+def locate(name: Path | str, progress: Progress | None = None) -> Source:
+    """Find a model's parts and check them, downloading first if need be.
+
+    name: of a known model; OWNER/NAME on the hub; or a path: a diffusers folder, a folder or ComfyUI models/ tree that
+    holds one transformer as a safetensors file, or that file. InputError names what is missing or does not fit.
+    """
+    path, title = _resolve(str(name), progress or (lambda event: None))
+    path, title = _transformer_in(path, title)
+    root = path.parent
+    family, transformer = _recognise(path)
+    parts = {"transformer": transformer}
+    for part in family.parts:
+        if part != "transformer":
+            parts[part] = _find_part(family, part, path, transformer.config)
+    documents = {
+        f"{folder}/{file}": _read_json(root / folder / file)
+        for folder, file in (*((part, "config.json") for part in parts), ("scheduler", "scheduler_config.json"))
+        if (root / folder / file).is_file()
+    }
+    shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
+    spec = family.recognise({part: found.config for part, found in parts.items()}, shift, title)
+    tokenizer = _find_tokenizer(spec, [root / "tokenizer", parts["text_encoder"].path], path)
+    return Source(family, spec, parts, tokenizer, documents)
+
+
+# From a name to a path ----------------------------------------------------------------------------------------------
+
+
+def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
+    """The local folder or file that a name means, and what to call the model."""
+    if name in SPECS:
+        spec = SPECS[name]
+        if spec.repo is None:
+            raise InputError(f"the weights of {name} are not published: give the path of a local copy")
+        return _download(spec.repo, spec.licence, progress), name
+    path = Path(name).expanduser()
+    if path.exists():
+        path = path.absolute()
+        return path, path.name if path.is_dir() else path.stem
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix != ".safetensors":
+        return _download(name, None, progress), name
+    near = difflib.get_close_matches(name.lower(), SPECS, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(SPECS)}"
+    raise InputError(f"{name} is no known model, and no file or folder here: {hint}")
+
+
+def _download(repo: str, licence: str | None, progress: Progress) -> Path:
+    from inkstream.weights import hub
+
+    if folder := hub.cached(repo, PUBLISHED):
+        return folder
+    offer = hub.offer(repo, PUBLISHED)
+    if not offer.total:
+        raise InputError(f"{repo} holds no diffusers folder: download its safetensors file and give that path")
+    hub.check_space(repo, offer.missing)
+    what = f"download of {repo}, {offer.missing / 1e9:.1f} GB, licence {licence or offer.licence or 'not stated'}"
+    progress(Loading(what, 0, offer.missing))
+    return hub.fetch(repo, PUBLISHED, lambda done: progress(Loading(what, min(done, offer.missing), offer.missing)))
+
+
+def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
+    """The transformer that a path means, folder or file, and what to call the model."""
+    if not path.is_dir():
+        return path, title
+    if (path / "model_index.json").is_file():
+        return path / "transformer", title
+    trees = [root / name for root in (path, path / "models") for name in COMFYUI["transformer"]]
+    files = [file for tree in trees for file in tree.rglob("*.safetensors")] or list(path.glob("*.safetensors"))
+    known = [file for file in sorted(files) if _is_transformer(file)]
+    if len(known) > 1:
+        raise InputError(f"{path} holds {len(known)} models ({_names(known, path)}): give the path of one")
+    if not known:
+        seen = f" (not {_names(files, path)})" if files else ""
+        raise InputError(
+            f"{path} holds no model that is known here{seen}: "
+            "a diffusers folder has a model_index.json, others one transformer as a safetensors file"
+        )
+    return known[0], known[0].stem
+
+
+# From a path to a checked part --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Match:
+    """A layout tried on a file."""
+
+    found: Found
+    unknown: Sequence[str]  # names that the table and the module do not know
+
+    @property
+    def named(self) -> bool:
+        """Every key has a place, though some may be missing or of another shape."""
+        return self.found.config is not None and not self.unknown
+
+
+def _recognise(path: Path) -> tuple[type[Family], Found]:
+    """The family whose tables name every key of a transformer, and the transformer, checked."""
+    matches = [(family_of(name), _match(family_of(name).parts["transformer"], path)) for name in FAMILIES]
+    family, match = min(matches, key=lambda pair: len(pair[1].unknown))
+    return family, _checked(match, "transformer", family.parts["transformer"])
+
+
+def _is_transformer(path: Path) -> bool:
+    try:
+        return any(_match(family_of(name).parts["transformer"], path).named for name in FAMILIES)
+    except InputError:
+        return False
+
+
+def _match(part: Part, path: Path) -> _Match:
+    """The layout that names every key of a file, or the one that leaves fewest unknown. InputError if it is damaged."""
+    header = read_header(path)
+    raw = strip_prefix(header.tensors, PREFIXES)
+    stated = _stated_config(part, path, header.metadata)
+    matches: list[_Match] = []
+    errors: list[InputError] = []
+    for rules in part.layouts.values():
+        try:
+            tensors = translate(rules, raw)
+        except InputError as error:  # it named keys, but not all the parts of one
+            errors.append(InputError(f"{path}: {error}"))
+            continue
+        try:
+            config = stated or part.infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        except (KeyError, ValueError, IndexError):
+            matches.append(_Match(Found(path, None, nn.Module(), rules, tensors), list(tensors)))
+            continue
+        module = _build(part, config, path)
+        unread = tuple(part.unread(config))
+        expected = module.state_dict()
+        unknown = [name for name in tensors if name not in expected and not name.startswith(unread)]
+        matches.append(_Match(Found(path, config, module, rules, tensors), unknown))
+    if errors and not any(match.named for match in matches):
+        raise errors[0]
+    return min(matches, key=lambda match: len(match.unknown))
+
+
+def _checked(match: _Match, name: str, part: Part) -> Found:
+    """What was matched, if nothing is unknown, missing, of another shape or quantised."""
+    found = match.found
+    path, tensors = found.path, found.tensors
+    if found.config is None:
+        wanted = "a config.json beside it" if path.is_dir() else "names like those of a published file"
+        raise InputError(f"{path} is no {name} that is known here: it holds {few(list(tensors))}; expected {wanted}")
+    if match.unknown:
+        raise InputError(f"{path} holds names that no {name} known here has: {few(list(match.unknown))}")
+    expected = found.module.state_dict()
+    missing = {key: tensor for key, tensor in expected.items() if key not in tensors}
+    if missing:
+        raise InputError(f"{path} lacks {few(list(translate(found.rules, missing, back=True)))}: download it again")
+    wrong = [
+        f"{key} is {_shape(tensors[key])}, expected {_shape(tensor)}"
+        for key, tensor in expected.items()
+        if tensors[key].shape != tensor.shape
+    ]
+    if wrong:
+        raise InputError(f"{path} does not fit its config: {few(wrong, 1)}")
+    integers = [key for key in expected if not tensors[key].is_floating_point()]
+    if integers:
+        raise InputError(f"{path} is quantised ({few(integers)}), which is not read yet: take the bf16 file")
+    return found
+
+
+def _find_part(family: type[Family], name: str, transformer: Path, config: Any) -> Found:
+    """A model's other part: in the folder of its name beside the transformer, beside it, or in ComfyUI's folders."""
+
+    def check(path: Path) -> Found:
+        part = family.parts[name]
+        found = _checked(_match(part, path), name, part)
+        _check_joints(family, name, found, config, transformer)
+        return found
+
+    root = transformer.parent
+    if (root / name).is_dir():
+        return check(root / name)
+    places = [] if transformer.is_dir() else [[file for file in root.glob("*.safetensors") if file != transformer]]
+    for tree in transformer.parents:
+        if tree.name in COMFYUI["transformer"]:
+            folders = [tree.parent / folder for folder in COMFYUI.get(name, ())]
+            places.append([file for folder in folders for file in folder.rglob("*.safetensors")])
+    refused: list[InputError] = []
+    for files in places:
+        fit: list[Found] = []
+        for file in sorted(files):
+            try:
+                fit.append(check(file))
+            except InputError as error:
+                refused.append(error)
+        if len(fit) > 1:
+            raise InputError(
+                f"{_names([found.path for found in fit], root)} all fit as {name} of {transformer.name}: "
+                f"link the one to take into {root / name}/"
+            )
+        if fit:
+            return fit[0]
+    if len(refused) == 1:
+        raise refused[0]
+    tried = f", and none of the {len(refused)} files tried fits ({refused[0]})" if refused else ""
+    raise InputError(f"{transformer} has no {name}: expected {root / name}/{tried}")
+
+
+def _check_joints(family: type[Family], name: str, found: Found, config: Any, transformer: Path) -> None:
+    for ours, theirs in family.joints:
+        part, _, field = theirs.partition(".")
+        if part == name:
+            wanted, got = getattr(config, ours.partition(".")[2]), getattr(found.config, field)
+            if wanted != got:
+                raise InputError(
+                    f"the {name} {found.path} has {field} {got}, the transformer {transformer} wants {wanted}: "
+                    f"take the {name} published with it"
+                )
+
+
+def _find_tokenizer(spec: Spec, folders: Sequence[Path], transformer: Path) -> Path:
+    for folder in folders:
+        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+            return folder
+    from inkstream.weights import hub
+
+    repos = [s.repo for s in (spec, *SPECS.values()) if s.family == spec.family and s.repo is not None]
+    for repo in repos:
+        if file := hub.cached_file(repo, "tokenizer/tokenizer.json"):
+            return file.parent
+    raise InputError(
+        f"{transformer} has no tokenizer: expected {folders[0]}/; "
+        f"get one with `hf download {repos[0]} --include 'tokenizer/*'`"
+    )
+
+
+def _stated_config(part: Part, path: Path, metadata: Mapping[str, str]) -> Any:
+    """The config in the folder's config.json or in the file's header; None where there is none."""
+    if (path / "config.json").is_file():
+        return _config(part, _read_json(path / "config.json"), path / "config.json")
+    if "config" in metadata:
+        try:
+            data = json.loads(metadata["config"])
+        except ValueError:
+            return None
+        return _config(part, data, path) if isinstance(data, dict) else None
+    return None
+
+
+def _config(part: Part, data: Mapping[str, Any], path: Path) -> Any:
+    try:
+        return read_config(part.config, data)
+    except TypeError as error:
+        raise InputError(f"{path} is no config that is known here ({error})") from error
+
+
+def _build(part: Part, config: Any, path: Path) -> nn.Module:
+    """The module without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return part.build(config)
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+        raise InputError(f"{path}: nothing can be built at the sizes its config gives ({error})") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as JSON ({error}): download it again") from error
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no JSON object: download it again")
+    return data
+
+
+def _names(files: Sequence[Path], root: Path) -> str:
+    return few([str(file.relative_to(root)) if file.is_relative_to(root) else str(file) for file in files])
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a scalar"

@@ -1,0 +1,90 @@
+"""The contract of a model family, and the table of families and known models. Importable without torch."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from inkstream.families.zimage import specs as zimage
+from inkstream.types import Conditioning, Query, Spec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from inkstream.weights.keymap import Rule
+
+SPECS: dict[str, Spec] = {spec.name: spec for spec in (*zimage.SPECS,)}
+"""Every known model by name."""
+
+FAMILIES: dict[str, str] = {"zimage": "inkstream.families.zimage.family:ZImage"}
+"""Family name -> where its class is; imported when a model of it is loaded."""
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One set of weights of a model. Its name is the Spec field of its config and the diffusers folder it lies in."""
+
+    build: Callable[[Any], nn.Module]  # config -> module; called under torch.device("meta")
+    config: type  # the frozen dataclass of its sizes
+    layouts: Mapping[str, Sequence[Rule]]  # published layout -> rules into our names
+    infer: Callable[[Shapes], Any]  # config from the shapes, where a file carries none; KeyError if it cannot
+    unread: Callable[[Any], Sequence[str]] = lambda config: ()
+    """config -> prefixes of names that published files hold and the module leaves out (an encoder's last layer).
+
+    Layouts are tables that know no sizes, so these keys pass through them, `infer` sees them, and the loader then skips
+    them: they count as named, are never read, and a file may lack them.
+    """
+
+
+class Family(Protocol):
+    """A loaded model. Sign, time direction, packing and padding rules die inside it."""
+
+    parts: Mapping[str, Part]  # class attribute: transformer, text_encoder, vae
+    joints: Sequence[tuple[str, str]]  # class attribute: sizes that two parts share, as "part.field" of their configs
+    spec: Spec
+
+    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizer: Any) -> None: ...
+
+    @classmethod
+    def recognise(cls, configs: Mapping[str, Any], shift: float | None, name: str) -> Spec:
+        """The Spec of a local model, from its parts' configs, its scheduler's shift and its folder's or file's name."""
+        ...
+
+    @staticmethod
+    def documents(spec: Spec) -> Mapping[str, Mapping[str, Any]]:
+        """The JSON files of a published diffusers folder: path in the folder -> content."""
+        ...
+
+    def encode(self, prompt: str) -> Conditioning:
+        """One prompt as a single entry."""
+        ...
+
+    def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Any]:
+        """What no step changes, for each entry at one size in pixels; `times` are those that will be asked."""
+        ...
+
+    def answer(self, queries: Sequence[Query], prepared: Sequence[Any]) -> list[Tensor]:
+        """The velocity of each query, shaped like its x: (C, h, w), float32. One forward; sizes may differ."""
+        ...
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of a picture of that many pixels."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents: (B, C, h, w) float32 -> pixels (B, 3, H, W) float32 in [0, 1]."""
+        ...
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        """pixels: (B, 3, H, W) float32 in [0, 1] -> latents (B, C, h, w) float32, the posterior's mode."""
+        ...
+
+
+def family_of(name: str) -> type[Family]:
+    """The class of a family, by its key in FAMILIES."""
+    module, _, attribute = FAMILIES[name].partition(":")
+    return getattr(importlib.import_module(module), attribute)

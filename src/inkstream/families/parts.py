@@ -1,0 +1,182 @@
+"""The parts that families share: the autoencoder, the Qwen3 text encoder, and how it is spoken to."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from inkstream.families import Part, Shapes
+from inkstream.nn.config import Qwen3Config, VAEConfig
+from inkstream.nn.qwen3 import Qwen3
+from inkstream.nn.vae import Autoencoder
+from inkstream.types import InputError
+from inkstream.weights.keymap import Rule, drop, rename
+
+PROMPT_TOKENS = 512
+"""Z-Image was trained on prompts cut to this length, template included."""
+
+
+def chat_prompt(text: str) -> str:
+    """The text as one user turn that awaits its answer, no system turn, thinking allowed: Qwen3's chat template."""
+    return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def tokenize(tokenizer: Tokenizer, prompt: str, limit: int = PROMPT_TOKENS) -> list[int]:
+    """The first `limit` tokens of a prompt that is already in its template; special tokens in it count as such."""
+    return tokenizer.encode(prompt, add_special_tokens=False).ids[:limit]
+
+
+def load_tokenizer(path: Path | str) -> Tokenizer:
+    """Qwen's tokenizer from a folder that holds tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json.
+
+    InputError where neither is there, one cannot be read, or it lacks the tokens of the chat template.
+    """
+    folder = Path(path)
+    try:
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            tokenizer = _from_vocabulary(folder)
+        else:
+            raise InputError(
+                f"{folder} holds no tokenizer.json, nor vocab.json and merges.txt: copy the model's tokenizer there"
+            )
+    except InputError:
+        raise
+    except Exception as error:  # the tokenizers package raises bare Exceptions
+        raise InputError(f"the tokenizer in {folder} cannot be read ({error}): download it again") from error
+    for token in ("<|im_start|>", "<|im_end|>"):
+        if tokenizer.token_to_id(token) is None:
+            raise InputError(f"the tokenizer in {folder} has no {token}: it is not Qwen3's, or lacks its added tokens")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _from_vocabulary(folder: Path) -> Tokenizer:
+    """Byte-level BPE over Qwen's pieces, the added tokens numbered as tokenizer_config.json says."""
+    tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [
+            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    config = folder / "tokenizer_config.json"
+    added = json.loads(config.read_text("utf-8")).get("added_tokens_decoder", {}) if config.is_file() else {}
+    for number, token in sorted(added.items(), key=lambda item: int(item[0])):
+        tokenizer.add_tokens([AddedToken(**token)])
+        if tokenizer.token_to_id(token["content"]) != int(number):
+            raise InputError(f"{config} numbers {token['content']} {number}, which is not the next after vocab.json's")
+    return tokenizer
+
+
+# Contractions; a word with the mark before it; one digit; marks with the line ends after them; line ends; spaces.
+_PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
+    r"|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+"
+    r"|\s+(?!\S)"
+    r"|\s+"
+)
+
+
+def infer_autoencoder(shapes: Shapes) -> VAEConfig:
+    """Sizes from the shapes of the weights; groups and scale, which shapes do not show, are taken to be FLUX.1's."""
+    blocks = _count(shapes, "encoder.down_blocks.")
+    widths = tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(blocks))
+    if any(width % VAEConfig.norm_num_groups for width in widths):
+        raise KeyError("norm_num_groups")
+    return VAEConfig(
+        in_channels=shapes["encoder.conv_in.weight"][1],
+        out_channels=shapes["decoder.conv_out.weight"][0],
+        latent_channels=shapes["decoder.conv_in.weight"][1],
+        block_out_channels=widths,
+        layers_per_block=_count(shapes, "encoder.down_blocks.0.resnets."),
+    )
+
+
+def infer_qwen3(shapes: Shapes) -> Qwen3Config:
+    """Sizes from the shapes of the weights; all Qwen3 share the rest. KeyError without the final norm, which we leave
+    out: a file that lost it has lost layers too, and which state to read is counted from the last.
+    """
+    _ = shapes["norm.weight"]
+    vocabulary, width = shapes["embed_tokens.weight"]
+    (head,) = shapes["layers.0.self_attn.q_norm.weight"]
+    return Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=_count(shapes, "layers."),
+        num_attention_heads=shapes["layers.0.self_attn.q_proj.weight"][0] // head,
+        num_key_value_heads=shapes["layers.0.self_attn.k_proj.weight"][0] // head,
+        head_dim=head,
+        intermediate_size=shapes["layers.0.mlp.gate_proj.weight"][0],
+    )
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """How many different segments follow the prefix."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
+
+
+_TRANSFORMERS: tuple[Rule, ...] = (
+    rename("model.embed_tokens", "embed_tokens"),
+    rename("model.layers", "layers"),
+    rename("model.norm", "norm"),
+    drop("lm_head"),  # a copy of the embedding, and nothing is generated
+)
+
+_LEVELS = 4  # every published file's; its decoder's levels are numbered from the pixels, ours from the latents
+
+_LDM: tuple[Rule, ...] = (
+    *(
+        rule
+        for theirs, ours in (
+            ("encoder.down.{}", "encoder.down_blocks.{}"),
+            *((f"decoder.up.{_LEVELS - 1 - i}", f"decoder.up_blocks.{i}") for i in range(_LEVELS)),
+        )
+        for rule in (
+            rename(f"{theirs}.block.{{}}.nin_shortcut", f"{ours}.resnets.{{}}.conv_shortcut"),
+            rename(f"{theirs}.block", f"{ours}.resnets"),
+            rename(f"{theirs}.downsample", f"{ours}.downsamplers.0"),
+            rename(f"{theirs}.upsample", f"{ours}.upsamplers.0"),
+        )
+    ),
+    *(
+        rule
+        for side in ("encoder", "decoder")
+        for rule in (
+            rename(f"{side}.mid.block_1", f"{side}.mid_block.resnets.0"),
+            rename(f"{side}.mid.block_2", f"{side}.mid_block.resnets.1"),
+            rename(f"{side}.mid.attn_1.norm", f"{side}.mid_block.attentions.0.group_norm"),
+            rename(f"{side}.mid.attn_1.q", f"{side}.mid_block.attentions.0.to_q", conv1x1=True),
+            rename(f"{side}.mid.attn_1.k", f"{side}.mid_block.attentions.0.to_k", conv1x1=True),
+            rename(f"{side}.mid.attn_1.v", f"{side}.mid_block.attentions.0.to_v", conv1x1=True),
+            rename(f"{side}.mid.attn_1.proj_out", f"{side}.mid_block.attentions.0.to_out.0", conv1x1=True),
+            rename(f"{side}.norm_out", f"{side}.conv_norm_out"),
+        )
+    ),
+)
+
+AUTOENCODER = Part(
+    build=Autoencoder,
+    config=VAEConfig,
+    layouts={"diffusers": (), "ldm": _LDM},
+    infer=infer_autoencoder,
+)
+"""FLUX.1's and Z-Image's; "ldm" is ae.safetensors."""
+
+QWEN3 = Part(
+    build=Qwen3,
+    config=Qwen3Config,
+    layouts={"transformers": _TRANSFORMERS},
+    infer=infer_qwen3,
+    unread=lambda config: (f"layers.{config.num_hidden_layers - 1}.", "norm."),
+)
+"""The text encoder of Z-Image, all but its last layer; files with and without the `model.` prefix."""

@@ -1,0 +1,111 @@
+"""Z-Image as a Family: our time and sign outside, the release's inside."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.families import Part, Shapes
+from inkstream.families.parts import AUTOENCODER, QWEN3, chat_prompt, tokenize
+from inkstream.families.zimage.documents import documents
+from inkstream.families.zimage.keys import DIFFUSERS, NATIVE
+from inkstream.families.zimage.model import Prepared, ZImageTransformer
+from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
+from inkstream.types import Conditioning, Query, Spec
+
+PROMPTS_KEPT = 64
+
+
+def infer_config(shapes: Shapes) -> ZImageConfig:
+    """Sizes of a transformer from its weights' shapes. Heads are as wide as their norm; the rest is as published."""
+    dim, patch = shapes["x_embedder.weight"]
+    layers, refiners = (
+        len({k.split(".")[1] for k in shapes if k.startswith(name)}) for name in ("layers.", "noise_refiner.")
+    )
+    head = shapes["layers.0.attention.q_norm.weight"][0]
+    siglip = shapes.get("siglip_embedder.0.weight")
+    return ZImageConfig(
+        in_channels=patch // 4,
+        dim=dim,
+        n_layers=layers,
+        n_refiner_layers=refiners,
+        n_heads=dim // head,
+        cap_feat_dim=shapes["cap_embedder.0.weight"][0],
+        siglip_feat_dim=siglip[0] if siglip else None,
+        axes_dims=(head // 4, head * 3 // 8, head * 3 // 8),
+    )
+
+
+class ZImage:
+    """A loaded Z-Image model. See families.Family for what each function promises."""
+
+    parts: Mapping[str, Part] = {
+        "transformer": Part(
+            build=ZImageTransformer,
+            config=ZImageConfig,
+            layouts={"native": NATIVE, "diffusers": DIFFUSERS},
+            infer=infer_config,
+        ),
+        "text_encoder": QWEN3,
+        "vae": AUTOENCODER,
+    }
+    joints = (
+        ("transformer.cap_feat_dim", "text_encoder.hidden_size"),
+        ("transformer.in_channels", "vae.latent_channels"),
+    )
+    documents = staticmethod(documents)
+
+    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizer: Any):
+        self.spec = spec
+        self.transformer: ZImageTransformer = modules["transformer"]  # type: ignore[assignment]
+        self.text_encoder = modules["text_encoder"]
+        self.vae: Any = modules["vae"]
+        self.tokenizer = tokenizer
+        self._encode_tokens = lru_cache(PROMPTS_KEPT)(self._encode_tokens)
+
+    @classmethod
+    def recognise(cls, configs: Mapping[str, Any], shift: float | None, name: str) -> Spec:
+        """Shapes cannot tell Turbo from Base: the name does where it says so, else the scheduler's shift of 3."""
+        if configs["transformer"].siglip_feat_dim is not None:
+            known = OMNI
+        elif "turbo" in name.lower() or shift == TURBO.shift:
+            known = TURBO
+        else:
+            known = BASE
+        shift = known.shift if shift is None else shift
+        return replace(known, name=name, shift=shift, **configs)
+
+    def encode(self, prompt: str) -> Conditioning:
+        return self._encode_tokens(tuple(tokenize(self.tokenizer, chat_prompt(prompt))))
+
+    def _encode_tokens(self, ids: tuple[int, ...]) -> Conditioning:
+        device = next(self.text_encoder.parameters()).device
+        with torch.no_grad():
+            states = self.text_encoder(torch.tensor(ids, device=device), [len(ids)])
+        return Conditioning(states, (len(ids),))
+
+    def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
+        _, h, w = self.latent_shape(width, height)
+        scales = self.transformer.scales([1 - t for t in dict.fromkeys(times)]) if times else {}
+        samples = (self.transformer.prepare(cond[i].tokens, h, w) for i in range(len(cond)))
+        return [replace(sample, scales=scales) for sample in samples]
+
+    def answer(self, queries: Sequence[Query], prepared: Sequence[Prepared]) -> list[Tensor]:
+        xs, times = [q.x for q in queries], [1 - q.t for q in queries]
+        return [-image_minus_noise for image_minus_noise in self.transformer(xs, times, prepared)]
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        down = self.spec.vae.downscale
+        return self.spec.vae.latent_channels, height // down, width // down
+
+    def decode(self, latents: Tensor) -> Tensor:
+        pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype))
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode((pixels * 2 - 1).to(next(self.vae.parameters()).dtype)).float().contiguous()

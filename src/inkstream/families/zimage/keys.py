@@ -1,0 +1,28 @@
+"""Where the transformer's weights are in each published layout. Ours are the native single file's names."""
+
+from __future__ import annotations
+
+from inkstream.weights.keymap import Rule, drop, fuse, rename
+
+_BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}", "siglip_refiner.{}")
+
+NATIVE: tuple[Rule, ...] = (
+    rename("x_pad_token", "x_pad_token", row=True),  # some files hold the pads as (D,)
+    rename("cap_pad_token", "cap_pad_token", row=True),
+    drop("norm_final"),  # left over from training in early files; nothing reads it
+)
+
+DIFFUSERS: tuple[Rule, ...] = (
+    rename("all_x_embedder.2-1", "x_embedder"),
+    rename("all_final_layer.2-1", "final_layer"),
+    *(
+        rule
+        for b in _BLOCKS
+        for rule in (
+            fuse(f"{b}.attention.to_q", f"{b}.attention.to_k", f"{b}.attention.to_v", ours=f"{b}.attention.qkv"),
+            rename(f"{b}.attention.to_out.0", f"{b}.attention.out"),
+            rename(f"{b}.attention.norm_q", f"{b}.attention.q_norm"),
+            rename(f"{b}.attention.norm_k", f"{b}.attention.k_norm"),
+        )
+    ),
+)

@@ -1,0 +1,96 @@
+"""The Z-Image models, as data. Sources: the published repositories' config.json and scheduler_config.json."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from inkstream.nn.config import Qwen3Config, VAEConfig
+from inkstream.types import Spec
+
+
+@dataclass(frozen=True)
+class ZImageConfig:
+    """Sizes of the transformer; names as in its published config.json."""
+
+    in_channels: int = 16
+    dim: int = 3840
+    n_layers: int = 30
+    n_refiner_layers: int = 2
+    n_heads: int = 30
+    norm_eps: float = 1e-5
+    cap_feat_dim: int = 2560
+    siglip_feat_dim: int | None = None  # set: Omni, which sees reference pictures through SigLIP2
+    rope_theta: float = 256.0
+    t_scale: float = 1000.0
+    axes_dims: tuple[int, ...] = (32, 48, 48)  # of a head's width: sequence, row, column
+    axes_lens: tuple[int, ...] = (1536, 512, 512)
+    patch_size: int = 2
+
+
+_TINY = Spec(
+    name="tiny-z-image-turbo",
+    title="Z-Image Turbo at 2 blocks of width 64 (random weights, for tests)",
+    family="zimage",
+    transformer=ZImageConfig(
+        dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=32, axes_dims=(8, 12, 12)
+    ),
+    text_encoder=Qwen3Config(
+        vocab_size=512, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        intermediate_size=64,
+    ),
+    vae=VAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4),
+    steps=8,
+    guidance=1.0,
+    shift=3.0,
+    size=(64, 64),
+    abilities=frozenset({"image", "mask"}),
+    licence="apache-2.0",
+)
+
+TURBO = Spec(
+    name="z-image-turbo",
+    title="Z-Image Turbo: distilled to 8 steps, no guidance",
+    family="zimage",
+    transformer=ZImageConfig(),
+    text_encoder=Qwen3Config(),
+    vae=VAEConfig(),
+    steps=8,
+    guidance=1.0,
+    shift=3.0,
+    abilities=frozenset({"image", "mask"}),
+    repo="Tongyi-MAI/Z-Image-Turbo",
+    download_bytes=32_900_000_000,
+    licence="apache-2.0",
+    tiny=_TINY,
+)
+
+BASE = replace(
+    TURBO,
+    name="z-image",
+    title="Z-Image: undistilled, guidance and negative prompts",
+    steps=50,
+    guidance=5.0,
+    shift=6.0,
+    abilities=frozenset({"image", "mask", "guidance", "negative_prompt"}),
+    repo="Tongyi-MAI/Z-Image",
+    download_bytes=20_700_000_000,
+    tiny=replace(
+        _TINY, name="tiny-z-image", shift=6.0, guidance=5.0,
+        abilities=frozenset({"image", "mask", "guidance", "negative_prompt"}),
+    ),
+)
+
+OMNI = replace(
+    BASE,
+    name="z-image-omni",
+    title="Z-Image Omni: several pictures in, one out (its weights are not published)",
+    transformer=ZImageConfig(siglip_feat_dim=1152),
+    repo=None,
+    download_bytes=None,
+    tiny=replace(
+        _TINY, name="tiny-z-image-omni", transformer=replace(_TINY.transformer, siglip_feat_dim=24), guidance=5.0,
+        abilities=BASE.abilities,
+    ),
+)
+
+SPECS = (TURBO, BASE, OMNI)

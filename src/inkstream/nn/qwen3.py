@@ -1,0 +1,105 @@
+"""Qwen3 as a text encoder: prompts packed end to end, never padded, cut after the deepest layer that is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inkstream.nn.attention import attend
+from inkstream.nn.config import Qwen3Config
+
+
+class Qwen3(nn.Module):
+    """The decoder of Qwen3 (arXiv 2505.09388) without its head, returning hidden states.
+
+    `depths` are the states read: 0 is the embedding, k the output of the k-th layer, before any final norm. The default
+    is the last but one of the published count, Z-Image's choice; layers deeper than the deepest are not built.
+    """
+
+    def __init__(self, config: Qwen3Config, depths: Sequence[int] | None = None):
+        super().__init__()
+        self.config = config
+        self.depths = tuple(depths) if depths is not None else (config.num_hidden_layers - 1,)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(max(self.depths)))
+
+    def forward(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+        """ids: (sum(lengths),), one prompt after the other -> (sum(lengths), D * len(depths)).
+
+        A prompt's states do not depend on what it is packed with.
+        """
+        x = self.embed_tokens(ids)  # (L, D)
+        table = rope(lengths, self.config.head_dim, self.config.rope_theta, ids.device)
+        states = [x]
+        for layer in self.layers:
+            x = layer(x, table, lengths)
+            states.append(x)
+        return torch.cat([states[depth] for depth in self.depths], dim=-1)
+
+
+class Layer(nn.Module):
+    """Pre-normed causal attention and SwiGLU."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:  # x: (L, D)
+        x = x + self.self_attn(self.input_layernorm(x), table, lengths)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention; queries and keys are normed per head, then turned by their position."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries, keys = config.num_attention_heads * self.head_dim, config.num_key_value_heads * self.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:  # x: (L, D)
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), table)  # (L, H, E)
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), table)  # (L, G, E)
+        v = self.v_proj(x).unflatten(-1, heads)
+        return self.o_proj(attend(q, k, v, lengths, lengths, causal=True).flatten(-2))
+
+
+class MLP(nn.Module):
+    """down(silu(gate x) * up x), no biases."""
+
+    def __init__(self, config: Qwen3Config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def rope(lengths: Sequence[int], dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of every token, each prompt counted from 0. Two of (L, 1, E / 2), float32."""
+    frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
+    positions = torch.cat([torch.arange(n, dtype=torch.float32, device=device) for n in lengths])
+    angle = torch.outer(positions, frequencies).unsqueeze(1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn each pair (i, i + E/2) of features by its angle, in float32. x: (L, H, E) -> the same."""
+    cos, sin = table
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

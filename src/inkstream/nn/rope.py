@@ -1,0 +1,52 @@
+"""Rotary positions over several axes, in real arithmetic, on interleaved pairs (RoFormer, arXiv 2104.09864)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """For each token, what multiplies a head's features and what multiplies their swapped pairs. Both (L, 1, E)."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __getitem__(self, index: slice) -> Rope:
+        """The table of a range of tokens."""
+        return Rope(self.cos[index], self.sin[index])
+
+    @staticmethod
+    def cat(tables: Sequence[Rope]) -> Rope:
+        """The table of sequences that lie end to end."""
+        if len(tables) == 1:
+            return tables[0]
+        return Rope(torch.cat([t.cos for t in tables]), torch.cat([t.sin for t in tables]))
+
+
+def rope(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Rope:
+    """positions: (L, A) integers -> the table; axis a turns the next axes_dims[a] features of each head.
+
+    Angles are taken in float64 and rounded to float32 once, as the reference's tables are.
+    """
+    angles = []
+    for axis, dim in enumerate(axes_dims):
+        frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        angles.append(torch.outer(positions[:, axis].to("cpu", torch.float64), frequencies).float())
+    angle = torch.cat(angles, dim=-1)  # (L, E/2)
+    cos, sin = angle.cos(), angle.sin()
+    return Rope(
+        cos.repeat_interleave(2, dim=-1).unsqueeze(1).to(positions.device),
+        torch.stack((-sin, sin), dim=-1).flatten(-2).unsqueeze(1).to(positions.device),
+    )
+
+
+def rotate(x: Tensor, table: Rope) -> Tensor:
+    """Turn each pair (2i, 2i+1) of features by its angle, in float32. x: (L, H, E) -> the same."""
+    wide = x.float()
+    swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * table.cos, swapped, table.sin).to(x.dtype)

@@ -1,0 +1,1 @@
+"""Schedules, solvers, guidance and masks: pure functions over tensors."""

@@ -1,0 +1,1 @@
+"""Bytes <-> state dicts: files, key tables, the hub. Nothing here knows a module."""

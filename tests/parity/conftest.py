@@ -1,0 +1,70 @@
+"""A reference pipeline at random tiny weights, made and saved by diffusers, for ours to load and be compared with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from tokenizers import pre_tokenizers
+from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
+
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+"""The part of Qwen3's template that one user turn goes through."""
+
+
+def byte_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    """One token a byte and a few merges, with Qwen's specials."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*alphabet, "re", "he", "ed"])}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    (folder / "merges.txt").write_text("r e\nh e\ne d\n")
+    tokenizer = Qwen2Tokenizer(
+        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), pad_token="<|endoftext|>"
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def reference_pipeline(scratch: Path, shift: float = 3.0, seed: int = 0) -> ZImagePipeline:
+    torch.manual_seed(seed)
+    transformer = ZImageTransformer2DModel(
+        dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[8, 12, 12],
+        axes_lens=[1536, 512, 512],
+    )  # fmt: skip
+    for name, weight in transformer.named_parameters():
+        torch.nn.init.normal_(weight, mean=1.0 if "norm" in name and weight.ndim == 1 else 0.0, std=0.1)
+    text_encoder = Qwen3Model(
+        Qwen3Config(
+            vocab_size=512, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+            head_dim=16, intermediate_size=64, initializer_range=0.2,
+        )
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=16, norm_num_groups=4,
+        use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, use_dynamic_shifting=False, shift=shift)
+    pipeline = ZImagePipeline(scheduler, vae.eval(), text_encoder.eval(), byte_tokenizer(scratch), transformer.eval())
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory) -> ZImagePipeline:
+    return reference_pipeline(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def reference_folder(reference, tmp_path_factory) -> Path:
+    """The reference pipeline as it saves itself: a diffusers folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-turbo"
+    reference.save_pretrained(folder)
+    return folder

@@ -1,0 +1,153 @@
+"""From a prompt to pixels, ours against diffusers' Z-Image pipelines: same folder, same noise, pixels within 1/255."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline
+from PIL import Image
+
+import inkstream
+from inkstream import Request
+from inkstream.types import InputError
+
+PROMPTS = ["a red cat on the wall", "写着“春”字的红色海报, with a very long tail of words " * 4]
+
+
+@pytest.fixture(scope="module")
+def model(reference_folder):
+    return inkstream.load(reference_folder)
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    across, down = np.meshgrid(np.linspace(0, 255, 64), np.linspace(0, 255, 96))
+    return Image.fromarray(np.stack([across, down, (across + down) / 2], -1).astype(np.uint8))
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference of a pixel's channel, in steps of 1/255."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.02  # a picture, not a flat field
+    return float((ours - theirs).abs().max() * 255)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (128, 64)], ids=["tall", "wide"])
+@pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["turbo", "guided"])
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["english", "mixed"])
+def test_text_to_image_draws_the_same_pictures(reference, model, size, guidance, prompt):
+    width, height = size
+    noise = torch.randn(2, 16, height // 8, width // 8, generator=torch.Generator().manual_seed(1))
+    theirs = reference(
+        prompt, height=height, width=width, num_inference_steps=4, guidance_scale=guidance - 1,
+        negative_prompt="blurry", num_images_per_prompt=2, latents=noise.clone(), output_type="pt",
+    ).images  # fmt: skip
+    request = Request(
+        prompt=prompt, negative_prompt="blurry", width=width, height=height, steps=4, guidance=guidance, count=2
+    )
+    ours = model.decode(model.sample(request, model.encode(request), noise))
+    assert apart(ours, theirs) <= 1
+
+
+@pytest.mark.parametrize(("normalization", "truncation"), [(1.0, 1.0), (0.7, 1.0), (0.0, 0.5), (1.0, 0.3)])
+def test_guidance_normalised_and_truncated_draws_the_same_picture(reference, model, normalization, truncation):
+    noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2))
+    theirs = reference(
+        "a fish", height=64, width=64, num_inference_steps=6, guidance_scale=6.0, negative_prompt="a bird",
+        latents=noise.clone(), output_type="pt", cfg_normalization=normalization, cfg_truncation=truncation,
+    ).images  # fmt: skip
+    request = Request(
+        prompt="a fish", negative_prompt="a bird", width=64, height=64, steps=6, guidance=7,
+        cfg_normalization=normalization, cfg_truncation=truncation,
+    )  # fmt: skip
+    assert apart(model.decode(model.sample(request, model.encode(request), noise)), theirs) <= 1
+
+
+@pytest.mark.parametrize("strength", [0.3, 0.6, 1.0])
+def test_image_to_image_draws_the_same_picture(reference, model, picture, strength):
+    pipeline = ZImageImg2ImgPipeline.from_pipe(reference)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(3))
+    # The VAE's posterior is sampled there with the same generator that draws the noise; its mode is what we compare.
+    with mode_only(pipeline.vae), the_noise(noise):
+        theirs = pipeline(
+            "a lake", image=picture, strength=strength, height=96, width=64, num_inference_steps=10,
+            guidance_scale=2.0, negative_prompt="grey", output_type="pt",
+        ).images  # fmt: skip
+    request = Request(
+        prompt="a lake", negative_prompt="grey", guidance=3, image=picture, strength=strength, steps=10
+    )
+    request = request.model_copy(update={"width": 64, "height": 96})
+    assert apart(model.decode(model.sample(request, model.encode(request), noise)), theirs) <= 1
+
+
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_inpainting_draws_the_same_picture_before_the_paste(reference, model, picture, strength):
+    mask = np.zeros((96, 64), np.uint8)
+    mask[20:70, 10:50] = 255
+    pipeline = ZImageInpaintPipeline.from_pipe(reference)
+    pipeline.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(4))
+    with mode_only(pipeline.vae), the_noise(noise):
+        theirs = pipeline(
+            "a lake", image=picture, mask_image=Image.fromarray(mask), strength=strength, height=96, width=64,
+            num_inference_steps=6, guidance_scale=0.0, output_type="pt",
+        ).images  # fmt: skip
+    request = Request(
+        prompt="a lake", image=picture, mask=Image.fromarray(mask), strength=strength, steps=6, guidance=1
+    )
+    assert apart(model.decode(model.sample(request, model.encode(request), noise)), theirs) <= 1
+
+
+def test_the_reference_folder_is_known_as_turbo(model):
+    assert (model.spec.steps, model.spec.shift, model.spec.guidance) == (8, 3.0, 1.0)
+
+
+def test_a_folder_without_its_autoencoder_is_refused(reference_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "half"
+    shutil.copytree(reference_folder, folder)
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(InputError, match="vae"):
+        inkstream.load(folder)
+
+
+class mode_only:
+    """For the length of a with-block a diffusers autoencoder gives the mode of its posterior."""
+
+    def __init__(self, vae):
+        self.vae = vae
+
+    def __enter__(self):
+        self.encode = self.vae.encode
+
+        def encode(x, *args, **kwargs):
+            posterior = self.encode(x, return_dict=False)[0]
+            posterior.std = torch.zeros_like(posterior.std)
+            return type("Encoded", (), {"latent_dist": posterior})()
+
+        self.vae.encode = encode
+
+    def __exit__(self, *_):
+        del self.vae.encode
+
+
+class the_noise:
+    """For the length of a with-block the picture pipelines draw this noise."""
+
+    def __init__(self, noise):
+        self.noise = noise
+
+    def __enter__(self):
+        from diffusers.pipelines.z_image import pipeline_z_image_img2img as a
+        from diffusers.pipelines.z_image import pipeline_z_image_inpaint as b
+
+        self.modules, self.before = (a, b), a.randn_tensor
+        for module in self.modules:
+            module.randn_tensor = lambda shape, **_: self.noise.clone().reshape(shape)
+
+    def __exit__(self, *_):
+        for module in self.modules:
+            module.randn_tensor = self.before

@@ -1,0 +1,77 @@
+"""The pages say what the code does: options, links, commands."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from inkstream.cli import app
+from inkstream.cli.generate import Wish
+from inkstream.types import Request
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def renderer():
+    spec = importlib.util.spec_from_file_location("render_docs", ROOT / "scripts" / "render_docs.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_the_command_line_is_what_the_code_renders():
+    assert (ROOT / "docs" / "cli.md").read_text() == renderer().render(), "run python scripts/render_docs.py"
+
+
+def test_every_field_of_a_request_is_an_option_of_generate_with_its_description():
+    options = {argument.name: argument for argument in renderer().arguments("generate")}
+    for name, field in Request.model_fields.items():
+        option = options["--" + name.replace("_", "-")]
+        assert option.parameter.help == field.description
+        assert option.field_info.default == field.default
+
+
+def test_options_do_not_leak_into_the_request_itself():
+    assert list(Wish.model_fields) == list(Request.model_fields)
+    assert not any(field.kw_only for field in Request.model_fields.values())
+
+
+def test_every_option_says_what_it_means():
+    render = renderer()
+    silent = [
+        f"{command} {argument.name}"
+        for command in render.commands()
+        for argument in render.arguments(command)
+        if not argument.parameter.help
+    ]
+    assert silent == []
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    command = re.search(r"pip install -e '\.\[dev,parity\]' && (.+?)  +# tests", (ROOT / "README.md").read_text())
+    assert command is not None
+    assert (ROOT / ".ci" / "run").read_text().splitlines()[-1] == command[1]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_our_own_files_lead_somewhere(page):
+    for target in re.findall(r"(?<=\w)\]\(([\w./-]+)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_commands_shown_in_the_readme_are_understood():
+    lines = re.findall(r"^(?:echo .* \| )?(inkstream [^|#\n]+)", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(lines) > 10
+    for line in lines:
+        words = shlex.split(line)[1:]
+        command, _, _ = app.parse_args(
+            ["--prompt=-" if word == "-" else word for word in words], exit_on_error=False, print_error=False
+        )
+        assert command.__name__ == words[0]
