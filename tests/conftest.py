@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,12 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="session")
+def make_folder() -> Callable[..., Path]:
+    """`make_folder(folder, spec, seed=0)` writes a diffusers folder of random weights at the sizes of any spec."""
+    return write_folder
 
 
 @pytest.fixture(scope="session")

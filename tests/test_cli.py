@@ -16,10 +16,11 @@ import pytest
 from PIL import Image
 
 from inkstream.cli import main
+from inkstream.cli.doctor import judge
 from inkstream.engine.metadata import read_request
 from inkstream.types import Request
 
-COMMAND = [sys.executable, "-c", "import sys; from inkstream.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "from inkstream.cli import run; run()"]
 SMALL = ["-W", "64", "-H", "48", "--steps", "2"]
 
 
@@ -211,7 +212,7 @@ def test_quiet_says_nothing_but_the_result(draw, capsys):
 )
 def test_what_cannot_be_done_is_refused_in_one_line(draw, capsys, monkeypatch, photo, words, named):
     Path("text.txt").write_text("no picture")
-    Path("broken.png").write_bytes(photo.read_bytes()[:200])
+    Path("broken.png").write_bytes(photo.read_bytes()[:120])
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     before = set(os.listdir())
     refused(draw(*words), capsys, named)
@@ -325,6 +326,21 @@ def test_the_doctor_says_what_fits(capsys):
     assert findings["device"]["memory_bytes"] > findings["device"]["free_bytes"] > 0
     assert main(["doctor"]) == 0
     assert "z-image-turbo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("own", "free", "verdict"),
+    [
+        ("bf16", 100, "fits: its weights"),
+        ("fp32", 100, "fits: its weights"),
+        ("fp32", 30, "fits with --dtype bf16: its weights"),
+        ("bf16", 21, "does not fit: its weights take 20.0 GB in bf16, 40.0 GB in fp32, and 21.0 GB are free"),
+        ("bf16", None, "fits: its weights"),
+    ],
+)
+def test_a_model_fits_where_there_is_room_for_its_weights_and_a_picture(own, free, verdict):
+    needs = {"bf16": 20 * 10**9, "fp32": 40 * 10**9}
+    assert judge(needs, own, free and free * 10**9).startswith(verdict)
 
 
 def test_a_model_is_converted_there_and_back_and_draws_the_same(draw, tiny_folder, capsys):

@@ -6,18 +6,16 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from inkstream.engine.model import Model
 from inkstream.engine.sources import PREFIXES, Found, Progress, locate
+from inkstream.families.parts import load_tokenizer
 from inkstream.types import InputError, Loading
 from inkstream.weights.files import read_state, strip_prefix
 from inkstream.weights.keymap import translate
-
-if TYPE_CHECKING:
-    from inkstream.engine.model import Model
 
 DTYPES = {
     "float32": torch.float32,
@@ -41,9 +39,6 @@ def load(
     there is. Weights of that dtype stay views of the files on disk. InputError, before anything big is read, where a
     part is missing or does not fit.
     """
-    from inkstream.engine.model import Model
-    from inkstream.families.parts import load_tokenizer
-
     tell = progress or (lambda event: None)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)

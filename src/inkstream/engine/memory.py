@@ -10,8 +10,14 @@ from pathlib import Path
 
 import torch
 
+from inkstream.engine.loader import DTYPES, dtype_of
 from inkstream.families import family_of
 from inkstream.types import Spec
+
+
+def weigh(weights: Mapping[str, int], dtype: str, device: torch.device) -> int:
+    """Bytes of weights counted by `count_weights`, loaded in a dtype on a device."""
+    return sum(count * dtype_of(part, DTYPES[dtype], device).itemsize for part, count in weights.items())
 
 
 def count_weights(spec: Spec) -> dict[str, int]:

@@ -6,12 +6,13 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
 from inkstream.nn.config import read_config
@@ -26,6 +27,9 @@ FOLDERS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
 KINDS = ("safetensors", "json", "txt")
 PUBLISHED = ("model_index.json", *(f"{folder}/*.{kind}" for folder in FOLDERS for kind in KINDS))
 """The files of a published repository that are needed."""
+
+SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant", "qweight")
+"""Endings of names that only quantised files have."""
 
 COMFYUI = {"transformer": ("diffusion_models", "unet"), "text_encoder": ("text_encoders", "clip"), "vae": ("vae",)}
 """Where ComfyUI's models/ folder keeps the parts."""
@@ -42,6 +46,7 @@ class Found:
     module: nn.Module  # on meta
     rules: Sequence[Rule]  # from the layout on disk into our names
     tensors: Mapping[str, Tensor]  # what the files hold, on meta, in our names; more than the module may read
+    metadata: Mapping[str, str]  # of the files' headers
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,8 @@ def locate(name: Path | str, progress: Progress | None = None) -> Source:
         if (root / folder / file).is_file()
     }
     shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
+    if not isinstance(shift, int | float | None):
+        raise InputError(f"{root}/scheduler/scheduler_config.json says shift is {shift!r}: expected a number like 3.0")
     spec = family.recognise({part: found.config for part, found in parts.items()}, shift, title)
     tokenizer = _find_tokenizer(spec, [root / "tokenizer", parts["text_encoder"].path], path)
     return Source(family, spec, parts, tokenizer, documents)
@@ -91,13 +98,18 @@ def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
             raise InputError(f"the weights of {name} are not published: give the path of a local copy")
         return _download(spec.repo, spec.licence, progress), name
     path = Path(name).expanduser()
+    if path.is_dir():
+        return path.resolve(), path.resolve().name
     if path.exists():
-        path = path.absolute()
-        return path, path.name if path.is_dir() else path.stem
+        return path.absolute(), path.stem  # a link in the hub's cache keeps its name and its neighbours
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix != ".safetensors":
-        return _download(name, None, progress), name
-    near = difflib.get_close_matches(name.lower(), SPECS, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known are {', '.join(SPECS)}"
+        try:
+            return _download(name, None, progress), name
+        except InputError as error:
+            raise InputError(f"{name} is no file or folder here, and {error}") from error
+    near = difflib.get_close_matches(name.lower(), SPECS)
+    known = ", ".join(SPECS)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"take {known}, OWNER/NAME on the hub, or a path"
     raise InputError(f"{name} is no known model, and no file or folder here: {hint}")
 
 
@@ -121,11 +133,15 @@ def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
         return path, title
     if (path / "model_index.json").is_file():
         return path / "transformer", title
+    if (path / "config.json").is_file():  # that folder itself
+        return path, path.parent.name
     trees = [root / name for root in (path, path / "models") for name in COMFYUI["transformer"]]
-    files = [file for tree in trees for file in tree.rglob("*.safetensors")] or list(path.glob("*.safetensors"))
-    known = [file for file in sorted(files) if _is_transformer(file)]
+    files = sorted(file for tree in trees for file in tree.rglob("*.safetensors")) or sorted(path.glob("*.safetensors"))
+    known = [file for file in files if _is_transformer(file)]
     if len(known) > 1:
         raise InputError(f"{path} holds {len(known)} models ({_names(known, path)}): give the path of one")
+    if len(files) == 1 and not known:
+        _recognise(files[0])  # says why not
     if not known:
         seen = f" (not {_names(files, path)})" if files else ""
         raise InputError(
@@ -153,7 +169,15 @@ class _Match:
 
 def _recognise(path: Path) -> tuple[type[Family], Found]:
     """The family whose tables name every key of a transformer, and the transformer, checked."""
-    matches = [(family_of(name), _match(family_of(name).parts["transformer"], path)) for name in FAMILIES]
+    matches: list[tuple[type[Family], _Match]] = []
+    errors: list[InputError] = []
+    for family in map(family_of, FAMILIES):
+        try:
+            matches.append((family, _match(family.parts["transformer"], path)))
+        except InputError as error:
+            errors.append(error)
+    if not matches:
+        raise errors[0]
     family, match = min(matches, key=lambda pair: len(pair[1].unknown))
     return family, _checked(match, "transformer", family.parts["transformer"])
 
@@ -180,14 +204,16 @@ def _match(part: Part, path: Path) -> _Match:
             continue
         try:
             config = stated or part.infer({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+            module = _build(part, config, path)
         except (KeyError, ValueError, IndexError):
-            matches.append(_Match(Found(path, None, nn.Module(), rules, tensors), list(tensors)))
+            if stated:
+                raise
+            matches.append(_Match(Found(path, None, nn.Module(), rules, tensors, {}), list(tensors)))
             continue
-        module = _build(part, config, path)
         unread = tuple(part.unread(config))
         expected = module.state_dict()
         unknown = [name for name in tensors if name not in expected and not name.startswith(unread)]
-        matches.append(_Match(Found(path, config, module, rules, tensors), unknown))
+        matches.append(_Match(Found(path, config, module, rules, tensors, header.metadata), unknown))
     if errors and not any(match.named for match in matches):
         raise errors[0]
     return min(matches, key=lambda match: len(match.unknown))
@@ -197,26 +223,35 @@ def _checked(match: _Match, name: str, part: Part) -> Found:
     """What was matched, if nothing is unknown, missing, of another shape or quantised."""
     found = match.found
     path, tensors = found.path, found.tensors
+    quantised = [key for key, tensor in tensors.items() if key.endswith(SCALES) or not tensor.is_floating_point()]
+    if quantised:
+        raise InputError(f"{path} is quantised ({few(quantised)}), which is not read yet: take the bf16 file")
     if found.config is None:
         wanted = "a config.json beside it" if path.is_dir() else "names like those of a published file"
         raise InputError(f"{path} is no {name} that is known here: it holds {few(list(tensors))}; expected {wanted}")
     if match.unknown:
-        raise InputError(f"{path} holds names that no {name} known here has: {few(list(match.unknown))}")
+        raise InputError(
+            f"{path} holds {few(match.unknown)}, which no {name} known here has: it is another model's, or damaged"
+        )
     expected = found.module.state_dict()
     missing = {key: tensor for key, tensor in expected.items() if key not in tensors}
     if missing:
-        raise InputError(f"{path} lacks {few(list(translate(found.rules, missing, back=True)))}: download it again")
+        raise InputError(f"{path} lacks {few(_as_in_file(found, missing))}: download it again")
     wrong = [
         f"{key} is {_shape(tensors[key])}, expected {_shape(tensor)}"
         for key, tensor in expected.items()
         if tensors[key].shape != tensor.shape
     ]
     if wrong:
-        raise InputError(f"{path} does not fit its config: {few(wrong, 1)}")
-    integers = [key for key in expected if not tensors[key].is_floating_point()]
-    if integers:
-        raise InputError(f"{path} is quantised ({few(integers)}), which is not read yet: take the bf16 file")
+        raise InputError(f"{path} does not fit its config, {few(wrong, 1)}: download both again")
     return found
+
+
+def _as_in_file(found: Found, missing: Mapping[str, Tensor]) -> Sequence[str]:
+    """Names of ours as the file would have them; a table may allow two spellings, so the file's first words decide."""
+    words = {name.split(".")[0] for name in strip_prefix(read_header(found.path).tensors, PREFIXES)}
+    theirs = list(translate(found.rules, missing, back=True))
+    return theirs if theirs[0].split(".")[0] in words else list(missing)
 
 
 def _find_part(family: type[Family], name: str, transformer: Path, config: Any) -> Found:
@@ -229,9 +264,12 @@ def _find_part(family: type[Family], name: str, transformer: Path, config: Any) 
         return found
 
     root = transformer.parent
-    if (root / name).is_dir():
-        return check(root / name)
-    places = [] if transformer.is_dir() else [[file for file in root.glob("*.safetensors") if file != transformer]]
+    own = root / name
+    inside = list(own.glob("*.safetensors"))
+    if own.is_dir() and (len(inside) < 2 or any(own.glob("*.json"))):
+        return check(own)
+    beside = [] if transformer.is_dir() else [file for file in root.glob("*.safetensors") if file != transformer]
+    places = [inside, beside]
     for tree in transformer.parents:
         if tree.name in COMFYUI["transformer"]:
             folders = [tree.parent / folder for folder in COMFYUI.get(name, ())]
@@ -247,14 +285,14 @@ def _find_part(family: type[Family], name: str, transformer: Path, config: Any) 
         if len(fit) > 1:
             raise InputError(
                 f"{_names([found.path for found in fit], root)} all fit as {name} of {transformer.name}: "
-                f"link the one to take into {root / name}/"
+                f"leave or link only the one to take in {own}/"
             )
         if fit:
             return fit[0]
     if len(refused) == 1:
         raise refused[0]
-    tried = f", and none of the {len(refused)} files tried fits ({refused[0]})" if refused else ""
-    raise InputError(f"{transformer} has no {name}: expected {root / name}/{tried}")
+    tried = f" (of {len(refused)} files tried none fits: {refused[0]})" if refused else ""
+    raise InputError(f"{transformer} has no {name}{tried}: put the one published with it into {own}/")
 
 
 def _check_joints(family: type[Family], name: str, found: Found, config: Any, transformer: Path) -> None:
@@ -280,8 +318,8 @@ def _find_tokenizer(spec: Spec, folders: Sequence[Path], transformer: Path) -> P
         if file := hub.cached_file(repo, "tokenizer/tokenizer.json"):
             return file.parent
     raise InputError(
-        f"{transformer} has no tokenizer: expected {folders[0]}/; "
-        f"get one with `hf download {repos[0]} --include 'tokenizer/*'`"
+        f"{transformer} has no tokenizer: put one into {folders[0]}/, "
+        f"or into the hub's cache with `hf download {repos[0]} --include 'tokenizer/*'`"
     )
 
 
@@ -299,19 +337,35 @@ def _stated_config(part: Part, path: Path, metadata: Mapping[str, str]) -> Any:
 
 
 def _config(part: Part, data: Mapping[str, Any], path: Path) -> Any:
+    """The part's config from JSON. InputError where a value is of another kind than the published ones."""
     try:
-        return read_config(part.config, data)
+        config = read_config(part.config, data)
     except TypeError as error:
         raise InputError(f"{path} is no config that is known here ({error})") from error
+    for field in fields(config):
+        value, published = getattr(config, field.name), field.default
+        kinds = (int, float) if isinstance(published, float) else type(published)
+        if published is not None and not isinstance(value, kinds):
+            raise InputError(f"{path} says {field.name} is {value!r}: expected something like {published!r}")
+    return config
 
 
 def _build(part: Part, config: Any, path: Path) -> nn.Module:
     """The module without memory for its weights."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Unset():
             return part.build(config)
-    except (RuntimeError, ValueError, TypeError, ArithmeticError, AssertionError) as error:
+    except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
         raise InputError(f"{path}: nothing can be built at the sizes its config gives ({error})") from error
+
+
+class _Unset(TorchFunctionMode):
+    """Leaves weights as they are made. To draw normal ones on meta, torch would import its tracer, for 1.6 s."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        drawn = getattr(func, "__module__", None) == nn.init.__name__
+        return kwargs["tensor"] if drawn else func(*args, **kwargs)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

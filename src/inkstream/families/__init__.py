@@ -44,7 +44,7 @@ class Family(Protocol):
     """A loaded model. Sign, time direction, packing and padding rules die inside it."""
 
     parts: Mapping[str, Part]  # class attribute: transformer, text_encoder, vae
-    joints: Sequence[tuple[str, str]]  # class attribute: sizes that two parts share, as "part.field" of their configs
+    joints: Sequence[tuple[str, str]]  # class attribute: sizes that others share with the transformer: two "part.field"
     spec: Spec
 
     def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizer: Any) -> None: ...
@@ -60,7 +60,15 @@ class Family(Protocol):
         ...
 
     def encode(self, prompt: str) -> Conditioning:
-        """One prompt as a single entry."""
+        """One prompt as a single entry; without gradients, and remembered."""
+        ...
+
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        """The prompt as the text encoder reads it, template included: all that `encode_tokens` depends on."""
+        ...
+
+    def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
+        """Several prompts, given as `tokens` of each, in one pass; differentiable."""
         ...
 
     def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Any]:

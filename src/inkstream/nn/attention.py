@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -16,11 +17,14 @@ def attend(
 
     Heads of k and v may be fewer (G divides H: grouped queries). Scale is 1 / sqrt(E).
     """
-    grouped = q.shape[1] != k.shape[1]
-    if len(set(q_lengths)) == len(set(k_lengths)) == 1:
+    runs = [(n, len(list(run))) for n, run in groupby(zip(q_lengths, k_lengths, strict=True))]
+    if len(runs) == 1:
         b = len(q_lengths)
         q, k, v = (s.unflatten(0, (b, -1)).transpose(1, 2) for s in (q, k, v))  # (B, H, L, E)
+        grouped = q.shape[1] != k.shape[1]
         out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
         return out.transpose(1, 2).flatten(0, 1)
-    parts = zip(q.split(list(q_lengths)), k.split(list(k_lengths)), v.split(list(k_lengths)))
-    return torch.cat([attend(a, b, c, [len(a)], [len(b)], causal) for a, b, c in parts])
+    # Neighbours of equal length go together: a trainer sorts its batch for this.
+    queries, keys = [n * b for (n, _), b in runs], [n * b for (_, n), b in runs]
+    parts = zip(q.split(queries), k.split(keys), v.split(keys), runs)
+    return torch.cat([attend(q, k, v, [n] * b, [m] * b, causal) for q, k, v, ((n, m), b) in parts])

@@ -10,10 +10,15 @@ from torch.nn import functional as F
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, its variance in float32. weight: (D,) or one row a token (L, D)."""
-    if weight.ndim == 1:
-        return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.rms_norm(x, x.shape[-1:], None, eps) * weight
+    """Root-mean-square norm over the last axis, its variance in float32. weight: (D,), or (R, D) as in `scale_runs`."""
+    if weight.ndim == 1 or len(weight) == 1:
+        return F.rms_norm(x, x.shape[-1:], weight.flatten(), eps)
+    return scale_runs(F.rms_norm(x, x.shape[-1:], None, eps), weight)
+
+
+def scale_runs(x: Tensor, scale: Tensor) -> Tensor:
+    """x: (L, D) times scale: (R, D), a row for each of R equal runs of x's rows: R is 1, L, or in between."""
+    return (x.unflatten(0, (len(scale), -1)) * scale.unsqueeze(1)).flatten(0, 1)
 
 
 class SwiGLU(nn.Module):

@@ -60,7 +60,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = MidBlock(widths[-1], groups)
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor, area: int | None) -> Tensor:  # (B, 3, H, W) -> (B, 2C, h, w)
@@ -81,7 +81,7 @@ class Decoder(nn.Module):
             UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, upsample=i < last)
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], eps=1e-6)
+        self.conv_norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
     def forward(self, x: Tensor, area: int | None) -> Tensor:  # (B, C, h, w) -> (B, 3, H, W)
@@ -130,9 +130,9 @@ class ResnetBlock(nn.Module):
 
     def __init__(self, width_in: int, width: int, groups: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, width_in, eps=1e-6)
+        self.norm1 = GroupNorm(groups, width_in)
         self.conv1 = nn.Conv2d(width_in, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, width, eps=1e-6)
+        self.norm2 = GroupNorm(groups, width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1)
         self.conv_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
 
@@ -178,7 +178,7 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, groups: int):
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, width, eps=1e-6)
+        self.group_norm = GroupNorm(groups, width)
         self.to_q = nn.Linear(width, width)
         self.to_k = nn.Linear(width, width)
         self.to_v = nn.Linear(width, width)
@@ -192,39 +192,58 @@ class Attention(nn.Module):
         return x + self.to_out[0](out).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+class GroupNorm(nn.GroupNorm):
+    """Group norm, also as a scale and a shift, and to full precision in the channels-last layout.
+
+    There torch takes the variance on the CPU as a difference of large sums, and loses three digits where the mean is
+    twenty standard deviations.
+    """
+
+    def __init__(self, groups: int, width: int):
+        super().__init__(groups, width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if layout(x) is not torch.channels_last:
+            return super().forward(x)
+        scale, shift = self.scale_and_shift(x, None)
+        return torch.addcmul(shift, x, scale).to(x.dtype)
+
+    def scale_and_shift(self, x: Tensor, area: int | None) -> tuple[Tensor, Tensor]:
+        """norm(x) = shift + x * scale, both (B, C, 1, 1), float32, for the whole of x.
+
+        Each band's and channel's moments are taken in two passes, then joined (Chan, Golub and LeVeque 1979).
+        """
+        bands = x.split(band_rows(x, area), dim=2)
+        moments = [moments_of(band.permute(0, 2, 3, 1).flatten(1, 2).float()) for band in bands]
+        means, variances = (torch.stack(m).unflatten(2, (self.num_groups, -1)) for m in zip(*moments))
+        share = torch.tensor([band.shape[2] / x.shape[2] for band in bands], device=x.device).view(-1, 1, 1, 1)
+        share = share / means.shape[3]  # of each (band, sample, group, channel) in its group
+        mean = (share * means).sum((0, 3), keepdim=True)
+        variance = (share * (variances + (means - mean).square())).sum((0, 3), keepdim=True)
+        scale = self.weight * (variance + self.eps).rsqrt().expand(means[:1].shape).flatten(2)  # (1, B, C)
+        shift = self.bias - mean.expand(means[:1].shape).flatten(2) * scale
+        return scale[0, :, :, None, None], shift[0, :, :, None, None]
+
+
+def moments_of(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel. (B, L, C) float32 -> two of (B, C)."""
+    mean = positions.mean(1, keepdim=True)
+    return mean.squeeze(1), (positions - mean).square_().mean(1)
+
+
 def norm_silu_conv(
-    norm: nn.GroupNorm, conv: nn.Conv2d, x: Tensor, area: int | None, add_to: Tensor | None = None
+    norm: GroupNorm, conv: nn.Conv2d, x: Tensor, area: int | None, add_to: Tensor | None = None
 ) -> Tensor:
     """conv(silu(norm(x))), plus `add_to`, which is written over where there is an `area`."""
     if area is None:
         x = F.silu(norm(x), inplace=True)
         return conv(x) if add_to is None else conv(x).add_(add_to)
-    scale, shift = affine_of(norm, x, area)
+    scale, shift = norm.scale_and_shift(x, area)
 
     def layer(band: Tensor) -> Tensor:
         return conv(F.silu(torch.addcmul(shift, band, scale).to(x.dtype), inplace=True))
 
     return in_bands(layer, x, area, out=add_to, add=add_to is not None)
-
-
-def affine_of(norm: nn.GroupNorm, x: Tensor, area: int) -> tuple[Tensor, Tensor]:
-    """The group norm of the whole x as a scale and a shift of each channel: norm(x) = shift + x * scale.
-
-    Moments are taken band by band in float32 and joined (Chan, Golub and LeVeque 1979), without a copy of x.
-    """
-    groups = x.unflatten(1, (norm.num_groups, -1))  # (B, G, C / G, h, w)
-    bands = groups.split(band_rows(x, area), dim=3)
-    moments = [torch.var_mean(band.float(), dim=(2, 3, 4), correction=0) for band in bands]
-    share = torch.tensor([band.shape[3] / x.shape[2] for band in bands], device=x.device).view(-1, 1, 1)
-    variances, means = (torch.stack(m) for m in zip(*moments))  # (bands, B, G)
-    mean = (share * means).sum(0)
-    variance = (share * (variances + (means - mean).square())).sum(0)
-
-    def of_channels(m: Tensor) -> Tensor:  # (B, G) -> (B, C, 1, 1)
-        return m.repeat_interleave(norm.num_channels // norm.num_groups, dim=1)[..., None, None]
-
-    scale = of_channels((variance + norm.eps).rsqrt()) * norm.weight[:, None, None]
-    return scale, norm.bias[:, None, None] - of_channels(mean) * scale
 
 
 def in_bands(
@@ -266,6 +285,6 @@ def in_layout(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=layout(x))
 
 
-def band_rows(x: Tensor, area: int) -> int:
+def band_rows(x: Tensor, area: int | None) -> int:
     """How many of x's rows hold about `area` positions: an even number, so that halving meets no half rows."""
-    return max(2, area // x.shape[3] // 2 * 2)
+    return x.shape[2] if area is None else max(2, area // x.shape[3] // 2 * 2)

@@ -80,7 +80,7 @@ def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
         raise InputError(f"{path} is a pickle, which can run code when opened: convert it to safetensors first")
     if not path.is_dir():
         if not path.is_file():
-            raise InputError(f"{path} is missing")
+            raise InputError(f"{path} is missing: check the path, or download it again")
         if path.suffix != ".safetensors":
             raise InputError(f"{path} is no safetensors file, the only kind that is read")
         return [path], {}
@@ -99,7 +99,7 @@ def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
         pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLES]
         if pickles:
             raise InputError(f"{path} holds only pickles ({few(pickles)}): convert them to safetensors first")
-        raise InputError(f"{path} holds no safetensors file")
+        raise InputError(f"{path} holds no safetensors file: download it again")
     return files, {}
 
 
@@ -236,7 +236,7 @@ def _write_one(
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % 64)  # so that mapped tensors start where vector units like it
     with _whole(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:

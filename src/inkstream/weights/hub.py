@@ -11,8 +11,16 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    ModelInfo,
+    constants,
+    get_cached_repo_tree,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -21,12 +29,16 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from inkstream.types import InputError
+from inkstream.weights.transfer import transfer
 
 OFFICIAL = "huggingface.co"
 """The only host that is ever sent the user's token."""
+
+LARGE = 1 << 24
+"""Bytes from which on a file is worth going on with in the middle."""
 
 
 class Offer(NamedTuple):
@@ -38,11 +50,17 @@ class Offer(NamedTuple):
 
 
 def cached(repo: str, patterns: Sequence[str]) -> Path | None:
-    """The repository's folder in the cache, if all its files that match are there. Asks nobody."""
+    """The repository's folder in the cache, if all its files that match are there. Asks nobody.
+
+    Where the cache has no list of the repository's files, what is there counts as all only if nobody can be asked.
+    """
     try:
-        return Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
-    except (LocalEntryNotFoundError, HFValidationError):
+        folder = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
+        if not constants.HF_HUB_OFFLINE:
+            get_cached_repo_tree(repo)
+    except (LocalEntryNotFoundError, CachedRepoTreeNotFoundError, HFValidationError):
         return None
+    return folder
 
 
 def cached_file(repo: str, name: str) -> Path | None:
@@ -54,37 +72,39 @@ def cached_file(repo: str, name: str) -> Path | None:
 def offer(repo: str, patterns: Sequence[str]) -> Offer:
     """Ask the hub what a download of the files that match would be. InputError as `fetch`."""
     try:
-        info = HfApi(token=_token()).model_info(repo, files_metadata=True)
+        info, sizes, missing = _ask(repo, patterns)
     except Exception as error:  # the network has many ways to fail
         _explain(repo, error)
-    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
-    files = {name: files[name] for name in filter_repo_objects(files, allow_patterns=list(patterns))}
-    here = {name for name in files if isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)}
     licence = info.card_data.get("license") if info.card_data is not None else None
-    return Offer(sum(n for name, n in files.items() if name not in here), sum(files.values()), licence)
+    return Offer(sum(missing.values()), sum(sizes.values()), licence)
 
 
 def fetch(repo: str, patterns: Sequence[str], progress: Callable[[int], None] | None = None) -> Path:
     """Download the files that match into the cache and return their folder; a complete one there is taken as it is.
 
-    Files that are whole are never fetched twice, and a broken connection is taken up where it broke. progress: told the
-    bytes received so far. InputError, one line with the remedy, where the repository is not there, is gated, the hub
-    cannot be reached, or the disk is full.
+    What has come is not fetched again, not even when the process was ended in the middle of a large file. progress:
+    told how many of the bytes that `offer` calls missing are here; what it raises ends the download. InputError, one
+    line with the remedy, where the repository is not there or gated, the hub cannot be reached, or the disk is full.
     """
     folder = cached(repo, patterns)
     if folder is not None:
         return folder
     try:
-        return Path(
-            snapshot_download(
-                repo,
-                allow_patterns=list(patterns),
-                token=_token(),
-                tqdm_class=_bar(progress or (lambda done: None)),  # type: ignore[arg-type]
-            )
-        )
+        info, _, missing = _ask(repo, patterns)
+        count = _counter(progress or (lambda done: None))
+        large = sorted((name for name in missing if missing[name] >= LARGE), key=lambda name: -missing[name])
+        transfer(repo, str(info.sha), large, token(), count)
+        folder = Path(snapshot_download(repo, allow_patterns=list(patterns), token=token(), tqdm_class=_Silent))
+        count(sum(size for name, size in missing.items() if name not in large))
+        return folder
     except Exception as error:  # the network has many ways to fail
         _explain(repo, error)
+
+
+def token() -> bool | None:
+    """None lets huggingface_hub send the token it finds; False keeps it back from a mirror."""
+    endpoint = urlsplit(constants.ENDPOINT)
+    return None if (endpoint.scheme, endpoint.hostname) == ("https", OFFICIAL) else False
 
 
 def check_space(repo: str, needed: int) -> None:
@@ -100,37 +120,35 @@ def check_space(repo: str, needed: int) -> None:
         )
 
 
-def _token() -> bool | None:
-    """None lets huggingface_hub send the token it finds; False keeps it back from a mirror."""
-    endpoint = urlsplit(constants.ENDPOINT)
-    return None if (endpoint.scheme, endpoint.hostname) == ("https", OFFICIAL) else False
+def _ask(repo: str, patterns: Sequence[str]) -> tuple[ModelInfo, dict[str, int], dict[str, int]]:
+    """What the hub says of a repository; sizes of the files that match; and of those that are not in the cache."""
+    info = HfApi(token=token()).model_info(repo, files_metadata=True)
+    files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    sizes = {name: files[name] for name in filter_repo_objects(files, allow_patterns=list(patterns))}
+    missing = {
+        name: size
+        for name, size in sizes.items()
+        if not isinstance(try_to_load_from_cache(repo, name, revision=info.sha), str)
+    }
+    return info, sizes, missing
 
 
-def _bar(progress: Callable[[int], None]) -> type[tqdm]:
-    """A bar that draws nothing and tells how many bytes have come. huggingface_hub keeps one or two such bars."""
+def _counter(progress: Callable[[int], None]) -> Callable[[int], None]:
+    """Adds up what several threads tell it, and tells the sum."""
+    total, lock = 0, threading.Lock()
 
-    class Bar(tqdm):
-        def __init__(self, *args: Any, **options: Any):
-            super().__init__(*args, **{**options, "file": _Nowhere(), "disable": False})
+    def count(size: int) -> None:
+        nonlocal total
+        with lock:
+            total += size
+            progress(total)
 
-        def update(self, n: float | None = 1) -> bool | None:
-            # Downloads run in threads that the interpreter waits for: without this, Ctrl-C ends with the last file.
-            if not threading.main_thread().is_alive():
-                raise KeyboardInterrupt
-            shown = super().update(n)
-            if self.unit == "B":
-                progress(int(self.n))
-            return shown
-
-    return Bar
+    return count
 
 
-class _Nowhere:
-    def write(self, text: str) -> int:
-        return len(text)
-
-    def flush(self) -> None:
-        pass
+class _Silent(tqdm):
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **{**options, "disable": True})
 
 
 def _explain(repo: str, error: Exception) -> NoReturn:
@@ -140,17 +158,23 @@ def _explain(repo: str, error: Exception) -> NoReturn:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__) is not None:
         chain.append(cause)
-    if isinstance(error, HFValidationError):
+
+    def met(kind: type[BaseException]) -> bool:
+        return any(isinstance(e, kind) for e in chain)
+
+    if met(InputError):
+        raise error
+    if met(HFValidationError):
         text = f"{repo} is no repository's name: it reads OWNER/NAME"
-    elif any(isinstance(e, OfflineModeIsEnabled) for e in chain):
+    elif met(OfflineModeIsEnabled):
         text = f"{repo} is not whole in the cache and HF_HUB_OFFLINE is set: unset it once, or give a local path"
-    elif any(isinstance(e, GatedRepoError) for e in chain):
+    elif met(GatedRepoError):
         text = f"{repo} is gated: accept its terms at {where}/{repo}, then log in with `hf auth login`"
-    elif any(isinstance(e, RepositoryNotFoundError) for e in chain):
+    elif met(RepositoryNotFoundError):
         text = f"{where} has no repository {repo}, or it is private: check the name, or log in with `hf auth login`"
     elif any(isinstance(e, OSError) and e.errno == errno.ENOSPC for e in chain):
         text = f"the disk with {constants.HF_HUB_CACHE} is full: make room, or set HF_HOME to a folder on another disk"
-    elif any(isinstance(e, HfHubHTTPError) for e in chain):
+    elif met(HfHubHTTPError):
         text = f"{where} refused {repo} ({reason}): try again later"
     else:
         text = f"{repo} could not be fetched from {where} ({reason}): check the connection and try again"

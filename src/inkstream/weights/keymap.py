@@ -65,7 +65,7 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Tensor], back: bool = F
     parts are not of equal shape, and where two keys would become one.
     """
     out: dict[str, Tensor] = {}
-    origin: dict[str, str] = {}  # our key -> the one it came from; of a fused one, the last part met
+    origin: dict[str, str] = {}  # our key -> the one it came from; of a fused one, the first part met
     gathered: dict[str, dict[str, Tensor | None]] = {}  # a fused key -> its parts, in their order
 
     def put(name: str, tensor: Tensor, key: str) -> None:
@@ -90,12 +90,10 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Tensor], back: bool = F
                 gathered[name] = dict.fromkeys(sources)
             gathered[name][key] = tensor
         elif len(targets) > 1:
-            if tensor.ndim == 0 or len(tensor) % len(targets):
-                raise InputError(f"{key} is {tuple(tensor.shape)}: {len(targets)} parts of equal height were expected")
-            for name, part in zip(targets, tensor.chunk(len(targets))):
+            for name, part in zip(targets, _cut(key, tensor, len(targets))):
                 put(name, part, key)
         elif targets:
-            put(targets[0], _reshape(tensor, rule.shape, back), key)
+            put(targets[0], _reshape(key, tensor, rule.shape, back), key)
     for name, parts in gathered.items():
         out[name] = _fuse(name, parts)
     return out
@@ -109,17 +107,31 @@ def _fuse(name: str, parts: Mapping[str, Tensor | None]) -> Tensor:
     if len({part.shape for part in tensors}) > 1 or tensors[0].ndim == 0:
         shapes = ", ".join(f"{key} {tuple(part.shape)}" for key, part in zip(parts, tensors))
         raise InputError(f"{name} is made of parts that are not of equal shape: {shapes}")
-    return torch.cat(tensors)
+    return _join(tensors)
 
 
-def _reshape(tensor: Tensor, shape: Shape, back: bool) -> Tensor:
+def _join(tensors: Sequence[Tensor]) -> Tensor:
+    """Equal tensors, one after the other along the rows."""
+    if tensors[0].is_meta:  # torch.cat would import torch's tracer first, which takes longer than to read all headers
+        return tensors[0].new_empty(sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
+    return torch.cat(list(tensors))
+
+
+def _cut(key: str, tensor: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Views of equal height."""
+    if tensor.ndim == 0 or len(tensor) % count:
+        raise InputError(f"{key} is {tuple(tensor.shape)}: {count} parts of equal height were expected")
+    return tensor.chunk(count)
+
+
+def _reshape(key: str, tensor: Tensor, shape: Shape, back: bool) -> Tensor:
     if shape == "swap":
-        return torch.cat(tensor.chunk(2)[::-1])
+        return _join(_cut(key, tensor, 2)[::-1])
     if shape == "row" and not back:
         return tensor.reshape(1, -1)
     if shape == "conv1x1" and back and tensor.ndim == 2:
         return tensor[:, :, None, None]
-    if shape == "conv1x1" and not back and tensor.ndim == 4:
+    if shape == "conv1x1" and not back and tensor.shape[2:] == (1, 1):
         return tensor[:, :, 0, 0]
     return tensor
 

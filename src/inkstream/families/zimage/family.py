@@ -66,7 +66,7 @@ class ZImage:
         self.text_encoder = modules["text_encoder"]
         self.vae: Any = modules["vae"]
         self.tokenizer = tokenizer
-        self._encode_tokens = lru_cache(PROMPTS_KEPT)(self._encode_tokens)
+        self._encode_once = lru_cache(PROMPTS_KEPT)(self._encode_once)
 
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], shift: float | None, name: str) -> Spec:
@@ -81,19 +81,26 @@ class ZImage:
         return replace(known, name=name, shift=shift, **configs)
 
     def encode(self, prompt: str) -> Conditioning:
-        return self._encode_tokens(tuple(tokenize(self.tokenizer, chat_prompt(prompt))))
+        return self._encode_once(self.tokens(prompt))
 
-    def _encode_tokens(self, ids: tuple[int, ...]) -> Conditioning:
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        return tuple(tokenize(self.tokenizer, chat_prompt(prompt)))
+
+    def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
         device = next(self.text_encoder.parameters()).device
+        lengths = tuple(len(ids) for ids in prompts)
+        ids = torch.tensor([i for ids in prompts for i in ids], device=device)
+        return Conditioning(self.text_encoder(ids, lengths), lengths)
+
+    def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
         with torch.no_grad():
-            states = self.text_encoder(torch.tensor(ids, device=device), [len(ids)])
-        return Conditioning(states, (len(ids),))
+            return self.encode_tokens([ids])
 
     def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
         _, h, w = self.latent_shape(width, height)
         scales = self.transformer.scales([1 - t for t in dict.fromkeys(times)]) if times else {}
-        samples = (self.transformer.prepare(cond[i].tokens, h, w) for i in range(len(cond)))
-        return [replace(sample, scales=scales) for sample in samples]
+        samples = self.transformer.prepare_all(cond.tokens.split(list(cond.lengths)), h, w)
+        return [replace(sample, scales=scales) for sample in samples] if scales else samples
 
     def answer(self, queries: Sequence[Query], prepared: Sequence[Prepared]) -> list[Tensor]:
         xs, times = [q.x for q in queries], [1 - q.t for q in queries]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from inkstream.families.zimage.specs import ZImageConfig
 from inkstream.nn.attention import attend
-from inkstream.nn.layers import SwiGLU, TimestepEmbedder, rms_norm
+from inkstream.nn.layers import SwiGLU, TimestepEmbedder, rms_norm, scale_runs
 from inkstream.nn.rope import Rope, rope, rotate
 from inkstream.nn.stack import run_blocks
 
@@ -57,6 +58,14 @@ class Prepared:
         return padded(self.grid[0] * self.grid[1])
 
 
+class Keep(NamedTuple):
+    """Of each sample the first counts[i] tokens, from starts[i]; rows: of their norms' weights, as in `Block`."""
+
+    starts: Sequence[int]
+    counts: Sequence[int]
+    rows: Tensor | None
+
+
 class ZImageTransformer(nn.Module):
     """Predicts image - noise at a point of the path. Build it on meta; weights are assigned."""
 
@@ -82,17 +91,23 @@ class ZImageTransformer(nn.Module):
     # Once per prompt, size and schedule -----------------------------------------------------------------------------
 
     def prepare(self, caption: Tensor, height: int, width: int) -> Prepared:
-        """caption: (L, cap_feat_dim) the text encoder's states; height, width of the latents, even.
+        """caption: (L, cap_feat_dim) the text encoder's states; height, width of the latents, even."""
+        return self.prepare_all([caption], height, width)[0]
+
+    def prepare_all(self, captions: Sequence[Tensor], height: int, width: int) -> list[Prepared]:
+        """As `prepare`, for many captions in one pass.
 
         Caption token k stands at (1 + k, 0, 0) on the axes (sequence, row, column), the picture's patch (r, c) at
         (1 + padded caption, r, c), the picture's pads at 0.
         """
         grid = (height // self.config.patch_size, width // self.config.patch_size)
-        rows = padded(len(caption))
-        caption_rope = self._rope(line(1, rows))
-        picture = self._rope(with_pads(plane(rows + 1, *grid)))
-        context = self._refine(self.context_refiner, self._embed_caption([caption]), caption_rope)
-        return Prepared(context, context[:0], Rope.cat([picture, caption_rope]), grid)
+        lengths = [padded(len(caption)) for caption in captions]
+        caption_rope = {n: self._rope(line(1, n)) for n in set(lengths)}
+        picture_rope = {n: self._rope(with_pads(plane(n + 1, *grid))) for n in set(lengths)}
+        whole = {n: Rope.cat([picture_rope[n], caption_rope[n]]) for n in set(lengths)}
+        table = Rope.cat([caption_rope[n] for n in lengths])
+        context = self._refine(self.context_refiner, self._embed_caption(captions), table, lengths)
+        return [Prepared(c, c[:0], whole[n], grid) for c, n in zip(context.split(lengths), lengths)]
 
     def prepare_omni(
         self,
@@ -124,7 +139,7 @@ class ZImageTransformer(nn.Module):
             at += 2
         embedded = self._embed_caption(captions)
         caption_rope = self._rope(torch.cat(caption_positions))
-        context = [self._refine(self.context_refiner, embedded, caption_rope)]
+        context = [self._refine(self.context_refiner, embedded, caption_rope, [len(embedded)])]
         context_rope = [caption_rope]
         if siglip:
             # The release flattens the grid with channels first; its weights were trained on that order of numbers.
@@ -133,7 +148,7 @@ class ZImageTransformer(nn.Module):
             # The target has no SigLIP features: a stretch of pads stands in its place, at position 0.
             features = torch.cat([features, self.siglip_pad_token.expand(PAD_MULTIPLE, -1)])
             siglip_rope = self._rope(torch.cat([*siglip_positions, torch.zeros(PAD_MULTIPLE, 3, dtype=torch.long)]))
-            context.append(self._refine(self.siglip_refiner, features, siglip_rope))
+            context.append(self._refine(self.siglip_refiner, features, siglip_rope, [len(features)]))
             context_rope.append(siglip_rope)
         clean = [torch.zeros(padded(grid[0] * grid[1]), dtype=torch.bool)]
         clean += [torch.ones(padded(r.shape[-2] * r.shape[-1] // p**2), dtype=torch.bool) for r in references]
@@ -151,19 +166,22 @@ class ZImageTransformer(nn.Module):
 
     def scales(self, times: Sequence[float]) -> dict[float, Scales]:
         """The modulation of every block at each time, all in one pass. times: the model's own, 0 noise to 1 image."""
+        return {t: Scales(*both) for t, *both in zip(times, *self._scales(times))}
+
+    def _scales(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """Norm weights (T, M, 4, D) and final scales (T, D)."""
         device = self.x_pad_token.device
         t = torch.tensor([t * self.config.t_scale for t in times], dtype=torch.float32, device=device)
         c = self.t_embedder(t)
         norms = torch.stack([block.norm_weights(c) for block in (*self.noise_refiner, *self.layers)], dim=1)
-        final = self.final_layer.scale(c)
-        return {t: Scales(norms[i], final[i]) for i, t in enumerate(times)}
+        return norms, self.final_layer.scale(c)
 
     # Every step -----------------------------------------------------------------------------------------------------
 
     def forward(self, xs: Sequence[Tensor], times: Sequence[float], prepared: Sequence[Prepared]) -> list[Tensor]:
         """Noisy latents, each (C, h, w) of its own size, at each one's time -> image - noise, shaped alike."""
         p = self.config.patch_size
-        norms, finals, rows = self._modulation(times, prepared)
+        norms, finals = self._modulation(times, prepared)
         counts = [s.target_tokens + len(s.references) for s in prepared]  # of picture tokens
         lengths = [n + len(s.context) for n, s in zip(counts, prepared)]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
@@ -172,54 +190,48 @@ class ZImageTransformer(nn.Module):
         embedded = self.x_embedder(torch.cat(patches)).split([len(t) for t in patches])
         x = torch.cat([t for e, s in zip(embedded, prepared) for t in (fill(e, self.x_pad_token), s.references)])
         picture_rope = Rope.cat([s.rope[:n] for s, n in zip(prepared, counts)])
-        picture_rows = None if rows is None else take(rows, starts, counts)
+        rows = rows_of(prepared, counts, len(norms))
         x = run_blocks(
-            self.noise_refiner,
-            x,
-            lambda i, block, x: block(x, norms[:, i], picture_rows, picture_rope, counts),
+            self.noise_refiner, x, lambda i, block, x: block(x, norms[:, i], rows, picture_rope, counts)
         )
 
         pictures = x.split(counts)
         x = torch.cat([t for picture, s in zip(pictures, prepared) for t in (picture, s.context)])
         table = Rope.cat([s.rope for s in prepared])
         targets = [s.target_tokens for s in prepared]
+        rows, target_rows = (rows_of(prepared, n, len(norms)) for n in (lengths, targets))
+        keep = Keep(starts, targets, target_rows)
         first, last = len(self.noise_refiner), len(self.layers) - 1
 
         def call(i: int, block: nn.Module, x: Tensor) -> Tensor:
             # Of the last block only the target's rows are read, so only they are computed.
-            return block(x, norms[:, first + i], rows, table, lengths, keep=(starts, targets) if i == last else None)
+            return block(x, norms[:, first + i], rows, table, lengths, keep if i == last else None)
 
         x = run_blocks(self.layers, x, call)
-        x = self.final_layer(x, finals if rows is None else finals[take(rows, starts, targets)])
+        x = self.final_layer(x, finals if target_rows is None else finals[target_rows])
         return [
             unpatchify(out[: s.grid[0] * s.grid[1]], *s.grid, p).float() for out, s in zip(x.split(targets), prepared)
         ]
 
-    def _modulation(
-        self, times: Sequence[float], prepared: Sequence[Prepared]
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Norm weights (T, M, 4, D) and final scales (T, D) of the T different times, and each token's row of them;
-        no rows where one time serves all."""
-        wanted = list(dict.fromkeys([*times, *([CLEAN] if any(s.clean is not None for s in prepared) else [])]))
-        known = {t: s.scales[t] for t in wanted for s in prepared if t in s.scales}
-        missing = [t for t in wanted if t not in known]
+    def _modulation(self, times: Sequence[float], prepared: Sequence[Prepared]) -> tuple[Tensor, Tensor]:
+        """Norm weights (R, M, 4, D) and final scales (R, D): a row for each sample and behind them CLEAN's if there are
+        clean tokens; a single row where one time serves all."""
+        times = [*times, CLEAN] if any(s.clean is not None for s in prepared) else times
+        times = times[:1] if len(set(times)) == 1 else times
+        known = {t: s.scales[t] for s in prepared for t in times if t in s.scales}
+        missing = [t for t in dict.fromkeys(times) if t not in known]
+        if len(missing) == len(times):  # as in training, where the gradient of rows picked one by one would be slow
+            return self._scales(times)
         known.update(self.scales(missing) if missing else {})
-        norms, finals = torch.stack([known[t].norms for t in wanted]), torch.stack([known[t].final for t in wanted])
-        if len(wanted) == 1:
-            return norms, finals, None
-        rows = []
-        for t, s in zip(times, prepared):
-            own = torch.full((len(s.rope.cos),), wanted.index(t), device=norms.device)
-            rows.append(own if s.clean is None else own.masked_fill(s.clean, wanted.index(CLEAN)))
-        return norms, finals, torch.cat(rows)
+        return torch.stack([known[t].norms for t in times]), torch.stack([known[t].final for t in times])
 
     def _embed_caption(self, segments: Sequence[Tensor]) -> Tensor:
         dtype = self.cap_pad_token.dtype
         return torch.cat([fill(self.cap_embedder(s.to(dtype)), self.cap_pad_token) for s in segments])
 
-    def _refine(self, blocks: nn.ModuleList, x: Tensor, table: Rope) -> Tensor:
+    def _refine(self, blocks: nn.ModuleList, x: Tensor, table: Rope, lengths: Sequence[int]) -> Tensor:
         return run_blocks(
-            blocks, x, lambda i, block, x: block(x, block.norm_weights(None), None, table, [len(x)])
+            blocks, x, lambda i, block, x: block(x, block.norm_weights(None), None, table, lengths)
         )
 
     def _rope(self, positions: Tensor) -> Rope:
@@ -257,18 +269,19 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,  # (N, D) packed
-        weights: Tensor,  # (T, 4, D) of the norms
-        rows: Tensor | None,  # (N,) each token's row of weights; None: all row 0
+        weights: Tensor,  # (R, 4, D) of the norms
+        rows: Tensor | None,  # (N,) each token's row of weights; None: the tokens are R equal runs, a row each
         table: Rope,
         lengths: Sequence[int],
-        keep: tuple[Sequence[int], Sequence[int]] | None = None,  # starts and counts of the rows to compute
+        keep: Keep | None = None,  # the tokens to compute
     ) -> Tensor:
         def norm(y: Tensor, which: int, rows: Tensor | None) -> Tensor:
-            return rms_norm(y, weights[0, which] if rows is None else weights[:, which][rows], self.eps)
+            own = weights[:, which]
+            return rms_norm(y, own if rows is None else own[rows], self.eps)
 
         attention = self.attention(norm(x, 0, rows), table, lengths, keep)
         if keep is not None:
-            x, rows = take(x, *keep), None if rows is None else take(rows, *keep)
+            x, rows = take(x, keep.starts, keep.counts), keep.rows
         x = x + norm(attention, 1, rows)
         return x + norm(self.feed_forward(norm(x, 2, rows)), 3, rows)
 
@@ -285,15 +298,13 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(dim // heads)
         self.k_norm = nn.RMSNorm(dim // heads)
 
-    def forward(
-        self, x: Tensor, table: Rope, lengths: Sequence[int], keep: tuple[Sequence[int], Sequence[int]] | None
-    ) -> Tensor:  # x: (N, D)
+    def forward(self, x: Tensor, table: Rope, lengths: Sequence[int], keep: Keep | None) -> Tensor:  # x: (N, D)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (N, H, E)
         k = rotate(rms_norm(k, self.k_norm.weight, self.eps), table)
+        counts = lengths
         if keep is not None:
-            q, table, counts = take(q, *keep), Rope(take(table.cos, *keep), take(table.sin, *keep)), keep[1]
-        else:
-            counts = lengths
+            q, cos, sin = (take(s, keep.starts, keep.counts) for s in (q, table.cos, table.sin))
+            table, counts = Rope(cos, sin), keep.counts
         q = rotate(rms_norm(q, self.q_norm.weight, self.eps), table)
         return self.out(attend(q, k, v, counts, lengths).flatten(1))
 
@@ -310,8 +321,8 @@ class FinalLayer(nn.Module):
         """c: (T, 256) -> (T, D)."""
         return 1 + self.adaLN_modulation(c)
 
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # x: (N, D), scale: (1 or N, D)
-        return self.linear(F.layer_norm(x, x.shape[-1:], eps=1e-6) * scale)
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # x: (N, D), scale: (R, D)
+        return self.linear(scale_runs(F.layer_norm(x, x.shape[-1:], eps=1e-6), scale))
 
 
 def padded(length: int) -> int:
@@ -323,6 +334,19 @@ def fill(x: Tensor, pad: Tensor) -> Tensor:
     """Append the learned pad token up to the multiple. x: (L, D), pad: (1, D)."""
     missing = padded(len(x)) - len(x)
     return torch.cat([x, pad.expand(missing, -1)]) if missing else x
+
+
+def rows_of(prepared: Sequence[Prepared], counts: Sequence[int], rows: int) -> Tensor | None:
+    """Which of the modulation's rows is each token's, of the first counts[i] tokens of every sample; None where the
+    tokens are `rows` equal runs, one a row."""
+    clean = any(s.clean is not None for s in prepared)
+    if rows == 1 or (len(set(counts)) == 1 and not clean):
+        return None
+    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(prepared[0].context.device)
+    if not clean:
+        return owner
+    masks = [owner.new_zeros(n, dtype=torch.bool) if s.clean is None else s.clean[:n] for s, n in zip(prepared, counts)]
+    return owner.masked_fill(torch.cat(masks), rows - 1)
 
 
 def take(x: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:

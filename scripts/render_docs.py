@@ -1,0 +1,75 @@
+"""Render docs/cli.md from the command line itself.
+
+    python scripts/render_docs.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+from cyclopts import Argument
+
+from inkstream.cli import app
+
+PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+HEAD = """# The command line
+
+Rendered from the code by `scripts/render_docs.py`; a test keeps it true.
+
+Results go to stdout, talk to stderr. The exit code is 0 when all is done, 2 where what was asked cannot be done (one
+line says why, and what to do instead), 1 for an error of ours, 130 when interrupted: pictures that were finished stay.
+Every command takes `--help`, and `--debug` for the traceback of an error.
+"""
+
+
+def render() -> str:
+    """The whole page."""
+    return "\n".join([HEAD, *(line for name in commands() for line in section(name))])
+
+
+def commands() -> list[str]:
+    """Names of the commands, without flags such as --help, in the order they were written."""
+    return [name for name in app if not name.startswith("-")]
+
+
+def arguments(command: str) -> list[Argument]:
+    """What a command takes, in the order of its help."""
+    every = app[command].assemble_argument_collection(default_parameter=app.default_parameter, parse_docstring=True)
+    return [argument for argument in every if argument.parse and argument.show]
+
+
+def section(command: str) -> Iterator[str]:
+    yield f"## inkstream {command}"
+    yield ""
+    yield app[command].help.partition("Parameters\n")[0].strip()
+    yield ""
+    rows = [row(argument) for argument in arguments(command)]
+    yield "| Option | Takes | Default | Meaning |"
+    yield "|---|---|---|---|"
+    yield from ("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in rows)
+    yield ""
+
+
+def row(argument: Argument) -> tuple[str, str, str, str]:
+    names = ", ".join(f"`{name}`" for name in argument.names if name.startswith("-"))
+    if argument.is_positional_only() or argument.index is not None:
+        names = f"`{argument.name.lstrip('-').upper()}`, {names}".removesuffix(", ")
+    default = argument.field_info.default
+    shown = "required" if argument.required else "" if default in (None, "") or default is False else f"`{default}`"
+    return names, takes(argument.hint), shown, " ".join((argument.parameter.help or "").split())
+
+
+def takes(hint: Any) -> str:
+    """What kind of value an option takes, in words."""
+    if get_origin(hint) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(hint))
+    if hint is not None and get_args(hint):
+        return next(takes(kind) for kind in get_args(hint) if kind is not type(None))
+    return {bool: "", int: "whole number", float: "number"}.get(hint, "text")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render())
+    print(PAGE)

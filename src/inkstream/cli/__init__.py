@@ -1,0 +1,126 @@
+"""The command line: one short function per command. Results go to stdout, talk to stderr; torch is imported late."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Annotated, Literal, NoReturn
+
+from cyclopts import App, Parameter
+
+from inkstream import __version__
+
+Json = Annotated[bool, Parameter(show_default=False, help="Print one JSON document on stdout.")]
+Yes = Annotated[bool, Parameter(alias="-y", show_default=False, help="Download what is missing without asking.")]
+
+app = App(
+    name="inkstream",
+    version=__version__,
+    help="Text to image with Z-Image, on your own machine.",
+    help_epilogue="inkstream COMMAND --help lists a command's options; --debug adds the traceback to an error.",
+    help_format="plaintext",  # markdown would cost a third of the time of --help
+    default_parameter=Parameter(negative=""),
+    suppress_keyboard_interrupt=False,  # `main` has a way of its own
+)
+GENERATE = """Draw pictures of a prompt, or draw a picture again.
+
+The prompt is read from stdin where it is -. Where stdout is a pipe and neither --output nor --json is given, the
+picture itself goes there, as a PNG. Options left out take the model's own defaults."""
+app.command("inkstream.cli.generate:generate", help=GENERATE)  # by its path: its options need a slow import
+
+
+@app.command
+def info(
+    picture: Annotated[str, Parameter(help="A PNG, WebP or JPEG, whoever wrote it.")], *, json: Json = False
+) -> None:
+    """Show what a picture is and the request it carries."""
+    from inkstream.cli.lines import print_facts, print_json
+    from inkstream.engine.metadata import describe
+
+    facts = describe(picture)
+    print_json(facts) if json else print_facts(facts)
+
+
+@app.command
+def models(*, json: Json = False) -> None:
+    """List the models that are known by name."""
+    from inkstream.cli.lines import print_json
+    from inkstream.cli.models import list_models, print_models
+
+    known = list_models()
+    print_json(known) if json else print_models(known)
+
+
+@app.command
+def doctor(*, json: Json = False) -> None:
+    """Show what this machine has and which models fit it."""
+    from inkstream.cli.doctor import examine, print_findings
+    from inkstream.cli.lines import print_json
+
+    findings = examine()
+    print_json(findings) if json else print_findings(findings)
+
+
+@app.command
+def convert(source: str, folder: str, *, to: Literal["diffusers", "native"], yes: Yes = False) -> None:
+    """Write a model in another layout.
+
+    Parameters
+    ----------
+    source
+        A model's name, a folder or a single file.
+    folder
+        The folder to write.
+    to
+        diffusers: every part in its folder; native: the transformer as one file beside the other parts.
+    """
+    from inkstream.cli.download import agree_to_download
+    from inkstream.cli.terminal import Terminal
+    from inkstream.engine.convert import convert
+
+    with Terminal() as terminal:
+        agree_to_download(source, yes, terminal)
+        convert(source, folder, to, progress=terminal.show)
+    print(folder)
+
+
+def run() -> NoReturn:
+    """The process: `main`, and the way out."""
+    code = main()
+    if code == 130:  # a thread that is still loading or downloading would be waited for, or crash on the way out
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. The exit code: 0 done, 1 our own error, 2 what was asked cannot be done, 130 interrupted."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = ["--prompt=-" if word == "-" else word for word in words if word != "--debug"]
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost every other process its time
+    if not debug:
+        warnings.simplefilter("ignore")
+    try:
+        app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        from inkstream.cli.errors import explain
+
+        if debug:
+            import traceback
+
+            traceback.print_exc()
+        line, code = explain(error)
+        print(f"inkstream: {line}", file=sys.stderr)
+        return code
+    return 0

@@ -1,0 +1,68 @@
+"""Whatever goes wrong becomes one line that names the value and the remedy, and an exit code."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import cyclopts
+import pydantic
+
+from inkstream.types import InputError
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """The line to print and the exit code: 2 where the user can mend it, 1 where we have to."""
+    cause = error.__cause__
+    if isinstance(cause, pydantic.ValidationError):
+        error = cause
+    if isinstance(error, InputError):
+        return one_line(str(error)), 2
+    if isinstance(error, pydantic.ValidationError):
+        return explain_value(error), 2
+    if isinstance(error, cyclopts.UnusedCliTokensError):
+        word = (error.unused_tokens or ["?"])[0]
+        return one_line(f"{word} is one word too many: put a prompt of several words in quotes"), 2
+    if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
+        name = error.argument.name
+        name = name.lstrip("-").upper() if error.argument.index is not None else error.keyword or name
+        return f"{name} is missing its value: see inkstream {' '.join(error.command_chain or [])} --help", 2
+    if isinstance(error, cyclopts.RepeatArgumentError):
+        return f"{error.token.keyword} is given twice: give it once", 2
+    if isinstance(error, cyclopts.CycloptsError):
+        line = one_line(str(error))
+        remedy = " ".join(["inkstream", *(error.command_chain or []), "--help"])
+        return line if "Did you mean" in line or "Choose from" in line else f"{line} See {remedy}", 2
+    return one_line(f"{type(error).__name__}: {error} (this is our error: --debug shows where it happened)"), 1
+
+
+def explain_value(error: pydantic.ValidationError) -> str:
+    """The first value that a Request does not take, and what it would take instead."""
+    first = error.errors(include_url=False)[0]
+    context: dict[str, Any] = first.get("ctx", {})
+    bounds = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
+    name = "--" + str(first["loc"][0]).replace("_", "-")
+    kind, value = first["type"], one_line(str(first["input"]))
+    if kind == "literal_error":
+        choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
+        near = difflib.get_close_matches(value, choices, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"{name} {value} is not known: {hint}take one of {', '.join(choices)}"
+    remedies = {
+        "greater_than_equal": "is too small: give {ge} or more",
+        "greater_than": "is too small: give more than {gt}",
+        "less_than_equal": "is too large: give {le} or less",
+        "less_than": "is too large: give less than {lt}",
+        "int_parsing": "is not a whole number: give one such as 8",
+        "int_from_float": "is not a whole number: give one such as 8",
+        "int_parsing_size": "is too large a number: give a smaller one",
+        "float_parsing": "is not a number: give one such as 0.6",
+        "finite_number": "is not a finite number: give one such as 0.6",
+    }
+    return f"{name} {value} " + remedies.get(kind, "cannot be taken: " + first["msg"]).format(**bounds)
+
+
+def one_line(text: str) -> str:
+    """Text with its line breaks and runs of spaces made single spaces, and at most 500 characters of it."""
+    text = " ".join(text.split())
+    return text if len(text) <= 500 else text[:497] + "..."

@@ -1,0 +1,29 @@
+"""Plain lines on stdout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
+    """One `name: value` a line; what holds several facts is indented below its name."""
+    width = max((len(name) for name in facts), default=0)
+    for name, value in facts.items():
+        label = name.replace("_", " ") + ":"
+        if isinstance(value, Mapping):
+            print(f"{indent}{label}")
+            print_facts(value, indent + "  ")
+        else:
+            text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            print(f"{indent}{label:{width + 1}} {text}")
+
+
+def in_gigabytes(count: int) -> str:
+    """A number of bytes as people read it: 32.9 GB, 410 MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"

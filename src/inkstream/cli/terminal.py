@@ -1,0 +1,80 @@
+"""Events on a terminal: a progress bar where stderr is one; where it is not, only lines."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from inkstream.cli.lines import in_gigabytes
+from inkstream.types import Event, Loading, Queued, Step
+
+
+class Terminal:
+    """Shows events on stderr while it is open. `quiet`: shows nothing, only prints results."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+        self._task: TaskID | None = None
+        self._progress: Progress | None = None
+        if not quiet and sys.stderr.isatty():
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+                transient=True,
+                redirect_stdout=False,  # results must stay on stdout
+                redirect_stderr=False,
+            )
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._hide()
+
+    def print(self, result: str) -> None:
+        """Print a result on stdout."""
+        self._hide()
+        print(result, flush=True)
+
+    def say(self, line: str) -> None:
+        """Print a line of talk on stderr."""
+        if not self.quiet:
+            self._hide()
+            print(line, file=sys.stderr, flush=True)
+
+    def ask(self, question: str) -> bool:
+        """Whether the user says yes."""
+        self._hide()
+        print(f"{question} [y/N] ", file=sys.stderr, end="", flush=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+    def show(self, event: Event) -> None:
+        """Move the bar on to this event."""
+        if isinstance(event, Queued) and event.position:
+            self._move(f"{event.position} ahead", 0, None, "")
+        elif isinstance(event, Loading):
+            done, total = event.done_bytes or 0, event.total_bytes
+            self._move(event.what, done, total, f"{in_gigabytes(done)} of {in_gigabytes(total)}" if total else "")
+        elif isinstance(event, Step):
+            picture = f"picture {event.index + 1} of {event.count}" if event.count > 1 else "picture"
+            slow = event.seconds >= 1
+            rate = f"{event.seconds:.2f} s/step" if slow else f"{1 / max(event.seconds, 1e-9):.1f} steps/s"
+            self._move(picture, event.step, event.steps, f"step {event.step} of {event.steps}, {rate}")
+
+    def _move(self, what: str, done: int, total: int | None, note: str) -> None:
+        if self._progress is None:
+            return
+        self._progress.start()
+        if self._task is None:
+            self._task = self._progress.add_task(what, total=total, note=note)
+        self._progress.update(self._task, description=what, completed=done, total=total, note=note)
+
+    def _hide(self) -> None:
+        """Take the bar away; the next event brings it back."""
+        if self._progress is not None and self._progress.live.is_started:
+            self._progress.stop()

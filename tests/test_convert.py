@@ -1,0 +1,109 @@
+"""`convert`: the folder appears whole or not at all, and holds what was there. (tests/parity: diffusers reads it.)"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import inkstream
+from inkstream.engine import convert as convert_module
+from inkstream.engine.convert import convert
+from inkstream.families.zimage.specs import TURBO
+from inkstream.types import InputError, Loading
+from inkstream.weights.files import read_header, read_state, write_state
+
+
+def states(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
+    return {part: read_state(folder / part) for part in ("transformer", "text_encoder", "vae")}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and torch.equal(a[k], b[k]) for k in a)
+
+
+def test_to_native_and_back_is_the_identity(tiny_folder, tmp_path):
+    native = convert(tiny_folder, tmp_path / "native", "native")
+    back = convert(native, tmp_path / "back", "diffusers")
+    for part, state in states(tiny_folder).items():
+        assert same(states(back)[part], state)
+    assert (back / "tokenizer/tokenizer.json").read_bytes() == (tiny_folder / "tokenizer/tokenizer.json").read_bytes()
+    for name in ("model_index.json", "transformer/config.json", "vae/config.json", "scheduler/scheduler_config.json"):
+        assert json.loads((back / name).read_text()) == json.loads((tiny_folder / name).read_text())
+
+
+def test_the_native_folder_holds_one_file_that_says_what_it_is(tiny_folder, tmp_path):
+    folder = convert(tiny_folder, tmp_path / "native", "native")
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "scheduler", "text_encoder", "tiny-turbo.safetensors", "tokenizer", "vae"
+    ]  # fmt: skip
+    header = read_header(folder / "tiny-turbo.safetensors")
+    assert header.metadata["licence"] == "apache-2.0"
+    assert header.metadata["origin"] == "tiny-turbo"
+    assert json.loads(header.metadata["config"])["dim"] == TURBO.tiny.transformer.dim
+    assert "layers.0.attention.qkv.weight" in header.tensors
+
+
+def test_dtypes_are_kept_tensor_by_tensor(tiny_folder, tmp_path):
+    mixed = Path(shutil.copytree(tiny_folder, tmp_path / "mixed"))
+    (file,) = (mixed / "transformer").glob("*.safetensors")
+    state = {k: v.clone() if "embedder" in k else v.bfloat16() for k, v in read_state(file).items()}
+    write_state(file, state)
+    back = convert(convert(mixed, tmp_path / "native", "native"), tmp_path / "back", "diffusers")
+    assert same(read_state(back / "transformer"), state)
+
+
+def test_what_a_config_says_beyond_our_sizes_is_kept(tiny_folder, tmp_path):
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    path = source / "vae/config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": 512, "remark": "mine"}))
+    config = json.loads((convert(source, tmp_path / "out", "diffusers") / "vae/config.json").read_text())
+    assert (config["sample_size"], config["remark"]) == (512, "mine")
+
+
+def test_a_folder_that_is_there_is_not_overwritten(tiny_folder, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/mine.txt").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name in ("full", "file"):
+        with pytest.raises(InputError, match=rf"{name} is there already: take another name"):
+            convert(tiny_folder, tmp_path / name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+    (tmp_path / "empty").mkdir()
+    assert inkstream.load(convert(tiny_folder, tmp_path / "empty")).spec.name == "empty"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError("broken")])
+@pytest.mark.parametrize("at", ["transformer", "vae"])
+def test_an_end_in_the_middle_leaves_nothing(tiny_folder, tmp_path, error, at):
+    def stop(event: Loading) -> None:
+        if event.what == f"writing {at}":
+            raise error
+
+    with pytest.raises((KeyboardInterrupt, OSError, RuntimeError)):
+        convert(tiny_folder, tmp_path / "deep" / "out", progress=stop)
+    assert not list((tmp_path / "deep").iterdir())
+
+
+def test_a_disk_without_room_is_named_before_anything_is_written(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(InputError, match=r"out takes 0\.0 GB and .* free: make room"):
+        convert(tiny_folder, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_layout_is_named(tiny_folder, tmp_path):
+    with pytest.raises(InputError, match="layout gguf is not known: take diffusers or native"):
+        convert(tiny_folder, tmp_path / "out", "gguf")
+
+
+def test_progress_ends_at_the_last_byte(tiny_folder, tmp_path):
+    events: list[Loading] = []
+    convert(tiny_folder, tmp_path / "out", progress=events.append)
+    done = [event.done_bytes for event in events]
+    assert done == sorted(done)
+    assert done[-1] == events[-1].total_bytes
+    assert sum(t.nbytes for state in states(tiny_folder).values() for t in state.values()) == done[-1]
