@@ -38,6 +38,8 @@ class Part:
     Layouts are tables that know no sizes, so these keys pass through them, `infer` sees them, and the loader then skips
     them: they count as named, are never read, and a file may lack them.
     """
+    neutral: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
+    """config -> weights for what is unread, in our names, so that files of a model made here are whole for others."""
 
 
 class Family(Protocol):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
 
 from inkstream.families import Part, Shapes
 from inkstream.nn.config import Qwen3Config, VAEConfig
-from inkstream.nn.qwen3 import Qwen3
+from inkstream.nn.qwen3 import Layer, Qwen3
 from inkstream.nn.vae import Autoencoder
 from inkstream.types import InputError
 from inkstream.weights.keymap import Rule, drop, rename
@@ -99,6 +101,7 @@ def infer_autoencoder(shapes: Shapes) -> VAEConfig:
         latent_channels=shapes["decoder.conv_in.weight"][1],
         block_out_channels=widths,
         layers_per_block=_count(shapes, "encoder.down_blocks.0.resnets."),
+        mid_block_add_attention=_count(shapes, "encoder.mid_block.attentions.") > 0,
     )
 
 
@@ -164,6 +167,18 @@ _LDM: tuple[Rule, ...] = (
     ),
 )
 
+def neutral_layer(config: Qwen3Config) -> dict[str, Tensor]:
+    """The last layer of a Qwen3, adding nothing to what it is given, and the final norm."""
+    with torch.device("meta"):
+        layer = Layer(config)
+    last = f"layers.{config.num_hidden_layers - 1}."
+    weights = {
+        last + key: torch.ones(tensor.shape) if "norm" in key else torch.zeros(tensor.shape)
+        for key, tensor in layer.state_dict().items()
+    }
+    return {**weights, "norm.weight": torch.ones(config.hidden_size)}
+
+
 AUTOENCODER = Part(
     build=Autoencoder,
     config=VAEConfig,
@@ -178,5 +193,6 @@ QWEN3 = Part(
     layouts={"transformers": _TRANSFORMERS},
     infer=infer_qwen3,
     unread=lambda config: (f"layers.{config.num_hidden_layers - 1}.", "norm."),
+    neutral=neutral_layer,
 )
 """The text encoder of Z-Image, all but its last layer; files with and without the `model.` prefix."""

@@ -34,6 +34,7 @@ class VAEConfig:
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
     layers_per_block: int = 2
     norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
     scaling_factor: float = 0.3611
     shift_factor: float = 0.1159
 

@@ -33,11 +33,12 @@ class Qwen3(nn.Module):
         """
         x = self.embed_tokens(ids)  # (L, D)
         table = rope(lengths, self.config.head_dim, self.config.rope_theta, ids.device)
-        states = [x]
-        for layer in self.layers:
+        read = {0: x}  # by depth: those asked for, not all
+        for depth, layer in enumerate(self.layers, start=1):
             x = layer(x, table, lengths)
-            states.append(x)
-        return torch.cat([states[depth] for depth in self.depths], dim=-1)
+            if depth in self.depths:
+                read[depth] = x
+        return torch.cat([read[depth] for depth in self.depths], dim=-1)
 
 
 class Layer(nn.Module):

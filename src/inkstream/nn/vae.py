@@ -9,6 +9,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inkstream.nn.config import VAEConfig
+from inkstream.types import InputError
+
+WHOLE = 128 * 128
+"""Latent cells that are worked on whole: those of one picture of 1024 x 1024 pixels."""
+TILE = 64
+"""The side of a tile, in latent cells, for more of them."""
 
 # `area` below is None, or the number of positions worked on at once: see `in_bands`.
 
@@ -16,9 +22,9 @@ from inkstream.nn.config import VAEConfig
 class Autoencoder(nn.Module):
     """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, H / 8, W / 8) of about unit variance, and back.
 
-    H and W are multiples of `config.downscale`. With `tile`, a side in latent cells, layers run over bands of about
-    tile * tile cells: the same result up to rounding, without seams, in a third of the memory (for inference: layers
-    write over their inputs). Smaller tiles than 32 save nothing more.
+    H and W are multiples of `config.downscale`, else InputError. With `tile`, a side in latent cells, layers run over
+    bands of about tile * tile cells: the same result up to rounding, without seams, in a third of the memory (for
+    inference: layers write over their inputs). Smaller tiles than 32 save nothing more.
     """
 
     def __init__(self, config: VAEConfig):
@@ -33,6 +39,11 @@ class Autoencoder(nn.Module):
 
     def encode_moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents, neither shifted nor scaled: what a trainer samples from."""
+        height, width = pixels.shape[-2:]
+        down = self.config.downscale
+        if height % down or width % down:
+            near = " by ".join(str(max(side // down, 1) * down) for side in (width, height))
+            raise InputError(f"{width} by {height} pixels are not multiples of {down}: crop or resize to {near}")
         mean, log_variance = self.encoder(in_layout(pixels), self._area(tile)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
@@ -49,6 +60,14 @@ class Autoencoder(nn.Module):
         return None if tile is None else (tile * self.config.downscale) ** 2
 
 
+def tile_for(batch: int, height: int, width: int) -> int | None:
+    """The `tile` to take for that many latents of that height and width: none up to `WHOLE` cells in all.
+
+    None either where gradients are recorded: tiles write over what a backward pass reads.
+    """
+    return None if torch.is_grad_enabled() or batch * height * width <= WHOLE else TILE
+
+
 class Encoder(nn.Module):
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -59,7 +78,7 @@ class Encoder(nn.Module):
             DownBlock(widths[max(i - 1, 0)], width, config.layers_per_block, groups, downsample=i < last)
             for i, width in enumerate(widths)
         )
-        self.mid_block = MidBlock(widths[-1], groups)
+        self.mid_block = MidBlock(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = GroupNorm(groups, widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -76,7 +95,7 @@ class Decoder(nn.Module):
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], groups)
+        self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention)
         self.up_blocks = nn.ModuleList(
             UpBlock(widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups, upsample=i < last)
             for i, width in enumerate(widths)
@@ -116,13 +135,15 @@ class UpBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    def __init__(self, width: int, groups: int):
+    def __init__(self, width: int, groups: int, attention: bool):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(width, width, groups) for _ in range(2))
-        self.attentions = nn.ModuleList([Attention(width, groups)])
+        self.attentions = nn.ModuleList([Attention(width, groups)] if attention else [])
 
     def forward(self, x: Tensor, area: int | None) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, area), area), area)
+        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
+            x = layer(x, area)
+        return x
 
 
 class ResnetBlock(nn.Module):
@@ -193,7 +214,7 @@ class Attention(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm, also as a scale and a shift, and to full precision in the channels-last layout.
+    """Group norm, also as a scale and a shift, and without gradients to full precision in the channels-last layout.
 
     There torch takes the variance on the CPU as a difference of large sums, and loses three digits where the mean is
     twenty standard deviations.
@@ -202,11 +223,11 @@ class GroupNorm(nn.GroupNorm):
     def __init__(self, groups: int, width: int):
         super().__init__(groups, width, eps=1e-6)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if layout(x) is not torch.channels_last:
-            return super().forward(x)
-        scale, shift = self.scale_and_shift(x, None)
-        return torch.addcmul(shift, x, scale).to(x.dtype)
+    def forward(self, input: Tensor) -> Tensor:
+        if layout(input) is not torch.channels_last or torch.is_grad_enabled():  # a third faster to train
+            return super().forward(input)
+        scale, shift = self.scale_and_shift(input, None)
+        return torch.addcmul(shift, input, scale).to(input.dtype)
 
     def scale_and_shift(self, x: Tensor, area: int | None) -> tuple[Tensor, Tensor]:
         """norm(x) = shift + x * scale, both (B, C, 1, 1), float32, for the whole of x.

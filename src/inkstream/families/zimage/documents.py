@@ -70,7 +70,6 @@ def _vae(config: VAEConfig) -> dict[str, Any]:
         "act_fn": "silu",
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "mid_block_add_attention": True,
         "use_quant_conv": False,
         "use_post_quant_conv": False,
         "force_upcast": True,

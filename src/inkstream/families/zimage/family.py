@@ -16,6 +16,7 @@ from inkstream.families.zimage.documents import documents
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
+from inkstream.nn.vae import tile_for
 from inkstream.types import Conditioning, Query, Spec
 
 PROMPTS_KEPT = 64
@@ -93,7 +94,7 @@ class ZImage:
         return Conditioning(self.text_encoder(ids, lengths), lengths)
 
     def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered may yet be trained on
             return self.encode_tokens([ids])
 
     def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
@@ -111,8 +112,11 @@ class ZImage:
         return self.spec.vae.latent_channels, height // down, width // down
 
     def decode(self, latents: Tensor) -> Tensor:
-        pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype))
+        batch, _, h, w = latents.shape
+        pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype), tile_for(batch, h, w))
         return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        return self.vae.encode((pixels * 2 - 1).to(next(self.vae.parameters()).dtype)).float().contiguous()
+        batch, _, height, width = pixels.shape
+        tile = tile_for(batch, *self.latent_shape(width, height)[1:])
+        return self.vae.encode((pixels * 2 - 1).to(next(self.vae.parameters()).dtype), tile).float().contiguous()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -133,7 +133,8 @@ class ZImageTransformer(nn.Module):
                 h, w = references[i].shape[-2:]
                 picture_positions.append(with_pads(plane(at, h // p, w // p)))
                 if siglip:
-                    siglip_positions.append(with_pads(stretched(at + 1, *siglip[i].shape[:2], h, w)))
+                    rows, columns, _ = siglip[i].shape
+                    siglip_positions.append(with_pads(stretched(at + 1, rows, columns, h, w)))
             elif i == len(references):
                 picture_positions.insert(0, with_pads(plane(at, *grid)))  # the target leads the packed order
             at += 2
@@ -173,7 +174,8 @@ class ZImageTransformer(nn.Module):
         device = self.x_pad_token.device
         t = torch.tensor([t * self.config.t_scale for t in times], dtype=torch.float32, device=device)
         c = self.t_embedder(t)
-        norms = torch.stack([block.norm_weights(c) for block in (*self.noise_refiner, *self.layers)], dim=1)
+        blocks = cast(list[Block], [*self.noise_refiner, *self.layers])
+        norms = torch.stack([block.norm_weights(c) for block in blocks], dim=1)
         return norms, self.final_layer.scale(c)
 
     # Every step -----------------------------------------------------------------------------------------------------
@@ -231,7 +233,7 @@ class ZImageTransformer(nn.Module):
 
     def _refine(self, blocks: nn.ModuleList, x: Tensor, table: Rope, lengths: Sequence[int]) -> Tensor:
         return run_blocks(
-            blocks, x, lambda i, block, x: block(x, block.norm_weights(None), None, table, lengths)
+            blocks, x, lambda i, block, x: block(x, cast(Block, block).norm_weights(None), None, table, lengths)
         )
 
     def _rope(self, positions: Tensor) -> Rope:
@@ -350,8 +352,10 @@ def rows_of(prepared: Sequence[Prepared], counts: Sequence[int], rows: int) -> T
 
 
 def take(x: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The first counts[i] rows from starts[i], end to end."""
-    pieces = [x[start : start + count] for start, count in zip(starts, counts)]
+    """The first counts[i] rows from starts[i], end to end; starts[0] is 0."""
+    ends = [*starts[1:], len(x)]
+    sizes = [n for start, count, end in zip(starts, counts, ends) for n in (count, end - start - count)]
+    pieces = x.split(sizes)[::2]  # one split, not slices: the gradient of each slice would be as large as x
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
