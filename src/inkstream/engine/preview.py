@@ -23,7 +23,7 @@ def fit_preview(family: Family, device: torch.device) -> Callable[[Tensor], Imag
     pictures = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
     with torch.inference_mode():
         latents = family.encode_image(pictures.to(device)).float().cpu()
-    colours = F.adaptive_avg_pool2d(pictures, latents.shape[-2:])
+    colours = F.adaptive_avg_pool2d(pictures, (latents.shape[-2], latents.shape[-1]))
     weight = torch.linalg.lstsq(_rows(latents), colours.movedim(1, -1).reshape(-1, 3)).solution  # (C + 1, 3)
 
     def preview(latents: Tensor) -> Image.Image:
