@@ -69,6 +69,31 @@ def test_back_from_fused_are_views_of_equal_parts():
     assert all(tensor.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr() for tensor in out.values())
 
 
+def test_parts_of_other_proportions_are_fused_and_cut_where_the_rule_says():
+    rules = [fuse("b.{}.q", "b.{}.k", "b.{}.mlp", ours="b.{}.linear1", heights=(1, 1, 4))]
+    q, k, mlp = torch.zeros(2, 3), torch.ones(2, 3), torch.full((8, 3), 2.0)
+    state = {"b.0.mlp.weight": mlp, "b.0.q.weight": q, "b.0.k.weight": k}
+    fused = translate(rules, state)
+    assert fused["b.0.linear1.weight"][:, 0].tolist() == [0, 0, 1, 1, *[2] * 8]
+    back = translate(rules, fused, back=True)
+    assert {name: (tuple(t.shape), float(t.mean())) for name, t in back.items()} == {
+        name: (tuple(t.shape), float(t.mean())) for name, t in state.items()
+    }
+
+
+@pytest.mark.parametrize("shapes", [((2, 3), (7, 3)), ((2, 3), (2, 3)), ((2, 3), (8, 4)), ((), (8, 3))])
+def test_parts_that_miss_the_rules_proportions_are_named(shapes):
+    q, mlp = (torch.ones(shape) for shape in shapes)
+    with pytest.raises(InputError, match=r"linear1.* parts that are not of heights 1:4: q"):
+        translate([fuse("q", "mlp", ours="linear1", heights=(1, 4))], {"q.weight": q, "mlp.weight": mlp})
+
+
+def test_rows_that_miss_the_rules_proportions_are_not_cut():
+    rules = [fuse("q", "mlp", ours="linear1", heights=(1, 4))]
+    with pytest.raises(InputError, match=r"linear1\.bias is \(12,\): 2 parts of heights 1:4 were expected"):
+        translate(rules, {"linear1.bias": torch.ones(12)}, back=True)
+
+
 def test_renaming_copies_nothing():
     state = {"a.weight": torch.ones(4), "flat": torch.ones(4), "conv.weight": torch.ones(3, 4, 1, 1)}
     out = translate([rename("a", "b"), rename("flat", "row", row=True), rename("conv", "linear", conv1x1=True)], state)

@@ -31,6 +31,7 @@ class Rule:
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     shape: Shape = "same"
+    heights: tuple[int, ...] = ()  # of the row blocks, in proportion to each other; empty: all are equal
 
 
 def rename(theirs: str, ours: str, swap: bool = False, row: bool = False, conv1x1: bool = False) -> Rule:
@@ -43,9 +44,9 @@ def rename(theirs: str, ours: str, swap: bool = False, row: bool = False, conv1x
     return Rule((theirs,), (ours,), shape)
 
 
-def fuse(*theirs: str, ours: str) -> Rule:
-    """Several of theirs are one of ours, row blocks of equal height in this order."""
-    return Rule(theirs, (ours,))
+def fuse(*theirs: str, ours: str, heights: Sequence[int] = ()) -> Rule:
+    """Several of theirs are one of ours, row blocks in this order: of equal height, or of these proportions."""
+    return Rule(theirs, (ours,), heights=tuple(heights))
 
 
 def split(theirs: str, ours: Sequence[str]) -> Rule:
@@ -62,11 +63,12 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Tensor], back: bool = F
     """State dict in their names -> in ours; with `back`, from ours to theirs. Works on meta tensors too.
 
     Renaming and splitting give views; fusing and swapping copy. InputError where a fused tensor lacks a part, where
-    parts are not of equal shape, and where two keys would become one.
+    parts do not fit each other, and where two keys would become one.
     """
     out: dict[str, Tensor] = {}
     origin: dict[str, str] = {}  # our key -> the one it came from; of a fused one, the first part met
     gathered: dict[str, dict[str, Tensor | None]] = {}  # a fused key -> its parts, in their order
+    heights: dict[str, tuple[int, ...]] = {}  # a fused key -> its parts' proportions
 
     def put(name: str, tensor: Tensor, key: str) -> None:
         if name in origin:
@@ -87,46 +89,56 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Tensor], back: bool = F
             (name,) = targets
             if name not in gathered:
                 put(name, tensor, key)  # holds its place in the order until all parts are there
-                gathered[name] = dict.fromkeys(sources)
+                gathered[name], heights[name] = dict.fromkeys(sources), rule.heights or (1,) * len(sources)
             gathered[name][key] = tensor
         elif len(targets) > 1:
-            for name, part in zip(targets, _cut(key, tensor, len(targets))):
+            for name, part in zip(targets, _cut(key, tensor, rule.heights or (1,) * len(targets))):
                 put(name, part, key)
         elif targets:
             put(targets[0], _reshape(key, tensor, rule.shape, back), key)
     for name, parts in gathered.items():
-        out[name] = _fuse(name, parts)
+        out[name] = _fuse(name, parts, heights[name])
     return out
 
 
-def _fuse(name: str, parts: Mapping[str, Tensor | None]) -> Tensor:
+def _fuse(name: str, parts: Mapping[str, Tensor | None], heights: Sequence[int]) -> Tensor:
     missing = [key for key, part in parts.items() if part is None]
     if missing:
         raise InputError(f"{name} is made of {len(parts)} parts and {', '.join(missing)} is missing")
     tensors = [part for part in parts.values() if part is not None]
-    if len({part.shape for part in tensors}) > 1 or tensors[0].ndim == 0:
+    # What every part's shape would be at a height of one; None where it cannot be cut so.
+    units = {
+        None if part.ndim == 0 or len(part) % height else (len(part) // height, *part.shape[1:])
+        for part, height in zip(tensors, heights)
+    }
+    if len(units) > 1 or None in units:
         shapes = ", ".join(f"{key} {tuple(part.shape)}" for key, part in zip(parts, tensors))
-        raise InputError(f"{name} is made of parts that are not of equal shape: {shapes}")
+        raise InputError(f"{name} is made of parts that are not of {_proportions(heights)}: {shapes}")
     return _join(tensors)
 
 
 def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """Equal tensors, one after the other along the rows."""
+    """One after the other along the rows."""
     if tensors[0].is_meta:  # torch.cat would import torch's tracer first, which takes longer than to read all headers
         return tensors[0].new_empty(sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
     return torch.cat(list(tensors))
 
 
-def _cut(key: str, tensor: Tensor, count: int) -> tuple[Tensor, ...]:
-    """Views of equal height."""
-    if tensor.ndim == 0 or len(tensor) % count:
-        raise InputError(f"{key} is {tuple(tensor.shape)}: {count} parts of equal height were expected")
-    return tensor.chunk(count)
+def _cut(key: str, tensor: Tensor, heights: Sequence[int]) -> tuple[Tensor, ...]:
+    """Views of heights in these proportions."""
+    if tensor.ndim == 0 or len(tensor) % sum(heights):
+        shape = tuple(tensor.shape)
+        raise InputError(f"{key} is {shape}: {len(heights)} parts of {_proportions(heights)} were expected")
+    return tensor.split([len(tensor) // sum(heights) * height for height in heights])
+
+
+def _proportions(heights: Sequence[int]) -> str:
+    return "equal height" if len(set(heights)) == 1 else f"heights {':'.join(map(str, heights))}"
 
 
 def _reshape(key: str, tensor: Tensor, shape: Shape, back: bool) -> Tensor:
     if shape == "swap":
-        return _join(_cut(key, tensor, 2)[::-1])
+        return _join(_cut(key, tensor, (1, 1))[::-1])
     if shape == "row" and not back:
         return tensor.reshape(1, -1)
     if shape == "conv1x1" and back and tensor.ndim == 2:

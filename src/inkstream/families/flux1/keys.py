@@ -1,0 +1,54 @@
+"""Where the FLUX.1 transformer's weights are in each published layout. Ours are the single files' names."""
+
+from __future__ import annotations
+
+from inkstream.weights.keymap import Rule, fuse, rename
+
+_NORMS = tuple(
+    f"{block}.norm.{norm}"
+    for block in ("double_blocks.{}.img_attn", "double_blocks.{}.txt_attn", "single_blocks.{}")
+    for norm in ("query_norm", "key_norm")
+)
+
+SINGLE_FILE: tuple[Rule, ...] = (
+    *(rename(f"{norm}.scale", f"{norm}.scale") for norm in _NORMS),  # first, so that this is how they are written
+    *(rename(f"{norm}.weight", f"{norm}.scale") for norm in _NORMS),  # the other spelling, of some newer files
+)
+
+_DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
+
+DIFFUSERS: tuple[Rule, ...] = (
+    rename("x_embedder", "img_in"),
+    rename("context_embedder", "txt_in"),
+    rename("time_text_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+    rename("time_text_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+    rename("time_text_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+    rename("time_text_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+    rename("time_text_embed.text_embedder.linear_1", "vector_in.in_layer"),
+    rename("time_text_embed.text_embedder.linear_2", "vector_in.out_layer"),
+    rename(f"{_DOUBLE}.norm1.linear", "double_blocks.{}.img_mod.lin"),
+    rename(f"{_DOUBLE}.norm1_context.linear", "double_blocks.{}.txt_mod.lin"),
+    fuse(*(f"{_DOUBLE}.attn.to_{x}" for x in "qkv"), ours="double_blocks.{}.img_attn.qkv"),
+    rename(f"{_DOUBLE}.attn.norm_q.weight", "double_blocks.{}.img_attn.norm.query_norm.scale"),
+    rename(f"{_DOUBLE}.attn.norm_k.weight", "double_blocks.{}.img_attn.norm.key_norm.scale"),
+    rename(f"{_DOUBLE}.attn.to_out.0", "double_blocks.{}.img_attn.proj"),
+    rename(f"{_DOUBLE}.ff.net.0.proj", "double_blocks.{}.img_mlp.0"),
+    rename(f"{_DOUBLE}.ff.net.2", "double_blocks.{}.img_mlp.2"),
+    fuse(*(f"{_DOUBLE}.attn.add_{x}_proj" for x in "qkv"), ours="double_blocks.{}.txt_attn.qkv"),
+    rename(f"{_DOUBLE}.attn.norm_added_q.weight", "double_blocks.{}.txt_attn.norm.query_norm.scale"),
+    rename(f"{_DOUBLE}.attn.norm_added_k.weight", "double_blocks.{}.txt_attn.norm.key_norm.scale"),
+    rename(f"{_DOUBLE}.attn.to_add_out", "double_blocks.{}.txt_attn.proj"),
+    rename(f"{_DOUBLE}.ff_context.net.0.proj", "double_blocks.{}.txt_mlp.0"),
+    rename(f"{_DOUBLE}.ff_context.net.2", "double_blocks.{}.txt_mlp.2"),
+    rename(f"{_SINGLE}.norm.linear", "single_blocks.{}.modulation.lin"),
+    fuse(
+        *(f"{_SINGLE}.{part}" for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")),
+        ours="single_blocks.{}.linear1",
+        heights=(1, 1, 1, 4),
+    ),
+    rename(f"{_SINGLE}.proj_out", "single_blocks.{}.linear2"),
+    rename(f"{_SINGLE}.attn.norm_q.weight", "single_blocks.{}.norm.query_norm.scale"),
+    rename(f"{_SINGLE}.attn.norm_k.weight", "single_blocks.{}.norm.key_norm.scale"),
+    rename("norm_out.linear", "final_layer.adaLN_modulation.1", swap=True),  # scale, shift; ours is shift, scale
+    rename("proj_out", "final_layer.linear"),
+)

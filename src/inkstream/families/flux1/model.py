@@ -1,0 +1,134 @@
+"""The FLUX.1 transformer: 19 blocks of two streams and 38 of one, modulated by time, guidance and CLIP's pooled text.
+
+Times and signs are ours: t = 1 is noise, the output is noise - image. Latents are 16 channels at an eighth of the
+picture's side, and a token is 2 x 2 of their cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.families.flux1.specs import Flux1Config
+from inkstream.nn.flux import (
+    FREQUENCIES,
+    DoubleBlock,
+    Embedder,
+    FinalLayer,
+    Modulation,
+    Prepared,
+    SingleBlock,
+    embed_guidance,
+    foresee,
+    modulation_of,
+    patchify,
+    plane,
+    run_streams,
+    unpatchify,
+)
+from inkstream.nn.rope import rope
+
+PATCH = 2
+MLP_RATIO = 4
+THETA = 10_000.0
+
+
+class Flux1Transformer(nn.Module):
+    """Predicts noise - image at a point of the path. Build it on meta; weights are assigned."""
+
+    def __init__(self, config: Flux1Config):
+        super().__init__()
+        self.config = c = config
+        self.img_in = nn.Linear(c.in_channels, c.dim)
+        self.txt_in = nn.Linear(c.joint_attention_dim, c.dim)
+        self.time_in = Embedder(FREQUENCIES, c.dim, bias=True)
+        self.vector_in = Embedder(c.pooled_projection_dim, c.dim, bias=True)
+        self.guidance_in = Embedder(FREQUENCIES, c.dim, bias=True) if c.guidance_embeds else None
+        sizes = (c.dim, c.num_attention_heads, MLP_RATIO * c.dim)
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(*sizes, gated=False, bias=True, modulated=True) for _ in range(c.num_layers)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(*sizes, gated=False, bias=True, modulated=True) for _ in range(c.num_single_layers)
+        )
+        self.final_layer = FinalLayer(c.dim, c.out_channels or c.in_channels, bias=True)
+
+    # Once per prompt, size and schedule -----------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        texts: Sequence[Tensor],
+        pooled: Sequence[Tensor],
+        height: int,
+        width: int,
+        guidance: float | None = None,
+        times: Sequence[float] = (),
+        channels: Tensor | None = None,
+        references: Sequence[Tensor] = (),
+    ) -> list[Prepared]:
+        """What no step changes of a picture, under each of several prompts.
+
+        texts: T5's states, each (L, joint_attention_dim), and whatever else is read as text; pooled: CLIP's vector of
+        each, (pooled_projection_dim,); height, width of the latents, even; guidance: a number where the model was
+        distilled with one, else None (InputError otherwise); times: those that will be asked; channels: (C', height,
+        width) latents set behind the target's at every step (Fill, Canny, Depth); references: latents (C, h, w) of
+        pictures to look at (Kontext).
+        """
+        dtype, device = self.img_in.weight.dtype, self.img_in.weight.device
+        grid, grids = grid_of(height, width), [grid_of(*r.shape[1:]) for r in references]
+        lengths = [len(text) for text in texts]
+        embedded = self.txt_in(torch.cat(list(texts)).to(dtype))
+        patches = [patchify(r, PATCH).to(dtype) for r in references]
+        seen = self.img_in(torch.cat(patches)) if patches else embedded[:0]
+        embeddings = self.vector_in(torch.stack(list(pooled)))
+        guided = embed_guidance(self.guidance_in, guidance)
+        embeddings = embeddings if guided is None else embeddings + guided
+        return [
+            Prepared(
+                text=text,
+                references=seen,
+                rope=rope(positions(len(text), grid, grids).to(device), self.config.axes_dims_rope, THETA),
+                grid=grid,
+                embedding=embedding,
+                channels=None if channels is None else patchify(channels, PATCH).to(dtype),
+                modulation=foresee(times, embedding, self.modulate),
+            )
+            for text, embedding in zip(embedded.split(lengths), embeddings, strict=True)
+        ]
+
+    def modulate(self, times: Sequence[float], embeddings: Tensor) -> Modulation:
+        """The modulation of every block at T times. embeddings: (T or 1, D), as `Prepared.embedding`."""
+        vec = self.time_in.numbers(times) + embeddings
+        doubles, singles = cast(list[DoubleBlock], self.double_blocks), cast(list[SingleBlock], self.single_blocks)
+        double = torch.stack([torch.stack((b.txt_mod(vec), b.img_mod(vec)), dim=1) for b in doubles], dim=1)
+        single = torch.stack([b.modulation(vec) for b in singles], dim=1)
+        return Modulation(double, single, self.final_layer.modulation(vec))
+
+    # Every step -----------------------------------------------------------------------------------------------------
+
+    def forward(self, xs: Sequence[Tensor], times: Sequence[float], prepared: Sequence[Prepared]) -> list[Tensor]:
+        """Noisy latents, each (C, h, w) of its own size, at each one's time -> noise - image, shaped alike, float32."""
+        patches = [patchify(x, PATCH).to(self.img_in.weight.dtype) for x in xs]
+        patches = [x if s.channels is None else torch.cat((x, s.channels), -1) for x, s in zip(patches, prepared)]
+        modulation = modulation_of(times, prepared, self.modulate)
+        x = run_streams(self.double_blocks, self.single_blocks, self.img_in(torch.cat(patches)), prepared, modulation)
+        targets = [s.target_tokens for s in prepared]
+        out = self.final_layer(x, modulation.final, targets).split(targets)
+        return [unpatchify(o, *s.grid, PATCH).float() for o, s in zip(out, prepared)]
+
+
+def grid_of(height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of patches of latents of that size."""
+    return height // PATCH, width // PATCH
+
+
+def positions(text: int, grid: tuple[int, int], references: Sequence[tuple[int, int]]) -> Tensor:
+    """(which picture, row, column) of all tokens, -> (N, 3): text at the origin, the target 0, references 1, 2 ...
+
+    The release knows one reference; that further ones count on is ours.
+    """
+    pictures = [plane(i, *size, axes=3) for i, size in enumerate([grid, *references])]
+    return torch.cat([torch.zeros(text, 3, dtype=torch.long), *pictures])

@@ -1,0 +1,152 @@
+"""The FLUX.2 transformer: few blocks of two streams, many of one, all of a kind modulated alike, no biases.
+
+Times and signs are ours: t = 1 is noise, the output is noise - image. Latents are 128 channels at a sixteenth of the
+picture's side, and each of their cells is a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.families.flux2.specs import Flux2Config
+from inkstream.nn.flux import (
+    FREQUENCIES,
+    DoubleBlock,
+    Embedder,
+    FinalLayer,
+    KeysValues,
+    Modulation,
+    Modulator,
+    Prepared,
+    SingleBlock,
+    embed_guidance,
+    foresee,
+    modulation_of,
+    patchify,
+    plane,
+    run_streams,
+    unpatchify,
+)
+from inkstream.nn.rope import Rope, rope
+
+REFERENCE_SPACING = 10
+"""How far apart references stand on the first axis; the target is at 0."""
+CLEAN = 0.0
+"""The time of references that are read once: they carry no noise."""
+
+
+class Flux2Transformer(nn.Module):
+    """Predicts noise - image at a point of the path. Build it on meta; weights are assigned."""
+
+    def __init__(self, config: Flux2Config):
+        super().__init__()
+        self.config = c = config
+        self.img_in = nn.Linear(c.in_channels, c.dim, bias=False)
+        self.txt_in = nn.Linear(c.joint_attention_dim, c.dim, bias=False)
+        self.time_in = Embedder(FREQUENCIES, c.dim, bias=False)
+        self.guidance_in = Embedder(FREQUENCIES, c.dim, bias=False) if c.guidance_embeds else None
+        self.double_stream_modulation_img = Modulator(c.dim, 6, bias=False)
+        self.double_stream_modulation_txt = Modulator(c.dim, 6, bias=False)
+        self.single_stream_modulation = Modulator(c.dim, 3, bias=False)
+        sizes = (c.dim, c.num_attention_heads, round(c.mlp_ratio * c.dim))
+        self.double_blocks = nn.ModuleList(
+            DoubleBlock(*sizes, gated=True, bias=False, modulated=False) for _ in range(c.num_layers)
+        )
+        self.single_blocks = nn.ModuleList(
+            SingleBlock(*sizes, gated=True, bias=False, modulated=False) for _ in range(c.num_single_layers)
+        )
+        self.final_layer = FinalLayer(c.dim, c.out_channels or c.in_channels, bias=False)
+
+    # Once per prompt, size and schedule -----------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        texts: Sequence[Tensor],
+        height: int,
+        width: int,
+        guidance: float | None = None,
+        times: Sequence[float] = (),
+        references: Sequence[Tensor] = (),
+        read_once: bool = False,
+    ) -> list[Prepared]:
+        """What no step changes of a picture, under each of several prompts.
+
+        texts: the text encoder's states, each (L, joint_attention_dim); height, width of the latents; guidance: a
+        number where the model was distilled with one, else None (InputError otherwise); times: those that will be
+        asked; references: latents (C, h, w) of pictures to look at. read_once, for weights trained so (klein 9B KV):
+        references see each other alone, at time 0, so that all that steps need of them is computed here.
+        """
+        weight = self.img_in.weight
+        grid, grids = (height, width), [(r.shape[1], r.shape[2]) for r in references]
+        lengths = [len(text) for text in texts]
+        embedded = self.txt_in(torch.cat(list(texts)).to(weight.dtype))
+        patches = [patchify(r, 1).to(weight.dtype) for r in references]
+        seen = self.img_in(torch.cat(patches)) if patches else embedded[:0]
+        guided = embed_guidance(self.guidance_in, guidance)
+        embedding = weight.new_zeros(self.config.dim) if guided is None else guided[0]
+        reference_rope = self._rope(reference_positions(grids))
+        memory = self._read(seen, reference_rope, embedding) if read_once and references else ()
+        seen, reference_rope = (seen[:0], reference_rope[:0]) if memory else (seen, reference_rope)
+        target_rope = self._rope(plane(0, *grid, axes=4))
+        modulation = foresee(times, embedding, self.modulate)
+        return [
+            Prepared(
+                text=text,
+                references=seen,
+                rope=Rope.cat([self._rope(text_positions(len(text))), target_rope, reference_rope]),
+                grid=grid,
+                embedding=embedding,
+                memory=memory,
+                modulation=modulation,
+            )
+            for text in embedded.split(lengths)
+        ]
+
+    def modulate(self, times: Sequence[float], embeddings: Tensor) -> Modulation:
+        """The modulation of every block at T times. embeddings: (T or 1, D), as `Prepared.embedding`."""
+        vec = self.time_in.numbers(times) + embeddings
+        double = torch.stack((self.double_stream_modulation_txt(vec), self.double_stream_modulation_img(vec)), 1)
+        return Modulation(
+            double.unsqueeze(1).expand(-1, len(self.double_blocks), -1, -1, -1),
+            self.single_stream_modulation(vec).unsqueeze(1).expand(-1, len(self.single_blocks), -1, -1),
+            self.final_layer.modulation(vec),
+        )
+
+    def _read(self, references: Tensor, table: Rope, embedding: Tensor) -> list[KeysValues]:
+        """Keys and values of the references in every block, alone with each other. references: (R, D)"""
+        nothing = references[:0]
+        alone = Prepared(text=nothing, references=nothing, rope=table, grid=(1, len(references)), embedding=embedding)
+        memory: list[KeysValues] = []
+        modulation = self.modulate([CLEAN], embedding.unsqueeze(0))
+        run_streams(self.double_blocks, self.single_blocks, references, [alone], modulation, record=memory)
+        return memory
+
+    def _rope(self, positions: Tensor) -> Rope:
+        return rope(positions.to(self.img_in.weight.device), self.config.axes_dims_rope, self.config.rope_theta)
+
+    # Every step -----------------------------------------------------------------------------------------------------
+
+    def forward(self, xs: Sequence[Tensor], times: Sequence[float], prepared: Sequence[Prepared]) -> list[Tensor]:
+        """Noisy latents, each (C, h, w) of its own size, at each one's time -> noise - image, shaped alike, float32."""
+        patches = torch.cat([patchify(x, 1) for x in xs]).to(self.img_in.weight.dtype)
+        modulation = modulation_of(times, prepared, self.modulate)
+        x = run_streams(self.double_blocks, self.single_blocks, self.img_in(patches), prepared, modulation)
+        targets = [s.target_tokens for s in prepared]
+        out = self.final_layer(x, modulation.final, targets).split(targets)
+        return [unpatchify(o, *s.grid, 1).float() for o, s in zip(out, prepared)]
+
+
+def text_positions(length: int) -> Tensor:
+    """Text counts along the last axis: (0, 0, 0, l). -> (length, 4)"""
+    positions = torch.zeros(length, 4, dtype=torch.long)
+    positions[:, 3] = torch.arange(length)
+    return positions
+
+
+def reference_positions(grids: Sequence[tuple[int, int]]) -> Tensor:
+    """Reference i, counted from 1, at (10 i, row, column, 0). -> (R, 4)"""
+    planes = [plane(REFERENCE_SPACING * i, *grid, axes=4) for i, grid in enumerate(grids, start=1)]
+    return torch.cat([torch.zeros(0, 4, dtype=torch.long), *planes])

@@ -1,0 +1,412 @@
+"""What FLUX.1 and FLUX.2 share: blocks of two streams, then blocks of one, over a packed batch.
+
+Text and picture meet in attention: first in blocks where each has weights of its own, then in blocks that treat all
+tokens alike and run attention and MLP side by side. Tokens of several samples lie end to end and each sample attends to
+itself alone. What a time does to a block is handed in (`Modulation`): FLUX.1 computes it per block, FLUX.2 once for all
+blocks of a kind. Module names are those of the single-file releases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inkstream.nn.attention import attend
+from inkstream.nn.layers import rms_norm
+from inkstream.nn.rope import Rope, rotate
+from inkstream.nn.stack import run_blocks
+from inkstream.types import InputError
+
+EPS = 1e-6
+FREQUENCIES = 256
+KeysValues = tuple[Tensor, Tensor]
+"""Of some tokens, in one block: turned keys and values, each (L, H, E)."""
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """What a time does to the network, in R rows: one a sample, or one that serves all.
+
+    double: (R, blocks, 2, 6, D), of the text and of the picture, before and after attention and then the MLP: shift,
+    scale, gate of each. single: (R, blocks, 3, D), shift, scale, gate. final: (R, 2, D), shift, scale.
+    """
+
+    double: Tensor
+    single: Tensor
+    final: Tensor
+
+    def row(self, index: int) -> Modulation:
+        """One row alone."""
+        rows = slice(index, index + 1)
+        return Modulation(self.double[rows], self.single[rows], self.final[rows])
+
+    @staticmethod
+    def cat(rows: Sequence[Modulation]) -> Modulation:
+        """The rows of several."""
+        return Modulation(*(torch.cat([getattr(m, name) for m in rows]) for name in ("double", "single", "final")))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What no step changes of one sample. Token order: text, target picture, references."""
+
+    text: Tensor  # (T, D) embedded prompt
+    references: Tensor  # (R, D) embedded reference pictures that take part in every step
+    rope: Rope  # of all tokens
+    grid: tuple[int, int]  # rows and columns of the target's patches
+    embedding: Tensor  # (D,) of guidance and pooled text; every time's embedding is added to it
+    channels: Tensor | None = None  # (rows * columns, C') features set behind the target's own at every step
+    memory: Sequence[KeysValues] = ()  # of each block, of references that were read once, before the first step
+    modulation: Mapping[float, Modulation] = field(default_factory=dict)  # of one row, by time, for those foreseen
+
+    @property
+    def target_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How the tokens of a batch lie, what was seen before them, and where what they show is recorded, if anywhere."""
+
+    text: list[int]  # tokens of each sample
+    target: list[int]
+    references: list[int]
+    rope: Rope  # sample by sample
+    memories: list[Sequence[KeysValues]]
+    record: list[KeysValues] | None = None
+
+    @staticmethod
+    def of(prepared: Sequence[Prepared], record: list[KeysValues] | None = None) -> Packing:
+        text, target, references = zip(*((len(s.text), s.target_tokens, len(s.references)) for s in prepared))
+        table = Rope.cat([s.rope for s in prepared])
+        return Packing([*text], [*target], [*references], table, [s.memory for s in prepared], record)
+
+    @cached_property
+    def pictures(self) -> list[int]:
+        """Picture tokens of each sample, target and references."""
+        return [t + r for t, r in zip(self.target, self.references)]
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """All tokens of each sample."""
+        return [t + p for t, p in zip(self.text, self.pictures)]
+
+    def targets_of(self, x: Tensor) -> Tensor:
+        """Of tokens that lie sample by sample, those of the target pictures. x: (N, ...)"""
+        pieces = x.split([n for sample in zip(self.text, self.target, self.references) for n in sample])[1::3]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def remembered(self, block: int) -> list[KeysValues | None]:
+        """What each sample saw in that block before, if anything. Double blocks count first, single ones on from them.
+        Empty where no sample has a memory."""
+        return [m[block] if m else None for m in self.memories] if any(self.memories) else []
+
+
+def foresee(
+    times: Sequence[float], embedding: Tensor, compute: Callable[[Sequence[float], Tensor], Modulation]
+) -> dict[float, Modulation]:
+    """The modulation at each of the times, all in one pass. embedding: (D,); compute as in `modulation_of`."""
+    times = list(dict.fromkeys(times))
+    rows = compute(times, embedding.unsqueeze(0)) if times else None
+    return {t: rows.row(i) for i, t in enumerate(times)} if rows else {}
+
+
+def modulation_of(
+    times: Sequence[float], prepared: Sequence[Prepared], compute: Callable[[Sequence[float], Tensor], Modulation]
+) -> Modulation:
+    """A row for each sample, or a single one where all share it: as foreseen, or else computed.
+
+    compute: T times and the embeddings (T or 1, D) to add to theirs -> T rows.
+    """
+    known = [s.modulation[t] for s, t in zip(prepared, times) if t in s.modulation]
+    if len(known) < len(prepared):
+        return compute(times, torch.stack([s.embedding for s in prepared]))
+    return known[0] if all(m is known[0] for m in known) else Modulation.cat(known)
+
+
+def run_streams(
+    double_blocks: nn.ModuleList,
+    single_blocks: nn.ModuleList,
+    targets: Tensor,
+    prepared: Sequence[Prepared],
+    modulation: Modulation,
+    record: list[KeysValues] | None = None,
+) -> Tensor:
+    """All blocks over a batch. targets: (M, D) embedded patches of the target pictures -> (M, D).
+
+    record: takes what each block saw of all tokens; made of references alone, it is a `Prepared.memory`.
+    """
+    batch = Packing.of(prepared, record)
+    pictures = weave(targets.split(batch.target), [s.references for s in prepared])
+    x = torch.cat([*(s.text for s in prepared), pictures])
+    first, last = len(double_blocks), len(single_blocks) - 1
+
+    def call_double(i: int, block: nn.Module, x: Tensor) -> Tensor:
+        return block(x, modulation.double[:, i], batch, batch.remembered(i))
+
+    def call_single(i: int, block: nn.Module, x: Tensor) -> Tensor:
+        # Of the last block only the targets' rows are read, so only they go through its second half.
+        return block(x, modulation.single[:, i], batch, batch.remembered(first + i), i == last)
+
+    x = run_blocks(double_blocks, x, call_double)
+    text, pictures = x.split([sum(batch.text), sum(batch.pictures)])
+    x = weave(text.split(batch.text), pictures.split(batch.pictures))
+    return run_blocks(single_blocks, x, call_single)
+
+
+class DoubleBlock(nn.Module):
+    """Text and picture, each with weights of its own, attend together."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
+        """gated: the MLP is a SwiGLU, else a GELU. modulated: the block owns the weights of its modulation."""
+        super().__init__()
+        if modulated:
+            self.img_mod = Modulator(dim, 6, bias)
+            self.txt_mod = Modulator(dim, 6, bias)
+        self.img_attn = StreamAttention(dim, heads, bias)
+        self.txt_attn = StreamAttention(dim, heads, bias)
+        self.img_mlp = mlp(dim, hidden, gated, bias)
+        self.txt_mlp = mlp(dim, hidden, gated, bias)
+
+    def forward(
+        self,
+        x: Tensor,  # (N, D): the texts of all samples, then their pictures
+        modulation: Tensor,  # (R, 2, 6, D)
+        batch: Packing,
+        remembered: Sequence[KeysValues | None] = (),
+    ) -> Tensor:
+        text, picture = x.split([sum(batch.text), sum(batch.pictures)])
+        of_text, of_picture = modulation.unflatten(2, (2, 3)).unbind(1)  # (R, 2, 3, D): attention's, the MLP's
+        text_qkv = self.txt_attn.project(modulate(text, of_text[:, 0], batch.text))
+        picture_qkv = self.img_attn.project(modulate(picture, of_picture[:, 0], batch.pictures))
+        q, k, v = (weave(a.split(batch.text), b.split(batch.pictures)) for a, b in zip(text_qkv, picture_qkv))
+        seen = attend_together(q, k, v, batch, remembered)
+        pieces = seen.split([n for sample in zip(batch.text, batch.pictures) for n in sample])
+        text_seen, picture_seen = torch.cat(pieces[::2]), torch.cat(pieces[1::2])
+
+        text = add_gated(text, self.txt_attn.proj(text_seen), of_text[:, 0], batch.text)
+        text = add_gated(text, self.txt_mlp(modulate(text, of_text[:, 1], batch.text)), of_text[:, 1], batch.text)
+        picture = add_gated(picture, self.img_attn.proj(picture_seen), of_picture[:, 0], batch.pictures)
+        out = self.img_mlp(modulate(picture, of_picture[:, 1], batch.pictures))
+        return torch.cat((text, add_gated(picture, out, of_picture[:, 1], batch.pictures)))
+
+
+class SingleBlock(nn.Module):
+    """All tokens alike: attention and MLP side by side, from one linear layer and into one."""
+
+    def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
+        """As of `DoubleBlock`."""
+        super().__init__()
+        self.heads = heads
+        if modulated:
+            self.modulation = Modulator(dim, 3, bias)
+        self.linear1 = nn.Linear(dim, 3 * dim + (2 * hidden if gated else hidden), bias)
+        self.linear2 = nn.Linear(dim + hidden, dim, bias)
+        self.norm = QKNorm(dim // heads)
+        self.activation = activation(gated)
+
+    def forward(
+        self,
+        x: Tensor,  # (N, D), sample by sample
+        modulation: Tensor,  # (R, 3, D)
+        batch: Packing,
+        remembered: Sequence[KeysValues | None] = (),
+        targets_only: bool = False,  # whose rows are computed
+    ) -> Tensor:
+        dim, lengths = x.shape[-1], batch.lengths
+        both = self.linear1(modulate(x, modulation, lengths))
+        qkv, hidden = both.split([3 * dim, both.shape[-1] - 3 * dim], dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (N, H, E)
+        q, k = self.norm(q, k)
+        seen = attend_together(q, k, v, batch, remembered, targets_only)
+        if targets_only:
+            x, hidden, lengths = batch.targets_of(x), batch.targets_of(hidden), batch.target
+        return add_gated(x, self.linear2(torch.cat((seen, self.activation(hidden)), dim=-1)), modulation, lengths)
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, projection to patches."""
+
+    def __init__(self, dim: int, out: int, bias: bool):
+        super().__init__()
+        self.linear = nn.Linear(dim, out, bias)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias))
+
+    def modulation(self, vec: Tensor) -> Tensor:
+        """vec: (T, D) -> shift, scale: (T, 2, D)."""
+        return self.adaLN_modulation(vec).unflatten(-1, (2, -1))
+
+    def forward(self, x: Tensor, modulation: Tensor, lengths: Sequence[int]) -> Tensor:  # x: (N, D)
+        return self.linear(modulate(x, modulation, lengths))
+
+
+class StreamAttention(nn.Module):
+    """What one stream brings to the common attention, and takes from it."""
+
+    def __init__(self, dim: int, heads: int, bias: bool):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias)
+        self.norm = QKNorm(dim // heads)
+        self.proj = nn.Linear(dim, dim, bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (L, D) -> normed q and k, and v, each (L, H, E)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return *self.norm(q, k), v
+
+
+class QKNorm(nn.Module):
+    """Root-mean-square norms of queries and keys, over a head's width."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.query_norm = RMSNorm(width)
+        self.key_norm = RMSNorm(width)
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q), self.key_norm(k)
+
+
+class RMSNorm(nn.Module):
+    """torch's has a `weight`; the releases call it `scale`."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.scale, EPS)
+
+
+class Modulator(nn.Module):
+    """The embedded time to shifts, scales and gates. vec: (T, D) -> (T, parts, D)."""
+
+    def __init__(self, dim: int, parts: int, bias: bool):
+        super().__init__()
+        self.parts = parts
+        self.lin = nn.Linear(dim, parts * dim, bias)
+
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.lin(F.silu(vec)).unflatten(-1, (self.parts, -1))
+
+
+class Embedder(nn.Module):
+    """Two linear layers around a SiLU: of times, guidance and pooled text."""
+
+    def __init__(self, width: int, dim: int, bias: bool):
+        super().__init__()
+        self.in_layer = nn.Linear(width, dim, bias)
+        self.out_layer = nn.Linear(dim, dim, bias)
+
+    def forward(self, x: Tensor) -> Tensor:  # (T, width) -> (T, D)
+        return self.out_layer(F.silu(self.in_layer(x.to(self.in_layer.weight.dtype))))
+
+    def numbers(self, values: Sequence[float]) -> Tensor:
+        """Times or guidance, as sinusoids of a thousand times each, cosines first. -> (T, D)"""
+        half = FREQUENCIES // 2
+        device = self.in_layer.weight.device
+        thousandths = torch.tensor([1000 * value for value in values], dtype=torch.float32, device=device)
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=device) / half)
+        angle = thousandths[:, None] * frequencies
+        return self(torch.cat((angle.cos(), angle.sin()), dim=-1))
+
+
+class SwiGLU(nn.Module):
+    """silu(first half) * second half."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+
+def embed_guidance(embedder: Embedder | None, guidance: float | None) -> Tensor | None:
+    """(1, D), or None where the model reads no guidance. InputError where it lacks what it reads, or is given more."""
+    if embedder is None:
+        if guidance is not None:
+            raise InputError(f"guidance {guidance} is given to a model that reads none: give None")
+        return None
+    if guidance is None:
+        raise InputError("this model reads a guidance and is given None: give a number, such as 3.5")
+    return embedder.numbers([guidance])
+
+
+def activation(gated: bool) -> nn.Module:
+    return SwiGLU() if gated else nn.GELU(approximate="tanh")
+
+
+def mlp(dim: int, hidden: int, gated: bool, bias: bool) -> nn.Sequential:
+    first = nn.Linear(dim, 2 * hidden if gated else hidden, bias)
+    return nn.Sequential(first, activation(gated), nn.Linear(hidden, dim, bias))
+
+
+def attend_together(
+    q: Tensor, k: Tensor, v: Tensor, batch: Packing, remembered: Sequence[KeysValues | None], targets_only: bool = False
+) -> Tensor:
+    """Turn queries and keys, and attend within each sample and to what it remembers.
+
+    q, k, v: (N, H, E), sample by sample -> (N, D), or the targets' rows of it. Remembered keys stand behind a sample's
+    own, wherever the release puts them: in attention the order of keys is nothing.
+    """
+    q, k = rotate(q, batch.rope), rotate(k, batch.rope)
+    if batch.record is not None:
+        batch.record.append((k, v.contiguous()))  # v may be a view, which would keep the whole projection alive
+    lengths = visible = batch.lengths
+    if remembered:
+        keys, values = ([None if kv is None else kv[i] for kv in remembered] for i in (0, 1))
+        k, v = weave(k.split(lengths), keys), weave(v.split(lengths), values)
+        visible = [n if past is None else n + len(past) for n, past in zip(lengths, keys)]
+    if targets_only:
+        q, lengths = batch.targets_of(q), batch.target
+    return attend(q, k, v, lengths, visible).flatten(1)
+
+
+def weave(*streams: Iterable[Tensor | None]) -> Tensor:
+    """Sample by sample, what each stream holds of it. A stream: for each sample a tensor (L, ...), or nothing."""
+    return torch.cat([piece for sample in zip(*streams, strict=True) for piece in sample if piece is not None])
+
+
+def modulate(x: Tensor, modulation: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Layer norm, scaled and shifted. x: (N, D), runs of these lengths; modulation: (R, 2 or 3, D), shift, scale."""
+    shift, scale = (spread(modulation[:, i], lengths) for i in (0, 1))
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+
+
+def add_gated(x: Tensor, out: Tensor, modulation: Tensor, lengths: Sequence[int]) -> Tensor:
+    """x + gate * out. x, out: (N, D), runs of these lengths; modulation: (R, 3, D), the gate last."""
+    return torch.addcmul(x, spread(modulation[:, 2], lengths), out)
+
+
+def spread(rows: Tensor, lengths: Sequence[int]) -> Tensor:
+    """A row for each token. rows: (R, D), one for each run of these lengths -> (N, D); a single row serves as it is."""
+    if len(rows) == 1:
+        return rows
+    if len(set(lengths)) == 1:
+        return rows.unsqueeze(1).expand(-1, lengths[0], -1).flatten(0, 1)
+    return rows.repeat_interleave(torch.tensor(lengths, device=rows.device), dim=0, output_size=sum(lengths))
+
+
+def patchify(x: Tensor, p: int) -> Tensor:
+    """(C, h, w) -> (h/p * w/p, C*p*p): patches row by row, inside one channel, row, column fastest."""
+    c, h, w = x.shape
+    return x.reshape(c, h // p, p, w // p, p).permute(1, 3, 0, 2, 4).reshape(-1, c * p * p)
+
+
+def unpatchify(x: Tensor, rows: int, columns: int, p: int) -> Tensor:
+    """The inverse of patchify. (rows * columns, C*p*p) -> (C, rows * p, columns * p)."""
+    return x.reshape(rows, columns, -1, p, p).permute(2, 0, 3, 1, 4).reshape(-1, rows * p, columns * p)
+
+
+def plane(at: int, rows: int, columns: int, axes: int) -> Tensor:
+    """Positions (at, r, c, 0 ...), row by row. -> (rows * columns, axes)"""
+    positions = torch.zeros(rows, columns, axes, dtype=torch.long)
+    positions[..., 0] = at
+    positions[..., 1] = torch.arange(rows)[:, None]
+    positions[..., 2] = torch.arange(columns)
+    return positions.flatten(0, 1)
