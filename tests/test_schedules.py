@@ -10,7 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inkstream.sampling.schedules import SCHEDULES, beta_cdf, dynamic_shift, shifted
+from inkstream.sampling.schedules import (
+    SCHEDULES,
+    beta_cdf,
+    dynamic_shift,
+    empirical_mu,
+    empirical_shift,
+    shifted,
+)
 from inkstream.types import ScheduleName
 
 DEDUPED = {"beta", "beta57"}
@@ -126,3 +133,46 @@ def test_the_dynamic_shift_is_the_exponential_of_a_line_through_two_picture_size
     assert dynamic_shift(4096) == pytest.approx(math.exp(1.15))
     t, e_mu = 0.3, dynamic_shift(1024)
     assert shifted(t, e_mu) == pytest.approx(e_mu / (e_mu + (1 / t - 1)))
+
+
+def test_the_dynamic_shift_goes_on_beyond_its_two_sizes():
+    assert math.log(dynamic_shift(16_384)) == pytest.approx(3.23)
+    assert SCHEDULES["simple"](4, dynamic_shift(4096)) == pytest.approx(
+        [1, 0.9045308, 0.7595109, 0.5128441, 0], abs=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "steps", "mu"),
+    [
+        (4096, 4, 2.2912), (4096, 28, 2.1514), (4096, 50, 2.0234), (1024, 4, 2.0307), (1024, 50, 1.7020),
+        (4301, 4, 1.1847), (8160, 50, 1.8379), (16_384, 28, 3.2300),
+    ],
+)  # fmt: skip
+def test_flux_2_has_its_known_mu(tokens, steps, mu):
+    assert empirical_mu(tokens, steps) == pytest.approx(mu, abs=1e-4)
+    assert empirical_shift(tokens, steps) == pytest.approx(math.exp(empirical_mu(tokens, steps)))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),  # diffusers' scheduler in float32, given its pipeline's mu
+    [
+        (4096, [1, 0.9673840, 0.9081439, 0.7671999, 0]),
+        (1024, [1, 0.9580854, 0.8839819, 0.7174966, 0]),
+        (8160, [1, 0.9496226, 0.8627013, 0.6768422, 0]),
+    ],
+)
+def test_klein_visits_its_four_published_times(tokens, expected):
+    assert SCHEDULES["simple"](4, empirical_shift(tokens, 4)) == pytest.approx(expected, abs=1e-6)
+
+
+@given(tokens=st.integers(16, 20_000), steps=st.integers(1, 250))
+def test_mu_is_linear_in_the_steps_up_to_4300_tokens_and_deaf_to_them_above(tokens, steps):
+    here, more = empirical_mu(tokens, steps), empirical_mu(tokens, steps + 1)
+    slope = (empirical_mu(tokens, 200) - empirical_mu(tokens, 10)) / 190
+    assert more - here == pytest.approx(slope, abs=1e-12)
+    assert (slope == 0) == (tokens > 4300)
+
+
+def test_mu_falls_by_about_one_where_the_release_changes_its_line():
+    assert empirical_mu(4300, 4) - empirical_mu(4301, 4) == pytest.approx(1.124, abs=1e-3)

@@ -23,6 +23,11 @@ class Qwen3Config:
     rope_theta: float = 1_000_000.0
     rms_norm_eps: float = 1e-6
 
+    @property
+    def joined_size(self) -> int:
+        """The width of three states joined, which is what FLUX.2 reads."""
+        return 3 * self.hidden_size
+
 
 @dataclass(frozen=True)
 class VAEConfig:
@@ -44,9 +49,89 @@ class VAEConfig:
         return 2 ** (len(self.block_out_channels) - 1)
 
 
+@dataclass(frozen=True)
+class Flux2VAEConfig:
+    """FLUX.2's autoencoder (AutoencoderKLFlux2). Its small decoder differs in `decoder_block_out_channels` alone."""
+
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 32
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    decoder_block_out_channels: tuple[int, ...] | None = None  # None: as the encoder's
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    mid_block_add_attention: bool = True
+    use_quant_conv: bool = True
+    use_post_quant_conv: bool = True
+    batch_norm_eps: float = 1e-4
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent cell, along one side; a cell is two by two of the convolutions'."""
+        return 2 ** len(self.block_out_channels)
+
+    @property
+    def packed_channels(self) -> int:
+        """Channels of the latents that the transformer sees."""
+        return 4 * self.latent_channels
+
+
+@dataclass(frozen=True)
+class MistralConfig:
+    """Mistral's language model; defaults are Mistral-Small-3.2-24B's, FLUX.2 dev's text encoder."""
+
+    vocab_size: int = 131_072
+    hidden_size: int = 5120
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    intermediate_size: int = 32_768
+    rope_theta: float = 1_000_000_000.0
+    rms_norm_eps: float = 1e-5
+
+    @property
+    def joined_size(self) -> int:
+        """The width of three states joined, which is what FLUX.2 reads."""
+        return 3 * self.hidden_size
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """CLIP's text model; defaults are CLIP ViT-L/14's, FLUX.1's."""
+
+    vocab_size: int = 49_408
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 77
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+    eos_token_id: int = 2  # 2: the state of a prompt is at its largest token, as in files older than the fix
+
+
+@dataclass(frozen=True)
+class T5Config:
+    """T5 1.1's encoder; defaults are T5-v1.1-XXL's, FLUX.1's."""
+
+    vocab_size: int = 32_128
+    d_model: int = 4096
+    d_kv: int = 64
+    d_ff: int = 10_240
+    num_layers: int = 24
+    num_heads: int = 64
+    relative_attention_num_buckets: int = 32
+    relative_attention_max_distance: int = 128
+    layer_norm_epsilon: float = 1e-6
+    feed_forward_proj: str = "gated-gelu"
+
+
 def read_config(kind: type[C], data: Mapping[str, Any]) -> C:
     """A config from a published config.json: known names are taken, others ignored, lists become tuples."""
-    data = {**data.get("rope_parameters", {}), **data} if isinstance(data.get("rope_parameters"), Mapping) else data
+    for inner in ("text_config", "rope_parameters"):  # of a model that also sees; of transformers 5
+        if isinstance(data.get(inner), Mapping):
+            data = {**data[inner], **data}
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]
     taken = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items() if k in names}
     return kind(**taken)

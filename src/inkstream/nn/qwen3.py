@@ -1,4 +1,4 @@
-"""Qwen3 as a text encoder: prompts packed end to end, never padded, cut after the deepest layer that is read."""
+"""Qwen3 as a text encoder: prompts packed end to end, cut after the deepest layer that is read."""
 
 from __future__ import annotations
 
@@ -26,16 +26,17 @@ class Qwen3(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config) for _ in range(max(self.depths)))
 
-    def forward(self, ids: Tensor, lengths: Sequence[int]) -> Tensor:
+    def forward(self, ids: Tensor, lengths: Sequence[int], texts: Sequence[int] | None = None) -> Tensor:
         """ids: (sum(lengths),), one prompt after the other -> (sum(lengths), D * len(depths)).
 
-        A prompt's states do not depend on what it is packed with.
+        A prompt's states do not depend on what it is packed with. texts: how many of each prompt's tokens are text,
+        at least one; those after them are padding. Default: all.
         """
         x = self.embed_tokens(ids)  # (L, D)
         table = rope(lengths, self.config.head_dim, self.config.rope_theta, ids.device)
         read = {0: x}  # by depth: those asked for, not all
         for depth, layer in enumerate(self.layers, start=1):
-            x = layer(x, table, lengths)
+            x = layer(x, table, lengths, lengths if texts is None else texts)
             if depth in self.depths:
                 read[depth] = x
         return torch.cat([read[depth] for depth in self.depths], dim=-1)
@@ -51,8 +52,10 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:  # x: (L, D)
-        x = x + self.self_attn(self.input_layernorm(x), table, lengths)
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], lengths: Sequence[int], texts: Sequence[int]
+    ) -> Tensor:  # x: (L, D)
+        x = x + self.self_attn(self.input_layernorm(x), table, lengths, texts)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -70,12 +73,18 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, table: tuple[Tensor, Tensor], lengths: Sequence[int]) -> Tensor:  # x: (L, D)
+    def forward(
+        self, x: Tensor, table: tuple[Tensor, Tensor], lengths: Sequence[int], texts: Sequence[int]
+    ) -> Tensor:  # x: (L, D)
         heads = (-1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), table)  # (L, H, E)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), table)  # (L, G, E)
         v = self.v_proj(x).unflatten(-1, heads)
-        return self.o_proj(attend(q, k, v, lengths, lengths, causal=True).flatten(-2))
+        if tuple(texts) == tuple(lengths):
+            out = attend(q, k, v, lengths, lengths, causal=True)
+        else:
+            out = attend_padded(q, k, v, lengths, texts)
+        return self.o_proj(out.flatten(-2))
 
 
 class MLP(nn.Module):
@@ -89,6 +98,20 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], texts: Sequence[int]) -> Tensor:
+    """Causal attention where each sequence ends in padding: that sees the whole text and no padding, not even itself.
+
+    So a causal mask joined with a mask of the padded keys has it, and what was trained on such states needs them.
+    """
+    out = []
+    for q_one, k_one, v_one, text in zip(*(x.split(list(lengths)) for x in (q, k, v)), texts, strict=True):
+        k_text, v_text = k_one[:text], v_one[:text]
+        out.append(attend(q_one[:text], k_text, v_text, [text], [text], causal=True))
+        if padding := len(q_one) - text:
+            out.append(attend(q_one[text:], k_text, v_text, [padding], [text]))
+    return torch.cat(out)
 
 
 def rope(lengths: Sequence[int], dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,15 @@
-"""The convolutional autoencoder of FLUX.1 and Z-Image: pictures to latents and back, whole or in bands of rows."""
+"""The convolutional autoencoders of FLUX and Z-Image: pictures to latents and back, whole or in bands of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inkstream.nn.config import VAEConfig
+from inkstream.nn.config import Flux2VAEConfig, VAEConfig
 from inkstream.types import InputError
 
 WHOLE = 128 * 128
@@ -39,37 +40,109 @@ class Autoencoder(nn.Module):
 
     def encode_moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log variance of the latents, neither shifted nor scaled: what a trainer samples from."""
-        height, width = pixels.shape[-2:]
-        down = self.config.downscale
-        if height % down or width % down:
-            near = " by ".join(str(max(side // down, 1) * down) for side in (width, height))
-            raise InputError(f"{width} by {height} pixels are not multiples of {down}: crop or resize to {near}")
-        mean, log_variance = self.encoder(in_layout(pixels), self._area(tile)).chunk(2, dim=1)
+        check_sides(pixels, self.config.downscale)
+        mean, log_variance = self.encoder(in_layout(pixels), tile_area(tile, self.config.downscale)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
         """Pixels, not clamped. latents: as `encode` gives them."""
         latents = latents / self.config.scaling_factor + self.config.shift_factor
-        return self.decoder(in_layout(latents), self._area(tile)).contiguous()
+        return self.decoder(in_layout(latents), tile_area(tile, self.config.downscale)).contiguous()
 
     def normalize(self, latents: Tensor) -> Tensor:
         """Raw latents, as `encode_moments` speaks of, to the transformer's."""
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
-    def _area(self, tile: int | None) -> int | None:
-        return None if tile is None else (tile * self.config.downscale) ** 2
 
+class Flux2Autoencoder(nn.Module):
+    """Pixels (B, 3, H, W) in [-1, 1] to FLUX.2's latents (B, 4C, H / 16, W / 16) of about unit variance, and back.
 
-def tile_for(batch: int, height: int, width: int) -> int | None:
-    """The `tile` to take for that many latents of that height and width: none up to `WHOLE` cells in all.
-
-    None either where gradients are recorded: tiles write over what a backward pass reads.
+    Two by two of the convolutions' cells are one cell here, channel by channel, then row by row; the norm over them is
+    the inside's affair. H and W are multiples of `config.downscale`, else InputError. `tile` as in `Autoencoder`.
     """
-    return None if torch.is_grad_enabled() or batch * height * width <= WHOLE else TILE
+
+    def __init__(self, config: Flux2VAEConfig):
+        super().__init__()
+        self.config = config
+        channels = config.latent_channels
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(
+            replace(config, block_out_channels=config.decoder_block_out_channels or config.block_out_channels)
+        )
+        self.quant_conv = nn.Conv2d(2 * channels, 2 * channels, 1) if config.use_quant_conv else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(channels, channels, 1) if config.use_post_quant_conv else nn.Identity()
+        self.bn = LatentNorm(config.packed_channels, config.batch_norm_eps)
+
+    def encode(self, pixels: Tensor, tile: int | None = None) -> Tensor:
+        """The latents' most likely value, as the transformer wants them."""
+        return self.normalize(self.encode_moments(pixels, tile)[0])
+
+    def encode_moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log variance of the latents (B, C, H / 8, W / 8), neither packed nor normed."""
+        check_sides(pixels, self.config.downscale)
+        moments = self.quant_conv(self.encoder(in_layout(pixels), tile_area(tile, self.config.downscale)))
+        mean, log_variance = moments.chunk(2, dim=1)
+        return mean, log_variance.clamp(-30, 20)
+
+    def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
+        """Pixels, not clamped. latents: as `encode` gives them."""
+        latents = self.post_quant_conv(F.pixel_shuffle(self.bn.undo(latents), 2))
+        return self.decoder(in_layout(latents), tile_area(tile, self.config.downscale)).contiguous()
+
+    def normalize(self, latents: Tensor) -> Tensor:
+        """Raw latents, as `encode_moments` speaks of, to the transformer's."""
+        return self.bn(F.pixel_unshuffle(latents, 2))
+
+
+class LatentNorm(nn.Module):
+    """Each channel to mean 0 and variance 1 by what was measured in training, never by the batch; and back."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, h, w)
+        mean, deviation = self._moments()
+        return (x - mean) / deviation
+
+    def undo(self, x: Tensor) -> Tensor:
+        mean, deviation = self._moments()
+        return x * deviation + mean
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        return self.running_mean.view(-1, 1, 1), (self.running_var + self.eps).sqrt().view(-1, 1, 1)
+
+
+def tile_for(batch: int, height: int, width: int, cell: int = 8) -> int | None:
+    """The `tile` to take for that many latents of that height and width: none up to `WHOLE` cells of 8 pixels in all.
+
+    cell: pixels a side of one of these latents' cells, `config.downscale`. None either where gradients are recorded:
+    tiles write over what a backward pass reads.
+    """
+    small = batch * height * width * cell**2 <= WHOLE * 8**2
+    return None if torch.is_grad_enabled() or small else TILE * 8 // cell
+
+
+def tile_area(tile: int | None, cell: int) -> int | None:
+    """The pixels in a tile of that side, in cells."""
+    return None if tile is None else (tile * cell) ** 2
+
+
+def check_sides(pixels: Tensor, multiple: int) -> None:
+    """InputError unless both sides of pixels (B, 3, H, W) are multiples."""
+    height, width = pixels.shape[-2:]
+    if height % multiple or width % multiple:
+        near = " by ".join(str(max(side // multiple, 1) * multiple) for side in (width, height))
+        raise InputError(f"{width} by {height} pixels are not multiples of {multiple}: crop or resize to {near}")
 
 
 class Encoder(nn.Module):
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: VAEConfig | Flux2VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         last = len(widths) - 1
@@ -90,7 +163,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, config: VAEConfig):
+    def __init__(self, config: VAEConfig | Flux2VAEConfig):
         super().__init__()
         widths, groups = config.block_out_channels[::-1], config.norm_num_groups
         last = len(widths) - 1

@@ -1,0 +1,164 @@
+"""FLUX.1's prompts: one vector from CLIP, 256 or 512 states from T5, both by transformers, padding left unmasked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.families import Part, Shapes
+from inkstream.nn.config import CLIPTextConfig, T5Config
+from inkstream.types import Conditioning, InputError
+from inkstream.weights.keymap import drop, rename
+
+CLIP_TOKENS = 77
+T5_TOKENS, SCHNELL_TOKENS = 512, 256
+"""Prompts are cut or padded to this length; schnell was trained on the shorter."""
+
+
+def clip_tokens(tokenizer: Any, prompt: str) -> tuple[int, ...]:
+    """The prompt's 77 tokens, cut or padded. tokenizer: transformers' CLIPTokenizer."""
+    return _padded(tokenizer, prompt, CLIP_TOKENS)
+
+
+def t5_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, ...]:
+    """The prompt's `length` tokens, cut or padded. tokenizer: transformers' T5Tokenizer."""
+    return _padded(tokenizer, prompt, length)
+
+
+def encode_clip(encoder: CLIPText, prompts: Sequence[Sequence[int]]) -> Tensor:
+    """Prompts, as `clip_tokens` gives them -> (P, D), one vector each."""
+    return encoder(torch.tensor(prompts, device=_device(encoder)))
+
+
+def encode_t5(encoder: T5Text, prompts: Sequence[Sequence[int]]) -> Conditioning:
+    """Prompts, as `t5_tokens` gives them, all of one length. The transformer reads the states of the padding too."""
+    states = encoder(torch.tensor(prompts, device=_device(encoder)))  # (P, L, D)
+    return Conditioning(states.flatten(0, 1), (states.shape[1],) * len(prompts))
+
+
+def load_clip_tokenizer(path: Path | str) -> Any:
+    """CLIP's tokenizer from a folder. InputError where it cannot be read."""
+    return _load_tokenizer(path, "CLIPTokenizer")
+
+
+def load_t5_tokenizer(path: Path | str) -> Any:
+    """T5's tokenizer from a folder. InputError where it cannot be read."""
+    return _load_tokenizer(path, "T5Tokenizer")
+
+
+class CLIPText(nn.Module):
+    """CLIP's text model: ids (B, 77) -> the state at each prompt's end (B, D)."""
+
+    def __init__(self, config: CLIPTextConfig):
+        super().__init__()
+        transformers = _transformers()
+        model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**asdict(config)))
+        self.text_model: Any = getattr(model, "text_model", model)  # a shell around it in earlier versions
+        with torch.device("cpu"):  # a buffer that is in no file
+            self.text_model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device)[None]
+        return self.text_model(input_ids=ids, position_ids=positions).pooler_output
+
+
+class T5Text(nn.Module):
+    """T5's encoder: ids (B, L) -> states (B, L, D)."""
+
+    def __init__(self, config: T5Config):
+        super().__init__()
+        transformers = _transformers()
+        theirs = transformers.T5Config(**asdict(config), is_encoder_decoder=False, use_cache=False)
+        self.encoder: Any = transformers.models.t5.modeling_t5.T5Stack(theirs)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.encoder(input_ids=ids).last_hidden_state
+
+
+def infer_clip(shapes: Shapes) -> CLIPTextConfig:
+    """Sizes from the shapes of the weights; heads are 64 wide, and the rest is CLIP ViT-L/14's."""
+    vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
+    if width % 64:
+        raise KeyError("num_attention_heads")
+    return CLIPTextConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=_count(shapes, "text_model.encoder.layers."),
+        num_attention_heads=width // 64,
+        intermediate_size=shapes["text_model.encoder.layers.0.mlp.fc1.weight"][0],
+        max_position_embeddings=shapes["text_model.embeddings.position_embedding.weight"][0],
+    )
+
+
+def infer_t5(shapes: Shapes) -> T5Config:
+    """Sizes from the shapes of the weights; the rest is T5 1.1's."""
+    vocabulary, width = shapes["encoder.embed_tokens.weight"]
+    attention = "encoder.block.0.layer.0.SelfAttention."
+    buckets, heads = shapes[attention + "relative_attention_bias.weight"]
+    return T5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=shapes[attention + "q.weight"][0] // heads,
+        d_ff=shapes["encoder.block.0.layer.1.DenseReluDense.wi_0.weight"][0],
+        num_layers=_count(shapes, "encoder.block."),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+    )
+
+
+CLIP = Part(
+    build=CLIPText,
+    config=CLIPTextConfig,
+    layouts={
+        "transformers": (drop("text_model.embeddings.position_ids"), drop("text_projection"), drop("logit_scale")),
+        "bare": tuple(rename(name, f"text_model.{name}") for name in ("embeddings", "encoder", "final_layer_norm")),
+    },
+    infer=infer_clip,
+)
+
+T5 = Part(
+    build=T5Text,
+    config=T5Config,
+    layouts={
+        "transformers": (drop("encoder.embed_tokens"), rename("shared", "encoder.embed_tokens")),  # often there twice
+        "encoder": (),
+    },
+    infer=infer_t5,
+)
+
+
+def _padded(tokenizer: Any, prompt: str, length: int) -> tuple[int, ...]:
+    return tuple(tokenizer(prompt, padding="max_length", max_length=length, truncation=True).input_ids)
+
+
+def _load_tokenizer(path: Path | str, kind: str) -> Any:
+    try:
+        return getattr(_transformers(), kind).from_pretrained(str(path), local_files_only=True)
+    except (OSError, ValueError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"the tokenizer in {path} cannot be read ({reason}): copy the model's there") from None
+
+
+def _count(shapes: Shapes, prefix: str) -> int:
+    """How many different segments follow the prefix."""
+    return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _transformers() -> Any:
+    """The package, imported when a model that needs it is; that takes seconds."""
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "FLUX.1 reads prompts through transformers, which is not installed: pip install 'inkstream[flux]'"
+        ) from None
+    return transformers

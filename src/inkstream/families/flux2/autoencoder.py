@@ -1,0 +1,46 @@
+"""FLUX.2's autoencoder as a Part: both published layouts, and the small decoder told from its shapes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from inkstream.families import Part, Shapes, parts
+from inkstream.nn.config import Flux2VAEConfig
+from inkstream.nn.vae import Flux2Autoencoder
+from inkstream.weights.keymap import drop, rename
+
+
+def infer_autoencoder(shapes: Shapes) -> Flux2VAEConfig:
+    """Sizes from the shapes of the weights; groups and epsilon, which shapes do not show, are FLUX.2's."""
+    _ = shapes["bn.running_mean"]
+    sizes = asdict(parts.infer_autoencoder(shapes))
+    del sizes["scaling_factor"], sizes["shift_factor"]
+    levels = range(len(sizes["block_out_channels"]))
+    widths = tuple(shapes[f"decoder.up_blocks.{i}.resnets.0.conv1.weight"][0] for i in levels)[::-1]
+    if any(width % Flux2VAEConfig.norm_num_groups for width in widths):
+        raise KeyError("norm_num_groups")
+    return Flux2VAEConfig(
+        **sizes,
+        decoder_block_out_channels=None if widths == sizes["block_out_channels"] else widths,
+        use_quant_conv="quant_conv.weight" in shapes,
+        use_post_quant_conv="post_quant_conv.weight" in shapes,
+    )
+
+
+_UNCOUNTED = drop("bn.num_batches_tracked")  # how many batches the statistics were taken over
+
+AUTOENCODER = Part(
+    build=Flux2Autoencoder,
+    config=Flux2VAEConfig,
+    layouts={
+        "diffusers": (_UNCOUNTED,),
+        "ldm": (
+            _UNCOUNTED,
+            rename("encoder.quant_conv", "quant_conv"),
+            rename("decoder.post_quant_conv", "post_quant_conv"),
+            *parts.AUTOENCODER.layouts["ldm"],
+        ),
+    },
+    infer=infer_autoencoder,
+)
+"""With the full or the small decoder; "ldm" is ae.safetensors and ComfyUI's flux2-vae."""

@@ -1,0 +1,82 @@
+"""Mistral Small as FLUX.2 dev's text encoder, by transformers, cut after the deepest layer that is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.families import Shapes
+from inkstream.nn.config import MistralConfig
+from inkstream.types import InputError
+from inkstream.weights.keymap import Rule, drop, rename
+
+READ = 30
+"""The layers of a file that was cut after the last that is read, as ComfyUI's is."""
+
+
+class MistralText(nn.Module):
+    """Mistral's decoder without its head, returning the states at `depths`, before any final norm.
+
+    0 is the embedding, k the output of the k-th layer. InputError where transformers is not installed.
+    """
+
+    def __init__(self, config: MistralConfig, depths: Sequence[int]):
+        super().__init__()
+        try:
+            from transformers import MistralConfig as TheirConfig
+            from transformers import MistralModel
+            from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+        except ImportError:
+            raise InputError(
+                "FLUX.2 dev reads prompts through transformers, which is not installed: pip install 'inkstream[flux]'"
+            ) from None
+        self.depths = tuple(depths)
+        sizes = asdict(config)
+        theta = sizes.pop("rope_theta")
+        theirs = TheirConfig(
+            **{**sizes, "num_hidden_layers": max(depths)},
+            rope_parameters={"rope_type": "default", "rope_theta": theta},
+            sliding_window=None,
+            pad_token_id=None,
+        )
+        self.model: Any = MistralModel(theirs)
+        self.model.norm = nn.Identity()
+        with torch.device("cpu"):  # its buffers are in no file
+            self.model.rotary_emb = MistralRotaryEmbedding(theirs)
+
+    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """ids, mask: (B, L), mask 1 at text and 0 at padding -> (B, L, D * len(depths))."""
+        out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
+        return torch.cat([out.hidden_states[depth] for depth in self.depths], dim=-1)
+
+
+def infer_mistral(shapes: Shapes) -> MistralConfig:
+    """Sizes from the shapes of the weights; heads are 128 wide, and the rest is Mistral Small's."""
+    vocabulary, width = shapes["model.embed_tokens.weight"]
+    layers = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")})
+    queries, keys = (shapes[f"model.layers.0.self_attn.{name}_proj.weight"][0] for name in "qk")
+    if queries % MistralConfig.head_dim or keys % MistralConfig.head_dim:
+        raise KeyError("head_dim")
+    return MistralConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=MistralConfig.num_hidden_layers if layers == READ else layers,
+        num_attention_heads=queries // MistralConfig.head_dim,
+        num_key_value_heads=keys // MistralConfig.head_dim,
+        intermediate_size=shapes["model.layers.0.mlp.gate_proj.weight"][0],
+    )
+
+
+LAYOUTS: Mapping[str, Sequence[Rule]] = {
+    "transformers": (
+        rename("language_model.model", "model"),
+        rename("model.language_model", "model"),
+        *map(drop, ("language_model.lm_head", "lm_head")),  # nothing is generated
+        *map(drop, ("vision_tower", "model.vision_tower", "multi_modal_projector", "model.multi_modal_projector")),
+        drop("tekken_model"),  # the tokenizer, in ComfyUI's file
+    )
+}
