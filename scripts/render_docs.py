@@ -1,4 +1,4 @@
-"""Render docs/cli.md from the command line itself.
+"""Render docs/cli.md from the command line itself, and the keys in docs/training.md from the recipe.
 
     python scripts/render_docs.py
 """
@@ -12,8 +12,10 @@ from typing import Any, Literal, get_args, get_origin
 from cyclopts import Argument
 
 from inkstream.cli import app
+from inkstream.train.recipe import describe
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+DOCS = Path(__file__).parent.parent / "docs"
+KEYS = "## Keys\n\n"
 HEAD = """# The command line
 
 Rendered from the code by `scripts/render_docs.py`; a test keeps it true.
@@ -71,5 +73,6 @@ def takes(hint: Any) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render())
-    print(PAGE)
+    (DOCS / "cli.md").write_text(render())
+    training = DOCS / "training.md"
+    training.write_text(training.read_text().partition(KEYS)[0] + KEYS + describe())

@@ -139,6 +139,14 @@ def test_every_format_carries_the_request(draw, capsys, suffix):
     assert json.loads(capsys.readouterr().out.split("\n", 1)[1])["request"]["prompt"] == "橘猫"
 
 
+def test_a_prompt_too_long_for_a_jpeg_is_saved_as_png(draw, capsys):
+    prompt = "word " * 20_000
+    assert draw(prompt, *SMALL, "-o", "long.jpg") == 0
+    assert os.listdir() == ["long.png"]
+    assert read_request("long.png").request.prompt == prompt
+    assert "so it was saved as long.png" in capsys.readouterr().err
+
+
 def test_a_picture_to_start_from_and_its_mask_are_used(draw, capsys, photo, mask):
     at = ["--image", str(photo), "--seed", "7", "--steps", "4"]
     assert draw("x", *at, "--strength", "0.5", "-o", "half.png") == 0
@@ -153,6 +161,11 @@ def test_a_picture_to_start_from_and_its_mask_are_used(draw, capsys, photo, mask
 def test_what_has_no_effect_is_said(draw, capsys):
     assert draw("x", "-n", "blurry", *SMALL, "-o", "x.png") == 0
     assert "negative prompt has no effect" in capsys.readouterr().err
+
+
+def test_a_prompt_whose_end_is_not_read_says_so(draw, capsys):
+    assert draw("word " * 600, *SMALL, "-o", "x.png") == 0
+    assert "the prompt is longer than 512 tokens" in capsys.readouterr().err
 
 
 def test_quiet_says_nothing_but_the_result(draw, capsys):

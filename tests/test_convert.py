@@ -38,13 +38,21 @@ def test_to_native_and_back_is_the_identity(tiny_folder, tmp_path):
 def test_the_native_folder_holds_one_file_that_says_what_it_is(tiny_folder, tmp_path):
     folder = convert(tiny_folder, tmp_path / "native", "native")
     assert sorted(p.name for p in folder.iterdir()) == [
-        "scheduler", "text_encoder", "tiny-turbo.safetensors", "tokenizer", "vae"
+        "inkstream.json", "scheduler", "text_encoder", "tiny-turbo.safetensors", "tokenizer", "vae"
     ]  # fmt: skip
     header = read_header(folder / "tiny-turbo.safetensors")
     assert header.metadata["licence"] == "apache-2.0"
     assert header.metadata["origin"] == "tiny-turbo"
     assert json.loads(header.metadata["config"])["dim"] == TURBO.tiny.transformer.dim
     assert "layers.0.attention.qkv.weight" in header.tensors
+
+
+def test_a_tokenizer_is_read_by_the_class_that_it_names(tiny_folder, tmp_path):
+    own = Path(shutil.copytree(tiny_folder, tmp_path / "own"))
+    (own / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    back = convert(convert(own, tmp_path / "native", "native"), tmp_path / "back", "diffusers")
+    index = json.loads((back / "model_index.json").read_text())
+    assert index["tokenizer"] == ["transformers", "PreTrainedTokenizerFast"]
 
 
 def test_dtypes_are_kept_tensor_by_tensor(tiny_folder, tmp_path):
@@ -107,3 +115,21 @@ def test_progress_ends_at_the_last_byte(tiny_folder, tmp_path):
     assert done == sorted(done)
     assert done[-1] == events[-1].total_bytes
     assert sum(t.nbytes for state in states(tiny_folder).values() for t in state.values()) == done[-1]
+
+
+def test_how_a_model_likes_to_be_drawn_goes_with_it(tiny_folder, tmp_path):
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    liked = {"steps": 5, "guidance": 2.5, "size": [96, 64], "solver": "heun", "title": "Mine"}
+    (source / "inkstream.json").write_text(json.dumps(liked))
+    for layout in ("native", "diffusers"):
+        spec = inkstream.load(convert(source, tmp_path / layout, layout)).spec
+        assert (spec.steps, spec.guidance, spec.size, spec.solver, spec.title) == (5, 2.5, (96, 64), "heun", "Mine")
+
+
+@pytest.mark.parametrize("card", [{"steps": 0}, {"size": [16]}, {"solver": "x"}, {"abilities": 3}, {"guidance": "a"}])
+def test_a_card_that_makes_no_sense_is_named(tiny_folder, tmp_path, card):
+    source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
+    (source / "inkstream.json").write_text(json.dumps(card))
+    (name,) = card
+    with pytest.raises(InputError, match=rf"inkstream\.json is no card of a model \(.*{name}.*\): mend or remove it"):
+        inkstream.load(source)

@@ -100,6 +100,7 @@ class Spec:
     strength: float = 0.6
     abilities: frozenset[str] = frozenset()  # of: guidance, negative_prompt, image, mask, references
     repo: str | None = None  # on the hub
+    folder: str | None = None  # inside the package, of a model that ships with it
     download_bytes: int | None = None
     licence: str = "unknown"
     title: str = ""

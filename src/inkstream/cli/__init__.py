@@ -31,6 +31,12 @@ The prompt is read from stdin where it is -. Where stdout is a pipe and neither 
 picture itself goes there, as a PNG. Options left out take the model's own defaults."""
 app.command("inkstream.cli.generate:generate", help=GENERATE)  # by its path: its options need a slow import
 
+EVALUATE = """Draw a suite of prompts with a model and say how much of what was asked is there.
+
+A table goes to stdout; pictures, a contact sheet and the numbers as JSON go to a folder. The same command goes on
+where it was stopped: pictures that are there are not drawn again."""
+app.command("inkstream.cli.evaluate:evaluate", name="eval", help=EVALUATE)
+
 
 @app.command
 def info(
@@ -87,6 +93,26 @@ def convert(source: str, folder: str, *, to: Literal["diffusers", "native"], yes
     print(folder)
 
 
+@app.command
+def train(
+    recipe: Annotated[str, Parameter(help="A TOML file: see docs/training.md.")],
+    *,
+    output: Annotated[
+        str | None, Parameter(alias="-o", show_default=False, help="Folder of the run; runs/NAME of the recipe if not.")
+    ] = None,
+    resume: Annotated[bool, Parameter(show_default=False, help="Go on from the folder's last checkpoint.")] = False,
+    set_: Annotated[
+        list[str] | None,
+        Parameter(name="--set", negative=(), show_default=False, help="Change a key of the recipe: run.steps=50."),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Train a model as a recipe says."""
+    from inkstream.cli.train import train
+
+    return train(recipe, output, resume, set_ or [], json)
+
+
 def run() -> NoReturn:
     """The process: `main`, and the way out."""
     code = main()
@@ -106,8 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not debug:
         warnings.simplefilter("ignore")
     try:
-        app(words, exit_on_error=False, print_error=False, result_action="return_value")
+        code = app(words, exit_on_error=False, print_error=False, result_action="return_value")
         sys.stdout.flush()
+        if isinstance(code, int):
+            return code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # whoever read our output has had enough

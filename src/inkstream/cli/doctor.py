@@ -36,7 +36,7 @@ def examine() -> dict[str, Any]:
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     models = []
     for spec in SPECS.values():
-        if spec.repo is not None:
+        if spec.repo or spec.folder:
             weights = count_weights(spec)
             needs = {name: weigh(weights, name, device) for name in DTYPES}
             fact = {"name": spec.name, "weights": weights, "needs_bytes": needs}

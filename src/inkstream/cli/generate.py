@@ -175,21 +175,28 @@ def draw(
 ) -> Iterator[dict[str, Any]]:
     """Draw the pictures and write each, to its place or to stdout; what is yielded describes it, as JSON."""
     from inkstream.engine.engine import Engine, advice
-    from inkstream.engine.metadata import save_picture
+    from inkstream.engine.metadata import free_name, save_picture
 
     engine = Engine(device, dtype)
     for event in engine.submit(request):
         terminal.show(event)
         if isinstance(event, Step) and event.step == 1 and event.index == 0:
-            for line in advice(request, engine.model.spec):
+            for line in advice(request, engine.model):
                 terminal.say(line)
         elif isinstance(event, Failed):
             raise InputError(event.error) if event.kind == "input" else RuntimeError(event.error)
         elif isinstance(event, Done):
             path = place(event.request, event.index) if place else None
             ran = {"device": str(engine.model.device), "dtype": str(engine.model.dtype).removeprefix("torch.")}
-            target = path or sys.stdout.buffer
-            save_picture(event.image, target, event.request, engine.model.spec, metadata=metadata, extra=ran)
+            facts: Any = {"request": event.request, "spec": engine.model.spec, "metadata": metadata, "extra": ran}
+            try:
+                save_picture(event.image, path or sys.stdout.buffer, **facts)
+            except InputError as error:  # a JPEG's metadata has little room; the picture must not be lost
+                if path is None:
+                    raise
+                path = free_name(path.parent, path.stem, ".png")
+                save_picture(event.image, path, **facts)
+                terminal.say(f"{error}; so it was saved as {path.name}")
             yield {
                 "path": str(path) if path else None,
                 "seed": event.request.seed,

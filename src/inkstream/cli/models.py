@@ -19,7 +19,7 @@ def list_models() -> list[dict[str, Any]]:
             "repository": spec.repo,
             "licence": spec.licence,
             "download_bytes": spec.download_bytes,
-            "downloaded": spec.repo is not None and cached(spec.repo, ["*.safetensors"]) is not None,
+            "here": spec.folder is not None or bool(spec.repo and cached(spec.repo, ["*.safetensors"])),
             "abilities": sorted(spec.abilities),
             "defaults": {
                 "steps": spec.steps,
@@ -41,7 +41,7 @@ def print_models(known: list[dict[str, Any]]) -> None:
     for model in known:
         defaults = model["defaults"]
         size = in_gigabytes(model["download_bytes"]) if model["download_bytes"] else ""
-        place = "downloaded" if model["downloaded"] else f"{size} to download" if size else "cannot be downloaded"
+        place = "here" if model["here"] else f"{size} to download" if size else "cannot be downloaded"
         print(f"{model['name']}  ({place}, {model['licence']})")
         print(f"  {model['title']}")
         size = f"{defaults['width']}x{defaults['height']}"

@@ -66,6 +66,10 @@ class Terminal:
             rate = f"{event.seconds:.2f} s/step" if slow else f"{1 / max(event.seconds, 1e-9):.1f} steps/s"
             self._move(picture, event.step, event.steps, f"step {event.step} of {event.steps}, {rate}")
 
+    def wait(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Move the bar to so much of something that is told in other words than events."""
+        self._move(what, done, total or None, note or (f"{done} of {total}" if total else ""))
+
     def _move(self, what: str, done: int, total: int | None, note: str) -> None:
         if self._progress is None:
             return

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from inkstream.engine.sources import PREFIXES, Found, Progress, Source, locate
+from inkstream.engine.sources import CARD, PREFIXES, Found, Progress, Source, locate, write_card
 from inkstream.types import InputError, Loading
 from inkstream.weights.files import read_state, strip_prefix, write_state
 from inkstream.weights.keymap import Rule, translate
@@ -59,8 +59,10 @@ def convert(src: Path | str, dst: Path | str, to: Layout = "diffusers", progress
 
 def _write(source: Source, folder: Path, to: Layout, tell: Progress, total: int) -> None:
     """Everything of the new folder, weights last."""
-    made = source.family.documents(source.spec)
+    made = {**source.family.documents(source.spec), CARD: write_card(source.spec)}
     documents = {name: {**content, **_kept(source, name)} for name, content in made.items()}
+    config = source.tokenizer / "tokenizer_config.json"
+    documents["model_index.json"] |= tokenizer_class(config.read_bytes() if config.is_file() else b"{}")
     alone = to == "native"
     for name, content in documents.items():
         if not (alone and name in ("model_index.json", "transformer/config.json")):
@@ -92,6 +94,18 @@ def _write(source: Source, folder: Path, to: Layout, tell: Progress, total: int)
             library = documents["model_index.json"][part][0]
             stem = "model" if library == "transformers" else "diffusion_pytorch_model"
             write_state(folder / part / f"{stem}.safetensors", state, shard_bytes=SHARD_BYTES, progress=count)
+
+
+def tokenizer_class(config: bytes) -> dict[str, list[str]]:
+    """What model_index.json must say of a tokenizer, from its own tokenizer_config.json: by which class it is read.
+
+    transformers' Qwen2Tokenizer splits words its own way, whatever tokenizer.json says.
+    """
+    try:
+        name = json.loads(config).get("tokenizer_class")
+    except (ValueError, AttributeError):
+        name = None
+    return {"tokenizer": ["transformers", name]} if isinstance(name, str) else {}
 
 
 def _translated(found: Found, rules: Sequence[Rule]) -> dict[str, Tensor]:

@@ -13,7 +13,8 @@ import torch
 from inkstream.engine.inputs import to_image
 from inkstream.engine.loader import load
 from inkstream.engine.model import Model, Run, advance, complete, guided, singles
-from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
+from inkstream.families.parts import PROMPT_TOKENS
+from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Step
 
 
 class Engine:
@@ -114,10 +115,13 @@ class Engine:
             yield step, t, time.perf_counter() - began
 
 
-def advice(request: Request, spec: Spec) -> list[str]:
+def advice(request: Request, model: Model) -> list[str]:
     """What in a request has no effect on this model, a line each."""
-    lines = []
+    lines, spec = [], model.spec
     done = complete(request, spec)
+    for name in ("prompt", "negative_prompt"):
+        if len(model.family.tokens(getattr(request, name))) >= PROMPT_TOKENS:
+            lines.append(f"the {name.replace('_', ' ')} is longer than {PROMPT_TOKENS} tokens: its end is not read")
     if request.negative_prompt and not guided(done):
         lines.append("the negative prompt has no effect at guidance 1: raise guidance, or use a model that guides")
     if guided(done) and "guidance" not in spec.abilities:

@@ -6,17 +6,18 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
 from inkstream.nn.config import read_config
-from inkstream.types import InputError, Loading, Spec
+from inkstream.types import InputError, Loading, Request, Spec
 from inkstream.weights.files import few, read_header, strip_prefix
 from inkstream.weights.keymap import Rule, translate
 
@@ -30,6 +31,9 @@ PUBLISHED = ("model_index.json", *(f"{folder}/*.{kind}" for folder in FOLDERS fo
 
 SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant", "qweight")
 """Endings of names that only quantised files have."""
+
+CARD = "inkstream.json"
+"""The file in a model's folder that says how it likes to be drawn. Ours alone: others leave it unread."""
 
 COMFYUI = {"transformer": ("diffusion_models", "unet"), "text_encoder": ("text_encoders", "clip"), "vae": ("vae",)}
 """Where ComfyUI's models/ folder keeps the parts."""
@@ -83,8 +87,51 @@ def locate(name: Path | str, progress: Progress | None = None) -> Source:
     if not isinstance(shift, int | float | None):
         raise InputError(f"{root}/scheduler/scheduler_config.json says shift is {shift!r}: expected a number like 3.0")
     spec = family.recognise({part: found.config for part, found in parts.items()}, shift, title)
+    if (root / CARD).is_file():
+        documents[CARD] = _read_json(root / CARD)
+        spec = read_card(documents[CARD], spec, root / CARD)
     tokenizer = _find_tokenizer(spec, [root / "tokenizer", parts["text_encoder"].path], path)
     return Source(family, spec, parts, tokenizer, documents)
+
+
+def write_card(spec: Spec) -> dict[str, Any]:
+    """How a model likes to be drawn, as JSON. `read_card` is the inverse."""
+    return {
+        "title": spec.title,
+        "licence": spec.licence,
+        "steps": spec.steps,
+        "guidance": spec.guidance,
+        "size": list(spec.size),
+        "solver": spec.solver,
+        "schedule": spec.schedule,
+        "abilities": sorted(spec.abilities),
+    }
+
+
+def read_card(card: Mapping[str, Any], spec: Spec, path: Path) -> Spec:
+    """The spec with what the card says in the place of its family's defaults. InputError names what is not right."""
+    drawn = {name: card[name] for name in ("steps", "guidance", "solver", "schedule") if name in card}
+    texts = {name: str(card[name]) for name in ("title", "licence") if name in card}
+    size, abilities = card.get("size", spec.size), card.get("abilities", spec.abilities)
+    try:
+        width, height = size
+        Request(width=width, height=height, **drawn)
+        return replace(spec, size=(width, height), abilities=frozenset(abilities), **drawn, **texts)
+    except ValidationError as error:
+        first = error.errors()[0]
+        problem = f"{first['loc'][0]} is {first['input']!r}"
+    except (TypeError, ValueError):
+        problem = f"size is {size!r}, abilities are {abilities!r}"
+    raise InputError(f"{path} is no card of a model ({problem}): mend or remove it")
+
+
+def locate_part(family: type[Family], name: str, path: Path | str) -> Found:
+    """One part's weights, checked: a safetensors file, a folder of shards, or a model's folder that holds it."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path} is missing: give the {name} as a file or folder")
+    part = family.parts[name]
+    return _checked(_match(part, path / name if (path / name).is_dir() else path), name, part)
 
 
 # From a name to a path ----------------------------------------------------------------------------------------------
@@ -94,6 +141,8 @@ def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
     """The local folder or file that a name means, and what to call the model."""
     if name in SPECS:
         spec = SPECS[name]
+        if spec.folder is not None:
+            return Path(__file__).parents[1] / spec.folder, name
         if spec.repo is None:
             raise InputError(f"the weights of {name} are not published: give the path of a local copy")
         return _download(spec.repo, spec.licence, progress), name

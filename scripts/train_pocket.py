@@ -1,0 +1,92 @@
+"""Train Pocket on a large GPU in pieces of under nine minutes, one command each, in this order:
+
+    python scripts/train_pocket.py vae      # 1. the autoencoder
+    python scripts/train_pocket.py base     # 2. the transformer and its text encoder at 128 x 128
+    python scripts/train_pocket.py large    # 3. the same at 256 x 256
+    python scripts/train_pocket.py score    # 4. inkstream eval, with its record and contact sheet
+
+A piece measures its own speed for half a minute and then takes as many steps as its time holds, so that the rate has
+fallen to 0 when it ends. Given again, a piece goes on from its checkpoint with as much time once more. Recipes are in
+recipes/pocket/gpu, runs in runs/gpu; copy runs/gpu/large/model to src/inkstream/pocket/weights to ship it.
+--rehearse does all of it at a thousandth of the size, on any machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from inkstream.cli import main
+from inkstream.train.checkpoint import list_checkpoints
+from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Saved, train
+from inkstream.train.recipe import Recipe, read_recipe
+
+RECIPES = Path(__file__).parent.parent / "recipes" / "pocket" / "gpu"
+PIECES = ("vae", "base", "large")
+MEASURED = 30.0
+"""Seconds of steps from which a piece tells its speed."""
+LAST = 25.0
+"""Seconds kept for the last look, the checkpoint and the model's folder."""
+ENDLESS = 10**7
+
+
+def run(recipe: Recipe, folder: Path, seconds: float) -> None:
+    """Train for so long, what is made ready before the first step included; go on from a checkpoint if there is one."""
+    began = time.monotonic()
+    open_end = replace(recipe, run=replace(recipe.run, steps=ENDLESS))
+    first: Progress | None = None
+    started = steps = 0.0
+    messages = train(open_end, folder, resume=bool(list_checkpoints(folder / "checkpoints")))
+    for message in messages:
+        now = time.monotonic()
+        if isinstance(message, Progress):
+            if first is None:
+                first, started = message, now  # what compiles is over
+            elif now - started >= min(MEASURED, seconds / 10):
+                rate = (message.step - first.step) / (now - started)
+                left = seconds - (now - began) - min(LAST, seconds / 10) - (started - began) * 0.25  # starts again
+                steps = message.step + max(int(rate * left), 1)
+                print(f"{rate:.2f} steps/s, ready after {started - began:.0f} s: {steps:.0f} steps in all", flush=True)
+                break
+    messages.close()
+    whole = replace(recipe, run=replace(recipe.run, steps=int(steps)))
+    for message in train(whole, folder, resume=True):
+        if isinstance(message, Progress | HeldOut | Preview | Saved | Finished):
+            print(message, flush=True)
+    print(f"{time.monotonic() - began:.0f} s in all")
+
+
+def rehearsed(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe at a thousandth: as many pictures, few steps of few samples, on what there is."""
+    some = replace(recipe.run, batch=4, log=2, save=10, held_out=10, held_out_count=4, preview=10, preview_count=2,
+                   compile=False, dtype="fp32")  # fmt: skip
+    data = replace(recipe.data, count=max(recipe.data.count // 1000, 16), workers=1, cache=str(folder / "cache"))
+    model = recipe.model
+    if model.from_:
+        model = replace(model, from_=str(folder / "base" / "model"))
+    elif "from" in model.vae:
+        model = replace(model, vae={"from": str(folder / "vae" / "model")})
+    return replace(recipe, model=model, data=data, run=some)
+
+
+def score(folder: Path, rehearse: bool) -> int:
+    words = ["eval", str(folder / "large" / "model"), "--output", str(folder / "evaluation")]
+    return main(words + (["--limit", "4", "--seeds", "1"] if rehearse else []))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("piece", choices=[*PIECES, "score"])
+    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--rehearse", action="store_true")
+    given = parser.parse_args()
+    place = Path("runs") / ("rehearsal" if given.rehearse else "gpu")
+    if given.piece == "score":
+        raise SystemExit(score(place, given.rehearse))
+    wanted = read_recipe(RECIPES / f"{given.piece}.toml")
+    if given.rehearse:
+        run(rehearsed(wanted, place), place / given.piece, 40)
+    else:
+        run(wanted, place / given.piece, given.minutes * 60)

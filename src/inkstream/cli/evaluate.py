@@ -1,0 +1,167 @@
+"""`inkstream eval`: a suite drawn by a model, judged, and told as a table, a record and a contact sheet."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Group, Parameter
+
+from inkstream.cli.download import agree_to_download
+from inkstream.cli.generate import check, slug, try_folder
+from inkstream.cli.lines import print_json
+from inkstream.cli.terminal import Terminal
+from inkstream.types import InputError, Request
+
+if TYPE_CHECKING:
+    from inkstream.engine.model import Model
+    from inkstream.evaluate.report import Row
+    from inkstream.evaluate.run import Job, Settings
+
+SWEPT = 40  # prompts of a sweep, unless --limit says otherwise
+IN_SWEEPS = ("all right", "object and colour", "relation", "count", "text exact", "Frechet distance")
+RUN = Group("This run", sort_key=1)
+
+
+def evaluate(
+    model: str,
+    *,
+    suite: str = "pocket",
+    seeds: int = 2,
+    limit: Annotated[int | None, Parameter(show_default=False)] = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    width: Annotated[int | None, Parameter(alias="-W")] = None,
+    height: Annotated[int | None, Parameter(alias="-H")] = None,
+    sweep: Annotated[bool, Parameter(show_default=False)] = False,
+    ceiling: Annotated[bool, Parameter(show_default=False)] = False,
+    ocr: Annotated[bool, Parameter(show_default=False)] = False,
+    output: Annotated[Path | None, Parameter(alias="-o", group=RUN)] = None,
+    device: Annotated[str | None, Parameter(group=RUN)] = None,
+    dtype: Annotated[str | None, Parameter(group=RUN)] = None,
+    json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
+) -> None:
+    """Draw a suite of prompts with a model and say how much of what was asked is there.
+
+    Parameters
+    ----------
+    model
+        A model's name, a repository on the hub, or a local path.
+    suite
+        pocket: 200 scenes that no training shows; text: 200 strings; or a .jsonl file, one {"prompt": ...} a line.
+    seeds
+        Pictures of each prompt.
+    limit
+        At most so many prompts, spread evenly over the suite.
+    steps
+        Steps of the solver; else the model's own.
+    guidance
+        Classifier-free guidance scale, 1 is off; else the model's own.
+    width
+        Width in pixels of prompts that name none; else the model's own.
+    height
+        Height in pixels of prompts that name none; else the model's own.
+    sweep
+        Draw 40 prompts, or --limit, also with 2 to 50 steps and, where the model guides, guidance 1 to 6.
+    ceiling
+        Judge the true pictures, and what the model's autoencoder makes of them, instead of drawing.
+    ocr
+        Let a second, independent reader judge the text too; needs the extra "ocr".
+    output
+        Folder to write to, else evaluation/MODEL-SUITE.
+    device
+        cpu, cuda, cuda:1, mps; else the best there is.
+    dtype
+        bf16, fp32 or fp16; else what suits the device.
+    json
+        Print one JSON document on stdout when all is done.
+    quiet
+        No progress and no talk, only errors.
+    yes
+        Download what is missing without asking.
+    """
+    for name, value, most in (("--seeds", seeds, 1000), ("--limit", limit, None)):
+        if value is not None and not 1 <= value <= (most or value):
+            raise InputError(f"{name} {value} is out of range: give 1 {f'to {most}' if most else 'or more'}")
+    from inkstream.engine.engine import Engine
+    from inkstream.evaluate.judge import judge_drawings, judge_sweep, judge_truths, measure_loss
+    from inkstream.evaluate.ocr import open_reader
+    from inkstream.evaluate.report import matrix, record, table, write_sheet
+    from inkstream.evaluate.run import Settings, claim, plan
+    from inkstream.evaluate.suites import open_suite, thin
+
+    with Terminal(quiet) as terminal:
+        whole = open_suite(suite)
+        cases = thin(whole, limit)
+        settings = Settings(seeds, steps, guidance, width, height)
+        check(Request.model_validate({"model": model, **settings.fields()}))
+        if ocr:
+            open_reader()
+        folder = output or Path("evaluation") / f"{slug(Path(model).name)}-{slug(Path(suite).stem)}"
+        agree_to_download(model, yes, terminal)
+        engine = Engine(device, dtype)
+        for event in engine.load(model):
+            terminal.show(event)
+        jobs = plan(engine.model, cases, settings)
+        try_folder(folder)
+        swept: list[Row] = []
+        if ceiling:
+            judged, rows = judge_truths(engine.model, cases, jobs, folder, ocr, terminal.show)
+        else:
+            claim(folder, suite, model, whole, settings)
+            try:
+                judged, rows = judge_drawings(engine.model, cases, jobs, folder, ocr, terminal.show)
+                rows += measure_loss(engine.model, cases, jobs, terminal.show)
+                if sweep:
+                    few = thin(whole, limit or SWEPT)
+                    swept = judge_sweep(engine.model, few, settings, folder, terminal.show)
+            except KeyboardInterrupt:
+                drawn = sum(job.path(folder).exists() for job in jobs)
+                terminal.say(f"stopped; {drawn} of {len(jobs)} pictures are in {folder}: the same command goes on")
+                raise
+        name = "ceiling" if ceiling else "report"
+        ran = facts(engine.model, model, suite, jobs, len(cases), seeds)
+        words = repeat(model, suite, limit, settings, sweep, ceiling, ocr)
+        place = record(name, date.today().isoformat(), words, ran, [*rows, *swept], folder)
+        sheet = folder / f"{name}.png"
+        write_sheet(judged, {number: case.prompt for number, case in cases.items()}, sheet)
+        if json:
+            numbers = [asdict(row) for row in (*rows, *swept)]
+            print_json({**ran, "record": str(place), "sheet": str(sheet), "rows": numbers})
+            return
+        if all(picture.right is None for picture in judged):
+            terminal.say("nothing was judged: give the prompts a scene, or a text and --ocr")
+        for line in (*table(rows), *(["", *matrix(swept, IN_SWEEPS)] if swept else [])):
+            terminal.print(line)
+        for path in (place, sheet):
+            terminal.say(str(path))
+
+
+def facts(model: Model, name: str, suite: str, jobs: Sequence[Job], prompts: int, seeds: int) -> dict[str, Any]:
+    """How a suite was run, as JSON; what differs between its prompts is left out."""
+    shown = ("width", "height", "steps", "guidance", "shift", "solver", "schedule")
+    values = {field: {getattr(job.request, field) for job in jobs} for field in shown}
+    return {
+        "model": name,
+        "suite": suite,
+        "prompts": prompts,
+        "seeds": seeds,
+        **{field: found.pop() for field, found in values.items() if len(found) == 1},
+        "device": str(model.device),
+        "dtype": str(model.dtype).removeprefix("torch."),
+    }
+
+
+def repeat(model: str, suite: str, limit: int | None, settings: Settings, sweep: bool, ceiling: bool, ocr: bool) -> str:
+    """The command that measures the same again."""
+    words = ["inkstream", "eval", model, "--suite", suite]
+    for name, value in {**asdict(settings), "limit": limit}.items():
+        words += [] if value is None else [f"--{name}", str(value)]
+    flags = {"--sweep": sweep, "--ceiling": ceiling, "--ocr": ocr}
+    return shlex.join([*words, *(flag for flag, given in flags.items() if given)])

@@ -1,0 +1,96 @@
+"""`train`: messages of a run on a terminal. Imports torch late."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from inkstream.cli.terminal import Terminal
+
+EVERY = 10.0
+"""Seconds between lines of what is made ready, where there is no terminal."""
+
+
+def train(recipe: str, output: str | None, resume: bool, changes: list[str], json: bool) -> int:
+    """Follow the recipe. The exit code: 130 where it was interrupted, after saving."""
+    from inkstream.cli.lines import print_json
+    from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Resumed, Saved
+    from inkstream.train.loop import train as run
+    from inkstream.train.recipe import read_recipe
+
+    folder = Path(output) if output else Path("runs") / Path(recipe).stem
+    words = ["inkstream", "train", recipe, *(["--output", output] if output else [])]
+    again = shlex.join([*words, *(word for change in changes for word in ("--set", change)), "--resume"])
+    stopped = _Stop()
+    last: Any = None
+    told = 0.0
+    with Terminal() as terminal, stopped:
+        for message in run(read_recipe(recipe, changes), folder, resume, stop=lambda: stopped.asked):
+            if isinstance(message, Progress):
+                _progress(terminal, message)
+            elif isinstance(message, Saved):
+                terminal.say(f"saved {message.path}")
+            elif isinstance(message, HeldOut):
+                values = ", ".join(f"{name} {value:.4f}" for name, value in message.values.items())
+                terminal.say(f"step {message.step} held out: {values}")
+            elif isinstance(message, Preview):
+                terminal.say(f"drew {message.path}")
+            elif isinstance(message, Resumed):
+                changed = f"; changed since: {', '.join(message.changed)}" if message.changed else ""
+                terminal.say(f"going on from step {message.step}{changed}")
+            elif isinstance(message, Finished):
+                last = message
+            else:
+                told = _prepare(terminal, message, told)
+        if last is None:  # one of several processes: the first one speaks
+            return 130 if stopped.asked else 0
+        if last.model is None:
+            terminal.say(f"{last.why}: saved at step {last.step}; go on with: {again}")
+    document = {"folder": str(folder), "step": last.step, "model": None if last.model is None else str(last.model)}
+    print_json(document) if json else print(last.model or folder)
+    return 130 if stopped.asked and last.model is None else 0
+
+
+def _prepare(terminal: Terminal, message: Any, told: float) -> float:
+    """On a terminal the bar moves; elsewhere there is a line every ten seconds. told: when the last one was."""
+    now = time.monotonic()
+    if sys.stderr.isatty():
+        terminal.wait(message.what, message.done, message.total)
+    elif now - told > EVERY:
+        terminal.say(f"{message.what}: {message.done} of {message.total}" if message.total else message.what)
+        return now
+    return told
+
+
+def _progress(terminal: Terminal, message: Any) -> None:
+    minutes, seconds = divmod(round(message.seconds_left), 60)
+    left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
+    note = f"loss {message.loss:.4f}, {message.images_per_second:.1f} images/s, {left} left"
+    if sys.stderr.isatty():
+        terminal.wait(f"step {message.step} of {message.steps}", message.step, message.steps, note)
+    else:
+        terminal.say(f"step {message.step} of {message.steps}: {note}")
+
+
+class _Stop:
+    """The first Ctrl-C or SIGTERM is remembered, so that a step is finished and saved; the second one ends at once."""
+
+    asked = False
+
+    def __enter__(self) -> _Stop:
+        self._before = {s: signal.signal(s, self._hear) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("stopping after this step; once more ends at once, without saving", file=sys.stderr)

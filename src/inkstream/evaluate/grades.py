@@ -1,0 +1,164 @@
+"""How far a picture shows a scene: graded by what is seen and read in it, against what the scene asks for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from inkstream.evaluate.reading import LEGIBLE, Line, lines_of
+from inkstream.evaluate.seeing import SeenThing, see, things_of
+from inkstream.pocket.captions import STATES
+from inkstream.pocket.scenes import PLACES, Scene, Thing, Writing, relation_holds
+
+ALL = STATES["dense"]
+SLACK = 0.03
+"""Of the picture: a thing this far outside its place still counts as there."""
+
+FOLDED = str.maketrans({"l": "I"})
+"""What looks the same in a face and is therefore the same to a grader, whichever was asked for or read."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What a picture got right; None where the scene does not ask for it, or the caption did not state it."""
+
+    background: bool | None = None
+    objects: float | None = None  # share of the scene's things that are there under their name
+    colours: float | None = None  # share of the scene's shapes that are there under their name and in their colour
+    object_and_colour: bool | None = None  # all things right, name and colour, and nothing beside them
+    places: float | None = None  # share of the scene's things that are there and where they should be
+    count: bool | None = None  # exactly so many of that name, in scenes of kind count
+    relation: bool | None = None
+    text_exact: bool | None = None  # every writing as it should be, and no other
+    characters: float | None = None  # 1 - min(edit distance, length) / length
+    ned: float | None = None  # 1 - edit distance / the longer of the two lengths
+    script: str | None = None  # latin or hanzi, and length in characters, of the first writing
+    length: int | None = None
+
+
+def grade(picture: Image.Image | NDArray[np.uint8], scene: Scene, stated: frozenset[str] = ALL) -> Marks:
+    """The marks of a picture, (H, W, 3) uint8 if an array, for a scene.
+
+    `stated` is what the caption said beyond things, relations and text: a value of captions.STATES. Text too small to
+    be read (LEGIBLE) is not graded.
+    """
+    seen = see(picture)
+    lines = lines_of(seen) if scene.writings else []
+    read = {id(region) for line in lines for region in line.regions}
+    things = things_of(seen, [r for r in seen.regions if id(r) not in read]) if scene.things else []
+    if scene.writings:  # what is like nothing may be a letter gone wrong: that is for the reader to mark
+        things = [thing for thing in things if thing.name]
+    background = seen.background == scene.background if "background" in stated else None
+    exact, characters, ned = _text_marks(lines, _legible(scene, seen.side))
+    first = scene.writings[0] if scene.writings else None
+    script, length = (first.script, len(first.text)) if first else (None, None)
+    if not scene.things:
+        return Marks(background, text_exact=exact, characters=characters, ned=ned, script=script, length=length)
+
+    pairs = _pair(scene.things, things)
+    shapes = [(thing, other) for thing, other in pairs if thing.colour]
+    wanted = Counter((thing.name, thing.colour) for thing in scene.things)
+    placed = "place" in stated and scene.kind in ("things", "emoji", "text")
+    return Marks(
+        background=background,
+        objects=_share(other is not None for _, other in pairs),
+        colours=_share(other is not None and other.colour == thing.colour for thing, other in shapes),
+        object_and_colour=wanted == Counter((thing.name, thing.colour) for thing in things),
+        places=_share(other is not None and _is_at(other, thing.place) for thing, other in pairs) if placed else None,
+        count=_count_is_right(scene, things) if scene.kind == "count" else None,
+        relation=_relation_is_right(scene, things) if scene.relation else None,
+        text_exact=exact, characters=characters, ned=ned, script=script, length=length,
+    )  # fmt: skip
+
+
+# Things
+
+
+def _pair(wanted: Sequence[Thing], seen: Sequence[SeenThing]) -> list[tuple[Thing, SeenThing | None]]:
+    """Each thing with one of its name, if there is one left: rather in its colour, rather at its place."""
+    choices = sorted(
+        (thing.colour != other.colour, not _is_at(other, thing.place), i, j)
+        for i, thing in enumerate(wanted)
+        for j, other in enumerate(seen)
+        if thing.name == other.name
+    )
+    found: dict[int, int] = {}
+    for _, _, i, j in choices:
+        if i not in found and j not in found.values():
+            found[i] = j
+    return [(thing, seen[found[i]] if i in found else None) for i, thing in enumerate(wanted)]
+
+
+def _is_at(thing: SeenThing, place: str) -> bool:
+    down, across = divmod(PLACES.index(place), 3)
+    return all(k / 3 - SLACK <= at <= (k + 1) / 3 + SLACK for k, at in ((across, thing.x), (down, thing.y)))
+
+
+def _relation_is_right(scene: Scene, things: Sequence[SeenThing]) -> bool:
+    """Whether both things are there and whatever could be the first stands so to whatever could be the second.
+
+    Their names tell which they are; their colours too, where both have one name.
+    """
+    first, second = scene.things
+    alike = first.name == second.name
+    firsts, seconds = (
+        [(o.x, o.y) for o in things if o.name == thing.name and (not alike or o.colour == thing.colour)]
+        for thing in (first, second)
+    )
+    holds = [relation_holds(scene.relation or "", a, b) for a in firsts for b in seconds]
+    return bool(holds) and all(holds)
+
+
+def _count_is_right(scene: Scene, things: Sequence[SeenThing]) -> bool:
+    return sum(thing.name == scene.things[0].name for thing in things) == len(scene.things)
+
+
+def _share(right: Iterable[bool]) -> float | None:
+    """Of the true ones; None of nothing."""
+    values = list(right)
+    return sum(values) / len(values) if values else None
+
+
+# Text
+
+
+def _legible(scene: Scene, side: int) -> list[Writing]:
+    return [writing for writing in scene.writings if writing.em * side >= LEGIBLE[writing.script]]
+
+
+def _text_marks(lines: Sequence[Line], writings: Sequence[Writing]) -> tuple[bool | None, float | None, float | None]:
+    """Exact, character accuracy, NED of the lines read against what should be written, in whatever order."""
+    if not writings:
+        return None, None, None
+    wanted, found = [fold(w.text) for w in writings], [fold(line.text) for line in lines]
+    choices = sorted((edit_distance(a, b), i, j) for i, a in enumerate(wanted) for j, b in enumerate(found))
+    pairs: dict[int, int] = {}
+    distance = 0
+    for cost, i, j in choices:
+        if i not in pairs and j not in pairs.values():
+            pairs[i] = j
+            distance += cost
+    distance += sum(len(text) for i, text in enumerate(wanted) if i not in pairs)
+    distance += sum(len(text) for j, text in enumerate(found) if j not in pairs.values())
+    length, longer = sum(map(len, wanted)), max(sum(map(len, wanted)), sum(map(len, found)))
+    return distance == 0, 1 - min(distance, length) / length, 1 - min(distance, longer) / longer
+
+
+def fold(text: str) -> str:
+    """A text with what looks the same made the same: l and I, and runs of spaces."""
+    return " ".join(text.translate(FOLDED).split())
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Levenshtein's: the fewest characters put in, left out or changed to make one of the other."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a):
+        above, row = row, [i + 1]
+        for j, y in enumerate(b):
+            row.append(min(above[j] + (x != y), above[j + 1] + 1, row[j] + 1))
+    return row[-1]

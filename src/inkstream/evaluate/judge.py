@@ -1,0 +1,143 @@
+"""Whole evaluations: a suite as drawn, as it is in truth, as the autoencoder keeps it, and drawn in other settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from inkstream.engine.inputs import to_image, to_pixels
+from inkstream.engine.model import Model
+from inkstream.evaluate.grades import grade
+from inkstream.evaluate.measures import diversity, features, frechet_distance, held_out_loss, psnr
+from inkstream.evaluate.ocr import read
+from inkstream.evaluate.report import Judged, Row, shares
+from inkstream.evaluate.run import Job, Settings, draw, open_picture, plan
+from inkstream.evaluate.suites import Case
+from inkstream.pocket.draw import render
+from inkstream.types import Event, InputError, Loading
+
+Show = Callable[[Event], None]
+Cases = Mapping[int, Case]  # by their numbers in the suite
+
+STEPS = (2, 4, 8, 16, 50)
+GUIDANCE = (1.0, 2.0, 3.0, 4.5, 6.0)
+MOST_LOSSES = 64
+"""Scenes of the held-out loss: its noise is averaged over 8 times each."""
+
+
+def judge(path: Path, number: int, seed: int, case: Case, ocr: bool = False) -> Judged:
+    """What the picture at `path` shows of what case `number` asks for, by our graders where it has a scene.
+
+    ocr: ask the second reader too, where it has a text. InputError where the extra is not installed.
+    """
+    picture = open_picture(path)
+    marks = None if case.scene is None else grade(picture, case.scene, stated=case.stated)
+    reading = read(picture, case.text) if ocr and case.text else None
+    return Judged(path, number, seed, case.group, marks, reading)
+
+
+def judge_drawings(
+    model: Model, cases: Cases, jobs: Sequence[Job], folder: Path, ocr: bool, show: Show
+) -> tuple[list[Judged], list[Row]]:
+    """Draw what is not in the folder yet and judge it all; the rows are the shares and the model's measures."""
+    for step in draw(model, jobs, folder):
+        show(step)
+    judged = []
+    for number, job in enumerate(jobs, 1):
+        show(Loading(f"judging picture {number} of {len(jobs)}"))
+        judged.append(judge(job.path(folder), job.case, job.seed, cases[job.case], ocr))
+    show(Loading("measuring"))
+    seen = features(open_picture(picture.path) for picture in judged)
+    rows = shares(judged)
+    different = diversity(seen, [job.case for job in jobs])
+    if different is not None:
+        rows.append(Row("drawn", "diversity over seeds", "all", different, pictures=len(jobs)))
+    known = [job for job in jobs if cases[job.case].scene is not None]
+    if len(known) == len(jobs) > 1:
+        distance = frechet_distance(*(patches.flatten(0, 1) for patches in (seen, features(_truths(cases, jobs)))))
+        rows.append(Row("drawn", "Frechet distance", "all", distance, pictures=len(jobs)))
+    return judged, rows
+
+
+def judge_truths(
+    model: Model, cases: Cases, jobs: Sequence[Job], folder: Path, ocr: bool, show: Show
+) -> tuple[list[Judged], list[Row]]:
+    """Judge the true pictures and what the model's autoencoder makes of them, the ceiling of what it can draw.
+
+    One of each case that has a scene, all written to the folder; what is returned as judged are the reconstructions.
+    InputError where no case has a scene.
+    """
+    known = [job for job in _first_of_each(jobs) if cases[job.case].scene is not None]
+    if not known:
+        raise InputError("no prompt of this suite has a scene, so there is nothing true to judge: take suite pocket")
+    kinds = ("truth", "reconstruction")
+    judged: dict[str, list[Judged]] = {kind: [] for kind in kinds}
+    noise: list[float] = []
+    for number, (job, truth) in enumerate(zip(known, _truths(cases, known)), 1):
+        show(Loading(f"judging picture {number} of {len(known)}"))
+        for kind, picture in zip(kinds, (truth, again := reconstruct(model, truth))):
+            path = folder / kind / f"{job.case:04d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+            judged[kind].append(judge(path, job.case, 0, cases[job.case], ocr))
+        noise.append(psnr(truth, again))
+    rows = [row for kind in kinds for row in shares(judged[kind], kind)]
+    rows.append(Row("reconstruction", "PSNR in dB", "all", sum(noise) / len(noise), pictures=len(known)))
+    if len(known) > 1:
+        seen = [features(open_picture(picture.path) for picture in judged[kind]).flatten(0, 1) for kind in kinds]
+        rows.append(Row("reconstruction", "Frechet distance", "all", frechet_distance(*seen), pictures=len(known)))
+    return judged["reconstruction"], rows
+
+
+def judge_sweep(model: Model, cases: Cases, settings: Settings, folder: Path, show: Show) -> list[Row]:
+    """The shares over all pictures at each of STEPS and, where the model guides, of GUIDANCE; a seed of each prompt."""
+    points = [(f"{steps} steps", replace(settings, seeds=1, steps=steps)) for steps in STEPS]
+    if "guidance" in model.spec.abilities:
+        points += [(f"guidance {scale:g}", replace(settings, seeds=1, guidance=scale)) for scale in GUIDANCE]
+    rows = []
+    for name, point in points:
+        there = folder / "sweep" / name.replace(" ", "-")
+        _, found = judge_drawings(model, cases, plan(model, cases, point), there, False, show)
+        rows += [replace(row, of=name) for row in found]
+    return rows
+
+
+def measure_loss(model: Model, cases: Cases, jobs: Sequence[Job], show: Show) -> list[Row]:
+    """The held-out loss over the true pictures of at most MOST_LOSSES cases: its mean, and each time's."""
+    known = [job for job in _first_of_each(jobs) if cases[job.case].scene is not None]
+    chosen = known[:: max(1, -(-len(known) // MOST_LOSSES))]
+    if not chosen:
+        return []
+    show(Loading("held-out loss"))
+    found = held_out_loss(model, _truths(cases, chosen), [cases[job.case].prompt for job in chosen])
+    named = {"held-out loss": sum(found.values()) / len(found)}
+    named |= {f"held-out loss at {t:g}": loss for t, loss in found.items()}
+    return [Row("drawn", name, "all", loss, pictures=len(chosen)) for name, loss in named.items()]
+
+
+@torch.inference_mode()
+def reconstruct(model: Model, picture: Image.Image) -> Image.Image:
+    """What a model's autoencoder makes of a picture whose sides are multiples of the model's."""
+    pixels = to_pixels(picture, *picture.size)[None].to(model.device)
+    return to_image(model.family.decode(model.family.encode_image(pixels))[0])
+
+
+def _first_of_each(jobs: Iterable[Job]) -> list[Job]:
+    """The job of the first seed of each case."""
+    first: dict[int, Job] = {}
+    for job in jobs:
+        first.setdefault(job.case, job)
+    return list(first.values())
+
+
+def _truths(cases: Cases, jobs: Iterable[Job]) -> Iterator[Image.Image]:
+    """The true pictures of jobs whose cases have scenes, at their sizes."""
+    for job in jobs:
+        scene = cases[job.case].scene
+        assert scene is not None
+        assert job.request.width is not None
+        yield render(scene, job.request.width, job.request.height)

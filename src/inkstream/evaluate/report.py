@@ -1,0 +1,262 @@
+"""What is told of judged pictures: shares with their intervals, a table, a record, a contact sheet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from inkstream.bench.records import write_record
+from inkstream.evaluate.grades import Marks
+from inkstream.evaluate.ocr import Reading
+from inkstream.evaluate.run import open_picture
+from inkstream.pocket.atlas import HANZI_FONTS
+
+QUESTIONS: dict[str, str] = {
+    "object_and_colour": "object and colour",
+    "objects": "objects",
+    "colours": "colours",
+    "background": "background",
+    "places": "places",
+    "relation": "relation",
+    "count": "count",
+    "text_exact": "text exact",
+}
+"""Fields of Marks that are right or wrong -> how the table calls them."""
+
+Z = 1.959964  # of the normal distribution, for 95%
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One picture of a suite: of case number `case`, the `seed`th, and what was found in it."""
+
+    path: Path
+    case: int
+    seed: int
+    group: str
+    marks: Marks | None = None  # by our graders, where the case has a scene
+    reading: Reading | None = None  # by the second reader, where it was asked
+
+    @property
+    def right(self) -> bool | None:
+        """Whether all that the prompt asked for is there; None where nothing can tell."""
+        if self.marks is not None:
+            answers = [getattr(self.marks, name) for name in QUESTIONS]
+            return all(answer == 1 for answer in answers if answer is not None)
+        return None if self.reading is None else self.reading.exact
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number: of what, over which pictures, its 95% interval where it is a share, and of how many pictures."""
+
+    of: str  # drawn, truth, reconstruction, or a setting of a sweep
+    measure: str
+    group: str
+    value: float
+    low: float | None = None
+    high: float | None = None
+    pictures: int = 0
+
+
+def wilson(share: float, count: int) -> tuple[float, float]:
+    """The 95% interval of a share of `count` trials. Wilson 1927; it holds near 0 and 1, too."""
+    if not count:
+        return 0.0, 1.0
+    middle = share + Z**2 / (2 * count)
+    spread = Z * math.sqrt(share * (1 - share) / count + Z**2 / (4 * count**2))
+    low, high = ((middle + sign * spread) / (1 + Z**2 / count) for sign in (-1, 1))
+    return max(low, 0.0), min(high, 1.0)
+
+
+def shares(judged: Sequence[Judged], of: str = "drawn") -> list[Row]:
+    """Every share that the pictures' marks and readings give; questions that were not asked are left out."""
+    groups = list(dict.fromkeys(picture.group for picture in judged))
+    rows = [_share(of, "all right", "all", [(j.right, 1) for j in judged])]
+    rows += [_share(of, "all right", group, [(j.right, 1) for j in judged if j.group == group]) for group in groups]
+    marked = [j.marks for j in judged if j.marks is not None]
+    for field, name in QUESTIONS.items():
+        rows.append(_share(of, name, "all", [(getattr(marks, field), 1) for marks in marked]))
+    for group, belongs in LENGTHS.items():
+        texts = [marks for marks in marked if marks.text_exact is not None and belongs(marks.script, marks.length)]
+        rows.append(_share(of, "text exact", group, [(marks.text_exact, 1) for marks in texts]))
+        for field, name in (("characters", "characters right"), ("ned", "likeness of text (NED)")):
+            rows.append(_share(of, name, group, [(getattr(marks, field), marks.length) for marks in texts]))
+    for group in groups:
+        readings = [j.reading for j in judged if j.reading is not None and j.group == group]
+        rows.append(_share(of, "text exact, second reader", group, [(r.exact, 1) for r in readings]))
+        rows.append(_share(of, "likeness of text (NED), second reader", group, [(r.ned, 1) for r in readings]))
+    return [row for row in rows if row.pictures]
+
+
+LENGTHS: dict[str, Callable[[str | None, int | None], bool]] = {
+    "English 1-3": lambda script, length: script == "latin" and (length or 0) <= 3,
+    "English 1-6": lambda script, length: script == "latin" and (length or 0) <= 6,
+    "English 7+": lambda script, length: script == "latin" and (length or 0) >= 7,
+    "Chinese": lambda script, length: script == "hanzi",
+}
+"""Groups of texts by script and length."""
+
+
+def _share(of: str, measure: str, group: str, found: Iterable[tuple[float | bool | None, int | None]]) -> Row:
+    """The mean of what was asked, weighted; its interval is that of so many pictures."""
+    asked = [(float(value), weight or 1) for value, weight in found if value is not None]
+    total = sum(weight for _, weight in asked)
+    share = sum(value * weight for value, weight in asked) / max(total, 1)
+    low, high = wilson(share, len(asked))
+    return Row(of, measure, group, share, low, high, len(asked))
+
+
+# The table
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    """Rows as lines: a block for each thing measured, shares in percent with their interval."""
+    lines: list[str] = []
+    width = max((len(_label(row)) for row in rows), default=0)
+    for of in dict.fromkeys(row.of for row in rows):
+        lines += [*([""] if lines else []), f"{of:<{width}}  {'':>8}  {'95% interval':<14}  pictures"]
+        for row in (row for row in rows if row.of == of):
+            if row.low is None or row.high is None:
+                lines.append(f"{_label(row):<{width}}  {row.value:>8.4g}  {'':<14}  {row.pictures:>8}")
+            else:
+                interval = f"{row.low:.1%} - {row.high:.1%}"
+                lines.append(f"{_label(row):<{width}}  {row.value:>8.1%}  {interval:<14}  {row.pictures:>8}")
+    return lines
+
+
+def matrix(rows: Sequence[Row], measures: Sequence[str]) -> list[str]:
+    """A sweep as lines: a line for each setting, a column for each measure over all pictures."""
+    shown = [name for name in measures if any(row.measure == name for row in rows)]
+    found = {(row.of, row.measure): row for row in rows if row.group == "all"}
+    settings = list(dict.fromkeys(row.of for row in rows))
+    width = max(map(len, settings), default=0)
+    lines = ["  ".join([f"{'sweep':<{width}}", *(f"{name:>17}" for name in shown)])]
+    for of in settings:
+        cells = [_cell(found.get((of, name))) for name in shown]
+        lines.append("  ".join([f"{of:<{width}}", *(f"{cell:>17}" for cell in cells)]))
+    return lines
+
+
+def _label(row: Row) -> str:
+    return f"  {row.measure}" if row.group == "all" else f"  {row.measure}, {row.group}"
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    return f"{row.value:.4g}" if row.low is None else f"{row.value:.1%}"
+
+
+# The record
+
+
+def record(name: str, date: str, command: str, ran: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> Path:
+    """Write FOLDER/NAME.json as `bench.records` does; its first row tells how the suite was run."""
+    flat = [{key: value for key, value in asdict(row).items() if value is not None} for row in rows]
+    return write_record(name, date, command, {}, [{"of": "run", **ran}, *flat], folder)
+
+
+# The contact sheet
+
+TILE = 160  # pixels of a picture's longer side in the sheet
+EDGE = 6
+LINE = 14
+LINES = 5
+COLUMNS = 12
+TILES = 120
+GREEN, RED, GRAY = (30, 140, 60), (205, 40, 40), (150, 150, 150)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture, what was asked for, and whether it is there; None where nothing can tell."""
+
+    picture: Image.Image
+    prompt: str
+    right: bool | None
+
+
+def write_sheet(judged: Sequence[Judged], prompts: Mapping[int, str], path: Path) -> None:
+    """Write the contact sheet of at most TILES of the pictures, evenly spread; prompts are those of the cases."""
+    most = min(TILES, len(judged))
+    chosen = [judged[(2 * i + 1) * len(judged) // (2 * most)] for i in range(most)]
+    contact_sheet([Tile(open_picture(j.path), prompts[j.case], j.right) for j in chosen]).save(path)
+
+
+def contact_sheet(tiles: Sequence[Tile]) -> Image.Image:
+    """The pictures side by side, framed green where right and red where wrong, each with its mark and its prompt."""
+    columns = max(1, min(COLUMNS, len(tiles)))
+    rows = max(1, math.ceil(len(tiles) / columns))
+    across, down = TILE + 2 * EDGE, TILE + 2 * EDGE + LINES * LINE
+    sheet = Image.new("RGB", (columns * across, rows * down), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, tile in enumerate(tiles):
+        left, top = number % columns * across + EDGE, number // columns * down + EDGE
+        picture = _fit(tile.picture)
+        x, y = left + (TILE - picture.width) // 2, top + TILE - picture.height
+        colour = GRAY if tile.right is None else GREEN if tile.right else RED
+        draw.rectangle((x - 3, y - 3, x + picture.width + 2, y + picture.height + 2), fill=colour)
+        sheet.paste(picture, (x, y))
+        _draw_mark(draw, left, top + TILE + 5, colour, tile.right)
+        for line, text in enumerate(_wrapped(tile.prompt)):
+            draw.text((left + 14 * (line == 0), top + TILE + 4 + line * LINE), text, fill="black", font=_font())
+    return sheet
+
+
+def _fit(picture: Image.Image) -> Image.Image:
+    """At TILE along its longer side: small ones enlarged by whole pixels as far as that goes."""
+    scale = TILE / max(picture.size)
+    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize(size, method)
+
+
+def _draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, colour: tuple[int, int, int], right: bool | None) -> None:
+    """A tick, a cross, or a dash, 9 pixels wide: told from one another without their colours."""
+    if right is None:
+        draw.line([(x, y + 5), (x + 9, y + 5)], fill=colour, width=2)
+    elif right:
+        draw.line([(x, y + 5), (x + 3, y + 9), (x + 9, y)], fill=colour, width=2)
+    else:
+        draw.line([(x, y), (x + 9, y + 9)], fill=colour, width=2)
+        draw.line([(x, y + 9), (x + 9, y)], fill=colour, width=2)
+
+
+def _wrapped(text: str) -> list[str]:
+    """A prompt as at most LINES lines of TILE pixels, the first shorter by the mark; cut with an ellipsis."""
+    words = [part for word in text.split() for part in _parts(word)]
+    lines, room = [""], TILE - 14
+    for word, joined in words:
+        longer = f"{lines[-1]}{' ' if joined and lines[-1] else ''}{word}"
+        if _font().getlength(longer) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+            room = TILE
+    if len(lines) > LINES:
+        lines = [*lines[: LINES - 1], lines[LINES - 1][:-1] + "…"]
+    return lines
+
+
+def _parts(word: str) -> list[tuple[str, bool]]:
+    """A word, or each of its characters where it is wide or Chinese; and whether a space goes before."""
+    if word.isascii() and _font().getlength(word) <= TILE - 14:
+        return [(word, True)]
+    return [(char, i == 0) for i, char in enumerate(word)]
+
+
+@lru_cache(maxsize=1)
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """One that has Hanzi, where this machine has it; else Pillow's own, which draws boxes for them."""
+    places = (HANZI_FONTS["sans"].path, "/System/Library/Fonts/PingFang.ttc", "C:/Windows/Fonts/msyh.ttc")
+    for place in places:
+        if Path(place).is_file():
+            return ImageFont.truetype(place, 11, index=2 if place == places[0] else 0)
+    return ImageFont.load_default(11)

@@ -1,0 +1,418 @@
+"""From pixels to a background and the things before it: no model, only colours, regions and templates."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from inkstream.pocket.atlas import PAD, emoji, load_atlas, shapes
+from inkstream.pocket.colours import lab, nearest_colour
+from inkstream.pocket.scenes import Background, Size, place_of
+from inkstream.pocket.vocabulary import EMOJI, SHAPES
+
+Floats = NDArray[np.float32]
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+FAR = 14.0  # in Lab: a pixel this far from the background is not of it
+NEAR = 0.035  # of the shorter side: regions this close are parts of one thing
+LEAST = 0.09  # of the shorter side: what is smaller is a speck
+KNOWN = 0.7  # likeness from which a thing counts as the template that it is likest to
+SURE = 0.95  # likeness below which a hidden part is looked for
+N = 32  # side of a template
+LEVELS = (10, 14, 20, 28, 40)  # pixels of a thing's longer side at which templates are drawn
+BLURS = (0.0, 1.0, 2.0)  # pixels by which they are blurred, as models' pictures are
+AROUND = 1.125  # of a template to the thing in it
+NAMES = (*SHAPES, *EMOJI)
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """Connected pixels that are not background: their box in pixels, right and bottom outside, and which they are."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    rows: NDArray[np.intp]
+    columns: NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A picture taken apart. pixels, ground: (H, W, 3) float32 in 0..255, the ground without what stands before it."""
+
+    pixels: Floats
+    ground: Floats
+    background: Background
+    regions: tuple[Region, ...]
+
+    @property
+    def side(self) -> int:
+        return min(self.pixels.shape[:2])
+
+
+@dataclass(frozen=True)
+class SeenThing:
+    """A thing as seen: `name` None if it is like nothing known; x, y: its centre as shares of width and height."""
+
+    name: str | None
+    colour: str | None  # of a shape, or of what is like nothing
+    size: Size
+    x: float
+    y: float
+    likeness: float
+
+    @property
+    def place(self) -> str:
+        return place_of(self.x, self.y)
+
+
+def see(picture: Image.Image | NDArray[np.uint8]) -> Seen:
+    """Take a picture apart into its background and the connected regions before it."""
+    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture).astype(np.float32)
+    background, ground, seam = _background(pixels)
+    far = np.linalg.norm(lab(pixels) - lab(ground), axis=-1) > FAR
+    if seam is not None:  # where two colours meet, a pixel of either or of their mixture is ground
+        far &= ~seam
+    return Seen(pixels, ground, background, tuple(regions_of(far)))
+
+
+def things_of(seen: Seen, regions: Sequence[Region] | None = None) -> list[SeenThing]:
+    """What stands before the background, likest first; parts that nearly touch are one thing if they look like one."""
+    things: list[SeenThing] = []
+    for group in _together(seen.regions if regions is None else regions, NEAR * seen.side):
+        if _extent(group) >= LEAST * seen.side:
+            things += _recognise_group(seen, group)
+    return sorted(things, key=lambda thing: -thing.likeness)
+
+
+# Background
+
+
+def _background(pixels: Floats) -> tuple[Background, Floats, NDArray[np.bool_] | None]:
+    """The simplest of one colour, a gradient or a split that explains the edge; its pixels; its seam if any."""
+    height, width, _ = pixels.shape
+    depth = max(2, round(0.03 * min(height, width)))
+    edge = np.ones((height, width), bool)
+    edge[depth:-depth, depth:-depth] = False
+    rows, columns = (axis[:: max(1, edge.sum() // 1000)] for axis in np.nonzero(edge))
+    colours = pixels[rows, columns]  # (P, 3)
+    seen = lab(colours)
+
+    def cost(explained: Floats) -> float:
+        return float(np.minimum(np.linalg.norm(seen - lab(explained), axis=-1), 40).mean())
+
+    flat = np.median(colours, axis=0)
+    best, lowest = (Background("flat", (nearest_colour(flat),)), np.broadcast_to(flat, pixels.shape), None), cost(flat)
+    lowest -= 2.5  # the simpler explanation unless the other is clearly better
+    for across in (False, True):
+        place = ((columns + 0.5) / width if across else (rows + 0.5) / height).astype(np.float32)
+        length = width if across else height
+        along = (np.arange(length, dtype=np.float32) + 0.5) / length
+        start, slope = _line(place, colours)
+        first, second = (np.median(colours[part], axis=0) for part in (place < 0.42, place > 0.58))
+        split = first + (second - first) * (along > 0.5)[:, None]
+        fade = np.clip(start + slope * along[:, None], 0, 255)
+        candidates: list[tuple[Literal["gradient", "split"], Floats, tuple[Floats, Floats]]]
+        candidates = [("gradient", fade, (start, start + slope)), ("split", split, (first, second))]
+        for kind, line, ends in candidates:
+            if (found := cost(line[(place * length).astype(int)])) < lowest:
+                names = nearest_colour(np.clip(ends[0], 0, 255)), nearest_colour(np.clip(ends[1], 0, 255))
+                ground = np.broadcast_to(line[None, :] if across else line[:, None], pixels.shape)
+                seam = _seam(pixels, first, second, across) if kind == "split" else None
+                best, lowest = (Background(kind, names, across), ground, seam), found
+    return best[0], np.ascontiguousarray(best[1], np.float32), best[2]
+
+
+def _line(place: Floats, colours: Floats) -> tuple[Floats, Floats]:
+    """Colour as a line in place, by least squares, twice, the second time without what is far off the first."""
+    weight = np.ones(len(place), np.float32)
+    start = slope = np.zeros(3, np.float32)
+    for _ in range(2):
+        total = weight.sum()
+        mean_place, mean_colour = (weight * place).sum() / total, (weight[:, None] * colours).sum(0) / total
+        away = weight * (place - mean_place)
+        slope = (away[:, None] * (colours - mean_colour)).sum(0) / (away * (place - mean_place)).sum()
+        start = mean_colour - slope * mean_place
+        error = np.abs(colours - start - slope * place[:, None]).max(-1)
+        weight = (error <= np.median(error) * 3 + 4).astype(np.float32)
+    return start, slope
+
+
+def _seam(pixels: Floats, first: Floats, second: Floats, across: bool) -> NDArray[np.bool_]:
+    """Pixels near the middle that are a mixture of both colours."""
+    length = pixels.shape[1] if across else pixels.shape[0]
+    near = np.flatnonzero(abs((np.arange(length) + 0.5) / length - 0.5) < 0.03)
+    band = pixels[:, near] if across else pixels[near]
+    way = second - first
+    share = np.clip((band - first) @ way / max(float(way @ way), 1), 0, 1)
+    seam = np.zeros(pixels.shape[:2], bool)
+    seam[(slice(None), near) if across else near] = np.abs(band - first - share[..., None] * way).max(-1) < 24
+    return seam
+
+
+# Regions
+
+
+def regions_of(mask: NDArray[np.bool_]) -> list[Region]:
+    """The 8-connected regions of a mask of three pixels or more: runs of each row, joined where they touch."""
+    padded = np.pad(mask, ((0, 0), (1, 1))).astype(np.int8)
+    steps = np.diff(padded, axis=1)
+    row, start = np.nonzero(steps == 1)
+    end = np.nonzero(steps == -1)[1]
+    parent = list(range(len(row)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    first = np.searchsorted(row, np.arange(mask.shape[0] + 1)).tolist()
+    starts, ends = start.tolist(), end.tolist()
+    for y in range(1, mask.shape[0]):
+        above, below = first[y - 1], first[y]
+        while above < first[y] and below < first[y + 1]:
+            if starts[above] <= ends[below] and starts[below] <= ends[above]:
+                parent[root(above)] = root(below)
+            if ends[above] < ends[below]:
+                above += 1
+            else:
+                below += 1
+    members: dict[int, list[int]] = {}
+    for i in range(len(parent)):
+        members.setdefault(root(i), []).append(i)
+    regions = []
+    for runs in members.values():
+        if sum(ends[i] - starts[i] for i in runs) < 3:
+            continue
+        columns = np.concatenate([np.arange(starts[i], ends[i]) for i in runs])
+        rows = np.repeat(row[runs], end[runs] - start[runs])
+        left, right = int(columns.min()), int(columns.max()) + 1
+        regions.append(Region(left, int(rows[0]), right, int(rows.max()) + 1, rows, columns))
+    return regions
+
+
+def bounds_of(regions: Sequence[Region]) -> tuple[int, int, int, int]:
+    return (
+        min(r.left for r in regions), min(r.top for r in regions), max(r.right for r in regions),
+        max(r.bottom for r in regions),
+    )  # fmt: skip
+
+
+def _extent(regions: Sequence[Region]) -> int:
+    left, top, right, bottom = bounds_of(regions)
+    return max(right - left, bottom - top)
+
+
+def _together(regions: Sequence[Region], near: float) -> list[list[Region]]:
+    """Groups of regions whose boxes are within `near` pixels of one another, directly or through others."""
+    groups: list[list[Region]] = []
+    for region in sorted(regions, key=lambda r: -len(r.rows)):
+        close = [g for g in groups if any(apart(region, other) <= near for other in g)]
+        groups = [g for g in groups if g not in close] + [[region, *(r for g in close for r in g)]]
+    return groups
+
+
+def apart(a: Region, b: Region) -> float:
+    """Between two boxes, the larger of the gaps along the axes; negative where they overlap."""
+    return max(a.left - b.right, b.left - a.right, a.top - b.bottom, b.top - a.bottom)
+
+
+# Things
+
+
+def _recognise_group(seen: Seen, group: Sequence[Region]) -> list[SeenThing]:
+    """A group of regions as one thing, or as several if a halo or a narrow gap joined them."""
+    best = [_recognise(seen, group)]
+    if best[0].likeness >= SURE:
+        return best
+    firm = _without_halo(seen, group)
+    for groups in (_together(firm, NEAR * seen.side), [[region] for region in firm]):
+        groups = [g for g in groups if _extent(g) >= LEAST * seen.side]
+        things = [_recognise(seen, g) for g in groups]
+        if _worst(things) > max(_worst(best), KNOWN):
+            best = things
+    return best
+
+
+def _worst(things: Sequence[SeenThing]) -> float:
+    return min((thing.likeness for thing in things), default=0)
+
+
+def _without_halo(seen: Seen, group: Sequence[Region]) -> list[Region]:
+    """The regions that are left of a group without the pixels that are far nearer to the ground than most."""
+    rows, columns = (np.concatenate([getattr(r, axis) for r in group]) for axis in ("rows", "columns"))
+    away = np.linalg.norm(lab(seen.pixels[rows, columns]) - lab(seen.ground[rows, columns]), axis=-1)
+    mask = np.zeros(seen.pixels.shape[:2], bool)
+    firm = away > 0.45 * np.quantile(away, 0.8)
+    mask[rows[firm], columns[firm]] = True
+    return regions_of(mask)
+
+
+def _recognise(seen: Seen, group: Sequence[Region]) -> SeenThing:
+    left, top, right, bottom = bounds_of(group)
+    height, width, _ = seen.pixels.shape
+    rows, columns = (np.concatenate([getattr(r, axis) for r in group]) for axis in ("rows", "columns"))
+    own = seen.pixels[rows, columns]
+    away = np.linalg.norm(lab(own) - lab(seen.ground[rows, columns]), axis=-1)
+    colour = np.median(own[away >= np.median(away)], axis=0)
+    cover = np.zeros((height, width), np.float32)
+    cover[rows, columns] = np.minimum(away / max(float(np.median(away)), 1), 1)
+    tight = _bounds(cover[top:bottom, left:right], left, top)
+    box = _square(*tight)
+    away, below = _cut_out(seen, cover, box)
+    likeness = np.max([_likenesses(colour, away, below, _templates(_level(box), blur)) for blur in BLURS], axis=0)
+    best = int(likeness.argmax())
+    if likeness[best] < SURE:  # perhaps an emoji of which some part cannot be told from the ground
+        ground = seen.ground[rows, columns].mean(0)
+        for emoji_index in np.argsort(-likeness[len(SHAPES) :])[:8] + len(SHAPES):
+            fitted = _fit(int(emoji_index), ground, tight) if likeness[emoji_index] > 0.5 * KNOWN else None
+            if fitted:
+                found = _likeness_of_emoji(int(emoji_index), *_cut_out(seen, cover, fitted), _templates(_level(fitted)))
+                if found > likeness.max():
+                    likeness[emoji_index], best, box = found, int(emoji_index), fitted
+    name = NAMES[best] if likeness[best] >= KNOWN else None
+    side = (box[2] - box[0]) / AROUND / seen.side
+    size: Size = "small" if side < 0.21 else "medium" if side < 0.335 else "large"
+    return SeenThing(
+        name, None if name in EMOJI else nearest_colour(colour), size, float((box[0] + box[2]) / 2 / width),
+        float((box[1] + box[3]) / 2 / height), float(likeness[best]),
+    )  # fmt: skip
+
+
+def _bounds(cover: Floats, left: int, top: int) -> Box:
+    """Where a thing begins and ends, to parts of a pixel, as its edge covers parts. cover: (h, w), from (left, top)"""
+    bottom, right = top + cover.shape[0], left + cover.shape[1]
+    return (
+        left + 1 - float(cover[:, 0].max()), top + 1 - float(cover[0].max()),
+        right - 1 + float(cover[:, -1].max()), bottom - 1 + float(cover[-1].max()),
+    )  # fmt: skip
+
+
+def _square(left: float, top: float, right: float, bottom: float) -> Box:
+    """The square around a box's centre, AROUND times its longer side."""
+    half = max(right - left, bottom - top) * AROUND / 2
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return x - half, y - half, x + half, y + half
+
+
+def _cut(array: Floats, box: Box) -> Floats:
+    """A square of a picture at N x N, its edge repeated outside. array: (H, W) or (H, W, 3) float32."""
+    height, width = array.shape[:2]
+    x0, y0, x1, y1 = math.floor(box[0]) - 2, math.floor(box[1]) - 2, math.ceil(box[2]) + 2, math.ceil(box[3]) + 2
+    rows, columns = np.clip(np.arange(y0, y1), 0, height - 1), np.clip(np.arange(x0, x1), 0, width - 1)
+    inside = (box[0] - x0, box[1] - y0, box[2] - x0, box[3] - y0)
+    part = array[rows[:, None], columns]
+    return _resized(part, (N, N), Image.Resampling.BILINEAR, inside)
+
+
+def _resized(array: Floats, size: tuple[int, int], how: Image.Resampling, box: Box) -> Floats:
+    channels = [array] if array.ndim == 2 else [np.ascontiguousarray(array[..., c]) for c in range(array.shape[-1])]
+    parts = [np.asarray(Image.fromarray(c).resize(size, how, box)) for c in channels]
+    return parts[0] if array.ndim == 2 else np.stack(parts, -1)
+
+
+def _cut_out(seen: Seen, cover: Floats, box: Box) -> tuple[Floats, Floats]:
+    """What a square of the picture adds to the ground, and the ground in it, both (N N, 3)."""
+    ground = _cut(seen.ground, box)
+    away = (_cut(seen.pixels, box) - ground) * (_cut(cover, box) > 0.02)[..., None]
+    return away.reshape(-1, 3), ground.reshape(-1, 3)
+
+
+def _likenesses(colour: Floats, away: Floats, ground: Floats, table: Templates) -> Floats:
+    """How like each of NAMES a square of the picture is, at most 1: shapes in the colour seen, emoji in their own.
+
+    A template adds alpha (paint - ground) to the ground; likeness is 2 <a, b> / (|a|^2 + |b|^2) of what it adds and of
+    what is seen, 1 only for equal pictures; multiplied out, so that no template is made.
+    """
+    shape, sprite = table.alpha[: len(SHAPES)], table.alpha[len(SHAPES) :]
+    inner = shape @ (away * (colour - ground)).sum(-1)
+    norm = shape**2 @ ((colour - ground) ** 2).sum(-1)
+    inner = np.append(inner, table.paint @ away.reshape(-1) - sprite @ (away * ground).sum(-1))
+    norm = np.append(norm, table.squared - 2 * table.crossed @ ground.reshape(-1) + sprite**2 @ (ground**2).sum(-1))
+    return (2 * inner / (norm + float((away**2).sum()) + 1e-6)).astype(np.float32)
+
+
+def _likeness_of_emoji(index: int, away: Floats, ground: Floats, table: Templates) -> float:
+    """The same for one emoji alone."""
+    adds = table.paint[index - len(SHAPES)].reshape(-1, 3) - table.alpha[index][:, None] * ground
+    return float(2 * (adds * away).sum() / ((adds**2).sum() + (away**2).sum() + 1e-6))
+
+
+def _fit(index: int, ground: Floats, bounds: Box) -> Box | None:
+    """The square in which an emoji must stand for what can be seen of it on this ground to fill these bounds."""
+    table = _templates(LEVELS[-1])
+    alpha = table.alpha[index].reshape(N, N)
+    pixels = table.paint[index - len(SHAPES)].reshape(N, N, 3) + (1 - alpha[..., None]) * ground
+    visible = (np.linalg.norm(lab(pixels) - lab(ground), axis=-1) > FAR) & (alpha > 0.3)
+    rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
+    if len(rows) < N / 4 or len(columns) < N / 4:
+        return None
+    u, v = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+    left, top, right, bottom = bounds
+    scale = max((right - left) / (columns[-1] + 1 - columns[0]), (bottom - top) / (rows[-1] + 1 - rows[0]))
+    x, y = (left + right) / 2 - (u - N / 2) * scale, (top + bottom) / 2 - (v - N / 2) * scale
+    return x - N / 2 * scale, y - N / 2 * scale, x + N / 2 * scale, y + N / 2 * scale
+
+
+@dataclass(frozen=True, eq=False)
+class Templates:
+    """What each template adds to the ground, in the terms of `_likenesses`."""
+
+    alpha: Floats  # (S + E, N N), of NAMES
+    paint: Floats  # (E, 3 N N), of emoji alone: colour alpha
+    crossed: Floats  # (E, 3 N N): paint alpha
+    squared: Floats  # (E,): |paint|^2
+
+
+@lru_cache(maxsize=len(LEVELS) * len(BLURS))
+def _templates(level: int, blur: float = 0.0) -> Templates:
+    """As coarse as things are whose longer side is so many pixels, blurred by so many of them."""
+    atlas = load_atlas()
+    sprites = [np.asarray(emoji(atlas, name), np.float32) for name in EMOJI]
+    masks = [np.asarray(shapes()[name], np.float32) for name in SHAPES] + [sprite[..., 3] for sprite in sprites]
+    alpha = np.stack([_template((mask / 255).astype(np.float32), level) for mask in masks])
+    paint = np.stack([_template((s[..., :3] * s[..., 3:] / 255).astype(np.float32), level) for s in sprites])
+    if blur:
+        alpha, paint = (_blurred(pictures, blur * N / AROUND / level) for pictures in (alpha, paint))
+    crossed = (paint * alpha[len(SHAPES) :, ..., None]).reshape(len(paint), -1)
+    paint = paint.reshape(len(paint), -1)
+    return Templates(alpha.reshape(len(alpha), -1), paint, crossed, (paint**2).sum(-1))
+
+
+def _template(padded: Floats, level: int) -> Floats:
+    """A padded mask at N x N, by way of `level` pixels. padded: (h, w) or (h, w, 3)"""
+    height, width = padded.shape[0] - 2 * PAD, padded.shape[1] - 2 * PAD
+    pixel = max(height, width) / level
+    more = max(0, math.ceil(3 * pixel) - PAD)
+    padded = np.pad(padded, ((more, more), (more, more), (0, 0))[: padded.ndim])
+    size = math.ceil(width / pixel) + 4, math.ceil(height / pixel) + 4
+    left, top = (2 + (size[0] - 4 - width / pixel) / 2), (2 + (size[1] - 4 - height / pixel) / 2)  # clear pixels
+    x, y = PAD + more - left * pixel, PAD + more - top * pixel
+    drawn = _resized(padded, size, Image.Resampling.BOX, (x, y, x + size[0] * pixel, y + size[1] * pixel))
+    return _cut(drawn, _square(left, top, left + width / pixel, top + height / pixel))
+
+
+def _blurred(pictures: Floats, sigma: float) -> Floats:
+    """Gaussian blur along both axes, nothing beyond the edge. pictures: (P, N, N) or (P, N, N, 3)"""
+    reach = math.ceil(3 * sigma)
+    weights = np.exp(-(np.arange(-reach, reach + 1, dtype=np.float32) ** 2) / (2 * sigma**2))
+    for axis in (1, 2):
+        room = [(reach, reach) if i == axis else (0, 0) for i in range(pictures.ndim)]
+        wide = np.pad(pictures, room)
+        shifts = [np.take(wide, range(i, i + N), axis) for i in range(2 * reach + 1)]
+        pictures = sum(weight * shift for weight, shift in zip(weights / weights.sum(), shifts))  # type: ignore[assignment]
+    return pictures
+
+
+def _level(box: Box) -> int:
+    """Of templates for a thing in this square."""
+    side = (box[2] - box[0]) / AROUND
+    return min(LEVELS, key=lambda level: abs(math.log(level / side)))

@@ -1,0 +1,187 @@
+"""Suites of prompts: Pocket's, of scenes that no run trains on, and a user's own, one JSON object a line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from inkstream.pocket.captions import STATES, caption
+from inkstream.pocket.draw import render
+from inkstream.pocket.grammar import Grammar, sample
+from inkstream.pocket.scenes import Kind, Scene
+from inkstream.types import InputError, Request
+
+FACTS: tuple[str, ...] = tuple(sorted(frozenset().union(*STATES.values())))
+"""What a prompt may state beyond things, their colours and number, relations and the written text."""
+
+FIRST_SEED = 5_000_000
+"""Scene numbers of suites begin here."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One prompt, and what is known of the picture that it asks for. Sizes left None are the model's own."""
+
+    prompt: str
+    group: str = "prompts"  # what its results are counted under
+    scene: Scene | None = None  # the truth, where there is one to grade by
+    stated: frozenset[str] = STATES["dense"]  # of FACTS: what the prompt says of the scene
+    text: str | None = None  # to be written; several lines where there is a line end
+    width: int | None = None
+    height: int | None = None
+
+
+@dataclass(frozen=True)
+class Stratum:
+    """So many prompts of one group: scenes of one kind from a grammar of their own."""
+
+    group: str
+    kind: Kind
+    count: int
+    english: float | None = None  # of written text; None leaves the grammar's
+    length: tuple[int, int] | None = None  # of its words or of its Chinese strings
+
+
+POCKET: tuple[Stratum, ...] = (
+    Stratum("things", "things", 36),
+    Stratum("relation", "relation", 30),
+    Stratum("count", "count", 30),
+    Stratum("emoji", "emoji", 24),
+    Stratum("English 1-3", "text", 24, 1.0, (1, 3)),
+    Stratum("English 4-6", "text", 24, 1.0, (4, 6)),
+    Stratum("English 7+", "text", 12, 1.0, (7, 10)),
+    Stratum("Chinese", "text", 20, 0.0, (1, 4)),
+)
+TEXT: tuple[Stratum, ...] = (
+    Stratum("English 1-3", "text", 40, 1.0, (1, 3)),
+    Stratum("English 4-6", "text", 40, 1.0, (4, 6)),
+    Stratum("English 7+", "text", 40, 1.0, (7, 10)),
+    *(Stratum(f"Chinese {n}", "text", 20, 0.0, (n, n)) for n in (1, 2, 3, 4)),
+)
+SUITES: dict[str, tuple[Stratum, ...]] = {"pocket": POCKET, "text": TEXT}
+
+
+def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
+    """The cases of a suite, by its name or the path of a .jsonl file. InputError where it is neither."""
+    if name in SUITES:
+        return list(held_out_cases(SUITES[name], grammar or Grammar()))
+    if not name.endswith(".jsonl"):
+        raise InputError(f"there is no suite {name}: take {', '.join(SUITES)} or give a file that ends in .jsonl")
+    return read_suite(Path(name))
+
+
+def held_out_cases(strata: Sequence[Stratum], grammar: Grammar) -> Iterator[Case]:
+    """Scenes with attributes or text that training never shows, in the plain dense wording, one of three in Chinese.
+
+    Lengths of text come equally often; a string comes again only where there are no others.
+    """
+    for place, stratum in enumerate(strata):
+        used: Counter[Scene | str] = Counter()
+        seeds = count(FIRST_SEED + 100_000 * place)
+        for number in range(stratum.count):
+            narrow = _narrowed(grammar, stratum, number)
+            tries = 0
+            while used[_key(scene := sample(narrow, next(seeds), "held_out", stratum.kind))] > tries // 3:
+                tries += 1
+            used[_key(scene)] += 1
+            text = "\n".join(writing.text for writing in scene.writings) or None
+            yield Case(caption(scene, "dense", "zh" if number % 3 == 2 else "en"), stratum.group, scene, text=text)
+
+
+def _key(scene: Scene) -> Scene | str:
+    """What no two scenes of a suite should share."""
+    return scene.writings[0].text.casefold() if scene.writings else scene
+
+
+def _narrowed(grammar: Grammar, stratum: Stratum, number: int) -> Grammar:
+    """The grammar for scene `number` of a stratum: of text, half the strings are no words, so that there are enough."""
+    if stratum.english is None or stratum.length is None:
+        return grammar
+    low, high = stratum.length
+    length = low + number % (high - low + 1)
+    return replace(
+        grammar, english=stratum.english, letters=(length, length), characters=(length, length), spelt=0.5,
+        shuffled=0.5, beside_text=0.3, second_line=0.0,
+    )  # fmt: skip
+
+
+def read_suite(path: Path) -> list[Case]:
+    """Cases from a file of one JSON object a line: prompt, and where known group, scene, stated, text, width, height.
+
+    InputError names the line and what is wrong in it.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({error}): give a file of one JSON object a line") from error
+    cases = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                cases.append(_case(json.loads(line)))
+            except ValueError as error:  # an InputError, one of JSON and one of pydantic are all ValueErrors
+                reason = str(error) if isinstance(error, InputError | json.JSONDecodeError) else _first_line(error)
+                raise InputError(f"{path}, line {number}: {reason}") from error
+    if not cases:
+        raise InputError(f'{path} holds no prompt: write one a line, as {{"prompt": "a red circle"}}')
+    return cases
+
+
+def thin(cases: Sequence[Case], limit: int | None) -> dict[int, Case]:
+    """At most `limit` cases, evenly spread over them all, by their numbers in the suite."""
+    most = len(cases) if limit is None else min(limit, len(cases))
+    return {(number := (2 * i + 1) * len(cases) // (2 * most)): cases[number] for i in range(most)}
+
+
+def digest(cases: Sequence[Case]) -> str:
+    """A hash by which two suites of the same cases are known."""
+    tables = [{**asdict(case), "stated": sorted(case.stated)} for case in cases]
+    return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _case(table: Any) -> Case:
+    known = ("prompt", "group", "scene", "stated", "text", "width", "height")
+    if not isinstance(table, dict):
+        raise InputError('it is no JSON object: write it as {"prompt": "a red circle"}')
+    for name in table:
+        if name not in known:
+            raise InputError(f"{name!r} is not known: a prompt takes {', '.join(known)}")
+    for name in ("prompt", "group", "text"):
+        if name in table and not (isinstance(table[name], str) and table[name].strip()):
+            raise InputError(f"{name} {table[name]!r} is no text: write some, or leave it out")
+    if "prompt" not in table:
+        raise InputError("prompt is missing: say what to draw")
+    sizes = {name: table[name] for name in ("width", "height") if name in table}
+    Request(prompt=table["prompt"], **sizes)  # refuses what no request may hold
+    stated = table.get("stated", sorted(STATES["dense"]))
+    if not isinstance(stated, list) or any(fact not in FACTS for fact in stated):
+        raise InputError(f"stated {stated!r} is not known: give a list of {', '.join(FACTS)}")
+    scene = _scene(table["scene"]) if "scene" in table else None
+    text = table.get("text")
+    if text is None and scene is not None:
+        text = "\n".join(writing.text for writing in scene.writings) or None
+    return Case(table["prompt"], table.get("group", "prompts"), scene, frozenset(stated), text, **sizes)
+
+
+def _scene(table: Any) -> Scene:
+    scene = Scene.from_json(table)
+    try:
+        render(scene, 64)
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"the scene cannot be drawn ({error}): take names that the grammar knows") from error
+    return scene
+
+
+def _first_line(error: ValueError) -> str:
+    """What pydantic found first, as `width 7: Input should be ...`."""
+    errors = getattr(error, "errors", None)
+    if errors is None:
+        return str(error)
+    first = errors()[0]
+    return f"{first['loc'][0]} {first['input']!r}: {first['msg']}"

@@ -1,0 +1,227 @@
+"""A scene in words: dense, short or tag-like, in English or Chinese, with quotes around what is written.
+
+Without a generator the wording is the plain one that suites use; with one, it varies as users' wordings do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal, TypeVar
+
+from inkstream.pocket.scenes import Background, Scene, Thing, Writing
+from inkstream.pocket.vocabulary import (
+    CHINESE_COLOURS,
+    CHINESE_EMOJI,
+    FACES,
+    MEASURES,
+    SHAPES,
+    plural,
+    with_article,
+)
+
+Style = Literal["dense", "short", "tags"]
+Language = Literal["en", "zh"]
+T = TypeVar("T")
+
+STATES: dict[Style, frozenset[str]] = {
+    "dense": frozenset({"background", "size", "place", "writing colour", "writing place"}),
+    "short": frozenset(),
+    "tags": frozenset({"background", "place", "writing colour"}),
+}
+"""What a caption of each style states beyond things, their colours and number, relations and the written text."""
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five")
+WORDS = frozenset(
+    """
+    a an and at background big bold bottom center characters corner fading from gradient image in into large left
+    letters lower mono of on one picture plain poster right says saying sans serif sign small split text that the there
+    is thin to top upper with word words writing written above below middle half side two three four five
+    """.split()  # noqa: SIM905
+)
+"""Every English word of a caption, outside quotes, that is no name of a thing or colour."""
+
+
+@dataclass(frozen=True)
+class Wording:
+    """Shares of styles and languages among captions. A recipe's [captions] table sets them."""
+
+    dense: float = 0.7
+    short: float = 0.2
+    tags: float = 0.1
+    english: float = 0.6
+    plain: float = 0.5  # that a caption has the wording of the suites
+
+
+def draw_caption(scene: Scene, wording: Wording, rng: Random) -> str:
+    """One of the many captions of a scene."""
+    style = rng.choices(("dense", "short", "tags"), (wording.dense, wording.short, wording.tags))[0]
+    language = "en" if rng.random() < wording.english else "zh"
+    return caption(scene, style, language, None if rng.random() < wording.plain else rng)
+
+
+def caption(scene: Scene, style: Style = "dense", language: Language = "en", rng: Random | None = None) -> str:
+    """A scene in words. Without a generator, always the same ones."""
+    if language == "zh":
+        return _chinese(scene, style, rng)
+    text = _english(scene, style, rng)
+    if rng and rng.random() < 0.4:
+        text = text[0].upper() + text[1:]
+    if rng and style != "tags" and rng.random() < 0.3:
+        text += "."
+    return text
+
+
+def _one(rng: Random | None, wordings: Sequence[T]) -> T:
+    """The first, or one at random."""
+    return rng.choice(wordings) if rng else wordings[0]
+
+
+# English
+
+
+def _english(scene: Scene, style: Style, rng: Random | None) -> str:
+    parts = [_english_things(scene, style, rng)] if scene.things else []
+    parts += [_english_writing(writing, style, rng) for writing in scene.writings]
+    if scene.writings and (style == "short" or (rng and rng.random() < 0.5)):
+        parts.reverse()
+    if style == "tags":
+        return ", ".join([*parts, _english_ground(scene.background, bare=True)])
+    if style == "short":
+        text = " and ".join(parts)
+        return _one(rng, ["", "", "a picture of ", "an image of "]) + text if scene.kind != "text" else text
+    if rng and rng.random() < 0.2:
+        return f"{with_article(_english_ground(scene.background, bare=True))} with " + ", ".join(parts)
+    return ", ".join([*parts, f"on {with_article(_english_ground(scene.background))}"])
+
+
+def _english_ground(ground: Background, bare: bool = False) -> str:
+    first, *rest = ground.colours
+    if ground.kind == "flat":
+        return f"{first} background"
+    start, end = ("left", "right") if ground.across else ("top", "bottom")
+    if ground.kind == "gradient":
+        return f"gradient from {first} {start} to {rest[0]} {end}"
+    return f"split background, {first} {start}" + (" and " if not bare else ", ") + f"{rest[0]} {end}"
+
+
+def _english_things(scene: Scene, style: Style, rng: Random | None) -> str:
+    if scene.kind == "count":
+        thing, count = scene.things[0], len(scene.things)
+        number = _one(rng, [NUMBERS[count], NUMBERS[count], str(count)])
+        return f"{number} {_adjectives(thing, style)}{plural(thing.name)}"
+    if scene.relation:
+        first, second = (_english_thing(thing, style, rng, placed=False) for thing in scene.things)
+        wordings = {"left of": ["to the left of", "left of"], "right of": ["to the right of", "right of"]}
+        return f"{first} {_one(rng, wordings.get(scene.relation, [scene.relation]))} {second}"
+    things = [_english_thing(thing, style, rng) for thing in scene.things]
+    if style == "short" and len(things) > 1:
+        return f"{', '.join(things[:-1])} and {things[-1]}"
+    return ", ".join(things)
+
+
+def _adjectives(thing: Thing, style: Style) -> str:
+    words = [thing.size] if style == "dense" and thing.size != "medium" else []
+    return "".join(f"{word} " for word in (*words, *([thing.colour] if thing.colour else ())))
+
+
+def _english_thing(thing: Thing, style: Style, rng: Random | None, placed: bool = True) -> str:
+    noun = with_article(thing.name)
+    article = noun.startswith(("a ", "an "))  # grapes and cherries have none
+    noun = _adjectives(thing, style) + (noun.partition(" ")[2] if article else noun)
+    if style == "tags":
+        return noun + (f" {thing.place}" if placed else "")
+    name = with_article(noun) if article else noun
+    return f"{name} {_english_place(thing.place, rng)}" if placed and style == "dense" else name
+
+
+def _english_place(place: str, rng: Random | None) -> str:
+    if place in ("left", "right"):
+        return f"on the {place}"
+    if place == "center":
+        return _one(rng, ["in the center", "in the middle"])
+    return _one(rng, [f"at the {place}", f"in the {place} corner"]) if " " in place else f"at the {place}"
+
+
+def _english_writing(writing: Writing, style: Style, rng: Random | None) -> str:
+    left, right = _one(rng, ['""', '""', "“”"])
+    quoted = f"{left}{writing.text}{right}"
+    noun = "text" if writing.script == "hanzi" else _one(rng, ["word" if " " not in writing.text else "words", "text"])
+    if style == "tags":
+        return f"{writing.colour} {noun} {quoted}"
+    if style == "short":
+        return _one(rng, [f"the {noun} {quoted}", f"a poster that says {quoted}", f"a sign saying {quoted}", quoted])
+    face = "thin" if writing.face == "sans" else writing.face
+    place = "in the middle" if writing.place == "middle" else f"at the {writing.place}"
+    letters = _one(rng, [f"in {face} {writing.colour} letters", f"in {writing.colour}"])
+    return f"{_one(rng, [f'the {noun} {quoted}', f'{quoted} written'])} {letters} {place}"
+
+
+# Chinese
+
+_PLACES = {
+    "top left": "左上角", "top": "上方", "top right": "右上角", "left": "左侧", "center": "中间", "right": "右侧",
+    "bottom left": "左下角", "bottom": "下方", "bottom right": "右下角", "middle": "中间",
+}  # fmt: skip
+_RELATIONS = {"left of": "左边", "right of": "右边", "above": "上面", "below": "下面"}
+_SIZES = {"small": "小的", "medium": "", "large": "大的"}
+
+
+def _chinese(scene: Scene, style: Style, rng: Random | None) -> str:
+    parts = [_chinese_things(scene, style, rng)] if scene.things else []
+    parts += [_chinese_writing(writing, style, rng) for writing in scene.writings]
+    if scene.writings and (style == "short" or (rng and rng.random() < 0.5)):
+        parts.reverse()
+    if style != "short":
+        ground = _chinese_ground(scene.background)
+        parts = [ground, *parts] if rng and rng.random() < 0.3 else [*parts, ground]
+    return "，".join(parts)
+
+
+def _chinese_ground(ground: Background) -> str:
+    first, *rest = (CHINESE_COLOURS[colour] for colour in ground.colours)
+    if ground.kind == "flat":
+        return f"{first}背景"
+    start, end = "左右" if ground.across else "上下"
+    return (
+        f"背景从{start}{first}渐变到{end}{rest[0]}"
+        if ground.kind == "gradient"
+        else f"背景{start}半{first}{end}半{rest[0]}"
+    )
+
+
+def _chinese_things(scene: Scene, style: Style, rng: Random | None) -> str:
+    if scene.kind == "count":
+        number = _one(rng, [" 一两三四五"[len(scene.things)], str(len(scene.things))])
+        return _chinese_thing(scene.things[0], style, rng, number, placed=False)
+    if scene.relation:
+        first, second = (_chinese_thing(thing, style, rng, placed=False) for thing in scene.things)
+        return f"{first}在{second}的{_RELATIONS[scene.relation]}"
+    things = [_chinese_thing(thing, style, rng, placed=style != "short") for thing in scene.things]
+    if style == "short" and len(things) > 1:
+        return f"{'、'.join(things[:-1])}和{things[-1]}"
+    return "，".join(things)
+
+
+def _chinese_thing(thing: Thing, style: Style, rng: Random | None, number: str = "一", placed: bool = True) -> str:
+    name = SHAPES[thing.name] if thing.colour else CHINESE_EMOJI[thing.name]
+    described = (CHINESE_COLOURS[thing.colour] if thing.colour else "") + name
+    if style == "tags" and number == "一":
+        return _PLACES[thing.place] + described if placed else described
+    counted = f"{number}{MEASURES.get(thing.name, '个')}{_SIZES[thing.size] if style == 'dense' else ''}{described}"
+    if not placed:
+        return counted
+    return _PLACES[thing.place] + _one(rng, ["", "有", "是"]) + counted
+
+
+def _chinese_writing(writing: Writing, style: Style, rng: Random | None) -> str:
+    left, right = _one(rng, ["“”", "“”", "「」", '""'])
+    quoted = f"{left}{writing.text}{right}"
+    colour = CHINESE_COLOURS[writing.colour]
+    if style == "tags":
+        return f"{colour}文字{quoted}"
+    if style == "short":
+        return _one(rng, [f"文字{quoted}", f"写着{quoted}", f"写着{quoted}的海报", quoted])
+    face = _one(rng, [FACES[writing.face], ""])
+    return f"{_PLACES[writing.place]}写着{colour}{face}{_one(rng, ['的', '文字'])}{quoted}"

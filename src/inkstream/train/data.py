@@ -1,0 +1,356 @@
+"""Batches as a function of their number: which samples, which captions, which crops. What is drawn once, is kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from inkstream.families import Family
+from inkstream.train.objectives import Batch
+from inkstream.train.pictures import Size, Source, draw_all
+from inkstream.types import Conditioning
+
+FORMAT = 1
+"""Of the caches; a new number makes them anew."""
+ENCODED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Preparing:
+    """Something is being made ready before the first step."""
+
+    what: str
+    done: int = 0
+    total: int = 0
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Tokens of all captions, one after the other; the last caption is the empty one."""
+
+    tokens: np.ndarray  # (T,) int32
+    ends: np.ndarray  # (E,) where each caption ends
+    firsts: np.ndarray  # (N + 1,) the first caption of each picture, and their number
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.diff(self.ends, prepend=0)
+
+    def span(self, index: int) -> slice:
+        """Where a caption's tokens lie among all."""
+        return slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
+
+    def __getitem__(self, index: int) -> tuple[int, ...]:
+        return tuple(self.tokens[self.span(index)].tolist())
+
+
+@dataclass(frozen=True)
+class States:
+    """What a text encoder that does not learn makes of all captions, in bfloat16: (T, D) as int16, mapped from disk."""
+
+    bits: np.ndarray
+
+    def __getitem__(self, span: slice) -> Conditioning:
+        tokens = torch.from_numpy(self.bits[span].copy()).view(torch.bfloat16).float()
+        return Conditioning(tokens, (len(tokens),))
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Pictures of one size. images: (N, H, W, 3) uint8 pixels, or (N, C, h, w) float16 latents."""
+
+    size: Size
+    indices: np.ndarray  # (N,) of the source's pictures
+    images: np.ndarray
+
+
+@dataclass(frozen=True)
+class Place:
+    """What batch n consists of."""
+
+    samples: int  # which of the sizes
+    rows: np.ndarray  # of its images
+    captions: np.ndarray  # of each
+
+
+@dataclass(frozen=True)
+class Order:
+    """How batches are laid: every picture once an epoch, sorted by caption length within a pool of batches."""
+
+    batch: int  # samples of the first size
+    pieces: int  # that every batch falls into
+    pool: int
+    seed: int
+    dropout: float
+
+
+class Data:
+    """All samples of a run. `place(n)` says what batch n is, `load` fetches it or a piece of it."""
+
+    def __init__(
+        self, samples: Sequence[Samples], captions: Captions | None, order: Order, cond: States | None = None
+    ):
+        self.samples = samples
+        self.captions = captions
+        self.order = order
+        self.cond = cond
+        self._epoch = lru_cache(2)(self._epoch)
+
+    def place(self, number: int) -> Place:
+        epoch, at = divmod(number, len(self))
+        return self._epoch(epoch)[at]
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._epoch(0))
+
+    def load(self, place: Place, piece: slice = slice(None)) -> Batch:
+        """Latents in float32, or pixels in [-1, 1], with the tokens of their captions."""
+        images = torch.from_numpy(self.samples[place.samples].images[place.rows[piece]])
+        images = as_pixels(images) if images.dtype == torch.uint8 else images.float()
+        if self.captions is None:
+            return Batch(images)
+        chosen = place.captions[piece]
+        if self.cond is None:
+            return Batch(images, [self.captions[i] for i in chosen])
+        return Batch(images, cond=Conditioning.pack([self.cond[self.captions.span(i)] for i in chosen]))
+
+    def batch_size(self, samples: Samples) -> int:
+        """As many as hold the tokens of a batch of the first size, in equal pieces."""
+        first = self.samples[0].images[0].size
+        wanted = self.order.batch * first // samples.images[0].size
+        return max(wanted // self.order.pieces, 1) * self.order.pieces
+
+    def _epoch(self, number: int) -> list[Place]:
+        """Every picture once, with one of its captions or none."""
+        rng = np.random.default_rng([self.order.seed, number])
+        places = []
+        for which, samples in enumerate(self.samples):
+            size = self.batch_size(samples)
+            rows = rng.permutation(len(samples.indices))
+            chosen = self._choose(samples.indices[rows], rng)
+            if short := -len(rows) % size:  # the last batch is filled from the first
+                rows, chosen = np.resize(rows, len(rows) + short), np.resize(chosen, len(rows) + short)
+            for start in range(0, len(rows), size * self.order.pool):
+                here = slice(start, start + size * self.order.pool)
+                sort = self._sorted(chosen[here])
+                cuts = len(sort) // size
+                pairs = zip(np.split(rows[here][sort], cuts), np.split(chosen[here][sort], cuts))
+                places += [Place(which, *pair) for pair in pairs]
+        return [places[i] for i in rng.permutation(len(places))]
+
+    def _choose(self, pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """A caption of each picture, or the empty one."""
+        if self.captions is None:
+            return np.zeros(len(pictures), int)
+        first, end = self.captions.firsts[pictures], self.captions.firsts[pictures + 1]
+        chosen = first + (rng.random(len(pictures)) * (end - first)).astype(int)
+        return np.where(rng.random(len(pictures)) < self.order.dropout, self.captions.firsts[-1], chosen)
+
+    def _sorted(self, captions: np.ndarray) -> np.ndarray:
+        if self.captions is None:
+            return np.arange(len(captions))
+        return np.argsort(self.captions.lengths[captions], kind="stable")
+
+
+class Endless:
+    """Pictures that are drawn for each batch and never again."""
+
+    captions = None
+    cond = None
+
+    def __init__(self, source: Source, order: Order):
+        self.source = source
+        self.order = order
+
+    def place(self, number: int) -> Place:
+        size = self.order.batch
+        return Place(0, np.arange(number * size, (number + 1) * size), np.zeros(size, int))
+
+    def load(self, place: Place, piece: slice = slice(None)) -> Batch:
+        pictures = [self.source.picture(int(i)) for i in place.rows[piece]]
+        return Batch(as_pixels(torch.from_numpy(np.stack(pictures))))
+
+
+def as_pixels(images: Tensor) -> Tensor:
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def crop(pixels: Tensor, side: int, seeds: Sequence[int], tries: int = 3) -> Tensor:
+    """A square of each picture at a place drawn from its seed; one that shows a single colour is drawn again."""
+    height, width = pixels.shape[2:]
+    side = min(side, height, width)
+    cut = []
+    for picture, seed in zip(pixels, seeds, strict=True):
+        rng, piece = np.random.default_rng(seed), picture
+        for _ in range(tries):
+            y, x = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+            piece = picture[:, y : y + side, x : x + side]
+            if piece.std() > 0.06:
+                break
+        cut.append(piece)
+    return torch.stack(cut)
+
+
+# Caches -------------------------------------------------------------------------------------------------------------
+
+
+def keep_pixels(source: Source, count: int, folder: Path, workers: int) -> Iterator[Preparing | list[Samples]]:
+    """Draw all pictures into files of uint8, or find them there. The last thing given is what was asked for."""
+    key = cache_key("pixels", source.key(), count)
+    shapes = {size: (size[1], size[0], 3) for size in _sizes(source, count)}
+
+    def draw(files: dict[Size, np.ndarray]) -> Iterator[int]:
+        yield from _fill(source, count, workers, files, lambda pictures, size: np.stack(pictures))
+
+    yield from _kept(source, count, folder / f"pixels-{key}", shapes, np.uint8, "drawing pictures", draw)
+
+
+def keep_latents(
+    source: Source, count: int, folder: Path, workers: int, family: Family, vae_key: str
+) -> Iterator[Preparing | list[Samples]]:
+    """Draw and encode all pictures into files of float16, or find them there: the autoencoder's most likely latents,
+    shifted and scaled as the transformer wants them."""
+    key = cache_key("latents", source.key(), count, vae_key)
+    shapes = {size: family.latent_shape(*size) for size in _sizes(source, count)}
+    device = next(family.vae.parameters()).device  # type: ignore[attr-defined]
+
+    def encode(pictures: list[np.ndarray], size: Size) -> np.ndarray:
+        pixels = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255
+        with torch.no_grad():
+            return family.encode_image(pixels).half().cpu().numpy()
+
+    def draw(files: dict[Size, np.ndarray]) -> Iterator[int]:
+        yield from _fill(source, count, workers, files, encode)
+
+    yield from _kept(source, count, folder / f"latents-{key}", shapes, np.float16, "encoding pictures", draw)
+
+
+def keep_captions(
+    source: Source, count: int, each: int, folder: Path, family: Family, words_key: str
+) -> Iterator[Preparing | Captions]:
+    """Tokens of up to `each` captions of every picture, or find them there."""
+    path = folder / f"captions-{cache_key(source.key(), count, each, words_key)}.npz"
+    if not path.is_file():
+        tokens: list[tuple[int, ...]] = []
+        firsts = [0]
+        for index in range(count):
+            if index % 500 == 0:
+                yield Preparing("reading captions", index, count)
+            tokens += [family.tokens(text) for text in source.captions(index, each)]
+            firsts.append(len(tokens))
+        tokens.append(family.tokens(""))
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{secrets.token_hex(4)}.npz")
+        np.savez(
+            temporary, tokens=np.array([i for ids in tokens for i in ids], np.int32),
+            ends=np.cumsum([len(ids) for ids in tokens]), firsts=np.array(firsts),
+        )  # fmt: skip
+        os.replace(temporary, path)
+    with np.load(path, allow_pickle=False) as file:
+        yield Captions(file["tokens"], file["ends"], file["firsts"])
+
+
+def keep_states(
+    source: Source, count: int, captions: Captions, folder: Path, family: Family, encoder_key: Any
+) -> Iterator[Preparing | States]:
+    """The text encoder's states of all captions, or find them there."""
+    path = folder / f"states-{cache_key(source.key(), count, encoder_key)}.npy"
+    number = len(captions.ends)
+    if not path.is_file():
+        temporary = path.with_name(f".{secrets.token_hex(4)}.npy")
+        file: Any = None
+        for start in range(0, number, ENCODED_AT_ONCE):
+            some = range(start, min(start + ENCODED_AT_ONCE, number))
+            with torch.no_grad():
+                tokens = family.encode_tokens([captions[i] for i in some]).tokens
+            bits = tokens.to("cpu", torch.bfloat16).view(torch.int16).numpy()
+            if file is None:
+                shape = (int(captions.ends[-1]), bits.shape[1])
+                file = np.lib.format.open_memmap(temporary, "w+", np.int16, shape=shape)
+            file[captions.span(some[0]).start : captions.span(some[-1]).stop] = bits
+            yield Preparing("encoding captions", some[-1] + 1, number)
+        file.flush()
+        os.replace(temporary, path)
+    yield States(np.load(path, mmap_mode="r"))
+
+
+def cache_key(*parts: Any) -> str:
+    """A hash of all that a cache depends on."""
+    text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_key(state: dict[str, Tensor], config: Any) -> str:
+    """A hash of a part's weights and sizes."""
+    digest = hashlib.sha256(repr(config).encode())
+    for name in sorted(state):
+        digest.update(name.encode() + state[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _sizes(source: Source, count: int) -> dict[Size, list[int]]:
+    """The pictures of each size, the sizes in the order they first come in."""
+    found: dict[Size, list[int]] = {}
+    for index in range(count):
+        found.setdefault(source.size(index), []).append(index)
+    return found
+
+
+def _fill(
+    source: Source, count: int, workers: int, files: dict[Size, np.ndarray],
+    encode: Callable[[list[np.ndarray], Size], np.ndarray],
+) -> Iterator[int]:  # fmt: skip
+    """Draw each size's pictures in order, some at once, into its file. Yields how many are done."""
+    done = 0
+    for size, indices in _sizes(source, count).items():
+        waiting: list[np.ndarray] = []
+        at = 0
+        for picture in draw_all(source, indices, workers):
+            waiting.append(picture)
+            if len(waiting) == ENCODED_AT_ONCE or at + len(waiting) == len(indices):
+                files[size][at : at + len(waiting)] = encode(waiting, size)
+                at, done = at + len(waiting), done + len(waiting)
+                waiting = []
+                yield done
+
+
+def _kept(
+    source: Source, count: int, folder: Path, shapes: dict[Size, tuple[int, ...]], dtype: Any, what: str,
+    draw: Callable[[dict[Size, np.ndarray]], Iterator[int]],
+) -> Iterator[Preparing | list[Samples]]:  # fmt: skip
+    """A folder of one array a size, made if it is not there; it appears when it is whole."""
+    sizes = _sizes(source, count)
+    names = {size: f"{size[0]}x{size[1]}.npy" for size in sizes}
+    if not folder.is_dir():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        temporary.mkdir()
+        try:
+            files: dict[Size, Any] = {
+                size: np.lib.format.open_memmap(
+                    temporary / names[size], "w+", dtype, shape=(len(sizes[size]), *shapes[size])
+                )
+                for size in sizes
+            }
+            for done in draw(files):
+                yield Preparing(what, done, count)
+            for file in files.values():
+                file.flush()
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    yield [Samples(size, np.array(sizes[size]), np.load(folder / names[size], mmap_mode="r")) for size in sizes]

@@ -1,0 +1,42 @@
+"""What a run tells of itself on the disk: metrics.jsonl, a line a message, and loss.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from inkstream.train.plot import plot
+
+
+class Metrics:
+    """Appends lines; those after the step that a run goes on from are forgotten. folder None writes nothing."""
+
+    def __init__(self, folder: Path | None, step: int):
+        self.path = None if folder is None else folder / "metrics.jsonl"
+        self.lines: list[dict[str, Any]] = []
+        if self.path is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if step and self.path.is_file():
+            for line in self.path.read_text("utf-8").splitlines():
+                with suppress(ValueError):  # one that a kill cut short
+                    self.lines.append(json.loads(line))
+        self.lines = [line for line in self.lines if line["step"] <= step]
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        self.lines.append(dict(line))
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def draw(self) -> None:
+        """The curves of the loss, of batches and of what is held out."""
+        if self.path is not None:
+            loss = [(line["step"], line["loss"]) for line in self.lines if "loss" in line]
+            measured = [(line["step"], line["held_out"]) for line in self.lines if "held_out" in line]
+            first = [(step, next(iter(values.values()))) for step, values in measured]
+            plot({"loss": loss, "held out": first}, self.path.with_name("loss.png"))

@@ -1,0 +1,255 @@
+"""What a run starts from, new parts of given sizes or published ones, and the folder that comes out of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from inkstream.engine.convert import TOKENIZER, tokenizer_class
+from inkstream.engine.loader import read
+from inkstream.engine.sources import CARD, Found, locate, locate_part, write_card
+from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
+from inkstream.families.parts import load_tokenizer
+from inkstream.train.recipe import Model, Recipe
+from inkstream.types import InputError, Spec
+from inkstream.weights.files import read_state, write_state
+from inkstream.weights.keymap import translate
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+OPENED_LATE = "final_layer.linear."
+"""Layers whose outputs start at zero: the first prediction is then no worse than the mean."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from. An autoencoder's has only `vae` among its modules and no tokenizer."""
+
+    kind: type[Family]
+    spec: Spec
+    modules: dict[str, nn.Module]  # float32, on the CPU
+    tokenizer: Tokenizer | None = None
+    words: dict[str, bytes] = field(default_factory=dict)  # the tokenizer's files, by name
+    found: dict[str, Found] = field(default_factory=dict)  # of parts that were read from files
+
+    def family(self) -> Family:
+        return self.kind(self.spec, self.modules, self.tokenizer)
+
+
+def start(recipe: Recipe) -> Start:
+    """Build or read the parts that the recipe names. InputError where sizes or files do not fit."""
+    model = recipe.model
+    alone = recipe.objective.kind == "autoencoder"
+    found: dict[str, Found] = {}
+    configs: dict[str, Any] = {}
+    shift, name = model.shift or None, model.name
+    words: dict[str, bytes] = {}
+    if model.from_ and not alone:
+        source = locate(model.from_)
+        kind, found = source.family, dict(source.parts)
+        words = read_words(source.tokenizer)
+        shift = shift or source.spec.shift
+        name = name or source.spec.name
+    elif model.family in FAMILIES:
+        kind = family_of(model.family)
+        words = {} if alone else read_words(model.tokenizer)
+        if alone and model.from_:
+            found["vae"] = locate_part(kind, "vae", model.from_)
+    else:
+        raise InputError(f"[model] family = {model.family!r} is not known: take {', '.join(FAMILIES)}")
+    tokenizer = None if alone else words_as_tokenizer(words)
+    for part in ("vae",) if alone else kind.parts:
+        table = dict(getattr(model, part, {}))
+        if "from" in table:
+            found[part] = locate_part(kind, part, table["from"])
+        if part in found:
+            configs[part] = found[part].config
+        else:
+            configs[part] = read_sizes(kind.parts[part], part, table, {})
+    if not alone:
+        _join(kind, model, configs, found, tokenizer)
+    known = next(spec for spec in SPECS.values() if family_of(spec.family) is kind)
+    spec = replace(known, vae=configs["vae"]) if alone else kind.recognise(configs, shift, name or "trained")
+    wanted = {"steps": model.steps, "guidance": model.guidance, "shift": model.shift, "title": model.title}
+    spec = replace(
+        spec, **{k: v for k, v in wanted.items() if v}, size=recipe.data.sizes[0], repo=None, download_bytes=None
+    )
+    modules = {
+        part: read(found[part], torch.device("cpu"), torch.float32, lambda done, total: None)
+        if part in found
+        else build(kind.parts[part], config, recipe.run.seed)
+        for part, config in configs.items()
+    }
+    return Start(kind, spec, modules, tokenizer, words, found)
+
+
+def read_sizes(part: Part, name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
+    """A part's config from a recipe's table. InputError names a size it does not have, or of another kind."""
+    known = {f.name: f.default for f in fields(part.config)}
+    values = dict(given)
+    for key, value in table.items():
+        if key not in known:
+            raise InputError(f"[model.{name}] has no size {key}: it takes from, {', '.join(known)}")
+        value = tuple(value) if isinstance(value, list) else value
+        default = known[key]
+        kinds = (int, float) if isinstance(default, float) else int if default is None else type(default)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise InputError(f"[model.{name}] {key} = {value!r}: give a value like {default!r}")
+        values[key] = value
+    return part.config(**values)
+
+
+def _join(
+    kind: type[Family], model: Model, configs: dict[str, Any], found: Mapping[str, Found], tokenizer: Tokenizer | None
+) -> None:
+    """Sizes that parts share follow from one another where the recipe leaves them out, and must agree."""
+    assert tokenizer is not None
+    used, encoder = tokenizer.get_vocab_size(), configs["text_encoder"]
+    if "text_encoder" not in found and "vocab_size" not in model.text_encoder:
+        configs["text_encoder"] = encoder = replace(encoder, vocab_size=-(-used // 64) * 64)
+    if encoder.vocab_size < used:
+        raise InputError(f"the tokenizer has {used} tokens, the text encoder knows {encoder.vocab_size}")
+    for ours, theirs in kind.joints:
+        (a, own), (b, other) = ours.split("."), theirs.split(".")
+        wanted = getattr(configs[b], other)
+        if a not in found and own not in getattr(model, a):
+            configs[a] = replace(configs[a], **{own: wanted})
+        if getattr(configs[a], own) != wanted:
+            got = getattr(configs[a], own)
+            raise InputError(f"[model.{a}] {own} is {got}, the {b}'s {other} {wanted}: make them one")
+
+
+def build(part: Part, config: Any, seed: int) -> nn.Module:
+    """A new part with its first weights. InputError where nothing can be built at such sizes."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            module = part.build(config)
+        except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
+            raise InputError(f"nothing can be built at the sizes {config} ({error})") from error
+        initialise(module)
+    return module
+
+
+@torch.no_grad()
+def initialise(module: nn.Module) -> None:
+    """First weights, drawn from torch's generator: linear layers keep variance, modulation starts almost at none.
+
+    Convolutions keep torch's own.
+    """
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            small = 0.1 if "adaLN" in name else 1.0
+            nn.init.normal_(child.weight, std=small / math.sqrt(child.in_features))
+            if child.bias is not None:
+                nn.init.zeros_(child.bias)
+        elif isinstance(child, nn.Embedding):
+            nn.init.normal_(child.weight)
+    for name, weight in module.named_parameters():
+        if name.startswith(OPENED_LATE):
+            nn.init.zeros_(weight)
+        elif name.endswith("pad_token"):
+            nn.init.normal_(weight, std=0.02)
+
+
+# The tokenizer ------------------------------------------------------------------------------------------------------
+
+
+def read_words(name: Path | str) -> dict[str, bytes]:
+    """A tokenizer's files: Pocket's own, or those of a folder."""
+    if name == "pocket":
+        from inkstream.pocket.tokenizer import save_tokenizer
+
+        with _scratch() as folder:
+            save_tokenizer(folder)
+            return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    folder = Path(name).expanduser()
+    return {file: (folder / file).read_bytes() for file in TOKENIZER if (folder / file).is_file()}
+
+
+def words_as_tokenizer(words: Mapping[str, bytes]) -> Tokenizer:
+    with _scratch() as folder:
+        for name, content in words.items():
+            (folder / name).write_bytes(content)
+        return load_tokenizer(folder)
+
+
+def words_key(words: Mapping[str, bytes]) -> str:
+    """A hash of what the tokens depend on."""
+    read = [words.get(name, b"") for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    return hashlib.sha256(b"".join(read)).hexdigest()
+
+
+@contextmanager
+def _scratch() -> Iterator[Path]:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+# What comes out -----------------------------------------------------------------------------------------------------
+
+
+def export(begun: Start, spec: Spec, states: Mapping[str, Mapping[str, Tensor]], folder: Path, dtype: str) -> Path:
+    """Write the parts as a diffusers folder, which `inkstream.load` takes; an autoencoder alone as its folder `vae`.
+
+    states: of the parts that were trained, in our names; the others are as they were. The folder is replaced when the
+    new one is whole.
+    """
+    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+    temporary.mkdir(parents=True)
+    try:
+        documents: dict[str, Any] = {**begun.kind.documents(spec), CARD: write_card(spec)}
+        documents["model_index.json"] |= tokenizer_class(begun.words.get("tokenizer_config.json", b"{}"))
+        whole = "transformer" in begun.modules
+        for name, content in documents.items():
+            if whole or name == "vae/config.json":
+                (temporary / name).parent.mkdir(exist_ok=True)
+                (temporary / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        if whole:
+            (temporary / "tokenizer").mkdir()
+            for name, content in begun.words.items():
+                (temporary / "tokenizer" / name).write_bytes(content)
+        for name, module in begun.modules.items():
+            part = begun.kind.parts[name]
+            state = {**_unread(begun, spec, name), **module.state_dict(), **states.get(name, {})}
+            kept = torch.float32 if name == "vae" and dtype == "fp16" else DTYPES[dtype]
+            state = {key: tensor.detach().to("cpu", kept) for key, tensor in state.items()}
+            library = documents["model_index.json"][name][0]
+            stem = "model" if library == "transformers" else "diffusion_pytorch_model"
+            rules = part.layouts.get("diffusers", ())
+            (temporary / name).mkdir(exist_ok=True)
+            path = temporary / name / f"{stem}.safetensors"
+            write_state(path, translate(rules, state, back=True), shard_bytes=5_000_000_000)
+        old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _unread(begun: Start, spec: Spec, name: str) -> dict[str, Tensor]:
+    """Weights that published files hold and the module leaves out: those that were there, or neutral ones."""
+    part = begun.kind.parts[name]
+    if name in begun.found:
+        found = begun.found[name]
+        ours = begun.modules[name].state_dict()
+        state = translate(found.rules, read_state(found.path)) if len(found.tensors) > len(ours) else {}
+        return {key: tensor for key, tensor in state.items() if key not in ours}
+    return dict(part.neutral(getattr(spec, name)))

@@ -1,0 +1,150 @@
+"""Muon beside AdamW, the schedule of their rates, and averaged weights."""
+
+# pyright: reportPrivateImportUsage=false
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from inkstream.train.parallel import cut, whole
+from inkstream.train.recipe import Optimiser, Run
+from inkstream.train.weights import Weights
+from inkstream.types import InputError
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic iteration (Jordan 2024, "Muon"): fast at small singular values, ends near 1 only."""
+UPDATE_RMS = 0.2
+"""Of Muon's updates: as large as AdamW's usually are, so that both take like rates (arXiv 2502.16982, eq. 4)."""
+
+
+def make_optimiser(weights: Weights, settings: Optimiser) -> list[torch.optim.Optimizer]:
+    """AdamW over all weights, or Muon over the matrices inside blocks and AdamW over the rest."""
+    names = [name for name, w in weights.live.items() if settings.kind == "muon" and is_block_matrix(name, w)]
+    rest = {name: w for name, w in weights.masters.items() if name not in set(names)}
+    decayed = [w for name, w in rest.items() if w.ndim >= 2 and not is_embedding(name)]
+    others = [w for name, w in rest.items() if w.ndim < 2 or is_embedding(name)]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    found: list[torch.optim.Optimizer] = []
+    if groups:
+        found.append(AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True))
+    if names:
+        masters, live = [weights.masters[name] for name in names], [weights.live[name] for name in names]
+        found.append(Muon(masters, settings.lr_muon, settings.momentum, settings.weight_decay, live))
+    return found
+
+
+def is_block_matrix(name: str, weight: Tensor) -> bool:
+    """A matrix or convolution that stands in a numbered block and does not read the time."""
+    numbered = any(part.isdigit() for part in name.split(".")[:-2])
+    return weight.ndim >= 2 and min(weight.shape[0], weight[0].numel()) > 1 and numbered and "adaLN" not in name
+
+
+def is_embedding(name: str) -> bool:
+    """Rows that are looked up, or stand for a token: decay would shrink those that are seldom seen."""
+    return "embed_tokens" in name or "pad_token" in name
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose matrices are made orthogonal before they are added: every direction moves alike.
+
+    Convolutions count as matrices of (out, in * height * width). whose: for each of params the weight that it may be a
+    process's part of; only whole matrices can be made orthogonal.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+        whose: Sequence[Tensor] | None = None,
+    ):  # fmt: skip
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._whose = dict(zip(map(id, params), whose or params))
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            gradients = [p.grad for p in params]
+            kept = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(kept, gradients, 1 - group["momentum"])
+            ahead = torch._foreach_lerp(gradients, kept, group["momentum"])  # Nesterov's
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            for p, update in zip(params, ahead):
+                owner = self._whose[id(p)]
+                matrix = whole(update, owner)
+                flat = matrix.flatten(1)
+                scale = UPDATE_RMS * math.sqrt(max(flat.shape))
+                p.add_(cut(orthogonalise(flat).view_as(matrix), owner), alpha=-group["lr"] * scale)
+
+
+def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest matrix whose singular values are all about 1 (0.7 to 1.2 after 5 steps). matrix: (n, m)."""
+    a, b, c = NEWTON_SCHULZ
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def rate(step: int, settings: Optimiser, run: Run) -> float:
+    """The share of the learning rate that step number `step`, counted from 0, takes."""
+    rising = min(1.0, (step + 1) / max(settings.warmup, 1))
+    falling = min(1.0, (run.steps - step) / max(settings.decay * run.steps, 1))
+    return rising * falling
+
+
+def set_rate(optimisers: Sequence[torch.optim.Optimizer], share: float, settings: Optimiser) -> None:
+    """Set every group's rate to a share of its own."""
+    for optimiser in optimisers:
+        full = settings.lr_muon if isinstance(optimiser, Muon) else settings.lr
+        for group in optimiser.param_groups:
+            group["lr"] = full * share
+
+
+def ema_decay(step: int, settings: Optimiser) -> float:
+    """Of step number `step`, counted from 0: the first steps are forgotten sooner."""
+    return min(settings.ema, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def update_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -> None:
+    """ema <- decay * ema + (1 - decay) * weights, in place."""
+    torch._foreach_lerp_(list(ema), list(weights), 1 - decay)
+
+
+def optimiser_state(optimisers: Sequence[torch.optim.Optimizer], weights: Weights) -> dict[str, Tensor]:
+    """What the optimisers remember, whole, by `what.name of the weight`; all processes must ask."""
+    return {
+        f"{what}.{name}": whole(value, weights.live[name])
+        for name, master in weights.masters.items()
+        for optimiser in optimisers
+        for what, value in sorted(optimiser.state.get(master, {}).items())
+    }
+
+
+def load_optimiser_state(
+    optimisers: Sequence[torch.optim.Optimizer], weights: Weights, state: Mapping[str, Tensor]
+) -> None:
+    """Give back what optimiser_state took. InputError where it is another optimiser's."""
+    owners = {id(p): optimiser for optimiser in optimisers for g in optimiser.param_groups for p in g["params"]}
+    kinds = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum"}}
+    for key, value in state.items():
+        what, _, name = key.partition(".")
+        master = weights.masters[name]
+        owner = owners[id(master)]
+        if what not in kinds[type(owner)]:
+            raise InputError("[optimiser] kind is not that of the checkpoint: put it back, or start from the weights")
+        part = cut(value, weights.live[name])
+        on_device = what != "step" or master.is_cuda  # counted where the fused kernel reads it
+        owner.state[master][what] = part.to(master.device if on_device else "cpu", copy=True)

@@ -1,0 +1,297 @@
+"""What a run does at a step: velocities of latents, or pictures given back. The loop knows no more than this."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from inkstream.engine.model import Model, complete
+from inkstream.nn.vae import Autoencoder
+from inkstream.train.data import (
+    Data,
+    Endless,
+    Order,
+    Place,
+    Preparing,
+    crop,
+    keep_captions,
+    keep_latents,
+    keep_pixels,
+    keep_states,
+    weights_key,
+)
+from inkstream.train.models import DTYPES, Start, words_key
+from inkstream.train.objectives import (
+    Batch,
+    autoencode,
+    draw_times,
+    flow,
+    flow_error,
+    held_out_times,
+    measure_latents,
+    mix,
+    psnr,
+)
+from inkstream.train.parallel import Team
+from inkstream.train.pictures import Source, Split, open_source
+from inkstream.train.recipe import Recipe
+from inkstream.types import Request, Spec
+
+SALT_STEP, SALT_CROP, SALT_HELD_OUT = range(3)
+"""Keep apart what is drawn for different ends from one seed."""
+T = TypeVar("T")
+
+
+class Task(Protocol):
+    """One kind of objective. Everything at a step is a function of the recipe and the step's number."""
+
+    data: Any  # Data or Endless
+
+    @property
+    def learning(self) -> Sequence[str]:
+        """The parts that learn, or the modules inside one: `vae.decoder`."""
+        ...
+
+    def prepare(self) -> Iterator[Preparing]:
+        """Draw, encode and read what is learnt from."""
+        ...
+
+    def loss(self, step: int, place: Place, piece: slice) -> Tensor:
+        """The mean loss of a piece of the batch of that step."""
+        ...
+
+    def measure(self) -> dict[str, float]:
+        """Errors on what is not trained on; the first is the one to plot."""
+        ...
+
+    def sheet(self) -> Image.Image:
+        """What the weights can do, to look at."""
+        ...
+
+    def finish(self) -> Spec:
+        """What the trained model is."""
+        ...
+
+
+class Flow:
+    """A transformer, with or without its text encoder, learns velocities of latents."""
+
+    def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
+        self.recipe = recipe
+        self.begun = begun
+        self.device = device
+        self.team = team
+        self.learning = recipe.learning
+        for name, module in begun.modules.items():
+            whole = name in self.learning or name == "vae"
+            module.to(device, torch.float32 if whole else DTYPES[recipe.run.dtype]).eval().requires_grad_(False)
+        self.family = begun.family()
+
+    def prepare(self) -> Iterator[Preparing]:
+        run = self.recipe.run
+        order = order_of(self.recipe, self.team)
+        self.data = yield from in_turn(self.team, self._load("train", order))
+        self.held_out: Data | None = None
+        if run.held_out or (run.preview and not run.prompts):
+            few = replace(order, batch=min(order.batch, 32), dropout=0.0, pieces=1)
+            self.held_out = yield from in_turn(self.team, self._load("held_out", few))
+        if self.data.cond is not None and not run.preview:
+            self.begun.modules["text_encoder"].to("cpu")  # all that it will be asked is known
+
+    def _load(self, split: Split, order: Order) -> Iterator[Any]:
+        data = self.recipe.data
+        source, count = pictures_of(self.recipe, split)
+        cache = Path(data.cache).expanduser()
+        vae_key = weights_key(self.begun.modules["vae"].state_dict(), self.begun.spec.vae)
+        words = words_key(self.begun.words)
+        samples = yield from last_of(keep_latents(source, count, cache, data.workers, self.family, vae_key))
+        captions = yield from last_of(keep_captions(source, count, data.captions, cache, self.family, words))
+        cond = None
+        if "text_encoder" not in self.learning:
+            encoder = self.begun.modules["text_encoder"]
+            key = [weights_key(encoder.state_dict(), self.begun.spec.text_encoder), words, data.captions]
+            cond = yield from last_of(keep_states(source, count, captions, cache, self.family, key))
+        yield Data(samples, captions, order, cond)
+
+    def loss(self, step: int, place: Place, piece: slice) -> Tensor:
+        settings = self.recipe.objective
+        generator = torch.Generator(self.device).manual_seed(mix(self.recipe.run.seed, SALT_STEP, step))
+        shape = (len(place.rows), *self.data.samples[place.samples].images.shape[1:])
+        t = draw_times(shape[0], settings, generator)
+        noise = torch.randn(shape, generator=generator, device=self.device)  # of the whole batch, whoever asks
+        batch = self._move(self.data.load(place, piece))
+        return flow(self.family, batch, t[piece], noise[piece], settings).mean()
+
+    def _move(self, batch: Batch) -> Batch:
+        cond = batch.cond
+        if cond is not None:
+            cond = replace(cond, tokens=cond.tokens.to(self.device))
+        return replace(batch, images=batch.images.to(self.device), cond=cond)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """The error of the velocity at fixed times, and the mean of them all."""
+        assert self.held_out is not None
+        found = {}
+        for t in held_out_times():
+            errors = []
+            for number in range(len(self.held_out)):
+                batch = self._move(self.held_out.load(self.held_out.place(number)))
+                generator = torch.Generator(self.device).manual_seed(mix(SALT_HELD_OUT, number))
+                noise = torch.randn(batch.images.shape, generator=generator, device=self.device)
+                errors.append(flow_error(self.family, batch, torch.full((len(noise),), t, device=self.device), noise))
+            found[f"{t:g}"] = torch.cat(errors).mean().item()
+        return {"mean": sum(found.values()) / len(found), **found}
+
+    @torch.no_grad()
+    def sheet(self) -> Image.Image:
+        """The prompts, drawn by the engine as a user would have them drawn, picture i with seed i."""
+        run = self.recipe.run
+        prompts = [self.family.tokens(prompt) for prompt in run.prompts]
+        if not prompts:
+            assert self.held_out is not None
+            captions = self.held_out.captions
+            assert captions is not None
+            prompts = [captions[int(i)] for i in captions.firsts[:-1][: run.preview_count]]
+        model = Model(self.family, self.device, DTYPES[run.dtype])
+        empty, pictures = self.family.tokens(""), []
+        for i, ids in enumerate(prompts):
+            cond = self.family.encode_tokens([ids, empty])
+            request = complete(Request.model_validate({"seed": i}), self.begun.spec)
+            pictures.append(model.decode(model.sample(request, cond))[0].cpu())
+        return tile(torch.stack(pictures))
+
+    def finish(self) -> Spec:
+        return self.begun.spec
+
+
+class Autoencoding:
+    """An autoencoder learns to give pictures back."""
+
+    def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
+        self.recipe = recipe
+        self.begun = begun
+        self.device = device
+        self.team = team
+        self.learning = recipe.learning
+        module = begun.modules["vae"].to(device).requires_grad_(False)
+        assert isinstance(module, Autoencoder)
+        self.vae = module
+
+    def prepare(self) -> Iterator[Preparing]:
+        run = self.recipe.run
+        order = order_of(self.recipe, self.team)
+        self.data = yield from in_turn(self.team, self._load("train", order))
+        self.held_out: Data | None = None
+        if run.held_out or run.preview:
+            few = replace(order, batch=min(order.batch, 16), pieces=1)
+            self.held_out = yield from in_turn(self.team, self._load("held_out", few))
+
+    def _load(self, split: Split, order: Order) -> Iterator[Any]:
+        source, count = pictures_of(self.recipe, split)
+        if not count:
+            yield Endless(source, order)
+            return
+        cache = Path(self.recipe.data.cache).expanduser()
+        samples = yield from last_of(keep_pixels(source, count, cache, self.recipe.data.workers))
+        yield Data(samples, None, order)
+
+    def loss(self, step: int, place: Place, piece: slice) -> Tensor:
+        seed, side = self.recipe.run.seed, self.recipe.data.crop
+        pixels = self.data.load(place, piece).images
+        if side:
+            numbers = range(len(place.rows))[piece]
+            pixels = crop(pixels, side, [mix(seed, SALT_CROP, step, number) for number in numbers])
+        pixels = pixels.to(self.device)
+        generator = torch.Generator(self.device).manual_seed(mix(seed, SALT_STEP, step))
+        config = self.begun.spec.vae
+        grid = (pixels.shape[2] // config.downscale, pixels.shape[3] // config.downscale)
+        shape = (len(place.rows), config.latent_channels, *grid)
+        noise = torch.randn(shape, generator=generator, device=self.device)[piece]
+        dtype = next(self.vae.parameters()).dtype
+        return autoencode(self.vae, pixels.to(dtype), noise.to(dtype), self.recipe.objective)[0].mean()
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, float]:
+        """The mean difference and the PSNR of held-out pictures, whole."""
+        assert self.held_out is not None
+        found: list[tuple[float, float]] = []
+        for number in range(len(self.held_out)):
+            pixels = self.held_out.load(self.held_out.place(number)).images.to(self.device)
+            seen = self._again(pixels)
+            found.append(((seen - pixels).abs().mean().item(), psnr(seen, pixels)))
+        l1, ratio = (sum(values) / len(found) for values in zip(*found))
+        return {"l1": l1, "psnr": ratio}
+
+    @torch.no_grad()
+    def sheet(self) -> Image.Image:
+        """Held-out pictures, and below each what is given back."""
+        assert self.held_out is not None
+        pixels = self.held_out.load(self.held_out.place(0)).images[:8].to(self.device)
+        return tile(torch.cat([pixels, self._again(pixels)]).cpu() / 2 + 0.5, len(pixels))
+
+    def _again(self, pixels: Tensor) -> Tensor:
+        dtype = next(self.vae.parameters()).dtype
+        return self.vae.decode(self.vae.encode(pixels.to(dtype))).float()
+
+    def finish(self) -> Spec:
+        """The latents' mean and spread, which training leaves open, are measured and written into the config; where the
+        decoder alone learnt, they are as they were."""
+        if self.learning != ("vae",):
+            return self.begun.spec
+        dtype = next(self.vae.parameters()).dtype
+        batches = [self.data.load(self.data.place(i)).images.to(self.device, dtype) for i in range(8)]
+        shift, scale = measure_latents(self.vae, batches)
+        vae = replace(self.begun.spec.vae, shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
+        return replace(self.begun.spec, vae=vae)
+
+
+def order_of(recipe: Recipe, team: Team) -> Order:
+    run = recipe.run
+    pieces = run.accumulate * team.count
+    return Order(run.batch, pieces, recipe.data.pool, mix(run.seed, recipe.data.first), recipe.objective.dropout)
+
+
+def pictures_of(recipe: Recipe, split: Split) -> tuple[Source, int]:
+    """The pictures of a split, and how many of them count."""
+    source, count = open_source(recipe.data, split, hold_out=bool(recipe.run.held_out))
+    if split == "held_out":
+        count = recipe.run.held_out_count if recipe.data.source == "scenes" else min(recipe.run.held_out_count, count)
+    return source, count
+
+
+def in_turn(team: Team, making: Iterator[Preparing | T]) -> Iterator[Any]:
+    """The last thing made; the first process makes it, the others then find it in the caches."""
+    if not team.leads:
+        team.wait()
+    made = yield from last_of(making)
+    if team.leads:
+        team.wait()
+    return made
+
+
+def last_of(making: Iterator[Preparing | T]) -> Iterator[Any]:
+    """Pass messages on; the value is what comes that is none."""
+    made = None
+    for made in making:
+        if isinstance(made, Preparing):
+            yield made
+    return made
+
+
+def tile(pixels: Tensor, columns: int = 0) -> Image.Image:
+    """(B, 3, H, W) in [0, 1] -> one picture."""
+    columns = columns or max(1, round(len(pixels) ** 0.5 * 1.3))
+    rows = -(-len(pixels) // columns)
+    height, width = pixels.shape[2:]
+    sheet = Image.new("RGB", (columns * (width + 2) - 2, rows * (height + 2) - 2), "white")
+    for i, picture in enumerate((pixels.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1)):
+        corner = (i % columns * (width + 2), i // columns * (height + 2))
+        sheet.paste(Image.fromarray(picture.contiguous().numpy()), corner)
+    return sheet

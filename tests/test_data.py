@@ -1,0 +1,277 @@
+"""Batches are functions of their number, and what is drawn once is kept."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from inkstream.engine.loader import load
+from inkstream.pocket.captions import Wording
+from inkstream.pocket.grammar import Grammar
+from inkstream.pocket.scenes import is_held_out
+from inkstream.train.data import (
+    Captions,
+    Data,
+    Endless,
+    Order,
+    Preparing,
+    Samples,
+    crop,
+    keep_captions,
+    keep_latents,
+    keep_pixels,
+    keep_states,
+)
+from inkstream.train.pictures import HELD_OUT_FROM, Scenes, draw_all, nearest_size, open_source
+from inkstream.train.recipe import Data as Settings
+from inkstream.types import InputError
+
+
+def some_data(order: Order, counts=(50, 20), sizes=((64, 64), (96, 48)), captions_each=3) -> Data:
+    """Latents whose first number is the picture's, with captions of 1 to 40 tokens."""
+    rng = np.random.default_rng(0)
+    samples, at = [], 0
+    for count, (width, height) in zip(counts, sizes):
+        indices = np.arange(at, at + count)
+        images = np.zeros((count, 4, height // 8, width // 8), np.float16)
+        images[:, 0, 0, 0] = indices
+        samples.append(Samples((width, height), indices, images))
+        at += count
+    lengths = rng.integers(1, 40, at * captions_each + 1)
+    ends = np.cumsum(lengths)
+    firsts = np.arange(0, at * captions_each + 1, captions_each)
+    return Data(samples, Captions(np.arange(ends[-1]), ends, firsts), order)
+
+
+def order(**changes) -> Order:
+    return Order(**{"batch": 8, "pieces": 2, "pool": 4, "seed": 7, "dropout": 0.1, **changes})
+
+
+def test_a_batch_is_the_same_whatever_was_asked_before():
+    one, other = some_data(order()), some_data(order())
+    for number in range(30):
+        one.place(number)
+    for number in (29, 3, 17):
+        a, b = one.place(number), other.place(number)
+        assert a.samples == b.samples
+        assert np.array_equal(a.rows, b.rows)
+        assert np.array_equal(a.captions, b.captions)
+    assert not np.array_equal(one.place(0).rows, some_data(order(seed=8)).place(0).rows)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 3), st.integers(1, 6))
+@settings(max_examples=30, deadline=None)
+def test_every_picture_comes_once_an_epoch_but_for_what_fills_the_last_batch(first, second, pieces, pool):
+    data = some_data(order(pieces=pieces, pool=pool), counts=(first, second))
+    seen = [set(), set()]
+    total = 0
+    for number in range(len(data)):
+        place = data.place(number)
+        assert len(place.rows) == data.batch_size(data.samples[place.samples])
+        assert len(place.rows) % pieces == 0
+        seen[place.samples] |= set(place.rows.tolist())
+        total += len(place.rows)
+    assert [len(rows) for rows in seen] == [first, second]
+    assert total - first - second < sum(data.batch_size(samples) for samples in data.samples)
+
+
+def test_two_epochs_differ_in_order_and_captions():
+    data = some_data(order())
+    first = [tuple(data.place(n).rows) for n in range(len(data))]
+    second = [tuple(data.place(n + len(data)).rows) for n in range(len(data))]
+    assert sorted(first) != sorted(second)
+
+
+def test_the_pieces_of_a_batch_make_it_up():
+    data = some_data(order())
+    place = data.place(5)
+    whole = data.load(place)
+    parts = [data.load(place, slice(i, None, 2)) for i in range(2)]
+    together = sorted(torch.cat([part.images[:, 0, 0, 0] for part in parts]).tolist())
+    assert together == sorted(whole.images[:, 0, 0, 0].tolist())
+    assert sorted(p for part in parts for p in part.prompts) == sorted(whole.prompts)
+
+
+def test_a_caption_belongs_to_its_picture_and_the_share_dropped_is_empty():
+    data = some_data(order(dropout=0.3), counts=(400, 4))
+    empty = data.captions.firsts[-1]
+    dropped = total = 0
+    for number in range(len(data)):
+        place = data.place(number)
+        pictures = data.samples[place.samples].indices[place.rows]
+        for picture, caption in zip(pictures, place.captions):
+            assert caption == empty or caption // 3 == picture
+            dropped, total = dropped + (caption == empty), total + 1
+    assert dropped / total == pytest.approx(0.3, abs=0.07)
+
+
+def test_samples_of_a_batch_are_of_like_length():
+    def spread(pool):
+        data = some_data(order(pool=pool, dropout=0.0), counts=(400, 8))
+        lengths = [data.captions.lengths[data.place(n).captions] for n in range(len(data))]
+        assert all((np.diff(of_batch) >= 0).all() for of_batch in lengths)
+        return np.mean([of_batch.max() - of_batch.min() for of_batch in lengths])
+
+    assert spread(16) < spread(1) / 5
+
+
+def test_batches_of_larger_pictures_hold_fewer_of_them():
+    data = some_data(order(batch=16, pieces=2), sizes=((64, 64), (128, 96)))
+    assert [data.batch_size(samples) for samples in data.samples] == [16, 4]
+
+
+@pytest.mark.parametrize(
+    ("shape", "nearest"),
+    [
+        ((1000, 1000), (256, 256)),
+        ((200, 200), (128, 128)),  # never enlarged
+        ((50, 50), (128, 128)),  # unless there is nothing smaller
+        ((1600, 900), (320, 192)),
+        ((900, 1600), (192, 320)),
+    ],
+)
+def test_a_picture_takes_the_size_of_its_shape_that_needs_no_enlarging(shape, nearest):
+    assert nearest_size(shape, [(128, 128), (256, 256), (320, 192), (192, 320)]) == nearest
+
+
+def last(making):
+    told = list(making)
+    return told[-1], [message for message in told if isinstance(message, Preparing)]
+
+
+def test_pictures_are_drawn_once(tmp_path):
+    scenes = Scenes(((32, 32), (48, 32)), Grammar(), Wording())
+    _, told = last(keep_pixels(scenes, 5, tmp_path, workers=0))
+    assert told[-1].done == 5
+    again, told = last(keep_pixels(scenes, 5, tmp_path, workers=0))
+    assert told == []
+    assert [samples.images.shape for samples in again] == [(3, 32, 32, 3), (2, 32, 48, 3)]
+    for samples in again:
+        for index, image in zip(samples.indices, samples.images):
+            assert np.array_equal(image, scenes.picture(int(index)))
+    _, told = last(keep_pixels(Scenes(scenes.sizes, Grammar(text=0.0), Wording()), 5, tmp_path, workers=0))
+    assert told != []
+
+
+def test_drawing_that_is_cut_short_leaves_nothing_behind(tmp_path):
+    scenes = Scenes(((16, 16),), Grammar(text=0.0), Wording())
+    making = keep_pixels(scenes, 40, tmp_path, workers=0)
+    assert next(making).done == 32
+    making.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_workers_draw_the_same_pictures():
+    scenes = Scenes(((16, 16),), Grammar(), Wording())
+    drawn = list(draw_all(scenes, range(70), workers=2))
+    assert len(drawn) == 70
+    assert all(np.array_equal(drawn[i], scenes.picture(i)) for i in (0, 63, 69))
+
+
+def test_latents_captions_and_states_are_those_of_the_model(tmp_path, tiny_folder):
+    family = load(tiny_folder, device="cpu").family
+    scenes = Scenes(((32, 32),), Grammar(text=0.0), Wording())
+    (samples,), _ = last(keep_latents(scenes, 3, tmp_path, 0, family, "key"))
+    pixels = torch.from_numpy(scenes.picture(2)).permute(2, 0, 1)[None].float() / 255
+    assert np.allclose(samples.images[2], family.encode_image(pixels)[0].numpy(), atol=0.05, rtol=0.01)
+    captions, _ = last(keep_captions(scenes, 3, 2, tmp_path, family, "words"))
+    assert captions[5] == family.tokens(scenes.captions(2, 2)[1])
+    assert captions[6] == family.tokens("")
+    states, told = last(keep_states(scenes, 3, captions, tmp_path, family, "encoder"))
+    assert told != []
+    alone = family.encode_tokens([captions[5]]).tokens
+    kept = states[captions.span(5)]
+    assert kept.lengths == (len(captions[5]),)
+    assert torch.allclose(kept.tokens, alone, rtol=0.01, atol=0.02)
+    place = Data([samples], captions, order()).place(0)
+    batch = Data([samples], captions, order(batch=2, pieces=1), states).load(place)
+    assert sum(batch.cond.lengths) == len(batch.cond.tokens)
+
+
+def test_no_scene_that_is_trained_on_is_held_out():
+    data = Settings(grammar={"text": 0.5})
+    train, count = open_source(data)
+    held_out, _ = open_source(data, "held_out")
+    assert count == 20_000
+    assert not any(is_held_out(train._scene(i)) for i in range(50))
+    assert all(is_held_out(held_out._scene(i)) for i in range(50))
+    assert held_out.first == HELD_OUT_FROM
+
+
+def picture(path, size=(40, 40), colour="red"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+def test_a_folder_gives_pictures_with_the_captions_beside_them(tmp_path):
+    picture(tmp_path / "a.png", (64, 32), "red")
+    (tmp_path / "a.txt").write_text("a red one\n")
+    picture(tmp_path / "deep" / "b.jpg", (32, 32), "blue")
+    rows = [{"file_name": "deep/b.jpg", "text": text} for text in ("a blue one", "blue")]
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source, count = open_source(Settings(source=str(tmp_path), sizes=((32, 32), (64, 32))))
+    assert count == 2
+    assert source.size(0) == (64, 32)
+    assert source.captions(0, 4) == ["a red one"]
+    assert source.captions(1, 4) == ["a blue one", "blue"]
+    assert source.picture(0).shape == (32, 64, 3)
+    assert source.picture(1).mean((0, 1)).round().tolist() == pytest.approx([0, 0, 254], abs=2)
+
+
+def test_a_picture_is_cut_around_its_middle_not_squeezed(tmp_path):
+    image = Image.new("RGB", (96, 32), "white")
+    image.paste("black", (32, 0, 64, 32))
+    image.save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("black between white")
+    source, _ = open_source(Settings(source=str(tmp_path), sizes=((32, 32),)))
+    assert source.picture(0).max() < 40
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda root: None, "holds no picture"),
+        (lambda root: picture(root / "a.png"), "a.png has no caption: write it into a.txt"),
+        (lambda root: ((root / "a.png").write_bytes(b"no"), (root / "a.txt").write_text("x")), "cannot be read"),
+        (lambda root: (root / "c.jsonl").write_text('{"file": 1}'), "c.jsonl line 1 has no file_name and text"),
+    ],
+)
+def test_a_folder_that_cannot_be_learnt_from_is_named(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(InputError, match=message):
+        open_source(Settings(source=str(tmp_path)))
+
+
+def test_a_key_of_the_grammar_or_the_wording_that_is_not_there_is_named():
+    with pytest.raises(InputError, match="shape"):
+        open_source(Settings(grammar={"shape": 3}))
+    with pytest.raises(InputError, match=r"\[data.wording\] has no key dence"):
+        open_source(Settings(wording={"dence": 1.0}))
+    with pytest.raises(InputError, match=r"\[data.wording\] dense = 7: give a share"):
+        open_source(Settings(wording={"dense": 7}))
+
+
+def test_crops_are_those_of_their_seeds_and_prefer_what_shows_something():
+    pixels = torch.zeros(4, 3, 64, 64)
+    pixels[:, :, :32, :32] = torch.rand(4, 3, 32, 32)
+    cut = crop(pixels, 32, [1, 2, 3, 4])
+    assert cut.shape == (4, 3, 32, 32)
+    assert torch.equal(cut[2], crop(pixels[2:3], 32, [3])[0])
+    busy = sum(piece.std() > 0.06 for piece in crop(pixels[:1].expand(200, -1, -1, -1), 32, range(200)))
+    once = sum(piece.std() > 0.06 for piece in crop(pixels[:1].expand(200, -1, -1, -1), 32, range(200), tries=1))
+    assert once < busy
+
+
+def test_scenes_without_end_never_come_twice():
+    scenes = Scenes(((16, 16),), Grammar(text=0.0), Wording())
+    data = Endless(scenes, order(batch=4))
+    rows = [data.place(n).rows.tolist() for n in range(3)]
+    assert rows == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    batch = data.load(data.place(1), slice(1, None, 2)).images
+    assert torch.equal(batch[1], torch.from_numpy(scenes.picture(7).copy()).permute(2, 0, 1).float() / 127.5 - 1)
