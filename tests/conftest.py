@@ -10,8 +10,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from inkstream.families.zimage.documents import documents
-from inkstream.families.zimage.family import ZImage
+from inkstream.families import family_of
 from inkstream.families.zimage.specs import BASE, TURBO
 from inkstream.nn.qwen3 import Qwen3
 from inkstream.types import Spec
@@ -28,11 +27,12 @@ WEIGHTS = {
 
 def write_folder(folder: Path, spec: Spec, seed: int = 0) -> Path:
     """A diffusers folder of random weights, in float32, with a byte-level tokenizer."""
-    for name, content in documents(spec).items():
+    family = family_of(spec.family)
+    for name, content in family.documents(spec).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2))
     for name, state in random_states(spec, seed).items():
-        rules = ZImage.parts[name].layouts.get("diffusers", ())
+        rules = family.parts[name].layouts.get("diffusers", ())
         write_state(folder / name / WEIGHTS[name], translate(rules, state, back=True))
     write_tokenizer(folder / "tokenizer")
     return folder
@@ -41,21 +41,19 @@ def write_folder(folder: Path, spec: Spec, seed: int = 0) -> Path:
 def random_states(spec: Spec, seed: int = 0) -> dict[str, dict[str, torch.Tensor]]:
     """Random weights of every part, in our names; norms near one, so that activations stay in range.
 
-    The text encoder has its last layer and norm too, as published ones do.
+    The text encoder has its last layers and norm too, as published ones do.
     """
+    parts = family_of(spec.family).parts
+    modules = {name: part.build(getattr(spec, name)) for name, part in parts.items() if name != "text_encoder"}
     depth = spec.text_encoder.num_hidden_layers
-    modules = {
-        "transformer": ZImage.parts["transformer"].build(spec.transformer),
-        "text_encoder": Qwen3(spec.text_encoder, depths=(depth,)),
-        "vae": ZImage.parts["vae"].build(spec.vae),
-    }
-    states = {name: module.state_dict() for name, module in modules.items()}
+    modules["text_encoder"] = Qwen3(spec.text_encoder, depths=(depth,))
+    states = {name: modules[name].state_dict() for name in parts}
     states["text_encoder"]["norm.weight"] = torch.empty(spec.text_encoder.hidden_size)
     generator = torch.Generator().manual_seed(seed)
     for state in states.values():
         for name, weight in state.items():
-            is_norm = weight.ndim == 1 and "norm" in name and name.endswith("weight")
-            weight.normal_(mean=1.0 if is_norm else 0.0, std=0.1, generator=generator)
+            is_norm = weight.ndim == 1 and "norm" in name and name.endswith(("weight", "scale", "running_var"))
+            weight.normal_(mean=1.0 if is_norm or "running_var" in name else 0.0, std=0.1, generator=generator)
     return states
 
 
@@ -65,7 +63,7 @@ def write_tokenizer(folder: Path) -> None:
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))

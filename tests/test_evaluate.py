@@ -22,6 +22,7 @@ from inkstream.evaluate.grades import Marks
 from inkstream.evaluate.report import Judged, Row, Tile
 from inkstream.evaluate.run import Job, Settings
 from inkstream.evaluate.suites import FACTS, SUITES, Case, digest, open_suite, read_suite, thin
+from inkstream.families.zimage.specs import BASE
 from inkstream.pocket.captions import STATES
 from inkstream.pocket.draw import render
 from inkstream.pocket.scenes import is_held_out
@@ -192,8 +193,8 @@ def test_a_batch_holds_as_much_as_there_is_room_for(monkeypatch):
     monkeypatch.setattr(run, "MOST", 3)
     assert list(run.pack([4, 4, 4, 20, 1, 1, 1, 1], lambda n: n)) == [[4, 4], [4], [20], [1, 1, 1], [1]]
     assert list(run.pack([], lambda n: 1)) == []
-    assert run.tokens(Request(width=64, height=32, guidance=1.0)) == 8
-    assert run.tokens(Request(width=64, height=32, guidance=3.0)) == 16
+    assert run.tokens(Request(width=64, height=32, guidance=1.0), BASE) == 8
+    assert run.tokens(Request(width=64, height=32, guidance=3.0), BASE) == 16
 
 
 @pytest.mark.parametrize(

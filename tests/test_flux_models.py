@@ -33,19 +33,19 @@ TINY2 = flux2.Flux2Config(
 KLEIN = replace(TINY2, guidance_embeds=False)
 
 PARAMETERS = {
-    "flux.1-schnell": 11_891_178_560,
-    "flux.1-dev": 11_901_408_320,
-    "flux.1-krea-dev": 11_901_408_320,
-    "flux.1-kontext-dev": 11_901_408_320,
-    "flux.1-fill-dev": 11_902_391_360,
-    "flux.1-canny-dev": 11_901_604_928,
-    "flux.1-depth-dev": 11_901_604_928,
-    "flux.2-dev": 32_223_281_152,
-    "flux.2-klein-4b": 3_875_544_576,
-    "flux.2-klein-base-4b": 3_875_544_576,
-    "flux.2-klein-9b": 9_078_581_248,
-    "flux.2-klein-base-9b": 9_078_581_248,
-    "flux.2-klein-9b-kv": 9_078_581_248,
+    "flux1-schnell": 11_891_178_560,
+    "flux1-dev": 11_901_408_320,
+    "flux1-krea-dev": 11_901_408_320,
+    "flux1-kontext-dev": 11_901_408_320,
+    "flux1-fill-dev": 11_902_391_360,
+    "flux1-canny-dev": 11_901_604_928,
+    "flux1-depth-dev": 11_901_604_928,
+    "flux2-dev": 32_223_281_152,
+    "flux2-klein-4b": 3_875_544_576,
+    "flux2-klein-base-4b": 3_875_544_576,
+    "flux2-klein-9b": 9_078_581_248,
+    "flux2-klein-base-9b": 9_078_581_248,
+    "flux2-klein-9b-kv": 9_078_581_248,
 }
 """As published."""
 
@@ -107,13 +107,13 @@ def largest_difference(a: list[Tensor], b: list[Tensor]) -> float:
 # Sizes and keys -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*flux1.TRANSFORMERS, *flux2.TRANSFORMERS])
+@pytest.mark.parametrize("name", [*flux1.SPECS, *flux2.SPECS])
 def test_every_full_model_has_the_published_number_of_parameters_and_is_known_by_its_shapes(name):
-    config = {**flux1.TRANSFORMERS, **flux2.TRANSFORMERS}[name]
+    config = {**flux1.SPECS, **flux2.SPECS}[name].transformer
     state = on_meta(config)
     assert sum(tensor.numel() for tensor in state.values()) == PARAMETERS[name]
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    right, wrong = (flux1, flux2) if name in flux1.TRANSFORMERS else (flux2, flux1)
+    right, wrong = (flux1, flux2) if name in flux1.SPECS else (flux2, flux1)
     assert right.infer_config(shapes) == config
     with pytest.raises(KeyError):
         wrong.infer_config(shapes)
@@ -132,19 +132,19 @@ def test_the_full_models_have_as_many_keys_as_their_layouts():
     def count(config, rules):
         return len(translate(rules, on_meta(config), back=True))
 
-    dev1, dev2 = flux1.TRANSFORMERS["flux.1-dev"], flux2.TRANSFORMERS["flux.2-dev"]
+    dev1, dev2 = flux1.SPECS["flux1-dev"].transformer, flux2.SPECS["flux2-dev"].transformer
     assert (count(dev1, flux1_keys.SINGLE_FILE), count(dev1, flux1_keys.DIFFUSERS)) == (780, 1160)
     assert (count(dev2, flux2_keys.SINGLE_FILE), count(dev2, flux2_keys.DIFFUSERS)) == (299, 331)
 
 
 def test_the_fused_layers_have_the_published_shapes():
-    state = on_meta(flux1.TRANSFORMERS["flux.1-dev"])
+    state = on_meta(flux1.SPECS["flux1-dev"].transformer)
     theirs = translate(flux1_keys.DIFFUSERS, state, back=True)
     assert state["single_blocks.37.linear1.weight"].shape == (21504, 3072)
     assert theirs["single_transformer_blocks.37.attn.to_k.weight"].shape == (3072, 3072)
     assert theirs["single_transformer_blocks.37.proj_mlp.bias"].shape == (12288,)
     for name, wide, narrow in (("dev", 55296, 6144), ("klein-4b", 27648, 3072), ("klein-9b", 36864, 4096)):
-        state = on_meta(flux2.TRANSFORMERS[f"flux.2-{name}"])
+        state = on_meta(flux2.SPECS[f"flux2-{name}"].transformer)
         assert state["single_blocks.0.linear1.weight"].shape == (wide, narrow)
         assert state["single_blocks.0.linear2.weight"].shape == (narrow, 4 * narrow)
 

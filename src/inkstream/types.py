@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 SolverName = Literal[
     "euler", "heun", "dpmpp_2m", "res_multistep", "res_2s", "ralston_2s", "euler_ancestral", "lcm"
 ]
+GuidanceKind = Literal["twice", "read", "none"]
+"""Two predictions a step, with the prompt and without; a number that the model reads; or neither."""
+ShiftRule = Literal["fixed", "dynamic", "empirical"]
+"""How the shift that suits a size follows: it does not; FLUX.1's rule; FLUX.2's."""
 ScheduleName = Literal["simple", "sgm_uniform", "normal", "beta", "beta57", "linear_quadratic", "bong_tangent"]
 
 
@@ -79,6 +83,9 @@ class Request(BaseModel):
         None, ge=0, le=1, description="How far from the start picture: 0 keeps it, 1 ignores it."
     )
     mask: Picture | None = Field(None, description="Picture whose white part is repainted; black is kept exactly.")
+    reference: tuple[Picture, ...] = Field(
+        (), max_length=10, description="Picture to draw from, as 'image 1' in the prompt; give it again for more."
+    )
 
 
 @dataclass(frozen=True)
@@ -91,8 +98,11 @@ class Spec:
     text_encoder: Any
     vae: Any
     steps: int
-    guidance: float  # standard scale: 1 is off
-    shift: float
+    guidance: float  # standard scale: 1 is off; of kind `read`, the number that the model was taught with
+    shift: float  # of rule `fixed`
+    text_encoder_2: Any = None
+    guides: GuidanceKind = "twice"
+    shift_rule: ShiftRule = "fixed"
     size: tuple[int, int] = (1024, 1024)  # width, height when the request names none
     multiple: int = 16  # pixels; every side is a multiple of it
     solver: SolverName = "euler"
@@ -103,19 +113,24 @@ class Spec:
     folder: str | None = None  # inside the package, of a model that ships with it
     download_bytes: int | None = None
     licence: str = "unknown"
+    commercial: bool = True  # whether the licence lets a business draw with it
     title: str = ""
     tiny: Spec | None = field(default=None, repr=False, compare=False)  # the same at 2 blocks of width 64
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Encoded prompts, packed: entry 0 is the prompt, entry 1 (if any) the negative one.
+    """All that a model is told. Entry 0 is the prompt, entry 1 (if any) the negative one; the rest is for both.
 
     tokens: (sum(lengths), D) the text encoder's states, one prompt after the other, no padding.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
+    pooled: Tensor | None = None  # (len(lengths), P), a vector of each prompt, of families that read one
+    guidance: float | None = None  # of models that read it
+    references: tuple[Tensor, ...] = ()  # latents (C, h, w) of pictures to look at
+    beside: Tensor | None = None  # (C', h, w) channels that stand beside the noise at every step
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -125,13 +140,21 @@ class Conditioning:
         index = range(len(self.lengths))[index]
         start = sum(self.lengths[:index])
         length = self.lengths[index]
-        return Conditioning(self.tokens[start : start + length], (length,))
+        pooled = None if self.pooled is None else self.pooled[index : index + 1]
+        return replace(self, tokens=self.tokens[start : start + length], lengths=(length,), pooled=pooled)
 
     @staticmethod
     def pack(entries: Sequence[Conditioning]) -> Conditioning:
+        """Prompts of one request; what is for all of them is the first one's."""
         import torch
 
-        return Conditioning(torch.cat([e.tokens for e in entries]), tuple(n for e in entries for n in e.lengths))
+        vectors = [e.pooled for e in entries if e.pooled is not None]
+        return replace(
+            entries[0],
+            tokens=torch.cat([e.tokens for e in entries]),
+            lengths=tuple(n for e in entries for n in e.lengths),
+            pooled=torch.cat(vectors) if vectors else None,
+        )
 
 
 class Query(NamedTuple):

@@ -106,9 +106,9 @@ def text_ids(length: int) -> torch.Tensor:
     return torch.tensor([[0, 0, 0, i] for i in range(length)], dtype=torch.float32)
 
 
-@pytest.mark.parametrize("name", ["flux.1-schnell", "flux.1-dev", "flux.1-fill-dev", "flux.2-dev", "flux.2-klein-4b"])
+@pytest.mark.parametrize("name", ["flux1-schnell", "flux1-dev", "flux1-fill-dev", "flux2-dev", "flux2-klein-4b"])
 def test_full_models_have_the_references_keys_and_shapes(name):
-    config = {**flux1.TRANSFORMERS, **flux2.TRANSFORMERS}[name]
+    config = {**flux1.SPECS, **flux2.SPECS}[name].transformer
     first = isinstance(config, flux1.Flux1Config)
     with torch.device("meta"):
         theirs = (FluxTransformer2DModel if first else Flux2Transformer2DModel)(**vars(config)).state_dict()

@@ -24,7 +24,7 @@ SHARD_BYTES = 5_000_000_000
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.jinja",
+    "special_tokens_map.json", "chat_template.jinja", "spiece.model",
 )  # fmt: skip
 
 
@@ -61,17 +61,19 @@ def _write(source: Source, folder: Path, to: Layout, tell: Progress, total: int)
     """Everything of the new folder, weights last."""
     made = {**source.family.documents(source.spec), CARD: write_card(source.spec)}
     documents = {name: {**content, **_kept(source, name)} for name, content in made.items()}
-    config = source.tokenizer / "tokenizer_config.json"
-    documents["model_index.json"] |= tokenizer_class(config.read_bytes() if config.is_file() else b"{}")
+    for name, place in source.tokenizers.items():
+        config = place / "tokenizer_config.json"
+        documents["model_index.json"] |= tokenizer_class(name, config.read_bytes() if config.is_file() else b"{}")
     alone = to == "native"
     for name, content in documents.items():
         if not (alone and name in ("model_index.json", "transformer/config.json")):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    (folder / "tokenizer").mkdir()
-    for name in TOKENIZER:
-        if (source.tokenizer / name).is_file():
-            shutil.copyfile(source.tokenizer / name, folder / "tokenizer" / name)
+    for tokenizer, place in source.tokenizers.items():
+        (folder / tokenizer).mkdir()
+        for name in TOKENIZER:
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / tokenizer / name)
 
     done = 0
 
@@ -96,7 +98,7 @@ def _write(source: Source, folder: Path, to: Layout, tell: Progress, total: int)
             write_state(folder / part / f"{stem}.safetensors", state, shard_bytes=SHARD_BYTES, progress=count)
 
 
-def tokenizer_class(config: bytes) -> dict[str, list[str]]:
+def tokenizer_class(tokenizer: str, config: bytes) -> dict[str, list[str]]:
     """What model_index.json must say of a tokenizer, from its own tokenizer_config.json: by which class it is read.
 
     transformers' Qwen2Tokenizer splits words its own way, whatever tokenizer.json says.
@@ -105,7 +107,7 @@ def tokenizer_class(config: bytes) -> dict[str, list[str]]:
         name = json.loads(config).get("tokenizer_class")
     except (ValueError, AttributeError):
         name = None
-    return {"tokenizer": ["transformers", name]} if isinstance(name, str) else {}
+    return {tokenizer: ["transformers", name]} if isinstance(name, str) else {}
 
 
 def _translated(found: Found, rules: Sequence[Rule]) -> dict[str, Tensor]:

@@ -13,7 +13,6 @@ import torch
 from inkstream.engine.inputs import to_image
 from inkstream.engine.loader import load
 from inkstream.engine.model import Model, Run, advance, complete, guided, singles
-from inkstream.families.parts import PROMPT_TOKENS
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Step
 
 
@@ -120,10 +119,13 @@ def advice(request: Request, model: Model) -> list[str]:
     lines, spec = [], model.spec
     done = complete(request, spec)
     for name in ("prompt", "negative_prompt"):
-        if len(model.family.tokens(getattr(request, name))) >= PROMPT_TOKENS:
-            lines.append(f"the {name.replace('_', ' ')} is longer than {PROMPT_TOKENS} tokens: its end is not read")
-    if request.negative_prompt and not guided(done):
-        lines.append("the negative prompt has no effect at guidance 1: raise guidance, or use a model that guides")
-    if guided(done) and "guidance" not in spec.abilities:
+        if most := model.family.cut_at(getattr(request, name)):
+            lines.append(f"the {name.replace('_', ' ')} is longer than {most} tokens: its end is not read")
+    if request.negative_prompt and not guided(done, spec):
+        remedy = "raise guidance" if spec.guides == "twice" else "say what you want in the prompt"
+        lines.append(f"the negative prompt has no effect here: {remedy}, or use a model that guides")
+    if spec.guides == "none" and request.guidance is not None:
+        lines.append(f"guidance {request.guidance} has no effect: {spec.name} was distilled without it")
+    if guided(done, spec) and "guidance" not in spec.abilities:
         lines.append(f"{spec.name} was distilled without guidance: {request.guidance} doubles its time and may harm it")
     return lines

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from inkstream.engine.model import Model
-from inkstream.engine.sources import PREFIXES, Found, Progress, locate
-from inkstream.families.parts import load_tokenizer
+from inkstream.engine.sources import PREFIXES, Found, Progress, Source, locate
 from inkstream.types import InputError, Loading
 from inkstream.weights.files import read_state, strip_prefix
 from inkstream.weights.keymap import translate
@@ -43,15 +43,32 @@ def load(
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
     source = locate(name, tell)
-    tokenizer = load_tokenizer(source.tokenizer)
-    known, used = source.spec.text_encoder.vocab_size, tokenizer.get_vocab_size()
-    if used > known:
-        raise InputError(f"the tokenizer {source.tokenizer} has {used} tokens, the text encoder knows {known}")
+    tokenizers = {name: source.family.tokenizers[name](folder) for name, folder in source.tokenizers.items()}
+    check_vocabulary(source, tokenizers)
     modules = {
         part: read(found, device, dtype_of(part, dtype, device), partial(_tell, tell, part))
         for part, found in source.parts.items()
     }
-    return Model(source.family(source.spec, modules, tokenizer), device, dtype)
+    return Model(source.family(source.spec, modules, tokenizers), device, dtype)
+
+
+def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:
+    """InputError where a tokenizer has more tokens than its text encoder knows."""
+    for name, tokenizer in tokenizers.items():
+        used, known = vocabulary_of(tokenizer), getattr(source.spec, encoder_of(name)).vocab_size
+        if used > known:
+            place = source.tokenizers[name]
+            raise InputError(f"the tokenizer {place} has {used} tokens, the text encoder knows {known}")
+
+
+def vocabulary_of(tokenizer: Any) -> int:
+    """How many tokens it has; one of the tokenizers package, or of transformers."""
+    return tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else len(tokenizer)
+
+
+def encoder_of(tokenizer: str) -> str:
+    """The part that reads a tokenizer's tokens, by their names: tokenizer_2's is text_encoder_2."""
+    return tokenizer.replace("tokenizer", "text_encoder")
 
 
 def read(found: Found, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]) -> nn.Module:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor
 
 from inkstream.engine.inputs import fit_size, open_mask, open_picture, to_pixels
 from inkstream.engine.preview import fit_preview
-from inkstream.families import Family
+from inkstream.families import Family, Pictures, family_of
 from inkstream.flow import add_noise, to_image
 from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, paste, start_index
-from inkstream.sampling.schedules import SCHEDULES
+from inkstream.sampling.schedules import SCHEDULES, dynamic_shift, empirical_shift
 from inkstream.sampling.solvers import SOLVERS, times_asked
 from inkstream.types import Conditioning, InputError, Query, Request, Solver, Spec
 
@@ -39,10 +39,18 @@ class Model:
 
     @torch.inference_mode()
     def encode(self, request: Request) -> Conditioning:
-        """The request's prompt, and behind it its negative prompt where guidance will ask for it."""
+        """The request's prompt, behind it its negative one where guidance will ask for it, and what pictures show."""
         request = complete(request, self.spec)
-        prompts = [request.prompt, request.negative_prompt] if guided(request) else [request.prompt]
-        return Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
+        prompts = [request.prompt, request.negative_prompt] if guided(request, self.spec) else [request.prompt]
+        cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
+        if self.spec.guides == "read":
+            cond = replace(cond, guidance=request.guidance)
+        shown = [open_picture(picture) for picture in request.reference]
+        fill = "fill" in self.spec.abilities
+        image, mask = (open_picture(p) if p and fill else None for p in (request.image, request.mask))
+        assert request.width is not None
+        assert request.height is not None
+        return self.family.look(cond, Pictures(request.width, request.height, shown, image, mask))
 
     @torch.inference_mode()
     def sample(self, request: Request, cond: Conditioning, noise: Tensor | None = None) -> Tensor:
@@ -93,17 +101,18 @@ class Model:
             noise = torch.randn(shape, generator=generator)
         noise = noise.to(self.device, torch.float32)
         ts = SCHEDULES[request.schedule](request.steps, request.shift)  # type: ignore[index]
-        if original is not None:
+        sees = "fill" in self.spec.abilities  # the picture beside the noise, so it is not mixed in
+        if original is not None and not sees:
             ts = ts[start_index(len(ts) - 1, request.strength) :]  # type: ignore[arg-type]
             noise = add_noise(original.latents, noise, ts[0])
         solver = SOLVERS[request.solver](noise, ts, generator)  # type: ignore[index]
-        if original is not None and original.mask is not None:
+        if original is not None and original.mask is not None and not sees:
             mask = latent_mask(original.mask, *shape[1:]).to(self.device)
             solver = keep(solver, original.latents, mask)
         times = times_asked(request.solver, ts)  # type: ignore[arg-type]
-        if guided(request) and len(cond) < 2:
+        if guided(request, self.spec) and len(cond) < 2:
             raise InputError(f"guidance {request.guidance} needs the negative prompt too: encode this same request")
-        entries = cond if guided(request) else cond[0]
+        entries = cond if guided(request, self.spec) else cond[0]
         prepared = self.family.prepare(entries, request.width, request.height, times)  # type: ignore[arg-type]
         return Run(request, solver, prepared, len(times), noise)
 
@@ -190,9 +199,9 @@ def advance(family: Family, runs: Sequence[Run]) -> None:
         run.answer([next(answers) for _ in range(count)])
 
 
-def guided(request: Request) -> bool:
+def guided(request: Request, spec: Spec) -> bool:
     """Whether a complete request asks for the negative prompt at all."""
-    return request.guidance > 1  # type: ignore[operator]
+    return spec.guides == "twice" and request.guidance > 1  # type: ignore[operator]
 
 
 def singles(request: Request, count: int) -> Iterator[Request]:
@@ -207,9 +216,14 @@ def complete(request: Request, spec: Spec) -> Request:
         for name in ("mask", "strength"):
             if getattr(request, name) is not None:
                 raise InputError(f"{name} needs a picture to start from: give image as well, or leave {name} out")
+    if request.reference and not spec.abilities & {"references", "map"}:
+        raise InputError(f"{spec.name} takes no references: leave them out, or take a model that does")
     width, height = request.width, request.height
     if request.image is not None and (width is None or height is None):
         own = fit_size(open_picture(request.image), spec.multiple)
+        width, height = width or own[0], height or own[1]
+    elif request.reference and (width is None or height is None):
+        own = family_of(spec.family).size_for(open_picture(request.reference[0]).size)
         width, height = width or own[0], height or own[1]
     width, height = width or spec.size[0], height or spec.size[1]
     for name, value in (("width", width), ("height", height)):
@@ -217,10 +231,11 @@ def complete(request: Request, spec: Spec) -> Request:
             low = value // spec.multiple * spec.multiple
             near = f"{low} or {low + spec.multiple}" if low else f"{spec.multiple}"
             raise InputError(f"{name} {value} is not a multiple of {spec.multiple}: take {near}")
+    steps = request.steps or spec.steps
     defaults: dict[str, Any] = {
-        "steps": spec.steps,
+        "steps": steps,
         "guidance": spec.guidance,
-        "shift": spec.shift,
+        "shift": shift_for(spec, width, height, steps),
         "solver": spec.solver,
         "schedule": spec.schedule,
         "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
@@ -229,3 +244,11 @@ def complete(request: Request, spec: Spec) -> Request:
         defaults["strength"] = 1.0 if request.mask is not None else spec.strength
     update = {name: value for name, value in defaults.items() if getattr(request, name) is None}
     return request.model_copy(update={**update, "width": width, "height": height})
+
+
+def shift_for(spec: Spec, width: int, height: int, steps: int) -> float:
+    """The shift that suits a picture of that many pixels, by the model's own rule."""
+    tokens = (width // 16) * (height // 16)
+    if spec.shift_rule == "dynamic":
+        return round(dynamic_shift(tokens), 6)
+    return round(empirical_shift(tokens, steps), 6) if spec.shift_rule == "empirical" else spec.shift

@@ -24,7 +24,7 @@ from inkstream.weights.keymap import Rule, translate
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What single files put before every name of the transformer."""
 
-FOLDERS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler")
+FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler")
 KINDS = ("safetensors", "json", "txt")
 PUBLISHED = ("model_index.json", *(f"{folder}/*.{kind}" for folder in FOLDERS for kind in KINDS))
 """The files of a published repository that are needed."""
@@ -32,10 +32,15 @@ PUBLISHED = ("model_index.json", *(f"{folder}/*.{kind}" for folder in FOLDERS fo
 SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant", "qweight")
 """Endings of names that only quantised files have."""
 
+INDEX = "model_index.json"
 CARD = "inkstream.json"
 """The file in a model's folder that says how it likes to be drawn. Ours alone: others leave it unread."""
 
-COMFYUI = {"transformer": ("diffusion_models", "unet"), "text_encoder": ("text_encoders", "clip"), "vae": ("vae",)}
+COMFYUI = {
+    "transformer": ("diffusion_models", "unet"),
+    **dict.fromkeys(("text_encoder", "text_encoder_2"), ("text_encoders", "clip")),
+    "vae": ("vae",),
+}
 """Where ComfyUI's models/ folder keeps the parts."""
 
 Progress = Callable[[Loading], None]
@@ -60,7 +65,7 @@ class Source:
     family: type[Family]
     spec: Spec
     parts: Mapping[str, Found]
-    tokenizer: Path  # a folder
+    tokenizers: Mapping[str, Path]  # folders
     documents: Mapping[str, Mapping[str, Any]]  # the JSON files beside the parts, by their path in a published folder
 
 
@@ -83,15 +88,20 @@ def locate(name: Path | str, progress: Progress | None = None) -> Source:
         for folder, file in (*((part, "config.json") for part in parts), ("scheduler", "scheduler_config.json"))
         if (root / folder / file).is_file()
     }
+    if (root / INDEX).is_file():
+        documents[INDEX] = _read_json(root / INDEX)
     shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
     if not isinstance(shift, int | float | None):
         raise InputError(f"{root}/scheduler/scheduler_config.json says shift is {shift!r}: expected a number like 3.0")
-    spec = family.recognise({part: found.config for part, found in parts.items()}, shift, title)
+    spec = family.recognise({part: found.config for part, found in parts.items()}, documents, title)
     if (root / CARD).is_file():
         documents[CARD] = _read_json(root / CARD)
         spec = read_card(documents[CARD], spec, root / CARD)
-    tokenizer = _find_tokenizer(spec, [root / "tokenizer", parts["text_encoder"].path], path)
-    return Source(family, spec, parts, tokenizer, documents)
+    tokenizers = {
+        name: _find_tokenizer(spec, name, [root / name, parts[name.replace("tokenizer", "text_encoder")].path], path)
+        for name in family.tokenizers
+    }
+    return Source(family, spec, parts, tokenizers, documents)
 
 
 def write_card(spec: Spec) -> dict[str, Any]:
@@ -356,19 +366,19 @@ def _check_joints(family: type[Family], name: str, found: Found, config: Any, tr
                 )
 
 
-def _find_tokenizer(spec: Spec, folders: Sequence[Path], transformer: Path) -> Path:
+def _find_tokenizer(spec: Spec, name: str, folders: Sequence[Path], transformer: Path) -> Path:
     for folder in folders:
-        if (folder / "tokenizer.json").is_file() or (folder / "vocab.json").is_file():
+        if any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
             return folder
     from inkstream.weights import hub
 
     repos = [s.repo for s in (spec, *SPECS.values()) if s.family == spec.family and s.repo is not None]
     for repo in repos:
-        if file := hub.cached_file(repo, "tokenizer/tokenizer.json"):
+        if file := hub.cached_file(repo, f"{name}/tokenizer.json"):
             return file.parent
     raise InputError(
-        f"{transformer} has no tokenizer: put one into {folders[0]}/, "
-        f"or into the hub's cache with `hf download {repos[0]} --include 'tokenizer/*'`"
+        f"{transformer} has no {name}: put one into {folders[0]}/, "
+        f"or into the hub's cache with `hf download {repos[0]} --include '{name}/*'`"
     )
 
 
@@ -388,7 +398,7 @@ def _stated_config(part: Part, path: Path, metadata: Mapping[str, str]) -> Any:
 def _config(part: Part, data: Mapping[str, Any], path: Path) -> Any:
     """The part's config from JSON. InputError where a value is of another kind than the published ones."""
     try:
-        config = read_config(part.config, data)
+        config = read_config(part.others.get(data.get("model_type", ""), part.config), data)
     except TypeError as error:
         raise InputError(f"{path} is no config that is known here ({error})") from error
     for field in fields(config):

@@ -16,7 +16,7 @@ from inkstream.engine.inputs import to_image
 from inkstream.engine.metadata import save_picture
 from inkstream.engine.model import Model, Run, advance, complete, guided
 from inkstream.evaluate.suites import Case, digest
-from inkstream.types import InputError, Request, Step
+from inkstream.types import InputError, Request, Spec, Step
 
 T = TypeVar("T")
 
@@ -75,7 +75,7 @@ def draw(model: Model, jobs: Sequence[Job], folder: Path) -> Iterator[Step]:
     todo = [job for job in jobs if not job.path(folder).exists()]
     drawn = len(jobs) - len(todo)
     (folder / "pictures").mkdir(parents=True, exist_ok=True)
-    for batch in pack(todo, lambda job: tokens(job.request)):
+    for batch in pack(todo, lambda job: tokens(job.request, model.spec)):
         drawn += len(batch)
         runs = [_start(model, job.request) for job in batch]
         try:
@@ -106,11 +106,11 @@ def pack(items: Iterable[T], need: Callable[[T], int]) -> Iterator[list[T]]:
         yield batch
 
 
-def tokens(request: Request) -> int:
+def tokens(request: Request, spec: Spec) -> int:
     """How much of ROOM a complete request takes."""
     assert request.width is not None
     assert request.height is not None
-    return (request.width // 16) * (request.height // 16) * (2 if guided(request) else 1)
+    return (request.width // 16) * (request.height // 16) * (2 if guided(request, spec) else 1)
 
 
 def open_picture(path: Path) -> Image.Image:

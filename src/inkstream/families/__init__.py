@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from inkstream.families.flux1 import specs as flux1
+from inkstream.families.flux2 import specs as flux2
 from inkstream.families.zimage import specs as zimage
 from inkstream.types import Conditioning, Query, Spec
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
     from inkstream.weights.keymap import Rule
 
-SPECS: dict[str, Spec] = {spec.name: spec for spec in (*zimage.SPECS,)}
+SPECS: dict[str, Spec] = {spec.name: spec for spec in (*zimage.SPECS, *flux1.SPECS.values(), *flux2.SPECS.values())}
 """Every known model by name."""
 
-FAMILIES: dict[str, str] = {"zimage": "inkstream.families.zimage.family:ZImage"}
+FAMILIES: dict[str, str] = {
+    "zimage": "inkstream.families.zimage.family:ZImage",
+    "flux1": "inkstream.families.flux1.family:Flux1",
+    "flux2": "inkstream.families.flux2.family:Flux2",
+}
 """Family name -> where its class is; imported when a model of it is loaded."""
 
 Shapes = Mapping[str, tuple[int, ...]]
+Documents = Mapping[str, Mapping[str, Any]]
+"""JSON files of a model's folder: path in it -> content."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What a request shows a model, RGB pictures as they were given, and how large it will draw."""
+
+    width: int
+    height: int
+    references: Sequence[Image] = ()
+    image: Image | None = None
+    mask: Image | None = None  # white is repainted
 
 
 @dataclass(frozen=True)
@@ -29,7 +50,7 @@ class Part:
     """One set of weights of a model. Its name is the Spec field of its config and the diffusers folder it lies in."""
 
     build: Callable[[Any], nn.Module]  # config -> module; called under torch.device("meta")
-    config: type  # the frozen dataclass of its sizes
+    config: type  # the frozen dataclass of its sizes; of several kinds, the usual
     layouts: Mapping[str, Sequence[Rule]]  # published layout -> rules into our names
     infer: Callable[[Shapes], Any]  # config from the shapes, where a file carries none; KeyError if it cannot
     unread: Callable[[Any], Sequence[str]] = lambda config: ()
@@ -40,6 +61,8 @@ class Part:
     """
     neutral: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     """config -> weights for what is unread, in our names, so that files of a model made here are whole for others."""
+    others: Mapping[str, type] = field(default_factory=dict)
+    """Other kinds of this part: what `model_type` in its config.json says -> the dataclass of its sizes."""
 
 
 class Family(Protocol):
@@ -47,17 +70,21 @@ class Family(Protocol):
 
     parts: Mapping[str, Part]  # class attribute: transformer, text_encoder, vae
     joints: Sequence[tuple[str, str]]  # class attribute: sizes that others share with the transformer: two "part.field"
+    tokenizers: Mapping[str, Callable[[Path], Any]]  # class attribute: folder -> what reads it; InputError if it cannot
     spec: Spec
 
-    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizer: Any) -> None: ...
+    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None: ...
 
     @classmethod
-    def recognise(cls, configs: Mapping[str, Any], shift: float | None, name: str) -> Spec:
-        """The Spec of a local model, from its parts' configs, its scheduler's shift and its folder's or file's name."""
+    def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
+        """The Spec of a local model, from its parts' configs, its folder's documents and its folder's or file's name.
+
+        InputError where they leave open which of several it is.
+        """
         ...
 
     @staticmethod
-    def documents(spec: Spec) -> Mapping[str, Mapping[str, Any]]:
+    def documents(spec: Spec) -> Documents:
         """The JSON files of a published diffusers folder: path in the folder -> content."""
         ...
 
@@ -69,8 +96,21 @@ class Family(Protocol):
         """The prompt as the text encoder reads it, template included: all that `encode_tokens` depends on."""
         ...
 
+    def cut_at(self, prompt: str) -> int | None:
+        """After how many tokens a prompt is cut; None where it is read whole."""
+        ...
+
     def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
         """Several prompts, given as `tokens` of each, in one pass; differentiable."""
+        ...
+
+    @staticmethod
+    def size_for(reference: tuple[int, int]) -> tuple[int, int]:
+        """Width and height to draw at where none are asked for: from those of the first reference."""
+        ...
+
+    def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
+        """The conditioning with what the model takes from pictures. InputError where it cannot take them."""
         ...
 
     def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Any]:

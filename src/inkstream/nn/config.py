@@ -48,6 +48,11 @@ class VAEConfig:
         """Pixels per latent cell, along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def patch_channels(self) -> int:
+        """Numbers of two by two cells, which are a patch of FLUX.1's."""
+        return 4 * self.latent_channels
+
 
 @dataclass(frozen=True)
 class Flux2VAEConfig:

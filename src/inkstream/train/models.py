@@ -8,21 +8,19 @@ import math
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from inkstream.engine.convert import TOKENIZER, tokenizer_class
-from inkstream.engine.loader import read
+from inkstream.engine.loader import encoder_of, read, vocabulary_of
 from inkstream.engine.sources import CARD, Found, locate, locate_part, write_card
 from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
-from inkstream.families.parts import load_tokenizer
 from inkstream.train.recipe import Model, Recipe
 from inkstream.types import InputError, Spec
 from inkstream.weights.files import read_state, write_state
@@ -35,17 +33,17 @@ OPENED_LATE = "final_layer.linear."
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from. An autoencoder's has only `vae` among its modules and no tokenizer."""
+    """What a run starts from. An autoencoder's has only `vae` among its modules and no tokenizers."""
 
     kind: type[Family]
     spec: Spec
     modules: dict[str, nn.Module]  # float32, on the CPU
-    tokenizer: Tokenizer | None = None
-    words: dict[str, bytes] = field(default_factory=dict)  # the tokenizer's files, by name
+    tokenizers: Mapping[str, Any] = field(default_factory=dict)
+    words: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)  # of each tokenizer the files, by name
     found: dict[str, Found] = field(default_factory=dict)  # of parts that were read from files
 
     def family(self) -> Family:
-        return self.kind(self.spec, self.modules, self.tokenizer)
+        return self.kind(self.spec, self.modules, self.tokenizers)
 
 
 def start(recipe: Recipe) -> Start:
@@ -55,21 +53,21 @@ def start(recipe: Recipe) -> Start:
     found: dict[str, Found] = {}
     configs: dict[str, Any] = {}
     shift, name = model.shift or None, model.name
-    words: dict[str, bytes] = {}
+    words: dict[str, dict[str, bytes]] = {}
     if model.from_ and not alone:
         source = locate(model.from_)
         kind, found = source.family, dict(source.parts)
-        words = read_words(source.tokenizer)
+        words = {name: read_words(folder) for name, folder in source.tokenizers.items()}
         shift = shift or source.spec.shift
         name = name or source.spec.name
     elif model.family in FAMILIES:
         kind = family_of(model.family)
-        words = {} if alone else read_words(model.tokenizer)
+        words = {} if alone else {name: read_words(model.tokenizer, name) for name in kind.tokenizers}
         if alone and model.from_:
             found["vae"] = locate_part(kind, "vae", model.from_)
     else:
         raise InputError(f"[model] family = {model.family!r} is not known: take {', '.join(FAMILIES)}")
-    tokenizer = None if alone else words_as_tokenizer(words)
+    tokenizers = {name: words_as_tokenizer(kind.tokenizers[name], files) for name, files in words.items()}
     for part in ("vae",) if alone else kind.parts:
         table = dict(getattr(model, part, {}))
         if "from" in table:
@@ -79,9 +77,10 @@ def start(recipe: Recipe) -> Start:
         else:
             configs[part] = read_sizes(kind.parts[part], part, table, {})
     if not alone:
-        _join(kind, model, configs, found, tokenizer)
+        _join(kind, model, configs, found, tokenizers)
     known = next(spec for spec in SPECS.values() if family_of(spec.family) is kind)
-    spec = replace(known, vae=configs["vae"]) if alone else kind.recognise(configs, shift, name or "trained")
+    told = _documents(shift)
+    spec = replace(known, vae=configs["vae"]) if alone else kind.recognise(configs, told, name or "trained")
     wanted = {"steps": model.steps, "guidance": model.guidance, "shift": model.shift, "title": model.title}
     spec = replace(
         spec, **{k: v for k, v in wanted.items() if v}, size=recipe.data.sizes[0], repo=None, download_bytes=None
@@ -92,7 +91,12 @@ def start(recipe: Recipe) -> Start:
         else build(kind.parts[part], config, recipe.run.seed)
         for part, config in configs.items()
     }
-    return Start(kind, spec, modules, tokenizer, words, found)
+    return Start(kind, spec, modules, tokenizers, words, found)
+
+
+def _documents(shift: float | None) -> dict[str, dict[str, Any]]:
+    """What a folder would say of the shift."""
+    return {} if shift is None else {"scheduler/scheduler_config.json": {"shift": shift}}
 
 
 def read_sizes(part: Part, name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
@@ -112,19 +116,19 @@ def read_sizes(part: Part, name: str, table: Mapping[str, Any], given: Mapping[s
 
 
 def _join(
-    kind: type[Family], model: Model, configs: dict[str, Any], found: Mapping[str, Found], tokenizer: Tokenizer | None
+    kind: type[Family], model: Model, configs: dict[str, Any], found: Mapping[str, Found], tokenizers: Mapping[str, Any]
 ) -> None:
     """Sizes that parts share follow from one another where the recipe leaves them out, and must agree."""
-    assert tokenizer is not None
-    used, encoder = tokenizer.get_vocab_size(), configs["text_encoder"]
-    if "text_encoder" not in found and "vocab_size" not in model.text_encoder:
-        configs["text_encoder"] = encoder = replace(encoder, vocab_size=-(-used // 64) * 64)
-    if encoder.vocab_size < used:
-        raise InputError(f"the tokenizer has {used} tokens, the text encoder knows {encoder.vocab_size}")
+    for name, tokenizer in tokenizers.items():
+        part, used = encoder_of(name), vocabulary_of(tokenizer)
+        if part not in found and "vocab_size" not in getattr(model, part):
+            configs[part] = replace(configs[part], vocab_size=-(-used // 64) * 64)
+        if configs[part].vocab_size < used:
+            raise InputError(f"the tokenizer has {used} tokens, the text encoder knows {configs[part].vocab_size}")
     for ours, theirs in kind.joints:
         (a, own), (b, other) = ours.split("."), theirs.split(".")
         wanted = getattr(configs[b], other)
-        if a not in found and own not in getattr(model, a):
+        if a not in found and own not in getattr(model, a) and own in {f.name for f in fields(configs[a])}:
             configs[a] = replace(configs[a], **{own: wanted})
         if getattr(configs[a], own) != wanted:
             got = getattr(configs[a], own)
@@ -167,28 +171,30 @@ def initialise(module: nn.Module) -> None:
 # The tokenizer ------------------------------------------------------------------------------------------------------
 
 
-def read_words(name: Path | str) -> dict[str, bytes]:
-    """A tokenizer's files: Pocket's own, or those of a folder."""
-    if name == "pocket":
+def read_words(place: Path | str, name: str = "tokenizer") -> dict[str, bytes]:
+    """A tokenizer's files: Pocket's own, or those of a folder, or of the one of its name in it."""
+    if place == "pocket":
         from inkstream.pocket.tokenizer import save_tokenizer
 
         with _scratch() as folder:
             save_tokenizer(folder)
             return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-    folder = Path(name).expanduser()
+    folder = Path(place).expanduser()
+    folder = folder / name if (folder / name).is_dir() else folder
     return {file: (folder / file).read_bytes() for file in TOKENIZER if (folder / file).is_file()}
 
 
-def words_as_tokenizer(words: Mapping[str, bytes]) -> Tokenizer:
+def words_as_tokenizer(read: Callable[[Path], Any], words: Mapping[str, bytes]) -> Any:
     with _scratch() as folder:
         for name, content in words.items():
             (folder / name).write_bytes(content)
-        return load_tokenizer(folder)
+        return read(folder)
 
 
-def words_key(words: Mapping[str, bytes]) -> str:
+def words_key(words: Mapping[str, Mapping[str, bytes]]) -> str:
     """A hash of what the tokens depend on."""
-    read = [words.get(name, b"") for name in ("tokenizer.json", "vocab.json", "merges.txt")]
+    names = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
+    read = [files.get(name, b"") for files in words.values() for name in names]
     return hashlib.sha256(b"".join(read)).hexdigest()
 
 
@@ -213,16 +219,18 @@ def export(begun: Start, spec: Spec, states: Mapping[str, Mapping[str, Tensor]],
     temporary.mkdir(parents=True)
     try:
         documents: dict[str, Any] = {**begun.kind.documents(spec), CARD: write_card(spec)}
-        documents["model_index.json"] |= tokenizer_class(begun.words.get("tokenizer_config.json", b"{}"))
+        for name, files in begun.words.items():
+            documents["model_index.json"] |= tokenizer_class(name, files.get("tokenizer_config.json", b"{}"))
         whole = "transformer" in begun.modules
         for name, content in documents.items():
             if whole or name == "vae/config.json":
                 (temporary / name).parent.mkdir(exist_ok=True)
                 (temporary / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         if whole:
-            (temporary / "tokenizer").mkdir()
-            for name, content in begun.words.items():
-                (temporary / "tokenizer" / name).write_bytes(content)
+            for tokenizer, files in begun.words.items():
+                (temporary / tokenizer).mkdir()
+                for name, content in files.items():
+                    (temporary / tokenizer / name).write_bytes(content)
         for name, module in begun.modules.items():
             part = begun.kind.parts[name]
             state = {**_unread(begun, spec, name), **module.state_dict(), **states.get(name, {})}

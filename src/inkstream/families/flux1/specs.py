@@ -1,9 +1,14 @@
-"""The sizes of the FLUX.1 transformers, as data. Sources: the published repositories' config.json."""
+"""The FLUX.1 models, as data. Sources: the published repositories' config.json and model cards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+
+from inkstream.nn.config import CLIPTextConfig, T5Config, VAEConfig
+from inkstream.types import Spec
+
+NON_COMMERCIAL = "FLUX non-commercial"
 
 
 @dataclass(frozen=True)
@@ -25,20 +30,131 @@ class Flux1Config:
     def dim(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
+    @property
+    def patch_channels(self) -> int:
+        """Numbers of a patch of the picture alone."""
+        return self.out_channels or self.in_channels
+
 
 _DEV = Flux1Config()
-_CONTROL = replace(_DEV, in_channels=128, out_channels=64)  # beside the noise, the latents of the map
 
-TRANSFORMERS: dict[str, Flux1Config] = {
-    "flux.1-schnell": replace(_DEV, guidance_embeds=False),
-    "flux.1-dev": _DEV,
-    "flux.1-krea-dev": _DEV,
-    "flux.1-kontext-dev": _DEV,
-    "flux.1-fill-dev": replace(_DEV, in_channels=384, out_channels=64),  # the masked picture's latents, and the mask
-    "flux.1-canny-dev": _CONTROL,
-    "flux.1-depth-dev": _CONTROL,
-}
-"""Sizes by the model's name."""
+_TINY = Spec(
+    name="tiny-flux1-schnell",
+    title="FLUX.1 schnell at 2 + 2 blocks of width 64 (random weights, for tests)",
+    family="flux1",
+    transformer=Flux1Config(
+        num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=32,
+        pooled_projection_dim=64, guidance_embeds=False, axes_dims_rope=(4, 14, 14),
+    ),
+    text_encoder=CLIPTextConfig(
+        vocab_size=1000, hidden_size=64, num_hidden_layers=2, num_attention_heads=1, intermediate_size=128
+    ),
+    text_encoder_2=T5Config(vocab_size=1000, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4),
+    vae=VAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4),
+    steps=4,
+    guidance=1.0,
+    shift=1.0,
+    guides="none",
+    size=(64, 64),
+    abilities=frozenset({"image", "mask"}),
+    licence="apache-2.0",
+)  # fmt: skip
+
+SCHNELL = Spec(
+    name="flux1-schnell",
+    title="FLUX.1 schnell: distilled to 4 steps",
+    family="flux1",
+    transformer=replace(_DEV, guidance_embeds=False),
+    text_encoder=CLIPTextConfig(),
+    text_encoder_2=T5Config(),
+    vae=VAEConfig(),
+    steps=4,
+    guidance=1.0,
+    shift=1.0,
+    guides="none",
+    abilities=frozenset({"image", "mask"}),
+    repo="black-forest-labs/FLUX.1-schnell",
+    download_bytes=33_700_000_000,
+    licence="apache-2.0",
+    tiny=_TINY,
+)
+
+_TINY_DEV = replace(
+    _TINY,
+    name="tiny-flux1-dev",
+    transformer=replace(_TINY.transformer, guidance_embeds=True),
+    guidance=3.5,
+    guides="read",
+    shift_rule="dynamic",
+    abilities=frozenset({"image", "mask", "guidance"}),
+)
+DEV = replace(
+    SCHNELL,
+    name="flux1-dev",
+    title="FLUX.1 dev: reads its guidance",
+    transformer=_DEV,
+    steps=50,
+    guidance=3.5,
+    guides="read",
+    shift_rule="dynamic",
+    abilities=frozenset({"image", "mask", "guidance"}),
+    repo="black-forest-labs/FLUX.1-dev",
+    licence=NON_COMMERCIAL,
+    commercial=False,
+    tiny=_TINY_DEV,
+)
+KREA = replace(
+    DEV, name="flux1-krea-dev", title="FLUX.1 Krea dev: photographs that look less drawn",
+    repo="black-forest-labs/FLUX.1-Krea-dev",
+)  # fmt: skip
+KONTEXT = replace(
+    DEV,
+    name="flux1-kontext-dev",
+    title="FLUX.1 Kontext dev: changes a picture as it is told",
+    steps=30,
+    guidance=2.5,
+    abilities=DEV.abilities | {"references"},
+    repo="black-forest-labs/FLUX.1-Kontext-dev",
+    tiny=replace(_TINY_DEV, name="tiny-flux1-kontext-dev", abilities=_TINY_DEV.abilities | {"references"}),
+)
+FILL = replace(
+    DEV,
+    name="flux1-fill-dev",
+    title="FLUX.1 Fill dev: repaints what is masked, seeing the rest",
+    transformer=replace(_DEV, in_channels=384, out_channels=64),  # the masked picture's latents, and the mask
+    guidance=30.0,
+    abilities=DEV.abilities | {"fill"},
+    repo="black-forest-labs/FLUX.1-Fill-dev",
+    tiny=replace(
+        _TINY_DEV,
+        name="tiny-flux1-fill-dev",
+        transformer=replace(_TINY_DEV.transformer, in_channels=384, out_channels=64),
+        guidance=30.0,
+        abilities=_TINY_DEV.abilities | {"fill"},
+    ),
+)
+CANNY = replace(
+    DEV,
+    name="flux1-canny-dev",
+    title="FLUX.1 Canny dev: follows a map of edges, given as reference",
+    transformer=replace(_DEV, in_channels=128, out_channels=64),  # beside the noise, the latents of the map
+    guidance=30.0,
+    abilities=DEV.abilities | {"map"},
+    repo="black-forest-labs/FLUX.1-Canny-dev",
+    tiny=replace(
+        _TINY_DEV,
+        name="tiny-flux1-canny-dev",
+        transformer=replace(_TINY_DEV.transformer, in_channels=128, out_channels=64),
+        guidance=30.0,
+        abilities=_TINY_DEV.abilities | {"map"},
+    ),
+)
+DEPTH = replace(
+    CANNY, name="flux1-depth-dev", title="FLUX.1 Depth dev: follows a map of depths, given as reference",
+    guidance=10.0, repo="black-forest-labs/FLUX.1-Depth-dev",
+)  # fmt: skip
+
+SPECS: dict[str, Spec] = {spec.name: spec for spec in (SCHNELL, DEV, KREA, KONTEXT, FILL, CANNY, DEPTH)}
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux1Config:

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from inkstream.families import Part, Shapes
-from inkstream.families.parts import AUTOENCODER, QWEN3, chat_prompt, tokenize
+from inkstream.families import Documents, Part, Pictures, Shapes
+from inkstream.families.parts import AUTOENCODER, PROMPT_TOKENS, QWEN3, chat_prompt, load_tokenizer, tokenize
 from inkstream.families.zimage.documents import documents
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
 from inkstream.nn.vae import tile_for
-from inkstream.types import Conditioning, Query, Spec
+from inkstream.types import Conditioning, InputError, Query, Spec
 
 PROMPTS_KEPT = 64
 
@@ -59,19 +59,21 @@ class ZImage:
         ("transformer.cap_feat_dim", "text_encoder.hidden_size"),
         ("transformer.in_channels", "vae.latent_channels"),
     )
+    tokenizers: ClassVar = {"tokenizer": load_tokenizer}
     documents = staticmethod(documents)
 
-    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizer: Any):
+    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]):
         self.spec = spec
         self.transformer: ZImageTransformer = modules["transformer"]  # type: ignore[assignment]
         self.text_encoder = modules["text_encoder"]
         self.vae: Any = modules["vae"]
-        self.tokenizer = tokenizer
+        self.tokenizer = tokenizers["tokenizer"]
         self._encode_once = lru_cache(PROMPTS_KEPT)(self._encode_once)
 
     @classmethod
-    def recognise(cls, configs: Mapping[str, Any], shift: float | None, name: str) -> Spec:
+    def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
         """Shapes cannot tell Turbo from Base: the name does where it says so, else the scheduler's shift of 3."""
+        shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
         if configs["transformer"].siglip_feat_dim is not None:
             known = OMNI
         elif "turbo" in name.lower() or shift == TURBO.shift:
@@ -87,6 +89,9 @@ class ZImage:
     def tokens(self, prompt: str) -> tuple[int, ...]:
         return tuple(tokenize(self.tokenizer, chat_prompt(prompt)))
 
+    def cut_at(self, prompt: str) -> int | None:
+        return PROMPT_TOKENS if len(self.tokens(prompt)) >= PROMPT_TOKENS else None
+
     def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
         device = next(self.text_encoder.parameters()).device
         lengths = tuple(len(ids) for ids in prompts)
@@ -96,6 +101,15 @@ class ZImage:
     def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
         with torch.inference_mode(False), torch.no_grad():  # what is remembered may yet be trained on
             return self.encode_tokens([ids])
+
+    @staticmethod
+    def size_for(reference: tuple[int, int]) -> tuple[int, int]:
+        return reference
+
+    def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
+        if pictures.references:
+            raise InputError(f"{self.spec.name} takes no references: leave them out, or take a model that does")
+        return cond
 
     def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
         _, h, w = self.latent_shape(width, height)

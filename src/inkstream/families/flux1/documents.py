@@ -1,0 +1,67 @@
+"""The JSON files of a published FLUX.1 folder, as diffusers and transformers read them, from a Spec."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from inkstream.types import Spec
+
+
+def documents(spec: Spec) -> dict[str, dict[str, Any]]:
+    """Path in the folder -> content."""
+    dynamic = spec.shift_rule == "dynamic"
+    return {
+        "model_index.json": {
+            "_class_name": _pipeline(spec),
+            "_diffusers_version": "0.34.0",  # the first that has Kontext's
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "text_encoder_2": ["transformers", "T5EncoderModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "tokenizer_2": ["transformers", "T5TokenizerFast"],
+            "transformer": ["diffusers", "FluxTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "transformer/config.json": {
+            "_class_name": "FluxTransformer2DModel", "patch_size": 1, **asdict(spec.transformer),
+        },
+        "text_encoder/config.json": {
+            "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **asdict(spec.text_encoder),
+        },
+        "text_encoder_2/config.json": {
+            "architectures": ["T5EncoderModel"], "model_type": "t5", "is_encoder_decoder": True,
+            "tie_word_embeddings": False, **asdict(spec.text_encoder_2),
+        },
+        "vae/config.json": _vae(spec),
+        "scheduler/scheduler_config.json": {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "num_train_timesteps": 1000,
+            "shift": 3.0 if dynamic else 1.0,  # not read where it is dynamic
+            "use_dynamic_shifting": dynamic,
+            "base_shift": 0.5,
+            "max_shift": 1.15,
+            "base_image_seq_len": 256,
+            "max_image_seq_len": 4096,
+        },
+    }  # fmt: skip
+
+
+def _pipeline(spec: Spec) -> str:
+    kinds = {"fill": "FluxFillPipeline", "map": "FluxControlPipeline", "references": "FluxKontextPipeline"}
+    return next((kind for ability, kind in kinds.items() if ability in spec.abilities), "FluxPipeline")
+
+
+def _vae(spec: Spec) -> dict[str, Any]:
+    levels = len(spec.vae.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        **asdict(spec.vae),
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+        "force_upcast": True,
+        "sample_size": 1024,
+    }

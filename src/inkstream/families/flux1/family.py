@@ -1,0 +1,172 @@
+"""FLUX.1 as a Family: CLIP and T5 read the prompt; Kontext, Fill, Canny and Depth see pictures, each in its own way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from inkstream.families import Documents, Part, Pictures
+from inkstream.families.flux1.documents import documents
+from inkstream.families.flux1.keys import DIFFUSERS, SINGLE_FILE
+from inkstream.families.flux1.kontext import kontext_size, prepare_reference
+from inkstream.families.flux1.model import Flux1Transformer
+from inkstream.families.flux1.specs import CANNY, DEPTH, DEV, FILL, KONTEXT, KREA, SCHNELL, Flux1Config, infer_config
+from inkstream.families.flux1.text import (
+    CLIP,
+    CLIP_TOKENS,
+    SCHNELL_TOKENS,
+    T5,
+    T5_TOKENS,
+    clip_tokens,
+    encode_clip,
+    encode_t5,
+    load_clip_tokenizer,
+    load_t5_tokenizer,
+    t5_tokens,
+)
+from inkstream.families.parts import AUTOENCODER
+from inkstream.nn.flux import Prepared
+from inkstream.nn.vae import tile_for
+from inkstream.types import Conditioning, InputError, Query, Spec
+
+PROMPTS_KEPT = 16
+CELL = 8
+"""Pixels a side of a latent cell; a mask has as many channels as one has pixels."""
+
+
+class Flux1:
+    """A loaded FLUX.1 model. See families.Family for what each function promises."""
+
+    parts: Mapping[str, Part] = {
+        "transformer": Part(
+            build=Flux1Transformer,
+            config=Flux1Config,
+            layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS},
+            infer=infer_config,
+        ),
+        "text_encoder": CLIP,
+        "text_encoder_2": T5,
+        "vae": AUTOENCODER,
+    }
+    joints = (
+        ("transformer.pooled_projection_dim", "text_encoder.hidden_size"),
+        ("transformer.joint_attention_dim", "text_encoder_2.d_model"),
+        ("transformer.patch_channels", "vae.patch_channels"),
+    )
+    tokenizers: ClassVar = {"tokenizer": load_clip_tokenizer, "tokenizer_2": load_t5_tokenizer}
+    documents = staticmethod(documents)
+    size_for = staticmethod(lambda reference: kontext_size(*reference))
+
+    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]):
+        self.spec = spec
+        self.transformer: Flux1Transformer = modules["transformer"]  # type: ignore[assignment]
+        self.clip: Any = modules["text_encoder"]
+        self.t5: Any = modules["text_encoder_2"]
+        self.vae: Any = modules["vae"]
+        self.clip_tokenizer, self.t5_tokenizer = tokenizers["tokenizer"], tokenizers["tokenizer_2"]
+        self._encode_once = lru_cache(PROMPTS_KEPT)(self._encode_once)
+
+    @classmethod
+    def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
+        """schnell reads no guidance, Fill and the maps take more channels; others are told by their name, else dev."""
+        transformer: Flux1Config = configs["transformer"]
+        beside = transformer.in_channels - transformer.patch_channels
+        words = name.lower()
+        if not transformer.guidance_embeds:
+            known = SCHNELL
+        elif beside > transformer.patch_channels:
+            known = FILL
+        elif beside:
+            known = DEPTH if "depth" in words else CANNY
+        else:
+            known = KONTEXT if "kontext" in words else KREA if "krea" in words else DEV
+        return replace(known, name=name, **configs)
+
+    def encode(self, prompt: str) -> Conditioning:
+        return self._encode_once(self.tokens(prompt))
+
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        """CLIP's 77 tokens, then T5's."""
+        length = T5_TOKENS if self.spec.transformer.guidance_embeds else SCHNELL_TOKENS
+        return clip_tokens(self.clip_tokenizer, prompt) + t5_tokens(self.t5_tokenizer, prompt, length)
+
+    def cut_at(self, prompt: str) -> int | None:
+        ids = self.tokens(prompt)[CLIP_TOKENS:]
+        return len(ids) if ids[-1] != self.t5_tokenizer.pad_token_id else None
+
+    def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
+        pooled = encode_clip(self.clip, [ids[:CLIP_TOKENS] for ids in prompts])
+        return replace(encode_t5(self.t5, [ids[CLIP_TOKENS:] for ids in prompts]), pooled=pooled)
+
+    def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered may yet be trained on
+            return self.encode_tokens([ids])
+
+    def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
+        """Kontext's reference at a size it was trained on; Fill's masked picture and mask; a map of edges or depths."""
+        able = self.spec.abilities
+        if "map" in able:
+            if len(pictures.references) != 1:
+                raise InputError(f"{self.spec.name} follows one map: give it with --reference")
+            size = (pictures.width, pictures.height)
+            return replace(cond, beside=self._seen(pictures.references[0].resize(size, Image.Resampling.LANCZOS)))
+        if "fill" in able:
+            if pictures.image is None or pictures.mask is None:
+                raise InputError(f"{self.spec.name} repaints part of a picture: give --image and --mask")
+            return replace(cond, beside=self._to_fill(pictures.image, pictures.mask, (pictures.width, pictures.height)))
+        if not pictures.references:
+            return cond
+        return replace(cond, references=tuple(self._seen(prepare_reference(r)) for r in pictures.references))
+
+    def _seen(self, picture: Image.Image) -> Tensor:
+        """A picture's latents (C, h, w)."""
+        return self.encode_image(to_pixels(picture).to(self._device)[None])[0]
+
+    def _to_fill(self, image: Image.Image, mask: Image.Image, size: tuple[int, int]) -> Tensor:
+        """Latents of the picture without what is masked, and the mask, a channel a pixel of a cell: (16 + 64, h, w)."""
+        pixels = to_pixels(image.resize(size, Image.Resampling.LANCZOS)).to(self._device)
+        masked = to_pixels(mask.resize(size, Image.Resampling.LANCZOS))[:1] >= 0.5  # (1, H, W)
+        masked = masked.float().to(self._device)
+        kept = (pixels * 2 - 1) * (1 - masked)  # gray where it is repainted
+        latents = self.encode_image((kept / 2 + 0.5)[None])[0]
+        return torch.cat((latents, nn.functional.pixel_unshuffle(masked, CELL)))
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
+        _, h, w = self.latent_shape(width, height)
+        texts = cond.tokens.split(list(cond.lengths))
+        assert cond.pooled is not None
+        pooled = cond.pooled.unbind()
+        return self.transformer.prepare(texts, pooled, h, w, cond.guidance, times, cond.beside, cond.references)
+
+    def answer(self, queries: Sequence[Query], prepared: Sequence[Prepared]) -> list[Tensor]:
+        return self.transformer([q.x for q in queries], [q.t for q in queries], prepared)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        down = self.spec.vae.downscale
+        return self.spec.vae.latent_channels, height // down, width // down
+
+    def decode(self, latents: Tensor) -> Tensor:
+        batch, _, h, w = latents.shape
+        pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype), tile_for(batch, h, w))
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        batch, _, height, width = pixels.shape
+        tile = tile_for(batch, *self.latent_shape(width, height)[1:])
+        return self.vae.encode((pixels * 2 - 1).to(next(self.vae.parameters()).dtype), tile).float().contiguous()
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """(3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255

@@ -1,0 +1,191 @@
+"""FLUX.2 as a Family: klein reads prompts through Qwen3, dev through Mistral Small; both see reference pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from inkstream.families import Documents, Part, Pictures, Shapes
+from inkstream.families.flux2.autoencoder import AUTOENCODER
+from inkstream.families.flux2.documents import documents
+from inkstream.families.flux2.keys import DIFFUSERS, SINGLE_FILE
+from inkstream.families.flux2.model import Flux2Transformer
+from inkstream.families.flux2.references import check_references, default_size, prepare_references
+from inkstream.families.flux2.specs import (
+    DEV,
+    KLEIN_4B,
+    KLEIN_9B_KV,
+    MOST_REFERENCES,
+    SPECS,
+    Flux2Config,
+    infer_config,
+)
+from inkstream.families.flux2.text import (
+    DEV_PAD,
+    DEV_TEXT_ENCODER,
+    KLEIN_PAD,
+    KLEIN_TEXT_ENCODER,
+    PROMPT_TOKENS,
+    dev_tokens,
+    encode_dev,
+    encode_klein,
+    klein_tokens,
+    load_mistral_tokenizer,
+    pad_id,
+)
+from inkstream.families.parts import load_tokenizer
+from inkstream.nn.config import MistralConfig, Qwen3Config
+from inkstream.nn.flux import Prepared
+from inkstream.nn.qwen3 import Qwen3
+from inkstream.nn.vae import tile_for
+from inkstream.types import Conditioning, InputError, Query, Spec
+
+PROMPTS_KEPT = 16
+
+
+def build_text_encoder(config: Qwen3Config | MistralConfig) -> nn.Module:
+    return (KLEIN_TEXT_ENCODER if isinstance(config, Qwen3Config) else DEV_TEXT_ENCODER).build(config)
+
+
+def infer_text_encoder(shapes: Shapes) -> Qwen3Config | MistralConfig:
+    """Qwen3 norms its queries; Mistral does not."""
+    is_qwen = any(name.endswith("self_attn.q_norm.weight") for name in shapes)
+    return (KLEIN_TEXT_ENCODER if is_qwen else DEV_TEXT_ENCODER).infer(shapes)
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Qwen's or Mistral's, told by its marks. InputError where it is neither."""
+    try:
+        return load_mistral_tokenizer(folder)
+    except InputError:
+        return load_tokenizer(folder)
+
+
+class Flux2:
+    """A loaded FLUX.2 model. See families.Family for what each function promises."""
+
+    parts: Mapping[str, Part] = {
+        "transformer": Part(
+            build=Flux2Transformer,
+            config=Flux2Config,
+            layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS},
+            infer=infer_config,
+        ),
+        "text_encoder": Part(
+            build=build_text_encoder,
+            config=Qwen3Config,
+            layouts={
+                **{f"klein {name}": rules for name, rules in KLEIN_TEXT_ENCODER.layouts.items()},
+                **{f"dev {name}": rules for name, rules in DEV_TEXT_ENCODER.layouts.items()},
+            },
+            infer=infer_text_encoder,
+            unread=lambda config: (
+                KLEIN_TEXT_ENCODER if isinstance(config, Qwen3Config) else DEV_TEXT_ENCODER
+            ).unread(config),
+            neutral=lambda config: KLEIN_TEXT_ENCODER.neutral(config) if isinstance(config, Qwen3Config) else {},
+            others={"mistral": MistralConfig, "mistral3": MistralConfig},
+        ),
+        "vae": AUTOENCODER,
+    }
+    joints = (
+        ("transformer.joint_attention_dim", "text_encoder.joined_size"),
+        ("transformer.in_channels", "vae.packed_channels"),
+    )
+    tokenizers: ClassVar = {"tokenizer": read_tokenizer}
+    documents = staticmethod(documents)
+    size_for = staticmethod(default_size)
+
+    def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]):
+        self.spec = spec
+        self.transformer: Flux2Transformer = modules["transformer"]  # type: ignore[assignment]
+        self.text_encoder: Any = modules["text_encoder"]
+        self.vae: Any = modules["vae"]
+        self.tokenizer = tokenizers["tokenizer"]
+        self._encode_once = lru_cache(PROMPTS_KEPT)(self._encode_once)
+
+    @classmethod
+    def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
+        """dev reads a guidance. Of klein the width tells 4B from 9B; base, distilled and KV are told by the name or by
+        the pipeline's class and its `is_distilled`."""
+        transformer: Flux2Config = configs["transformer"]
+        if transformer.guidance_embeds:
+            return replace(DEV, name=name, **configs)
+        index = documents.get("model_index.json", {})
+        words, kind = name.lower(), str(index.get("_class_name", ""))
+        if re.search(r"(^|[-_ ])kv($|[-_. ])", words) or "KV" in kind:
+            return replace(KLEIN_9B_KV, name=name, **configs)
+        size = "9b" if transformer.num_single_layers > KLEIN_4B.transformer.num_single_layers else "4b"
+        if "base" in words or index.get("is_distilled") is False:
+            return replace(SPECS[f"flux2-klein-base-{size}"], name=name, **configs)
+        if "klein" in words or index.get("is_distilled") is True:
+            return replace(SPECS[f"flux2-klein-{size}"], name=name, **configs)
+        raise InputError(
+            f"{name} is a FLUX.2 klein, base or distilled, which its weights do not tell: "
+            "name the file or folder after it, as in flux-2-klein-base-4b or flux-2-klein-4b"
+        )
+
+    def encode(self, prompt: str) -> Conditioning:
+        return self._encode_once(self.tokens(prompt))
+
+    def tokens(self, prompt: str) -> tuple[int, ...]:
+        return (klein_tokens if self._is_klein else dev_tokens)(self.tokenizer, prompt)
+
+    def cut_at(self, prompt: str) -> int | None:
+        return PROMPT_TOKENS if len(self.tokens(prompt)) >= PROMPT_TOKENS else None
+
+    def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
+        if self._is_klein:
+            return encode_klein(self.text_encoder, prompts, pad_id(self.tokenizer, KLEIN_PAD))
+        return encode_dev(self.text_encoder, prompts, pad_id(self.tokenizer, DEV_PAD))
+
+    def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
+        with torch.inference_mode(False), torch.no_grad():  # what is remembered may yet be trained on
+            return self.encode_tokens([ids])
+
+    @property
+    def _is_klein(self) -> bool:
+        return isinstance(self.text_encoder, Qwen3)
+
+    def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
+        """References at the sizes the release gives them, as latents."""
+        if not pictures.references:
+            return cond
+        sizes = [picture.size for picture in pictures.references]
+        check_references(sizes, (pictures.width, pictures.height), MOST_REFERENCES)
+        device = next(self.transformer.parameters()).device
+        seen = [torch.from_numpy(np.array(picture)) for picture in prepare_references(pictures.references)]
+        latents = [self.encode_image(pixels.to(device).permute(2, 0, 1)[None].float() / 255)[0] for pixels in seen]
+        return replace(cond, references=tuple(latents))
+
+    def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
+        _, h, w = self.latent_shape(width, height)
+        texts = cond.tokens.split(list(cond.lengths))
+        reads_once = "references_once" in self.spec.abilities
+        return self.transformer.prepare(texts, h, w, cond.guidance, times, cond.references, reads_once)
+
+    def answer(self, queries: Sequence[Query], prepared: Sequence[Prepared]) -> list[Tensor]:
+        return self.transformer([q.x for q in queries], [q.t for q in queries], prepared)
+
+    def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
+        down = self.spec.vae.downscale
+        return self.spec.vae.packed_channels, height // down, width // down
+
+    def decode(self, latents: Tensor) -> Tensor:
+        batch, _, h, w = latents.shape
+        tile = tile_for(batch, h, w, self.spec.vae.downscale)
+        pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype), tile)
+        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        batch, _, height, width = pixels.shape
+        tile = tile_for(batch, *self.latent_shape(width, height)[1:], self.spec.vae.downscale)
+        return self.vae.encode((pixels * 2 - 1).to(next(self.vae.parameters()).dtype), tile).float().contiguous()

@@ -1,0 +1,88 @@
+"""From a prompt to pixels, ours against diffusers' FLUX.2 pipelines: same folder, same noise, pixels within 1/255."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+import inkstream
+from inkstream import Request
+from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_9B_KV, KLEIN_BASE_4B
+
+PROMPTS = ["a red cat on the wall", "写着“春”字的红色海报, with a very long tail of words " * 4, ""]
+CHAT_TEMPLATE = (
+    "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
+    "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}"
+    "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- endif %}"
+)
+"""The part of Qwen3's template that one user turn goes through."""
+
+
+def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def folder_of(spec, path, make_folder):
+    folder = make_folder(path / spec.name, spec.tiny, seed=3)
+    file = str(folder / "tokenizer" / "tokenizer.json")
+    return folder, PreTrainedTokenizerFast(
+        tokenizer_file=file, pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE, padding_side="right"
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, make_folder):
+    root = tmp_path_factory.mktemp("flux2")
+    return {spec.name: folder_of(spec, root, make_folder) for spec in (KLEIN_4B, KLEIN_BASE_4B, KLEIN_9B_KV)}
+
+
+def theirs_of(kind, folder, tokenizer):
+    pipeline = kind.from_pretrained(folder, tokenizer=tokenizer, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def packed(noise: torch.Tensor) -> torch.Tensor:
+    return noise.flatten(2).transpose(1, 2)
+
+
+def apart(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """Largest difference of a pixel's channel, in steps of 1/255."""
+    assert ours.shape == theirs.shape
+    assert theirs.std() > 0.02  # a picture, not a flat field
+    return float((ours - theirs).abs().max() * 255)
+
+
+@pytest.mark.parametrize("references", [0, 1, 3])
+@pytest.mark.parametrize(
+    ("name", "kind", "guidance"),
+    [
+        ("flux2-klein-4b", Flux2KleinPipeline, None),
+        ("flux2-klein-base-4b", Flux2KleinPipeline, 4.0),
+        ("flux2-klein-9b-kv", Flux2KleinKVPipeline, None),
+    ],
+)
+def test_the_same_noise_and_references_give_the_same_picture(folders, name, kind, guidance, references):
+    folder, tokenizer = folders[name]
+    theirs = theirs_of(kind, folder, tokenizer)
+    ours = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    assert ours.spec.guides == ("twice" if guidance else "none")
+    pictures = [picture(96 + 32 * i, 80, seed=i) for i in range(references)]
+    for prompt in PROMPTS:
+        noise = torch.randn(1, 16, 5, 4, generator=torch.Generator().manual_seed(1))
+        extra = {} if guidance is None else {"guidance_scale": guidance}
+        expected = theirs(
+            image=pictures or None, prompt=prompt, width=64, height=80, num_inference_steps=4, latents=noise.clone(),
+            output_type="pt", text_encoder_out_layers=(1, 2, 3), **extra,
+        ).images  # fmt: skip
+        request = Request(
+            prompt=prompt, width=64, height=80, steps=4, guidance=guidance, reference=tuple(pictures), seed=0
+        )
+        own = ours.decode(ours.sample(request, ours.encode(request), noise))
+        assert apart(own, expected) <= 1
