@@ -88,9 +88,9 @@ class Flux2:
                 **{f"dev {name}": rules for name, rules in DEV_TEXT_ENCODER.layouts.items()},
             },
             infer=infer_text_encoder,
-            unread=lambda config: (
-                KLEIN_TEXT_ENCODER if isinstance(config, Qwen3Config) else DEV_TEXT_ENCODER
-            ).unread(config),
+            unread=lambda config: (KLEIN_TEXT_ENCODER if isinstance(config, Qwen3Config) else DEV_TEXT_ENCODER).unread(
+                config
+            ),
             neutral=lambda config: KLEIN_TEXT_ENCODER.neutral(config) if isinstance(config, Qwen3Config) else {},
             others={"mistral": MistralConfig, "mistral3": MistralConfig},
         ),
