@@ -58,7 +58,7 @@ def random_states(spec: Spec, seed: int = 0) -> dict[str, dict[str, torch.Tensor
 
 
 def write_tokenizer(folder: Path) -> None:
-    """One token a byte, and Qwen's specials behind them: 259 in all."""
+    """One token a byte, and Qwen's specials behind them: 261 in all."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

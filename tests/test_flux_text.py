@@ -160,9 +160,7 @@ def test_a_system_message_that_was_changed_is_refused(monkeypatch):
 
 
 def test_dev_is_asked_in_mistrals_template_without_marks_of_pictures():
-    assert dev_prompt("a [IMG]cat", "Be brief.") == (
-        "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]a cat[/INST]"
-    )
+    assert dev_prompt("a [IMG]cat", "Be brief.") == ("<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]a cat[/INST]")
 
 
 MISTRALS = ("<s>", "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]")
@@ -224,3 +222,18 @@ def test_without_transformers_a_tokenizer_is_not_read_either(monkeypatch, tmp_pa
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(InputError, match="not installed"):
         load_t5_tokenizer(tmp_path)
+
+
+def test_weights_are_counted_without_building_them():
+    from inkstream.engine.memory import count_weights
+    from inkstream.families import SPECS, family_of
+
+    for name in ("flux1-dev", "flux2-dev", "flux2-klein-4b"):
+        tiny = SPECS[name].tiny
+        counted = count_weights(tiny)
+        for part, found in family_of(tiny.family).parts.items():
+            with torch.device("meta"):
+                built = found.build(getattr(tiny, part))
+            assert counted[part] == sum(weight.numel() for weight in built.parameters()), (name, part)
+    assert count_weights(SPECS["flux1-dev"])["text_encoder_2"] == 4_762_310_656
+    assert count_weights(SPECS["flux1-dev"])["text_encoder"] == 123_060_480

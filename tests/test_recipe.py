@@ -147,7 +147,7 @@ def test_sizes_that_parts_share_follow_from_one_another_and_must_agree():
     begun = start(as_recipe({"model": tiny}))
     assert begun.spec.transformer.cap_feat_dim == 48
     assert begun.spec.transformer.in_channels == 8
-    assert begun.spec.text_encoder.vocab_size >= begun.tokenizer.get_vocab_size()
+    assert begun.spec.text_encoder.vocab_size >= begun.tokenizers["tokenizer"].get_vocab_size()
     with pytest.raises(InputError, match="in_channels is 16, the vae's latent_channels 8"):
         start(as_recipe({"model": {**tiny, "transformer": {**tiny["transformer"], "in_channels": 16}}}))
     with pytest.raises(InputError, match="the text encoder knows 99"):

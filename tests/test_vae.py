@@ -257,7 +257,7 @@ def test_the_family_takes_tiles_for_a_large_picture_alone():
     config = replace(PLAIN, block_out_channels=(2, 2, 2, 2), norm_num_groups=1, latent_channels=2)
     model = autoencoder(config)
     modules = {"transformer": nn.Identity(), "text_encoder": nn.Identity(), "vae": model}
-    family = ZImage(replace(TURBO.tiny, vae=config), modules, tokenizer=None)
+    family = ZImage(replace(TURBO.tiny, vae=config), modules, {"tokenizer": None})
     calls: list[int] = []
     for conv in (model.encoder.conv_in, model.decoder.conv_out):
         conv.register_forward_hook(lambda module, args, out: calls.append(len(out)))

@@ -135,7 +135,8 @@ def test_the_tokens_and_states_are_the_pipelines(reference, reference_folder, pr
     assert ids == expected
     assert len(ids) <= PROMPT_TOKENS
     nothing, text_encoder = torch.nn.Identity(), ours_of(reference.text_encoder)
-    family = ZImage(TURBO.tiny, {"transformer": nothing, "text_encoder": text_encoder, "vae": nothing}, tokenizer)
+    modules = {"transformer": nothing, "text_encoder": text_encoder, "vae": nothing}
+    family = ZImage(TURBO.tiny, modules, {"tokenizer": tokenizer})
     with torch.no_grad():
         (theirs,) = reference._encode_prompt(prompt)
     got = family.encode(prompt)

@@ -24,8 +24,12 @@ def count_weights(spec: Spec) -> dict[str, int]:
     """Part -> how many numbers its weights are. Nothing is allocated."""
     counts = {}
     for name, part in family_of(spec.family).parts.items():
+        config = getattr(spec, name)
+        if part.count is not None:
+            counts[name] = part.count(config)
+            continue
         with torch.device("meta"):
-            counts[name] = sum(weight.numel() for weight in part.build(getattr(spec, name)).parameters())
+            counts[name] = sum(weight.numel() for weight in part.build(config).parameters())
     return counts
 
 

@@ -235,9 +235,9 @@ def _recognise(path: Path) -> tuple[type[Family], Found]:
             matches.append((family, _match(family.parts["transformer"], path)))
         except InputError as error:
             errors.append(error)
-    if not matches:
+    family, match = min(matches, key=lambda pair: len(pair[1].unknown), default=(None, None))
+    if family is None or match is None or (errors and not match.named):  # a table knew the names, but one is missing
         raise errors[0]
-    family, match = min(matches, key=lambda pair: len(pair[1].unknown))
     return family, _checked(match, "transformer", family.parts["transformer"])
 
 

@@ -61,6 +61,8 @@ class Part:
     """
     neutral: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
     """config -> weights for what is unread, in our names, so that files of a model made here are whole for others."""
+    count: Callable[[Any], int] | None = None
+    """config -> how many numbers the weights are, where building the module takes long."""
     others: Mapping[str, type] = field(default_factory=dict)
     """Other kinds of this part: what `model_type` in its config.json says -> the dataclass of its sizes."""
 

@@ -111,8 +111,22 @@ def infer_t5(shapes: Shapes) -> T5Config:
     )
 
 
+def count_clip(config: CLIPTextConfig) -> int:
+    d, hidden = config.hidden_size, config.intermediate_size
+    layer = 4 * (d * d + d) + 2 * d * hidden + hidden + d + 4 * d  # attention, MLP, two norms
+    return (config.vocab_size + config.max_position_embeddings) * d + config.num_hidden_layers * layer + 2 * d
+
+
+def count_t5(config: T5Config) -> int:
+    d, inner = config.d_model, config.num_heads * config.d_kv
+    layer = 4 * d * inner + 3 * d * config.d_ff + 2 * d
+    buckets = config.relative_attention_num_buckets * config.num_heads
+    return config.vocab_size * d + buckets + config.num_layers * layer + d
+
+
 CLIP = Part(
     build=CLIPText,
+    count=count_clip,
     config=CLIPTextConfig,
     layouts={
         "transformers": (drop("text_model.embeddings.position_ids"), drop("text_projection"), drop("logit_scale")),
@@ -123,6 +137,7 @@ CLIP = Part(
 
 T5 = Part(
     build=T5Text,
+    count=count_t5,
     config=T5Config,
     layouts={
         "transformers": (drop("encoder.embed_tokens"), rename("shared", "encoder.embed_tokens")),  # often there twice

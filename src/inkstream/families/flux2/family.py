@@ -18,6 +18,7 @@ from inkstream.families import Documents, Part, Pictures, Shapes
 from inkstream.families.flux2.autoencoder import AUTOENCODER
 from inkstream.families.flux2.documents import documents
 from inkstream.families.flux2.keys import DIFFUSERS, SINGLE_FILE
+from inkstream.families.flux2.mistral import count_mistral
 from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.references import check_references, default_size, prepare_references
 from inkstream.families.flux2.specs import (
@@ -35,6 +36,7 @@ from inkstream.families.flux2.text import (
     KLEIN_PAD,
     KLEIN_TEXT_ENCODER,
     PROMPT_TOKENS,
+    depths,
     dev_tokens,
     encode_dev,
     encode_klein,
@@ -54,6 +56,13 @@ PROMPTS_KEPT = 16
 
 def build_text_encoder(config: Qwen3Config | MistralConfig) -> nn.Module:
     return (KLEIN_TEXT_ENCODER if isinstance(config, Qwen3Config) else DEV_TEXT_ENCODER).build(config)
+
+
+def count_text_encoder(config: Qwen3Config | MistralConfig) -> int:
+    if isinstance(config, MistralConfig):
+        return count_mistral(config, depths(config)[-1])
+    with torch.device("meta"):
+        return sum(weight.numel() for weight in build_text_encoder(config).parameters())
 
 
 def infer_text_encoder(shapes: Shapes) -> Qwen3Config | MistralConfig:
@@ -92,6 +101,7 @@ class Flux2:
                 config
             ),
             neutral=lambda config: KLEIN_TEXT_ENCODER.neutral(config) if isinstance(config, Qwen3Config) else {},
+            count=count_text_encoder,
             others={"mistral": MistralConfig, "mistral3": MistralConfig},
         ),
         "vae": AUTOENCODER,

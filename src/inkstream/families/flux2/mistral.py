@@ -71,6 +71,13 @@ def infer_mistral(shapes: Shapes) -> MistralConfig:
     )
 
 
+def count_mistral(config: MistralConfig, depth: int) -> int:
+    """Numbers of the embedding and of so many layers."""
+    d, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    attention = 2 * d * heads + 2 * d * config.num_key_value_heads * config.head_dim
+    return config.vocab_size * d + depth * (attention + 3 * d * config.intermediate_size + 2 * d)
+
+
 LAYOUTS: Mapping[str, Sequence[Rule]] = {
     "transformers": (
         rename("language_model.model", "model"),
