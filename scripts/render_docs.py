@@ -59,7 +59,7 @@ def row(argument: Argument) -> tuple[str, str, str, str]:
     if argument.is_positional_only() or argument.index is not None:
         names = f"`{argument.name.lstrip('-').upper()}`, {names}".removesuffix(", ")
     default = argument.field_info.default
-    shown = "required" if argument.required else "" if default in (None, "") or default is False else f"`{default}`"
+    shown = "required" if argument.required else "" if default in (None, "", ()) or default is False else f"`{default}`"
     return names, takes(argument.hint), shown, " ".join((argument.parameter.help or "").split())
 
 
