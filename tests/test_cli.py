@@ -193,6 +193,8 @@ def test_quiet_says_nothing_but_the_result(draw, capsys):
         (["x", "--solver", "eulre"], ["eulre", "euler?", "dpmpp_2m"]),
         (["x", "--schedule", "linear"], ["linear", "linear_quadratic", "beta57"]),
         (["x", "--image", "nowhere.png"], ["nowhere.png", "check the path"]),
+        (["x", "--reference", "nowhere.png"], ["nowhere.png", "check the path"]),
+        (["x", "--reference", "photo.png"], ["takes no references", "leave them out"]),
         (["x", "--image", "broken.png"], ["broken.png", "again"]),
         (["x", "--image", "text.txt"], ["text.txt", "convert it to PNG"]),
         (["x", "--image", "."], [". is a folder"]),

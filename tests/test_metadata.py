@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import io
 import json
 import os
@@ -733,6 +735,17 @@ def test_no_graph_raises_anything_but_an_input_error(graph):
     except InputError:
         return
     json.dumps(found.ignored, allow_nan=False).encode()
+
+
+def test_references_given_as_data_are_kept_as_digests_and_paths_as_they_are(tmp_path):
+    shown = Image.new("RGB", (8, 8), "red")
+    asked = Request(prompt="x", seed=1, reference=(shown, Path("b.png")))
+    save_picture(Image.new("RGB", (16, 16)), tmp_path / "data.png", asked)
+    digest = hashlib.sha256(base64.b64decode(asked.reference[0].partition(",")[2])).hexdigest()
+    assert f"only the sha256 {digest}, b.png is kept".encode() in (tmp_path / "data.png").read_bytes()
+    assert b"data:image" not in (tmp_path / "data.png").read_bytes()
+    save_picture(Image.new("RGB", (16, 16)), tmp_path / "path.png", asked.model_copy(update={"reference": ("a.png",)}))
+    assert read_request(tmp_path / "path.png").request.reference == ("a.png",)
 
 
 # Anything else that is untrusted --------------------------------------------------------------------------------------

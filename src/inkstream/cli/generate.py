@@ -158,7 +158,7 @@ def check(request: Request) -> None:
     from inkstream.engine.model import complete
     from inkstream.families import SPECS
 
-    for picture in (request.image, request.mask):
+    for picture in (request.image, request.mask, *request.reference):
         if picture is not None:
             open_header(picture)
     if request.model in SPECS:

@@ -18,6 +18,7 @@ def list_models() -> list[dict[str, Any]]:
             "title": spec.title,
             "repository": spec.repo,
             "licence": spec.licence,
+            "commercial": spec.commercial,
             "download_bytes": spec.download_bytes,
             "here": spec.folder is not None or bool(spec.repo and cached(spec.repo, ["*.safetensors"])),
             "abilities": sorted(spec.abilities),

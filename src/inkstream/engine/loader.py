@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from inkstream.engine.model import Model
-from inkstream.engine.sources import PREFIXES, Found, Progress, Source, locate
+from inkstream.engine.sources import PREFIXES, Found, Progress, Source, encoder_of, locate
 from inkstream.types import InputError, Loading
 from inkstream.weights.files import read_state, strip_prefix
 from inkstream.weights.keymap import translate
@@ -64,11 +64,6 @@ def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:
 def vocabulary_of(tokenizer: Any) -> int:
     """How many tokens it has; one of the tokenizers package, or of transformers."""
     return tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else len(tokenizer)
-
-
-def encoder_of(tokenizer: str) -> str:
-    """The part that reads a tokenizer's tokens, by their names: tokenizer_2's is text_encoder_2."""
-    return tokenizer.replace("tokenizer", "text_encoder")
 
 
 def read(found: Found, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]) -> nn.Module:

@@ -29,7 +29,7 @@ SOFTWARE = f"inkstream {__version__}"
 VERSION = 1
 """Of our JSON. A reader takes what it knows from a newer one, and says what it left."""
 SUFFIXES = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
-PICTURE_FIELDS = ("image", "mask")
+PICTURE_FIELDS = ("image", "mask", "reference")
 MAX_TEXT = 4 * 1024 * 1024
 """Characters of metadata that are looked at."""
 JPEG_ROOM = 65_000
@@ -42,7 +42,7 @@ Source = Literal["inkstream", "a1111", "comfyui", "swarmui", "invokeai", "mflux"
 
 @dataclass(frozen=True)
 class Found:
-    """What a picture's metadata asks for. Untrusted: `request.image` and `.mask` may name any file of this machine."""
+    """What a picture's metadata asks for. Untrusted: PICTURE_FIELDS of `request` may name any file of this machine."""
 
     request: Request  # only the fields in request.model_fields_set were found
     source: Source  # whose format it was in
@@ -142,9 +142,12 @@ def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None
     fields = request.model_dump(mode="json", exclude_none=True)
     left_out = {}
     for name in PICTURE_FIELDS:
-        if str(fields.get(name, "")).startswith("data:"):
-            digest = hashlib.sha256(read_source(fields.pop(name))).hexdigest()
-            left_out[name] = f"was given as data, of which only the sha256 {digest} is kept"
+        given = fields.get(name) or []
+        pictures = [given] if isinstance(given, str) else given
+        if any(picture.startswith("data:") for picture in pictures):
+            kept = [hashlib.sha256(read_source(p)).hexdigest() if p.startswith("data:") else p for p in pictures]
+            left_out[name] = f"was given as data, of which only the sha256 {', '.join(kept)} is kept"
+            del fields[name]
     record: dict[str, Any] = {"version": VERSION, "software": SOFTWARE, "request": fields}
     if spec is not None:
         record |= {"model": spec.title or spec.name, "licence": spec.licence}

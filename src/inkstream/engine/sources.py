@@ -98,10 +98,15 @@ def locate(name: Path | str, progress: Progress | None = None) -> Source:
         documents[CARD] = _read_json(root / CARD)
         spec = read_card(documents[CARD], spec, root / CARD)
     tokenizers = {
-        name: _find_tokenizer(spec, name, [root / name, parts[name.replace("tokenizer", "text_encoder")].path], path)
+        name: _find_tokenizer(spec, name, [root / name, parts[encoder_of(name)].path], path)
         for name in family.tokenizers
     }
     return Source(family, spec, parts, tokenizers, documents)
+
+
+def encoder_of(tokenizer: str) -> str:
+    """The part that reads a tokenizer's tokens, by their names: tokenizer_2's is text_encoder_2."""
+    return tokenizer.replace("tokenizer", "text_encoder")
 
 
 def write_card(spec: Spec) -> dict[str, Any]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.engine.convert import TOKENIZER, tokenizer_class
-from inkstream.engine.loader import encoder_of, read, vocabulary_of
-from inkstream.engine.sources import CARD, Found, locate, locate_part, write_card
+from inkstream.engine.loader import read, vocabulary_of
+from inkstream.engine.sources import CARD, Found, encoder_of, locate, locate_part, write_card
 from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
 from inkstream.train.recipe import Model, Recipe
 from inkstream.types import InputError, Spec
