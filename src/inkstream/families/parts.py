@@ -12,7 +12,7 @@ from torch import Tensor
 from inkstream.families import Part, Shapes
 from inkstream.nn.config import Qwen3Config, VAEConfig
 from inkstream.nn.qwen3 import Layer, Qwen3
-from inkstream.nn.vae import Autoencoder
+from inkstream.nn.vae import Autoencoder, Flux2Autoencoder, tile_for
 from inkstream.types import InputError
 from inkstream.weights.keymap import Rule, drop, rename
 
@@ -166,6 +166,31 @@ _LDM: tuple[Rule, ...] = (
         )
     ),
 )
+
+FLUX_SINGLE_FILE: tuple[Rule, ...] = tuple(
+    rename(f"{block}.norm.{norm}.{theirs}", f"{block}.norm.{norm}.scale")
+    for theirs in ("scale", "weight")  # the first is how they are written; the other is that of some newer files
+    for block in ("double_blocks.{}.img_attn", "double_blocks.{}.txt_attn", "single_blocks.{}")
+    for norm in ("query_norm", "key_norm")
+)
+"""Both generations' single files, whose other names are ours."""
+
+
+def decode(vae: Autoencoder | Flux2Autoencoder, latents: Tensor) -> Tensor:
+    """What `Family.decode` promises."""
+    batch, _, h, w = latents.shape
+    tile = tile_for(batch, h, w, vae.config.downscale)
+    pixels = vae.decode(latents.to(next(vae.parameters()).dtype), tile)
+    return (pixels.float() / 2 + 0.5).clamp(0, 1)
+
+
+def encode(vae: Autoencoder | Flux2Autoencoder, pixels: Tensor) -> Tensor:
+    """What `Family.encode_image` promises."""
+    batch, _, height, width = pixels.shape
+    cell = vae.config.downscale
+    tile = tile_for(batch, height // cell, width // cell, cell)
+    return vae.encode((pixels * 2 - 1).to(next(vae.parameters()).dtype), tile).float().contiguous()
+
 
 def neutral_layer(config: Qwen3Config) -> dict[str, Tensor]:
     """The last layer of a Qwen3, adding nothing to what it is given, and the final norm."""

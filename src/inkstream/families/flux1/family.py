@@ -31,9 +31,8 @@ from inkstream.families.flux1.text import (
     load_t5_tokenizer,
     t5_tokens,
 )
-from inkstream.families.parts import AUTOENCODER
+from inkstream.families.parts import AUTOENCODER, decode, encode
 from inkstream.nn.flux import Prepared
-from inkstream.nn.vae import tile_for
 from inkstream.types import Conditioning, InputError, Query, Spec
 
 PROMPTS_KEPT = 16
@@ -157,14 +156,10 @@ class Flux1:
         return self.spec.vae.latent_channels, height // down, width // down
 
     def decode(self, latents: Tensor) -> Tensor:
-        batch, _, h, w = latents.shape
-        pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype), tile_for(batch, h, w))
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return decode(self.vae, latents)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        batch, _, height, width = pixels.shape
-        tile = tile_for(batch, *self.latent_shape(width, height)[1:])
-        return self.vae.encode((pixels * 2 - 1).to(next(self.vae.parameters()).dtype), tile).float().contiguous()
+        return encode(self.vae, pixels)
 
 
 def to_pixels(picture: Image.Image) -> Tensor:

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
+from inkstream.families.parts import FLUX_SINGLE_FILE as SINGLE_FILE
 from inkstream.weights.keymap import Rule, fuse, rename
 
-_NORMS = tuple(
-    f"{block}.norm.{norm}"
-    for block in ("double_blocks.{}.img_attn", "double_blocks.{}.txt_attn", "single_blocks.{}")
-    for norm in ("query_norm", "key_norm")
-)
-
-SINGLE_FILE: tuple[Rule, ...] = (
-    *(rename(f"{norm}.scale", f"{norm}.scale") for norm in _NORMS),  # first, so that this is how they are written
-    *(rename(f"{norm}.weight", f"{norm}.scale") for norm in _NORMS),  # the other spelling, of some newer files
-)
+__all__ = ["DIFFUSERS", "SINGLE_FILE"]
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 

@@ -44,11 +44,10 @@ from inkstream.families.flux2.text import (
     load_mistral_tokenizer,
     pad_id,
 )
-from inkstream.families.parts import load_tokenizer
+from inkstream.families.parts import decode, encode, load_tokenizer
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.flux import Prepared
 from inkstream.nn.qwen3 import Qwen3
-from inkstream.nn.vae import tile_for
 from inkstream.types import Conditioning, InputError, Query, Spec
 
 PROMPTS_KEPT = 16
@@ -190,12 +189,7 @@ class Flux2:
         return self.spec.vae.packed_channels, height // down, width // down
 
     def decode(self, latents: Tensor) -> Tensor:
-        batch, _, h, w = latents.shape
-        tile = tile_for(batch, h, w, self.spec.vae.downscale)
-        pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype), tile)
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return decode(self.vae, latents)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        batch, _, height, width = pixels.shape
-        tile = tile_for(batch, *self.latent_shape(width, height)[1:], self.spec.vae.downscale)
-        return self.vae.encode((pixels * 2 - 1).to(next(self.vae.parameters()).dtype), tile).float().contiguous()
+        return encode(self.vae, pixels)

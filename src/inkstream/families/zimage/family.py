@@ -11,12 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.families import Documents, Part, Pictures, Shapes
-from inkstream.families.parts import AUTOENCODER, PROMPT_TOKENS, QWEN3, chat_prompt, load_tokenizer, tokenize
+from inkstream.families.parts import (
+    AUTOENCODER,
+    PROMPT_TOKENS,
+    QWEN3,
+    chat_prompt,
+    decode,
+    encode,
+    load_tokenizer,
+    tokenize,
+)
 from inkstream.families.zimage.documents import documents
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
-from inkstream.nn.vae import tile_for
 from inkstream.types import Conditioning, InputError, Query, Spec
 
 PROMPTS_KEPT = 64
@@ -126,11 +134,7 @@ class ZImage:
         return self.spec.vae.latent_channels, height // down, width // down
 
     def decode(self, latents: Tensor) -> Tensor:
-        batch, _, h, w = latents.shape
-        pixels = self.vae.decode(latents.to(next(self.vae.parameters()).dtype), tile_for(batch, h, w))
-        return (pixels.float() / 2 + 0.5).clamp(0, 1)
+        return decode(self.vae, latents)
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        batch, _, height, width = pixels.shape
-        tile = tile_for(batch, *self.latent_shape(width, height)[1:])
-        return self.vae.encode((pixels * 2 - 1).to(next(self.vae.parameters()).dtype), tile).float().contiguous()
+        return encode(self.vae, pixels)
