@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 from inkstream.pocket import atlas
+from inkstream.pocket.captions import caption
 from inkstream.pocket.colours import COLOURS, lab, nearest_colour
 from inkstream.pocket.draw import render
 from inkstream.pocket.grammar import Grammar, colours_on, sample
@@ -21,6 +23,7 @@ from inkstream.pocket.scenes import (
     MARGIN,
     RELATIONS,
     SIDES,
+    TRACKING,
     Background,
     Scene,
     Thing,
@@ -31,6 +34,7 @@ from inkstream.pocket.scenes import (
     line_width,
     place_of,
     relation_holds,
+    script_of,
 )
 from inkstream.pocket.vocabulary import CHINESE, EMOJI, ENGLISH, HANZI, HIDING, LATIN, SHAPES
 from inkstream.types import InputError
@@ -241,6 +245,7 @@ def test_a_recipes_table_sets_only_its_fields():
         ({"faces": ["comic"]}, "comic"),
         ({"sizes": ["tiny"]}, "tiny"),
         ({"text": "often"}, "often"),
+        ({"tidy": 1}, "tidy = 1"),
     ],
 )
 def test_a_table_that_makes_no_grammar_is_refused_by_its_value(table, named):
@@ -252,6 +257,39 @@ def test_a_grammar_without_such_a_scene_says_what_to_widen():
     narrow = replace(GRAMMAR, letters=(14, 15), english=1.0, spelt=0.0)
     with pytest.raises(InputError, match="'text'"):
         sample(narrow, 0, kind="text")
+
+
+def test_a_tidy_scene_is_told_whole_by_its_dense_caption():
+    tidy = Grammar.from_table({"tidy": True, "faces": ["mono", "bold"], "em": [0.1, 0.42], "second_line": 0})
+    seen: dict[str, Scene] = {}
+    scenes = [sample(tidy, seed) for seed in range(3000)]
+    small = [sample(replace(tidy, shapes=2, emojis=0, colours=("red",), grounds=("white",)), s) for s in range(2000)]
+    for scene in scenes + small:
+        told = caption(scene)
+        drawn = replace(scene, kind="things", relation=None, things=tuple(sorted(scene.things, key=str)))
+        assert seen.setdefault(told, drawn) == drawn, told
+    assert len(seen) < 4500  # there were captions to compare
+
+
+def test_things_of_a_tidy_scene_keep_apart_and_clear_of_the_edge():
+    for seed in range(1000):
+        scene = sample(replace(GRAMMAR, tidy=True), seed)
+        boxes = [(t.x, t.y, t.side / 2) for t in scene.things]
+        for x, y, half in boxes:
+            assert all(MARGIN <= c - half and c + half <= 1 - MARGIN and c * 16 == int(c * 16) for c in (x, y))
+        for (x, y, half), (u, v, other) in combinations(boxes, 2):
+            assert max(abs(x - u), abs(y - v)) >= half + other + GAP
+        for writing in scene.writings:
+            assert line_width(writing.text, writing.face) * writing.em <= 1 - 2 * MARGIN + 1e-6
+
+
+def test_glyphs_of_a_tidy_line_stand_in_cells_of_a_grid():
+    for seed in range(300):
+        scene = sample(Grammar(tidy=True, faces=("mono", "bold")), seed, kind="text")
+        for w in scene.writings:
+            if not {" ", "!"} & set(w.text) and len({script_of(c) for c in w.text}) == 1:
+                pitch = (line_width(w.text, w.face) + TRACKING) * w.em / len(w.text)
+                assert pitch * 32 == pytest.approx(round(pitch * 32))
 
 
 # Rendering

@@ -451,6 +451,24 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, cache, capsys):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path, capsys):
+    from inkstream.train.recipe import as_tables
+
+    path, folder = tmp_path / "long.toml", tmp_path / "run"
+    path.write_text(toml(as_tables(recipe(tmp_path / "new", data={"count": 100_000}))))
+
+    def interrupt():
+        while not (tmp_path / "new").is_dir():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    began = time.monotonic()
+    assert main(["train", str(path), "--output", str(folder)]) == 130
+    assert time.monotonic() - began < 30
+    assert f"start again with: inkstream train {path} --output {folder}\n" in capsys.readouterr().err
+
+
 def test_a_learner_knows_how_many_weights_it_moves(cache):
     settings = recipe(cache, model={"train": ["transformer"]})
     begun = start(settings)

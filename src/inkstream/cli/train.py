@@ -44,6 +44,9 @@ def train(recipe: str, output: str | None, resume: bool, changes: list[str], jso
                 terminal.say(f"going on from step {message.step}{changed}")
             elif isinstance(message, Finished):
                 last = message
+            elif stopped.asked:
+                terminal.say(f"stopped before the first step: start again with: {again if resume else again.removesuffix(' --resume')}")
+                return 130
             else:
                 told = _prepare(terminal, message, told)
         if last is None:  # one of several processes: the first one speaks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -17,6 +18,7 @@ from inkstream.pocket.scenes import (
     MARGIN,
     RELATIONS,
     SIDES,
+    TRACKING,
     Background,
     Kind,
     Scene,
@@ -27,6 +29,7 @@ from inkstream.pocket.scenes import (
     is_held_out_text,
     line_width,
     relation_holds,
+    script_of,
 )
 from inkstream.pocket.vocabulary import CHINESE, EMOJI, ENGLISH, FACES, HANZI, HANZI_FACES, HIDING, SHAPES
 from inkstream.types import InputError
@@ -72,6 +75,8 @@ class Grammar:
     beside_text: float = 0.4  # that something stands beside the text
     second_line: float = 0.1  # that there is a second line, in another colour or script
 
+    tidy: bool = False  # places, sides and ems from a grid of sixteenths, so that a dense caption tells all of a scene
+
     @staticmethod
     def from_table(table: Mapping[str, Any]) -> Grammar:
         """A recipe's table as a Grammar. InputError names an unknown field or value."""
@@ -93,8 +98,8 @@ class Grammar:
 
 def _like(value: Any, default: Any) -> bool:
     """Whether a value can stand where the default stands; a share may be written as 0 or 1."""
-    if isinstance(default, str):
-        return isinstance(value, str)
+    if isinstance(default, str | bool):
+        return type(value) is type(default)
     return isinstance(value, (int, float) if isinstance(default, float) else int) and not isinstance(value, bool)
 
 
@@ -153,6 +158,8 @@ def _relation(rng: Random, grammar: Grammar) -> Scene | None:
     aside = rng.randrange(3), rng.randrange(3)
     if abs(aside[0] - aside[1]) >= along[1] - along[0]:
         aside = aside[0], aside[0]
+    if grammar.tidy:
+        along, aside = (0, 2), (1, 1)
     if relation in ("right of", "below"):
         along = along[::-1]
     sideways = relation in ("left of", "right of")
@@ -167,7 +174,8 @@ def _count(rng: Random, grammar: Grammar) -> Scene | None:
     ground = _background(rng, grammar)
     count = rng.randint(*grammar.counts)
     sizes: list[Size] = [_size(rng, grammar, max(count, 3))] * count
-    things = _lay_out(rng, grammar, ground, _cells(rng, count), sizes, alike=True)
+    cells = _DICE[count] if grammar.tidy and count in _DICE else _cells(rng, count)
+    things = _lay_out(rng, grammar, ground, cells, sizes, alike=True)
     return Scene("count", ground, things) if things else None
 
 
@@ -200,6 +208,9 @@ def _text(rng: Random, grammar: Grammar) -> Scene | None:
             return None
     return Scene("text", ground, things, tuple(writings))
 
+
+_DICE = {2: (3, 5), 3: (2, 4, 6), 4: (0, 2, 6, 8), 5: (0, 2, 4, 6, 8)}  # cells of so many things, as on a die
+_TIDY_SIDES: dict[Size, float] = {"small": 0.171875, "medium": 0.25, "large": 0.40625}
 
 _BUILDERS = {"things": _things, "relation": _relation, "count": _count, "emoji": _emoji, "text": _text}
 
@@ -236,11 +247,11 @@ def _lay_out(
             name, colour = _name(rng, grammar, ground, emoji, taken)
             if colour is None and size == "small":
                 size = "medium"  # an emoji needs room to be told from others
-            side = round(rng.uniform(*SIDES[size]), 3)
+            side = _TIDY_SIDES[size] if grammar.tidy else round(rng.uniform(*SIDES[size]), 3)
         if not alike and any((name, colour) == (other.name, other.colour) for other in things):
             return None
         for _ in range(6):
-            x, y = (_coordinate(rng, index, side) for index in (cell % 3, cell // 3))
+            x, y = (_coordinate(rng, grammar, index, side) for index in (cell % 3, cell // 3))
             if all(max(abs(x - o.x), abs(y - o.y)) >= (side + o.side) / 2 + GAP for o in things):
                 things.append(Thing(name, colour, size, x, y, side))
                 break
@@ -249,11 +260,19 @@ def _lay_out(
     return tuple(things)
 
 
-def _coordinate(rng: Random, cell: int, side: float) -> float:
+def _coordinate(rng: Random, grammar: Grammar, cell: int, side: float) -> float:
     """Near the middle of a third, well inside it, and such that the thing keeps clear of the edge."""
+    if grammar.tidy:
+        return _on_grid(cell, side)
     x = (2 * cell + 1) / 6 + rng.uniform(-0.05, 0.05)
     x = min(max(x, MARGIN + side / 2), 1 - MARGIN - side / 2)
     return round(min(max(x, cell / 3 + 0.03), (cell + 1) / 3 - 0.03), 3)
+
+
+def _on_grid(cell: int, side: float) -> float:
+    """The sixteenth nearest to the middle of a third at which something of this side keeps clear of the edge."""
+    inset = max(3, math.ceil(16 * (MARGIN + side / 2))) / 16
+    return (inset, 0.5, 1 - inset)[cell]
 
 
 def _name(
@@ -292,6 +311,8 @@ def _writing(
     latin = rng.random() < grammar.english
     text = _english(rng, grammar) if latin else _chinese(rng, grammar)
     faces = [face for face in grammar.faces if latin or face in HANZI_FACES]
+    if latin and grammar.tidy and "mono" in faces:
+        faces = ["mono"]
     colours = [c for c in colours_on(ground, text=True) if c in grammar.colours and c not in taken]
     if text is None or not faces or not colours:
         return None
@@ -299,10 +320,21 @@ def _writing(
     em = min((1 - 2 * MARGIN) / line_width(text, face), largest, grammar.em[1])
     if em < grammar.em[0]:
         return None
+    if grammar.tidy:
+        return _tidy_writing(text, face, rng.choice(colours), row, em)
     em = round(max(grammar.em[0], em * rng.uniform(0.8, 1)), 3)
     low, high = max(row / 3 + 0.02, MARGIN + em / 2), min((row + 1) / 3 - 0.02, 1 - MARGIN - em / 2)
     y = rng.uniform(low, high) if low < high else (row + 0.5) / 3
     return Writing(text, face, rng.choice(colours), 0.5, round(y, 3), em)
+
+
+def _tidy_writing(text: str, face: str, colour: str, row: int, largest: float) -> Writing:
+    """The line as large as it can be where, in a face of even widths, glyphs are whole sixteenths of the picture apart,
+    or halves of them where there are many."""
+    pitch = line_width("一" if script_of(text) == "hanzi" else "0", face) + TRACKING
+    parts = 16 if largest * pitch >= 1 / 8 else 32
+    em = math.floor(largest * pitch * parts) / parts / pitch
+    return Writing(text, face, colour, 0.5, _on_grid(row, em), em)
 
 
 def _english(rng: Random, grammar: Grammar) -> str | None:

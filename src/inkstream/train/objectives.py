@@ -74,8 +74,10 @@ def autoencode(vae: Autoencoder, pixels: Tensor, noise: Tensor, settings: Object
     Latents are neither shifted nor scaled here: `measure_latents` finds by how much, once the weights are done.
     """
     mean, log_variance = vae.encode_moments(pixels)
-    latents = mean + noise * (0.5 * log_variance).exp()
-    seen = vae.decode(vae.normalize(latents))
+    latents = vae.normalize(mean + noise * (0.5 * log_variance).exp())
+    if settings.noise:
+        latents = latents + noise * torch.linspace(0, settings.noise, len(noise)).to(noise).view(-1, 1, 1, 1)
+    seen = vae.decode(latents)
     difference = seen - pixels
     plain = difference.abs().mean((1, 2, 3))
     across, down = difference.diff(dim=3).abs().mean((1, 2, 3)), difference.diff(dim=2).abs().mean((1, 2, 3))

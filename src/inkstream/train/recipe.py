@@ -85,6 +85,9 @@ class Objective:
     floor: float = key(0.4, "Of the times by which errors of the image are divided.", 0.001, 1)
     gradient: float = key(0.1, "Autoencoder: weight of the error of neighbouring pixels' differences.", 0)
     kl: float = key(1e-6, "Autoencoder: weight that draws the latents to a normal distribution.", 0)
+    noise: float = key(
+        0.0, "Autoencoder: most noise on normalized latents; from 0 to that over a batch, so that decoders mend.", 0
+    )
 
 
 @dataclass(frozen=True)
