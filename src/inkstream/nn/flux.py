@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from inkstream.nn.attention import attend
 from inkstream.nn.layers import rms_norm
 from inkstream.nn.rope import Rope, rotate
-from inkstream.nn.stack import run_blocks
+from inkstream.nn.stack import Blocks, run_blocks
 from inkstream.types import InputError
 
 EPS = 1e-6
@@ -131,8 +131,8 @@ def modulation_of(
 
 
 def run_streams(
-    double_blocks: nn.ModuleList,
-    single_blocks: nn.ModuleList,
+    double_blocks: Blocks,
+    single_blocks: Blocks,
     targets: Tensor,
     prepared: Sequence[Prepared],
     modulation: Modulation,
@@ -162,6 +162,8 @@ def run_streams(
 
 class DoubleBlock(nn.Module):
     """Text and picture, each with weights of its own, attend together."""
+
+    apart = ("img_mod", "txt_mod")  # called ahead of the steps
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
         """gated: the MLP is a SwiGLU, else a GELU. modulated: the block owns the weights of its modulation."""
@@ -199,6 +201,8 @@ class DoubleBlock(nn.Module):
 
 class SingleBlock(nn.Module):
     """All tokens alike: attention and MLP side by side, from one linear layer and into one."""
+
+    apart = ("modulation",)
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
         """As of `DoubleBlock`."""

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from inkstream.nn.attention import attend
 from inkstream.nn.config import Qwen3Config
+from inkstream.nn.stack import Blocks, run_blocks
 
 
 class Qwen3(nn.Module):
@@ -24,7 +25,7 @@ class Qwen3(nn.Module):
         self.config = config
         self.depths = tuple(depths) if depths is not None else (config.num_hidden_layers - 1,)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config) for _ in range(max(self.depths)))
+        self.layers = Blocks(Layer(config) for _ in range(max(self.depths)))
 
     def forward(self, ids: Tensor, lengths: Sequence[int], texts: Sequence[int] | None = None) -> Tensor:
         """ids: (sum(lengths),), one prompt after the other -> (sum(lengths), D * len(depths)).
@@ -35,10 +36,14 @@ class Qwen3(nn.Module):
         x = self.embed_tokens(ids)  # (L, D)
         table = rope(lengths, self.config.head_dim, self.config.rope_theta, ids.device)
         read = {0: x}  # by depth: those asked for, not all
-        for depth, layer in enumerate(self.layers, start=1):
+
+        def call(i: int, layer: nn.Module, x: Tensor) -> Tensor:
             x = layer(x, table, lengths, lengths if texts is None else texts)
-            if depth in self.depths:
-                read[depth] = x
+            if i + 1 in self.depths:
+                read[i + 1] = x
+            return x
+
+        run_blocks(self.layers, x, call)
         return torch.cat([read[depth] for depth in self.depths], dim=-1)
 
 

@@ -6,9 +6,18 @@ from collections.abc import Callable, Iterable
 
 from torch import Tensor, nn
 
+from inkstream.nn.offload import Streamed
+
+
+class Blocks(nn.ModuleList):
+    """A stack of blocks, and where they are streamed from, if they are."""
+
+    streamed: Streamed | None = None
+
 
 def run_blocks(blocks: Iterable[nn.Module], x: Tensor, call: Callable[[int, nn.Module, Tensor], Tensor]) -> Tensor:
     """Send x through the blocks in order; `call(index, block, x)` gives a block what else it takes."""
-    for index, block in enumerate(blocks):
+    streamed = getattr(blocks, "streamed", None)
+    for index, block in enumerate(blocks if streamed is None else streamed.visits()):
         x = call(index, block, x)
     return x

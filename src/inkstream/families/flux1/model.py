@@ -30,6 +30,7 @@ from inkstream.nn.flux import (
     unpatchify,
 )
 from inkstream.nn.rope import rope
+from inkstream.nn.stack import Blocks
 
 PATCH = 2
 MLP_RATIO = 4
@@ -48,10 +49,10 @@ class Flux1Transformer(nn.Module):
         self.vector_in = Embedder(c.pooled_projection_dim, c.dim, bias=True)
         self.guidance_in = Embedder(FREQUENCIES, c.dim, bias=True) if c.guidance_embeds else None
         sizes = (c.dim, c.num_attention_heads, MLP_RATIO * c.dim)
-        self.double_blocks = nn.ModuleList(
+        self.double_blocks = Blocks(
             DoubleBlock(*sizes, gated=False, bias=True, modulated=True) for _ in range(c.num_layers)
         )
-        self.single_blocks = nn.ModuleList(
+        self.single_blocks = Blocks(
             SingleBlock(*sizes, gated=False, bias=True, modulated=True) for _ in range(c.num_single_layers)
         )
         self.final_layer = FinalLayer(c.dim, c.out_channels or c.in_channels, bias=True)

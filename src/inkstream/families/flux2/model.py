@@ -31,6 +31,7 @@ from inkstream.nn.flux import (
     unpatchify,
 )
 from inkstream.nn.rope import Rope, rope
+from inkstream.nn.stack import Blocks
 
 REFERENCE_SPACING = 10
 """How far apart references stand on the first axis; the target is at 0."""
@@ -52,10 +53,10 @@ class Flux2Transformer(nn.Module):
         self.double_stream_modulation_txt = Modulator(c.dim, 6, bias=False)
         self.single_stream_modulation = Modulator(c.dim, 3, bias=False)
         sizes = (c.dim, c.num_attention_heads, round(c.mlp_ratio * c.dim))
-        self.double_blocks = nn.ModuleList(
+        self.double_blocks = Blocks(
             DoubleBlock(*sizes, gated=True, bias=False, modulated=False) for _ in range(c.num_layers)
         )
-        self.single_blocks = nn.ModuleList(
+        self.single_blocks = Blocks(
             SingleBlock(*sizes, gated=True, bias=False, modulated=False) for _ in range(c.num_single_layers)
         )
         self.final_layer = FinalLayer(c.dim, c.out_channels or c.in_channels, bias=False)

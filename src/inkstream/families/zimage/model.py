@@ -22,7 +22,7 @@ from inkstream.families.zimage.specs import ZImageConfig
 from inkstream.nn.attention import attend
 from inkstream.nn.layers import SwiGLU, TimestepEmbedder, rms_norm, scale_runs
 from inkstream.nn.rope import Rope, rope, rotate
-from inkstream.nn.stack import run_blocks
+from inkstream.nn.stack import Blocks, run_blocks
 
 PAD_MULTIPLE = 32
 """Captions and pictures are each filled up to a multiple of this with a learned token, which is attended."""
@@ -74,18 +74,18 @@ class ZImageTransformer(nn.Module):
         self.config = c = config
         patch = c.patch_size**2 * c.in_channels
         self.x_embedder = nn.Linear(patch, c.dim)
-        self.noise_refiner = nn.ModuleList(Block(c) for _ in range(c.n_refiner_layers))
-        self.context_refiner = nn.ModuleList(Block(c, modulated=False) for _ in range(c.n_refiner_layers))
+        self.noise_refiner = Blocks(Block(c) for _ in range(c.n_refiner_layers))
+        self.context_refiner = Blocks(Block(c, modulated=False) for _ in range(c.n_refiner_layers))
         self.t_embedder = TimestepEmbedder(min(c.dim, 256))
         self.cap_embedder = nn.Sequential(nn.RMSNorm(c.cap_feat_dim, c.norm_eps), nn.Linear(c.cap_feat_dim, c.dim))
         if c.siglip_feat_dim is not None:
             norm = nn.RMSNorm(c.siglip_feat_dim, c.norm_eps)
             self.siglip_embedder = nn.Sequential(norm, nn.Linear(c.siglip_feat_dim, c.dim))
-            self.siglip_refiner = nn.ModuleList(Block(c, modulated=False) for _ in range(c.n_refiner_layers))
+            self.siglip_refiner = Blocks(Block(c, modulated=False) for _ in range(c.n_refiner_layers))
             self.siglip_pad_token = nn.Parameter(torch.zeros(1, c.dim))
         self.x_pad_token = nn.Parameter(torch.zeros(1, c.dim))
         self.cap_pad_token = nn.Parameter(torch.zeros(1, c.dim))
-        self.layers = nn.ModuleList(Block(c) for _ in range(c.n_layers))
+        self.layers = Blocks(Block(c) for _ in range(c.n_layers))
         self.final_layer = FinalLayer(c.dim, patch)
 
     # Once per prompt, size and schedule -----------------------------------------------------------------------------
@@ -231,7 +231,7 @@ class ZImageTransformer(nn.Module):
         dtype = self.cap_pad_token.dtype
         return torch.cat([fill(self.cap_embedder(s.to(dtype)), self.cap_pad_token) for s in segments])
 
-    def _refine(self, blocks: nn.ModuleList, x: Tensor, table: Rope, lengths: Sequence[int]) -> Tensor:
+    def _refine(self, blocks: Blocks, x: Tensor, table: Rope, lengths: Sequence[int]) -> Tensor:
         return run_blocks(
             blocks, x, lambda i, block, x: block(x, cast(Block, block).norm_weights(None), None, table, lengths)
         )
@@ -243,6 +243,8 @@ class ZImageTransformer(nn.Module):
 class Block(nn.Module):
     """Sandwich-normed attention and SwiGLU. The timestep scales what enters each and tanh-gates what leaves it;
     both are factors of a norm's output, so they are folded into that norm's weight, once per time."""
+
+    apart = ("adaLN_modulation",)  # called ahead of the steps
 
     def __init__(self, config: ZImageConfig, modulated: bool = True):
         super().__init__()
