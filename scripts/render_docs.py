@@ -1,4 +1,5 @@
-"""Render docs/cli.md from the command line itself, and the keys in docs/training.md from the recipe.
+"""Render docs/cli.md from the command line itself, the keys in docs/training.md from the recipe, and the table in
+docs/models.md from the known models.
 
     python scripts/render_docs.py
 """
@@ -12,10 +13,12 @@ from typing import Any, Literal, get_args, get_origin
 from cyclopts import Argument
 
 from inkstream.cli import app
+from inkstream.cli.models import TELLING, in_a_word, list_models
 from inkstream.train.recipe import describe
 
 DOCS = Path(__file__).parent.parent / "docs"
 KEYS = "## Keys\n\n"
+KNOWN = "## Known models\n\n"
 HEAD = """# The command line
 
 Rendered from the code by `scripts/render_docs.py`; a test keeps it true.
@@ -72,7 +75,24 @@ def takes(hint: Any) -> str:
     return {bool: "", int: "whole number", float: "number"}.get(hint, "text")
 
 
+def models() -> str:
+    """A row for each known model."""
+    heads = ["Model", "Licence", "Commercial use", *(name.replace("_", " ") for name in TELLING)]
+    rows = [
+        [
+            f"`{model['name']}`",
+            model["licence"],
+            "yes" if model["commercial"] else "no",
+            *(in_a_word(model["options"][name]) for name in TELLING),
+        ]
+        for model in list_models()
+    ]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---"] * len(heads), *rows))
+
+
 if __name__ == "__main__":
     (DOCS / "cli.md").write_text(render())
+    page = DOCS / "models.md"
+    page.write_text(page.read_text().partition(KNOWN)[0] + KNOWN + models())
     training = DOCS / "training.md"
     training.write_text(training.read_text().partition(KEYS)[0] + KEYS + describe())

@@ -247,7 +247,7 @@ def test_what_cannot_be_done_is_refused_in_one_line(draw, capsys, monkeypatch, p
         (["models", "x"], ["x is one word too many"]),
         (["convert", "nowhere", "out", "--to", "diffusers"], ["nowhere"]),
         (["convert", "empty", "out", "--to", "zip"], ["zip", "diffusers", "native"]),
-        (["convert", "empty", "out"], ["--to"]),
+        (["convert", "empty", "out"], ["empty"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )

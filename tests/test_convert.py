@@ -41,7 +41,7 @@ def test_the_native_folder_holds_one_file_that_says_what_it_is(tiny_folder, tmp_
         "inkstream.json", "scheduler", "text_encoder", "tiny-turbo.safetensors", "tokenizer", "vae"
     ]  # fmt: skip
     header = read_header(folder / "tiny-turbo.safetensors")
-    assert header.metadata["licence"] == "apache-2.0"
+    assert header.metadata["licence"] == "unknown"  # the folder does not say
     assert header.metadata["origin"] == "tiny-turbo"
     assert json.loads(header.metadata["config"])["dim"] == TURBO.tiny.transformer.dim
     assert "layers.0.attention.qkv.weight" in header.tensors
@@ -119,14 +119,19 @@ def test_progress_ends_at_the_last_byte(tiny_folder, tmp_path):
 
 def test_how_a_model_likes_to_be_drawn_goes_with_it(tiny_folder, tmp_path):
     source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
-    liked = {"steps": 5, "guidance": 2.5, "size": [96, 64], "solver": "heun", "title": "Mine"}
+    liked = {"steps": 5, "guides": "none", "guidance": 2.5, "size": [96, 64], "solver": "heun", "title": "Mine"}
     (source / "inkstream.json").write_text(json.dumps(liked))
     for layout in ("native", "diffusers"):
         spec = inkstream.load(convert(source, tmp_path / layout, layout)).spec
         assert (spec.steps, spec.guidance, spec.size, spec.solver, spec.title) == (5, 2.5, (96, 64), "heun", "Mine")
+        assert spec.guides == "none"
 
 
-@pytest.mark.parametrize("card", [{"steps": 0}, {"size": [16]}, {"solver": "x"}, {"abilities": 3}, {"guidance": "a"}])
+@pytest.mark.parametrize(
+    "card",
+    [{"steps": 0}, {"size": [16]}, {"solver": "x"}, {"abilities": 3}, {"guidance": "a"}, {"guides": "often"},
+     {"commercial": "no"}, {"licence": 3}],
+)  # fmt: skip
 def test_a_card_that_makes_no_sense_is_named(tiny_folder, tmp_path, card):
     source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
     (source / "inkstream.json").write_text(json.dumps(card))

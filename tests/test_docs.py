@@ -11,6 +11,9 @@ import pytest
 
 from inkstream.cli import app
 from inkstream.cli.generate import Wish
+from inkstream.engine.licences import FREE
+from inkstream.engine.sources import write_card
+from inkstream.families import SPECS
 from inkstream.types import Request
 
 ROOT = Path(__file__).parent.parent
@@ -28,6 +31,17 @@ def renderer():
 
 def test_the_page_of_the_command_line_is_what_the_code_renders():
     assert (ROOT / "docs" / "cli.md").read_text() == renderer().render(), "run python scripts/render_docs.py"
+
+
+def test_the_table_of_models_is_what_the_code_renders():
+    page = (ROOT / "docs" / "models.md").read_text()
+    assert page.partition(renderer().KNOWN)[2] == renderer().models(), "run python scripts/render_docs.py"
+
+
+def test_the_page_of_the_models_names_every_key_of_a_card_and_every_ability():
+    page = (ROOT / "docs" / "models.md").read_text()
+    abilities = {ability for spec in SPECS.values() for ability in spec.abilities}
+    assert [name for name in (*write_card(SPECS["z-image"]), *abilities, *FREE) if name not in page] == []
 
 
 def test_every_field_of_a_request_is_an_option_of_generate_with_its_description():

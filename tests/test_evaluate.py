@@ -17,9 +17,10 @@ import inkstream
 from inkstream.cli import main
 from inkstream.cli.terminal import Terminal
 from inkstream.engine.inputs import to_pixels
+from inkstream.engine.sheet import GRAY, GREEN, RED, TILE, edge_of
 from inkstream.evaluate import judge, measures, ocr, report, run
 from inkstream.evaluate.grades import Marks
-from inkstream.evaluate.report import Judged, Row, Tile
+from inkstream.evaluate.report import Judged, Row
 from inkstream.evaluate.run import Job, Settings
 from inkstream.evaluate.suites import FACTS, SUITES, Case, digest, open_suite, read_suite, thin
 from inkstream.families.zimage.specs import BASE
@@ -28,6 +29,7 @@ from inkstream.pocket.draw import render
 from inkstream.pocket.scenes import is_held_out
 from inkstream.types import InputError, Request, Step
 
+EDGE, ACROSS = edge_of(TILE), TILE + 2 * edge_of(TILE)  # of a tile in the contact sheet
 FIRST_FILTER = -0.0209336  # a weight of the fixed random network: distances of old records hold while it does
 SMALL = Settings(seeds=2, steps=2, guidance=2.0, width=32, height=32)
 
@@ -400,28 +402,14 @@ def test_a_sweep_is_a_line_for_each_setting():
     ]  # fmt: skip
 
 
-def test_the_sheet_frames_right_pictures_green_and_wrong_ones_red():
-    picture = Image.new("RGB", (32, 32), "blue")
-    tiles = [Tile(picture, "a blue picture", right) for right in (True, False, None)]
-    sheet = np.asarray(report.contact_sheet(tiles)).astype(int)
-    across = report.TILE + 2 * report.EDGE
-    assert sheet.shape[1] == 3 * across
-    for i, colour in enumerate((report.GREEN, report.RED, report.GRAY)):
-        tile = sheet[:, i * across : (i + 1) * across]
-        assert tuple(tile[report.EDGE - 2, across // 2]) == colour
-        assert tuple(tile[report.EDGE + 5, across // 2]) == (0, 0, 255)
-        words = tile[report.TILE + report.EDGE + 4 :]
-        assert (words.max(-1) < 90).sum() > 30  # black letters
-        assert (words == colour).all(-1).sum() > 5  # the mark
-
-
-def test_a_long_prompt_is_cut_within_its_tile():
-    for prompt in ("a very " * 60, "x" * 300, "写着春天" * 40):
-        lines = report._wrapped(prompt)
-        assert len(lines) == report.LINES
-        assert lines[-1].endswith("…")
-        assert all(report._font().getlength(line) <= report.TILE + 8 for line in lines)
-    assert report._wrapped("a red circle") == ["a red circle"]
+def test_the_sheet_of_a_report_frames_right_pictures_green_and_wrong_ones_red(tmp_path):
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "blue.png")
+    marks = [Marks(), Marks(count=0.0), Marks(count=1.0)]
+    judged = [Judged(tmp_path / "blue.png", 0, seed, "plain", mark) for seed, mark in enumerate(marks)]
+    report.write_sheet([*judged, Judged(tmp_path / "blue.png", 0, 3, "plain")], {0: "blue"}, tmp_path / "sheet.png")
+    sheet = pixels(tmp_path / "sheet.png")
+    frames = [tuple(sheet[EDGE - 2, i * ACROSS + ACROSS // 2]) for i in range(4)]
+    assert frames == [GREEN, RED, GREEN, GRAY]
 
 
 # The second reader
@@ -530,7 +518,7 @@ def test_the_command_prints_a_table_and_writes_a_record_a_sheet_and_pictures(wor
     assert record["command"].startswith("inkstream eval ")
     assert all(0 <= row["low"] <= row["value"] <= row["high"] <= 1 for row in rows if "low" in row)
     with Image.open(out / "report.png") as sheet:
-        assert sheet.width == 8 * (report.TILE + 2 * report.EDGE)
+        assert sheet.width == 8 * ACROSS
 
 
 def test_the_same_command_again_draws_nothing_and_finds_the_same(words, tmp_path, capsys, monkeypatch):

@@ -231,8 +231,8 @@ def test_no_bytes_whatever_raise_anything_else(tmp_path_factory, content):
 
 
 def test_what_is_not_there_or_not_safetensors_is_named(tmp_path):
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
-    for name, said in (("y.safetensors", "missing"), ("x.gguf", "no safetensors"), ("", "holds no")):
+    (tmp_path / "x.onnx").write_bytes(b"ONNX")
+    for name, said in (("y.safetensors", "missing"), ("x.onnx", "no safetensors or GGUF file"), ("", "holds no")):
         with pytest.raises(InputError, match=said):
             read_header(tmp_path / name)
 

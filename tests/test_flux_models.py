@@ -40,6 +40,8 @@ PARAMETERS = {
     "flux1-fill-dev": 11_902_391_360,
     "flux1-canny-dev": 11_901_604_928,
     "flux1-depth-dev": 11_901_604_928,
+    "flux1-redux-dev": 11_901_408_320,
+    "flux1-redux-schnell": 11_891_178_560,
     "flux2-dev": 32_223_281_152,
     "flux2-klein-4b": 3_875_544_576,
     "flux2-klein-base-4b": 3_875_544_576,
@@ -352,7 +354,7 @@ def test_moving_all_tokens_along_the_axis_of_pictures_changes_nothing(shift):
         still = model([x], [0.5], [sample])
         differences = []
         for where in (here, moved, one_moved):
-            table = rope(where, model.config.axes_dims_rope, theta)
+            table = rope(where.cpu(), model.config.axes_dims_rope, theta, where.device)
             differences.append(largest_difference(still, model([x], [0.5], [replace(sample, rope=table)])))
         assert differences[0] == 0
         assert differences[1] <= 1e-4

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from inkstream.families.flux1.text import CLIP, T5, load_t5_tokenizer
@@ -28,7 +27,6 @@ from inkstream.families.flux2.text import (
     pad_id,
     system_message,
 )
-from inkstream.families.flux2.upsample import messages
 from inkstream.nn.config import CLIPTextConfig, MistralConfig, Qwen3Config, T5Config, read_config
 from inkstream.nn.qwen3 import Qwen3, attend_padded
 from inkstream.types import InputError
@@ -195,18 +193,6 @@ def test_the_sizes_of_a_model_that_also_sees_are_those_of_its_language_model():
     assert read_config(MistralConfig, json.loads(json.dumps(config))) == MistralConfig(hidden_size=64, rope_theta=5.0)
 
 
-def test_upsampling_shows_the_references_as_one_small_picture_before_the_prompt():
-    system, user = messages("a [IMG]cat", [])
-    assert system["content"][0]["text"] == system_message("upsample")
-    assert user == {"role": "user", "content": [{"type": "text", "text": "a cat"}]}
-    system, picture, user = messages("make it red", [Image.new("RGB", (900, 500)), Image.new("RGB", (900, 1000))])
-    assert system["content"][0]["text"] == system_message("upsample_edit")
-    width, height = picture["content"][0]["image"].size
-    assert 0.99 * 768**2 <= width * height <= 768**2
-    assert width / height == pytest.approx(1800 / 1000, rel=0.01)
-    assert user["content"][0]["text"] == "make it red"
-
-
 # transformers ---------------------------------------------------------------------------------------------------------
 
 
@@ -226,12 +212,12 @@ def test_without_transformers_a_tokenizer_is_not_read_either(monkeypatch, tmp_pa
 
 def test_weights_are_counted_without_building_them():
     from inkstream.engine.memory import count_weights
-    from inkstream.families import SPECS, family_of
+    from inkstream.families import SPECS, parts_of
 
-    for name in ("flux1-dev", "flux2-dev", "flux2-klein-4b"):
+    for name in ("flux1-redux-dev", "flux2-dev", "flux2-klein-4b"):
         tiny = SPECS[name].tiny
         counted = count_weights(tiny)
-        for part, found in family_of(tiny.family).parts.items():
+        for part, found in parts_of(tiny).items():
             with torch.device("meta"):
                 built = found.build(getattr(tiny, part))
             assert counted[part] == sum(weight.numel() for weight in built.parameters()), (name, part)

@@ -11,7 +11,7 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-LAYERS = [["types", "flow"], ["nn", "weights"], ["sampling", "families"], ["engine"],
+LAYERS = [["types", "flow", "quant"], ["nn", "weights"], ["sampling", "families"], ["engine"],
           ["train", "evaluate", "pocket", "bench", "serve", "studio"], ["cli"], ["__main__"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 STRANGERS = [{"nn", "weights"}, {"sampling", "families"}]

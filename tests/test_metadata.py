@@ -146,7 +146,7 @@ def test_the_a1111_text_is_text_where_latin_1_holds_it_and_itxt_otherwise(prompt
     assert record["version"] == 1
     assert record["request"]["prompt"] == prompt
     assert record["software"] == f"inkstream {__version__}"
-    assert (record["model"], record["licence"]) == (SPECS["z-image"].title, "apache-2.0")
+    assert (record["model"], record["licence"], record["commercial"]) == (SPECS["z-image"].title, "apache-2.0", True)
     assert kinds[b"XML:com.adobe.xmp"][0] == b"iTXt"
     assert MADE_BY_A_MODEL.encode() in kinds[b"XML:com.adobe.xmp"][1]
 
@@ -214,7 +214,7 @@ def test_describe_tells_what_a_picture_is_and_carries(tmp_path):
         "picture": str(path), "format": "WEBP", "width": 16, "height": 16, "mode": "RGB",
         "bytes": path.stat().st_size, "digital_source_type": MADE_BY_A_MODEL, "source": "inkstream",
         "request": FULL.model_dump(mode="json", exclude_none=True), "model": SPECS["z-image"].title,
-        "licence": "apache-2.0", "software": f"inkstream {__version__}",
+        "licence": "apache-2.0", "commercial": True, "software": f"inkstream {__version__}",
     }  # fmt: skip
 
 

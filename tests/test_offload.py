@@ -71,14 +71,14 @@ def test_streamed_blocks_give_what_resident_ones_give(stack, tmp_path):
             if name != "down":
                 bias = block.get_submodule(name).bias
                 bias.copy_(bias.to(torch.bfloat16))
-    streamed.streamed = Streamed(streamed, CPU, torch.float32)
+    streamed.stream(Streamed(streamed, CPU, torch.float32))
     for _ in range(2):
         assert torch.equal(run(streamed, x), run(stack, x))
 
 
 def test_only_one_block_is_on_the_device(stack, tmp_path):
     blocks = mapped(stack, tmp_path / "stack.safetensors", torch.bfloat16)
-    blocks.streamed = Streamed(blocks, CPU, torch.float32)
+    blocks.stream(Streamed(blocks, CPU, torch.float32))
     assert blocks.streamed.nbytes == 4 * 4 * WIDTH * WIDTH
     seen = []
 
@@ -94,7 +94,7 @@ def test_only_one_block_is_on_the_device(stack, tmp_path):
 
 def test_what_a_block_is_called_apart_for_visits_on_its_own(stack, tmp_path):
     blocks = mapped(stack, tmp_path / "stack.safetensors", torch.bfloat16)
-    blocks.streamed = Streamed(blocks, CPU, torch.float32)
+    blocks.stream(Streamed(blocks, CPU, torch.float32))
     assert blocks[0].modulation(torch.ones(1, WIDTH)).dtype == torch.float32
     assert blocks[0].modulation.weight.dtype == torch.bfloat16
     with pytest.raises(RuntimeError):
@@ -112,7 +112,7 @@ def test_pages_of_a_mapped_file_leave_memory_after_the_visit(stack, tmp_path, dt
     expected = run(mapped(stack, tmp_path / "other.safetensors", dtype).float(), x)
     assert sum(float(weight.sum()) for block in blocks for weight in block.parameters())
     assert resident(path) >= whole  # all was touched
-    blocks.streamed = Streamed(blocks, CPU, torch.float32)
+    blocks.stream(Streamed(blocks, CPU, torch.float32))
     assert torch.equal(run(blocks, x), expected)
     assert resident(path) < whole / 4
     assert torch.equal(run(blocks, x), expected)
@@ -121,7 +121,7 @@ def test_pages_of_a_mapped_file_leave_memory_after_the_visit(stack, tmp_path, dt
 def test_weights_that_are_no_views_of_a_file_are_never_dropped(stack):
     x = torch.randn(2, WIDTH)
     expected = run(stack, x)
-    stack.streamed = Streamed(stack, CPU, torch.float32)
+    stack.stream(Streamed(stack, CPU, torch.float32))
     assert stack.streamed.nbytes == 0  # they are on the device already
     assert torch.equal(run(stack, x), expected)
     assert torch.equal(run(stack, x), expected)
@@ -147,7 +147,7 @@ def test_packed_bytes_stay_packed(stack):
 
 def test_a_stopped_run_leaves_every_block_at_home(stack, tmp_path):
     blocks = mapped(stack, tmp_path / "stack.safetensors", torch.bfloat16)
-    blocks.streamed = Streamed(blocks, CPU, torch.float32)
+    blocks.stream(Streamed(blocks, CPU, torch.float32))
 
     def call(i, block, x):
         if i == 2:

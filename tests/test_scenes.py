@@ -276,7 +276,7 @@ def test_things_of_a_tidy_scene_keep_apart_and_clear_of_the_edge():
         scene = sample(replace(GRAMMAR, tidy=True), seed)
         boxes = [(t.x, t.y, t.side / 2) for t in scene.things]
         for x, y, half in boxes:
-            assert all(MARGIN <= c - half and c + half <= 1 - MARGIN and c * 16 == int(c * 16) for c in (x, y))
+            assert all(c - half >= MARGIN and c + half <= 1 - MARGIN and c * 16 == int(c * 16) for c in (x, y))
         for (x, y, half), (u, v, other) in combinations(boxes, 2):
             assert max(abs(x - u), abs(y - v)) >= half + other + GAP
         for writing in scene.writings:

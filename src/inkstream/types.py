@@ -54,8 +54,11 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     prompt: str = Field("", description="What to draw, in plain words.")
+    upsample: bool = Field(
+        False, description="Let the model's own language model write the prompt out first, as the seed has it."
+    )
     negative_prompt: str = Field("", description="What to keep out; needs guidance above 1.")
-    model: str = Field("z-image-turbo", description="A model's name, a repository on the hub, or a local path.")
+    model: str = Field("pocket", description="A model's name, a repository on the hub, or a local path.")
     width: int | None = Field(None, ge=16, le=8192, description="Width in pixels, a multiple of 16.")
     height: int | None = Field(None, ge=16, le=8192, description="Height in pixels, a multiple of 16.")
     steps: int | None = Field(None, ge=1, le=1000, description="Steps of the solver.")
@@ -101,6 +104,8 @@ class Spec:
     guidance: float  # standard scale: 1 is off; of kind `read`, the number that the model was taught with
     shift: float  # of rule `fixed`
     text_encoder_2: Any = None
+    image_encoder: Any = None  # of models that read pictures as they read text, with what makes its states text
+    image_embedder: Any = None
     guides: GuidanceKind = "twice"
     shift_rule: ShiftRule = "fixed"
     size: tuple[int, int] = (1024, 1024)  # width, height when the request names none
@@ -108,12 +113,13 @@ class Spec:
     solver: SolverName = "euler"
     schedule: ScheduleName = "simple"
     strength: float = 0.6
-    abilities: frozenset[str] = frozenset()  # of: guidance, negative_prompt, image, mask, references
+    abilities: frozenset[str] = frozenset()  # of: guidance, image, mask, references, references_once, fill, map,
+    # json (prompts), upsample, upsample_references
     repo: str | None = None  # on the hub
     folder: str | None = None  # inside the package, of a model that ships with it
     download_bytes: int | None = None
     licence: str = "unknown"
-    commercial: bool = True  # whether the licence lets a business draw with it
+    commercial: bool = False  # whether the licence lets a business draw with it, and sell what it draws
     title: str = ""
     tiny: Spec | None = field(default=None, repr=False, compare=False)  # the same at 2 blocks of width 64
 
@@ -178,11 +184,15 @@ class Queued:
 
 @dataclass(frozen=True)
 class Loading:
-    """Something is being made ready before the first step: a download, weights, a prompt being encoded."""
+    """Something is being made ready before the first step: a download, weights, a prompt being encoded.
+
+    text: of a prompt that is being written out, what it says so far; the last one is drawn.
+    """
 
     what: str
     done_bytes: int | None = None
     total_bytes: int | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)

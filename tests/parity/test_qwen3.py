@@ -17,7 +17,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "n
 ODD = {"hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 24}
 EVERY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 SIZES = pytest.mark.parametrize("sizes", [SMALL, ODD, EVERY], ids=["small", "one key head", "a key head a query"])
-(RULES,) = QWEN3.layouts.values()
+RULES = QWEN3.layouts["transformers"]
 TOLERANCE = 1e-4
 
 QWEN3_TEMPLATE = (

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NoReturn
 from cyclopts import App, Parameter
 
 from inkstream import __version__
+from inkstream.quant import QuantName
 
 Json = Annotated[bool, Parameter(show_default=False, help="Print one JSON document on stdout.")]
 Yes = Annotated[bool, Parameter(alias="-y", show_default=False, help="Download what is missing without asking.")]
@@ -25,11 +26,24 @@ app = App(
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,  # `main` has a way of its own
 )
+READ_STDIN = ("--prompt", "--json-prompt")
 GENERATE = """Draw pictures of a prompt, or draw a picture again.
 
 The prompt is read from stdin where it is -. Where stdout is a pipe and neither --output nor --json is given, the
 picture itself goes there, as a PNG. Options left out take the model's own defaults."""
 app.command("inkstream.cli.generate:generate", help=GENERATE)  # by its path: its options need a slow import
+
+REFINE = """Draw pictures anew with another model, by the requests they carry.
+
+Prompt, size and seed are the picture's unless they are given; how the model is run is its own. Where it takes
+references it looks at the picture, else it starts from it: a line says which."""
+app.command("inkstream.cli.refine:refine", help=REFINE)
+
+DRAFT = """Draw many drafts, choose from a sheet of them, and refine the chosen ones with a bigger model.
+
+A folder takes the drafts, the sheet, what is refined, and the state. The same command goes on where it was stopped,
+and so does --resume FOLDER: no picture is drawn twice."""
+app.command("inkstream.cli.draft:draft", help=DRAFT)
 
 EVALUATE = """Draw a suite of prompts with a model and say how much of what was asked is there.
 
@@ -71,8 +85,15 @@ def doctor(*, json: Json = False) -> None:
 
 
 @app.command
-def convert(source: str, folder: str, *, to: Literal["diffusers", "native"], yes: Yes = False) -> None:
-    """Write a model in another layout.
+def convert(
+    source: str,
+    folder: str,
+    *,
+    to: Annotated[Literal["diffusers", "native"] | None, Parameter(show_default=False)] = None,
+    quant: Annotated[QuantName | None, Parameter(show_default=False)] = None,
+    yes: Yes = False,
+) -> None:
+    """Write a model in another layout, or in fewer bits.
 
     Parameters
     ----------
@@ -81,15 +102,20 @@ def convert(source: str, folder: str, *, to: Literal["diffusers", "native"], yes
     folder
         The folder to write.
     to
-        diffusers: every part in its folder; native: the transformer as one file beside the other parts.
+        diffusers: every part in its folder, the default; native: the transformer as one file beside the other parts,
+        the default with --quant.
+    quant
+        Pack the weights of transformer and text encoders. fp8: 8-bit floats, multiplied as such where a GPU can; int8,
+        nf4, int4: unpacked to be used; w8a8: int8 that is multiplied as such, fast on CPUs; q8_0 to q2_k: GGUF files;
+        bf16, fp16: in full.
     """
     from inkstream.cli.download import agree_to_download
     from inkstream.cli.terminal import Terminal
     from inkstream.engine.convert import convert
 
     with Terminal() as terminal:
-        agree_to_download(source, yes, terminal)
-        convert(source, folder, to, progress=terminal.show)
+        agree_to_download(source, yes, terminal, commercial_only=False)  # nothing is drawn
+        convert(source, folder, to, terminal.show, quant)
     print(folder)
 
 
@@ -123,11 +149,22 @@ def run() -> NoReturn:
     sys.exit(code)
 
 
+def join_dashes(words: Sequence[str]) -> list[str]:
+    """A dash joined to the option before it, if that reads stdin, or else to the prompt's: alone it is no value."""
+    joined: list[str] = []
+    for word in words:
+        if word == "-" and joined and joined[-1] in READ_STDIN:
+            joined[-1] += "=-"
+        else:
+            joined.append("--prompt=-" if word == "-" else word)
+    return joined
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. The exit code: 0 done, 1 our own error, 2 what was asked cannot be done, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
-    words = ["--prompt=-" if word == "-" else word for word in words if word != "--debug"]
+    words = join_dashes([word for word in words if word != "--debug"])
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost every other process its time
     if not debug:
         warnings.simplefilter("ignore")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from inkstream.cli.lines import in_gigabytes, print_facts
+from inkstream.engine.licences import SETTING, in_words, is_commercial_only
 from inkstream.families import SPECS
 
 PACKAGES = ("inkstream", "torch", "tokenizers", "safetensors", "huggingface-hub", "pillow", "pydantic")
 DTYPES = ("bf16", "fp32")
+DRAWS = {False: "models of any licence", True: f"models for commercial use alone: {SETTING} is set"}
 ROOM = 2_000_000_000
 """Bytes to leave for a picture of 1024x1024 while it is drawn."""
 
@@ -39,7 +41,8 @@ def examine() -> dict[str, Any]:
         if spec.repo or spec.folder:
             weights = count_weights(spec)
             needs = {name: weigh(weights, name, device) for name in DTYPES}
-            fact = {"name": spec.name, "weights": weights, "needs_bytes": needs}
+            licence = {"licence": spec.licence, "commercial": spec.commercial}
+            fact = {"name": spec.name, **licence, "weights": weights, "needs_bytes": needs}
             models.append(fact | {"verdict": judge(needs, own, free)})
     return {
         "versions": {
@@ -61,6 +64,7 @@ def examine() -> dict[str, Any]:
             "free_bytes": shutil.disk_usage(there).free,
             "offline": constants.HF_HUB_OFFLINE,
         },
+        "commercial_only": is_commercial_only(),
         "models": models,
     }
 
@@ -85,4 +89,8 @@ def print_findings(findings: dict[str, Any]) -> None:
         "hub": hub["endpoint"] + (", not asked: HF_HUB_OFFLINE is set" if hub["offline"] else ""),
         "cache": f"{hub['cache']}, {in_gigabytes(hub['free_bytes'])} free",
     }
-    print_facts(lines | {model["name"]: model["verdict"] for model in findings["models"]})
+    models = {
+        model["name"]: f"{model['verdict']}; {in_words(model['licence'], model['commercial'])}"
+        for model in findings["models"]
+    }
+    print_facts({**lines, "draws with": DRAWS[findings["commercial_only"]], **models})

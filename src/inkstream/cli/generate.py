@@ -6,16 +6,20 @@ import re
 import shlex
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.lines import print_json
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Done, Failed, InputError, Request, Step
+from inkstream.types import Done, Failed, InputError, Loading, Request, Step
+
+if TYPE_CHECKING:
+    from inkstream.engine.engine import Engine
 
 SHORT = {
     "negative_prompt": "-n",
@@ -26,17 +30,25 @@ SHORT = {
     "seed": "-s",
     "count": "-c",
 }
+THE_REAL_ONE = "for photographs and long texts add -m z-image-turbo (a download of 33 GB)"
 RUN = Group("This run", sort_key=1)
+
+
+def as_options(wish: type[Request], bare: Collection[str] = ("prompt",), without: Collection[str] = ()) -> None:
+    """Make the fields of a kind of Request options. bare: may stand without their name; without: are no options."""
+    for name, field in wish.model_fields.items():
+        field.kw_only = name not in bare
+        shown = name not in without
+        default = field.default not in (None, "") and field.default is not False and not field.is_required()
+        option = Parameter(alias=SHORT.get(name), show_default=default, parse=shown, show=shown)
+        field.metadata = [*field.metadata, option]  # a new list: the old one is shared with Request
 
 
 class Wish(Request):
     """A Request as options; only the prompt may stand without its name."""
 
 
-for _name, _field in Wish.model_fields.items():
-    _field.kw_only = _name != "prompt"
-    _option = Parameter(alias=SHORT.get(_name), show_default=_field.default not in (None, ""))
-    _field.metadata = [*_field.metadata, _option]  # a new list: the old one is shared with Request
+as_options(Wish)
 
 NOTHING = Wish.model_validate({})
 
@@ -44,11 +56,13 @@ NOTHING = Wish.model_validate({})
 def generate(
     wish: Annotated[Wish, Parameter(name="*")] = NOTHING,
     *,
+    json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
     source: Annotated[Path | None, Parameter(name="--from", group=RUN)] = None,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
     metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
     device: Annotated[str | None, Parameter(group=RUN)] = None,
     dtype: Annotated[str | None, Parameter(group=RUN)] = None,
+    commercial_only: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -57,6 +71,8 @@ def generate(
 
     Parameters
     ----------
+    json_prompt
+        File that holds the prompt as JSON, as FLUX.2 reads it: scene, subjects, style, camera ...; - is stdin.
     source
         Take the request from this picture's metadata; options given beside it win.
     output
@@ -67,6 +83,8 @@ def generate(
         cpu, cuda, cuda:1, mps; else the best there is.
     dtype
         bf16, fp32 or fp16; else what suits the device.
+    commercial_only
+        Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
     json
         Print one JSON document on stdout when all is done.
     quiet
@@ -75,16 +93,21 @@ def generate(
         Download what is missing without asking.
     """
     with Terminal(quiet) as terminal:
-        request = understand(wish, source, terminal.say)
+        request = understand(wish, source, terminal.say, json_prompt)
         piped = output is None and not json and not sys.stdout.isatty()
         if piped and request.count > 1:
             raise InputError(f"--count {request.count} does not go into a pipe, which holds one picture: give --output")
         place = None if piped else find_place(output, request.count)
         check(request)
-        agree_to_download(request.model, yes, terminal)
+        agree_to_download(request.model, yes, terminal, commercial_only or None)
+        if "model" not in wish.model_fields_set and source is None:
+            terminal.say(f"drawing with {request.model}, the small model that comes along; {THE_REAL_ONE}")
+        from inkstream.engine.engine import Engine
+
+        engine = Engine(device, dtype, commercial_only=commercial_only or None)
         done: list[dict[str, Any]] = []
         try:
-            for picture in draw(request, place, metadata, device, dtype, terminal):
+            for picture in draw(engine, request, place, metadata, terminal):
                 done.append(picture)
                 if not (piped or json):
                     terminal.print(picture["path"])
@@ -100,10 +123,16 @@ def generate(
                     print_json({"pictures": done, "again": again})
 
 
-def understand(wish: Wish, source: Path | None, say: Callable[[str], None]) -> Request:
+def understand(
+    wish: Request, source: Path | None, say: Callable[[str], None], json_prompt: str | None = None
+) -> Request:
     """The request that the options, stdin and the metadata of `source` make together; options win."""
     given = {name: getattr(wish, name) for name in wish.model_fields_set}
-    if given.get("prompt") == "-":
+    if json_prompt is not None:
+        if "prompt" in given:
+            raise InputError(f"--json-prompt {json_prompt} and a prompt were given: leave one of them out")
+        given["prompt"] = read_json_prompt(json_prompt)
+    elif given.get("prompt") == "-":
         given["prompt"] = sys.stdin.read().strip()
     if source is not None:
         from inkstream.engine.metadata import read_request
@@ -112,22 +141,43 @@ def understand(wish: Wish, source: Path | None, say: Callable[[str], None]) -> R
         for name, value in found.ignored.items():
             say(f"{source}: {name} is not taken over: {value}")
         given = found.request.model_dump(include=found.request.model_fields_set) | given
-    elif not given.get("prompt", "").strip():
+    elif not given.get("prompt", "").strip() and not given.get("reference"):
         raise InputError("there is no prompt: say what to draw, as in inkstream generate 'a lighthouse in fog'")
     return Request.model_validate(given)
 
 
-def find_place(output: str | None, count: int) -> Callable[[Request, int], Path]:
+def read_json_prompt(file: str) -> str:
+    """The prompt in a file of JSON, checked, as the one line a model reads. InputError names file, field and remedy."""
+    from inkstream.families.flux2.json_prompt import json_prompt
+
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text("utf-8")
+    except OSError as error:
+        reason = error.strerror or "no file"
+        raise InputError(f"--json-prompt {file} cannot be read ({reason}): give a file, or - for stdin") from None
+    except UnicodeDecodeError:
+        raise InputError(f"--json-prompt {file} is no text in UTF-8: save it as such") from None
+    try:
+        return json_prompt(text.removeprefix("\ufeff"))
+    except InputError as error:
+        raise InputError(f"--json-prompt {file}: {error}") from None
+
+
+def find_place(
+    output: str | None, count: int, name: Callable[[Request, int], str] | None = None
+) -> Callable[[Request, int], Path]:
     """From a picture's complete request and its index to the path it is written to, which is free.
 
-    InputError where nothing can be written, or where what was asked for is taken.
+    name: what a picture is called in a folder, where it is not the prompt and the seed. InputError where nothing can be
+    written, or where what was asked for is taken.
     """
     from inkstream.engine.metadata import free_name, picture_format
 
     path = Path(output or ".")
     if path.is_dir() or str(output or "/").endswith(("/", "\\")) or not path.suffix:
         try_folder(path)
-        return lambda request, index: free_name(path, f"{slug(request.prompt)}-{request.seed}", ".png")
+        name = name or (lambda request, index: f"{slug(request.prompt)}-{request.seed}")
+        return lambda request, index: free_name(path, name(request, index), ".png")
     picture_format(path)
     try_folder(path.parent)
     stems = [path.stem] if count == 1 else [f"{path.stem}-{index + 1}" for index in range(count)]
@@ -166,29 +216,45 @@ def check(request: Request) -> None:
 
 
 def draw(
+    engine: Engine,
     request: Request,
     place: Callable[[Request, int], Path] | None,
     metadata: Literal["full", "minimal", "none"],
-    device: str | None,
-    dtype: str | None,
     terminal: Terminal,
+    extra: Mapping[str, Any] | None = None,
+    before: int = 0,
+    total: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Draw the pictures and write each, to its place or to stdout; what is yielded describes it, as JSON."""
-    from inkstream.engine.engine import Engine, advice
+    """Draw the pictures and write each, to its place or to stdout; what is yielded describes it, as JSON.
+
+    extra: JSON kept in the picture beside its request. before, total: of more pictures than this request's, how many
+    came earlier, and how many there are, for the progress that is shown.
+    """
+    from inkstream.engine.engine import advice
     from inkstream.engine.metadata import free_name, save_picture
 
-    engine = Engine(device, dtype)
+    written = ""
     for event in engine.submit(request):
-        terminal.show(event)
-        if isinstance(event, Step) and event.step == 1 and event.index == 0:
-            for line in advice(request, engine.model):
-                terminal.say(line)
+        if isinstance(event, Step):
+            terminal.show(replace(event, index=before + event.index, count=total or event.count))
+        else:
+            terminal.show(event)
+        if isinstance(event, Loading) and event.text:
+            written = event.text
+        elif isinstance(event, Step) and event.step == 1 and event.index == 0:
+            if written:
+                terminal.say(f"prompt: {written}")
+            for line in advice(request.model_copy(update={"prompt": written} if written else {}), engine.model):
+                terminal.say(line, once=True)
         elif isinstance(event, Failed):
             raise InputError(event.error) if event.kind == "input" else RuntimeError(event.error)
         elif isinstance(event, Done):
-            path = place(event.request, event.index) if place else None
+            path = place(event.request, before + event.index) if place else None
             ran = {"device": str(engine.model.device), "dtype": str(engine.model.dtype).removeprefix("torch.")}
-            facts: Any = {"request": event.request, "spec": engine.model.spec, "metadata": metadata, "extra": ran}
+            if event.request.prompt != request.prompt:
+                ran["upsampled_from"] = request.prompt
+            kept = {**ran, **(extra or {})}
+            facts: Any = {"request": event.request, "spec": engine.model.spec, "metadata": metadata, "extra": kept}
             try:
                 save_picture(event.image, path or sys.stdout.buffer, **facts)
             except InputError as error:  # a JPEG's metadata has little room; the picture must not be lost
@@ -216,5 +282,9 @@ def repeat(request: Request, seed: int, device: str | None, dtype: str | None) -
     words = [f"--prompt={prompt}" if prompt.startswith("-") else prompt] if prompt else []
     for name, value in fields.items():
         option = "--" + name.replace("_", "-")
-        words += [f"{option}={value}"] if str(value).startswith("-") else [option, str(value)]
+        for one in value if isinstance(value, tuple | list) else [value]:
+            if one is True:
+                words.append(option)
+            else:
+                words += [f"{option}={one}"] if str(one).startswith("-") else [option, str(one)]
     return shlex.join(["inkstream", "generate", *words])

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from inkstream.cli.lines import in_gigabytes
+from inkstream.engine.licences import in_words
+from inkstream.engine.options import options
 from inkstream.families import SPECS
+
+TELLING = ("negative_prompt", "guidance", "image", "strength", "mask", "reference")
+"""Options by which models differ. What goes with guidance goes as the negative prompt does."""
 
 
 def list_models() -> list[dict[str, Any]]:
@@ -22,10 +28,15 @@ def list_models() -> list[dict[str, Any]]:
             "download_bytes": spec.download_bytes,
             "here": spec.folder is not None or bool(spec.repo and cached(spec.repo, ["*.safetensors"])),
             "abilities": sorted(spec.abilities),
+            "options": {
+                name: {key: value for key, value in option._asdict().items() if value}
+                for name, option in options(spec).items()
+            },
             "defaults": {
                 "steps": spec.steps,
                 "guidance": spec.guidance,
-                "shift": spec.shift,
+                "shift": spec.shift if spec.shift_rule == "fixed" else None,
+                "shift_rule": spec.shift_rule,
                 "width": spec.size[0],
                 "height": spec.size[1],
                 "solver": spec.solver,
@@ -43,8 +54,20 @@ def print_models(known: list[dict[str, Any]]) -> None:
         defaults = model["defaults"]
         size = in_gigabytes(model["download_bytes"]) if model["download_bytes"] else ""
         place = "here" if model["here"] else f"{size} to download" if size else "cannot be downloaded"
-        print(f"{model['name']}  ({place}, {model['licence']})")
+        print(f"{model['name']}  ({place}, {in_words(model['licence'], model['commercial'])})")
         print(f"  {model['title']}")
         size = f"{defaults['width']}x{defaults['height']}"
-        print(f"  {size}, {defaults['steps']} steps, guidance {defaults['guidance']:g}, shift {defaults['shift']:g}")
-        print(f"  takes {', '.join(['prompt', *model['abilities']])}")
+        shift = "by the size" if defaults["shift"] is None else f"{defaults['shift']:g}"
+        print(f"  {size}, {defaults['steps']} steps, guidance {defaults['guidance']:g}, shift {shift}")
+        for word in ("needs", "takes", "bears", "ignores", "rejects"):
+            names = [name for name in TELLING if in_a_word(model["options"][name]) == word]
+            if names:
+                words = ", ".join(name.replace("_", " ") for name in names)
+                print(f"  {word} {words}" + (", though it was not made for that" if word == "bears" else ""))
+
+
+def in_a_word(option: Mapping[str, Any]) -> str:
+    """What a model does with an option."""
+    if option["effect"] != "honours":
+        return option["effect"]
+    return "needs" if option.get("needed") else "bears" if option.get("why") else "takes"

@@ -17,6 +17,7 @@ class Terminal:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
+        self._said: set[str] = set()
         self._task: TaskID | None = None
         self._progress: Progress | None = None
         if not quiet and sys.stderr.isatty():
@@ -41,17 +42,22 @@ class Terminal:
         self._hide()
         print(result, flush=True)
 
-    def say(self, line: str) -> None:
-        """Print a line of talk on stderr."""
-        if not self.quiet:
+    def say(self, line: str, once: bool = False) -> None:
+        """Print a line of talk on stderr; `once`: unless it was said before."""
+        if not self.quiet and not (once and line in self._said):
+            self._said.add(line)
             self._hide()
             print(line, file=sys.stderr, flush=True)
 
     def ask(self, question: str) -> bool:
         """Whether the user says yes."""
+        return self.read(f"{question} [y/N]").lower() in ("y", "yes")
+
+    def read(self, question: str) -> str:
+        """The line that the user answers; empty where there is none."""
         self._hide()
-        print(f"{question} [y/N] ", file=sys.stderr, end="", flush=True)
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
+        print(f"{question} ", file=sys.stderr, end="", flush=True)
+        return sys.stdin.readline().strip()
 
     def show(self, event: Event) -> None:
         """Move the bar on to this event."""
@@ -59,7 +65,8 @@ class Terminal:
             self._move(f"{event.position} ahead", 0, None, "")
         elif isinstance(event, Loading):
             done, total = event.done_bytes or 0, event.total_bytes
-            self._move(event.what, done, total, f"{in_gigabytes(done)} of {in_gigabytes(total)}" if total else "")
+            note = f"{in_gigabytes(done)} of {in_gigabytes(total)}" if total else ""
+            self._move(event.what, done, total, f"{len(event.text.split())} words" if event.text else note)
         elif isinstance(event, Step):
             picture = f"picture {event.index + 1} of {event.count}" if event.count > 1 else "picture"
             slow = event.seconds >= 1

@@ -45,7 +45,8 @@ def train(recipe: str, output: str | None, resume: bool, changes: list[str], jso
             elif isinstance(message, Finished):
                 last = message
             elif stopped.asked:
-                terminal.say(f"stopped before the first step: start again with: {again if resume else again.removesuffix(' --resume')}")
+                words = again if resume else again.removesuffix(" --resume")
+                terminal.say(f"stopped before the first step: start again with: {words}")
                 return 130
             else:
                 told = _prepare(terminal, message, told)

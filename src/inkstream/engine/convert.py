@@ -1,4 +1,5 @@
-"""`convert`: a model in any layout that is read becomes a folder in the one asked for. State dicts only, no modules."""
+"""`convert`: a model in any layout that is read becomes a folder in the one asked for, packed if one likes. State dicts
+only, no modules."""
 
 from __future__ import annotations
 
@@ -6,16 +7,20 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from torch import Tensor
-
-from inkstream.engine.sources import CARD, PREFIXES, Found, Progress, Source, locate, write_card
+from inkstream.engine.quantise import QUANTS, Quant, in_safetensors, plan, weights
+from inkstream.engine.sources import CARD, Found, Progress, Source, locate, write_card
+from inkstream.families import Part
+from inkstream.quant import QuantName
+from inkstream.quant.packed import Weight
 from inkstream.types import InputError, Loading
-from inkstream.weights.files import read_state, strip_prefix, write_state
-from inkstream.weights.keymap import Rule, translate
+from inkstream.weights.files import whole_file, write_state, write_stream
+from inkstream.weights.gguf import FILE_TYPES, write_gguf
+from inkstream.weights.keymap import Rule
 
 Layout = Literal["diffusers", "native"]
 
@@ -28,27 +33,40 @@ TOKENIZER = (
 )  # fmt: skip
 
 
-def convert(src: Path | str, dst: Path | str, to: Layout = "diffusers", progress: Progress | None = None) -> Path:
-    """Write the model `src` (anything `load` takes) as the folder `dst`, which `load` takes too. Dtypes are kept.
+def convert(
+    src: Path | str,
+    dst: Path | str,
+    to: Layout | None = None,
+    progress: Progress | None = None,
+    quant: QuantName | None = None,
+) -> Path:
+    """Write the model `src` (anything `load` takes) as the folder `dst`, which `load` takes too.
 
-    to "diffusers": the published folder, which diffusers' pipeline loads as well. to "native": the transformer as one
-    safetensors file beside folders of the other parts. The folder appears when it is whole; InputError where it is
-    there already, where the disk has no room, and as `load`.
+    to "diffusers", the default: the published folder, which diffusers' pipeline loads as well. to "native", the
+    default with `quant`: the transformer as one file beside folders of the other parts. quant: pack the weights of
+    transformer and text encoders so; without it all stay as they are. Names with a q are written as GGUF files.
+    The folder appears when it is whole; InputError where it is there already, the disk has no room, and as `load`.
     """
+    to = to or ("native" if quant else "diffusers")
     if to not in get_args(Layout):
         raise InputError(f"layout {to} is not known: take {' or '.join(get_args(Layout))}")
+    if quant is not None and quant not in QUANTS:
+        raise InputError(f"quant {quant} is not known: take {', '.join(QUANTS)}")
+    if quant is not None and QUANTS[quant].gguf and to == "diffusers":
+        raise InputError(f"{quant} is written as GGUF, which diffusers folders do not hold: leave out --to diffusers")
     dst = Path(dst).expanduser().absolute()
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise InputError(f"{dst} is there already: take another name, or remove it first")
     tell = progress or (lambda event: None)
     source = locate(src, tell)
-    needed = sum(tensor.nbytes for found in source.parts.values() for tensor in found.tensors.values())
+    writes = [_plan_part(source, part, to, quant) for part in source.parts]
+    needed = sum(weight.nbytes for write in writes for weight in write.plan.values())
     _check_space(dst, needed)
     dst.parent.mkdir(parents=True, exist_ok=True)
     temporary = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}")
     temporary.mkdir()
     try:
-        _write(source, temporary, to, tell, needed)
+        _write(source, temporary, to, writes, tell, needed)
         if dst.exists():
             dst.rmdir()
         os.replace(temporary, dst)
@@ -57,7 +75,31 @@ def convert(src: Path | str, dst: Path | str, to: Layout = "diffusers", progress
     return dst
 
 
-def _write(source: Source, folder: Path, to: Layout, tell: Progress, total: int) -> None:
+@dataclass(frozen=True)
+class _Write:
+    """How a part is to be written."""
+
+    name: str
+    part: Part
+    found: Found
+    rules: Sequence[Rule]  # from our names into the layout
+    quant: Quant | None
+    plan: Mapping[str, Weight]  # on meta
+
+
+def _plan_part(source: Source, name: str, to: Layout, quant: QuantName | None) -> _Write:
+    part, found = source.family.parts[name], source.parts[name]
+    wanted = QUANTS[quant] if quant is not None and part.packs else None
+    rules = part.layouts.get(to, ())
+    if wanted is not None and wanted.gguf:
+        if part.gguf:
+            rules = part.layouts.get("gguf", rules)
+        else:
+            wanted = in_safetensors(wanted)
+    return _Write(name, part, found, rules, wanted, plan(found, part, wanted, rules))
+
+
+def _write(source: Source, folder: Path, to: Layout, writes: Sequence[_Write], tell: Progress, total: int) -> None:
     """Everything of the new folder, weights last."""
     made = {**source.family.documents(source.spec), CARD: write_card(source.spec)}
     documents = {name: {**content, **_kept(source, name)} for name, content in made.items()}
@@ -82,20 +124,44 @@ def _write(source: Source, folder: Path, to: Layout, tell: Progress, total: int)
         done += size
         tell(Loading(f"writing {part}", done, total))
 
-    for part, found in source.parts.items():
-        state = _translated(found, source.family.parts[part].layouts.get(to, ()))
+    for write in writes:
+        part = write.name
         if alone and part == "transformer":
-            metadata = {
-                "licence": source.spec.licence,
-                "origin": source.spec.name,
-                **found.metadata,
-                "config": json.dumps(documents["transformer/config.json"]),
-            }
-            write_state(folder / f"{source.spec.name.rpartition('/')[2]}.safetensors", state, metadata, progress=count)
+            stem = folder / source.spec.name.rpartition("/")[2]
+            config = documents["transformer/config.json"]
         else:
             library = documents["model_index.json"][part][0]
-            stem = "model" if library == "transformers" else "diffusion_pytorch_model"
-            write_state(folder / part / f"{stem}.safetensors", state, shard_bytes=SHARD_BYTES, progress=count)
+            stem = folder / part / ("model" if library == "transformers" else "diffusion_pytorch_model")
+            config = None
+        _write_part(write, stem, _header(source, write, config), count)
+
+
+def _header(source: Source, write: _Write, config: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a file says of itself: its origin and licence, and where it stands alone its config."""
+    said = {"licence": source.spec.licence, "origin": source.spec.name}
+    if config is not None:
+        return {**said, **write.found.metadata, "config": json.dumps(config)}
+    return said if write.quant else {}
+
+
+def _write_part(write: _Write, stem: Path, header: Mapping[str, str], count: Callable[[int], None]) -> None:
+    incoming = weights(write.found, write.part, write.quant, write.rules)
+    if write.quant is None:
+        write_state(stem.with_name(f"{stem.name}.safetensors"), dict(incoming), header, SHARD_BYTES, count)
+    elif not write.quant.gguf:
+        write_stream(stem.with_name(f"{stem.name}.safetensors"), write.plan, incoming, header, count)
+    else:
+        form = write.quant.formats[0]
+        values: dict[str, str | int] = {
+            "general.architecture": write.part.gguf,
+            "general.name": header["origin"],
+            "general.license": header["licence"],
+            "general.quantization_version": 2,
+            "general.file_type": FILE_TYPES[form],
+            **{key: value for key, value in header.items() if key in ("licence", "origin", "config")},
+        }
+        with whole_file(stem.with_name(f"{stem.name}-{form.upper()}.gguf")) as temporary:
+            write_gguf(temporary, write.plan, incoming, values, count)
 
 
 def tokenizer_class(tokenizer: str, config: bytes) -> dict[str, list[str]]:
@@ -108,12 +174,6 @@ def tokenizer_class(tokenizer: str, config: bytes) -> dict[str, list[str]]:
     except (ValueError, AttributeError):
         name = None
     return {tokenizer: ["transformers", name]} if isinstance(name, str) else {}
-
-
-def _translated(found: Found, rules: Sequence[Rule]) -> dict[str, Tensor]:
-    """All tensors of a part in another layout, those that no module reads too."""
-    ours = translate(found.rules, strip_prefix(read_state(found.path), PREFIXES))
-    return translate(rules, ours, back=True)
 
 
 def _kept(source: Source, name: str) -> Mapping[str, Any]:

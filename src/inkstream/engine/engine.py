@@ -6,26 +6,35 @@ import gc
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 
 from inkstream.engine.inputs import to_image
 from inkstream.engine.loader import load
-from inkstream.engine.model import Model, Run, advance, complete, guided, singles
-from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Step
+from inkstream.engine.model import Model, Run, advance, complete, singles
+from inkstream.engine.options import options
+from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
 
 
 class Engine:
     """Draws requests one after the other and keeps the last model warm.
 
     device: "cpu", "cuda", "mps" or None for the best there is; dtype: as in `load`, None for the device's own.
+    commercial_only: refuse models whose licence does not allow commercial use; None follows the setting.
     """
 
-    def __init__(self, device: str | None = None, dtype: str | torch.dtype | None = None, previews: bool = False):
+    def __init__(
+        self,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        previews: bool = False,
+        commercial_only: bool | None = None,
+    ):
         self.device = device
         self.dtype = dtype
         self.previews = previews
+        self.commercial_only = commercial_only
         self._name: str | None = None
         self._model: Model | None = None
         self._turn = threading.Lock()  # held while a model is loaded, by the thread that loads it
@@ -65,7 +74,7 @@ class Engine:
                     if self._name != name:
                         self._model = self._name = None
                         gc.collect()
-                        self._model = load(name, self.device, self.dtype, progress=events.put)
+                        self._model = load(name, self.device, self.dtype, events.put, self.commercial_only)
                         self._name = name
                 events.put(None)
             except BaseException as error:  # carried to the caller's thread
@@ -89,6 +98,8 @@ class Engine:
         yield from self.load(request.model)
         model = self.model
         request = complete(request, model.spec)
+        if request.upsample:
+            request = yield from self._upsample(model, request)
         yield Loading("prompt")
         cond = model.encode(request)
         original = model.open_original(request)
@@ -104,6 +115,14 @@ class Engine:
                 run.close()
             yield Done(image, one, index, request.count, time.perf_counter() - began)
 
+    def _upsample(self, model: Model, request: Request) -> Generator[Event, None, Request]:
+        """The request with its prompt written out; it draws the same without that model."""
+        yield Loading("language model")
+        text = ""
+        for text in model.upsample(request):
+            yield Loading("prompt", text=text)
+        return request.model_copy(update={"prompt": text or request.prompt, "upsample": False})
+
     def _steps(self, model: Model, run: Run) -> Iterator[tuple[int, float, float]]:
         """Drive one run to its end; after each evaluation its number, time and seconds."""
         for step in range(1, run.evaluations + 1):
@@ -115,17 +134,23 @@ class Engine:
 
 
 def advice(request: Request, model: Model) -> list[str]:
-    """What in a request has no effect on this model, a line each."""
-    lines, spec = [], model.spec
-    done = complete(request, spec)
+    """What in a request has no effect on this model, or not a good one, a line each. request: as it was given."""
+    lines = []
     for name in ("prompt", "negative_prompt"):
         if most := model.family.cut_at(getattr(request, name)):
             lines.append(f"the {name.replace('_', ' ')} is longer than {most} tokens: its end is not read")
-    if request.negative_prompt and not guided(done, spec):
-        remedy = "raise guidance" if spec.guides == "twice" else "say what you want in the prompt"
-        lines.append(f"the negative prompt has no effect here: {remedy}, or use a model that guides")
-    if spec.guides == "none" and request.guidance is not None:
-        lines.append(f"guidance {request.guidance} has no effect: {spec.name} was distilled without it")
-    if guided(done, spec) and "guidance" not in spec.abilities:
-        lines.append(f"{spec.name} was distilled without guidance: {request.guidance} doubles its time and may harm it")
+    return lines + remarks(request, model.spec)
+
+
+def remarks(request: Request, spec: Spec) -> list[str]:
+    """The same, as far as it follows from the model's Spec. What was given as it is anyway is passed over."""
+    lines = []
+    for name, option in options(spec, request).items():
+        if not option.why or option.needed or name not in request.model_fields_set:
+            continue
+        value, default = getattr(request, name), Request.model_fields[name].default
+        left_out = complete(request.model_copy(update={name: default}), spec)
+        if value not in (default, getattr(left_out, name)):
+            shown = name.replace("_", " ") + ("" if isinstance(value, str) else f" {value:g}")
+            lines.append(f"{shown}{' has no effect' if option.effect == 'ignores' else ''}: {option.why}")
     return lines

@@ -209,15 +209,26 @@ def read_swarmui(data: Mapping[str, Any]) -> Reading | None:
     names = {**_SIZED, "negativeprompt": "negative_prompt", "cfgscale": "guidance", "sigmashift": "shift"}
     _take(params, {**names, "initimagecreativity": "strength"}, reading)
     finders = {
-        "sampler": find_solver, "comfyuisampler": find_solver, "scheduler": find_schedule,
-        "comfyuischeduler": find_schedule, "model": find_model,
+        "sampler": find_solver,
+        "comfyuisampler": find_solver,
+        "scheduler": find_schedule,
+        "comfyuischeduler": find_schedule,
+        "model": find_model,
     }
     for key, find in finders.items():
         if params.get(key):
             find(params[key], reading)
     harmless = {
-        "aspectratio", "images", "imageformat", "nopreviews", "swarm_version", "date", "generation_time",
-        "automaticvae", "initimagecreativity", "wildcardseed",
+        "aspectratio",
+        "images",
+        "imageformat",
+        "nopreviews",
+        "swarm_version",
+        "date",
+        "generation_time",
+        "automaticvae",
+        "initimagecreativity",
+        "wildcardseed",
     }
     _leftovers(params, set(names) | set(finders) | harmless, reading)
     return reading
@@ -264,7 +275,13 @@ def read_mflux(data: Mapping[str, Any]) -> Reading | None:
     if is_number(kept):
         reading.fields["strength"] = round(1 - kept, 6)
     harmless = {
-        "mflux_version", "model", "base_model", "guidance", "precision", "generation_time_seconds", "created_at",
+        "mflux_version",
+        "model",
+        "base_model",
+        "guidance",
+        "precision",
+        "generation_time_seconds",
+        "created_at",
         "image_strength",
     }
     _leftovers(data, set(names) | harmless, reading)

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from inkstream.engine.licences import is_commercial_only
 from inkstream.engine.model import Model
-from inkstream.engine.sources import PREFIXES, Found, Progress, Source, encoder_of, locate
+from inkstream.engine.sources import PREFIXES, Found, Progress, Source, encoder_of, locate, locate_writer
+from inkstream.families import Writer
+from inkstream.nn.quant import place, takes_packed
+from inkstream.quant.packed import Weight, unpack
 from inkstream.types import InputError, Loading
 from inkstream.weights.files import read_state, strip_prefix
 from inkstream.weights.keymap import translate
@@ -32,24 +36,32 @@ def load(
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
+    commercial_only: bool | None = None,
 ) -> Model:
     """A model ready to draw.
 
     name: of a known model, OWNER/NAME on the hub, or a path (see `sources.locate`). device, dtype: None takes the best
-    there is. Weights of that dtype stay views of the files on disk. InputError, before anything big is read, where a
-    part is missing or does not fit.
+    there is. Weights of that dtype stay views of the files on disk. commercial_only: refuse a licence that does not
+    allow commercial use; None follows the setting. InputError, before anything big is read, where a part is missing or
+    does not fit.
     """
     tell = progress or (lambda event: None)
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    source = locate(name, tell)
+    source = locate(name, tell, is_commercial_only(commercial_only))
     tokenizers = {name: source.family.tokenizers[name](folder) for name, folder in source.tokenizers.items()}
     check_vocabulary(source, tokenizers)
     modules = {
         part: read(found, device, dtype_of(part, dtype, device), partial(_tell, tell, part))
         for part, found in source.parts.items()
     }
-    return Model(source.family(source.spec, modules, tokenizers), device, dtype)
+
+    def read_writer() -> Writer:
+        writer: Any = read(locate_writer(source), device, dtype, lambda done, total: None)
+        writer.attach(modules["text_encoder"], tokenizers["tokenizer"])
+        return writer
+
+    return Model(source.family(source.spec, modules, tokenizers), device, dtype, read_writer)
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:
@@ -66,8 +78,13 @@ def vocabulary_of(tokenizer: Any) -> int:
     return tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else len(tokenizer)
 
 
-def read(found: Found, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None]) -> nn.Module:
-    """The part's module with its weights; progress is told the bytes done and in all."""
+def read(
+    found: Found, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None], packed: bool = True
+) -> nn.Module:
+    """The part's module with its weights; progress is told the bytes done and in all.
+
+    packed: weights that are packed in the file stay so where a layer can hold them; otherwise they are unpacked.
+    """
     wanted = found.module.state_dict().keys()
     state = translate(found.rules, strip_prefix(read_state(found.path), PREFIXES))
     state = {key: tensor for key, tensor in state.items() if key in wanted}
@@ -75,15 +92,24 @@ def read(found: Found, device: torch.device, dtype: torch.dtype, progress: Calla
     progress(0, total)
     for key in state:
         size = state[key].nbytes
-        state[key] = state[key].to(device, dtype)  # one at a time: what is replaced is freed
+        state[key] = _move(found.module, key, state[key], device, dtype, packed)  # one at a time, so that it is freed
         if (done + size) * 100 // total > done * 100 // total:
             progress(done + size, total)
         done += size
     module = found.module
-    module.load_state_dict(state, strict=True, assign=True)
+    module.load_state_dict(place(module, state, dtype), strict=True, assign=True)
     unset = [key for key, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
     assert not unset, f"no weights for {unset}"
     return module.eval().requires_grad_(False)
+
+
+def _move(
+    module: nn.Module, key: str, weight: Weight, device: torch.device, dtype: torch.dtype, packed: bool
+) -> Weight:
+    if isinstance(weight, Tensor):
+        return weight.to(device, dtype)
+    weight = weight.to(device)
+    return weight if packed and takes_packed(module, key, weight) else unpack(weight, dtype)
 
 
 def choose_device(name: torch.device | str | None = None) -> torch.device:

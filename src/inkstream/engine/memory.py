@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from inkstream.engine.loader import DTYPES, dtype_of
-from inkstream.families import family_of
+from inkstream.engine.sources import Unset
+from inkstream.families import parts_of
 from inkstream.types import Spec
 
 
@@ -22,15 +26,14 @@ def weigh(weights: Mapping[str, int], dtype: str, device: torch.device) -> int:
 
 def count_weights(spec: Spec) -> dict[str, int]:
     """Part -> how many numbers its weights are. Nothing is allocated."""
-    counts = {}
-    for name, part in family_of(spec.family).parts.items():
-        config = getattr(spec, name)
-        if part.count is not None:
-            counts[name] = part.count(config)
-            continue
-        with torch.device("meta"):
-            counts[name] = sum(weight.numel() for weight in part.build(config).parameters())
-    return counts
+    parts = parts_of(spec).items()
+    return {name: _count(part.count, part.build, getattr(spec, name)) for name, part in parts}
+
+
+@cache  # models share their parts
+def _count(count: Callable[[Any], int] | None, build: Callable[[Any], nn.Module], config: Any) -> int:
+    with torch.device("meta"), Unset():
+        return count(config) if count else sum(weight.numel() for weight in build(config).parameters())
 
 
 def free_memory(device: torch.device) -> tuple[int | None, int | None]:

@@ -150,7 +150,7 @@ def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None
             del fields[name]
     record: dict[str, Any] = {"version": VERSION, "software": SOFTWARE, "request": fields}
     if spec is not None:
-        record |= {"model": spec.title or spec.name, "licence": spec.licence}
+        record |= {"model": spec.title or spec.name, "licence": spec.licence, "commercial": spec.commercial}
     if left_out:
         record["left_out"] = left_out
     if extra:
@@ -248,7 +248,15 @@ def describe(source: str | Path) -> dict[str, Any]:
         facts["request"] = found.request.model_dump(mode="json", include=found.request.model_fields_set)
         facts["ignored"] = found.ignored
         if found.source == "inkstream" and isinstance(record := foreign.parse_json(found.raw), dict):
-            facts |= {key: _short(record[key]) for key in ("model", "licence", "software") if key in record}
+            known = ("model", "licence", "commercial", "software")
+            facts |= {key: _short(record[key]) for key in known if key in record}
+            extra = record.get("extra")
+            extra = extra if isinstance(extra, dict) else {}
+            if isinstance(given := extra.get("upsampled_from"), str):
+                facts["upsampled_from"] = _short(given)
+            origin = extra.get("refined_from")
+            if isinstance(origin, dict):
+                facts["refined_from"] = {_short(key): _short(value) for key, value in islice(origin.items(), 10)}
     return {key: value for key, value in facts.items() if value not in (None, {})}
 
 
@@ -357,12 +365,16 @@ def _read_record(data: Any) -> foreign.Reading | None:
     return foreign.Reading(dict(data["request"]), dict(left_out) if isinstance(left_out, dict) else {})
 
 
+FLAGS = frozenset(name for name, field in Request.model_fields.items() if field.annotation is bool)
+"""Fields that are true or false; of the others no number may be."""
+
+
 def _validate(source: Source, reading: foreign.Reading) -> tuple[Request, Source, dict[str, Any]]:
     """A Request of the fields that are sound; the others join the ignored."""
     ignored = dict(reading.ignored)
     fields = {}
     for name, value in reading.fields.items():
-        if isinstance(value, bool):
+        if isinstance(value, bool) and name not in FLAGS:
             ignored[name] = value
         elif value is not None:
             fields[name] = value

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from inkstream.engine.inputs import fit_size, open_mask, open_picture, to_pixels
+from inkstream.engine.options import guided, refuse
 from inkstream.engine.preview import fit_preview
-from inkstream.families import Family, Pictures, family_of
+from inkstream.families import Family, Pictures, Writer, family_of
 from inkstream.flow import add_noise, to_image
 from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, paste, start_index
@@ -28,14 +29,34 @@ FEATHER = 8
 class Model:
     """What `inkstream.load` returns. Latents are (B, C, h, w) float32, pixels (B, 3, H, W) float32 in [0, 1]."""
 
-    def __init__(self, family: Family, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        family: Family,
+        device: torch.device,
+        dtype: torch.dtype,
+        read_writer: Callable[[], Writer] | None = None,  # where the text encoder's files hold one
+    ):
         self.family = family
         self.device = device
         self.dtype = dtype
+        self._read_writer = read_writer
 
     @property
     def spec(self) -> Spec:
         return self.family.spec
+
+    @cached_property
+    def writer(self) -> Writer:
+        """What writes prompts out, read when it is first asked for. InputError where it is not there."""
+        assert self._read_writer is not None, "only models with the ability to upsample are asked"
+        return self._read_writer()
+
+    @torch.inference_mode()
+    def upsample(self, request: Request) -> Iterator[str]:
+        """The request's prompt as the model itself writes it out, as it grows; the last is the whole."""
+        request = complete(request, self.spec)
+        assert request.seed is not None
+        yield from self.writer.write(request.prompt, [open_picture(p) for p in request.reference], request.seed)
 
     @torch.inference_mode()
     def encode(self, request: Request) -> Conditioning:
@@ -43,8 +64,6 @@ class Model:
         request = complete(request, self.spec)
         prompts = [request.prompt, request.negative_prompt] if guided(request, self.spec) else [request.prompt]
         cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
-        if self.spec.guides == "read":
-            cond = replace(cond, guidance=request.guidance)
         shown = [open_picture(picture) for picture in request.reference]
         fill = "fill" in self.spec.abilities
         image, mask = (open_picture(p) if p and fill else None for p in (request.image, request.mask))
@@ -88,6 +107,8 @@ class Model:
         assert height is not None
         pixels = to_pixels(open_picture(request.image), width, height)
         mask = None if request.mask is None else torch.as_tensor(open_mask(request.mask, (width, height)))
+        if "fill" in self.spec.abilities:  # it sees the picture beside the noise, which nothing is mixed into
+            return Original(pixels, None, mask)
         return Original(pixels, self.family.encode_image(pixels[None].to(self.device))[0], mask)
 
     @torch.inference_mode()
@@ -101,18 +122,20 @@ class Model:
             noise = torch.randn(shape, generator=generator)
         noise = noise.to(self.device, torch.float32)
         ts = SCHEDULES[request.schedule](request.steps, request.shift)  # type: ignore[index]
-        sees = "fill" in self.spec.abilities  # the picture beside the noise, so it is not mixed in
-        if original is not None and not sees:
+        latents = None if original is None else original.latents
+        if latents is not None:
             ts = ts[start_index(len(ts) - 1, request.strength) :]  # type: ignore[arg-type]
-            noise = add_noise(original.latents, noise, ts[0])
+            noise = add_noise(latents, noise, ts[0])
         solver = SOLVERS[request.solver](noise, ts, generator)  # type: ignore[index]
-        if original is not None and original.mask is not None and not sees:
+        if original is not None and latents is not None and original.mask is not None:
             mask = latent_mask(original.mask, *shape[1:]).to(self.device)
-            solver = keep(solver, original.latents, mask)
+            solver = keep(solver, latents, mask)
         times = times_asked(request.solver, ts)  # type: ignore[arg-type]
         if guided(request, self.spec) and len(cond) < 2:
             raise InputError(f"guidance {request.guidance} needs the negative prompt too: encode this same request")
         entries = cond if guided(request, self.spec) else cond[0]
+        if self.spec.guides == "read":
+            entries = replace(entries, guidance=request.guidance)
         prepared = self.family.prepare(entries, request.width, request.height, times)  # type: ignore[arg-type]
         return Run(request, solver, prepared, len(times), noise)
 
@@ -141,10 +164,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Original:
-    """The picture to start from. pixels: (3, H, W) in [0, 1]; latents: (C, h, w); mask: (H, W), 1 repaints."""
+    """The picture to start from. pixels: (3, H, W) in [0, 1]; latents: (C, h, w); mask: (H, W), 1 repaints.
+
+    latents: None where noise is not mixed with them.
+    """
 
     pixels: Tensor
-    latents: Tensor
+    latents: Tensor | None
     mask: Tensor | None
 
 
@@ -199,11 +225,6 @@ def advance(family: Family, runs: Sequence[Run]) -> None:
         run.answer([next(answers) for _ in range(count)])
 
 
-def guided(request: Request, spec: Spec) -> bool:
-    """Whether a complete request asks for the negative prompt at all."""
-    return spec.guides == "twice" and request.guidance > 1  # type: ignore[operator]
-
-
 def singles(request: Request, count: int) -> Iterator[Request]:
     """The requests that draw each picture alone: seeds count up from the first."""
     for i in range(count):
@@ -212,18 +233,13 @@ def singles(request: Request, count: int) -> Iterator[Request]:
 
 def complete(request: Request, spec: Spec) -> Request:
     """The request with every open field taken from the model's defaults. InputError where the model cannot do it."""
-    if request.image is None:
-        for name in ("mask", "strength"):
-            if getattr(request, name) is not None:
-                raise InputError(f"{name} needs a picture to start from: give image as well, or leave {name} out")
-    if request.reference and not spec.abilities & {"references", "map"}:
-        raise InputError(f"{spec.name} takes no references: leave them out, or take a model that does")
+    refuse(request, spec)
     width, height = request.width, request.height
     if request.image is not None and (width is None or height is None):
         own = fit_size(open_picture(request.image), spec.multiple)
         width, height = width or own[0], height or own[1]
     elif request.reference and (width is None or height is None):
-        own = family_of(spec.family).size_for(open_picture(request.reference[0]).size)
+        own = family_of(spec.family).size_for(spec, open_picture(request.reference[0]).size)
         width, height = width or own[0], height or own[1]
     width, height = width or spec.size[0], height or spec.size[1]
     for name, value in (("width", width), ("height", height)):

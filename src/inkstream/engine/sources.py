@@ -6,40 +6,46 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic import BaseModel, StrictBool, ValidationError
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
+from inkstream.engine.licences import FREE, UNKNOWN, check_licence, known_as
+from inkstream.families import CARD, FAMILIES, SPECS, Family, Part, family_of, parts_of
 from inkstream.nn.config import read_config
-from inkstream.types import InputError, Loading, Request, Spec
-from inkstream.weights.files import few, read_header, strip_prefix
+from inkstream.quant.packed import Weight
+from inkstream.types import GuidanceKind, InputError, Loading, Request, Spec
+from inkstream.weights.files import few, list_weights, read_header, strip_prefix
 from inkstream.weights.keymap import Rule, translate
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 """What single files put before every name of the transformer."""
 
-FOLDERS = ("transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler")
+FOLDERS = (
+    "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler", "image_encoder",
+    "image_embedder",
+)  # fmt: skip
 KINDS = ("safetensors", "json", "txt")
 PUBLISHED = ("model_index.json", *(f"{folder}/*.{kind}" for folder in FOLDERS for kind in KINDS))
 """The files of a published repository that are needed."""
 
-SCALES = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant", "qweight")
-"""Endings of names that only quantised files have."""
+SCALES = ("scale_weight", "weight_scale", "comfy_quant", "pre_quant_scale", "qweight", "absmax", "quant_map")
+"""Endings of names that only quantised files have, where nobody read them."""
 
 INDEX = "model_index.json"
-CARD = "inkstream.json"
-"""The file in a model's folder that says how it likes to be drawn. Ours alone: others leave it unread."""
 
 COMFYUI = {
     "transformer": ("diffusion_models", "unet"),
     **dict.fromkeys(("text_encoder", "text_encoder_2"), ("text_encoders", "clip")),
     "vae": ("vae",),
+    "image_encoder": ("clip_vision",),
+    "image_embedder": ("style_models",),
 }
 """Where ComfyUI's models/ folder keeps the parts."""
 
@@ -50,11 +56,11 @@ Progress = Callable[[Loading], None]
 class Found:
     """A part's weights on disk, checked against its module: every name and shape is as it must be."""
 
-    path: Path  # a safetensors file, or a folder of shards
+    path: Path  # a safetensors or GGUF file, or a folder of shards
     config: Any
     module: nn.Module  # on meta
     rules: Sequence[Rule]  # from the layout on disk into our names
-    tensors: Mapping[str, Tensor]  # what the files hold, on meta, in our names; more than the module may read
+    tensors: Mapping[str, Weight]  # what the files hold, on meta, in our names; more than the module may read
     metadata: Mapping[str, str]  # of the files' headers
 
 
@@ -69,20 +75,31 @@ class Source:
     documents: Mapping[str, Mapping[str, Any]]  # the JSON files beside the parts, by their path in a published folder
 
 
-def locate(name: Path | str, progress: Progress | None = None) -> Source:
+def locate(name: Path | str, progress: Progress | None = None, commercial_only: bool = False) -> Source:
     """Find a model's parts and check them, downloading first if need be.
 
     name: of a known model; OWNER/NAME on the hub; or a path: a diffusers folder, a folder or ComfyUI models/ tree that
-    holds one transformer as a safetensors file, or that file. InputError names what is missing or does not fit.
+    holds one transformer as a safetensors file, or that file. commercial_only: whether a licence that does not allow
+    commercial use is refused. InputError names what is missing or does not fit.
     """
-    path, title = _resolve(str(name), progress or (lambda event: None))
+    known = known_as(str(name))
+    if commercial_only and repository(str(name)):
+        check_licence(str(name), known)
+    tell = progress or (lambda event: None)
+    path, title = _resolve(str(name), tell)
     path, title = _transformer_in(path, title)
     root = path.parent
     family, transformer = _recognise(path)
     parts = {"transformer": transformer}
-    for part in family.parts:
-        if part != "transformer":
+    for part, kind in family.parts.items():
+        if part != "transformer" and kind.repo is None:
             parts[part] = _find_part(family, part, path, transformer.config)
+        elif kind.repo is not None and known is None:  # a local model has it where it lies with it
+            with suppress(InputError):
+                parts[part] = _find_part(family, part, path, transformer.config)
+        elif kind.repo is not None and getattr(known, part) is not None:
+            folder = _download(kind.repo, None, tell, published(part))
+            parts[part] = locate_part(family, part, folder)
     documents = {
         f"{folder}/{file}": _read_json(root / folder / file)
         for folder, file in (*((part, "config.json") for part in parts), ("scheduler", "scheduler_config.json"))
@@ -93,10 +110,17 @@ def locate(name: Path | str, progress: Progress | None = None) -> Source:
     shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
     if not isinstance(shift, int | float | None):
         raise InputError(f"{root}/scheduler/scheduler_config.json says shift is {shift!r}: expected a number like 3.0")
-    spec = family.recognise({part: found.config for part, found in parts.items()}, documents, title)
+    said: Mapping[str, Any] = {}
     if (root / CARD).is_file():
         documents[CARD] = _read_json(root / CARD)
-        spec = read_card(documents[CARD], spec, root / CARD)
+        said = read_card(documents[CARD], root / CARD)
+    spec = family.recognise({part: found.config for part, found in parts.items()}, documents, title)
+    parts = {part: found for part, found in parts.items() if getattr(spec, part) is not None}
+    # Another model is under a licence of its own, however alike it is.
+    licence, commercial = (known.licence, known.commercial) if known else (UNKNOWN, False)
+    spec = replace(spec, **{"licence": licence, "commercial": commercial, **said})
+    if commercial_only:
+        check_licence(spec.name, spec)
     tokenizers = {
         name: _find_tokenizer(spec, name, [root / name, parts[encoder_of(name)].path], path)
         for name in family.tokenizers
@@ -110,11 +134,13 @@ def encoder_of(tokenizer: str) -> str:
 
 
 def write_card(spec: Spec) -> dict[str, Any]:
-    """How a model likes to be drawn, as JSON. `read_card` is the inverse."""
+    """What a folder's other files do not say of a model, as JSON. `read_card` is the inverse."""
     return {
         "title": spec.title,
         "licence": spec.licence,
+        "commercial": spec.commercial,
         "steps": spec.steps,
+        "guides": spec.guides,
         "guidance": spec.guidance,
         "size": list(spec.size),
         "solver": spec.solver,
@@ -123,21 +149,34 @@ def write_card(spec: Spec) -> dict[str, Any]:
     }
 
 
-def read_card(card: Mapping[str, Any], spec: Spec, path: Path) -> Spec:
-    """The spec with what the card says in the place of its family's defaults. InputError names what is not right."""
+class _Card(BaseModel):
+    """What a card says beside fields of a Request. What it leaves out is as in the model's family."""
+
+    title: str | None = None
+    licence: str | None = None
+    commercial: StrictBool | None = None
+    guides: GuidanceKind | None = None
+    size: tuple[int, int] | None = None
+    abilities: frozenset[str] | None = None
+
+
+def read_card(card: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """What a card says, as fields of a Spec. InputError names what is not right.
+
+    A licence that is known to allow commercial use need not say so.
+    """
     drawn = {name: card[name] for name in ("steps", "guidance", "solver", "schedule") if name in card}
-    texts = {name: str(card[name]) for name in ("title", "licence") if name in card}
-    size, abilities = card.get("size", spec.size), card.get("abilities", spec.abilities)
     try:
-        width, height = size
-        Request(width=width, height=height, **drawn)
-        return replace(spec, size=(width, height), abilities=frozenset(abilities), **drawn, **texts)
+        said = _Card.model_validate(card).model_dump(exclude_none=True)
+        width, height = said.get("size", (None, None))
+        request = Request(width=width, height=height, **drawn)
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False)[0]
         problem = f"{first['loc'][0]} is {first['input']!r}"
-    except (TypeError, ValueError):
-        problem = f"size is {size!r}, abilities are {abilities!r}"
-    raise InputError(f"{path} is no card of a model ({problem}): mend or remove it")
+        raise InputError(f"{path} is no card of a model ({problem}): mend or remove it") from error
+    if said.get("licence", "").lower() in FREE:
+        said.setdefault("commercial", True)
+    return {**said, **request.model_dump(include=set(drawn))}
 
 
 def locate_part(family: type[Family], name: str, path: Path | str) -> Found:
@@ -149,7 +188,29 @@ def locate_part(family: type[Family], name: str, path: Path | str) -> Found:
     return _checked(_match(part, path / name if (path / name).is_dir() else path), name, part)
 
 
+def locate_writer(source: Source) -> Found:
+    """What a text encoder lacks to be a whole language model, in its own files. InputError where that is not there."""
+    part, path = source.family.parts["text_encoder"].writer, source.parts["text_encoder"].path
+    if part is None:
+        raise InputError(f"{source.spec.name} has no language model that writes: leave upsample out")
+    match = _match(part, path)
+    if match.missing:
+        raise InputError(
+            f"{path} holds of its language model only what reads prompts, no {few(sorted(match.missing))}: "
+            "leave upsample out, or take the one published with the model"
+        )
+    return _checked(match, "language model", part)
+
+
 # From a name to a path ----------------------------------------------------------------------------------------------
+
+
+def repository(name: str) -> str | None:
+    """The repository on the hub that a model's name means; None for a local path, and for what is neither."""
+    if name in SPECS:
+        return SPECS[name].repo
+    is_local = Path(name).expanduser().exists()
+    return name if not is_local and re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", name) else None
 
 
 def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
@@ -166,9 +227,9 @@ def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
         return path.resolve(), path.resolve().name
     if path.exists():
         return path.absolute(), path.stem  # a link in the hub's cache keeps its name and its neighbours
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".") and path.suffix != ".safetensors":
+    if repo := repository(name):
         try:
-            return _download(name, None, progress), name
+            return _download(repo, None, progress), name
         except InputError as error:
             raise InputError(f"{name} is no file or folder here, and {error}") from error
     near = difflib.get_close_matches(name.lower(), SPECS)
@@ -177,18 +238,33 @@ def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
     raise InputError(f"{name} is no known model, and no file or folder here: {hint}")
 
 
-def _download(repo: str, licence: str | None, progress: Progress) -> Path:
+def published(part: str) -> tuple[str, ...]:
+    """The files of a published repository that are needed of one part."""
+    return tuple(f"{part}/*.{kind}" for kind in KINDS)
+
+
+def downloads(name: str) -> dict[str, tuple[str, ...]]:
+    """What a model's name means on the hub: its repository, those of parts published apart -> the files needed."""
+    repo, spec = repository(name), SPECS.get(name)
+    wanted: dict[str, tuple[str, ...]] = {} if repo is None else {repo: PUBLISHED}
+    for part, kind in parts_of(spec).items() if spec is not None and wanted else ():
+        if kind.repo is not None:
+            wanted[kind.repo] = (*wanted.get(kind.repo, ()), *published(part))
+    return wanted
+
+
+def _download(repo: str, licence: str | None, progress: Progress, patterns: Sequence[str] = PUBLISHED) -> Path:
     from inkstream.weights import hub
 
-    if folder := hub.cached(repo, PUBLISHED):
+    if folder := hub.cached(repo, patterns):
         return folder
-    offer = hub.offer(repo, PUBLISHED)
+    offer = hub.offer(repo, patterns)
     if not offer.total:
         raise InputError(f"{repo} holds no diffusers folder: download its safetensors file and give that path")
     hub.check_space(repo, offer.missing)
     what = f"download of {repo}, {offer.missing / 1e9:.1f} GB, licence {licence or offer.licence or 'not stated'}"
     progress(Loading(what, 0, offer.missing))
-    return hub.fetch(repo, PUBLISHED, lambda done: progress(Loading(what, min(done, offer.missing), offer.missing)))
+    return hub.fetch(repo, patterns, lambda done: progress(Loading(what, min(done, offer.missing), offer.missing)))
 
 
 def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
@@ -196,11 +272,17 @@ def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
     if not path.is_dir():
         return path, title
     if (path / "model_index.json").is_file():
+        apart = [part for family in map(family_of, FAMILIES) for part, kind in family.parts.items() if kind.repo]
+        if not (path / "transformer").exists() and (parts := [part for part in apart if (path / part).is_dir()]):
+            raise InputError(
+                f"{path} holds {' and '.join(parts)} alone, which go with another model: "
+                f"put them into that model's folder, beside its transformer/"
+            )
         return path / "transformer", title
     if (path / "config.json").is_file():  # that folder itself
         return path, path.parent.name
     trees = [root / name for root in (path, path / "models") for name in COMFYUI["transformer"]]
-    files = sorted(file for tree in trees for file in tree.rglob("*.safetensors")) or sorted(path.glob("*.safetensors"))
+    files = sorted(file for tree in trees for file in list_weights(tree, deep=True)) or list_weights(path)
     known = [file for file in files if _is_transformer(file)]
     if len(known) > 1:
         raise InputError(f"{path} holds {len(known)} models ({_names(known, path)}): give the path of one")
@@ -210,7 +292,7 @@ def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
         seen = f" (not {_names(files, path)})" if files else ""
         raise InputError(
             f"{path} holds no model that is known here{seen}: "
-            "a diffusers folder has a model_index.json, others one transformer as a safetensors file"
+            "a diffusers folder has a model_index.json, others one transformer as a safetensors or GGUF file"
         )
     return known[0], known[0].stem
 
@@ -224,6 +306,11 @@ class _Match:
 
     found: Found
     unknown: Sequence[str]  # names that the table and the module do not know
+
+    @property
+    def missing(self) -> set[str]:
+        """Names that the module has and the file lacks."""
+        return self.found.module.state_dict().keys() - self.found.tensors.keys()
 
     @property
     def named(self) -> bool:
@@ -280,16 +367,17 @@ def _match(part: Part, path: Path) -> _Match:
         matches.append(_Match(Found(path, config, module, rules, tensors, header.metadata), unknown))
     if errors and not any(match.named for match in matches):
         raise errors[0]
-    return min(matches, key=lambda match: len(match.unknown))
+    return min(matches, key=lambda match: (len(match.unknown), len(match.missing)))
 
 
 def _checked(match: _Match, name: str, part: Part) -> Found:
     """What was matched, if nothing is unknown, missing, of another shape or quantised."""
     found = match.found
     path, tensors = found.path, found.tensors
-    quantised = [key for key, tensor in tensors.items() if key.endswith(SCALES) or not tensor.is_floating_point()]
+    plain = {key: weight for key, weight in tensors.items() if isinstance(weight, Tensor)}
+    quantised = [key for key, tensor in plain.items() if key.endswith(SCALES) or not tensor.is_floating_point()]
     if quantised:
-        raise InputError(f"{path} is quantised ({few(quantised)}), which is not read yet: take the bf16 file")
+        raise InputError(f"{path} is quantised ({few(quantised)}), in a way that is not read: take the bf16 file")
     if found.config is None:
         wanted = "a config.json beside it" if path.is_dir() else "names like those of a published file"
         raise InputError(f"{path} is no {name} that is known here: it holds {few(list(tensors))}; expected {wanted}")
@@ -329,15 +417,15 @@ def _find_part(family: type[Family], name: str, transformer: Path, config: Any) 
 
     root = transformer.parent
     own = root / name
-    inside = list(own.glob("*.safetensors"))
+    inside = list_weights(own)
     if own.is_dir() and (len(inside) < 2 or any(own.glob("*.json"))):
         return check(own)
-    beside = [] if transformer.is_dir() else [file for file in root.glob("*.safetensors") if file != transformer]
+    beside = [] if transformer.is_dir() else [file for file in list_weights(root) if file != transformer]
     places = [inside, beside]
     for tree in transformer.parents:
         if tree.name in COMFYUI["transformer"]:
             folders = [tree.parent / folder for folder in COMFYUI.get(name, ())]
-            places.append([file for folder in folders for file in folder.rglob("*.safetensors")])
+            places.append([file for folder in folders for file in list_weights(folder, deep=True)])
     refused: list[InputError] = []
     for files in places:
         fit: list[Found] = []
@@ -417,13 +505,13 @@ def _config(part: Part, data: Mapping[str, Any], path: Path) -> Any:
 def _build(part: Part, config: Any, path: Path) -> nn.Module:
     """The module without memory for its weights."""
     try:
-        with torch.device("meta"), _Unset():
+        with torch.device("meta"), Unset():
             return part.build(config)
     except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
         raise InputError(f"{path}: nothing can be built at the sizes its config gives ({error})") from error
 
 
-class _Unset(TorchFunctionMode):
+class Unset(TorchFunctionMode):
     """Leaves weights as they are made. To draw normal ones on meta, torch would import its tracer, for 1.6 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -446,5 +534,5 @@ def _names(files: Sequence[Path], root: Path) -> str:
     return few([str(file.relative_to(root)) if file.is_relative_to(root) else str(file) for file in files])
 
 
-def _shape(tensor: Tensor) -> str:
+def _shape(tensor: Weight) -> str:
     return "x".join(map(str, tensor.shape)) or "a scalar"

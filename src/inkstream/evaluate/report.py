@@ -5,17 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont
-
 from inkstream.bench.records import write_record
+from inkstream.engine.sheet import Mark, Tile, contact_sheet
 from inkstream.evaluate.grades import Marks
 from inkstream.evaluate.ocr import Reading
 from inkstream.evaluate.run import open_picture
-from inkstream.pocket.atlas import HANZI_FONTS
 
 QUESTIONS: dict[str, str] = {
     "object_and_colour": "object and colour",
@@ -165,98 +162,17 @@ def record(name: str, date: str, command: str, ran: Mapping[str, Any], rows: Seq
 
 # The contact sheet
 
-TILE = 160  # pixels of a picture's longer side in the sheet
-EDGE = 6
-LINE = 14
-LINES = 5
-COLUMNS = 12
 TILES = 120
-GREEN, RED, GRAY = (30, 140, 60), (205, 40, 40), (150, 150, 150)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """A picture, what was asked for, and whether it is there; None where nothing can tell."""
-
-    picture: Image.Image
-    prompt: str
-    right: bool | None
 
 
 def write_sheet(judged: Sequence[Judged], prompts: Mapping[int, str], path: Path) -> None:
-    """Write the contact sheet of at most TILES of the pictures, evenly spread; prompts are those of the cases."""
+    """Write the contact sheet of at most TILES of the pictures, evenly spread; prompts are those of the cases.
+
+    Framed green where right and red where wrong, each with its mark and its prompt.
+    """
     most = min(TILES, len(judged))
     chosen = [judged[(2 * i + 1) * len(judged) // (2 * most)] for i in range(most)]
-    contact_sheet([Tile(open_picture(j.path), prompts[j.case], j.right) for j in chosen]).save(path)
+    contact_sheet([Tile(open_picture(j.path), prompts[j.case], MARKS[j.right]) for j in chosen]).save(path)
 
 
-def contact_sheet(tiles: Sequence[Tile]) -> Image.Image:
-    """The pictures side by side, framed green where right and red where wrong, each with its mark and its prompt."""
-    columns = max(1, min(COLUMNS, len(tiles)))
-    rows = max(1, math.ceil(len(tiles) / columns))
-    across, down = TILE + 2 * EDGE, TILE + 2 * EDGE + LINES * LINE
-    sheet = Image.new("RGB", (columns * across, rows * down), "white")
-    draw = ImageDraw.Draw(sheet)
-    for number, tile in enumerate(tiles):
-        left, top = number % columns * across + EDGE, number // columns * down + EDGE
-        picture = _fit(tile.picture)
-        x, y = left + (TILE - picture.width) // 2, top + TILE - picture.height
-        colour = GRAY if tile.right is None else GREEN if tile.right else RED
-        draw.rectangle((x - 3, y - 3, x + picture.width + 2, y + picture.height + 2), fill=colour)
-        sheet.paste(picture, (x, y))
-        _draw_mark(draw, left, top + TILE + 5, colour, tile.right)
-        for line, text in enumerate(_wrapped(tile.prompt)):
-            draw.text((left + 14 * (line == 0), top + TILE + 4 + line * LINE), text, fill="black", font=_font())
-    return sheet
-
-
-def _fit(picture: Image.Image) -> Image.Image:
-    """At TILE along its longer side: small ones enlarged by whole pixels as far as that goes."""
-    scale = TILE / max(picture.size)
-    size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
-    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-    return picture.convert("RGB").resize(size, method)
-
-
-def _draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, colour: tuple[int, int, int], right: bool | None) -> None:
-    """A tick, a cross, or a dash, 9 pixels wide: told from one another without their colours."""
-    if right is None:
-        draw.line([(x, y + 5), (x + 9, y + 5)], fill=colour, width=2)
-    elif right:
-        draw.line([(x, y + 5), (x + 3, y + 9), (x + 9, y)], fill=colour, width=2)
-    else:
-        draw.line([(x, y), (x + 9, y + 9)], fill=colour, width=2)
-        draw.line([(x, y + 9), (x + 9, y)], fill=colour, width=2)
-
-
-def _wrapped(text: str) -> list[str]:
-    """A prompt as at most LINES lines of TILE pixels, the first shorter by the mark; cut with an ellipsis."""
-    words = [part for word in text.split() for part in _parts(word)]
-    lines, room = [""], TILE - 14
-    for word, joined in words:
-        longer = f"{lines[-1]}{' ' if joined and lines[-1] else ''}{word}"
-        if _font().getlength(longer) <= room:
-            lines[-1] = longer
-        else:
-            lines.append(word)
-            room = TILE
-    if len(lines) > LINES:
-        lines = [*lines[: LINES - 1], lines[LINES - 1][:-1] + "…"]
-    return lines
-
-
-def _parts(word: str) -> list[tuple[str, bool]]:
-    """A word, or each of its characters where it is wide or Chinese; and whether a space goes before."""
-    if word.isascii() and _font().getlength(word) <= TILE - 14:
-        return [(word, True)]
-    return [(char, i == 0) for i, char in enumerate(word)]
-
-
-@lru_cache(maxsize=1)
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """One that has Hanzi, where this machine has it; else Pillow's own, which draws boxes for them."""
-    places = (HANZI_FONTS["sans"].path, "/System/Library/Fonts/PingFang.ttc", "C:/Windows/Fonts/msyh.ttc")
-    for place in places:
-        if Path(place).is_file():
-            return ImageFont.truetype(place, 11, index=2 if place == places[0] else 0)
-    return ImageFont.load_default(11)
+MARKS: dict[bool | None, Mark] = {True: "right", False: "wrong", None: "unknown"}

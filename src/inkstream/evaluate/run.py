@@ -14,7 +14,8 @@ from PIL import Image
 
 from inkstream.engine.inputs import to_image
 from inkstream.engine.metadata import save_picture
-from inkstream.engine.model import Model, Run, advance, complete, guided
+from inkstream.engine.model import Model, Run, advance, complete
+from inkstream.engine.options import guided
 from inkstream.evaluate.suites import Case, digest
 from inkstream.types import InputError, Request, Spec, Step
 

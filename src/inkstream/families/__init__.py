@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +32,8 @@ FAMILIES: dict[str, str] = {
 Shapes = Mapping[str, tuple[int, ...]]
 Documents = Mapping[str, Mapping[str, Any]]
 """JSON files of a model's folder: path in it -> content."""
+CARD = "inkstream.json"
+"""The one among them that says what no other does: how the model likes to be drawn, and its licence. Ours alone."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,28 @@ class Part:
     """config -> weights for what is unread, in our names, so that files of a model made here are whole for others."""
     count: Callable[[Any], int] | None = None
     """config -> how many numbers the weights are, where building the module takes long."""
+    packs: Sequence[str] = ()
+    """Patterns, as in key tables, of the layers whose weights are packed when a model is; all others stay high."""
+    gguf: str = ""
+    """What GGUF files call this architecture. Their layout is the one named so, or else `native`."""
+    repo: str | None = None
+    """Where on the hub it is published, if not with the model. Not every model of the family has such a part."""
+    writer: Part | None = None
+    """Of a text encoder: what else its files hold, that makes of it a model that writes; it builds a Writer."""
     others: Mapping[str, type] = field(default_factory=dict)
     """Other kinds of this part: what `model_type` in its config.json says -> the dataclass of its sizes."""
+
+
+class Writer(Protocol):
+    """What a text encoder lacks to be a whole language model."""
+
+    def attach(self, encoder: nn.Module, tokenizer: Any) -> None:
+        """Go on from the text encoder that is loaded, which is the first part of the model."""
+        ...
+
+    def write(self, prompt: str, references: Sequence[Image], seed: int) -> Iterator[str]:
+        """A fuller prompt, as it grows; with references, what to do with them. The seed decides."""
+        ...
 
 
 class Family(Protocol):
@@ -107,7 +129,7 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def size_for(reference: tuple[int, int]) -> tuple[int, int]:
+    def size_for(spec: Spec, reference: tuple[int, int]) -> tuple[int, int]:
         """Width and height to draw at where none are asked for: from those of the first reference."""
         ...
 
@@ -134,6 +156,12 @@ class Family(Protocol):
     def encode_image(self, pixels: Tensor) -> Tensor:
         """pixels: (B, 3, H, W) float32 in [0, 1] -> latents (B, C, h, w) float32, the posterior's mode."""
         ...
+
+
+def parts_of(spec: Spec) -> dict[str, Part]:
+    """The parts that a model has: not every one of its family has all of them."""
+    parts = family_of(spec.family).parts
+    return {name: part for name, part in parts.items() if getattr(spec, name) is not None}
 
 
 def family_of(name: str) -> type[Family]:

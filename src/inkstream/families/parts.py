@@ -135,6 +135,28 @@ _TRANSFORMERS: tuple[Rule, ...] = (
     drop("lm_head"),  # a copy of the embedding, and nothing is generated
 )
 
+_LLAMA_CPP: tuple[Rule, ...] = (
+    rename("token_embd", "embed_tokens"),
+    *(
+        rename(f"blk.{{}}.{theirs}", f"layers.{{}}.{ours}")
+        for theirs, ours in (
+            ("attn_norm", "input_layernorm"),
+            ("attn_q", "self_attn.q_proj"),
+            ("attn_k", "self_attn.k_proj"),
+            ("attn_v", "self_attn.v_proj"),
+            ("attn_output", "self_attn.o_proj"),
+            ("attn_q_norm", "self_attn.q_norm"),
+            ("attn_k_norm", "self_attn.k_norm"),
+            ("ffn_norm", "post_attention_layernorm"),
+            ("ffn_gate", "mlp.gate_proj"),
+            ("ffn_up", "mlp.up_proj"),
+            ("ffn_down", "mlp.down_proj"),
+        )
+    ),
+    rename("output_norm", "norm"),
+    drop("output"),  # as lm_head
+)
+
 _LEVELS = 4  # every published file's; its decoder's levels are numbered from the pixels, ours from the latents
 
 _LDM: tuple[Rule, ...] = (
@@ -215,9 +237,11 @@ AUTOENCODER = Part(
 QWEN3 = Part(
     build=Qwen3,
     config=Qwen3Config,
-    layouts={"transformers": _TRANSFORMERS},
+    layouts={"transformers": _TRANSFORMERS, "gguf": _LLAMA_CPP},
     infer=infer_qwen3,
     unread=lambda config: (f"layers.{config.num_hidden_layers - 1}.", "norm."),
     neutral=neutral_layer,
+    packs=("layers", "embed_tokens"),
+    gguf="qwen3",
 )
 """The text encoder of Z-Image, all but its last layer; files with and without the `model.` prefix."""

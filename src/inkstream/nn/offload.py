@@ -103,15 +103,15 @@ class Streamed:
 
     On a GPU a thread brings the next one meanwhile, through pinned memory and a second stream. On the CPU copying would
     only take time from computing, so there the system is told to read ahead. Modules that a block names in `apart` are
-    called by others than the block, and so they visit on their own.
+    called by others than the block, and so they are to visit on their own.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype):
-        apart = [getattr(block, "apart", ()) for block in blocks]
+        apart = [[n for n in getattr(block, "apart", ()) if getattr(block, n, None) is not None] for block in blocks]
         self.guests = [Guest(block, device, dtype, names) for block, names in zip(blocks, apart)]
-        for block, names in zip(blocks, apart):
-            for name in names:
-                visit_when_called(block.get_submodule(name), device, dtype)
+        self.apart = [
+            Guest(block.get_submodule(name), device, dtype) for block, names in zip(blocks, apart) for name in names
+        ]
         self.device = device
         self.rooms = min(len(blocks), 2 if device.type == "cuda" else 1)
         self.room_bytes = max((guest.nbytes for guest in self.guests), default=0)
@@ -173,11 +173,18 @@ def park(guest: Guest) -> Iterator[None]:
         yield
 
 
-def visit_when_called(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """From now on its weights are on the device only during its own forward."""
-    guest, inside = Guest(module, device, dtype), ExitStack()
-    module.register_forward_pre_hook(lambda *_: inside.enter_context(park(guest)) and None)
-    module.register_forward_hook(lambda *_: inside.close(), always_call=True)
+def visit_when_called(guest: Guest) -> None:
+    """From now on the module's weights are on the device only during its own forward."""
+    inside = ExitStack()
+    guest.module.register_forward_pre_hook(lambda *_: inside.enter_context(park(guest)) and None)
+    guest.module.register_forward_hook(lambda *_: inside.close(), always_call=True)
+
+
+def read_at_home(table: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """From now on an embedding gives rows on the device, and its table stays where it is."""
+    home = next(tensor.device for tensor in chain(table.parameters(), table.buffers()))
+    table.register_forward_pre_hook(lambda _, args: (args[0].to(home),))
+    table.register_forward_hook(lambda _, args, rows: rows.to(device, dtype))
 
 
 def weights_of(module: nn.Module, without: Sequence[str] = ()) -> Iterator[Weight]:

@@ -12,6 +12,9 @@ from inkstream.nn.attention import attend
 from inkstream.nn.config import Qwen3Config
 from inkstream.nn.stack import Blocks, run_blocks
 
+Past = tuple[Tensor, Tensor]
+"""Keys and values (L, G, E) of the tokens that a layer has read."""
+
 
 class Qwen3(nn.Module):
     """The decoder of Qwen3 (arXiv 2505.09388) without its head, returning hidden states.
@@ -63,6 +66,15 @@ class Layer(nn.Module):
         x = x + self.self_attn(self.input_layernorm(x), table, lengths, texts)
         return x + self.mlp(self.post_attention_layernorm(x))
 
+    def extend(self, x: Tensor, table: tuple[Tensor, Tensor], past: Past | None) -> tuple[Tensor, Past]:
+        """The same for one sequence, of which `past` was read: all of its beginning at once, then token by token."""
+        q, k, v = self.self_attn.project(self.input_layernorm(x), table)
+        if past is not None:
+            k, v = torch.cat((past[0], k)), torch.cat((past[1], v))
+        out = attend(q, k, v, [len(q)], [len(k)], causal=past is None)
+        x = x + self.self_attn.o_proj(out.flatten(-2))
+        return x + self.mlp(self.post_attention_layernorm(x)), (k, v)
+
 
 class Attention(nn.Module):
     """Grouped-query causal attention; queries and keys are normed per head, then turned by their position."""
@@ -78,13 +90,17 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
 
+    def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (L, H, E), keys and values (L, G, E); the first two are turned. x: (L, D)."""
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), table)
+        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), table)
+        return q, k, self.v_proj(x).unflatten(-1, heads)
+
     def forward(
         self, x: Tensor, table: tuple[Tensor, Tensor], lengths: Sequence[int], texts: Sequence[int]
     ) -> Tensor:  # x: (L, D)
-        heads = (-1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), table)  # (L, H, E)
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), table)  # (L, G, E)
-        v = self.v_proj(x).unflatten(-1, heads)
+        q, k, v = self.project(x, table)
         if tuple(texts) == tuple(lengths):
             out = attend(q, k, v, lengths, lengths, causal=True)
         else:

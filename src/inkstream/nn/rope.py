@@ -36,20 +36,21 @@ class Rope:
         return Rope(torch.cat([t.cos for t in tables]), torch.cat([t.sin for t in tables]))
 
 
-def rope(positions: Tensor, axes_dims: Sequence[int], theta: float) -> Rope:
-    """positions: (L, A) integers -> the table; axis a turns the next axes_dims[a] features of each head.
+def rope(positions: Tensor, axes_dims: Sequence[int], theta: float, device: torch.device) -> Rope:
+    """positions: (L, A) integers on the CPU -> the table on `device`; axis a turns the next axes_dims[a] features of
+    each head.
 
     Angles are taken in float64 and rounded to float32 once, as the reference's tables are.
     """
     angles = []
     for axis, dim in enumerate(axes_dims):
         frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        angles.append(torch.outer(positions[:, axis].to("cpu", torch.float64), frequencies).float())
+        angles.append(torch.outer(positions[:, axis].double(), frequencies).float())
     angle = torch.cat(angles, dim=-1)  # (L, E/2)
     cos, sin = angle.cos(), angle.sin()
     return Rope(
-        cos.repeat_interleave(2, dim=-1).unsqueeze(1).to(positions.device),
-        torch.stack((-sin, sin), dim=-1).flatten(-2).unsqueeze(1).to(positions.device),
+        cos.repeat_interleave(2, dim=-1).unsqueeze(1).to(device),
+        torch.stack((-sin, sin), dim=-1).flatten(-2).unsqueeze(1).to(device),
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from inkstream.types import InputError
-from inkstream.weights.files import read_state, write_state
+from inkstream.weights.files import read_tensors, write_state
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         step, recipe = int(state["step"]), dict(state["recipe"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}/state.json is damaged ({error}): remove {path} to go on from an older one") from error
-    tensors = {name: read_state(path / f"{name}.safetensors") for name in ("weights", "ema", "optimiser")}
+    tensors = {name: read_tensors(path / f"{name}.safetensors") for name in ("weights", "ema", "optimiser")}
     return Checkpoint(step, tensors["weights"], tensors["ema"], tensors["optimiser"], recipe)
 
 

@@ -58,13 +58,17 @@ class Captions:
 
 @dataclass(frozen=True)
 class States:
-    """What a text encoder that does not learn makes of all captions, in bfloat16: (T, D) as int16, mapped from disk."""
+    """What text encoders that do not learn make of all captions. A caption may have more states than tokens."""
 
-    bits: np.ndarray
+    bits: np.ndarray  # (T, D) bfloat16 as int16, one caption after the other, mapped from disk
+    ends: np.ndarray  # (E,) where each caption's states end
+    pooled: np.ndarray | None  # (E, P) float32, of families that read a vector of each prompt
 
-    def __getitem__(self, span: slice) -> Conditioning:
-        tokens = torch.from_numpy(self.bits[span].copy()).view(torch.bfloat16).float()
-        return Conditioning(tokens, (len(tokens),))
+    def __getitem__(self, index: int) -> Conditioning:
+        bits = self.bits[int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
+        tokens = torch.from_numpy(bits.copy()).view(torch.bfloat16).float()
+        pooled = None if self.pooled is None else torch.from_numpy(self.pooled[index : index + 1].copy())
+        return Conditioning(tokens, (len(tokens),), pooled)
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class Data:
         chosen = place.captions[piece]
         if self.cond is None:
             return Batch(images, [self.captions[i] for i in chosen])
-        return Batch(images, cond=Conditioning.pack([self.cond[self.captions.span(i)] for i in chosen]))
+        return Batch(images, cond=Conditioning.pack([self.cond[i] for i in chosen]))
 
     def batch_size(self, samples: Samples) -> int:
         """As many as hold the tokens of a batch of the first size, in equal pieces."""
@@ -267,25 +271,35 @@ def keep_captions(
 def keep_states(
     source: Source, count: int, captions: Captions, folder: Path, family: Family, encoder_key: Any
 ) -> Iterator[Preparing | States]:
-    """The text encoder's states of all captions, or find them there."""
-    path = folder / f"states-{cache_key(source.key(), count, encoder_key)}.npy"
+    """The text encoders' states of all captions, or find them there."""
+    path = folder / f"states-{cache_key(source.key(), count, encoder_key)}"
     number = len(captions.ends)
-    if not path.is_file():
-        temporary = path.with_name(f".{secrets.token_hex(4)}.npy")
-        file: Any = None
-        for start in range(0, number, ENCODED_AT_ONCE):
-            some = range(start, min(start + ENCODED_AT_ONCE, number))
-            with torch.no_grad():
-                tokens = family.encode_tokens([captions[i] for i in some]).tokens
-            bits = tokens.to("cpu", torch.bfloat16).view(torch.int16).numpy()
-            if file is None:
-                shape = (int(captions.ends[-1]), bits.shape[1])
-                file = np.lib.format.open_memmap(temporary, "w+", np.int16, shape=shape)
-            file[captions.span(some[0]).start : captions.span(some[-1]).stop] = bits
-            yield Preparing("encoding captions", some[-1] + 1, number)
-        file.flush()
-        os.replace(temporary, path)
-    yield States(np.load(path, mmap_mode="r"))
+    if not path.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary.mkdir()
+        lengths: list[int] = []
+        pooled: list[np.ndarray] = []
+        try:
+            with (temporary / "tokens.bin").open("wb") as file:  # how many rows there will be, only the encoder knows
+                for start in range(0, number, ENCODED_AT_ONCE):
+                    some = range(start, min(start + ENCODED_AT_ONCE, number))
+                    with torch.no_grad():
+                        cond = family.encode_tokens([captions[i] for i in some])
+                    cond.tokens.to("cpu", torch.bfloat16).view(torch.int16).numpy().tofile(file)
+                    lengths += cond.lengths
+                    if cond.pooled is not None:
+                        pooled.append(cond.pooled.float().cpu().numpy())
+                    yield Preparing("encoding captions", some[-1] + 1, number)
+            np.save(temporary / "ends.npy", np.cumsum(lengths))
+            if pooled:
+                np.save(temporary / "pooled.npy", np.concatenate(pooled))
+            os.replace(temporary, path)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    ends, vectors = np.load(path / "ends.npy"), path / "pooled.npy"
+    bits = np.memmap(path / "tokens.bin", np.int16, "r").reshape(int(ends[-1]), -1)
+    yield States(bits, ends, np.load(vectors) if vectors.is_file() else None)
 
 
 def cache_key(*parts: Any) -> str:

@@ -21,6 +21,8 @@ from inkstream.engine.convert import TOKENIZER, tokenizer_class
 from inkstream.engine.loader import read, vocabulary_of
 from inkstream.engine.sources import CARD, Found, encoder_of, locate, locate_part, write_card
 from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
+from inkstream.quant.packed import Packed, unpack
+from inkstream.train.optim import reads_time
 from inkstream.train.recipe import Model, Recipe
 from inkstream.types import InputError, Spec
 from inkstream.weights.files import read_state, write_state
@@ -54,11 +56,10 @@ def start(recipe: Recipe) -> Start:
     configs: dict[str, Any] = {}
     shift, name = model.shift or None, model.name
     words: dict[str, dict[str, bytes]] = {}
-    if model.from_ and not alone:
-        source = locate(model.from_)
+    source = locate(model.from_) if model.from_ and not alone else None
+    if source is not None:
         kind, found = source.family, dict(source.parts)
         words = {name: read_words(folder) for name, folder in source.tokenizers.items()}
-        shift = shift or source.spec.shift
         name = name or source.spec.name
     elif model.family in FAMILIES:
         kind = family_of(model.family)
@@ -68,7 +69,7 @@ def start(recipe: Recipe) -> Start:
     else:
         raise InputError(f"[model] family = {model.family!r} is not known: take {', '.join(FAMILIES)}")
     tokenizers = {name: words_as_tokenizer(kind.tokenizers[name], files) for name, files in words.items()}
-    for part in ("vae",) if alone else kind.parts:
+    for part in ("vae",) if alone else [name for name, part in kind.parts.items() if name in found or not part.repo]:
         table = dict(getattr(model, part, {}))
         if "from" in table:
             found[part] = locate_part(kind, part, table["from"])
@@ -78,15 +79,19 @@ def start(recipe: Recipe) -> Start:
             configs[part] = read_sizes(kind.parts[part], part, table, {})
     if not alone:
         _join(kind, model, configs, found, tokenizers)
-    known = next(spec for spec in SPECS.values() if family_of(spec.family) is kind)
-    told = _documents(shift)
-    spec = replace(known, vae=configs["vae"]) if alone else kind.recognise(configs, told, name or "trained")
+    if source is not None:
+        spec = replace(source.spec, name=name, **configs)
+    elif alone:
+        known = next(spec for spec in SPECS.values() if family_of(spec.family) is kind)
+        spec = replace(known, vae=configs["vae"])
+    else:
+        spec = kind.recognise(configs, _documents(shift), name or "trained")
     wanted = {"steps": model.steps, "guidance": model.guidance, "shift": model.shift, "title": model.title}
     spec = replace(
         spec, **{k: v for k, v in wanted.items() if v}, size=recipe.data.sizes[0], repo=None, download_bytes=None
     )
     modules = {
-        part: read(found[part], torch.device("cpu"), torch.float32, lambda done, total: None)
+        part: read(found[part], torch.device("cpu"), torch.float32, lambda done, total: None, packed=False)
         if part in found
         else build(kind.parts[part], config, recipe.run.seed)
         for part, config in configs.items()
@@ -121,12 +126,14 @@ def _join(
     """Sizes that parts share follow from one another where the recipe leaves them out, and must agree."""
     for name, tokenizer in tokenizers.items():
         part, used = encoder_of(name), vocabulary_of(tokenizer)
-        if part not in found and "vocab_size" not in getattr(model, part):
+        if part not in found and "vocab_size" not in getattr(model, part, {}):
             configs[part] = replace(configs[part], vocab_size=-(-used // 64) * 64)
         if configs[part].vocab_size < used:
             raise InputError(f"the tokenizer has {used} tokens, the text encoder knows {configs[part].vocab_size}")
     for ours, theirs in kind.joints:
         (a, own), (b, other) = ours.split("."), theirs.split(".")
+        if b not in configs:
+            continue
         wanted = getattr(configs[b], other)
         if a not in found and own not in getattr(model, a) and own in {f.name for f in fields(configs[a])}:
             configs[a] = replace(configs[a], **{own: wanted})
@@ -155,7 +162,7 @@ def initialise(module: nn.Module) -> None:
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
-            small = 0.1 if "adaLN" in name else 1.0
+            small = 0.1 if reads_time(name) else 1.0
             nn.init.normal_(child.weight, std=small / math.sqrt(child.in_features))
             if child.bias is not None:
                 nn.init.zeros_(child.bias)
@@ -259,5 +266,9 @@ def _unread(begun: Start, spec: Spec, name: str) -> dict[str, Tensor]:
         found = begun.found[name]
         ours = begun.modules[name].state_dict()
         state = translate(found.rules, read_state(found.path)) if len(found.tensors) > len(ours) else {}
-        return {key: tensor for key, tensor in state.items() if key not in ours}
+        return {
+            key: unpack(weight) if isinstance(weight, Packed) else weight
+            for key, weight in state.items()
+            if key not in ours
+        }
     return dict(part.neutral(getattr(spec, name)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from inkstream.train.recipe import Objective
 from inkstream.types import Conditioning, Query
 
 Prompts = Sequence[tuple[int, ...]]
+TAUGHT_GUIDANCE = 1.0
+"""What a model that reads its guidance is told while it learns: these are pictures as they are, not exaggerated."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor) -> Tensor
     """The plain squared error of the velocity of each sample, (B,)."""
     points = add_noise(batch.images, noise, t.view(-1, 1, 1, 1))
     cond = family.encode_tokens(batch.prompts) if batch.cond is None else batch.cond
+    if family.spec.guides == "read":
+        cond = replace(cond, guidance=TAUGHT_GUIDANCE)
     height, width = batch.images.shape[-2:]
     down = family.spec.vae.downscale
     prepared = family.prepare(cond, width * down, height * down, ())

@@ -44,7 +44,12 @@ def make_optimiser(weights: Weights, settings: Optimiser) -> list[torch.optim.Op
 def is_block_matrix(name: str, weight: Tensor) -> bool:
     """A matrix or convolution that stands in a numbered block and does not read the time."""
     numbered = any(part.isdigit() for part in name.split(".")[:-2])
-    return weight.ndim >= 2 and min(weight.shape[0], weight[0].numel()) > 1 and numbered and "adaLN" not in name
+    return weight.ndim >= 2 and min(weight.shape[0], weight[0].numel()) > 1 and numbered and not reads_time(name)
+
+
+def reads_time(name: str) -> bool:
+    """A layer that makes modulation of the time."""
+    return any(word in name for word in ("adaLN", "img_mod", "txt_mod", "modulation"))
 
 
 def is_embedding(name: str) -> bool:

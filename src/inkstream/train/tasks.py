@@ -41,7 +41,7 @@ from inkstream.train.objectives import (
 from inkstream.train.parallel import Team
 from inkstream.train.pictures import Source, Split, open_source
 from inkstream.train.recipe import Recipe
-from inkstream.types import Request, Spec
+from inkstream.types import InputError, Request, Spec
 
 SALT_STEP, SALT_CROP, SALT_HELD_OUT = range(3)
 """Keep apart what is drawn for different ends from one seed."""
@@ -88,10 +88,17 @@ class Flow:
         self.device = device
         self.team = team
         self.learning = recipe.learning
+        if missing := sorted(begun.spec.abilities & {"fill", "map"}):
+            raise InputError(f"{begun.spec.name} draws beside a picture ({missing[0]}), which no recipe shows it yet")
         for name, module in begun.modules.items():
             whole = name in self.learning or name == "vae"
             module.to(device, torch.float32 if whole else DTYPES[recipe.run.dtype]).eval().requires_grad_(False)
         self.family = begun.family()
+
+    @property
+    def _encoders(self) -> list[str]:
+        """The parts that read prompts."""
+        return [name for name in self.begun.modules if name.startswith("text_encoder")]
 
     def prepare(self) -> Iterator[Preparing]:
         run = self.recipe.run
@@ -102,7 +109,8 @@ class Flow:
             few = replace(order, batch=min(order.batch, 32), dropout=0.0, pieces=1)
             self.held_out = yield from in_turn(self.team, self._load("held_out", few))
         if self.data.cond is not None and not run.preview:
-            self.begun.modules["text_encoder"].to("cpu")  # all that it will be asked is known
+            for name in self._encoders:
+                self.begun.modules[name].to("cpu")  # all that it will be asked is known
 
     def _load(self, split: Split, order: Order) -> Iterator[Any]:
         data = self.recipe.data
@@ -114,8 +122,9 @@ class Flow:
         captions = yield from last_of(keep_captions(source, count, data.captions, cache, self.family, words))
         cond = None
         if "text_encoder" not in self.learning:
-            encoder = self.begun.modules["text_encoder"]
-            key = [weights_key(encoder.state_dict(), self.begun.spec.text_encoder), words, data.captions]
+            begun = self.begun
+            keys = [weights_key(begun.modules[name].state_dict(), getattr(begun.spec, name)) for name in self._encoders]
+            key = [*keys, words, data.captions]
             cond = yield from last_of(keep_states(source, count, captions, cache, self.family, key))
         yield Data(samples, captions, order, cond)
 
@@ -131,7 +140,8 @@ class Flow:
     def _move(self, batch: Batch) -> Batch:
         cond = batch.cond
         if cond is not None:
-            cond = replace(cond, tokens=cond.tokens.to(self.device))
+            pooled = None if cond.pooled is None else cond.pooled.to(self.device)
+            cond = replace(cond, tokens=cond.tokens.to(self.device), pooled=pooled)
         return replace(batch, images=batch.images.to(self.device), cond=cond)
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""State dicts from safetensors files, memory-mapped, and back to them. Nothing is ever unpickled."""
+"""State dicts from safetensors and GGUF files, memory-mapped, and back to them. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inkstream.quant.packed import Weight
 from inkstream.types import InputError
+from inkstream.weights import dialects, gguf
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of files that run code when they are opened."""
@@ -37,43 +39,63 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+SUFFIXES = (".safetensors", ".gguf")
+"""Endings of files that hold weights, the preferred first."""
+
+_LONGEST_MARK = 4096
+"""Bytes of a tensor that says how another is packed, at most."""
+
+T = TypeVar("T")
+
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it holds. Tensors are on meta: a name, a shape, a dtype, no data."""
+    """What a file says it holds. Weights are on meta: a name, a shape, a dtype or format, no data."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Weight]
     metadata: dict[str, str]
 
 
 def read_header(path: Path | str) -> Header:
     """The header of a file, or of a folder's shards together; no weight is read.
 
-    InputError, naming the file, where one is missing, cut short, damaged, or is a pickle.
+    InputError, naming the file, where one is missing, cut short, damaged, packed in a way that is not read, or is a
+    pickle.
     """
     files, index = weight_files(path)
-    headers = [(file, _read_one_header(file)) for file in files]
-    merged = Header(_merge((file, header.tensors) for file, header in headers), {})
-    for _, header in headers:
-        merged.metadata.update(header.metadata)
+    if files[0].suffix == ".gguf":
+        tensors = _merge((file, gguf.read_gguf(file, on_meta=True)) for file in files)
+        return Header(tensors, {key: value for file in files for key, value in gguf.read_metadata(file).items()})
+    raw, metadata = _read_raw_header(path, files)
     for name, file in index.items():
-        if name not in merged.tensors:
+        if name not in raw:
             raise InputError(f"{Path(path)}: the index says {file} holds {name}, which it does not: download it again")
-    return merged
+    return Header(_gather(path, raw, metadata), metadata)
 
 
-def read_state(path: Path | str) -> dict[str, Tensor]:
-    """The tensors of a file, or of a folder's shards together, as views of the mapped files: nothing is copied.
+def read_state(path: Path | str, only: Collection[str] | None = None) -> dict[str, Weight]:
+    """The weights of a file, or of a folder's shards together, as views of the mapped files: nothing is copied.
 
-    Memory is taken as they are touched, and is the file's own pages. Errors as `read_header`.
+    only: the names to read; all without it. Packed weights stay so. Memory is taken as they are touched, and is the
+    file's own pages. Errors as `read_header`.
     """
+    files, _ = weight_files(path)
+    if files[0].suffix == ".gguf":
+        return _merge((file, gguf.read_gguf(file, only)) for file in files)
+    raw = _merge((file, _read_one(file, only)) for file in files)
+    state = _gather(path, raw, _read_raw_header(path, files)[1])
+    return {name: weight for name, weight in state.items() if only is None or name in only}
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """As `read_state`, of safetensors files alone, and each tensor as it lies there."""
     return _merge((file, _read_one(file)) for file in weight_files(path)[0])
 
 
 def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files behind a path, and what its index says: tensor name -> file name (empty without one).
+    """The files behind a path, and what its index says: tensor name -> file name (empty without one).
 
-    A folder's `*.index.json` names its shards; without one every safetensors file in it counts.
+    A folder's `*.index.json` names its shards; without one every safetensors file in it counts, or every GGUF file.
     """
     path = Path(path)
     if path.suffix in PICKLES:
@@ -81,8 +103,8 @@ def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
     if not path.is_dir():
         if not path.is_file():
             raise InputError(f"{path} is missing: check the path, or download it again")
-        if path.suffix != ".safetensors":
-            raise InputError(f"{path} is no safetensors file, the only kind that is read")
+        if path.suffix not in SUFFIXES:
+            raise InputError(f"{path} is no safetensors or GGUF file, the only kinds that are read")
         return [path], {}
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
@@ -94,16 +116,22 @@ def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
         if missing:
             raise InputError(f"{path} lacks {few(missing)}, which {indexes[0].name} names: download it again")
         return files, index
-    files = sorted(path.glob("*.safetensors"))
+    files = list_weights(path)
     if not files:
         pickles = [p.name for p in sorted(path.iterdir()) if p.suffix in PICKLES]
         if pickles:
             raise InputError(f"{path} holds only pickles ({few(pickles)}): convert them to safetensors first")
-        raise InputError(f"{path} holds no safetensors file: download it again")
-    return files, {}
+        raise InputError(f"{path} holds no safetensors or GGUF file: download it again")
+    kinds = [file for file in files if file.suffix == files[0].suffix]
+    return sorted(kinds), {}
 
 
-def strip_prefix(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[str, Tensor]:
+def list_weights(folder: Path, deep: bool = False) -> list[Path]:
+    """The files that may hold weights in a folder, safetensors first. deep: in folders inside it, too."""
+    return [file for suffix in SUFFIXES for file in sorted(folder.glob(f"**/*{suffix}" if deep else f"*{suffix}"))]
+
+
+def strip_prefix(state: Mapping[str, T], prefixes: Sequence[str]) -> dict[str, T]:
     """The state dict without the first of the prefixes that any of its keys carries; other keys stay as they are.
 
     InputError where two keys would become one.
@@ -118,19 +146,19 @@ def strip_prefix(state: Mapping[str, Tensor], prefixes: Sequence[str]) -> dict[s
 
 def write_state(
     path: Path | str,
-    state: Mapping[str, Tensor],
+    state: Mapping[str, Weight],
     metadata: Mapping[str, str] | None = None,
     shard_bytes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Path]:
-    """Write a state dict as safetensors, one tensor at a time, and return the files written.
+    """Write a state dict as safetensors, one weight at a time, and return the files written.
 
     A file appears under its name only when it is whole. Above `shard_bytes` the state is cut, in its own order, into
     `NAME-00001-of-0000N.safetensors` beside an index `NAME.safetensors.index.json`. progress: told the bytes of each
-    tensor once written.
+    weight once written. InputError where one is packed in a way that safetensors files do not know.
     """
     path = Path(path)
-    shards: list[dict[str, Tensor]] = [{}]
+    shards: list[dict[str, Weight]] = [{}]
     room = shard_bytes or math.inf
     for name, tensor in state.items():
         if tensor.nbytes > room and shards[-1]:
@@ -139,22 +167,90 @@ def write_state(
         shards[-1][name] = tensor
         room -= tensor.nbytes
     if len(shards) == 1:
-        _write_one(path, shards[0], metadata or {}, progress)
+        write_stream(path, state, state.items(), metadata, progress)
         return [path]
     files = [path.with_name(f"{path.stem}-{i:05d}-of-{len(shards):05d}.safetensors") for i in range(1, len(shards) + 1)]
     for file, shard in zip(files, shards):
-        _write_one(file, shard, metadata or {}, progress)
+        write_stream(file, shard, shard.items(), metadata, progress)
     index = {
         "metadata": {"total_size": sum(tensor.nbytes for tensor in state.values())},
-        "weight_map": {name: file.name for file, shard in zip(files, shards) for name in shard},
+        "weight_map": {
+            part: file.name
+            for file, shard in zip(files, shards)
+            for name, weight in shard.items()
+            for part in dialects.spell(name, weight)[0]
+        },
     }
-    with _whole(path.with_name(path.name + ".index.json")) as temporary:
+    with whole_file(path.with_name(path.name + ".index.json")) as temporary:
         temporary.write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return files
 
 
-def _merge(states: Iterator[tuple[Path, dict[str, Tensor]]]) -> dict[str, Tensor]:
-    merged: dict[str, Tensor] = {}
+def write_stream(
+    path: Path,
+    plan: Mapping[str, Weight],
+    weights: Iterable[tuple[str, Weight]],
+    metadata: Mapping[str, str] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write one safetensors file: `plan` says, on meta if you like, what it will hold, `weights` brings it, one after
+    the other in any order, so that only one need be there at a time. ValueError where the two differ.
+    """
+    spelt = {name: dialects.spell(name, weight) for name, weight in plan.items()}
+    layers = {layer: says for _, said in spelt.values() for layer, says in said.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    if layers:
+        header["__metadata__"][dialects.METADATA] = json.dumps({"format_version": "1.0", "layers": layers})
+    offset = 0
+    # The largest dtypes first, so that every tensor starts at a multiple of its own.
+    tensors = [item for parts, _ in spelt.values() for item in parts.items()]
+    for name, tensor in sorted(tensors, key=lambda item: -item[1].element_size()):
+        end = offset + tensor.nbytes
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 64)  # so that mapped tensors start where vector units like it
+    with whole_file(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        start = file.tell()
+        missing = {name for name, _ in tensors}
+        for name, weight in weights:
+            for part, tensor in dialects.spell(name, weight)[0].items():
+                begin, end = header[part]["data_offsets"]
+                if tensor.nbytes != end - begin:
+                    raise ValueError(f"{part} has {tensor.nbytes} bytes, {end - begin} were planned")
+                file.seek(start + begin)
+                file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                missing.remove(part)
+            if progress is not None:
+                progress(weight.nbytes)
+        if missing:
+            raise ValueError(f"nothing was written for {few(sorted(missing))}")
+
+
+def _gather(path: Path | str, raw: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Weight]:
+    try:
+        return dialects.gather(raw, metadata)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
+def _read_raw_header(path: Path | str, files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Every tensor as it lies in its file, on meta but for marks; what the headers say, shards' layers together."""
+    headers = [(file, _read_one_header(file)) for file in files]
+    raw = _merge((file, tensors) for file, (tensors, _) in headers)
+    metadata = {key: value for _, (_, said) in headers for key, value in said.items()}
+    if len(headers) > 1 and dialects.METADATA in metadata:
+        layers = {}
+        with suppress(ValueError, KeyError, TypeError):  # what cannot be read is told by whoever needs it
+            for _, (_, said) in headers:
+                layers |= json.loads(said.get(dialects.METADATA, '{"layers": {}}'))["layers"]
+            metadata[dialects.METADATA] = json.dumps({"format_version": "1.0", "layers": layers})
+    return raw, metadata
+
+
+def _merge(states: Iterable[tuple[Path, Mapping[str, T]]]) -> dict[str, T]:
+    merged: dict[str, T] = {}
     origin: dict[str, Path] = {}
     for file, state in states:
         for name in state:
@@ -175,17 +271,24 @@ def _read_index(path: Path) -> dict[str, str]:
     return index
 
 
-def _read_one(path: Path) -> dict[str, Tensor]:
+def _read_one(path: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
+    """only: names to read, each with what may say how it is packed."""
     _read_one_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            names = list(file.keys())
+            if only is not None:
+                names = [n for n in names if n in only or n.rpartition(".")[0] + ".weight" in only or "scaled_fp8" in n]
+            return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): download it again") from error
 
 
-def _read_one_header(path: Path) -> Header:
-    """The eight bytes of a length, that much JSON, and the data, which must end with the file."""
+def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The eight bytes of a length, that much JSON, and the data, which must end with the file.
+
+    Tensors on meta, but for the few bytes that say how others are packed; and the metadata.
+    """
     if path.suffix in PICKLES:
         raise InputError(f"{path} is a pickle, which can run code when opened: convert it to safetensors first")
     try:
@@ -198,11 +301,16 @@ def _read_one_header(path: Path) -> Header:
             if len(start) < 8 or 8 + length > size:
                 raise InputError(f"{path} is cut short or no safetensors file: download it again")
             data = json.loads(file.read(length))
+            marks = {
+                name: _read_mark(file, 8 + length + entry["data_offsets"][0], *entry["shape"])
+                for name, entry in data.items()
+                if name.endswith(dialects.MARK) and entry["dtype"] == "U8" and len(entry["shape"]) == 1
+            }
         metadata = data.pop("__metadata__", {})
         foreign = {entry["dtype"] for entry in data.values()} - DTYPES.keys()
         if foreign:
             raise InputError(f"{path} holds numbers of type {few(sorted(foreign))}, which are not read here")
-        tensors = {name: _tensor(entry) for name, entry in data.items()}
+        tensors = {name: _tensor(entry) for name, entry in data.items()} | marks
         ends = [entry["data_offsets"][1] for entry in data.values()]
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
@@ -213,7 +321,14 @@ def _read_one_header(path: Path) -> Header:
     whole = 8 + length + max(ends, default=0)
     if size < whole:
         raise InputError(f"{path} is cut short, {size:,} of {whole:,} bytes: download it again")
-    return Header(tensors, metadata)
+    return tensors, metadata
+
+
+def _read_mark(file: BinaryIO, start: int, size: int) -> Tensor:
+    if size > _LONGEST_MARK:
+        raise ValueError(f"a mark of {size} bytes")
+    file.seek(start)
+    return torch.tensor(list(file.read(size)), dtype=torch.uint8)
 
 
 def _tensor(entry: Mapping[str, Any]) -> Tensor:
@@ -224,29 +339,8 @@ def _tensor(entry: Mapping[str, Any]) -> Tensor:
     return tensor
 
 
-def _write_one(
-    path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], progress: Callable[[int], None] | None
-) -> None:
-    """The largest dtypes first, so that every tensor starts at a multiple of its own."""
-    ordered = sorted(state.items(), key=lambda item: -item[1].element_size())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
-    offset = 0
-    for name, tensor in ordered:
-        end = offset + tensor.nbytes
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # so that mapped tensors start where vector units like it
-    with _whole(path) as temporary, temporary.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
-            file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-            if progress is not None:
-                progress(tensor.nbytes)
-
-
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole_file(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` that becomes it at the end, or is gone where the end is not reached."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:

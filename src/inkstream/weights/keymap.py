@@ -13,9 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-import torch
-from torch import Tensor
-
+from inkstream.quant.packed import Packed, Weight, cut, join, unpack
 from inkstream.types import InputError
 
 Shape = Literal["same", "swap", "row", "conv1x1"]
@@ -59,18 +57,18 @@ def drop(theirs: str) -> Rule:
     return Rule((theirs,), ())
 
 
-def translate(rules: Sequence[Rule], state: Mapping[str, Tensor], back: bool = False) -> dict[str, Tensor]:
+def translate(rules: Sequence[Rule], state: Mapping[str, Weight], back: bool = False) -> dict[str, Weight]:
     """State dict in their names -> in ours; with `back`, from ours to theirs. Works on meta tensors too.
 
-    Renaming and splitting give views; fusing and swapping copy. InputError where a fused tensor lacks a part, where
-    parts do not fit each other, and where two keys would become one.
+    Renaming and splitting give views; fusing and swapping copy; packed weights stay so. InputError where a fused tensor
+    lacks a part, where parts do not fit each other, and where two keys would become one.
     """
-    out: dict[str, Tensor] = {}
+    out: dict[str, Weight] = {}
     origin: dict[str, str] = {}  # our key -> the one it came from; of a fused one, the first part met
-    gathered: dict[str, dict[str, Tensor | None]] = {}  # a fused key -> its parts, in their order
+    gathered: dict[str, dict[str, Weight | None]] = {}  # a fused key -> its parts, in their order
     heights: dict[str, tuple[int, ...]] = {}  # a fused key -> its parts' proportions
 
-    def put(name: str, tensor: Tensor, key: str) -> None:
+    def put(name: str, tensor: Weight, key: str) -> None:
         if name in origin:
             raise InputError(f"{origin[name]} and {key} are both {name}: keep one of the two")
         out[name], origin[name] = tensor, key
@@ -101,7 +99,21 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Tensor], back: bool = F
     return out
 
 
-def _fuse(name: str, parts: Mapping[str, Tensor | None], heights: Sequence[int]) -> Tensor:
+def becomes(rules: Sequence[Rule], key: str, back: bool = False) -> list[str]:
+    """The names that `translate` gives to what lies under a key, in part or whole; none where it is dropped."""
+    hit = _find(rules, key, back)
+    if hit is None:
+        return [key]
+    rule, words, rest = hit
+    return [pattern.format(*words) + rest for pattern in (rule.theirs if back else rule.ours)]
+
+
+def matches(pattern: str, key: str) -> bool:
+    """Whether a pattern of a key table names a key."""
+    return _compiled(pattern).fullmatch(key) is not None
+
+
+def _fuse(name: str, parts: Mapping[str, Weight | None], heights: Sequence[int]) -> Weight:
     missing = [key for key, part in parts.items() if part is None]
     if missing:
         raise InputError(f"{name} is made of {len(parts)} parts and {', '.join(missing)} is missing")
@@ -114,31 +126,26 @@ def _fuse(name: str, parts: Mapping[str, Tensor | None], heights: Sequence[int])
     if len(units) > 1 or None in units:
         shapes = ", ".join(f"{key} {tuple(part.shape)}" for key, part in zip(parts, tensors))
         raise InputError(f"{name} is made of parts that are not of {_proportions(heights)}: {shapes}")
-    return _join(tensors)
+    return join(tensors)
 
 
-def _join(tensors: Sequence[Tensor]) -> Tensor:
-    """One after the other along the rows."""
-    if tensors[0].is_meta:  # torch.cat would import torch's tracer first, which takes longer than to read all headers
-        return tensors[0].new_empty(sum(len(tensor) for tensor in tensors), *tensors[0].shape[1:])
-    return torch.cat(list(tensors))
-
-
-def _cut(key: str, tensor: Tensor, heights: Sequence[int]) -> tuple[Tensor, ...]:
+def _cut(key: str, tensor: Weight, heights: Sequence[int]) -> tuple[Weight, ...]:
     """Views of heights in these proportions."""
     if tensor.ndim == 0 or len(tensor) % sum(heights):
         shape = tuple(tensor.shape)
         raise InputError(f"{key} is {shape}: {len(heights)} parts of {_proportions(heights)} were expected")
-    return tensor.split([len(tensor) // sum(heights) * height for height in heights])
+    return cut(tensor, [len(tensor) // sum(heights) * height for height in heights])
 
 
 def _proportions(heights: Sequence[int]) -> str:
     return "equal height" if len(set(heights)) == 1 else f"heights {':'.join(map(str, heights))}"
 
 
-def _reshape(key: str, tensor: Tensor, shape: Shape, back: bool) -> Tensor:
+def _reshape(key: str, tensor: Weight, shape: Shape, back: bool) -> Weight:
     if shape == "swap":
-        return _join(_cut(key, tensor, (1, 1))[::-1])
+        return join(_cut(key, tensor, (1, 1))[::-1])
+    if isinstance(tensor, Packed):
+        return tensor if shape == "same" else _reshape(key, unpack(tensor), shape, back)
     if shape == "row" and not back:
         return tensor.reshape(1, -1)
     if shape == "conv1x1" and back and tensor.ndim == 2:

@@ -11,6 +11,7 @@ from inkstream.types import Spec
 def documents(spec: Spec) -> dict[str, dict[str, Any]]:
     """Path in the folder -> content."""
     dynamic = spec.shift_rule == "dynamic"
+    redux = spec.image_embedder is not None
     return {
         "model_index.json": {
             "_class_name": _pipeline(spec),
@@ -22,6 +23,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
             "tokenizer_2": ["transformers", "T5TokenizerFast"],
             "transformer": ["diffusers", "FluxTransformer2DModel"],
             "vae": ["diffusers", "AutoencoderKL"],
+            **(_REDUX if redux else {}),
         },
         "transformer/config.json": {
             "_class_name": "FluxTransformer2DModel", "patch_size": 1, **asdict(spec.transformer),
@@ -44,7 +46,22 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
             "base_image_seq_len": 256,
             "max_image_seq_len": 4096,
         },
+        **(_redux(spec) if redux else {}),
     }  # fmt: skip
+
+
+_REDUX = {  # FluxPipeline does not know the second; FluxPriorReduxPipeline knows both
+    "image_encoder": ["transformers", "SiglipVisionModel"],
+    "image_embedder": ["diffusers", "ReduxImageEncoder"],
+}
+
+
+def _redux(spec: Spec) -> dict[str, Any]:
+    siglip = {"architectures": ["SiglipVisionModel"], "model_type": "siglip_vision_model"}
+    return {
+        "image_encoder/config.json": {**siglip, **asdict(spec.image_encoder)},
+        "image_embedder/config.json": {"_class_name": "ReduxImageEncoder", **asdict(spec.image_embedder)},
+    }
 
 
 def _pipeline(spec: Spec) -> str:

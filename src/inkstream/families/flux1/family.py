@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,7 +18,19 @@ from inkstream.families.flux1.documents import documents
 from inkstream.families.flux1.keys import DIFFUSERS, SINGLE_FILE
 from inkstream.families.flux1.kontext import kontext_size, prepare_reference
 from inkstream.families.flux1.model import Flux1Transformer
-from inkstream.families.flux1.specs import CANNY, DEPTH, DEV, FILL, KONTEXT, KREA, SCHNELL, Flux1Config, infer_config
+from inkstream.families.flux1.redux import REDUX, SIGLIP, to_tokens
+from inkstream.families.flux1.specs import (
+    CANNY,
+    DEPTH,
+    DEV,
+    FILL,
+    KONTEXT,
+    KREA,
+    SCHNELL,
+    Flux1Config,
+    infer_config,
+    with_redux,
+)
 from inkstream.families.flux1.text import (
     CLIP,
     CLIP_TOKENS,
@@ -33,11 +46,14 @@ from inkstream.families.flux1.text import (
 )
 from inkstream.families.parts import AUTOENCODER, decode, encode
 from inkstream.nn.flux import Prepared
-from inkstream.types import Conditioning, InputError, Query, Spec
+from inkstream.types import Conditioning, Query, Spec
 
 PROMPTS_KEPT = 16
 CELL = 8
 """Pixels a side of a latent cell; a mask has as many channels as one has pixels."""
+MAP_AREA = 1024 * 1024
+MAP_LONGEST = 8192
+"""The longest side a Request may ask for."""
 
 
 class Flux1:
@@ -49,19 +65,23 @@ class Flux1:
             config=Flux1Config,
             layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS},
             infer=infer_config,
+            packs=("double_blocks", "single_blocks"),
+            gguf="flux",
         ),
         "text_encoder": CLIP,
         "text_encoder_2": T5,
         "vae": AUTOENCODER,
+        "image_encoder": SIGLIP,
+        "image_embedder": REDUX,
     }
     joints = (
         ("transformer.pooled_projection_dim", "text_encoder.hidden_size"),
         ("transformer.joint_attention_dim", "text_encoder_2.d_model"),
         ("transformer.patch_channels", "vae.patch_channels"),
+        ("transformer.joint_attention_dim", "image_embedder.txt_in_features"),
     )
     tokenizers: ClassVar = {"tokenizer": load_clip_tokenizer, "tokenizer_2": load_t5_tokenizer}
     documents = staticmethod(documents)
-    size_for = staticmethod(lambda reference: kontext_size(*reference))
 
     def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]):
         self.spec = spec
@@ -69,13 +89,20 @@ class Flux1:
         self.clip: Any = modules["text_encoder"]
         self.t5: Any = modules["text_encoder_2"]
         self.vae: Any = modules["vae"]
+        self.image_encoder: Any = modules.get("image_encoder")
+        self.image_embedder: Any = modules.get("image_embedder")
         self.clip_tokenizer, self.t5_tokenizer = tokenizers["tokenizer"], tokenizers["tokenizer_2"]
         self._encode_once = lru_cache(PROMPTS_KEPT)(self._encode_once)
 
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
-        """schnell reads no guidance, Fill and the maps take more channels; others are told by their name, else dev."""
+        """schnell reads no guidance, Fill and the maps take more channels; others are told by their name, else dev.
+
+        Redux goes with those that take no pictures of their own.
+        """
         transformer: Flux1Config = configs["transformer"]
+        redux = {part: configs[part] for part in ("image_encoder", "image_embedder") if part in configs}
+        configs = {part: config for part, config in configs.items() if part not in redux}
         beside = transformer.in_channels - transformer.patch_channels
         words = name.lower()
         if not transformer.guidance_embeds:
@@ -86,7 +113,9 @@ class Flux1:
             known = DEPTH if "depth" in words else CANNY
         else:
             known = KONTEXT if "kontext" in words else KREA if "krea" in words else DEV
-        return replace(known, name=name, **configs)
+        spec = replace(known, name=name, **configs)
+        takes_pictures = spec.abilities & {"references", "fill", "map"}
+        return with_redux(spec, **redux) if len(redux) == 2 and not takes_pictures else spec
 
     def encode(self, prompt: str) -> Conditioning:
         return self._encode_once(self.tokens(prompt))
@@ -108,20 +137,32 @@ class Flux1:
         with torch.inference_mode(False), torch.no_grad():  # what is remembered may yet be trained on
             return self.encode_tokens([ids])
 
+    @staticmethod
+    def size_for(spec: Spec, reference: tuple[int, int]) -> tuple[int, int]:
+        """Kontext's trained size of that shape; for a map, a megapixel of its shape; Redux sees no shape."""
+        if "map" in spec.abilities:
+            return map_size(*reference, spec.multiple)
+        return kontext_size(*reference) if spec.image_embedder is None else spec.size
+
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
-        """Kontext's reference at a size it was trained on; Fill's masked picture and mask; a map of edges or depths."""
+        """Kontext's reference at a size it was trained on; Fill's masked picture and mask; a map of edges or depths;
+        behind the prompt, Redux's tokens of each reference."""
         able = self.spec.abilities
         if "map" in able:
-            if len(pictures.references) != 1:
-                raise InputError(f"{self.spec.name} follows one map: give it with --reference")
+            (followed,) = pictures.references
             size = (pictures.width, pictures.height)
-            return replace(cond, beside=self._seen(pictures.references[0].resize(size, Image.Resampling.LANCZOS)))
+            return replace(cond, beside=self._seen(followed.resize(size, Image.Resampling.LANCZOS)))
         if "fill" in able:
-            if pictures.image is None or pictures.mask is None:
-                raise InputError(f"{self.spec.name} repaints part of a picture: give --image and --mask")
+            assert pictures.image is not None
+            assert pictures.mask is not None
             return replace(cond, beside=self._to_fill(pictures.image, pictures.mask, (pictures.width, pictures.height)))
         if not pictures.references:
             return cond
+        if self.image_embedder is not None:
+            assert len(cond) == 1, "no FLUX.1 is asked twice"
+            seen = [to_tokens(self.image_encoder, self.image_embedder, r) for r in pictures.references]
+            tokens = torch.cat((cond.tokens, *(tokens.to(cond.tokens.dtype) for tokens in seen)))
+            return replace(cond, tokens=tokens, lengths=(len(tokens),))
         return replace(cond, references=tuple(self._seen(prepare_reference(r)) for r in pictures.references))
 
     def _seen(self, picture: Image.Image) -> Tensor:
@@ -160,6 +201,19 @@ class Flux1:
 
     def encode_image(self, pixels: Tensor) -> Tensor:
         return encode(self.vae, pixels)
+
+
+def map_size(width: int, height: int, multiple: int) -> tuple[int, int]:
+    """The size to draw a map at: of its shape, and as many pixels as the release draws, 1024 x 1024, whatever the map.
+
+    A square map so gives the release's size; others keep their shape, where the release squeezes them into a square.
+    """
+    scale = math.sqrt(MAP_AREA / (width * height))
+
+    def side(pixels: int) -> int:
+        return min(MAP_LONGEST, max(multiple, round(pixels * scale / multiple) * multiple))
+
+    return side(width), side(height)
 
 
 def to_pixels(picture: Image.Image) -> Tensor:

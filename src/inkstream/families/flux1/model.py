@@ -91,7 +91,7 @@ class Flux1Transformer(nn.Module):
             Prepared(
                 text=text,
                 references=seen,
-                rope=rope(positions(len(text), grid, grids).to(device), self.config.axes_dims_rope, THETA),
+                rope=rope(positions(len(text), grid, grids), self.config.axes_dims_rope, THETA, device),
                 grid=grid,
                 embedding=embedding,
                 channels=None if channels is None else patchify(channels, PATCH).to(dtype),

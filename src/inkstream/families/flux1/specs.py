@@ -9,6 +9,8 @@ from inkstream.nn.config import CLIPTextConfig, T5Config, VAEConfig
 from inkstream.types import Spec
 
 NON_COMMERCIAL = "FLUX non-commercial"
+REDUX_REPO = "black-forest-labs/FLUX.1-Redux-dev"
+REDUX_BYTES = 1_010_000_000
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,33 @@ class Flux1Config:
         return self.out_channels or self.in_channels
 
 
+@dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes of Redux's image encoder, SigLIP so400m at 384 pixels; names as in its published config.json."""
+
+    image_size: int = 384
+    patch_size: int = 14
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_hidden_layers: int = 27
+    num_attention_heads: int = 16
+    layer_norm_eps: float = 1e-6
+    hidden_act: str = "gelu_pytorch_tanh"
+
+    @property
+    def patches(self) -> int:
+        """Of a picture: 729."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclass(frozen=True)
+class ReduxConfig:
+    """Sizes of Redux's image embedder; names as in its published config.json."""
+
+    redux_dim: int = 1152
+    txt_in_features: int = 4096
+
+
 _DEV = Flux1Config()
 
 _TINY = Spec(
@@ -58,6 +87,7 @@ _TINY = Spec(
     size=(64, 64),
     abilities=frozenset({"image", "mask"}),
     licence="apache-2.0",
+    commercial=True,
 )  # fmt: skip
 
 SCHNELL = Spec(
@@ -76,6 +106,7 @@ SCHNELL = Spec(
     repo="black-forest-labs/FLUX.1-schnell",
     download_bytes=33_700_000_000,
     licence="apache-2.0",
+    commercial=True,
     tiny=_TINY,
 )
 
@@ -154,7 +185,40 @@ DEPTH = replace(
     guidance=10.0, repo="black-forest-labs/FLUX.1-Depth-dev",
 )  # fmt: skip
 
-SPECS: dict[str, Spec] = {spec.name: spec for spec in (SCHNELL, DEV, KREA, KONTEXT, FILL, CANNY, DEPTH)}
+
+def with_redux(spec: Spec, image_encoder: SiglipConfig, image_embedder: ReduxConfig) -> Spec:
+    """The model that Redux makes of another: it reads references as it reads the prompt."""
+    return replace(
+        spec,
+        image_encoder=image_encoder,
+        image_embedder=image_embedder,
+        abilities=spec.abilities | {"references"},
+        licence=NON_COMMERCIAL,
+        commercial=False,
+    )
+
+
+def _redux(spec: Spec, tiny: Spec, name: str) -> Spec:
+    sizes = replace(SiglipConfig(), image_size=56, hidden_size=24, intermediate_size=32, num_hidden_layers=2,
+                    num_attention_heads=2)  # fmt: skip
+    return replace(
+        with_redux(spec, SiglipConfig(), ReduxConfig()),
+        name=name,
+        title=f"{spec.title.partition(':')[0]} with Redux: draws what resembles a reference",
+        download_bytes=spec.download_bytes + REDUX_BYTES,  # type: ignore[operator]
+        tiny=replace(
+            with_redux(tiny, sizes, ReduxConfig(24, tiny.transformer.joint_attention_dim)), name=f"tiny-{name}"
+        ),
+    )
+
+
+REDUX_DEV = replace(_redux(DEV, _TINY_DEV, "flux1-redux-dev"), guidance=2.5)
+REDUX_SCHNELL = _redux(SCHNELL, _TINY, "flux1-redux-schnell")
+
+SPECS: dict[str, Spec] = {
+    spec.name: spec
+    for spec in (SCHNELL, DEV, KREA, KONTEXT, FILL, CANNY, DEPTH, REDUX_DEV, REDUX_SCHNELL)
+}
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux1Config:

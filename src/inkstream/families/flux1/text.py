@@ -56,7 +56,7 @@ class CLIPText(nn.Module):
 
     def __init__(self, config: CLIPTextConfig):
         super().__init__()
-        transformers = _transformers()
+        transformers = need_transformers()
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**asdict(config)))
         self.text_model: Any = getattr(model, "text_model", model)  # a shell around it in earlier versions
         with torch.device("cpu"):  # a buffer that is in no file
@@ -72,7 +72,7 @@ class T5Text(nn.Module):
 
     def __init__(self, config: T5Config):
         super().__init__()
-        transformers = _transformers()
+        transformers = need_transformers()
         theirs = transformers.T5Config(**asdict(config), is_encoder_decoder=False, use_cache=False)
         self.encoder: Any = transformers.models.t5.modeling_t5.T5Stack(theirs)
 
@@ -124,6 +124,26 @@ def count_t5(config: T5Config) -> int:
     return config.vocab_size * d + buckets + config.num_layers * layer + d
 
 
+_LLAMA_CPP = (
+    rename("token_embd", "encoder.embed_tokens"),
+    rename("enc.output_norm", "encoder.final_layer_norm"),
+    *(
+        rename(f"enc.blk.{{}}.{theirs}", f"encoder.block.{{}}.layer.{ours}")
+        for theirs, ours in (
+            ("attn_norm", "0.layer_norm"),
+            ("attn_q", "0.SelfAttention.q"),
+            ("attn_k", "0.SelfAttention.k"),
+            ("attn_v", "0.SelfAttention.v"),
+            ("attn_o", "0.SelfAttention.o"),
+            ("attn_rel_b", "0.SelfAttention.relative_attention_bias"),
+            ("ffn_norm", "1.layer_norm"),
+            ("ffn_gate", "1.DenseReluDense.wi_0"),
+            ("ffn_up", "1.DenseReluDense.wi_1"),
+            ("ffn_down", "1.DenseReluDense.wo"),
+        )
+    ),
+)
+
 CLIP = Part(
     build=CLIPText,
     count=count_clip,
@@ -140,10 +160,17 @@ T5 = Part(
     count=count_t5,
     config=T5Config,
     layouts={
-        "transformers": (drop("encoder.embed_tokens"), rename("shared", "encoder.embed_tokens")),  # often there twice
+        "diffusers": (drop("encoder.embed_tokens"), rename("shared", "encoder.embed_tokens")),  # often there twice
         "encoder": (),
+        "gguf": _LLAMA_CPP,
     },
     infer=infer_t5,
+    packs=(
+        "encoder.embed_tokens",
+        "encoder.block.{}.layer.{}.DenseReluDense",
+        *(f"encoder.block.{{}}.layer.{{}}.SelfAttention.{name}" for name in "qkvo"),
+    ),
+    gguf="t5encoder",
 )
 
 
@@ -153,7 +180,7 @@ def _padded(tokenizer: Any, prompt: str, length: int) -> tuple[int, ...]:
 
 def _load_tokenizer(path: Path | str, kind: str) -> Any:
     try:
-        return getattr(_transformers(), kind).from_pretrained(str(path), local_files_only=True)
+        return getattr(need_transformers(), kind).from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
         raise InputError(f"the tokenizer in {path} cannot be read ({reason}): copy the model's there") from None
@@ -168,7 +195,7 @@ def _device(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _transformers() -> Any:
+def need_transformers() -> Any:
     """The package, imported when a model that needs it is; that takes seconds."""
     try:
         import transformers

@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from inkstream.families import Documents, Part, Pictures, Shapes
+from inkstream.families import CARD, Documents, Part, Pictures, Shapes
 from inkstream.families.flux2.autoencoder import AUTOENCODER
 from inkstream.families.flux2.documents import documents
 from inkstream.families.flux2.keys import DIFFUSERS, SINGLE_FILE
@@ -44,6 +44,7 @@ from inkstream.families.flux2.text import (
     load_mistral_tokenizer,
     pad_id,
 )
+from inkstream.families.flux2.writers import WRITER
 from inkstream.families.parts import decode, encode, load_tokenizer
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.flux import Prepared
@@ -87,6 +88,8 @@ class Flux2:
             config=Flux2Config,
             layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS},
             infer=infer_config,
+            packs=("double_blocks", "single_blocks"),
+            gguf="flux",
         ),
         "text_encoder": Part(
             build=build_text_encoder,
@@ -101,6 +104,8 @@ class Flux2:
             ),
             neutral=lambda config: KLEIN_TEXT_ENCODER.neutral(config) if isinstance(config, Qwen3Config) else {},
             count=count_text_encoder,
+            packs=("layers", "embed_tokens", "model.layers", "model.embed_tokens"),
+            writer=WRITER,
             others={"mistral": MistralConfig, "mistral3": MistralConfig},
         ),
         "vae": AUTOENCODER,
@@ -111,7 +116,7 @@ class Flux2:
     )
     tokenizers: ClassVar = {"tokenizer": read_tokenizer}
     documents = staticmethod(documents)
-    size_for = staticmethod(default_size)
+    size_for = staticmethod(lambda spec, reference: default_size(reference))
 
     def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]):
         self.spec = spec
@@ -123,24 +128,28 @@ class Flux2:
 
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
-        """dev reads a guidance. Of klein the width tells 4B from 9B; base, distilled and KV are told by the name or by
-        the pipeline's class and its `is_distilled`."""
+        """dev reads a guidance. Of klein the width tells 4B from 9B; base, distilled and KV are told by its card, by
+        the pipeline's class and its `is_distilled`, or by the name."""
         transformer: Flux2Config = configs["transformer"]
         if transformer.guidance_embeds:
             return replace(DEV, name=name, **configs)
-        index = documents.get("model_index.json", {})
+        index, card = documents.get("model_index.json", {}), documents.get(CARD, {})
         words, kind = name.lower(), str(index.get("_class_name", ""))
-        if re.search(r"(^|[-_ ])kv($|[-_. ])", words) or "KV" in kind:
-            return replace(KLEIN_9B_KV, name=name, **configs)
         size = "9b" if transformer.num_single_layers > KLEIN_4B.transformer.num_single_layers else "4b"
-        if "base" in words or index.get("is_distilled") is False:
-            return replace(SPECS[f"flux2-klein-base-{size}"], name=name, **configs)
-        if "klein" in words or index.get("is_distilled") is True:
-            return replace(SPECS[f"flux2-klein-{size}"], name=name, **configs)
-        raise InputError(
-            f"{name} is a FLUX.2 klein, base or distilled, which its weights do not tell: "
-            "name the file or folder after it, as in flux-2-klein-base-4b or flux-2-klein-4b"
-        )
+        base, distilled = SPECS[f"flux2-klein-base-{size}"], SPECS[f"flux2-klein-{size}"]
+        if "guides" in card:
+            kv, is_base = "references_once" in card.get("abilities", ()), card["guides"] == base.guides
+        else:
+            kv = re.search(r"(^|[-_ ])kv($|[-_. ])", words) is not None or "KV" in kind
+            is_base = "base" in words or index.get("is_distilled") is False
+            if not (kv or is_base or "klein" in words or index.get("is_distilled") is True):
+                raise InputError(
+                    f"{name} is a FLUX.2 klein, base or distilled, which its weights do not tell: "
+                    "name the file or folder after it, as in flux-2-klein-base-4b or flux-2-klein-4b, "
+                    f'or put {CARD} beside it with {{"guides": "{base.guides}"}} or {{"guides": "{distilled.guides}"}}'
+                )
+        known = KLEIN_9B_KV if kv else base if is_base else distilled
+        return replace(known, name=name, **configs)
 
     def encode(self, prompt: str) -> Conditioning:
         return self._encode_once(self.tokens(prompt))

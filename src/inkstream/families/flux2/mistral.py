@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -26,32 +26,44 @@ class MistralText(nn.Module):
 
     def __init__(self, config: MistralConfig, depths: Sequence[int]):
         super().__init__()
-        try:
-            from transformers import MistralConfig as TheirConfig
-            from transformers import MistralModel
-            from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
-        except ImportError:
-            raise InputError(
-                "FLUX.2 dev reads prompts through transformers, which is not installed: pip install 'inkstream[flux]'"
-            ) from None
         self.depths = tuple(depths)
-        sizes = asdict(config)
-        theta = sizes.pop("rope_theta")
-        theirs = TheirConfig(
-            **{**sizes, "num_hidden_layers": max(depths)},
-            rope_parameters={"rope_type": "default", "rope_theta": theta},
-            sliding_window=None,
-            pad_token_id=None,
-        )
-        self.model: Any = MistralModel(theirs)
+        self.model = build_mistral(config, max(depths))
         self.model.norm = nn.Identity()
-        with torch.device("cpu"):  # its buffers are in no file
-            self.model.rotary_emb = MistralRotaryEmbedding(theirs)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """ids, mask: (B, L), mask 1 at text and 0 at padding -> (B, L, D * len(depths))."""
         out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return torch.cat([out.hidden_states[depth] for depth in self.depths], dim=-1)
+
+
+def build_mistral(config: MistralConfig, layers: int) -> Any:
+    """transformers' MistralModel of so many layers. InputError where transformers is not installed."""
+    try:
+        from transformers import MistralModel
+        from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
+    except ImportError:
+        raise InputError(
+            "FLUX.2 dev reads prompts through transformers, which is not installed: pip install 'inkstream[flux]'"
+        ) from None
+    theirs = their_config(config, layers)
+    model: Any = MistralModel(theirs)
+    with torch.device("cpu"):  # its buffers are in no file
+        model.rotary_emb = MistralRotaryEmbedding(theirs)
+    return model
+
+
+def their_config(config: MistralConfig, layers: int) -> Any:
+    """The sizes as transformers takes them."""
+    from transformers import MistralConfig as TheirConfig
+
+    sizes = {field.name: getattr(config, field.name) for field in fields(MistralConfig)}
+    theta = sizes.pop("rope_theta")
+    return TheirConfig(
+        **{**sizes, "num_hidden_layers": layers},
+        rope_parameters={"rope_type": "default", "rope_theta": theta},
+        sliding_window=None,
+        pad_token_id=None,
+    )
 
 
 def infer_mistral(shapes: Shapes) -> MistralConfig:

@@ -126,7 +126,7 @@ class Flux2Transformer(nn.Module):
         return memory
 
     def _rope(self, positions: Tensor) -> Rope:
-        return rope(positions.to(self.img_in.weight.device), self.config.axes_dims_rope, self.config.rope_theta)
+        return rope(positions, self.config.axes_dims_rope, self.config.rope_theta, self.img_in.weight.device)
 
     # Every step -----------------------------------------------------------------------------------------------------
 

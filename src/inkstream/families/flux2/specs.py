@@ -10,6 +10,8 @@ from inkstream.types import Spec
 
 MOST_REFERENCES = 10
 NON_COMMERCIAL = "FLUX non-commercial"
+ABLE = frozenset({"image", "mask", "references", "json", "upsample"})
+"""What all of them can."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,9 @@ _TINY = Spec(
     guides="none",
     shift_rule="empirical",
     size=(64, 64),
-    abilities=frozenset({"image", "mask", "references"}),
+    abilities=ABLE,
     licence="apache-2.0",
+    commercial=True,
 )  # fmt: skip
 
 KLEIN_4B = Spec(
@@ -78,10 +81,11 @@ KLEIN_4B = Spec(
     shift=1.0,
     guides="none",
     shift_rule="empirical",
-    abilities=frozenset({"image", "mask", "references"}),
+    abilities=ABLE,
     repo="black-forest-labs/FLUX.2-klein-4B",
     download_bytes=16_000_000_000,
     licence="apache-2.0",
+    commercial=True,
     tiny=_TINY,
 )
 
@@ -92,10 +96,9 @@ KLEIN_BASE_4B = replace(
     steps=50,
     guidance=4.0,
     guides="twice",
-    abilities=frozenset({"image", "mask", "references", "guidance", "negative_prompt"}),
+    abilities=ABLE | {"guidance"},
     repo="black-forest-labs/FLUX.2-klein-base-4B",
-    tiny=replace(_TINY, name="tiny-flux2-klein-base", guides="twice", guidance=4.0, abilities=frozenset(
-        {"image", "mask", "references", "guidance", "negative_prompt"})),
+    tiny=replace(_TINY, name="tiny-flux2-klein-base", guides="twice", guidance=4.0, abilities=ABLE | {"guidance"}),
 )  # fmt: skip
 
 _9B = {
@@ -137,7 +140,7 @@ DEV = replace(
     steps=50,
     guidance=4.0,
     guides="read",
-    abilities=frozenset({"image", "mask", "references", "guidance"}),
+    abilities=ABLE | {"guidance", "upsample_references"},
     repo="black-forest-labs/FLUX.2-dev",
     download_bytes=112_000_000_000,
     licence=NON_COMMERCIAL,
@@ -152,7 +155,7 @@ DEV = replace(
         ),
         guides="read",
         guidance=4.0,
-        abilities=frozenset({"image", "mask", "references", "guidance"}),
+        abilities=ABLE | {"guidance", "upsample_references"},
     ),
 )  # fmt: skip
 

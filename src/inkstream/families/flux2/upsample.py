@@ -1,54 +1,70 @@
-"""Prompt upsampling: FLUX.2 dev's own language model writes a fuller prompt, or one instruction for an edit."""
+"""Prompt upsampling: the language model that reads prompts writes a fuller one, or one instruction for an edit."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator
 
 import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
 
-from inkstream.families.flux2.references import cap_area, join_references
-from inkstream.families.flux2.text import system_message
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from inkstream.families.flux2.text import dev_prompt, klein_prompt, system_message
+from inkstream.types import InputError
 
 AREA = 768 * 768
 """What the model is shown of the reference pictures, in pixels."""
+LONGEST = 1540
+"""The longest side of a picture that Mistral Small sees."""
 INPUT_TOKENS, OUTPUT_TOKENS = 2048, 512
 TEMPERATURE = 0.15
+KLEIN_ENDS, DEV_ENDS = ("<|im_end|>", "<|endoftext|>"), ("</s>",)
 
 
-def upsample_prompt(model: Any, processor: Any, prompt: str, references: Sequence[Image] = (), seed: int = 0) -> str:
-    """The prompt, rewritten. With references, an instruction of 50 to 80 words for what to do with them.
+def klein_task(prompt: str) -> str:
+    """What klein's Qwen3 is asked, dev's own system message before the prompt: the release asks it nothing."""
+    return f"<|im_start|>system\n{system_message('upsample')}<|im_end|>\n{klein_prompt(prompt)}"
 
-    model: transformers' Mistral3ForConditionalGeneration, all of it; processor: the one published with it. The random
-    state outside is left as it was.
+
+def dev_task(prompt: str, grid: tuple[int, int] | None = None) -> str:
+    """What dev's Mistral is asked. grid: rows and columns that it sees of a picture, which stands in a turn before."""
+    if grid is None:
+        return dev_prompt(prompt, system_message("upsample"))
+    rows, columns = grid
+    seen = "[IMG_BREAK]".join(["[IMG]" * columns] * rows) + "[IMG_END]"
+    before, turn, after = dev_prompt(prompt, system_message("upsample_edit")).partition("[INST]")
+    return f"{before}[INST]{seen}[/INST]{turn}{after}"
+
+
+def read_task(tokenizer: Tokenizer, task: str) -> list[int]:
+    """Its tokens. InputError where there are more than the model takes."""
+    ids = tokenizer.encode(task, add_special_tokens=False).ids
+    if len(ids) > INPUT_TOKENS:
+        raise InputError(f"the prompt and how to write it out are {len(ids)} tokens, {INPUT_TOKENS} fit: shorten it")
+    return ids
+
+
+def write(
+    logits: Tensor, ask: Callable[[int], Tensor], tokenizer: Tokenizer, ends: Collection[str], seed: int
+) -> Iterator[str]:
+    """The text that a model goes on with, as it grows; the seed decides.
+
+    logits: (V,) of the first token; ask: a token -> the logits of the next; ends: tokens that end the text.
     """
-    inputs = processor.apply_chat_template(
-        [messages(prompt, references)],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        truncation=True,
-        max_length=INPUT_TOKENS,
-    ).to(model.device)
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(seed)
-        ids = model.generate(**inputs, max_new_tokens=OUTPUT_TOKENS, do_sample=True, temperature=TEMPERATURE)
-    new = ids[:, inputs["input_ids"].shape[1] :]
-    return processor.batch_decode(new, skip_special_tokens=True, clean_up_tokenization_spaces=True)[0].strip()
+    generator = torch.Generator().manual_seed(seed)
+    last, tokens = {tokenizer.token_to_id(name) for name in ends}, []
+    for _ in range(OUTPUT_TOKENS):
+        odds = (logits.float().cpu() / TEMPERATURE).softmax(-1)
+        token = int(torch.multinomial(odds, 1, generator=generator))
+        if token in last:
+            return
+        tokens.append(token)
+        yield tokenizer.decode(tokens).strip()
+        logits = ask(token)
 
 
-def messages(prompt: str, references: Sequence[Image]) -> list[dict[str, Any]]:
-    """The conversation, as transformers' chat templates take it; pictures are shown as one, side by side."""
-
-    def turn(role: str, **content: Any) -> dict[str, Any]:
-        return {"role": role, "content": [content]}
-
-    system = turn("system", type="text", text=system_message("upsample_edit" if references else "upsample"))
-    picture = [turn("user", type="image", image=cap_area(join_references(references), AREA))] if references else []
-    return [system, *picture, turn("user", type="text", text=prompt.replace("[IMG]", ""))]
+def size_seen(image: Image.Image, cell: int) -> tuple[int, int]:
+    """Rows and columns of cells that Mistral sees a picture in, scaled down where a side is too long for it."""
+    scale = min(1.0, LONGEST / max(image.size))
+    width, height = (int(side * scale) for side in image.size)
+    return -(-height // cell), -(-width // cell)

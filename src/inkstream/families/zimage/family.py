@@ -22,10 +22,10 @@ from inkstream.families.parts import (
     tokenize,
 )
 from inkstream.families.zimage.documents import documents
-from inkstream.families.zimage.keys import DIFFUSERS, NATIVE
+from inkstream.families.zimage.keys import DIFFUSERS, NATIVE, PACKS
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
-from inkstream.types import Conditioning, InputError, Query, Spec
+from inkstream.types import Conditioning, Query, Spec
 
 PROMPTS_KEPT = 64
 
@@ -59,6 +59,8 @@ class ZImage:
             config=ZImageConfig,
             layouts={"native": NATIVE, "diffusers": DIFFUSERS},
             infer=infer_config,
+            packs=PACKS,
+            gguf="lumina2",
         ),
         "text_encoder": QWEN3,
         "vae": AUTOENCODER,
@@ -111,12 +113,10 @@ class ZImage:
             return self.encode_tokens([ids])
 
     @staticmethod
-    def size_for(reference: tuple[int, int]) -> tuple[int, int]:
+    def size_for(spec: Spec, reference: tuple[int, int]) -> tuple[int, int]:
         return reference
 
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
-        if pictures.references:
-            raise InputError(f"{self.spec.name} takes no references: leave them out, or take a model that does")
         return cond
 
     def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:

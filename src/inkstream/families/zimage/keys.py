@@ -6,6 +6,9 @@ from inkstream.weights.keymap import Rule, drop, fuse, rename
 
 _BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}", "siglip_refiner.{}")
 
+PACKS = tuple(f"{block}.{part}" for block in _BLOCKS for part in ("attention", "feed_forward"))
+"""Layers that may be packed: the 170 that published files pack. Embedders, modulation and the last layer are not."""
+
 NATIVE: tuple[Rule, ...] = (
     rename("x_pad_token", "x_pad_token", row=True),  # some files hold the pads as (D,)
     rename("cap_pad_token", "cap_pad_token", row=True),

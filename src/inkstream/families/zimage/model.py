@@ -237,7 +237,7 @@ class ZImageTransformer(nn.Module):
         )
 
     def _rope(self, positions: Tensor) -> Rope:
-        return rope(positions.to(self.x_pad_token.device), self.config.axes_dims, self.config.rope_theta)
+        return rope(positions, self.config.axes_dims, self.config.rope_theta, self.x_pad_token.device)
 
 
 class Block(nn.Module):

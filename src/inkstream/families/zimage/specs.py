@@ -45,6 +45,7 @@ _TINY = Spec(
     size=(64, 64),
     abilities=frozenset({"image", "mask"}),
     licence="apache-2.0",
+    commercial=True,
 )
 
 TURBO = Spec(
@@ -61,6 +62,7 @@ TURBO = Spec(
     repo="Tongyi-MAI/Z-Image-Turbo",
     download_bytes=32_900_000_000,
     licence="apache-2.0",
+    commercial=True,
     tiny=_TINY,
 )
 
@@ -71,12 +73,12 @@ BASE = replace(
     steps=50,
     guidance=5.0,
     shift=6.0,
-    abilities=frozenset({"image", "mask", "guidance", "negative_prompt"}),
+    abilities=frozenset({"image", "mask", "guidance"}),
     repo="Tongyi-MAI/Z-Image",
     download_bytes=20_700_000_000,
     tiny=replace(
         _TINY, name="tiny-z-image", shift=6.0, guidance=5.0,
-        abilities=frozenset({"image", "mask", "guidance", "negative_prompt"}),
+        abilities=frozenset({"image", "mask", "guidance"}),
     ),
 )
 
@@ -93,4 +95,28 @@ OMNI = replace(
     ),
 )
 
-SPECS = (TURBO, BASE, OMNI)
+POCKET = replace(
+    BASE,
+    name="pocket",
+    title="Pocket: a small Z-Image that ships with inkstream; it draws flat shapes, emoji and short words",
+    transformer=ZImageConfig(
+        dim=192, n_layers=8, n_refiner_layers=1, n_heads=3, cap_feat_dim=192, axes_dims=(16, 24, 24)
+    ),
+    text_encoder=Qwen3Config(
+        vocab_size=2048, hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=3,
+        head_dim=64, intermediate_size=512,
+    ),
+    vae=VAEConfig(
+        block_out_channels=(16, 16, 32, 96), layers_per_block=1, norm_num_groups=4, scaling_factor=0.4117,
+        shift_factor=-0.1196,
+    ),
+    steps=16,
+    guidance=4.0,
+    shift=4.0,
+    size=(128, 128),
+    repo=None,
+    folder="pocket/weights",
+    download_bytes=None,
+)
+
+SPECS = (POCKET, TURBO, BASE, OMNI)

@@ -1,0 +1,402 @@
+"""`inkstream draft`: many quick drafts, a sheet to choose from, the chosen ones refined; it goes on where it stopped.
+
+What is done is told by the pictures in the folder, each written whole or not at all; the state says what was asked.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import secrets
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from inkstream.cli.download import agree_to_download
+from inkstream.cli.generate import as_options, check, draw, slug, try_folder, understand
+from inkstream.cli.lines import print_json
+from inkstream.cli.refine import find_spec, plan, read_draft
+from inkstream.cli.terminal import Terminal
+from inkstream.types import InputError, Request, Spec
+
+if TYPE_CHECKING:
+    from inkstream.engine.engine import Engine
+
+STATE = "draft.json"
+SHEET = "sheet.png"
+AFTER = Group("After the drafts", sort_key=1)
+RUN = Group("This run", sort_key=2)
+
+
+class Drafts(Request):
+    """A Request as options, of so many pictures as a sheet can show."""
+
+    count: int = Field(16, ge=1, le=256, description="How many drafts; the seed goes up by 1 from each to the next.")
+
+
+as_options(Drafts)
+NOTHING = Drafts.model_validate({})
+
+
+class State(BaseModel):
+    """What was asked of a folder. Its request has every field set, the seed too: a draft is the same whenever drawn."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: Literal[1] = 1
+    request: Request
+    pick: int | None = Field(default=None, ge=1)
+    refine_with: str | None = None
+    refine_strength: float | None = Field(default=None, ge=0, le=1)
+    chosen: tuple[int, ...] = ()  # drafts are numbered from 1
+
+    def draft(self, number: int) -> Request:
+        """The request that draws that draft alone."""
+        seed = self.request.seed + number - 1  # type: ignore[operator]
+        return self.request.model_copy(update={"seed": seed, "count": 1})
+
+    def path(self, folder: Path, number: int, kind: Literal["drafts", "refined"]) -> Path:
+        """Where that draft is, or what was made of it."""
+        width = max(2, len(str(self.request.count)))
+        return folder / kind / f"{number:0{width}}.png"
+
+
+def draft(
+    wish: Annotated[Drafts, Parameter(name="*")] = NOTHING,
+    *,
+    pick: Annotated[int | None, Parameter(show_default=False, group=AFTER)] = None,
+    choose: Annotated[str | None, Parameter(group=AFTER)] = None,
+    refine_with: Annotated[str | None, Parameter(group=AFTER)] = None,
+    refine_strength: Annotated[float | None, Parameter(group=AFTER)] = None,
+    json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
+    resume: Annotated[Path | None, Parameter(group=RUN)] = None,
+    output: Annotated[Path | None, Parameter(alias="-o", group=RUN)] = None,
+    device: Annotated[str | None, Parameter(group=RUN)] = None,
+    dtype: Annotated[str | None, Parameter(group=RUN)] = None,
+    commercial_only: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
+) -> None:
+    """Draw many drafts, choose from a sheet of them, refine the chosen ones with a bigger model.
+
+    Parameters
+    ----------
+    pick
+        How many drafts are to be chosen; else as many as you like.
+    choose
+        Numbers of the drafts to refine, as 3,7; else they are asked for.
+    refine_with
+        The model that refines the chosen drafts.
+    refine_strength
+        Start from the draft, and leave it so far, 0 to 1; else as the model does best, see inkstream refine.
+    json_prompt
+        File that holds the prompt as JSON, as FLUX.2 reads it: scene, subjects, style, camera ...; - is stdin.
+    resume
+        Go on in this folder, as was asked when it was begun.
+    output
+        Folder to write to, else drafts/ and the prompt's first words.
+    device
+        cpu, cuda, cuda:1, mps; else the best there is.
+    dtype
+        bf16, fp32 or fp16; else what suits the device.
+    commercial_only
+        Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
+    json
+        Print one JSON document on stdout when all is done.
+    quiet
+        No progress and no talk, only errors.
+    yes
+        Download what is missing without asking.
+    """
+    from inkstream.engine.loader import choose_device, choose_dtype
+
+    with Terminal(quiet) as terminal:
+        folder, state = resumed(wish, resume, output) if resume else begun(wish, json_prompt, output, terminal)
+        state = settled(state, folder, pick, choose, refine_with, refine_strength)
+        licence = commercial_only or None
+        choose_dtype(dtype, choose_device(device))
+        spec = look_ahead(folder, state, yes, licence, terminal)
+        write_state(folder, state)
+        ran = [f"--{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value]
+        ran += ["--commercial-only"] if commercial_only else []
+        from inkstream.engine.engine import Engine
+
+        engine = Engine(device, dtype, commercial_only=licence)
+        try:
+            draw_drafts(engine, folder, state, terminal)
+            write_sheet(folder, state)
+            if not json:
+                terminal.print(str(folder / SHEET))
+            if state.refine_with and not state.chosen:
+                state = state.model_copy(update={"chosen": ask(folder, state, terminal)})
+                write_state(folder, state)
+            refine_chosen(engine, folder, state, spec, terminal, json)
+        except KeyboardInterrupt:
+            terminal.say(f"stopped; {told(folder, state)}")
+            raise
+        finally:
+            if len(missing(folder, state, "drafts")) < state.request.count:
+                again = go_on(folder, state, ran)
+                if again:
+                    terminal.say(f"go on with: {again}")
+                if json:
+                    print_json(describe(folder, state, again))
+
+
+# What was asked
+
+
+def begun(wish: Drafts, json_prompt: str | None, output: Path | None, terminal: Terminal) -> tuple[Path, State]:
+    """The folder of a whole command and its state, which is there already where the command was given before."""
+    request = understand(wish, None, terminal.say, json_prompt).model_copy(update={"count": wish.count})
+    folder = output or Path("drafts") / slug(request.prompt)
+    if (folder / STATE).exists():
+        state = read_state(folder)
+        refuse_changes(state.request, request.model_dump(exclude={"seed"} if request.seed is None else None), folder)
+        return folder, state
+    if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise InputError(f"{folder} holds other things than drafts: give another --output")
+    seed = secrets.randbelow(2**32) if request.seed is None else request.seed
+    return folder, State(request=Request.model_validate(request.model_dump() | {"seed": seed}))
+
+
+def resumed(wish: Drafts, folder: Path, output: Path | None) -> tuple[Path, State]:
+    """A folder that was begun earlier, and its state; of the wish, what is given has to be as it was."""
+    if output is not None:
+        raise InputError(f"--resume {folder} and --output {output} both name the folder: give one of them")
+    if not (folder / STATE).exists():
+        raise InputError(f"{folder} holds no drafts to go on with: give a folder that inkstream draft has written")
+    state = read_state(folder)
+    refuse_changes(state.request, wish.model_dump(include=wish.model_fields_set), folder)
+    return folder, state
+
+
+def refuse_changes(before: Request, asked: Mapping[str, Any], folder: Path) -> None:
+    """InputError where drafts of something else would be mixed with those of the folder."""
+    for name, value in asked.items():
+        if (held := getattr(before, name)) != value:
+            held, value = (repr(v[:60]) if isinstance(v, str) else v for v in (held, value))
+            shown = name.replace("_", " ")
+            raise InputError(f"{folder} holds drafts with {shown} {held}, not {value}: give another --output")
+
+
+def settled(
+    state: State,
+    folder: Path,
+    pick: int | None,
+    choose: str | None,
+    refine_with: str | None,
+    refine_strength: float | None,
+) -> State:
+    """The state with what is asked for after the drafts. What some are refined with already cannot change."""
+    asked = {"refine_with": refine_with, "refine_strength": refine_strength}
+    for name, value in asked.items():
+        if state.chosen and value is not None and value != getattr(state, name):
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"the drafts chosen in {folder} are refined with {option} {getattr(state, name)}, not {value}: "
+                "use inkstream refine for another picture of them"
+            )
+    if pick is not None and choose is None and state.chosen and pick != len(state.chosen):
+        raise InputError(f"{len(state.chosen)} drafts of {folder} are chosen, not {pick}: choose more with --choose")
+    given = {name: value for name, value in (*asked.items(), ("pick", pick)) if value is not None}
+    state = State.model_validate(state.model_dump() | given)
+    if state.pick is not None and state.pick > state.request.count:
+        raise InputError(f"--pick {state.pick} of {state.request.count} drafts cannot be: pick fewer, or draw more")
+    if (pick or choose) and state.refine_with is None:
+        raise InputError("drafts are picked to be refined: say with which model, as --refine-with flux2-klein-4b")
+    if choose is None:
+        return state
+    chosen = numbers_of(choose, state.request.count, pick)
+    return state.model_copy(update={"chosen": tuple(dict.fromkeys((*state.chosen, *chosen)))})
+
+
+def numbers_of(text: str, count: int, pick: int | None) -> tuple[int, ...]:
+    """The drafts that were named, as 3,7. InputError where there is none of that number, or not so many were wanted."""
+    words = re.split(r"[\s,]+", text.strip(" ,"))
+    wrong = [word for word in words if not (word.isascii() and word.isdigit() and 1 <= int(word) <= count)]
+    if wrong:
+        raise InputError(f"there is no draft {wrong[0] or 'without a number'}: choose from 1 to {count}, as 1,2")
+    numbers = tuple(dict.fromkeys(map(int, words)))
+    if pick is not None and len(numbers) != pick:
+        raise InputError(f"{len(numbers)} drafts are named, and {pick} were to be picked: name {pick}")
+    return numbers
+
+
+def read_state(folder: Path) -> State:
+    """InputError where it was not written by us."""
+    path = folder / STATE
+    try:
+        return State.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error.errors()[0]["msg"]
+        raise InputError(f"{path} cannot be read ({reason}): give another --output, or remove the folder") from None
+
+
+def write_state(folder: Path, state: State) -> None:
+    replace_file(folder / STATE, (state.model_dump_json(indent=2) + "\n").encode())
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """The file with these bytes, whole at every moment: as it was, or as it is."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_bytes(data)
+    os.replace(part, path)
+
+
+# What is done
+
+
+def look_ahead(folder: Path, state: State, yes: bool, commercial_only: bool | None, terminal: Terminal) -> Spec | None:
+    """Refuse now what could not be done later, and download what is agreed to. The Spec of the model that refines."""
+    from inkstream.engine.refine import way_for
+
+    undrawn = missing(folder, state, "drafts")
+    if undrawn:
+        check(state.request)
+    try_folder(folder)
+    for left in folder.glob("*/.*.part"):  # of a process that was killed
+        left.unlink(missing_ok=True)
+    if undrawn:
+        agree_to_download(state.request.model, yes, terminal, commercial_only)
+    if state.refine_with is None or (state.chosen and not missing(folder, state, "refined")):
+        return None
+    spec = find_spec(state.refine_with, yes, terminal, commercial_only)
+    way_for(spec, None if state.refine_strength is None else "strength")
+    return spec
+
+
+def missing(folder: Path, state: State, kind: Literal["drafts", "refined"]) -> list[int]:
+    """Numbers of the pictures that are still to be drawn."""
+    wanted = range(1, state.request.count + 1) if kind == "drafts" else state.chosen
+    return [number for number in wanted if not state.path(folder, number, kind).exists()]
+
+
+def draw_drafts(engine: Engine, folder: Path, state: State, terminal: Terminal) -> None:
+    total = state.request.count
+    for number in missing(folder, state, "drafts"):
+        for drawn in draw(
+            engine,
+            state.draft(number),
+            lambda request, index: state.path(folder, index + 1, "drafts"),
+            "full",
+            terminal,
+            before=number - 1,
+            total=total,
+        ):
+            terminal.say(f"draft {number} of {total}: seed {drawn['seed']}, {drawn['seconds']} s")
+
+
+def write_sheet(folder: Path, state: State) -> None:
+    """The drafts with their numbers, once; larger where there are few."""
+    import io
+
+    from PIL.Image import Resampling
+
+    from inkstream.engine.inputs import open_picture
+    from inkstream.engine.sheet import Tile, contact_sheet
+
+    if (folder / SHEET).exists():
+        return
+    count, width, height = state.request.count, 1, 1
+    size = 320 if count <= 36 else 160
+    tiles = []
+    for number in range(1, count + 1):
+        picture = open_picture(str(state.path(folder, number, "drafts")))
+        width, height = picture.size
+        picture.thumbnail((size, size), Resampling.LANCZOS)  # many large ones would not fit into memory
+        tiles.append(Tile(picture, f"seed {state.draft(number).seed}", label=str(number)))
+    note = f"{Path(state.request.model).name}, {width} x {height}"
+    columns = math.ceil(math.sqrt(count * height / width))
+    buffer = io.BytesIO()
+    contact_sheet(tiles, columns, size, state.request.prompt, note).save(buffer, "PNG")
+    replace_file(folder / SHEET, buffer.getvalue())
+
+
+def ask(folder: Path, state: State, terminal: Terminal) -> tuple[int, ...]:
+    """The drafts that the user names, asked until they can be; none where there is nobody to ask, or no answer."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return ()
+    wanted = f"which {state.pick}" if state.pick else "which"
+    question = f"{wanted} of the {state.request.count} drafts shall {state.refine_with} refine? numbers, as 1,2:"
+    while answer := terminal.read(question):
+        try:
+            return numbers_of(answer, state.request.count, state.pick)
+        except InputError as error:
+            terminal.say(str(error))
+    return ()
+
+
+def refine_chosen(
+    engine: Engine, folder: Path, state: State, spec: Spec | None, terminal: Terminal, json: bool
+) -> None:
+    """Refine the chosen drafts that are not yet, and print where each is."""
+    from inkstream.engine.refine import origin
+
+    asked = {"model": state.refine_with, "strength": state.refine_strength}
+    wish = Request.model_validate({name: value for name, value in asked.items() if value is not None})
+    for index, number in enumerate(state.chosen):
+        path = state.path(folder, number, "refined")
+        if not path.exists():
+            assert spec is not None
+            picture = str(state.path(folder, number, "drafts"))
+            one = read_draft(picture, wish, terminal)
+            found = plan(wish, one, picture, spec, False, terminal)
+            said = {"refined_from": origin(picture, one)}
+            total = len(state.chosen)
+            for drawn in draw(engine, found.request, lambda *_, path=path: path, "full", terminal, said, index, total):
+                terminal.say(f"draft {number}, refined: {drawn['seconds']} s")
+        if not json:
+            terminal.print(str(path))
+
+
+# What is told
+
+
+def told(folder: Path, state: State) -> str:
+    """How much is done, in words."""
+    count, chosen = state.request.count, len(state.chosen)
+    drafts = f"{count - len(missing(folder, state, 'drafts'))} of {count} drafts"
+    refined = f" and {chosen - len(missing(folder, state, 'refined'))} of {chosen} refined pictures" if chosen else ""
+    return f"{drafts}{refined} are in {folder}"
+
+
+def go_on(folder: Path, state: State, ran: list[str]) -> str | None:
+    """The command that does what is left; None where nothing is."""
+    words = ["inkstream", "draft", "--resume", str(folder), *ran]
+    if not missing(folder, state, "drafts"):
+        if not state.chosen:
+            words += ["--choose", "NUMBERS", *([] if state.refine_with else ["--refine-with", "MODEL"])]
+        elif not missing(folder, state, "refined"):
+            return None
+    return shlex.join(words)
+
+
+def describe(folder: Path, state: State, again: str | None) -> dict[str, Any]:
+    """What the folder holds, as JSON."""
+    undrawn, unrefined = (missing(folder, state, kind) for kind in ("drafts", "refined"))
+    sheet = folder / SHEET
+    return {
+        "folder": str(folder),
+        "sheet": str(sheet) if sheet.exists() else None,
+        "drafts": [
+            {"number": number, "path": str(state.path(folder, number, "drafts")), "seed": state.draft(number).seed}
+            for number in range(1, state.request.count + 1)
+            if number not in undrawn
+        ],
+        "chosen": list(state.chosen),
+        "refined": [
+            {"number": number, "path": str(state.path(folder, number, "refined"))}
+            for number in state.chosen
+            if number not in unrefined
+        ],
+        "refined_with": state.refine_with,
+        "go_on": again,
+    }

@@ -1,0 +1,156 @@
+"""`inkstream refine`: pictures drawn anew by another model, their requests read from them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Group, Parameter
+from pydantic import Field
+
+from inkstream.cli.download import agree_to_download
+from inkstream.cli.generate import as_options, check, draw, find_place, read_json_prompt
+from inkstream.cli.lines import print_json
+from inkstream.cli.terminal import Terminal
+from inkstream.types import InputError, Request, Spec
+
+if TYPE_CHECKING:
+    from inkstream.engine.refine import Refinement
+
+RUN = Group("This run", sort_key=1)
+
+
+class Anew(Request):
+    """What is to be otherwise than in the draft, as options; the model has no default."""
+
+    model: str = Field(description="The model that draws the picture anew: its name, a repository, or a local path.")
+    strength: float | None = Field(
+        None, ge=0, le=1, description="Start from the picture, and leave it so far: 0 keeps it, 1 ignores it."
+    )
+
+
+as_options(Anew, bare=(), without=("image", "mask", "reference", "count"))
+
+
+def refine(
+    pictures: list[str],
+    *,
+    wish: Annotated[Anew, Parameter(name="*")],
+    reference: Annotated[bool, Parameter(show_default=False)] = False,
+    json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
+    output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
+    metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
+    device: Annotated[str | None, Parameter(group=RUN)] = None,
+    dtype: Annotated[str | None, Parameter(group=RUN)] = None,
+    commercial_only: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
+) -> None:
+    """Draw pictures anew with another model, by the requests they carry.
+
+    Parameters
+    ----------
+    pictures
+        PNG, WebP or JPEG, one or more, whoever wrote them.
+    reference
+        Let the model look at the picture as a reference, which is the default where it takes references.
+    json_prompt
+        File that holds the prompt as JSON, as FLUX.2 reads it: scene, subjects, style, camera ...; - is stdin.
+    output
+        File (.png, .webp, .jpg) or folder to write to, else the current folder. Nothing is overwritten.
+    metadata
+        What a picture carries: its request and that a model made it, only the latter, or nothing.
+    device
+        cpu, cuda, cuda:1, mps; else the best there is.
+    dtype
+        bf16, fp32 or fp16; else what suits the device.
+    commercial_only
+        Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
+    json
+        Print one JSON document on stdout when all is done.
+    quiet
+        No progress and no talk, only errors.
+    yes
+        Download what is missing without asking.
+    """
+    if reference and wish.strength is not None:
+        raise InputError(f"--reference and --strength {wish.strength:g} are two ways to refine: give one of them")
+    if json_prompt is not None:
+        if "prompt" in wish.model_fields_set:
+            raise InputError(f"--json-prompt {json_prompt} and --prompt were given: leave one of them out")
+        wish = wish.model_copy(update={"prompt": read_json_prompt(json_prompt)})
+    elif wish.prompt == "-":
+        wish = wish.model_copy(update={"prompt": sys.stdin.read().strip()})
+    from inkstream.engine.refine import origin
+
+    with Terminal(quiet) as terminal:
+        drafts = {picture: read_draft(picture, wish, terminal) for picture in pictures}
+        stems = [f"{Path(picture).stem}-refined" for picture in drafts]
+        place = find_place(output, len(drafts), lambda request, index: stems[index])
+        spec = find_spec(wish.model, yes, terminal, commercial_only or None)
+        plans = [plan(wish, draft, picture, spec, reference, terminal) for picture, draft in drafts.items()]
+        from inkstream.engine.engine import Engine
+
+        engine = Engine(device, dtype, commercial_only=commercial_only or None)
+        done: list[dict[str, Any]] = []
+        try:
+            for index, (found, (picture, draft)) in enumerate(zip(plans, drafts.items())):
+                said = {"refined_from": origin(picture, draft)}
+                for drawn in draw(engine, found.request, place, metadata, terminal, said, index, len(plans)):
+                    done.append({**drawn, **said, "way": found.way})
+                    if not json:
+                        terminal.print(drawn["path"])
+                    terminal.say(f"seed {drawn['seed']}, {drawn['seconds']} s")
+        except KeyboardInterrupt:
+            terminal.say(f"stopped; {len(done)} of {len(plans)} done")
+            raise
+        finally:
+            if done and json:
+                print_json({"pictures": done})
+
+
+def find_spec(model: str, yes: bool, terminal: Terminal, commercial_only: bool | None) -> Spec:
+    """What the model is, after downloading it if that is agreed to. InputError where it cannot be loaded."""
+    agree_to_download(model, yes, terminal, commercial_only)
+    from inkstream.engine.licences import check_licence, is_commercial_only
+    from inkstream.engine.sources import locate
+
+    spec = locate(model, terminal.show).spec
+    if is_commercial_only(commercial_only):
+        check_licence(model, spec)
+    return spec
+
+
+def read_draft(picture: str, wish: Request, terminal: Terminal) -> Request:
+    """What the picture was drawn by; nothing where it carries no request and the prompt is given instead."""
+    from inkstream.engine.inputs import open_header
+    from inkstream.engine.metadata import read_request
+
+    open_header(picture)
+    try:
+        found = read_request(picture)
+    except InputError as error:
+        if wish.prompt.strip():
+            return Request.model_validate({})
+        raise InputError(f"{picture} carries no request: say with --prompt what it shows") from error
+    request = found.request
+    if gone := [path for path in request.reference if not os.path.isfile(path)]:
+        terminal.say(f"{picture}: its references are left out, as they are no longer there: {', '.join(gone)}")
+        request = Request.model_validate(request.model_dump(include=request.model_fields_set - {"reference"}))
+    return request
+
+
+def plan(wish: Request, draft: Request, picture: str, spec: Spec, reference: bool, terminal: Terminal) -> Refinement:
+    """How a picture is refined, checked before anything big is read, and said."""
+    from inkstream.engine.model import complete
+    from inkstream.engine.refine import refined
+
+    found = refined(wish, draft, picture, spec, "reference" if reference else None)
+    check(found.request)
+    complete(found.request, spec)
+    for line in found.lines:
+        terminal.say(line, once=True)
+    return found

@@ -1,0 +1,172 @@
+"""A contact sheet: pictures side by side on white, each with its words, and a number to call it by or a mark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from PIL import Image, ImageDraw, ImageFont
+
+Mark = Literal["right", "wrong", "unknown"]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+Colour = tuple[int, int, int]
+
+TILE = 160
+"""Pixels of a picture's longer side."""
+LINES = 5
+"""Of a tile's words, at most."""
+GREEN, RED, GRAY = (30, 140, 60), (205, 40, 40), (150, 150, 150)
+COLOURS: dict[Mark, Colour] = {"right": GREEN, "wrong": RED, "unknown": GRAY}
+INK, FAINT, HAIR = (25, 25, 28), (120, 120, 126), (216, 216, 220)
+
+FACES = {
+    "/usr/share/fonts/opentype/noto/NotoSansCJK-Regular.ttc": 2,
+    "/System/Library/Fonts/PingFang.ttc": 0,
+    "C:/Windows/Fonts/msyh.ttc": 0,
+}
+"""Fonts that have Hanzi, where a machine keeps them, and the face in each that is simplified Chinese."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A picture, the words below it, and before them either a mark, which frames it too, or a label to call it by."""
+
+    picture: Image.Image
+    words: str
+    mark: Mark | None = None
+    label: str = ""
+
+
+def contact_sheet(
+    tiles: Sequence[Tile], columns: int = 12, size: int = TILE, heading: str = "", note: str = ""
+) -> Image.Image:
+    """The tiles in rows. heading, note: words above them all, large and small; size: of a tile's longer side."""
+    columns = max(1, min(columns, len(tiles)))
+    pictures = [_fit(tile.picture, size) for tile in tiles]
+    signs = [indent(tile, size) for tile in tiles]
+    wide = max((picture.width for picture in pictures), default=size)
+    tall = max((picture.height for picture in pictures), default=size)
+    words = [wrapped(tile.words, wide, size, sign) for tile, sign in zip(tiles, signs)]
+    edge, line, large = edge_of(size), line_of(size), size * 3 // 2
+    across = wide + 2 * edge
+    deep = line * max(map(len, words), default=0) + (edge if any(tile.label for tile in tiles) else 0)
+    down = tall + 2 * edge + deep
+    title = wrapped(heading, columns * across - 2 * edge, large, lines=3) if heading else []
+    noted = edge + len(title) * line_of(large) + edge // 2
+    above = noted + line + edge if title or note else 0
+    sheet = Image.new("RGB", (columns * across, above + math.ceil(len(tiles) / columns) * down + edge), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, text in enumerate(title):
+        draw.text((edge, edge + number * line_of(large)), text, fill=INK, font=font(large))
+    draw.text((edge, noted), note, fill=FAINT, font=font(size))
+    for number, (tile, picture) in enumerate(zip(tiles, pictures)):
+        left, top = number % columns * across + edge, above + number // columns * down + edge
+        x, y = left + (wide - picture.width) // 2, top + tall - picture.height
+        frame, colour = (3, COLOURS[tile.mark]) if tile.mark else (1, HAIR)
+        draw.rectangle((x - frame, y - frame, x + picture.width + frame - 1, y + picture.height + frame - 1), colour)
+        sheet.paste(picture, (x, y))
+        below = top + tall + 4
+        if tile.mark:
+            _draw_mark(draw, left, below + 1, tile.mark)
+        if tile.label:
+            below += edge // 2
+            _draw_label(draw, left, below, tile.label, size)
+        for row, text in enumerate(words[number]):
+            at = (left + (0 if row else signs[number]), below + row * line)
+            draw.text(at, text, fill=INK if tile.mark else FAINT, font=font(size))
+    return sheet
+
+
+def edge_of(size: int) -> int:
+    """White on each side of a tile of that size."""
+    return max(6, size // 26)
+
+
+def line_of(size: int) -> int:
+    """From one line of a tile's words to the next."""
+    return em_of(size) * 14 // 11
+
+
+def em_of(size: int) -> int:
+    """The size of a tile's letters."""
+    return max(11, size // 20)
+
+
+def indent(tile: Tile, size: int) -> int:
+    """What a mark or a label takes of the first line."""
+    if tile.label:
+        return _plate_width(tile.label, size) + em_of(size) // 2
+    return em_of(size) + 3 if tile.mark else 0
+
+
+def wrapped(text: str, width: int, size: int, indent: int = 0, lines: int = LINES) -> list[str]:
+    """Text as at most so many lines of `width` pixels, the first shorter by `indent`; cut with an ellipsis.
+
+    size: of the tile whose letters it is set in.
+    """
+    letters = font(size)
+    words = [part for word in text.split() for part in _parts(word, letters, width - indent)]
+    found, room = [""], width - indent
+    for word, joined in words:
+        longer = f"{found[-1]}{' ' if joined and found[-1] else ''}{word}"
+        if letters.getlength(longer) <= room:
+            found[-1] = longer
+        else:
+            found.append(word)
+            room = width
+    if len(found) > lines:
+        found = [*found[: lines - 1], found[lines - 1][:-1] + "…"]
+    return found
+
+
+@lru_cache(maxsize=4)
+def font(size: int) -> Font:
+    """The letters of a tile of that size: of a font that has Hanzi, where this machine has one, else Pillow's own."""
+    for path, face in FACES.items():
+        if Path(path).is_file():
+            return ImageFont.truetype(path, em_of(size), index=face)
+    return ImageFont.load_default(em_of(size))
+
+
+def _parts(word: str, letters: Font, width: int) -> list[tuple[str, bool]]:
+    """A word, or each of its characters where it is wide or Chinese; and whether a space goes before."""
+    if word.isascii() and letters.getlength(word) <= width:
+        return [(word, True)]
+    return [(char, i == 0) for i, char in enumerate(word)]
+
+
+def _fit(picture: Image.Image, size: int) -> Image.Image:
+    """At `size` along its longer side: small ones enlarged by whole pixels as far as that goes."""
+    scale = size / max(picture.size)
+    fitted = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
+    return picture.convert("RGB").resize(fitted, method)
+
+
+def _draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, mark: Mark) -> None:
+    """A tick, a cross, or a dash, 9 pixels wide: told from one another without their colours."""
+    colour = COLOURS[mark]
+    if mark == "unknown":
+        draw.line([(x, y + 5), (x + 9, y + 5)], fill=colour, width=2)
+    elif mark == "right":
+        draw.line([(x, y + 5), (x + 3, y + 9), (x + 9, y)], fill=colour, width=2)
+    else:
+        draw.line([(x, y), (x + 9, y + 9)], fill=colour, width=2)
+        draw.line([(x, y + 9), (x + 9, y)], fill=colour, width=2)
+
+
+def _draw_label(draw: ImageDraw.ImageDraw, x: int, y: int, label: str, size: int) -> None:
+    """White on a dark plate with round corners, as high as the line it stands in and a little more."""
+    em = em_of(size)
+    plate = (x, y - em // 8, x + _plate_width(label, size), y + em * 3 // 2)
+    draw.rounded_rectangle(plate, radius=em // 3, fill=INK)
+    middle = (plate[0] + plate[2]) / 2, (plate[1] + plate[3]) / 2
+    draw.text(middle, label, fill="white", font=font(size), anchor="mm")
+
+
+def _plate_width(label: str, size: int) -> int:
+    return math.ceil(max(em_of(size) * 3 / 2, font(size).getlength(label) + em_of(size)))

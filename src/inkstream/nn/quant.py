@@ -1,0 +1,204 @@
+"""Layers that hold their weight packed: unpacked when they are used, or multiplied as they are where hardware can."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inkstream.quant.packed import CHUNK, Packed, Weight, unpack
+from inkstream.quant.small import rotate
+
+E4M3_MOST = torch.finfo(torch.float8_e4m3fn).max
+FEWEST_ROWS = 17
+"""`torch._int_mm` on GPUs takes no fewer."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What is known of a weight that is not there in full."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class PackedWeight(nn.Module):
+    """A packed weight as buffers, so that it moves between devices and is saved as a module's own."""
+
+    data: Tensor
+
+    def __init__(self, packed: Packed, dtype: torch.dtype):
+        """dtype: what it is unpacked to where nobody says otherwise."""
+        super().__init__()
+        self.dtype = dtype
+        self._like = replace(packed, data=torch.empty(0), scales=())
+        self.register_buffer("data", packed.data)
+        self._scales = [scale.dtype for scale in packed.scales]
+        for i, scale in enumerate(packed.scales):  # as bytes: nobody rounds them with the module's other numbers
+            self.register_buffer(f"scale_{i}", scale.contiguous().view(torch.uint8))
+
+    @property
+    def packed(self) -> Packed:
+        scales = tuple(getattr(self, f"scale_{i}").view(dtype) for i, dtype in enumerate(self._scales))
+        return replace(self._like, data=self.data, scales=scales)
+
+    @property
+    def weight(self) -> Outline:
+        """For those who ask a layer where it is and what it computes in."""
+        return Outline(self._like.shape, self.dtype, self.data.device)
+
+    def extra_repr(self) -> str:
+        return f"{self._like.format}, {self._like.shape}"
+
+
+class PackedLinear(PackedWeight):
+    """As nn.Linear, computing in the dtype of what comes in."""
+
+    def __init__(self, packed: Packed, bias: nn.Parameter | None, dtype: torch.dtype):
+        super().__init__(packed, dtype)
+        self.out_features, self.in_features = packed.shape
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+        packed = self.packed
+        if packed.dynamic and not torch.is_grad_enabled():
+            rows = x.reshape(-1, self.in_features)
+            for possible, multiply in ((multiplies_int8, multiply_int8), (multiplies_fp8, multiply_fp8)):
+                if possible(packed, rows):
+                    return multiply(rows, packed, self.bias).view(*x.shape[:-1], self.out_features)
+        return F.linear(x, unpack(packed, x.dtype), self.bias)
+
+
+class PackedEmbedding(PackedWeight):
+    """As nn.Embedding; only the rows asked for are unpacked."""
+
+    def forward(self, ids: Tensor) -> Tensor:  # integers (...) -> (..., D)
+        packed, at = self.packed, ids.flatten()
+        scales = tuple(s if len(s) == 1 else _rows(s, at) for s in packed.scales)
+        rows = replace(packed, data=packed.data[at], shape=(len(at), packed.shape[1]), scales=scales)
+        return unpack(rows, self.dtype).view(*ids.shape, -1)
+
+
+def full_weight(layer: nn.Module) -> Tensor:
+    """A layer's weight, unpacked if it must be."""
+    return unpack(layer.packed, layer.dtype) if isinstance(layer, PackedWeight) else layer.get_parameter("weight")
+
+
+def takes_packed(module: nn.Module, key: str, weight: Packed) -> bool:
+    """Whether the layer that a key of the module's state dict belongs to can hold its weight packed."""
+    owner, _, name = key.rpartition(".")
+    layer = module.get_submodule(owner)
+    whole_rows = len(weight.data) == len(weight)
+    return name == "weight" and whole_rows and weight.ndim == 2 and type(layer) in (nn.Linear, nn.Embedding)
+
+
+def place(module: nn.Module, state: Mapping[str, Weight], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Put layers that hold packed weights where the state has such, and return what the module then loads: tensors.
+
+    Weights that no layer takes packed are unpacked to dtype, what the module computes in.
+    """
+    out: dict[str, Tensor] = {}
+    for key, weight in state.items():
+        if isinstance(weight, Tensor):
+            out[key] = weight
+        elif not takes_packed(module, key, weight):
+            out[key] = unpack(weight, dtype)
+        else:
+            owner, _, _ = key.rpartition(".")
+            above, _, name = owner.rpartition(".")
+            layer = module.get_submodule(owner)
+            new = _hold(weight, layer, dtype)
+            setattr(module.get_submodule(above), name, new)
+            out |= {f"{owner}.{name}": buffer for name, buffer in new.named_buffers()}
+    return out
+
+
+def _hold(weight: Packed, layer: nn.Module, dtype: torch.dtype) -> PackedWeight:
+    """What stands in a layer's place."""
+    return PackedLinear(weight, layer.bias, dtype) if isinstance(layer, nn.Linear) else PackedEmbedding(weight, dtype)
+
+
+# Products of packed numbers -----------------------------------------------------------------------------------------
+
+
+def multiplies_int8(packed: Packed, x: Tensor) -> bool:
+    """Whether `multiply_int8` takes them: int8 with a scale a row, on hardware that multiplies such numbers."""
+    if packed.format != "int8" or any(scale.shape[1] > 1 for scale in packed.scales):
+        return False
+    if x.device.type == "cpu":
+        return True
+    sides = packed.shape[0] % 8 == 0 and packed.shape[1] % 8 == 0
+    return x.device.type == "cuda" and torch.version.hip is None and len(x) >= FEWEST_ROWS and sides
+
+
+def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x @ weight + bias, x rounded to 255 steps of each row's range. x: (N, I) -> (N, O)
+
+    The products and their sums are exact.
+    """
+    rows = rotate(x, packed.rotated) if packed.rotated else x
+    scale = _range(rows) / 127
+    q = (rows * scale.reciprocal()).round_().to(torch.int8)
+    weight = packed.data.view(torch.int8).t()
+    sums = torch._int_mm(q, weight)  # (N, O) int32  # pyright: ignore[reportPrivateImportUsage]
+    return _scale_back(sums, scale, packed, bias).to(x.dtype)
+
+
+def multiplies_fp8(packed: Packed, x: Tensor) -> bool:
+    """Whether `multiply_fp8` takes them: e4m3 with a scale a row, bfloat16, a GPU that multiplies such numbers."""
+    return (
+        packed.format == "e4m3"
+        and x.is_cuda
+        and x.dtype == torch.bfloat16
+        and has_fp8(x.device)
+        and all(scale.shape[1] == 1 for scale in packed.scales)
+        and not packed.rotated
+        and packed.shape[0] % 16 == 0
+        and packed.shape[1] % 16 == 0
+    )
+
+
+@lru_cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU multiplies 8-bit floats: NVIDIA's from Ada and Hopper on."""
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def multiply_fp8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x @ weight + bias, each row of x scaled to the range of e4m3 and rounded to it. x: (N, I) bfloat16 -> (N, O)"""
+    scale = _range(x) / E4M3_MOST  # (N, 1)
+    q = (x * scale.reciprocal()).clamp_(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
+    ones = torch.ones(1, 1, device=x.device)
+    own = (packed.scales[0].float() if packed.scales else ones).expand(len(packed), 1).t().contiguous()  # (1, O)
+    weight = packed.data.view(torch.float8_e4m3fn).t()
+    multiply = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
+    return multiply(q, weight, scale_a=scale, scale_b=own, bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+
+
+def _range(x: Tensor) -> Tensor:
+    """The largest magnitude of each row, never zero. (N, I) -> (N, 1) float32"""
+    return x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30)
+
+
+def _scale_back(sums: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    """Sums (N, O) int32 as the numbers they stand for, float32, in the same memory."""
+    out = sums.view(torch.float32)
+    rows = max(1, (CHUNK // 4 if sums.device.type == "cpu" else sums.numel()) // sums.shape[1])
+    own = [each.float().t() for each in packed.scales]
+    for integers, numbers, by in zip(sums.split(rows), out.split(rows), scale.split(rows)):
+        numbers.copy_(integers).mul_(by)
+        for each in own:
+            numbers.mul_(each)
+        if bias is not None:
+            numbers.add_(bias)
+    return out
+
+
+def _rows(scale: Tensor, at: Tensor) -> Tensor:
+    """Some rows of scales; 8-bit floats cannot be indexed."""
+    return scale.view(torch.uint8)[at].view(scale.dtype) if scale.dtype.itemsize == 1 else scale[at]

@@ -1,0 +1,161 @@
+"""`Packed`: a weight as its file holds it, a few bits a number, and what it is in full."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from inkstream.quant import ggml, small
+from inkstream.types import InputError
+
+CHUNK = 1 << 19
+"""Numbers unpacked at a time, on a CPU about what its caches hold; devices that work in parallel take more."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """How bytes are numbers."""
+
+    numbers: int  # of a block
+    bytes: int  # of a block
+    unpack: Callable[[Tensor], Tensor]  # blocks (N, bytes) uint8 -> (N, numbers) float32
+    group: int = 0  # numbers of a row that share a scale beside them, as it is written here; 0: the whole row
+
+
+FORMATS: dict[str, Format] = {
+    "q8_0": Format(32, 34, ggml.unpack_q8_0),
+    "q6_k": Format(256, 210, ggml.unpack_q6_k),
+    "q5_k": Format(256, 176, ggml.unpack_q5_k),
+    "q5_1": Format(32, 24, ggml.unpack_q5_1),
+    "q5_0": Format(32, 22, ggml.unpack_q5_0),
+    "q4_k": Format(256, 144, ggml.unpack_q4_k),
+    "q4_1": Format(32, 20, ggml.unpack_q4_1),
+    "q4_0": Format(32, 18, ggml.unpack_q4_0),
+    "q3_k": Format(256, 110, ggml.unpack_q3_k),
+    "q2_k": Format(256, 84, ggml.unpack_q2_k),
+    "e4m3": Format(1, 1, small.unpack_e4m3),
+    "e5m2": Format(1, 1, small.unpack_e5m2),
+    "int8": Format(1, 1, small.unpack_int8),
+    "nf4": Format(2, 1, small.unpack_nf4, 64),
+    "int4": Format(2, 1, small.unpack_int4, 64),
+    "nvfp4": Format(2, 1, small.unpack_fp4, 16),
+    "nvfp4_low": Format(2, 1, small.unpack_fp4_low, 16),
+}
+"""Name -> format. Those whose names begin with q are GGUF's; the others have scales beside them."""
+
+GGUF = tuple(name for name in FORMATS if name.startswith("q"))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A weight of `shape` in a format. It answers to what a key table asks of a tensor: shape, length, rows."""
+
+    format: str  # a key of FORMATS
+    data: Tensor  # (rows, bytes of a row) uint8; rows is shape[0], or 1 where a block spans rows
+    shape: tuple[int, ...]
+    scales: tuple[Tensor, ...] = ()  # each (rows or 1, groups of a row or 1), float; their product scales the numbers
+    rotated: int = 0  # runs of so many numbers of a row were turned by a Hadamard matrix before they were packed
+    dynamic: bool = False  # what it is multiplied with may be packed too, where the hardware multiplies such numbers
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes + sum(scale.nbytes for scale in self.scales)
+
+    @property
+    def is_meta(self) -> bool:
+        return self.data.is_meta
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def to(self, device: torch.device | str) -> Packed:
+        return replace(self, data=self.data.to(device), scales=tuple(scale.to(device) for scale in self.scales))
+
+
+Weight = Tensor | Packed
+
+
+def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight in full, computed in float32 and rounded to dtype; on its own device."""
+    if packed.is_meta:
+        return torch.empty(packed.shape, dtype=dtype, device="meta")
+    form = FORMATS[packed.format]
+    rows, width = packed.data.shape
+    columns = width // form.bytes * form.numbers
+    step = max(1, (CHUNK if packed.device.type == "cpu" else 16 * CHUNK) // columns)
+    scale = _product(packed.scales)
+    out = torch.empty(rows, columns, dtype=dtype, device=packed.device)
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        numbers = form.unpack(packed.data[part].reshape(-1, form.bytes)).view(-1, columns)
+        if scale is not None:
+            own = scale if len(scale) == 1 else scale[part]  # (n or 1, groups)
+            numbers = numbers.unflatten(1, (own.shape[1], -1)).mul_(own.unsqueeze(-1)).flatten(1)
+        out[part] = small.rotate(numbers, packed.rotated) if packed.rotated else numbers
+    return out.view(packed.shape)
+
+
+def cut(weight: Weight, heights: Sequence[int]) -> tuple[Weight, ...]:
+    """The weight's rows in blocks of these heights, as views."""
+    if isinstance(weight, Tensor):
+        return weight.split(list(heights))
+    if len(weight.data) != len(weight):
+        raise InputError(f"rows of {weight.shape} packed as {weight.format} cannot be taken apart: take another file")
+    data = weight.data.split(list(heights))
+    scales = [[s] * len(heights) if len(s) == 1 else s.split(list(heights)) for s in weight.scales]
+    return tuple(
+        replace(weight, data=data[i], shape=(height, *weight.shape[1:]), scales=tuple(s[i] for s in scales))
+        for i, height in enumerate(heights)
+    )
+
+
+def join(weights: Sequence[Weight]) -> Weight:
+    """One after the other along the rows. Packed ones stay so where all are alike; else all are unpacked."""
+    first = weights[0]
+    rows = sum(len(weight) for weight in weights)
+    packed = [weight for weight in weights if isinstance(weight, Packed)]
+    if not packed or len({_likeness(weight) for weight in weights}) > 1:
+        full = [weight.dtype for weight in weights if isinstance(weight, Tensor)] or [torch.bfloat16]
+        tensors = [unpack(weight, full[0]) if isinstance(weight, Packed) else weight for weight in weights]
+        return _cat(tensors, rows)
+    assert isinstance(first, Packed)
+    data = _cat([weight.data for weight in packed], rows)
+    scales = zip(*([s.expand(len(weight), -1) for s in weight.scales] for weight in packed))
+    joined = tuple(_cat(each, rows) for each in scales)
+    dynamic = all(weight.dynamic for weight in packed)
+    return replace(first, data=data, shape=(rows, *first.shape[1:]), scales=joined, dynamic=dynamic)
+
+
+def _likeness(weight: Weight) -> tuple[object, ...]:
+    """Weights that share it are joined by their bytes alone."""
+    if isinstance(weight, Tensor):
+        return ()
+    scales = tuple((scale.shape[1], scale.dtype) for scale in weight.scales)
+    cuttable = len(weight.data) == len(weight)
+    return (weight.format, weight.shape[1:], weight.data.shape[1], scales, weight.rotated, cuttable or id(weight))
+
+
+def _cat(tensors: Sequence[Tensor], rows: int) -> Tensor:
+    """torch.cat, but on meta, where it would import torch's tracer, which takes longer than to read all headers."""
+    if tensors[0].is_meta:
+        return tensors[0].new_empty(rows, *tensors[0].shape[1:])
+    return torch.cat(list(tensors))
+
+
+def _product(scales: Sequence[Tensor]) -> Tensor | None:
+    """All scales as one, (rows or 1, groups or 1) float32."""
+    product = None
+    for scale in scales:
+        product = scale.float() if product is None else product * scale.float()
+    return product

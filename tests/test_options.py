@@ -1,0 +1,220 @@
+"""What a model is said to do with each option is what it does: measured on every kind of model at tiny size."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from inkstream.engine.engine import remarks
+from inkstream.engine.model import Model, complete
+from inkstream.engine.options import UNSHIFTED, guided, options
+from inkstream.families import SPECS, family_of
+from inkstream.families.flux1 import kontext
+from inkstream.families.flux1.family import map_size
+from inkstream.sampling.schedules import SCHEDULES
+from inkstream.types import Conditioning, InputError, Request, Spec
+
+KINDS = {spec.tiny.name: name for name, spec in reversed(SPECS.items()) if spec.tiny}
+"""One known model of each kind."""
+
+
+def picture(colour: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
+    image = Image.new("RGB", size, colour)
+    image.paste("white", (size[0] // 4, size[1] // 4, size[0] // 2, size[1] // 2))
+    return image
+
+
+OTHER = {
+    "prompt": "another",
+    "negative_prompt": "blurry",
+    "width": 48,
+    "height": 48,
+    "steps": 2,
+    "guidance": 7.0,
+    "seed": 1,
+    "solver": "heun",
+    "schedule": "normal",
+    "shift": 9.0,
+    "cfg_normalization": 0.5,
+    "cfg_truncation": 0.1,
+    "guidance_from": 0.5,
+    "guidance_until": 0.95,
+    "image": picture("red"),
+    "strength": 0.1,
+    "mask": picture("black").convert("L"),
+    "reference": (picture("blue"),),
+}
+"""A value that would show, of every option but those below."""
+APART = ("model", "count", "upsample")
+"""Which model and how often; and what asks for a language model, which is not at hand here."""
+
+
+def build(spec: Spec) -> Model:
+    """A tiny model of random weights; its text encoder's place is taken by noise that the prompt decides."""
+    kind = family_of(spec.family)
+    generator = torch.Generator().manual_seed(0)
+    modules = {name: kind.parts[name].build(getattr(spec, name)).eval() for name in ("transformer", "vae")}
+    for module in modules.values():
+        for name, weight in module.state_dict().items():
+            one = "norm" in name or "running_var" in name
+            weight.normal_(1.0 if one else 0.0, 0.1, generator=generator)
+    family = kind(spec, dict.fromkeys(kind.parts) | modules, dict.fromkeys(kind.tokenizers))
+    sizes = spec.transformer
+    width = sizes.cap_feat_dim if spec.family == "zimage" else sizes.joint_attention_dim
+
+    def encode(prompt: str) -> Conditioning:
+        noise = torch.Generator().manual_seed(len(prompt))
+        pooled = torch.randn(1, getattr(sizes, "pooled_projection_dim", 1), generator=noise)
+        return Conditioning(torch.randn(5, width, generator=noise), (5,), pooled if spec.family == "flux1" else None)
+
+    family.encode = encode
+    return Model(family, torch.device("cpu"), torch.float32)
+
+
+def draw(model: Model, fields: dict) -> torch.Tensor:
+    request = Request(**{"prompt": "a fox", "width": 32, "height": 32, "steps": 3, "seed": 0, **fields})
+    return model.sample(request, model.encode(request))
+
+
+@pytest.mark.parametrize("name", sorted(KINDS.values()))
+@torch.no_grad()
+def test_options_change_the_picture_exactly_where_they_are_said_to(name, monkeypatch):
+    monkeypatch.setattr(kontext, "SIZES", ((32, 32),))
+    spec = SPECS[name].tiny
+    model, table = build(spec), options(spec)
+    assert {*OTHER, *APART} == set(table)
+    needed = {field: OTHER[field] for field, option in table.items() if option.needed}
+    on = {"guidance": 3.0} if spec.guides == "twice" else {}
+    plain = draw(model, needed | on)
+    for field, option in table.items():
+        if field in APART or field in needed:
+            continue
+        needs_image = field in ("strength", "mask") and table["image"].effect == "honours"
+        beside = {"image": OTHER["image"]} if needs_image else {}
+        fields = needed | on | beside | {field: OTHER[field]}
+        if option.effect == "rejects":
+            with pytest.raises(InputError, match="leave"):
+                draw(model, fields)
+            continue
+        before = draw(model, needed | on | beside) if beside else plain
+        after = draw(model, fields)
+        same = before.shape == after.shape and torch.equal(before, after)
+        assert same == (option.effect == "ignores"), field
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_every_model_says_of_every_option_what_it_does_with_it_and_why_if_it_does_not(spec):
+    table = options(spec)
+    assert list(table) == list(Request.model_fields)
+    for name, option in table.items():
+        assert option.effect == "honours" or option.why, name
+        assert "\n" not in option.why
+
+
+def test_only_the_schedules_said_to_use_no_shift_use_none():
+    assert set(UNSHIFTED) == {name for name, times in SCHEDULES.items() if times(8, 3.0) == times(8, 6.0)}
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "said"),
+    [
+        ("flux1-schnell", {"guidance": 5}, ["guidance 5 has no effect: flux1-schnell was distilled without"]),
+        ("flux1-schnell", {"guidance": 1}, []),
+        ("flux1-schnell", {"negative_prompt": "x"}, ["negative prompt has no effect: ", "say in the prompt"]),
+        ("flux2-klein-4b", {"cfg_truncation": 0.5}, ["cfg truncation 0.5 has no effect: "]),
+        ("flux1-dev", {"guidance": 5}, []),
+        ("flux1-dev", {"negative_prompt": "x"}, ["negative prompt has no effect: flux1-dev reads its guidance"]),
+        ("z-image-turbo", {"negative_prompt": "x"}, ["negative prompt has no effect: guidance is off: say it in the"]),
+        ("z-image-turbo", {"guidance": 3}, ["guidance 3: z-image-turbo was distilled without it; above 1 it doubles"]),
+        ("z-image-turbo", {"guidance": 3, "negative_prompt": "x"}, ["guidance 3: "]),
+        ("z-image", {"negative_prompt": "x"}, []),
+        ("z-image", {"negative_prompt": "x", "guidance": 1}, ["negative prompt has no effect: ", "raise it above 1"]),
+        ("z-image", {"shift": 2, "schedule": "bong_tangent"}, ["shift 2 has no effect: schedule bong_tangent"]),
+        ("z-image", {"shift": 2}, []),
+        ("flux2-dev", {"shift": 2}, []),
+        ("flux1-fill-dev", {"image": picture("red"), "mask": picture("red"), "strength": 0.5}, ["strength 0.5 has no"]),
+        ("flux1-fill-dev", {"image": picture("red"), "mask": picture("red"), "strength": 1}, []),
+    ],
+)
+def test_what_has_no_effect_is_said_in_a_line_and_nothing_else_is(model, fields, said):
+    lines = remarks(Request(prompt="a fox", **fields), SPECS[model])
+    assert len(lines) == bool(said)
+    assert [words for words in said if words not in lines[0]] == []
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
+def test_a_request_that_was_completed_and_is_given_again_is_passed_over_in_silence(spec):
+    needed = {name: OTHER[name] for name, option in options(spec).items() if option.needed}
+    assert remarks(complete(Request(prompt="a fox", **needed), spec), spec) == []
+
+
+@pytest.mark.parametrize(
+    ("model", "fields", "words"),
+    [
+        ("flux1-schnell", {"reference": ("x.png",)}, ["flux1-schnell takes no references", "leave them out"]),
+        ("flux1-fill-dev", {}, ["flux1-fill-dev repaints part of a picture", "give image and mask"]),
+        ("flux1-fill-dev", {"image": "x.png"}, ["give image and mask"]),
+        ("flux1-fill-dev", {"strength": 0.5}, ["give image and mask"]),
+        ("flux1-depth-dev", {}, ["flux1-depth-dev follows one map", "give it as reference"]),
+        ("flux1-canny-dev", {"reference": ("x.png", "y.png")}, ["2 references", "give one"]),
+        ("flux1-dev", {"upsample": True}, ["flux1-dev has no language model", "leave upsample out"]),
+        ("flux2-dev", {"strength": 0.5}, ["strength needs a picture to start from"]),
+    ],
+)
+def test_what_a_model_cannot_do_is_refused_before_a_picture_is_opened(model, fields, words):
+    with pytest.raises(InputError) as caught:
+        complete(Request(prompt="a fox", **fields), SPECS[model])
+    assert "\n" not in str(caught.value)
+    assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_guidance_is_asked_for_twice_only_above_one_and_where_the_model_does_so():
+    assert guided(Request(), SPECS["z-image"])
+    assert not guided(Request(guidance=1), SPECS["z-image"])
+    assert not guided(Request(guidance=5), SPECS["flux1-dev"])
+
+
+@torch.no_grad()
+def test_fill_encodes_its_picture_once():
+    model = build(SPECS["flux1-fill-dev"].tiny)
+    calls = []
+    model.family.vae.encoder.register_forward_hook(lambda *_: calls.append(1))
+    draw(model, {"image": picture("red"), "mask": picture("black")})
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("seen", "size"),
+    [((512, 512), (1024, 1024)), ((3000, 3000), (1024, 1024)), ((1920, 1080), (1360, 768)), ((600, 900), (832, 1248)),
+     ((16_000, 1), (8192, 16))],
+)  # fmt: skip
+def test_a_map_is_drawn_at_its_shape_and_a_megapixel(seen, size):
+    assert map_size(*seen, 16) == size
+
+
+def test_a_map_sets_the_size_and_a_size_that_is_asked_for_wins():
+    spec, wide = SPECS["flux1-canny-dev"], (picture("black", (320, 160)),)
+    done = complete(Request(prompt="a fox", reference=wide), spec)
+    assert (done.width, done.height) == (1456, 720)
+    done = complete(Request(prompt="a fox", reference=wide, width=512, height=512), spec)
+    assert (done.width, done.height) == (512, 512)
+
+
+def test_redux_which_sees_no_shape_draws_at_its_own_size():
+    spec = SPECS["flux1-redux-dev"]
+    done = complete(Request(prompt="a fox", reference=(picture("black", (320, 160)),)), spec)
+    assert (done.width, done.height) == spec.size
+
+
+def test_counting_the_weights_of_all_known_models_takes_under_two_seconds():
+    from inkstream.engine.memory import count_weights
+
+    for family in {spec.family for spec in SPECS.values()}:
+        family_of(family)  # imported
+    began = time.process_time()
+    counts = {name: count_weights(spec) for name, spec in SPECS.items()}
+    assert time.process_time() - began < 2
+    assert counts["flux2-dev"]["transformer"] == 32_223_281_152
