@@ -1,20 +1,26 @@
-"""Tiny models with random weights, as folders on disk: what the tests load."""
+"""Tiny models with random weights, as folders on disk: what the tests load. And servers, as others reach them."""
 
 from __future__ import annotations
 
+import asyncio
+import http.client
 import json
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from inkstream.engine.model import Model
 from inkstream.families import family_of, parts_of
 from inkstream.families.zimage.specs import BASE, TURBO
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.qwen3 import Qwen3
-from inkstream.types import Spec
+from inkstream.types import Conditioning, Spec
 from inkstream.weights.files import write_state
 from inkstream.weights.keymap import translate
 
@@ -71,6 +77,33 @@ def random_states(spec: Spec, seed: int = 0) -> dict[str, dict[str, torch.Tensor
     return states
 
 
+@pytest.fixture(scope="session")
+def build() -> Callable[[Spec], Model]:
+    """`build(spec)` is a model of random weights; in its text encoder's place is noise that the prompt decides."""
+    return build_model
+
+
+def build_model(spec: Spec) -> Model:
+    kind = family_of(spec.family)
+    generator = torch.Generator().manual_seed(0)
+    modules = {name: kind.parts[name].build(getattr(spec, name)).eval() for name in ("transformer", "vae")}
+    for module in modules.values():
+        for name, weight in module.state_dict().items():
+            one = "norm" in name or "running_var" in name
+            weight.normal_(1.0 if one else 0.0, 0.1, generator=generator)
+    family = kind(spec, dict.fromkeys(kind.parts) | modules, dict.fromkeys(kind.tokenizers))
+    sizes = spec.transformer
+    width = sizes.cap_feat_dim if spec.family == "zimage" else sizes.joint_attention_dim
+
+    def encode(prompt: str) -> Conditioning:
+        noise = torch.Generator().manual_seed(len(prompt))
+        pooled = torch.randn(1, getattr(sizes, "pooled_projection_dim", 1), generator=noise)
+        return Conditioning(torch.randn(5, width, generator=noise), (5,), pooled if spec.family == "flux1" else None)
+
+    family.encode = encode
+    return Model(family, torch.device("cpu"), torch.float32)
+
+
 QWENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>")
 MISTRALS = ("<s>", "</s>", "<pad>", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[INST]", "[/INST]", "[IMG]", "[IMG_BREAK]",
             "[IMG_END]")  # fmt: skip
@@ -116,3 +149,108 @@ def tiny_folder(tmp_path_factory) -> Path:
 def tiny_base_folder(tmp_path_factory) -> Path:
     """A tiny undistilled Z-Image as a diffusers folder. Not to be written to."""
     return write_folder(tmp_path_factory.mktemp("models") / "tiny-base", BASE.tiny, seed=1)
+
+
+class Served:
+    """The real application on a free port of this machine, in a thread; its engine is a process, as always."""
+
+    def __init__(self, settings: Any):
+        import uvicorn
+
+        from inkstream.serve.app import build
+
+        self.app = build(settings)
+        self.service = self.app.state.service
+        config = uvicorn.Config(self.app, "127.0.0.1", 0, log_config=None, timeout_graceful_shutdown=2)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), daemon=True)
+        self._thread.start()
+        wait_for(lambda: self._server.started or not self._thread.is_alive())
+        assert self._server.started
+        self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def stop(self) -> None:
+        self.service.jobs.feed.close()
+        self._server.should_exit = True
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+    def ask(
+        self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
+    ) -> tuple[int, dict[str, str], Any]:
+        """Status, headers, and the body: JSON where it is. body: JSON, or bytes as they are."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        sent = {"Content-Type": "application/octet-stream" if isinstance(body, bytes) else "application/json"}
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        connection.request(method, path, data, sent | (headers or {}))
+        answer = connection.getresponse()
+        content = answer.read()
+        connection.close()
+        found = {name.lower(): value for name, value in answer.getheaders()}
+        is_json = found.get("content-type", "").startswith("application/json")
+        return answer.status, found, json.loads(content) if is_json else content
+
+    def events(self, path: str, headers: dict[str, str] | None = None) -> Iterator[tuple]:
+        """Server-sent events as they come: id, name, data. Closing it leaves."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection.request("GET", path, headers=headers or {})
+        answer = connection.getresponse()
+        assert answer.status == 200
+        return read_events(answer, connection)
+
+    def draw(self, **request: Any) -> dict[str, Any]:
+        """A small picture's job, accepted."""
+        body = {"prompt": "a red circle", "width": 32, "height": 32, "steps": 1, **request}
+        status, _, job = self.ask("POST", "/v1/jobs", body)
+        assert status == 202, job
+        return job
+
+    def ended(self, job: dict[str, Any]) -> dict[str, Any]:
+        """The same job when it has ended."""
+        wait_for(lambda: self.ask("GET", f"/v1/jobs/{job['id']}")[2]["ended"])
+        return self.ask("GET", f"/v1/jobs/{job['id']}")[2]
+
+
+def read_events(answer: http.client.HTTPResponse, connection: http.client.HTTPConnection) -> Iterator[tuple]:
+    event: dict[str, str] = {}
+    try:
+        while line := answer.readline().decode():
+            name, _, value = line.rstrip("\n").partition(": ")
+            if name:
+                event[name] = value
+            elif "data" in event:
+                yield event["id"], event["event"], json.loads(event["data"])
+                event = {}
+    finally:
+        connection.close()
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+    """Until something is so."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """`until(condition)` waits."""
+    return wait_for
+
+
+@pytest.fixture(scope="session")
+def start_server() -> Callable[..., Served]:
+    """`start_server(Settings(...))` is a running server; whoever starts it stops it."""
+    return Served
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[Served]:
+    """A server without keys that draws with Pocket, shared by many tests: leave its queue empty and going on."""
+    from inkstream.serve.limits import Limits, Settings
+
+    limits = Limits(body_bytes=4 << 20, pictures=8, steps=50, pixels=512 * 512)
+    served = Served(Settings(tmp_path_factory.mktemp("server"), models=("pocket",), limits=limits))
+    yield served
+    served.stop()

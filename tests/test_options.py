@@ -15,7 +15,7 @@ from inkstream.families import SPECS, family_of
 from inkstream.families.flux1 import kontext
 from inkstream.families.flux1.family import map_size
 from inkstream.sampling.schedules import SCHEDULES
-from inkstream.types import Conditioning, InputError, Request, Spec
+from inkstream.types import InputError, Request
 
 KINDS = {spec.tiny.name: name for name, spec in reversed(SPECS.items()) if spec.tiny}
 """One known model of each kind."""
@@ -42,6 +42,8 @@ OTHER = {
     "cfg_truncation": 0.1,
     "guidance_from": 0.5,
     "guidance_until": 0.95,
+    "cache": "none",
+    "cache_threshold": 0.0,
     "image": picture("red"),
     "strength": 0.1,
     "mask": picture("black").convert("L"),
@@ -52,28 +54,6 @@ APART = ("model", "count", "upsample")
 """Which model and how often; and what asks for a language model, which is not at hand here."""
 
 
-def build(spec: Spec) -> Model:
-    """A tiny model of random weights; its text encoder's place is taken by noise that the prompt decides."""
-    kind = family_of(spec.family)
-    generator = torch.Generator().manual_seed(0)
-    modules = {name: kind.parts[name].build(getattr(spec, name)).eval() for name in ("transformer", "vae")}
-    for module in modules.values():
-        for name, weight in module.state_dict().items():
-            one = "norm" in name or "running_var" in name
-            weight.normal_(1.0 if one else 0.0, 0.1, generator=generator)
-    family = kind(spec, dict.fromkeys(kind.parts) | modules, dict.fromkeys(kind.tokenizers))
-    sizes = spec.transformer
-    width = sizes.cap_feat_dim if spec.family == "zimage" else sizes.joint_attention_dim
-
-    def encode(prompt: str) -> Conditioning:
-        noise = torch.Generator().manual_seed(len(prompt))
-        pooled = torch.randn(1, getattr(sizes, "pooled_projection_dim", 1), generator=noise)
-        return Conditioning(torch.randn(5, width, generator=noise), (5,), pooled if spec.family == "flux1" else None)
-
-    family.encode = encode
-    return Model(family, torch.device("cpu"), torch.float32)
-
-
 def draw(model: Model, fields: dict) -> torch.Tensor:
     request = Request(**{"prompt": "a fox", "width": 32, "height": 32, "steps": 3, "seed": 0, **fields})
     return model.sample(request, model.encode(request))
@@ -81,13 +61,13 @@ def draw(model: Model, fields: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", sorted(KINDS.values()))
 @torch.no_grad()
-def test_options_change_the_picture_exactly_where_they_are_said_to(name, monkeypatch):
+def test_options_change_the_picture_exactly_where_they_are_said_to(name, monkeypatch, build):
     monkeypatch.setattr(kontext, "SIZES", ((32, 32),))
     spec = SPECS[name].tiny
     model, table = build(spec), options(spec)
     assert {*OTHER, *APART} == set(table)
     needed = {field: OTHER[field] for field, option in table.items() if option.needed}
-    on = {"guidance": 3.0} if spec.guides == "twice" else {}
+    on = {"cache": "first-block", "cache_threshold": 10.0} | ({"guidance": 3.0} if spec.guides == "twice" else {})
     plain = draw(model, needed | on)
     for field, option in table.items():
         if field in APART or field in needed:
@@ -135,6 +115,9 @@ def test_only_the_schedules_said_to_use_no_shift_use_none():
         ("z-image", {"shift": 2, "schedule": "bong_tangent"}, ["shift 2 has no effect: schedule bong_tangent"]),
         ("z-image", {"shift": 2}, []),
         ("flux2-dev", {"shift": 2}, []),
+        ("flux2-dev", {"cache": "taylor"}, []),
+        ("flux2-dev", {"cache_threshold": 0.2}, ["cache threshold 0.2 has no effect: there is no cache: give one"]),
+        ("flux2-klein-4b", {"cache": "taylor"}, ["cache has no effect: flux2-klein-4b draws in 4 steps, too unlike"]),
         ("flux1-fill-dev", {"image": picture("red"), "mask": picture("red"), "strength": 0.5}, ["strength 0.5 has no"]),
         ("flux1-fill-dev", {"image": picture("red"), "mask": picture("red"), "strength": 1}, []),
     ],
@@ -178,7 +161,7 @@ def test_guidance_is_asked_for_twice_only_above_one_and_where_the_model_does_so(
 
 
 @torch.no_grad()
-def test_fill_encodes_its_picture_once():
+def test_fill_encodes_its_picture_once(build):
     model = build(SPECS["flux1-fill-dev"].tiny)
     calls = []
     model.family.vae.encoder.register_forward_hook(lambda *_: calls.append(1))

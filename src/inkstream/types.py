@@ -22,6 +22,8 @@ GuidanceKind = Literal["twice", "read", "none"]
 """Two predictions a step, with the prompt and without; a number that the model reads; or neither."""
 ShiftRule = Literal["fixed", "dynamic", "empirical"]
 """How the shift that suits a size follows: it does not; FLUX.1's rule; FLUX.2's."""
+CacheKind = Literal["none", "first-block", "taylor"]
+"""What stands in for blocks that a step leaves out: nothing does; what they added last; its course over the steps."""
 ScheduleName = Literal["simple", "sgm_uniform", "normal", "beta", "beta57", "linear_quadratic", "bong_tangent"]
 
 
@@ -81,6 +83,11 @@ class Request(BaseModel):
     )
     guidance_from: float = Field(1.0, ge=0, le=1, description="Guidance is on for times t at or below this.")
     guidance_until: float = Field(0.0, ge=0, le=1, description="Guidance is on for times t at or above this.")
+    cache: CacheKind = Field("none", description="What steps that are like the last ones take over from them.")
+    cache_threshold: float = Field(
+        0.1, ge=0, le=10, allow_inf_nan=False,
+        description="How much the first block's answer may change, as a share of it, before all are run again.",
+    )
     image: Picture | None = Field(None, description="Picture to start from.")
     strength: float | None = Field(
         None, ge=0, le=1, description="How far from the start picture: 0 keeps it, 1 ignores it."
@@ -186,13 +193,14 @@ class Queued:
 class Loading:
     """Something is being made ready before the first step: a download, weights, a prompt being encoded.
 
-    text: of a prompt that is being written out, what it says so far; the last one is drawn.
+    text: of a prompt that is being written out, what it says so far; the last one is drawn. note: a line to tell.
     """
 
     what: str
     done_bytes: int | None = None
     total_bytes: int | None = None
     text: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

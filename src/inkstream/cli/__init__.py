@@ -51,6 +51,12 @@ A table goes to stdout; pictures, a contact sheet and the numbers as JSON go to 
 where it was stopped: pictures that are there are not drawn again."""
 app.command("inkstream.cli.evaluate:evaluate", name="eval", help=EVALUATE)
 
+SERVE = """Serve pictures over HTTP, with a queue that outlives whatever dies.
+
+Only this machine reaches it until a key was made with `inkstream serve keys add NAME`. Ctrl-C stops it; what was being
+drawn starts again with the next start."""
+app.command("inkstream.cli.serve:serve", help=SERVE)
+
 
 @app.command
 def info(
@@ -75,13 +81,26 @@ def models(*, json: Json = False) -> None:
 
 
 @app.command
-def doctor(*, json: Json = False) -> None:
-    """Show what this machine has and which models fit it."""
+def doctor(
+    *, memory: Annotated[str | None, Parameter(name="--for", show_default=False)] = None, json: Json = False
+) -> None:
+    """Show what this machine has, which models fit it, in which precision, and which one to take.
+
+    Parameters
+    ----------
+    memory
+        Answer for another machine, with a GPU of so much memory, like 8GiB.
+    """
     from inkstream.cli.doctor import examine, print_findings
     from inkstream.cli.lines import print_json
 
-    findings = examine()
-    print_json(findings) if json else print_findings(findings)
+    if memory is not None:
+        from inkstream.engine.memory import read_size
+
+        findings = examine(read_size(memory))
+    else:
+        findings = examine()
+    print_json(findings) if json else print_findings(findings, asked=memory is not None)
 
 
 @app.command

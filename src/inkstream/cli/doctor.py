@@ -1,4 +1,4 @@
-"""What this machine has, and which models fit it."""
+"""What a machine has, and which models fit it."""
 
 from __future__ import annotations
 
@@ -7,43 +7,50 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from inkstream.cli.lines import in_gigabytes, print_facts
+from inkstream.cli.lines import in_gibibytes, in_gigabytes, print_facts
 from inkstream.engine.licences import SETTING, in_words, is_commercial_only
-from inkstream.families import SPECS
 
 PACKAGES = ("inkstream", "torch", "tokenizers", "safetensors", "huggingface-hub", "pillow", "pydantic")
-DTYPES = ("bf16", "fp32")
 DRAWS = {False: "models of any licence", True: f"models for commercial use alone: {SETTING} is set"}
-ROOM = 2_000_000_000
-"""Bytes to leave for a picture of 1024x1024 while it is drawn."""
 
 
-def examine() -> dict[str, Any]:
-    """Versions, device, memory, disk, hub and the models that fit, as JSON."""
+def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
+    """Versions, device, memory, disk, hub and the models that fit, as JSON.
+
+    memory: bytes of another machine's GPU, asked about in place of this one's. timed: measure how fast this one is.
+    """
     import torch
     from huggingface_hub import constants
 
-    from inkstream.engine.loader import DTYPES as BY_NAME
+    from inkstream.engine.fit import fits, known, measure_speed, recommend
     from inkstream.engine.loader import choose_device, choose_dtype
-    from inkstream.engine.memory import count_weights, free_memory, weigh
+    from inkstream.engine.memory import SPARE, count_weights, free_memory
 
     device = choose_device()
-    own = next(name for name in DTYPES if BY_NAME[name] == choose_dtype(None, device))
+    dtype = choose_dtype(None, device)
     free, total = free_memory(device)
+    budget = int(SPARE * (free or 0)) or None if memory is None else memory
+    kind = device.type if memory is None else "cuda"
+    speed = measure_speed(device, dtype) if memory is None and timed else None
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    models = []
-    for spec in SPECS.values():
-        if spec.repo or spec.folder:
-            weights = count_weights(spec)
-            needs = {name: weigh(weights, name, device) for name in DTYPES}
-            licence = {"licence": spec.licence, "commercial": spec.commercial}
-            fact = {"name": spec.name, **licence, "weights": weights, "needs_bytes": needs}
-            models.append(fact | {"verdict": judge(needs, own, free)})
+    found = {spec.name: fits(spec, kind, budget, speed) for spec in known()}
+    allowed = {spec.name: found[spec.name] for spec in known() if spec.commercial or not is_commercial_only()}
+    models = [
+        {
+            "name": spec.name,
+            "licence": spec.licence,
+            "commercial": spec.commercial,
+            "weights": count_weights(spec),
+            "fits": [asdict(fit) for fit in found[spec.name]],
+        }
+        for spec in known()
+    ]
     return {
         "versions": {
             "python": platform.python_version(),
@@ -56,7 +63,7 @@ def examine() -> dict[str, Any]:
             "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
             "memory_bytes": total,
             "free_bytes": free,
-            "dtype": own,
+            "dtype": str(dtype).removeprefix("torch."),
         },
         "hub": {
             "endpoint": constants.ENDPOINT,
@@ -65,22 +72,15 @@ def examine() -> dict[str, Any]:
             "offline": constants.HF_HUB_OFFLINE,
         },
         "commercial_only": is_commercial_only(),
+        "for": {"kind": kind, "budget_bytes": budget},
         "models": models,
+        "recommended": recommend(allowed),
     }
 
 
-def judge(needs: Mapping[str, int], own: str, free: int | None) -> str:
-    """Whether weights that need so many bytes in each dtype fit, and how. own: the dtype the device takes unasked."""
-    sizes = ", ".join(f"{in_gigabytes(size)} in {name}" for name, size in needs.items())
-    fits = [name for name in (own, *needs) if free is None or needs[name] + ROOM <= free]
-    if not fits:
-        return f"does not fit: its weights take {sizes}, and {in_gigabytes(free or 0)} are free"
-    return f"fits{'' if fits[0] == own else f' with --dtype {fits[0]}'}: its weights take {sizes}"
-
-
-def print_findings(findings: dict[str, Any]) -> None:
-    """The same as lines."""
-    device, hub = findings["device"], findings["hub"]
+def print_findings(findings: dict[str, Any], asked: bool = False) -> None:
+    """The same as lines. asked: about another machine, so that this one's own facts are left out."""
+    device, hub, budget = findings["device"], findings["hub"], findings["for"]["budget_bytes"]
     memory = " of ".join(in_gigabytes(n) if n else "unknown" for n in (device["free_bytes"], device["memory_bytes"]))
     lines = {
         "versions": ", ".join(f"{name} {version}" for name, version in findings["versions"].items()),
@@ -90,7 +90,44 @@ def print_findings(findings: dict[str, Any]) -> None:
         "cache": f"{hub['cache']}, {in_gigabytes(hub['free_bytes'])} free",
     }
     models = {
-        model["name"]: f"{model['verdict']}; {in_words(model['licence'], model['commercial'])}"
+        model["name"]: f"{judge(model['fits'], budget)}; {in_words(model['licence'], model['commercial'])}"
         for model in findings["models"]
     }
-    print_facts({**lines, "draws with": DRAWS[findings["commercial_only"]], **models})
+    about = {"a GPU with": in_gibibytes(budget)} if asked else lines
+    print_facts({**about, "draws with": DRAWS[findings["commercial_only"]], **models})
+    print(advise(findings))
+
+
+def judge(fits: Sequence[Mapping[str, Any]], budget: int | None) -> str:
+    """How a model fits, the way to take first and the others that differ in their plan."""
+    if not fits:
+        return f"does not fit {in_gibibytes(budget or 0)}"
+    return ", else ".join(describe(fit) for fit in fits[:3])
+
+
+def describe(fit: Mapping[str, Any]) -> str:
+    """One way that a model fits."""
+    time = "" if fit["seconds"] is None else f", about {in_time(fit['seconds'])} a picture"
+    return f"{fit['precision']} {fit['plan']} ({in_gibibytes(fit['peak'])}{time})"
+
+
+def in_time(seconds: float) -> str:
+    """Seconds as people say them, no more exactly than they are known."""
+    if seconds < 90:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def advise(findings: Mapping[str, Any]) -> str:
+    """The model to take, and the commands that take it."""
+    name = findings["recommended"]
+    if name is None:
+        return "nothing fits: free some memory, or draw on another machine"
+    fit = next(model["fits"][0] for model in findings["models"] if model["name"] == name)
+    if fit["precision"] == "bf16" or name == "pocket":
+        return f"recommended: {name}, {describe(fit)}: inkstream generate 'a lighthouse in fog' -m {name}"
+    folder = f"{name}-{fit['precision']}"
+    return (
+        f"recommended: {name}, {describe(fit)}: inkstream convert {name} {folder} --quant {fit['precision']}, then "
+        f"inkstream generate 'a lighthouse in fog' -m ./{folder}"
+    )

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import as_options, check, draw, slug, try_folder, understand
 from inkstream.cli.lines import print_json
+from inkstream.cli.machine import HERE, RUN, Machine
 from inkstream.cli.refine import find_spec, plan, read_draft
 from inkstream.cli.terminal import Terminal
 from inkstream.types import InputError, Request, Spec
@@ -30,8 +31,7 @@ if TYPE_CHECKING:
 
 STATE = "draft.json"
 SHEET = "sheet.png"
-AFTER = Group("After the drafts", sort_key=1)
-RUN = Group("This run", sort_key=2)
+AFTER = Group("After the drafts", sort_key=0.5)
 
 
 class Drafts(Request):
@@ -77,9 +77,7 @@ def draft(
     json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
     resume: Annotated[Path | None, Parameter(group=RUN)] = None,
     output: Annotated[Path | None, Parameter(alias="-o", group=RUN)] = None,
-    device: Annotated[str | None, Parameter(group=RUN)] = None,
-    dtype: Annotated[str | None, Parameter(group=RUN)] = None,
-    commercial_only: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    machine: Machine = HERE,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -102,12 +100,6 @@ def draft(
         Go on in this folder, as was asked when it was begun.
     output
         Folder to write to, else drafts/ and the prompt's first words.
-    device
-        cpu, cuda, cuda:1, mps; else the best there is.
-    dtype
-        bf16, fp32 or fp16; else what suits the device.
-    commercial_only
-        Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
     json
         Print one JSON document on stdout when all is done.
     quiet
@@ -115,20 +107,15 @@ def draft(
     yes
         Download what is missing without asking.
     """
-    from inkstream.engine.loader import choose_device, choose_dtype
-
     with Terminal(quiet) as terminal:
         folder, state = resumed(wish, resume, output) if resume else begun(wish, json_prompt, output, terminal)
         state = settled(state, folder, pick, choose, refine_with, refine_strength)
-        licence = commercial_only or None
-        choose_dtype(dtype, choose_device(device))
+        licence = machine.licence
+        machine.check()
         spec = look_ahead(folder, state, yes, licence, terminal)
         write_state(folder, state)
-        ran = [f"--{name}={value}" for name, value in (("device", device), ("dtype", dtype)) if value]
-        ran += ["--commercial-only"] if commercial_only else []
-        from inkstream.engine.engine import Engine
-
-        engine = Engine(device, dtype, commercial_only=licence)
+        ran = machine.words()
+        engine = machine.engine()
         try:
             draw_drafts(engine, folder, state, terminal)
             write_sheet(folder, state)

@@ -9,11 +9,12 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import check, slug, try_folder
 from inkstream.cli.lines import print_json
+from inkstream.cli.machine import HERE, RUN, Machine
 from inkstream.cli.terminal import Terminal
 from inkstream.types import InputError, Request
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 SWEPT = 40  # prompts of a sweep, unless --limit says otherwise
 IN_SWEEPS = ("all right", "object and colour", "relation", "count", "text exact", "Frechet distance")
-RUN = Group("This run", sort_key=1)
 
 
 def evaluate(
@@ -41,8 +41,7 @@ def evaluate(
     ceiling: Annotated[bool, Parameter(show_default=False)] = False,
     ocr: Annotated[bool, Parameter(show_default=False)] = False,
     output: Annotated[Path | None, Parameter(alias="-o", group=RUN)] = None,
-    device: Annotated[str | None, Parameter(group=RUN)] = None,
-    dtype: Annotated[str | None, Parameter(group=RUN)] = None,
+    machine: Machine = HERE,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -75,10 +74,6 @@ def evaluate(
         Let a second, independent reader judge the text too; needs the extra "ocr".
     output
         Folder to write to, else evaluation/MODEL-SUITE.
-    device
-        cpu, cuda, cuda:1, mps; else the best there is.
-    dtype
-        bf16, fp32 or fp16; else what suits the device.
     json
         Print one JSON document on stdout when all is done.
     quiet
@@ -89,7 +84,6 @@ def evaluate(
     for name, value, most in (("--seeds", seeds, 1000), ("--limit", limit, None)):
         if value is not None and not 1 <= value <= (most or value):
             raise InputError(f"{name} {value} is out of range: give 1 {f'to {most}' if most else 'or more'}")
-    from inkstream.engine.engine import Engine
     from inkstream.evaluate.judge import judge_drawings, judge_sweep, judge_truths, measure_loss
     from inkstream.evaluate.ocr import open_reader
     from inkstream.evaluate.report import matrix, record, table, write_sheet
@@ -104,8 +98,8 @@ def evaluate(
         if ocr:
             open_reader()
         folder = output or Path("evaluation") / f"{slug(Path(model).name)}-{slug(Path(suite).stem)}"
-        agree_to_download(model, yes, terminal)
-        engine = Engine(device, dtype)
+        agree_to_download(model, yes, terminal, machine.licence)
+        engine = machine.engine()
         for event in engine.load(model):
             terminal.show(event)
         jobs = plan(engine.model, cases, settings)

@@ -11,15 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 
 from inkstream.cli.download import agree_to_download
-from inkstream.cli.lines import print_json
+from inkstream.cli.lines import in_gibibytes, print_facts, print_json
+from inkstream.cli.machine import HERE, RUN, Machine
 from inkstream.cli.terminal import Terminal
 from inkstream.types import Done, Failed, InputError, Loading, Request, Step
 
 if TYPE_CHECKING:
     from inkstream.engine.engine import Engine
+    from inkstream.engine.memory import Placing
 
 SHORT = {
     "negative_prompt": "-n",
@@ -31,7 +33,6 @@ SHORT = {
     "count": "-c",
 }
 THE_REAL_ONE = "for photographs and long texts add -m z-image-turbo (a download of 33 GB)"
-RUN = Group("This run", sort_key=1)
 
 
 def as_options(wish: type[Request], bare: Collection[str] = ("prompt",), without: Collection[str] = ()) -> None:
@@ -60,9 +61,8 @@ def generate(
     source: Annotated[Path | None, Parameter(name="--from", group=RUN)] = None,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
     metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
-    device: Annotated[str | None, Parameter(group=RUN)] = None,
-    dtype: Annotated[str | None, Parameter(group=RUN)] = None,
-    commercial_only: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    machine: Machine = HERE,
+    plan: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -79,12 +79,8 @@ def generate(
         File (.png, .webp, .jpg) or folder to write to, else the current folder. Nothing is overwritten.
     metadata
         What a picture carries: its request and that a model made it, only the latter, or nothing.
-    device
-        cpu, cuda, cuda:1, mps; else the best there is.
-    dtype
-        bf16, fp32 or fp16; else what suits the device.
-    commercial_only
-        Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
+    plan
+        Tell how much memory each way to place the model takes for this, and which is chosen; draw nothing.
     json
         Print one JSON document on stdout when all is done.
     quiet
@@ -99,12 +95,13 @@ def generate(
             raise InputError(f"--count {request.count} does not go into a pipe, which holds one picture: give --output")
         place = None if piped else find_place(output, request.count)
         check(request)
-        agree_to_download(request.model, yes, terminal, commercial_only or None)
+        agree_to_download(request.model, yes, terminal, machine.licence)
         if "model" not in wish.model_fields_set and source is None:
             terminal.say(f"drawing with {request.model}, the small model that comes along; {THE_REAL_ONE}")
-        from inkstream.engine.engine import Engine
-
-        engine = Engine(device, dtype, commercial_only=commercial_only or None)
+        engine = machine.engine()
+        if plan:
+            print_plans(engine.placing(request), request, json)
+            return
         done: list[dict[str, Any]] = []
         try:
             for picture in draw(engine, request, place, metadata, terminal):
@@ -117,10 +114,28 @@ def generate(
             raise
         finally:
             if done:
-                again = repeat(request, done[0]["seed"], device, dtype)
+                again = repeat(request, done[0]["seed"], machine)
                 terminal.say(f"again: {again}")
                 if json:
                     print_json({"pictures": done, "again": again})
+
+
+def print_plans(placing: Placing, request: Request, as_json: bool) -> None:
+    """What the model takes on the device under each plan, phase by phase, and the one that would be taken."""
+    chosen, budget = placing.choose(request), placing.budget
+    if as_json:
+        plans = [
+            {"name": plan.name, "bytes": plan.peak, "phases": dict(plan.phases)} for plan in placing.plans(request)
+        ]
+        print_json({"plan": chosen, "budget_bytes": budget, "device": str(placing.opened.device), "plans": plans})
+        return
+    facts = {
+        plan.name: f"{in_gibibytes(plan.peak)} ("
+        + ", ".join(f"{phase} {in_gibibytes(count)}" for phase, count in plan.phases.items())
+        + f"){', taken' if plan.name == chosen else ''}"
+        for plan in placing.plans(request)
+    }
+    print_facts({**facts, "of": "unknown" if budget is None else f"{in_gibibytes(budget)} on {placing.opened.device}"})
 
 
 def understand(
@@ -274,10 +289,10 @@ def draw(
             }
 
 
-def repeat(request: Request, seed: int, device: str | None, dtype: str | None) -> str:
+def repeat(request: Request, seed: int, machine: Machine) -> str:
     """The command that draws the same again: what was asked for, and the seed."""
     fields = request.model_copy(update={"seed": seed}).model_dump(exclude_defaults=True)
-    fields |= {name: value for name, value in (("device", device), ("dtype", dtype)) if value}
+    fields |= machine.given()
     prompt = fields.pop("prompt", "")
     words = [f"--prompt={prompt}" if prompt.startswith("-") else prompt] if prompt else []
     for name, value in fields.items():

@@ -27,3 +27,8 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
 def in_gigabytes(count: int) -> str:
     """A number of bytes as people read it: 32.9 GB, 410 MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def in_gibibytes(count: int) -> str:
+    """A number of bytes of memory, in the unit that cards are sold in: 3.71 GiB."""
+    return f"{count / 2**30:.2f} GiB"

@@ -7,19 +7,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from cyclopts import Group, Parameter
+from cyclopts import Parameter
 from pydantic import Field
 
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import as_options, check, draw, find_place, read_json_prompt
 from inkstream.cli.lines import print_json
+from inkstream.cli.machine import HERE, RUN, Machine
 from inkstream.cli.terminal import Terminal
 from inkstream.types import InputError, Request, Spec
 
 if TYPE_CHECKING:
     from inkstream.engine.refine import Refinement
-
-RUN = Group("This run", sort_key=1)
 
 
 class Anew(Request):
@@ -42,9 +41,7 @@ def refine(
     json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
     metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
-    device: Annotated[str | None, Parameter(group=RUN)] = None,
-    dtype: Annotated[str | None, Parameter(group=RUN)] = None,
-    commercial_only: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    machine: Machine = HERE,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -63,12 +60,6 @@ def refine(
         File (.png, .webp, .jpg) or folder to write to, else the current folder. Nothing is overwritten.
     metadata
         What a picture carries: its request and that a model made it, only the latter, or nothing.
-    device
-        cpu, cuda, cuda:1, mps; else the best there is.
-    dtype
-        bf16, fp32 or fp16; else what suits the device.
-    commercial_only
-        Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
     json
         Print one JSON document on stdout when all is done.
     quiet
@@ -90,11 +81,9 @@ def refine(
         drafts = {picture: read_draft(picture, wish, terminal) for picture in pictures}
         stems = [f"{Path(picture).stem}-refined" for picture in drafts]
         place = find_place(output, len(drafts), lambda request, index: stems[index])
-        spec = find_spec(wish.model, yes, terminal, commercial_only or None)
+        spec = find_spec(wish.model, yes, terminal, machine.licence)
         plans = [plan(wish, draft, picture, spec, reference, terminal) for picture, draft in drafts.items()]
-        from inkstream.engine.engine import Engine
-
-        engine = Engine(device, dtype, commercial_only=commercial_only or None)
+        engine = machine.engine()
         done: list[dict[str, Any]] = []
         try:
             for index, (found, (picture, draft)) in enumerate(zip(plans, drafts.items())):

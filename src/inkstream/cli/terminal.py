@@ -63,6 +63,8 @@ class Terminal:
         """Move the bar on to this event."""
         if isinstance(event, Queued) and event.position:
             self._move(f"{event.position} ahead", 0, None, "")
+        elif isinstance(event, Loading) and event.note:
+            self.say(event.note)
         elif isinstance(event, Loading):
             done, total = event.done_bytes or 0, event.total_bytes
             note = f"{in_gigabytes(done)} of {in_gigabytes(total)}" if total else ""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import gc
 import queue
+import secrets
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import torch
 
 from inkstream.engine.inputs import to_image
-from inkstream.engine.loader import load
+from inkstream.engine.loader import open_model, read_model
+from inkstream.engine.memory import Placing
 from inkstream.engine.model import Model, Run, advance, complete, singles
 from inkstream.engine.options import options
+from inkstream.engine.placement import PLANS
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
 
 
@@ -21,7 +24,9 @@ class Engine:
     """Draws requests one after the other and keeps the last model warm.
 
     device: "cpu", "cuda", "mps" or None for the best there is; dtype: as in `load`, None for the device's own.
-    commercial_only: refuse models whose licence does not allow commercial use; None follows the setting.
+    commercial_only: refuse models whose licence does not allow commercial use; None follows the setting. memory: bytes
+    of the device that models may take, on the CPU those of the whole process; None is what is free. plan: a key of
+    `placement.PLANS`; None is the fastest that keeps within the memory.
     """
 
     def __init__(
@@ -30,28 +35,43 @@ class Engine:
         dtype: str | torch.dtype | None = None,
         previews: bool = False,
         commercial_only: bool | None = None,
+        memory: int | None = None,
+        plan: str | None = None,
     ):
+        if plan is not None and plan not in PLANS:
+            raise InputError(f"plan {plan} is not known: take {', '.join(PLANS)}")
         self.device = device
         self.dtype = dtype
         self.previews = previews
         self.commercial_only = commercial_only
+        self.memory = memory
+        self.plan = plan
         self._name: str | None = None
         self._model: Model | None = None
+        self._least = ("", 0)  # a model, and the first plan to think of for it: those before ran out of memory
         self._turn = threading.Lock()  # held while a model is loaded, by the thread that loads it
 
     def submit(self, request: Request) -> Iterator[Event]:
         """The events of one request; Done comes once for each picture. Closing the iterator cancels at the next step.
 
-        Nothing is raised for a request that cannot be drawn: the last event is Failed.
+        Nothing is raised for a request that cannot be drawn: the last event is Failed. Where memory runs out, what is
+        not drawn yet is drawn under the next plan, which takes less.
         """
         yield Queued(request)
+        if request.seed is None:
+            request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
+        drawn: list[Done] = []
         try:
-            yield from self._draw(request)
+            while True:
+                try:
+                    yield from self._draw(request, drawn)
+                    return
+                except RuntimeError as error:
+                    if not is_out_of_memory(error):
+                        raise
+                yield self._fall(request)
         except InputError as error:
             yield Failed(str(error), "input")
-        except torch.OutOfMemoryError:
-            size = f"{request.width}x{request.height}" if request.width else "this size"
-            yield Failed(f"the device ran out of memory at {size}: take a smaller size or --device cpu", "input")
 
     def generate(self, request: Request) -> Result:
         """All pictures of a request. InputError if it cannot be drawn."""
@@ -64,23 +84,22 @@ class Engine:
                 raise InputError(event.error)
         return result
 
-    def load(self, name: str) -> Iterator[Loading]:
-        """Make a model ready; does nothing if it is already. Ends when `self.model` is it."""
+    def load(self, name: str, request: Request | None = None) -> Iterator[Loading]:
+        """Make a model ready; does nothing if it is already. Ends when `self.model` is it.
+
+        request: what it is to draw first, so that it is placed to suit it; None: a picture of its own size.
+        """
         events: queue.SimpleQueue[Loading | BaseException | None] = queue.SimpleQueue()
 
         def work() -> None:
             try:
                 with self._turn:
-                    if self._name != name:
-                        self._model = self._name = None
-                        gc.collect()
-                        self._model = load(name, self.device, self.dtype, events.put, self.commercial_only)
-                        self._name = name
+                    self._load(name, request, events.put)
                 events.put(None)
             except BaseException as error:  # carried to the caller's thread
                 events.put(error)
 
-        if self._name == name:
+        if self._name == name and self._suits(request):
             return
         threading.Thread(target=work, name="inkstream-load", daemon=True).start()
         while isinstance(event := events.get(), Loading):
@@ -88,14 +107,55 @@ class Engine:
         if event is not None:
             raise event
 
+    def _load(self, name: str, request: Request | None, tell: Callable[[Loading], None]) -> None:
+        if self._name == name and self._suits(request):
+            return
+        self._forget()
+        opened = open_model(name, self.device, self.dtype, tell, self.commercial_only)
+        least = self._least[1] if self._least[0] == name else 0
+        self._placing = Placing(opened, self.memory, self.plan, least)
+        plan = self._placing.choose(request)
+        self._model = read_model(opened, plan, tell)
+        self._name = name
+
+    def _suits(self, request: Request | None) -> bool:
+        """Whether the loaded model is placed so that the request can be drawn."""
+        return request is None or self.model.plan in self._placing.suiting(request)
+
+    def _forget(self) -> None:
+        self._model = self._name = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _fall(self, request: Request) -> Loading:
+        """Leave the plan that memory ran out under, for the next. InputError where there is none."""
+        names = list(PLANS)
+        ran_out = names.index(self._placing.plan)
+        self._least = (request.model, ran_out + 1)
+        size = f"{request.width}x{request.height}" if request.width else "this size"
+        if ran_out + 1 == len(names):
+            self._forget()
+            raise InputError(f"the device ran out of memory at {size}: take a smaller size or --device cpu")
+        line = f"memory ran out at {size} under the plan {names[ran_out]}: going on with {names[ran_out + 1]}"
+        self._forget()
+        return Loading("memory", note=line)
+
+    def placing(self, request: Request) -> Placing:
+        """What the request's model takes under each plan. Its files are looked at, and no weights are read."""
+        return Placing(
+            open_model(request.model, self.device, self.dtype, None, self.commercial_only), self.memory, self.plan
+        )
+
     @property
     def model(self) -> Model:
         """The model loaded last."""
         assert self._model is not None, "load a model first"
         return self._model
 
-    def _draw(self, request: Request) -> Iterator[Event]:
-        yield from self.load(request.model)
+    def _draw(self, request: Request, drawn: list[Done]) -> Iterator[Event]:
+        """The events of what is not drawn yet."""
+        yield from self.load(request.model, request)
         model = self.model
         request = complete(request, model.spec)
         if request.upsample:
@@ -103,7 +163,7 @@ class Engine:
         yield Loading("prompt")
         cond = model.encode(request)
         original = model.open_original(request)
-        for index, one in enumerate(singles(request, request.count)):
+        for index, one in list(enumerate(singles(request, request.count)))[len(drawn) :]:
             began = time.perf_counter()
             run = model.start(one, cond, original)
             try:
@@ -113,7 +173,8 @@ class Engine:
                 image = to_image(model.finish(run, original))
             finally:
                 run.close()
-            yield Done(image, one, index, request.count, time.perf_counter() - began)
+            drawn.append(Done(image, one, index, request.count, time.perf_counter() - began))
+            yield drawn[-1]
 
     def _upsample(self, model: Model, request: Request) -> Generator[Event, None, Request]:
         """The request with its prompt written out; it draws the same without that model."""
@@ -133,9 +194,18 @@ class Engine:
             yield step, t, time.perf_counter() - began
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an error says that a device has no room; but for CUDA, torch has no kind of its own for it."""
+    return isinstance(error, torch.OutOfMemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
+
+
 def advice(request: Request, model: Model) -> list[str]:
     """What in a request has no effect on this model, or not a good one, a line each. request: as it was given."""
     lines = []
+    if model.plan != "resident":
+        lines.append(f"plan {model.plan}: weights come to the device when they are used, to save memory")
     for name in ("prompt", "negative_prompt"):
         if most := model.family.cut_at(getattr(request, name)):
             lines.append(f"the {name.replace('_', ' ')} is longer than {most} tokens: its end is not read")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 
 from inkstream.engine.licences import is_commercial_only
 from inkstream.engine.model import Model
+from inkstream.engine.placement import Place, Placed, copied, place_of
 from inkstream.engine.sources import PREFIXES, Found, Progress, Source, encoder_of, locate, locate_writer
 from inkstream.families import Writer
-from inkstream.nn.quant import place, takes_packed
+from inkstream.nn.offload import advise, is_mapped, mapped_ranges
+from inkstream.nn.quant import place as put_packed
 from inkstream.quant.packed import Weight, unpack
 from inkstream.types import InputError, Loading
 from inkstream.weights.files import read_state, strip_prefix
@@ -37,31 +40,66 @@ def load(
     dtype: torch.dtype | str | None = None,
     progress: Progress | None = None,
     commercial_only: bool | None = None,
+    plan: str = "resident",
 ) -> Model:
     """A model ready to draw.
 
     name: of a known model, OWNER/NAME on the hub, or a path (see `sources.locate`). device, dtype: None takes the best
     there is. Weights of that dtype stay views of the files on disk. commercial_only: refuse a licence that does not
-    allow commercial use; None follows the setting. InputError, before anything big is read, where a part is missing or
-    does not fit.
+    allow commercial use; None follows the setting. plan: where the parts are while others work, a key of
+    `placement.PLANS`. InputError, before anything big is read, where a part is missing or does not fit.
     """
-    tell = progress or (lambda event: None)
+    return read_model(open_model(name, device, dtype, progress, commercial_only), plan, progress)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose files are found and checked; nothing of its weights is read."""
+
+    source: Source
+    tokenizers: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    numbers: Mapping[str, int]  # part -> how many its weights are
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each part computes in."""
+        return {part: dtype_of(part, self.dtype, self.device) for part in self.source.parts}
+
+
+def open_model(
+    name: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: Progress | None = None,
+    commercial_only: bool | None = None,
+) -> Opened:
+    """The first half of `load`."""
     device = choose_device(device)
     dtype = choose_dtype(dtype, device)
-    source = locate(name, tell, is_commercial_only(commercial_only))
+    source = locate(name, progress, is_commercial_only(commercial_only))
     tokenizers = {name: source.family.tokenizers[name](folder) for name, folder in source.tokenizers.items()}
     check_vocabulary(source, tokenizers)
+    numbers = {part: sum(p.numel() for p in found.module.parameters()) for part, found in source.parts.items()}
+    return Opened(source, tokenizers, device, dtype, numbers)
+
+
+def read_model(opened: Opened, plan: str, progress: Progress | None = None) -> Model:
+    """The second half of `load`. What was opened can be read once."""
+    tell = progress or (lambda event: None)
+    source, device = opened.source, opened.device
     modules = {
-        part: read(found, device, dtype_of(part, dtype, device), partial(_tell, tell, part))
+        part: read(found, device, opened.dtypes[part], partial(_tell, tell, part), place=place_of(plan, part))
         for part, found in source.parts.items()
     }
 
     def read_writer() -> Writer:
-        writer: Any = read(locate_writer(source), device, dtype, lambda done, total: None)
-        writer.attach(modules["text_encoder"], tokenizers["tokenizer"])
+        writer: Any = read(locate_writer(source), device, opened.dtype, lambda done, total: None)
+        writer.attach(modules["text_encoder"], opened.tokenizers["tokenizer"])
         return writer
 
-    return Model(source.family(source.spec, modules, tokenizers), device, dtype, read_writer)
+    return Model(source.family(source.spec, modules, opened.tokenizers), device, opened.dtype, plan, read_writer)
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:
@@ -79,37 +117,40 @@ def vocabulary_of(tokenizer: Any) -> int:
 
 
 def read(
-    found: Found, device: torch.device, dtype: torch.dtype, progress: Callable[[int, int], None], packed: bool = True
+    found: Found,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+    packed: bool = True,
+    place: Place = "resident",
 ) -> nn.Module:
     """The part's module with its weights; progress is told the bytes done and in all.
 
     packed: weights that are packed in the file stay so where a layer can hold them; otherwise they are unpacked.
     """
     wanted = found.module.state_dict().keys()
-    state = translate(found.rules, strip_prefix(read_state(found.path), PREFIXES))
-    state = {key: tensor for key, tensor in state.items() if key in wanted}
-    done, total = 0, sum(tensor.nbytes for tensor in state.values())
-    progress(0, total)
-    for key in state:
-        size = state[key].nbytes
-        state[key] = _move(found.module, key, state[key], device, dtype, packed)  # one at a time, so that it is freed
-        if (done + size) * 100 // total > done * 100 // total:
-            progress(done + size, total)
-        done += size
+    raw = strip_prefix(read_state(found.path), PREFIXES)
+    state = {key: weight for key, weight in translate(found.rules, raw).items() if key in wanted}
+    if not packed:
+        state = {key: weight if isinstance(weight, Tensor) else unpack(weight, dtype) for key, weight in state.items()}
     module = found.module
-    module.load_state_dict(place(module, state, dtype), strict=True, assign=True)
+    module.load_state_dict(put_packed(module, state, dtype), strict=True, assign=True)
+    let_go(raw)
+    del raw, state
     unset = [key for key, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
     assert not unset, f"no weights for {unset}"
-    return module.eval().requires_grad_(False)
+    module.eval().requires_grad_(False)
+    Placed(module, place, device, dtype, copied(found, module)).settle(progress)
+    return module
 
 
-def _move(
-    module: nn.Module, key: str, weight: Weight, device: torch.device, dtype: torch.dtype, packed: bool
-) -> Weight:
-    if isinstance(weight, Tensor):
-        return weight.to(device, dtype)
-    weight = weight.to(device)
-    return weight if packed and takes_packed(module, key, weight) else unpack(weight, dtype)
+def let_go(state: Mapping[str, Weight]) -> None:
+    """Pages of mapped files that were only copied from leave memory; they come back when they are read."""
+    ranges = mapped_ranges()
+    for weight in state.values():
+        for tensor in (weight,) if isinstance(weight, Tensor) else (weight.data, *weight.scales):
+            if is_mapped(tensor, ranges):
+                advise(tensor, "MADV_DONTNEED")
 
 
 def choose_device(name: torch.device | str | None = None) -> torch.device:

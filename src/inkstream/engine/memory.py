@@ -1,8 +1,9 @@
-"""How much memory a model's weights take, and how much there is."""
+"""How much memory there is, and which plan keeps a model within it."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -11,17 +12,107 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import nn
 
-from inkstream.engine.loader import DTYPES, dtype_of
+from inkstream.engine.loader import Opened
+from inkstream.engine.model import complete
+from inkstream.engine.options import guided, options
+from inkstream.engine.placement import PLANS, Plan, plan_request
 from inkstream.engine.sources import Unset
 from inkstream.families import parts_of
-from inkstream.types import Spec
+from inkstream.types import InputError, Request, Spec
+
+PLENTY = 32 * 1024
+"""Bytes for each pixel of a picture that no model here comes near."""
+SPARE = 0.9
+"""Of what is free, how much is planned with: drivers and libraries take some for themselves."""
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
-def weigh(weights: Mapping[str, int], dtype: str, device: torch.device) -> int:
-    """Bytes of weights counted by `count_weights`, loaded in a dtype on a device."""
-    return sum(count * dtype_of(part, DTYPES[dtype], device).itemsize for part, count in weights.items())
+class Placing:
+    """Which plans keep an opened model within a budget, request by request.
+
+    memory: bytes to keep within, on the CPU with all that the process has already; None: what is free now. plan: the
+    one to take whatever it needs. least: the first to think of, by its place in `PLANS`.
+    """
+
+    def __init__(self, opened: Opened, memory: int | None = None, plan: str | None = None, least: int = 0):
+        self.opened = opened
+        self.names = list(PLANS)[least:]
+        if plan is not None:
+            self.names = [plan] if plan in self.names else self.names[:1]
+        self.memory = memory
+        self.taken = taken_by_process() if opened.device.type == "cpu" else 0
+        free, _ = free_memory(opened.device)
+        spare = None if free is None else int(free * SPARE)
+        self.budget = spare if memory is None else memory - self.taken
+        self.plan = self.names[0]
+        self._known: dict[tuple[Any, ...], list[Plan]] = {}
+
+    def choose(self, request: Request | None) -> str:
+        """The fastest plan that keeps within the budget. InputError where none does, if the budget was asked for."""
+        suiting = self.suiting(request)
+        if not suiting and self.memory is not None:
+            least = min(self.plans(request), key=lambda plan: plan.peak)
+            raise InputError(
+                f"{self.memory / 2**30:.2f} GiB of memory are not enough: {self.opened.source.spec.name} takes "
+                f"{least.peak / 2**30:.2f} GiB at the least (plan {least.name})"
+                + (f" beside {self.taken / 2**30:.2f} GiB of this process" if self.taken else "")
+                + ": give it more, a smaller size or weights in fewer bits"
+            )
+        self.plan = suiting[0] if suiting else self.names[-1]  # what was only seen to be free may yet do
+        return self.plan
+
+    def suiting(self, request: Request | None) -> list[str]:
+        """The plans that keep within the budget, from the fastest."""
+        if len(self.names) == 1 or self.budget is None or self._is_plenty(self._complete(request)):
+            return self.names
+        return [plan.name for plan in self.plans(request) if plan.name in self.names and plan.peak <= self.budget]
+
+    def plans(self, request: Request | None) -> list[Plan]:
+        """All plans, with what each needs for the request."""
+        spec, request = self.opened.source.spec, self._complete(request)
+        asked = (request.width, request.height, guided(request, spec), len(request.reference), request.image is None)
+        texts = (len(request.prompt) // 64, len(request.negative_prompt) // 64)
+        if (key := (*asked, *texts)) not in self._known:
+            opened = self.opened
+            self._known[key] = plan_request(opened.source, opened.tokenizers, request, opened.device, opened.dtypes)
+        return self._known[key]
+
+    def _complete(self, request: Request | None) -> Request:
+        spec = self.opened.source.spec
+        return complete(request or typical(spec), spec)
+
+    def _is_plenty(self, request: Request) -> bool:
+        """Whether the model is so small that all of it may be resident, without looking closer."""
+        assert request.width is not None
+        assert request.height is not None
+        opened = self.opened
+        weights = sum(count * opened.dtypes[part].itemsize for part, count in opened.numbers.items())
+        return 2 * weights + PLENTY * request.width * request.height <= (self.budget or 0)
+
+
+def typical(spec: Spec) -> Request:
+    """A request as many are, at the model's own size."""
+    needed = {name for name, option in options(spec).items() if option.needed}
+    blank = Image.new("RGB", spec.size, "white")  # as a mask: all of it is repainted
+    pictures = {"image": blank, "mask": blank, "reference": (blank,)}
+    return Request(prompt="a lighthouse in fog, " * 12, **{name: pictures[name] for name in needed & pictures.keys()})
+
+
+def taken_by_process() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
+
+
+def read_size(text: str) -> int:
+    """Bytes of a size like 4GiB, 3.5 GB or 800MiB. InputError where it is none."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    if found is None or found[2] not in UNITS or float(found[1]) == 0:
+        raise InputError(f"{text!r} is no size of memory: write it like 4GiB or 800MiB")
+    return int(float(found[1]) * UNITS[found[2]])
 
 
 def count_weights(spec: Spec) -> dict[str, int]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from inkstream.engine.inputs import fit_size, open_mask, open_picture, to_pixels
-from inkstream.engine.options import guided, refuse
+from inkstream.engine.options import cached, guided, refuse
 from inkstream.engine.preview import fit_preview
 from inkstream.families import Family, Pictures, Writer, family_of
 from inkstream.flow import add_noise, to_image
+from inkstream.nn.cache import POINTS, StepCache
 from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, paste, start_index
 from inkstream.sampling.schedules import SCHEDULES, dynamic_shift, empirical_shift
@@ -34,11 +35,13 @@ class Model:
         family: Family,
         device: torch.device,
         dtype: torch.dtype,
+        plan: str = "resident",  # how its parts were placed
         read_writer: Callable[[], Writer] | None = None,  # where the text encoder's files hold one
     ):
         self.family = family
         self.device = device
         self.dtype = dtype
+        self.plan = plan
         self._read_writer = read_writer
 
     @property
@@ -57,6 +60,8 @@ class Model:
         request = complete(request, self.spec)
         assert request.seed is not None
         yield from self.writer.write(request.prompt, [open_picture(p) for p in request.reference], request.seed)
+        if self.plan != "resident":
+            del self.writer
 
     @torch.inference_mode()
     def encode(self, request: Request) -> Conditioning:
@@ -137,7 +142,8 @@ class Model:
         if self.spec.guides == "read":
             entries = replace(entries, guidance=request.guidance)
         prepared = self.family.prepare(entries, request.width, request.height, times)  # type: ignore[arg-type]
-        return Run(request, solver, prepared, len(times), noise)
+        cache = StepCache(POINTS[request.cache], request.cache_threshold) if cached(request, self.spec) else None
+        return Run(request, solver, prepared, len(times), noise, cache)
 
     def finish(self, run: Run, original: Original | None) -> Tensor:
         """Pixels (3, H, W) of a run that is done; outside a mask they are the original's own."""
@@ -177,9 +183,18 @@ class Original:
 class Run:
     """One picture being drawn: a solver, the query it waits for, and what the model prepared for it."""
 
-    def __init__(self, request: Request, solver: Solver, prepared: Sequence[Any], evaluations: int, start: Tensor):
+    def __init__(
+        self,
+        request: Request,
+        solver: Solver,
+        prepared: Sequence[Any],
+        evaluations: int,
+        start: Tensor,
+        cache: StepCache | None = None,
+    ):
         self.request = request
         self.prepared = prepared
+        self.cache = cache
         self.evaluations = evaluations
         self.result: Tensor = start
         self.query: Query | None = None
@@ -212,12 +227,23 @@ class Run:
         try:
             self.query = next(self._solver) if v is None else self._solver.send(v)
         except StopIteration as end:
-            self.query, self.result = None, end.value
+            self.query, self.result, self.cache = None, end.value, None
 
 
 @torch.inference_mode()
 def advance(family: Family, runs: Sequence[Run]) -> None:
-    """Answer the pending query of every run in one packed forward."""
+    """Answer the pending query of every run in one packed forward; a run with a cache has one of its own, since which
+    blocks are run is decided by what it draws."""
+    _answer(family, [run for run in runs if run.cache is None])
+    for run in runs:
+        if run.cache is not None and run.query is not None:
+            with run.cache.step(run.query.t):
+                _answer(family, [run])
+
+
+def _answer(family: Family, runs: Sequence[Run]) -> None:
+    if not runs:
+        return
     asked = [(run.query, entry) for run in runs for entry in run.entries()]
     counts = [len(run.entries()) for run in runs]
     answers = iter(family.answer([query for query, _ in asked], [entry for _, entry in asked]))  # type: ignore[misc]

@@ -11,6 +11,8 @@ Effect = Literal["honours", "ignores", "rejects"]
 
 GUIDED = ("cfg_normalization", "cfg_truncation", "guidance_from", "guidance_until")
 """Options that say how two predictions become one, and when."""
+FEW = 8
+"""Steps of a model that was distilled to few: each does so much that none is like the one before."""
 UNSHIFTED = ("linear_quadratic", "bong_tangent")
 """Schedules that use no shift."""
 
@@ -36,6 +38,7 @@ def options(spec: Spec, request: Request | None = None) -> dict[str, Option]:
         **_guidance(spec, request),
         **_pictures(spec, request),
         **_prompt(spec, request),
+        **_cache(spec, request),
     }
     if request is not None and (schedule := request.schedule or spec.schedule) in UNSHIFTED:
         table["shift"] = Option("ignores", f"schedule {schedule} uses none")
@@ -56,6 +59,22 @@ def guided(request: Request, spec: Spec) -> bool:
     """Whether a request asks for the negative prompt at all."""
     guidance = spec.guidance if request.guidance is None else request.guidance
     return spec.guides == "twice" and guidance > 1
+
+
+def cached(request: Request, spec: Spec) -> bool:
+    """Whether a request's steps take over from each other."""
+    return request.cache != "none" and spec.steps > FEW
+
+
+def _cache(spec: Spec, request: Request | None) -> dict[str, Option]:
+    if spec.steps <= FEW:
+        why = f"{spec.name} draws in {spec.steps} steps, too unlike for one to take over from another"
+        return dict.fromkeys(("cache", "cache_threshold"), Option("ignores", why))
+    if request is None:
+        return {"cache_threshold": Option("honours", "only with a cache")}
+    if request.cache == "none":
+        return {"cache_threshold": Option("ignores", "there is no cache: give one, such as first-block")}
+    return {}
 
 
 def _prompt(spec: Spec, request: Request | None) -> dict[str, Option]:

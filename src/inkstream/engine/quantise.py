@@ -52,7 +52,7 @@ def in_safetensors(quant: Quant) -> Quant:
 
 def plan(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]) -> dict[str, Weight]:
     """What `weights` will give, on meta."""
-    return translate(rules, _prepare(found.tensors, part, quant), back=True)
+    return translate(rules, prepare(found.tensors, part, quant), back=True)
 
 
 def weights(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]) -> Iterator[tuple[str, Weight]]:
@@ -66,7 +66,7 @@ def weights(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]
     for names in _batches(_groups(raw, found.rules, rules), sizes):
         state = read_state(found.path, {raw[name] for name in names})
         ours = translate(found.rules, {name: state[raw[name]] for name in names})
-        yield from translate(rules, _prepare(ours, part, quant), back=True).items()
+        yield from translate(rules, prepare(ours, part, quant), back=True).items()
 
 
 def _batches(groups: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -94,7 +94,7 @@ def _groups(names: Iterable[str], into: Sequence[Rule], out: Sequence[Rule]) -> 
     return [group for group, _ in groups]
 
 
-def _prepare(state: Mapping[str, Weight], part: Part, quant: Quant | None) -> dict[str, Weight]:
+def prepare(state: Mapping[str, Weight], part: Part, quant: Quant | None) -> dict[str, Weight]:
     """Our names -> weights, packed as asked for."""
     if quant is None:
         return dict(state)

@@ -22,7 +22,7 @@ LEVEL = 0.65
 
 HOW = (
     "steps", "guidance", "solver", "schedule", "shift", "cfg_normalization", "cfg_truncation", "guidance_from",
-    "guidance_until",
+    "guidance_until", "cache", "cache_threshold",
 )  # fmt: skip
 """Fields that say how a model is run. One model's numbers mean nothing to another: the draft's are never taken over."""
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from inkstream.families import Part, Shapes
 from inkstream.nn.config import Qwen3Config, VAEConfig
+from inkstream.nn.offload import where_it_computes
 from inkstream.nn.qwen3 import Layer, Qwen3
 from inkstream.nn.vae import Autoencoder, Flux2Autoencoder, tile_for
 from inkstream.types import InputError
@@ -202,7 +203,7 @@ def decode(vae: Autoencoder | Flux2Autoencoder, latents: Tensor) -> Tensor:
     """What `Family.decode` promises."""
     batch, _, h, w = latents.shape
     tile = tile_for(batch, h, w, vae.config.downscale)
-    pixels = vae.decode(latents.to(next(vae.parameters()).dtype), tile)
+    pixels = vae.decode(latents.to(where_it_computes(vae)[1]), tile)
     return (pixels.float() / 2 + 0.5).clamp(0, 1)
 
 
@@ -211,7 +212,7 @@ def encode(vae: Autoencoder | Flux2Autoencoder, pixels: Tensor) -> Tensor:
     batch, _, height, width = pixels.shape
     cell = vae.config.downscale
     tile = tile_for(batch, height // cell, width // cell, cell)
-    return vae.encode((pixels * 2 - 1).to(next(vae.parameters()).dtype), tile).float().contiguous()
+    return vae.encode((pixels * 2 - 1).to(where_it_computes(vae)[1]), tile).float().contiguous()
 
 
 def neutral_layer(config: Qwen3Config) -> dict[str, Tensor]:

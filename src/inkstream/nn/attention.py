@@ -1,13 +1,49 @@
-"""Softmax attention over packed sequences: they lie end to end, of any length, and each attends to itself alone."""
+"""Softmax attention over packed sequences: they lie end to end, of any length, and each attends to itself alone.
+
+`attend` is computed by torch, or on GPUs by whatever faster is there: see `BACKENDS` and `choose_attention`.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from importlib.util import find_spec
 from itertools import groupby
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from inkstream.types import InputError
+
+BACKENDS = {
+    "sdpa": "torch's own",
+    "varlen": "torch's for sequences of any length in one pass: needs torch 2.10 or newer and a GPU of Ampere or newer",
+    "flash2": "FlashAttention 2: needs `pip install flash-attn` and a GPU of Ampere or newer",
+    "flash3": "FlashAttention 3: needs its flash_attn_interface, built from its sources, and a GPU of Hopper",
+    "sage": "SageAttention: needs `pip install sageattention` and a GPU of Ampere or newer; rounds to 8 bits",
+}
+"""What may compute attention, and what it needs; only the last gives other numbers than the first."""
+FOR_EQUAL = ("flash3", "sdpa")
+FOR_MIXED = ("flash3", "flash2", "varlen", "sdpa")
+"""Which is taken first of those that are there, where nobody chose: for sequences of one length, and of several."""
+SAGE_WIDTHS = (64, 96, 128)
+
+_chosen = "auto"
+
+
+def choose_attention(name: str, device: torch.device) -> None:
+    """From now on `attend` is computed by that backend, or by "auto", the fastest there is that gives the same numbers.
+
+    Where the chosen one cannot (causal attention, float32, grouped queries, training) torch's own serves. InputError
+    where it is not known or not there.
+    """
+    global _chosen
+    if name not in ("auto", *BACKENDS):
+        raise InputError(f"attention {name} is not known: take auto, {', '.join(BACKENDS)}")
+    if name not in ("auto", *backends_on(device)):
+        raise InputError(f"attention {name} is not there on {device}: {BACKENDS[name]}. Or take auto")
+    _chosen = name
 
 
 def attend(
@@ -18,13 +54,86 @@ def attend(
     Heads of k and v may be fewer (G divides H: grouped queries). Scale is 1 / sqrt(E).
     """
     runs = [(n, len(list(run))) for n, run in groupby(zip(q_lengths, k_lengths, strict=True))]
-    if len(runs) == 1:
-        b = len(q_lengths)
-        q, k, v = (s.unflatten(0, (b, -1)).transpose(1, 2) for s in (q, k, v))  # (B, H, L, E)
-        grouped = q.shape[1] != k.shape[1]
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
-        return out.transpose(1, 2).flatten(0, 1)
+    plain = causal or not q.is_cuda or torch.is_grad_enabled() or q.shape[1] != k.shape[1]
+    name = "sdpa" if plain else backend_for(q.dtype, q.shape[-1], len(runs) > 1, backends_on(q.device))
+    if name in ("varlen", "flash2", "flash3"):
+        return attend_in_one_pass(name, q, k, v, q_lengths, k_lengths)
     # Neighbours of equal length go together: a trainer sorts its batch for this.
     queries, keys = [n * b for (n, _), b in runs], [n * b for (_, n), b in runs]
-    parts = zip(q.split(queries), k.split(keys), v.split(keys), runs)
-    return torch.cat([attend(q, k, v, [n] * b, [m] * b, causal) for q, k, v, ((n, m), b) in parts])
+    parts = [
+        attend_evenly(name, some_q, some_k, some_v, b, causal)
+        for some_q, some_k, some_v, (_, b) in zip(q.split(queries), k.split(keys), v.split(keys), runs)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def attend_evenly(name: str, q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:
+    """`attend` for b sequences of one length each way."""
+    q, k, v = (s.unflatten(0, (b, -1)) for s in (q, k, v))  # (B, L, H, E)
+    if name == "sage":
+        from sageattention import sageattn  # pyright: ignore[reportMissingImports]
+
+        return sageattn(q, k, v, tensor_layout="NHD", is_causal=causal).flatten(0, 1)
+    q, k, v = (s.transpose(1, 2) for s in (q, k, v))  # (B, H, L, E)
+    grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def attend_in_one_pass(
+    name: str, q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
+) -> Tensor:
+    """`attend` by a kernel that is told where sequences end."""
+    ends = ends_of(q_lengths, q.device), ends_of(k_lengths, q.device)
+    longest = max(q_lengths), max(k_lengths)
+    if name == "varlen":
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(q, k, v, *ends, *longest)
+    elif name == "flash2":
+        from flash_attn import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        out = flash_attn_varlen_func(q, k, v, *ends, *longest)
+    else:
+        from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
+
+        out = flash_attn_varlen_func(q, k, v, *ends, *longest)
+    return out[0] if isinstance(out, tuple) else out  # older versions give more than was asked for
+
+
+def backend_for(dtype: torch.dtype, width: int, mixed: bool, there: Sequence[str]) -> str:
+    """Which computes heads of that width, sequences of several lengths if `mixed`, of those that are there."""
+    if dtype not in (torch.float16, torch.bfloat16) or width > 256:
+        return "sdpa"
+    if _chosen == "auto":
+        return next(name for name in (FOR_MIXED if mixed else FOR_EQUAL) if name in there)
+    return "sdpa" if _chosen == "sage" and width not in SAGE_WIDTHS else _chosen
+
+
+@lru_cache
+def backends_on(device: torch.device) -> tuple[str, ...]:
+    """Which may be chosen on a device."""
+    if device.type != "cuda":
+        return ("sdpa",)
+    capability = torch.cuda.get_device_capability(device)
+    needs = {
+        "varlen": find_spec("torch.nn.attention.varlen") and torch.version.hip is None and capability >= (8, 0),
+        "flash2": find_spec("flash_attn") and capability >= (8, 0),
+        "flash3": find_spec("flash_attn_interface") and capability[0] == 9,
+        "sage": find_spec("sageattention") and capability >= (8, 0),
+    }
+    return ("sdpa", *(name for name, there in needs.items() if there))
+
+
+def ends_of(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Where sequences end, 0 first: (len(lengths) + 1,) int32. Made on the device, so that nothing waits for it."""
+    recorded = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+    return _ends(tuple(lengths), device) if recorded else _remembered_ends(tuple(lengths), device)
+
+
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    counts = [torch.full((1,), n, dtype=torch.int32, device=device) for n in (0, *lengths)]
+    return torch.cat(counts).cumsum(0, dtype=torch.int32)
+
+
+_remembered_ends = lru_cache(256)(_ends)

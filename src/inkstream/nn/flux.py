@@ -18,8 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inkstream.nn.attention import attend
-from inkstream.nn.layers import rms_norm
-from inkstream.nn.rope import Rope, rotate
+from inkstream.nn.gpu import kernels_for
+from inkstream.nn.layers import run_of_each, silu_times
+from inkstream.nn.quant import E4M3, Rounded, all_multiply_fp8
+from inkstream.nn.rope import Rope, norm_rope
 from inkstream.nn.stack import Blocks, run_blocks
 from inkstream.types import InputError
 
@@ -79,13 +81,38 @@ class Packing:
     references: list[int]
     rope: Rope  # sample by sample
     memories: list[Sequence[KeysValues]]
+    shared: bool  # one row of the modulation serves all samples
     record: list[KeysValues] | None = None
 
     @staticmethod
-    def of(prepared: Sequence[Prepared], record: list[KeysValues] | None = None) -> Packing:
+    def of(prepared: Sequence[Prepared], shared: bool, record: list[KeysValues] | None = None) -> Packing:
         text, target, references = zip(*((len(s.text), s.target_tokens, len(s.references)) for s in prepared))
         table = Rope.cat([s.rope for s in prepared])
-        return Packing([*text], [*target], [*references], table, [s.memory for s in prepared], record)
+        return Packing([*text], [*target], [*references], table, [s.memory for s in prepared], shared, record)
+
+    def rows(self, lengths: Sequence[int]) -> Tensor | None:
+        """The modulation's row for each token of runs of these lengths, a run a sample; None where one serves all, or
+        the runs are of one length."""
+        alike = self.shared or len(set(lengths)) == 1
+        return None if alike else run_of_each(lengths, self.rope.cos.device)
+
+    @cached_property
+    def stream_rows(self) -> tuple[Tensor | None, Tensor | None]:
+        """`rows` of texts and of pictures."""
+        return self.rows(self.text), self.rows(self.pictures)
+
+    @cached_property
+    def all_rows(self) -> Tensor | None:
+        """`rows` of samples."""
+        return self.rows(self.lengths)
+
+    @cached_property
+    def ropes(self) -> tuple[Rope, Rope]:
+        """Of the texts of all samples, and of their pictures."""
+        lengths = [n for sample in zip(self.text, self.pictures) for n in sample]
+        cos, sin = self.rope.cos.split(lengths), self.rope.sin.split(lengths)
+        pieces = [Rope(*piece) for piece in zip(cos, sin)]
+        return Rope.cat(pieces[::2]), Rope.cat(pieces[1::2])
 
     @cached_property
     def pictures(self) -> list[int]:
@@ -142,7 +169,7 @@ def run_streams(
 
     record: takes what each block saw of all tokens; made of references alone, it is a `Prepared.memory`.
     """
-    batch = Packing.of(prepared, record)
+    batch = Packing.of(prepared, len(modulation.final) == 1, record)
     pictures = weave(targets.split(batch.target), [s.references for s in prepared])
     x = torch.cat([*(s.text for s in prepared), pictures])
     first, last = len(double_blocks), len(single_blocks) - 1
@@ -164,6 +191,7 @@ class DoubleBlock(nn.Module):
     """Text and picture, each with weights of its own, attend together."""
 
     apart = ("img_mod", "txt_mod")  # called ahead of the steps
+    regions = ("enter", "leave")  # what may be compiled: functions of tensors
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
         """gated: the MLP is a SwiGLU, else a GELU. modulated: the block owns the weights of its modulation."""
@@ -183,26 +211,50 @@ class DoubleBlock(nn.Module):
         batch: Packing,
         remembered: Sequence[KeysValues | None] = (),
     ) -> Tensor:
-        text, picture = x.split([sum(batch.text), sum(batch.pictures)])
-        of_text, of_picture = modulation.unflatten(2, (2, 3)).unbind(1)  # (R, 2, 3, D): attention's, the MLP's
-        text_qkv = self.txt_attn.project(modulate(text, of_text[:, 0], batch.text))
-        picture_qkv = self.img_attn.project(modulate(picture, of_picture[:, 0], batch.pictures))
+        streams = x.split([sum(batch.text), sum(batch.pictures)])
+        of_attention, of_mlp = modulation.chunk(2, dim=2)  # each (R, 2, 3, D)
+        text_qkv, picture_qkv = self.enter(streams, of_attention, batch.stream_rows, batch.ropes)
         q, k, v = (weave(a.split(batch.text), b.split(batch.pictures)) for a, b in zip(text_qkv, picture_qkv))
         seen = attend_together(q, k, v, batch, remembered)
         pieces = seen.split([n for sample in zip(batch.text, batch.pictures) for n in sample])
-        text_seen, picture_seen = torch.cat(pieces[::2]), torch.cat(pieces[1::2])
+        seen_by = torch.cat(pieces[::2]), torch.cat(pieces[1::2])
+        return self.leave(streams, seen_by, of_attention, of_mlp, batch.stream_rows)
 
-        text = add_gated(text, self.txt_attn.proj(text_seen), of_text[:, 0], batch.text)
-        text = add_gated(text, self.txt_mlp(modulate(text, of_text[:, 1], batch.text)), of_text[:, 1], batch.text)
-        picture = add_gated(picture, self.img_attn.proj(picture_seen), of_picture[:, 0], batch.pictures)
-        out = self.img_mlp(modulate(picture, of_picture[:, 1], batch.pictures))
-        return torch.cat((text, add_gated(picture, out, of_picture[:, 1], batch.pictures)))
+    def enter(
+        self,
+        streams: Sequence[Tensor],  # text and picture, each (L, D)
+        modulation: Tensor,  # (R, 2, 3, D)
+        rows: Sequence[Tensor | None],
+        ropes: Sequence[Rope],
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Queries, keys and values of each stream, (L, H, E)."""
+        return [
+            attention.project(modulate(x, modulation[:, i], rows[i], attention.qkv), ropes[i])
+            for i, (x, attention) in enumerate(zip(streams, (self.txt_attn, self.img_attn)))
+        ]
+
+    def leave(
+        self,
+        streams: Sequence[Tensor],
+        seen: Sequence[Tensor],  # by each stream, (L, D)
+        of_attention: Tensor,
+        of_mlp: Tensor,
+        rows: Sequence[Tensor | None],
+    ) -> Tensor:
+        """What comes out, text before picture: (N, D)."""
+        out = []
+        for i, (attention, mlp) in enumerate(((self.txt_attn, self.txt_mlp), (self.img_attn, self.img_mlp))):
+            x = add_gated(streams[i], attention.proj(seen[i]), of_attention[:, i], rows[i])
+            normed = modulate(x, of_mlp[:, i], rows[i], mlp[0])
+            out.append(add_gated(x, mlp(normed), of_mlp[:, i], rows[i]))
+        return torch.cat(out)
 
 
 class SingleBlock(nn.Module):
     """All tokens alike: attention and MLP side by side, from one linear layer and into one."""
 
     apart = ("modulation",)
+    regions = ("enter", "leave")
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
         """As of `DoubleBlock`."""
@@ -223,15 +275,27 @@ class SingleBlock(nn.Module):
         remembered: Sequence[KeysValues | None] = (),
         targets_only: bool = False,  # whose rows are computed
     ) -> Tensor:
-        dim, lengths = x.shape[-1], batch.lengths
-        both = self.linear1(modulate(x, modulation, lengths))
-        qkv, hidden = both.split([3 * dim, both.shape[-1] - 3 * dim], dim=-1)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (N, H, E)
-        q, k = self.norm(q, k)
+        q, k, v, hidden = self.enter(x, modulation, batch.all_rows, batch.rope)
         seen = attend_together(q, k, v, batch, remembered, targets_only)
+        rows = batch.all_rows
         if targets_only:
-            x, hidden, lengths = batch.targets_of(x), batch.targets_of(hidden), batch.target
-        return add_gated(x, self.linear2(torch.cat((seen, self.activation(hidden)), dim=-1)), modulation, lengths)
+            x, hidden, rows = batch.targets_of(x), batch.targets_of(hidden), batch.rows(batch.target)
+        return self.leave(x, seen, hidden, modulation, rows)
+
+    def enter(
+        self, x: Tensor, modulation: Tensor, rows: Tensor | None, table: Rope
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (N, H, E), and what the activation is given: (N, F)."""
+        dim = x.shape[-1]
+        both = self.linear1(modulate(x, modulation, rows, self.linear1))
+        qkv, hidden = both.split([3 * dim, both.shape[-1] - 3 * dim], dim=-1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
+        return *self.norm(q, k, table), v, hidden
+
+    def leave(self, x: Tensor, seen: Tensor, hidden: Tensor, modulation: Tensor, rows: Tensor | None) -> Tensor:
+        """What comes out, of what came in and what attention saw. x, seen: (N, D)."""
+        out = self.linear2(torch.cat((seen, self.activation(hidden)), dim=-1))
+        return add_gated(x, out, modulation, rows)
 
 
 class FinalLayer(nn.Module):
@@ -246,8 +310,8 @@ class FinalLayer(nn.Module):
         """vec: (T, D) -> shift, scale: (T, 2, D)."""
         return self.adaLN_modulation(vec).unflatten(-1, (2, -1))
 
-    def forward(self, x: Tensor, modulation: Tensor, lengths: Sequence[int]) -> Tensor:  # x: (N, D)
-        return self.linear(modulate(x, modulation, lengths))
+    def forward(self, x: Tensor, modulation: Tensor, rows: Tensor | None) -> Tensor:  # x: (N, D)
+        return self.linear(modulate(x, modulation, rows, self.linear))
 
 
 class StreamAttention(nn.Module):
@@ -260,33 +324,30 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(dim // heads)
         self.proj = nn.Linear(dim, dim, bias)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (L, D) -> normed q and k, and v, each (L, H, E)."""
+    def project(self, x: Tensor | Rounded, table: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (L, D) -> normed and turned q and k, and v, each (L, H, E)."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
-        return *self.norm(q, k), v
+        return *self.norm(q, k, table), v
 
 
 class QKNorm(nn.Module):
-    """Root-mean-square norms of queries and keys, over a head's width."""
+    """Root-mean-square norms of queries and keys, over a head's width, before these are turned."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.query_norm = RMSNorm(width)
-        self.key_norm = RMSNorm(width)
+        self.query_norm = Scale(width)
+        self.key_norm = Scale(width)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+    def forward(self, q: Tensor, k: Tensor, table: Rope) -> tuple[Tensor, Tensor]:
+        return norm_rope(q, self.query_norm.scale, table, EPS), norm_rope(k, self.key_norm.scale, table, EPS)
 
 
-class RMSNorm(nn.Module):
-    """torch's has a `weight`; the releases call it `scale`."""
+class Scale(nn.Module):
+    """The weight of a root-mean-square norm, by the name that the releases give it."""
 
     def __init__(self, width: int):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.scale, EPS)
 
 
 class Modulator(nn.Module):
@@ -325,9 +386,9 @@ class Embedder(nn.Module):
 class SwiGLU(nn.Module):
     """silu(first half) * second half."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | Rounded:  # (N, 2 D) -> (N, D)
         gate, up = x.chunk(2, dim=-1)
-        return F.silu(gate) * up
+        return silu_times(gate, up)
 
 
 def embed_guidance(embedder: Embedder | None, guidance: float | None) -> Tensor | None:
@@ -353,12 +414,11 @@ def mlp(dim: int, hidden: int, gated: bool, bias: bool) -> nn.Sequential:
 def attend_together(
     q: Tensor, k: Tensor, v: Tensor, batch: Packing, remembered: Sequence[KeysValues | None], targets_only: bool = False
 ) -> Tensor:
-    """Turn queries and keys, and attend within each sample and to what it remembers.
+    """Attend within each sample and to what it remembers.
 
     q, k, v: (N, H, E), sample by sample -> (N, D), or the targets' rows of it. Remembered keys stand behind a sample's
     own, wherever the release puts them: in attention the order of keys is nothing.
     """
-    q, k = rotate(q, batch.rope), rotate(k, batch.rope)
     if batch.record is not None:
         batch.record.append((k, v.contiguous()))  # v may be a view, which would keep the whole projection alive
     lengths = visible = batch.lengths
@@ -376,24 +436,30 @@ def weave(*streams: Iterable[Tensor | None]) -> Tensor:
     return torch.cat([piece for sample in zip(*streams, strict=True) for piece in sample if piece is not None])
 
 
-def modulate(x: Tensor, modulation: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Layer norm, scaled and shifted. x: (N, D), runs of these lengths; modulation: (R, 2 or 3, D), shift, scale."""
-    shift, scale = (spread(modulation[:, i], lengths) for i in (0, 1))
-    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=EPS), 1 + scale)
+def modulate(x: Tensor, modulation: Tensor, rows: Tensor | None, reader: nn.Module) -> Tensor | Rounded:
+    """Layer norm, scaled and shifted. x: (N, D); modulation: (R, 2 or 3, D), shift, scale; rows: which of R is each
+    token's, as `Packing.rows`; reader: the layer it is for, which may take it in 8 bits at once."""
+    shift, scale = modulation[:, 0], modulation[:, 1]
+    if fused := kernels_for(x):
+        if all_multiply_fp8([reader], x):
+            return Rounded(x.dtype, *fused.modulated_norm(x, shift, scale, EPS, rows, into=E4M3))
+        return fused.modulated_norm(x, shift, scale, EPS, rows)
+    normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
+    return torch.addcmul(spread(shift, rows, len(x)), normed, 1 + spread(scale, rows, len(x)))
 
 
-def add_gated(x: Tensor, out: Tensor, modulation: Tensor, lengths: Sequence[int]) -> Tensor:
-    """x + gate * out. x, out: (N, D), runs of these lengths; modulation: (R, 3, D), the gate last."""
-    return torch.addcmul(x, spread(modulation[:, 2], lengths), out)
+def add_gated(x: Tensor, out: Tensor, modulation: Tensor, rows: Tensor | None) -> Tensor:
+    """x + gate * out. x, out: (N, D); modulation: (R, 3, D), the gate last; rows as in `modulate`."""
+    return torch.addcmul(x, spread(modulation[:, 2], rows, len(x)), out)
 
 
-def spread(rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """A row for each token. rows: (R, D), one for each run of these lengths -> (N, D); a single row serves as it is."""
-    if len(rows) == 1:
-        return rows
-    if len(set(lengths)) == 1:
-        return rows.unsqueeze(1).expand(-1, lengths[0], -1).flatten(0, 1)
-    return rows.repeat_interleave(torch.tensor(lengths, device=rows.device), dim=0, output_size=sum(lengths))
+def spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
+    """A row for each of `count` tokens. values: (R, D) -> (count, D); a single row serves as it is."""
+    if rows is not None:
+        return values.index_select(0, rows)
+    if len(values) == 1:
+        return values
+    return values.unsqueeze(1).expand(-1, count // len(values), -1).flatten(0, 1)
 
 
 def patchify(x: Tensor, p: int) -> Tensor:

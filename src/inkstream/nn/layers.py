@@ -3,21 +3,60 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inkstream.nn.gpu import kernels_for
+from inkstream.nn.quant import E4M3, Rounded, all_multiply_fp8, all_multiply_int8, round_to_int8
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last axis, its variance in float32. weight: (D,), or (R, D) as in `scale_runs`."""
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+    """Root-mean-square norm over the last axis, its variance in float32. x: (..., D).
+
+    weight: (D,), or for tokens (L, D) that differ in it (R, D): `rows`, (L,), says which is each token's, or as in
+    `scale_runs`.
+    """
+    if x.ndim == 2 and (fused := kernels_for(x)):
+        return fused.rms_norm(x, weight, eps, rows)
+    weight = weight if rows is None else weight[rows]
     if torch.is_grad_enabled() and is_plain_cpu(x):
         rows = weight.reshape(-1, x.shape[-1])
         return ScaledNorm.apply(x.reshape(-1, x.shape[-1]), rows, eps).view(x.shape)  # type: ignore[union-attr]
     if weight.ndim == 1 or len(weight) == 1:
         return F.rms_norm(x, x.shape[-1:], weight.flatten(), eps)
     return scale_runs(F.rms_norm(x, x.shape[-1:], None, eps), weight)
+
+
+def rms_norm_into(
+    readers: Sequence[nn.Module], x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None
+) -> Tensor | Rounded:
+    """As `rms_norm` of tokens, for the layers that read it: in 8 bits at once where all of them multiply such."""
+    if all_multiply_fp8(readers, x) and (fused := kernels_for(x)):
+        return Rounded(x.dtype, *fused.rms_norm(x, weight, eps, rows, into=E4M3))
+    normed = rms_norm(x, weight, eps, rows)
+    return round_to_int8(normed) if all_multiply_int8(readers, x) else normed
+
+
+def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
+    """x + rms_norm(y, weight, eps, rows). x, y: (L, D)."""
+    if fused := kernels_for(y):
+        return fused.rms_norm(y, weight, eps, rows, add=x)
+    return x + rms_norm(y, weight, eps, rows)
+
+
+def silu_times(gate: Tensor, up: Tensor, reader: nn.Module | None = None) -> Tensor | Rounded:
+    """silu(gate) * up, both (L, D); for the layer that reads it, if one is named, as in `rms_norm_into`."""
+    if fused := kernels_for(gate):
+        if reader is not None and all_multiply_fp8([reader], gate):
+            return Rounded(gate.dtype, *fused.swiglu(gate, up, into=E4M3))
+        return fused.swiglu(gate, up)
+    if reader is not None and all_multiply_int8([reader], gate):
+        return round_to_int8(gate, up, join=lambda gate, up: F.silu(gate).mul_(up))
+    return F.silu(gate) * up
 
 
 def is_plain_cpu(x: Tensor) -> bool:
@@ -45,6 +84,11 @@ class ScaledNorm(torch.autograd.Function):
         return scaled.addcmul_(normed, along, value=-1 / normed.shape[-1]).mul_(inverse), product.sum(1), None
 
 
+def run_of_each(lengths: Sequence[int], device: torch.device) -> Tensor:
+    """Which run each token is in, for runs of these lengths. (sum(lengths),); nothing waits for the device."""
+    return torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(lengths)])
+
+
 def scale_runs(x: Tensor, scale: Tensor) -> Tensor:
     """x: (L, D) times scale: (R, D), a row for each of R equal runs of x's rows: R is 1, L, or in between."""
     return (x.unflatten(0, (len(scale), -1)) * scale.unsqueeze(1)).flatten(0, 1)
@@ -59,8 +103,8 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+    def forward(self, x: Tensor | Rounded) -> Tensor:  # (N, D)
+        return self.w2(silu_times(self.w1(x), self.w3(x), self.w2))
 
 
 class TimestepEmbedder(nn.Module):

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain, zip_longest
 from pathlib import Path
 
@@ -25,11 +24,15 @@ ALIGNED = 256
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """One tensor of a module: whose it is, under which name, and where it lives."""
+    """One tensor of a module: whose it is, under which name, and where it lives.
+
+    mapped: it is a view of a mapped file, so that its pages can be dropped and read again.
+    """
 
     owner: nn.Module
     name: str
     home: Tensor
+    mapped: bool
 
     def put(self, tensor: Tensor) -> None:
         """Let the module compute with another tensor of the same shape."""
@@ -37,12 +40,6 @@ class Weight:
             self.owner._parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
         else:
             self.owner._buffers[self.name] = tensor
-
-    @cached_property
-    def mapped(self) -> bool:
-        """Whether it is a view of a mapped file, so that its pages can be dropped and read again."""
-        start = self.home.data_ptr()
-        return any(low <= start and start + self.home.nbytes <= high for low, high in mapped_ranges())
 
 
 class Guest:
@@ -121,13 +118,14 @@ class Streamed:
         """On the device while they run."""
         return self.rooms * self.room_bytes
 
-    def visits(self) -> Iterator[nn.Module]:
-        """The blocks in order."""
-        return self._on_gpu() if self.device.type == "cuda" else self._in_turn()
+    def visits(self, which: slice = slice(None)) -> Iterator[nn.Module]:
+        """The blocks in order, or some of them; the others stay at home."""
+        guests = self.guests[which]
+        return self._on_gpu(guests) if guests and self.device.type == "cuda" else self._in_turn(guests)
 
-    def _in_turn(self) -> Iterator[nn.Module]:
+    def _in_turn(self, guests: Sequence[Guest]) -> Iterator[nn.Module]:
         room = empty(self.room_bytes, self.device)
-        for guest, following in zip_longest(self.guests, self.guests[1:]):
+        for guest, following in zip_longest(guests, guests[1:]):
             if following is not None:
                 following.expect()
             views = guest.views(room)
@@ -135,7 +133,7 @@ class Streamed:
             with guest.visit(views):
                 yield guest.module
 
-    def _on_gpu(self) -> Iterator[nn.Module]:
+    def _on_gpu(self, guests: Sequence[Guest]) -> Iterator[nn.Module]:
         copying, computing = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         rooms = [empty(self.room_bytes, self.device) for _ in range(self.rooms)]
         pinned = [empty(self.room_bytes, self.device, pinned=True) for _ in range(self.rooms)]
@@ -143,7 +141,7 @@ class Streamed:
         copying.wait_stream(computing)  # the rooms may be memory that is still being computed with
 
         def bring(index: int) -> list[Tensor]:
-            guest, slot = self.guests[index], index % self.rooms
+            guest, slot = guests[index], index % self.rooms
             arrived[slot].synchronize()  # until then the pinned room is being read
             guest.fill(guest.views(pinned[slot]))
             with torch.cuda.stream(copying):
@@ -154,9 +152,9 @@ class Streamed:
 
         with ThreadPoolExecutor(1, "inkstream-stream") as thread:
             ahead: Future[list[Tensor]] = thread.submit(bring, 0)
-            for index, guest in enumerate(self.guests):
+            for index, guest in enumerate(guests):
                 views = ahead.result()
-                if index + 1 < len(self.guests):
+                if index + 1 < len(guests):
                     ahead = thread.submit(bring, index + 1)
                 computing.wait_event(arrived[index % self.rooms])
                 with guest.visit(views):
@@ -180,6 +178,11 @@ def visit_when_called(guest: Guest) -> None:
     guest.module.register_forward_hook(lambda *_: inside.close(), always_call=True)
 
 
+def where_it_computes(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype that a module computes in; its matrices may be elsewhere and of other types, vectors are not."""
+    return next((p.device, p.dtype) for p in module.parameters() if p.ndim == 1 and p.is_floating_point())
+
+
 def read_at_home(table: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """From now on an embedding gives rows on the device, and its table stays where it is."""
     home = next(tensor.device for tensor in chain(table.parameters(), table.buffers()))
@@ -189,10 +192,12 @@ def read_at_home(table: nn.Module, device: torch.device, dtype: torch.dtype) -> 
 
 def weights_of(module: nn.Module, without: Sequence[str] = ()) -> Iterator[Weight]:
     """All tensors of a module but those of these modules inside."""
+    ranges = mapped_ranges()
     for prefix, owner in module.named_modules():
         if not any(prefix == name or prefix.startswith(f"{name}.") for name in without):
             for name, tensor in chain(owner.named_parameters(recurse=False), owner.named_buffers(recurse=False)):
-                yield Weight(owner, name, tensor.detach())
+                home = tensor.detach()
+                yield Weight(owner, name, home, is_mapped(home, ranges))
 
 
 def is_number(tensor: Tensor) -> bool:
@@ -218,6 +223,12 @@ def mapped_ranges() -> list[tuple[int, int]]:
             low, _, high = addresses.partition("-")
             ranges.append((int(low, 16), int(high, 16)))
     return ranges
+
+
+def is_mapped(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> bool:
+    """Whether a tensor is a view of what lies in one of these ranges."""
+    start = tensor.data_ptr()
+    return start > 0 and any(low <= start and start + tensor.nbytes <= high for low, high in ranges)
 
 
 def advise(tensor: Tensor, advice: str) -> None:

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inkstream.nn.gpu import kernels_for
 from inkstream.quant.packed import CHUNK, Packed, Weight, unpack
 from inkstream.quant.small import rotate
 
-E4M3_MOST = torch.finfo(torch.float8_e4m3fn).max
+E4M3 = torch.float8_e4m3fn
+E4M3_MOST = torch.finfo(E4M3).max
 FEWEST_ROWS = 17
 """`torch._int_mm` on GPUs takes no fewer."""
+
+
+class Rounded(NamedTuple):
+    """Rows of 8-bit numbers, as whoever computed them left them for a `PackedLinear` that multiplies such."""
+
+    dtype: torch.dtype  # of what they stand for, and of the products
+    numbers: Tensor  # (N, I) e4m3 or int8
+    scale: Tensor  # (N, 1) float32, what each row is multiplied by
 
 
 @dataclass(frozen=True)
@@ -64,8 +75,10 @@ class PackedLinear(PackedWeight):
         self.out_features, self.in_features = packed.shape
         self.bias = bias
 
-    def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
+    def forward(self, x: Tensor | Rounded) -> Tensor:  # (..., in_features) -> (..., out_features)
         packed = self.packed
+        if isinstance(x, Rounded):
+            return multiply_rounded(x, packed, self.bias)
         if packed.dynamic and not torch.is_grad_enabled():
             rows = x.reshape(-1, self.in_features)
             for possible, multiply in ((multiplies_int8, multiply_int8), (multiplies_fp8, multiply_fp8)):
@@ -79,7 +92,7 @@ class PackedEmbedding(PackedWeight):
 
     def forward(self, ids: Tensor) -> Tensor:  # integers (...) -> (..., D)
         packed, at = self.packed, ids.flatten()
-        scales = tuple(s if len(s) == 1 else _rows(s, at) for s in packed.scales)
+        scales = tuple(s if len(s) == 1 else _rows_of(s, at) for s in packed.scales)
         rows = replace(packed, data=packed.data[at], shape=(len(at), packed.shape[1]), scales=scales)
         return unpack(rows, self.dtype).view(*ids.shape, -1)
 
@@ -137,23 +150,41 @@ def multiplies_int8(packed: Packed, x: Tensor) -> bool:
 
 
 def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """x @ weight + bias, x rounded to 255 steps of each row's range. x: (N, I) -> (N, O)
-
-    The products and their sums are exact.
-    """
+    """x @ weight + bias, x rounded as in `round_to_int8`. x: (N, I) -> (N, O)"""
     rows = rotate(x, packed.rotated) if packed.rotated else x
-    scale = _range(rows) / 127
-    q = (rows * scale.reciprocal()).round_().to(torch.int8)
-    weight = packed.data.view(torch.int8).t()
-    sums = torch._int_mm(q, weight)  # (N, O) int32  # pyright: ignore[reportPrivateImportUsage]
-    return _scale_back(sums, scale, packed, bias).to(x.dtype)
+    return multiply_rounded(round_to_int8(rows), packed, bias)
+
+
+def all_multiply_int8(layers: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether each of the layers multiplies x rounded to int8, and all the same numbers. x: (N, I)"""
+    return not torch.is_grad_enabled() and all(
+        isinstance(layer, PackedLinear)
+        and layer.packed.dynamic
+        and not layer.packed.rotated
+        and multiplies_int8(layer.packed, x)
+        for layer in layers
+    )
+
+
+def round_to_int8(x: Tensor, *others: Tensor, join: Callable[..., Tensor] | None = None) -> Rounded:
+    """Rows of x rounded to 255 steps of each one's range; or what `join` makes of rows of x and others. All: (N, I).
+
+    On a CPU a few rows at a time, so that what is joined and rounded stays in its caches.
+    """
+    numbers = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale = torch.empty(len(x), 1, device=x.device)
+    step = _rows_at_once(x)
+    for q, by, *rows in zip(numbers.split(step), scale.split(step), *(each.split(step) for each in (x, *others))):
+        joined = rows[0] if join is None else join(*rows)
+        by.copy_(_range(joined)).div_(127)
+        q.copy_((joined * by.reciprocal()).round_())
+    return Rounded(x.dtype, numbers, scale)
 
 
 def multiplies_fp8(packed: Packed, x: Tensor) -> bool:
     """Whether `multiply_fp8` takes them: e4m3 with a scale a row, bfloat16, a GPU that multiplies such numbers."""
     return (
         packed.format == "e4m3"
-        and x.is_cuda
         and x.dtype == torch.bfloat16
         and has_fp8(x.device)
         and all(scale.shape[1] == 1 for scale in packed.scales)
@@ -166,18 +197,47 @@ def multiplies_fp8(packed: Packed, x: Tensor) -> bool:
 @lru_cache
 def has_fp8(device: torch.device) -> bool:
     """Whether a GPU multiplies 8-bit floats: NVIDIA's from Ada and Hopper on."""
-    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 9)
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def all_multiply_fp8(layers: Sequence[nn.Module], x: Tensor) -> bool:
+    """Whether each of the layers multiplies x rounded to 8-bit floats. x: (N, I)"""
+    return not torch.is_grad_enabled() and all(
+        isinstance(layer, PackedLinear) and layer.packed.dynamic and multiplies_fp8(layer.packed, x) for layer in layers
+    )
 
 
 def multiply_fp8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """x @ weight + bias, each row of x scaled to the range of e4m3 and rounded to it. x: (N, I) bfloat16 -> (N, O)"""
-    scale = _range(x) / E4M3_MOST  # (N, 1)
-    q = (x * scale.reciprocal()).clamp_(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn)
-    ones = torch.ones(1, 1, device=x.device)
+    """x @ weight + bias, x rounded as in `round_rows`. x: (N, I) bfloat16 -> (N, O)"""
+    return multiply_rounded(round_rows(x), packed, bias)
+
+
+def multiply_rounded(x: Rounded, packed: Packed, bias: Tensor | None) -> Tensor:
+    """x @ weight + bias. x: (N, I) -> (N, O). Of int8, the products and their sums are exact."""
+    if x.numbers.dtype == torch.int8:
+        weight = packed.data.view(torch.int8).t()
+        sums = torch._int_mm(x.numbers, weight)  # (N, O) int32  # pyright: ignore[reportPrivateImportUsage]
+        return _scale_back(sums, x.scale, packed, bias).to(x.dtype)
+    ones = torch.ones(1, 1, device=x.scale.device)
     own = (packed.scales[0].float() if packed.scales else ones).expand(len(packed), 1).t().contiguous()  # (1, O)
-    weight = packed.data.view(torch.float8_e4m3fn).t()
+    weight = packed.data.view(E4M3).t()
     multiply = torch._scaled_mm  # pyright: ignore[reportPrivateImportUsage]
-    return multiply(q, weight, scale_a=scale, scale_b=own, bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+    return multiply(x.numbers, weight, scale_a=x.scale, scale_b=own, bias=bias, out_dtype=x.dtype, use_fast_accum=True)
+
+
+def round_rows(x: Tensor) -> Rounded:
+    """Each row of x scaled to the range of e4m3 and rounded to it. x: (N, I)"""
+    if fused := kernels_for(x):
+        return Rounded(x.dtype, *fused.round_rows(x, E4M3))
+    scale = _range(x) / E4M3_MOST  # (N, 1)
+    return Rounded(x.dtype, (x * scale.reciprocal()).clamp_(-E4M3_MOST, E4M3_MOST).to(E4M3), scale)
+
+
+def _rows_at_once(x: Tensor) -> int:
+    """How many rows are worked on together: on a CPU as many as stay in its caches."""
+    return max(1, (CHUNK // 4 if x.device.type == "cpu" else x.numel()) // x.shape[1])
 
 
 def _range(x: Tensor) -> Tensor:
@@ -188,7 +248,7 @@ def _range(x: Tensor) -> Tensor:
 def _scale_back(sums: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """Sums (N, O) int32 as the numbers they stand for, float32, in the same memory."""
     out = sums.view(torch.float32)
-    rows = max(1, (CHUNK // 4 if sums.device.type == "cpu" else sums.numel()) // sums.shape[1])
+    rows = _rows_at_once(sums)
     own = [each.float().t() for each in packed.scales]
     for integers, numbers, by in zip(sums.split(rows), out.split(rows), scale.split(rows)):
         numbers.copy_(integers).mul_(by)
@@ -199,6 +259,6 @@ def _scale_back(sums: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None
     return out
 
 
-def _rows(scale: Tensor, at: Tensor) -> Tensor:
+def _rows_of(scale: Tensor, at: Tensor) -> Tensor:
     """Some rows of scales; 8-bit floats cannot be indexed."""
     return scale.view(torch.uint8)[at].view(scale.dtype) if scale.dtype.itemsize == 1 else scale[at]

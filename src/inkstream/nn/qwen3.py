@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from inkstream.nn.attention import attend
 from inkstream.nn.config import Qwen3Config
+from inkstream.nn.gpu import kernels_for
+from inkstream.nn.layers import silu_times
 from inkstream.nn.stack import Blocks, run_blocks
 
 Past = tuple[Tensor, Tensor]
@@ -93,8 +94,8 @@ class Attention(nn.Module):
     def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (L, H, E), keys and values (L, G, E); the first two are turned. x: (L, D)."""
         heads = (-1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, heads)), table)
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, heads)), table)
+        q = norm_rope(self.q_proj(x).unflatten(-1, heads), self.q_norm, table)
+        k = norm_rope(self.k_proj(x).unflatten(-1, heads), self.k_norm, table)
         return q, k, self.v_proj(x).unflatten(-1, heads)
 
     def forward(
@@ -118,7 +119,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x), self.down_proj))
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], texts: Sequence[int]) -> Tensor:
@@ -141,6 +142,13 @@ def rope(lengths: Sequence[int], dim: int, theta: float, device: torch.device) -
     positions = torch.cat([torch.arange(n, dtype=torch.float32, device=device) for n in lengths])
     angle = torch.outer(positions, frequencies).unsqueeze(1)
     return angle.cos(), angle.sin()
+
+
+def norm_rope(x: Tensor, norm: nn.RMSNorm, table: tuple[Tensor, Tensor]) -> Tensor:
+    """Queries or keys normed over each head's features, then turned. x: (L, H, E) -> the same."""
+    if fused := kernels_for(x):
+        return fused.norm_rope(x, norm.weight, *table, norm.eps, halves=True)
+    return rotate(norm(x), table)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

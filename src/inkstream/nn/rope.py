@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from inkstream.nn.layers import is_plain_cpu
+from inkstream.nn.gpu import kernels_for
+from inkstream.nn.layers import is_plain_cpu, rms_norm
 
 
 @dataclass(frozen=True)
@@ -62,3 +63,10 @@ def rotate(x: Tensor, table: Rope) -> Tensor:
         return torch.view_as_real(pairs * table.turns).flatten(-2).to(x.dtype)
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(wide * table.cos, swapped, table.sin).to(x.dtype)
+
+
+def norm_rope(x: Tensor, weight: Tensor, table: Rope, eps: float) -> Tensor:
+    """Queries or keys RMS-normed over each head's features, then turned. x: (L, H, E), weight: (E,) -> like x."""
+    if fused := kernels_for(x):
+        return fused.norm_rope(x, weight, table.cos, table.sin, eps)
+    return rotate(rms_norm(x, weight, eps), table)

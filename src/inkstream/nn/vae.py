@@ -28,6 +28,8 @@ class Autoencoder(nn.Module):
     inference: layers write over their inputs). Smaller tiles than 32 save nothing more.
     """
 
+    called = ("encoder", "decoder")  # what of it is on the device at a time, where it only visits that
+
     def __init__(self, config: VAEConfig):
         super().__init__()
         self.config = config
@@ -60,6 +62,8 @@ class Flux2Autoencoder(nn.Module):
     Two by two of the convolutions' cells are one cell here, channel by channel, then row by row; the norm over them is
     the inside's affair. H and W are multiples of `config.downscale`, else InputError. `tile` as in `Autoencoder`.
     """
+
+    called = Autoencoder.called
 
     def __init__(self, config: Flux2VAEConfig):
         super().__init__()

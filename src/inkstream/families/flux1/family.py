@@ -46,6 +46,7 @@ from inkstream.families.flux1.text import (
 )
 from inkstream.families.parts import AUTOENCODER, decode, encode
 from inkstream.nn.flux import Prepared
+from inkstream.nn.offload import where_it_computes
 from inkstream.types import Conditioning, Query, Spec
 
 PROMPTS_KEPT = 16
@@ -180,7 +181,7 @@ class Flux1:
 
     @property
     def _device(self) -> torch.device:
-        return next(self.transformer.parameters()).device
+        return where_it_computes(self.transformer)[0]
 
     def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
         _, h, w = self.latent_shape(width, height)

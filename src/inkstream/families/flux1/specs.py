@@ -114,6 +114,7 @@ _TINY_DEV = replace(
     _TINY,
     name="tiny-flux1-dev",
     transformer=replace(_TINY.transformer, guidance_embeds=True),
+    steps=50,
     guidance=3.5,
     guides="read",
     shift_rule="dynamic",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from inkstream.families import Part, Shapes
 from inkstream.nn.config import CLIPTextConfig, T5Config
+from inkstream.nn.offload import where_it_computes
 from inkstream.types import Conditioning, InputError
 from inkstream.weights.keymap import drop, rename
 
@@ -32,12 +33,12 @@ def t5_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, ...]:
 
 def encode_clip(encoder: CLIPText, prompts: Sequence[Sequence[int]]) -> Tensor:
     """Prompts, as `clip_tokens` gives them -> (P, D), one vector each."""
-    return encoder(torch.tensor(prompts, device=_device(encoder)))
+    return encoder(torch.tensor(prompts, device=where_it_computes(encoder)[0]))
 
 
 def encode_t5(encoder: T5Text, prompts: Sequence[Sequence[int]]) -> Conditioning:
     """Prompts, as `t5_tokens` gives them, all of one length. The transformer reads the states of the padding too."""
-    states = encoder(torch.tensor(prompts, device=_device(encoder)))  # (P, L, D)
+    states = encoder(torch.tensor(prompts, device=where_it_computes(encoder)[0]))  # (P, L, D)
     return Conditioning(states.flatten(0, 1), (states.shape[1],) * len(prompts))
 
 
@@ -189,10 +190,6 @@ def _load_tokenizer(path: Path | str, kind: str) -> Any:
 def _count(shapes: Shapes, prefix: str) -> int:
     """How many different segments follow the prefix."""
     return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
 
 
 def need_transformers() -> Any:

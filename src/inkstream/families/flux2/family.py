@@ -48,6 +48,7 @@ from inkstream.families.flux2.writers import WRITER
 from inkstream.families.parts import decode, encode, load_tokenizer
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.flux import Prepared
+from inkstream.nn.offload import where_it_computes
 from inkstream.nn.qwen3 import Qwen3
 from inkstream.types import Conditioning, InputError, Query, Spec
 
@@ -179,7 +180,7 @@ class Flux2:
             return cond
         sizes = [picture.size for picture in pictures.references]
         check_references(sizes, (pictures.width, pictures.height), MOST_REFERENCES)
-        device = next(self.transformer.parameters()).device
+        device, _ = where_it_computes(self.transformer)
         seen = [torch.from_numpy(np.array(picture)) for picture in prepare_references(pictures.references)]
         latents = [self.encode_image(pixels.to(device).permute(2, 0, 1)[None].float() / 255)[0] for pixels in seen]
         return replace(cond, references=tuple(latents))

@@ -30,6 +30,7 @@ from inkstream.nn.flux import (
     run_streams,
     unpatchify,
 )
+from inkstream.nn.layers import run_of_each
 from inkstream.nn.rope import Rope, rope
 from inkstream.nn.stack import Blocks
 
@@ -136,7 +137,8 @@ class Flux2Transformer(nn.Module):
         modulation = modulation_of(times, prepared, self.modulate)
         x = run_streams(self.double_blocks, self.single_blocks, self.img_in(patches), prepared, modulation)
         targets = [s.target_tokens for s in prepared]
-        out = self.final_layer(x, modulation.final, targets).split(targets)
+        rows = None if len(modulation.final) == 1 else run_of_each(targets, x.device)
+        out = self.final_layer(x, modulation.final, rows).split(targets)
         return [unpatchify(o, *s.grid, 1).float() for o, s in zip(out, prepared)]
 
 

@@ -98,8 +98,10 @@ KLEIN_BASE_4B = replace(
     guides="twice",
     abilities=ABLE | {"guidance"},
     repo="black-forest-labs/FLUX.2-klein-base-4B",
-    tiny=replace(_TINY, name="tiny-flux2-klein-base", guides="twice", guidance=4.0, abilities=ABLE | {"guidance"}),
-)  # fmt: skip
+    tiny=replace(
+        _TINY, name="tiny-flux2-klein-base", steps=50, guides="twice", guidance=4.0, abilities=ABLE | {"guidance"}
+    ),
+)
 
 _9B = {
     "transformer": _KLEIN_9B,
@@ -153,6 +155,7 @@ DEV = replace(
             vocab_size=512, hidden_size=32, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, intermediate_size=64,
         ),
+        steps=50,
         guides="read",
         guidance=4.0,
         abilities=ABLE | {"guidance", "upsample_references"},

@@ -15,6 +15,7 @@ from inkstream.families import Part
 from inkstream.families.flux2.mistral import LAYOUTS, MistralText, infer_mistral
 from inkstream.families.parts import QWEN3, chat_prompt, neutral_layer, tokenize
 from inkstream.nn.config import MistralConfig, Qwen3Config
+from inkstream.nn.offload import where_it_computes
 from inkstream.nn.qwen3 import Qwen3
 from inkstream.types import Conditioning, InputError
 
@@ -56,7 +57,8 @@ def encode_klein(encoder: Qwen3, prompts: Sequence[Sequence[int]], pad: int) -> 
     """
     lengths, texts = (PROMPT_TOKENS,) * len(prompts), [len(ids) for ids in prompts]
     ids = [token for ids in prompts for token in (*ids, *[pad] * (PROMPT_TOKENS - len(ids)))]
-    return Conditioning(encoder(torch.tensor(ids, device=encoder.embed_tokens.weight.device), lengths, texts), lengths)
+    device, _ = where_it_computes(encoder)
+    return Conditioning(encoder(torch.tensor(ids, device=device), lengths, texts), lengths)
 
 
 def _unread(config: Qwen3Config | MistralConfig) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ def dev_tokens(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
 
 def encode_dev(encoder: MistralText, prompts: Sequence[Sequence[int]], pad: int) -> Conditioning:
     """Prompts, as `dev_tokens` gives them, padded on the left with `pad` -> 512 states each."""
-    device = encoder.model.embed_tokens.weight.device
+    device, _ = where_it_computes(encoder)
     ids = torch.tensor([[*[pad] * (PROMPT_TOKENS - len(ids)), *ids] for ids in prompts], device=device)
     texts = torch.tensor([len(ids) for ids in prompts], device=device)
     mask = torch.arange(PROMPT_TOKENS, device=device) >= PROMPT_TOKENS - texts[:, None]  # (B, 512)

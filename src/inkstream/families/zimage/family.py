@@ -25,6 +25,7 @@ from inkstream.families.zimage.documents import documents
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE, PACKS
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
+from inkstream.nn.offload import where_it_computes
 from inkstream.types import Conditioning, Query, Spec
 
 PROMPTS_KEPT = 64
@@ -103,7 +104,7 @@ class ZImage:
         return PROMPT_TOKENS if len(self.tokens(prompt)) >= PROMPT_TOKENS else None
 
     def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
-        device = next(self.text_encoder.parameters()).device
+        device, _ = where_it_computes(self.text_encoder)
         lengths = tuple(len(ids) for ids in prompts)
         ids = torch.tensor([i for ids in prompts for i in ids], device=device)
         return Conditioning(self.text_encoder(ids, lengths), lengths)

@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from inkstream.families.zimage.specs import ZImageConfig
 from inkstream.nn.attention import attend
-from inkstream.nn.layers import SwiGLU, TimestepEmbedder, rms_norm, scale_runs
-from inkstream.nn.rope import Rope, rope, rotate
+from inkstream.nn.layers import SwiGLU, TimestepEmbedder, add_norm, rms_norm_into, run_of_each, scale_runs
+from inkstream.nn.quant import Rounded
+from inkstream.nn.rope import Rope, norm_rope, rope
 from inkstream.nn.stack import Blocks, run_blocks
 
 PAD_MULTIPLE = 32
@@ -193,9 +194,7 @@ class ZImageTransformer(nn.Module):
         x = torch.cat([t for e, s in zip(embedded, prepared) for t in (fill(e, self.x_pad_token), s.references)])
         picture_rope = Rope.cat([s.rope[:n] for s, n in zip(prepared, counts)])
         rows = rows_of(prepared, counts, len(norms))
-        x = run_blocks(
-            self.noise_refiner, x, lambda i, block, x: block(x, norms[:, i], rows, picture_rope, counts)
-        )
+        x = run_blocks(self.noise_refiner, x, lambda i, block, x: block(x, norms[:, i], rows, picture_rope, counts))
 
         pictures = x.split(counts)
         x = torch.cat([t for picture, s in zip(pictures, prepared) for t in (picture, s.context)])
@@ -245,6 +244,7 @@ class Block(nn.Module):
     both are factors of a norm's output, so they are folded into that norm's weight, once per time."""
 
     apart = ("adaLN_modulation",)  # called ahead of the steps
+    regions = ("enter", "leave")  # what may be compiled: functions of tensors
 
     def __init__(self, config: ZImageConfig, modulated: bool = True):
         super().__init__()
@@ -279,15 +279,23 @@ class Block(nn.Module):
         lengths: Sequence[int],
         keep: Keep | None = None,  # the tokens to compute
     ) -> Tensor:
-        def norm(y: Tensor, which: int, rows: Tensor | None) -> Tensor:
-            own = weights[:, which]
-            return rms_norm(y, own if rows is None else own[rows], self.eps)
-
-        attention = self.attention(norm(x, 0, rows), table, lengths, keep)
+        q, k, v = self.enter(x, weights, rows, table)
+        counts = lengths
         if keep is not None:
-            x, rows = take(x, keep.starts, keep.counts), keep.rows
-        x = x + norm(attention, 1, rows)
-        return x + norm(self.feed_forward(norm(x, 2, rows)), 3, rows)
+            x, q = (take(s, keep.starts, keep.counts) for s in (x, q))
+            rows, counts = keep.rows, keep.counts
+        return self.leave(x, attend(q, k, v, counts, lengths), weights, rows)
+
+    def enter(self, x: Tensor, weights: Tensor, rows: Tensor | None, table: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (N, H, E)."""
+        normed = rms_norm_into([self.attention.qkv], x, weights[:, 0], self.eps, rows)
+        return self.attention.project(normed, table)
+
+    def leave(self, x: Tensor, seen: Tensor, weights: Tensor, rows: Tensor | None) -> Tensor:
+        """What comes out, of what came in and what attention saw. x: (N, D), seen: (N, H, E)."""
+        x = add_norm(x, self.attention.out(seen.flatten(1)), weights[:, 1], self.eps, rows)
+        normed = rms_norm_into([self.feed_forward.w1, self.feed_forward.w3], x, weights[:, 2], self.eps, rows)
+        return add_norm(x, self.feed_forward(normed), weights[:, 3], self.eps, rows)
 
 
 class Attention(nn.Module):
@@ -302,15 +310,11 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(dim // heads)
         self.k_norm = nn.RMSNorm(dim // heads)
 
-    def forward(self, x: Tensor, table: Rope, lengths: Sequence[int], keep: Keep | None) -> Tensor:  # x: (N, D)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)  # each (N, H, E)
-        k = rotate(rms_norm(k, self.k_norm.weight, self.eps), table)
-        counts = lengths
-        if keep is not None:
-            q, cos, sin = (take(s, keep.starts, keep.counts) for s in (q, table.cos, table.sin))
-            table, counts = Rope(cos, sin), keep.counts
-        q = rotate(rms_norm(q, self.q_norm.weight, self.eps), table)
-        return self.out(attend(q, k, v, counts, lengths).flatten(1))
+    def project(self, x: Tensor | Rounded, table: Rope) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each (N, H, E). x: (N, D)."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q = norm_rope(q, self.q_norm.weight, table, self.eps)
+        return q, norm_rope(k, self.k_norm.weight, table, self.eps), v
 
 
 class FinalLayer(nn.Module):
@@ -346,7 +350,7 @@ def rows_of(prepared: Sequence[Prepared], counts: Sequence[int], rows: int) -> T
     clean = any(s.clean is not None for s in prepared)
     if rows == 1 or (len(set(counts)) == 1 and not clean):
         return None
-    owner = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(prepared[0].context.device)
+    owner = run_of_each(counts, prepared[0].context.device)
     if not clean:
         return owner
     masks = [owner.new_zeros(n, dtype=torch.bool) if s.clean is None else s.clean[:n] for s, n in zip(prepared, counts)]

@@ -77,7 +77,7 @@ BASE = replace(
     repo="Tongyi-MAI/Z-Image",
     download_bytes=20_700_000_000,
     tiny=replace(
-        _TINY, name="tiny-z-image", shift=6.0, guidance=5.0,
+        _TINY, name="tiny-z-image", steps=50, shift=6.0, guidance=5.0,
         abilities=frozenset({"image", "mask", "guidance"}),
     ),
 )
@@ -90,8 +90,8 @@ OMNI = replace(
     repo=None,
     download_bytes=None,
     tiny=replace(
-        _TINY, name="tiny-z-image-omni", transformer=replace(_TINY.transformer, siglip_feat_dim=24), guidance=5.0,
-        abilities=BASE.abilities,
+        _TINY, name="tiny-z-image-omni", transformer=replace(_TINY.transformer, siglip_feat_dim=24), steps=50,
+        guidance=5.0, abilities=BASE.abilities,
     ),
 )
 

@@ -1,0 +1,98 @@
+"""Render src/inkstream/engine/foreseen.json: what every known model takes, in every precision, under every plan.
+
+    python scripts/foresee.py [MODEL ...]
+
+For each at its own size, in bytes by phase, on a GPU (computing in bfloat16) and on a CPU (in float32), with the
+multiplications of each phase and the bytes that are streamed for one evaluation. Nothing is downloaded or allocated;
+models named are rendered anew, others stay.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import inkstream.engine
+from inkstream.engine.loader import dtype_of
+from inkstream.engine.memory import typical
+from inkstream.engine.model import Model, complete
+from inkstream.engine.placement import add_up, at_home, on_meta, phases, weigh, working
+from inkstream.engine.quantise import QUANTS, in_safetensors, prepare
+from inkstream.engine.sources import Found, Source, Unset
+from inkstream.families import SPECS, family_of, parts_of
+from inkstream.types import Request, Spec
+
+TABLE = Path(inkstream.engine.__file__).with_name("foreseen.json")
+PRECISIONS = ("bf16", "fp8", "w8a8", "q8_0", "q6_k", "q5_k", "q4_k", "nf4")
+TOKENS = {"zimage": 128, "flux1": 77 + 512, "flux2": 512}
+"""Of a prompt as many are."""
+COMPUTES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+
+
+def main() -> None:
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    for spec in SPECS.values():
+        if spec.name in sys.argv[1:] or (len(sys.argv) == 1 and (spec.repo or spec.folder)):
+            print(spec.name, file=sys.stderr, flush=True)
+            table[spec.name] = foresee(spec)
+            TABLE.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def foresee(spec: Spec) -> dict[str, Any]:
+    request = complete(typical(spec).model_copy(update={"seed": 0}), spec)
+    found: dict[str, Any] = {"flops": count_products(spec, request)}
+    for kind, dtype in COMPUTES.items():
+        device = torch.device(kind)
+        dtypes = {part: dtype_of(part, dtype, device) for part in parts_of(spec)}
+        work = working(build(as_source(spec, "bf16"), dtypes), request)
+        found[kind] = {}
+        for precision in PRECISIONS:
+            source = as_source(spec, precision)
+            modules = {part: at_home(source, part, dtypes[part]) for part in source.parts}
+            weights = weigh(source, modules, device, dtypes)
+            found[kind][precision] = {
+                name: dict(add_up(name, count, work, device).phases) for name, count in weights.items()
+            } | {"transformer": sum(t.nbytes for t in modules["transformer"].state_dict().values())}
+    return found
+
+
+def count_products(spec: Spec, request: Request) -> dict[str, int]:
+    """Floating point operations of each phase, two for a product and its sum."""
+    model = build(as_source(spec, "bf16"), dict.fromkeys(parts_of(spec), torch.float32))
+    counts = {}
+    for phase, compute in phases(model, request).items():
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            compute()
+        counts[phase] = counter.get_total_flops()
+    return counts
+
+
+def build(source: Source, dtypes: dict[str, torch.dtype]) -> Model:
+    modules = {part: at_home(source, part, dtypes[part]) for part in source.parts}
+    model = on_meta(source, modules, dict.fromkeys(source.family.tokenizers), dtypes)
+    model.family.tokens = lambda prompt: (1,) * TOKENS[source.spec.family]  # type: ignore[method-assign]
+    return model
+
+
+def as_source(spec: Spec, precision: str) -> Source:
+    """The model as files of that precision would hold it, on meta."""
+    family, quant = family_of(spec.family), QUANTS[precision]
+    parts = {}
+    for name, part in parts_of(spec).items():
+        with torch.device("meta"), Unset():
+            module = part.build(getattr(spec, name))
+        tensors = {key: tensor.to(torch.bfloat16) for key, tensor in module.state_dict().items()}
+        own = (quant if part.gguf else in_safetensors(quant)) if part.packs else None
+        packed = prepare(tensors, part, own)
+        parts[name] = Found(Path(), getattr(spec, name), module, (), packed, {})
+    return Source(family, replace(spec), parts, {}, {})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Us as a contender: `python -m inkstream.bench.ours`, started by `inkstream bench`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import inkstream
+from inkstream.bench.child import Draw, Order, Setup, Stages, attend, to_bytes
+from inkstream.engine.loader import dtype_of, load
+from inkstream.engine.model import Model
+from inkstream.engine.sources import locate
+from inkstream.families import Part, family_of, parts_of
+from inkstream.nn.quant import place
+from inkstream.quant.pack import fits, pack
+from inkstream.quant.packed import Weight
+from inkstream.types import Request, Spec
+from inkstream.weights.keymap import matches
+
+
+def open_ours(setup: Setup) -> tuple[Draw, dict[str, str]]:
+    case = setup.case
+    if case.weights == "memory":
+        model = random_model(case.spec, setup.device, setup.dtype, "quant" in setup.how)
+    else:
+        model = load("pocket" if case.weights == "package" else setup.folder, setup.device, setup.dtype)
+
+    def draw(order: Order, stages: Stages) -> Tensor:
+        case = order.case
+        request = Request(
+            prompt=order.prompt, negative_prompt=order.negative, width=case.width, height=case.height,
+            steps=order.steps, guidance=case.guidance, count=case.count, seed=0,
+        )  # fmt: skip
+        noise = order.noise(model.family.latent_shape(case.width, case.height))
+        cond = model.encode(request)
+        stages.done("prompt")
+        latents = model.sample(request, cond, noise)
+        stages.done("steps")
+        pixels = to_bytes(model.decode(latents))
+        stages.done("pixels")
+        return pixels
+
+    return draw, {"inkstream": inkstream.__version__}
+
+
+def random_model(spec: Spec, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> Model:
+    """A model of random weights, drawn where it computes; its prompts are read with Pocket's tokenizer."""
+    family = family_of(spec.family)
+    modules = {
+        name: random_part(part, getattr(spec, name), device, dtype_of(name, dtype, device), fp8)
+        for name, part in parts_of(spec).items()
+    }
+    pocket = locate("pocket").tokenizers["tokenizer"]
+    tokenizers = {name: read(pocket) for name, read in family.tokenizers.items()}
+    return Model(family(spec, modules, tokenizers), device, dtype)
+
+
+def random_part(part: Part, config: object, device: torch.device, dtype: torch.dtype, fp8: bool) -> nn.Module:
+    """Matrices have a variance of one over their inputs, scales are one and biases zero."""
+    with torch.device("meta"):
+        module = part.build(config)
+    state: dict[str, Weight] = {}
+    for key, like in module.state_dict().items():
+        if like.ndim < 2:
+            state[key] = torch.full(like.shape, 0.0 if key.endswith("bias") else 1.0, dtype=dtype, device=device)
+            continue
+        weight = torch.randn(like.shape, dtype=dtype, device=device).mul_(like[0].numel() ** -0.5)
+        packs = fp8 and any(matches(pattern, key) for pattern in part.packs) and fits("e4m3", tuple(like.shape))
+        state[key] = pack("e4m3", weight, dynamic=True) if packs else weight
+    module.load_state_dict(place(module, state, dtype), strict=True, assign=True)
+    return module.eval().requires_grad_(False)
+
+
+if __name__ == "__main__":
+    attend(open_ours)

@@ -1,0 +1,60 @@
+"""Models of random weights in a folder, at any size, for what does not depend on their values: time and memory."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.engine.sources import Unset, locate
+from inkstream.families import family_of, parts_of
+from inkstream.types import Spec
+from inkstream.weights.files import write_stream
+
+BUFFER = 1 << 24
+"""So many normal numbers are drawn once, and every matrix is cut from them."""
+
+
+def write_random(
+    spec: Spec, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Path:  # fmt: skip
+    """Write a model of random weights that `load` takes, with Pocket's tokenizer, one weight in memory at a time.
+
+    Names are ours, so that nothing is put together when it is read. Matrices have a variance of one over their inputs,
+    scales are one and biases zero, so that numbers stay finite through any depth. progress: told the bytes of each.
+    """
+    write_documents(spec, folder)
+    numbers = torch.randn(BUFFER, generator=torch.Generator().manual_seed(seed))
+    for name, part in parts_of(spec).items():
+        with torch.device("meta"), Unset():
+            module = part.build(getattr(spec, name))
+        plan = {key: tensor.to(dtype) for key, tensor in module.state_dict().items()}
+        (folder / name).mkdir(exist_ok=True)
+        write_stream(folder / name / "model.safetensors", plan, _draw(module, numbers, dtype), None, progress)
+    return folder
+
+
+def write_documents(spec: Spec, folder: Path) -> Path:
+    """Write all but the weights: the JSON files of a published folder, and Pocket's tokenizer."""
+    folder.mkdir(parents=True)
+    for name, content in family_of(spec.family).documents(spec).items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    pocket = locate("pocket").tokenizers["tokenizer"]
+    for tokenizer in family_of(spec.family).tokenizers:
+        shutil.copytree(pocket, folder / tokenizer, dirs_exist_ok=True)
+    return folder
+
+
+def _draw(module: nn.Module, numbers: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    for key, tensor in module.state_dict().items():
+        if tensor.ndim > 1:
+            rows = numbers.repeat(-(-tensor.numel() // BUFFER))[: tensor.numel()].view(tensor.shape)
+            yield key, (rows / (tensor[0].numel() ** 0.5)).to(dtype)
+        else:
+            yield key, (torch.zeros if key.endswith("bias") else torch.ones)(tensor.shape).to(dtype)

@@ -1,0 +1,83 @@
+"""`inkstream bench`: cases timed beside what others take for them, in one run, as lines and as a record."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import time
+from datetime import date
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from inkstream.cli.lines import print_json
+from inkstream.cli.terminal import Terminal
+from inkstream.types import InputError
+
+
+def bench(
+    *,
+    cases: str = "cpu",
+    repeats: Annotated[int | None, Parameter(show_default=False)] = None,
+    threads: Annotated[int | None, Parameter(show_default=False)] = None,
+    seconds: Annotated[float | None, Parameter(show_default=False)] = None,
+    rehearse: Annotated[bool, Parameter(show_default=False)] = False,
+    record: Annotated[str | None, Parameter(show_default=False)] = None,
+    json: Annotated[bool, Parameter(show_default=False)] = False,
+) -> None:
+    """Time us beside other implementations, turn by turn in one run.
+
+    Parameters
+    ----------
+    cases
+        Which, with commas between: cpu and gpu are all of a kind; tiny, medium, real-width, turbo-1024 ... are single
+        ones.
+    repeats
+        Timed pictures of each contender and case; else the case's own number.
+    threads
+        Threads of each contender on the CPU; else one for each core.
+    seconds
+        Begin no further case after so long.
+    rehearse
+        Go through all of it at 2 blocks of width 64 and 64 pixels, on the CPU: its times mean nothing.
+    record
+        Write benchmarks/records/NAME.json.
+    json
+        Print one JSON document on stdout when all is done.
+    """
+    for name, value in (("--repeats", repeats), ("--threads", threads)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} is out of range: give 1 or more")
+    from inkstream.bench.cases import find
+
+    chosen = find([name.strip() for name in cases.split(",")])
+    from inkstream.bench.records import RECORDS, write_record
+    from inkstream.bench.turns import PEERS, describe, run_cases
+    from inkstream.engine.loader import choose_device
+
+    if not rehearse:
+        for device in {case.device for case in chosen}:
+            choose_device(device)
+    if record and not RECORDS.is_dir():
+        raise InputError(f"there is no folder {RECORDS} here to write --record {record} to: run it in the repository")
+    count = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count()
+    with Terminal() as terminal:
+        if not PEERS.is_dir():
+            terminal.say(f"there is no folder {PEERS} here, so nobody else is timed: run it in the repository")
+        until = None if seconds is None else time.monotonic() + seconds
+        rows = []
+        for row in run_cases(chosen, count or 1, terminal.say, rehearse, repeats, until):
+            rows.append(row)
+            if not json:
+                terminal.print(describe(row))
+        peers = {name: version for row in rows for name, version in row.pop("versions").items() if name != "inkstream"}
+        if record:
+            words = ["inkstream", "bench", "--cases", cases]
+            for name, value in (("repeats", repeats), ("threads", threads), ("seconds", seconds)):
+                words += [] if value is None else [f"--{name}", f"{value:g}"]
+            words += ["--rehearse"] if rehearse else []
+            words += ["--record", record]
+            facts = write_record(record, date.today().isoformat(), shlex.join(words), peers, rows)
+            terminal.say(str(facts))
+        if json:
+            print_json({"peers": peers, "rows": rows})

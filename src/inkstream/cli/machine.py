@@ -1,0 +1,79 @@
+"""The options that say on what a model runs, the same for every command that draws."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Group, Parameter
+
+if TYPE_CHECKING:
+    from inkstream.engine.engine import Engine
+
+RUN = Group("This run", sort_key=1)
+
+
+@Parameter(name="*", group=RUN)
+@dataclass(frozen=True)
+class Machine:
+    """Device, number format and memory that a model gets, and whose licence it may have.
+
+    Parameters
+    ----------
+    device
+        cpu, cuda, cuda:1, mps; else the best there is.
+    dtype
+        bf16, fp32 or fp16; else what suits the device.
+    memory
+        What the model may take of the device, like 8GiB, on the CPU the whole process; else what is free.
+    placement
+        Where the model's parts are: all on the device, only those at work, or only the layers at work; else the fastest
+        of these that the memory allows.
+    commercial_only
+        Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    memory: str | None = None
+    placement: Literal["resident", "parked", "streamed"] | None = None
+    commercial_only: bool = False
+
+    def engine(self) -> Engine:
+        """An engine on it. InputError where there is no such machine."""
+        from inkstream.engine.engine import Engine
+
+        self.check()
+        return Engine(self.device, self.dtype, False, self.licence, self.bytes, self.placement)
+
+    def check(self) -> None:
+        """InputError where there is no such device, dtype or size."""
+        from inkstream.engine.loader import choose_device, choose_dtype
+
+        choose_dtype(self.dtype, choose_device(self.device))
+        assert self.bytes is None or self.bytes
+
+    @property
+    def bytes(self) -> int | None:
+        """The memory, as a number."""
+        from inkstream.engine.memory import read_size
+
+        return None if self.memory is None else read_size(self.memory)
+
+    @property
+    def licence(self) -> bool | None:
+        """What `load` calls commercial_only: None follows the setting."""
+        return self.commercial_only or None
+
+    def words(self) -> list[str]:
+        """The options that make it again."""
+        return [f"--{name.replace('_', '-')}={value}" for name, value in self.given().items() if value is not True] + (
+            ["--commercial-only"] if self.commercial_only else []
+        )
+
+    def given(self) -> dict[str, Any]:
+        """What differs from the defaults."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+HERE = Machine()

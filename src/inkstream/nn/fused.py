@@ -1,0 +1,228 @@
+"""Triton kernels that make one pass over memory of several. Each rounds where the plain operations round.
+
+Nobody calls these but the plain functions they stand in for (`layers`, `rope`, `quant`), which ask `gpu.kernels_for`.
+They record no gradients. Rows are tokens; every program works on a whole row, so that its norm or its range is known
+before it is written. With `into`, an 8-bit float type, a row is written as such numbers beside what they are
+multiplied by, which is what the products of `quant` take.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PER_THREAD = 16
+"""Numbers of a row that a thread works on, until there are MOST_WARPS of 32 threads."""
+MOST_WARPS = 16
+LEAST_RANGE = tl.constexpr(1e-30)
+"""As in `quant`: no row is divided by zero."""
+
+Rows = Tensor | tuple[Tensor, Tensor]
+"""A tensor (N, D); or its numbers and, (N, 1), what each row of them is multiplied by."""
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    rows: Tensor | None = None,
+    add: Tensor | None = None,
+    into: torch.dtype | None = None,
+) -> Rows:
+    """add + weight * x / rms(x). x, add: (N, D); weight: (D,) or (R, D); rows: (N,) which of them is each token's, None
+    where the tokens are R equal runs."""
+    return _norm(x, weight.reshape(-1, x.shape[-1]), None, rows, add, eps, into)
+
+
+def modulated_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    eps: float,
+    rows: Tensor | None = None,
+    into: torch.dtype | None = None,
+) -> Rows:
+    """shift + (1 + scale) * layer_norm(x). x: (N, D); shift, scale: (R, D); rows as in `rms_norm`."""
+    return _norm(x, scale, shift, rows, None, eps, into)
+
+
+def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, halves: bool = False) -> Tensor:
+    """Each head's features RMS-normed, then turned in pairs. x: (N, H, E), its tokens and heads at any stride.
+
+    Pairs are (2i, 2i + 1), and cos and sin (N, 1, E) as in `rope.Rope`; with halves (i, i + E / 2), and the two
+    (N, 1, E / 2).
+    """
+    count, heads, width = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    tile = triton.next_power_of_2(heads), triton.next_power_of_2(width)
+    _norm_rope[(count,)](
+        x, weight, cos, sin, out, x.stride(0), x.stride(1), heads, eps,
+        WIDTH=width, HEADS=tile[0], BLOCK=tile[1], HALVES=halves,
+        num_warps=warps(tile[0] * tile[1]),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor, into: torch.dtype | None = None) -> Rows:
+    """silu(gate) * up. Both (N, D)."""
+    out, scales = _room(gate, into)
+    count, width = gate.shape
+    block = triton.next_power_of_2(width)
+    _swiglu[(count,)](
+        gate, up, out, scales, gate.stride(0), up.stride(0), width, most(into),
+        BLOCK=block, num_warps=warps(block),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out if scales is None else (out, scales)
+
+
+def round_rows(x: Tensor, into: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row of x (N, D) scaled to the range of an 8-bit float type and rounded to it."""
+    out, scales = _room(x, into)
+    count, width = x.shape
+    block = triton.next_power_of_2(width)
+    _round[(count,)](
+        x, out, scales, x.stride(0), width, most(into),
+        BLOCK=block, num_warps=warps(block),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    assert scales is not None
+    return out, scales
+
+
+def try_out(device: torch.device) -> None:
+    """Raises what Triton raises where it cannot build or run kernels."""
+    swiglu(torch.ones(1, 16, device=device), torch.ones(1, 16, device=device))
+
+
+def warps(size: int) -> int:
+    """How many work on that many numbers."""
+    return max(1, min(MOST_WARPS, size // (32 * PER_THREAD)))
+
+
+def most(into: torch.dtype | None) -> float:
+    """The largest number of a type; types of more than 8 bits, which tests ask for, stand for e4m3."""
+    return torch.finfo(into if into is not None and into.itemsize == 1 else torch.float8_e4m3fn).max
+
+
+def _norm(
+    x: Tensor,
+    weight: Tensor,
+    shift: Tensor | None,
+    rows: Tensor | None,
+    add: Tensor | None,
+    eps: float,
+    into: torch.dtype | None,
+) -> Rows:
+    out, scales = _room(x, into)
+    count, width = x.shape
+    block = triton.next_power_of_2(width)
+    _norm_rows[(count,)](
+        x, weight, shift, rows, add, out, scales,
+        x.stride(0), weight.stride(0), 0 if shift is None else shift.stride(0), 0 if add is None else add.stride(0),
+        max(1, count // len(weight)), width, eps, most(into),
+        BLOCK=block, num_warps=warps(block),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out if scales is None else (out, scales)
+
+
+def _room(x: Tensor, into: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    """Where rows like x's are written, and the factor of each if they are rounded."""
+    out = torch.empty(x.shape, dtype=into or x.dtype, device=x.device)
+    return out, None if into is None else torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
+
+
+# Kernels ------------------------------------------------------------------------------------------------------------
+# Pointers that are None leave their operation out. `run` tokens share a row of weights. Strides are of rows, and
+# offsets of rows are 64 bits wide: large batches have more numbers than 32 bits count.
+
+
+@triton.jit
+def _norm_rows(
+    x, weight, shift, rows, add, out, scales,
+    x_stride, weight_stride, shift_stride, add_stride, run, width, eps, most, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.load(rows + token).to(tl.int64) if rows is not None else token // run
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    dtype = x.dtype.element_ty
+    values = tl.load(x + token * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(weight + row * weight_stride + column, mask=inside, other=0.0)
+    if shift is not None:
+        values = tl.where(inside, values - tl.sum(values, axis=0) / width, 0.0)
+        factor = (1.0 + factor.to(tl.float32)).to(weight.dtype.element_ty)
+    values = values * tl.rsqrt(tl.sum(values * values, axis=0) / width + eps)
+    if shift is not None:
+        values = values.to(dtype).to(tl.float32) * factor.to(tl.float32)
+        values += tl.load(shift + row * shift_stride + column, mask=inside, other=0.0).to(tl.float32)
+    else:
+        values *= factor.to(tl.float32)
+    if add is not None:
+        values = values.to(dtype).to(tl.float32)
+        values += tl.load(add + token * add_stride + column, mask=inside, other=0.0).to(tl.float32)
+    _write(values.to(dtype), out, scales, token, column, inside, width, most)
+
+
+@triton.jit
+def _swiglu(gate, up, out, scales, gate_stride, up_stride, width, most, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    dtype = gate.dtype.element_ty
+    opened = tl.load(gate + token * gate_stride + column, mask=inside, other=0.0).to(tl.float32)
+    opened = (opened / (1.0 + tl.exp(-opened))).to(dtype).to(tl.float32)
+    values = opened * tl.load(up + token * up_stride + column, mask=inside, other=0.0).to(tl.float32)
+    _write(values.to(dtype), out, scales, token, column, inside, width, most)
+
+
+@triton.jit
+def _round(x, out, scales, x_stride, width, most, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    values = tl.load(x + token * x_stride + column, mask=inside, other=0.0)
+    _write(values, out, scales, token, column, inside, width, most)
+
+
+@triton.jit
+def _write(values, out, scales, token, column, inside, width, most):
+    """A row as it is, or with `scales` rounded to the range of what `out` is of."""
+    if scales is not None:
+        values = values.to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST_RANGE) / most
+        tl.store(scales + token, scale)
+        values = tl.minimum(tl.maximum(values * (1.0 / scale), -most), most)
+    tl.store(out + token * width + column, values.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_rope(
+    x, weight, cos, sin, out, x_stride, head_stride, heads, eps,
+    WIDTH: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (column < WIDTH)
+    dtype = x.dtype.element_ty
+    if HALVES:
+        partner = (column + WIDTH // 2) % WIDTH
+        angle = token * (WIDTH // 2) + column % (WIDTH // 2)
+        sign = tl.where(column < WIDTH // 2, -1.0, 1.0)
+    else:
+        partner = column ^ 1
+        angle = token * WIDTH + column
+        sign = 1.0  # it is in the table
+    start = x + token * x_stride + head * head_stride
+    values = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
+    partners = tl.load(start + partner, mask=inside, other=0.0).to(tl.float32)  # the same lines again, from the cache
+    inverse = tl.rsqrt(tl.sum(values * values, axis=1) / WIDTH + eps)[:, None]
+    factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
+    partners_factor = tl.load(weight + partner, mask=column < WIDTH, other=0.0).to(tl.float32)
+    values = (values * inverse * factor).to(dtype).to(tl.float32)
+    partners = (partners * inverse * partners_factor).to(dtype).to(tl.float32)
+    along = tl.load(cos + angle, mask=column < WIDTH, other=0.0).to(tl.float32)
+    across = tl.load(sin + angle, mask=column < WIDTH, other=0.0).to(tl.float32) * sign
+    turned = values * along + partners * across
+    tl.store(out + (token * heads + head) * WIDTH + column, turned.to(dtype), mask=inside)

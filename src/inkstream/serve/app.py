@@ -1,0 +1,245 @@
+"""The application: routers behind one guard, who knows keys, sizes and origins. Each router is one line in ROUTERS."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+from urllib.parse import parse_qs
+
+from anyio import to_thread
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from inkstream import __version__
+from inkstream.serve import gallery, native, status
+from inkstream.serve.errors import Refused, explain
+from inkstream.serve.jobs import Jobs
+from inkstream.serve.keys import ANYONE, Caller, Keys, given_key, is_signed
+from inkstream.serve.limits import LOCAL_NAMES, Settings, check_address
+from inkstream.serve.metrics import Metrics
+from inkstream.serve.models import offer
+from inkstream.serve.process import COMMAND
+from inkstream.serve.service import Service
+from inkstream.serve.store import Store
+
+ROUTERS = (
+    status.router,
+    native.router,
+    gallery.router,
+)
+"""All that answers. What stands at `/` (the studio) is mounted behind them."""
+GUARDED = ("/v1/", "/sdapi/", "/metrics")
+"""Paths that ask for a key, where there are keys."""
+log = logging.getLogger("inkstream.serve")
+
+
+def build(settings: Settings, command: Sequence[str] = COMMAND) -> FastAPI:
+    """The application of one server. InputError where it cannot be: address, folder, keys, models.
+
+    command: what starts the engine's process.
+    """
+    keys = Keys(settings.keys)
+    check_address(settings.host, bool(keys))
+    models = offer(settings.models, settings.commercial_only)
+    store = Store(settings.data)
+    metrics = Metrics()
+    jobs = Jobs(settings, store, models, keys, metrics, command)
+    service = Service(settings, store, keys, models, jobs, metrics, time.time())
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        await jobs.start()
+        try:
+            yield
+        finally:
+            await jobs.stop()
+            store.close()
+
+    app = FastAPI(
+        title="inkstream",
+        version=__version__,
+        description="Text to image on your own machine.",
+        lifespan=life,
+        docs_url=None,  # its page would load scripts from elsewhere
+        redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,
+    )
+    app.state.service = service
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_exception_handler(Refused, _refuse)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _refuse_invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _refuse_http)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _apologise)
+    app.add_middleware(Guard, service=service)
+    app.openapi = lambda: _document(app)  # type: ignore[method-assign]
+    return app
+
+
+class Guard:
+    """In front of every route: who asks, from where, and how large a body; what was answered, into the log."""
+
+    def __init__(self, app: ASGIApp, service: Service):
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        request = Request(scope)
+        status = 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), *SAFE]
+                self._note(request, scope, status, time.perf_counter() - began)
+            await send(message)
+
+        try:
+            scope["caller"] = await self._who(request)
+            body = self._limited(request, receive)
+        except Refused as refusal:
+            await _answer(refusal)(scope, receive, answer)
+            return
+        await self.app(scope, body, answer)
+
+    async def _who(self, request: Request) -> Caller:
+        """Whoever asks. Refused where that is nobody who may."""
+        keys, path = self.service.keys, request.url.path
+        _check_origin(request, open_to_all=not keys)
+        if not keys or not path.startswith(GUARDED):
+            return ANYONE
+        given = given_key(request.headers, request.cookies)
+        if given is None:
+            query = {name: values[0] for name, values in parse_qs(request.url.query).items()}
+            until, signature = query.get("until", ""), query.get("signature", "")
+            if request.method in ("GET", "HEAD") and is_signed(
+                self.service.jobs.secret, path, until, signature, time.time()
+            ):
+                return ANYONE  # to read this very path
+            raise Refused(401, "this server asks for a key: send it as Authorization: Bearer KEY", code="no_api_key")
+        key = keys.remembered(given) or await to_thread.run_sync(keys.check, given)
+        if key is None:
+            raise Refused(401, "the key is not known here: check it, or ask for a new one", code="invalid_api_key")
+        return Caller(key.name, None if key.admin else key.name, key)
+
+    def _limited(self, request: Request, receive: Receive) -> Receive:
+        """The body, up to its limit, and not slower than its limit."""
+        limits = self.service.settings.limits
+        length = request.headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > limits.body_bytes:
+            raise self._too_large()
+        read, whole = 0, False
+
+        async def next_piece() -> Message:
+            nonlocal read, whole
+            if whole:
+                return await receive()  # waits until the client leaves
+            try:
+                message = await asyncio.wait_for(receive(), limits.body_seconds)
+            except TimeoutError:
+                raise HTTPException(408, "the body came too slowly: send it again") from None
+            read += len(message.get("body", b""))
+            whole = not message.get("more_body", False)
+            if read > limits.body_bytes:
+                raise HTTPException(413, str(self._too_large()))
+            return message
+
+        return next_piece
+
+    def _too_large(self) -> Refused:
+        most = self.service.settings.limits.body_bytes >> 20
+        return Refused(413, f"the body has more than {most} MiB: scale the pictures down", code="body_too_large")
+
+    def _note(self, request: Request, scope: Scope, status: int, seconds: float) -> None:
+        route = getattr(scope.get("route"), "path", "other")
+        self.service.metrics.http.labels(request.method, route, str(status)).observe(seconds)
+        if status >= 400:
+            self.service.metrics.refused.labels(str(status)).inc()
+        caller = scope.get("caller")
+        key = caller.name if caller is not None else ""
+        facts = {"method": request.method, "path": request.url.path, "status": status, "key": key}
+        level = logging.DEBUG if status < 400 else logging.INFO
+        log.log(level, "answered", extra=facts | {"seconds": round(seconds, 4)})
+
+
+SAFE = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+)
+"""Headers of every answer."""
+
+
+def _check_origin(request: Request, open_to_all: bool) -> None:
+    """Refused where a page of another site sends the request, through a browser that can reach us when it cannot.
+
+    open_to_all: there are no keys, so only names of this machine are answered to; another one may have been made to
+    point here (DNS rebinding).
+    """
+    host = request.headers.get("host", "")
+    if open_to_all and _name_of(host) not in LOCAL_NAMES:
+        raise Refused(403, f"this server is not called {host[:100]}: use localhost, or start it with keys")
+    origin = request.headers.get("origin")
+    if origin is None or request.method in ("GET", "HEAD", "OPTIONS") or "authorization" in request.headers:
+        return
+    if origin.partition("://")[2] != host:
+        raise Refused(403, f"pages of {origin[:100]} may not ask this server")
+
+
+def _name_of(host: str) -> str:
+    """A Host header without its port."""
+    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+
+
+def _answer(refusal: Refused) -> JSONResponse:
+    headers = {}
+    if refusal.retry_after is not None:
+        headers["Retry-After"] = str(max(1, round(refusal.retry_after)))
+    if refusal.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(refusal.body(), refusal.status, headers)
+
+
+async def _refuse(request: Request, refusal: Refused) -> Response:
+    return _answer(refusal)
+
+
+async def _refuse_invalid(request: Request, error: RequestValidationError) -> Response:
+    return _answer(explain(error.errors()))
+
+
+async def _refuse_http(request: Request, error: HTTPException) -> Response:
+    message = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not taken here"}
+    answer = _answer(Refused(error.status_code, message.get(error.status_code, str(error.detail))))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _apologise(request: Request, error: Exception) -> Response:
+    return _answer(Refused(500, f"{type(error).__name__} in the server, see its log"))
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    """The OpenAPI document. FastAPI declares 422 for bodies that do not fit; here they get 400."""
+    if app.openapi_schema is None:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+        for name in ("HTTPValidationError", "ValidationError"):
+            document["components"]["schemas"].pop(name, None)
+        app.openapi_schema = document
+    return app.openapi_schema

@@ -1,0 +1,99 @@
+"""Answers that refuse: one exception, one body in OpenAI's form, whatever the route."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "server_error",
+}
+MEANINGS = {
+    400: "What was asked cannot be done; the message names the value and the remedy.",
+    401: "No key, or one that is not known here.",
+    403: "The key may not do this.",
+    404: "There is no such thing, or it is another key's.",
+    405: "The path does not take this method.",
+    408: "The body came too slowly.",
+    409: "The idempotency key was used for another body.",
+    413: "The body is larger than is taken.",
+    429: "The queue, the quota or the rate is spent: try again after Retry-After seconds.",
+    500: "The drawing failed by an error of the server's own.",
+    503: "The server is stopping or the engine is not there.",
+}
+
+
+class Error(BaseModel):
+    """Why something was refused or failed."""
+
+    message: str = Field(description="One line that names the value and the remedy.")
+    type: str = Field(description="Kind of error, as OpenAI's API names them.")
+    param: str | None = Field(None, description="The field that is wrong.")
+    code: str | None = Field(None, description="A word that programs can go by.")
+
+
+class ErrorBody(BaseModel):
+    """The body of every answer that is not a success."""
+
+    error: Error
+
+
+class Refused(Exception):
+    """An answer other than success. retry_after: seconds until it is worth asking again."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    def body(self) -> dict[str, Any]:
+        """The JSON of the answer."""
+        kind = KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What a route declares for the statuses it may refuse with, beside those that the guard may."""
+    return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in sorted({*statuses, 401, 403})}
+
+
+def explain(problems: Iterable[Any]) -> Refused:
+    """Pydantic's first complaint as an answer: the field, what was given, what is taken."""
+    problem = next(iter(problems))
+    place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header")]
+    name = ".".join(place)
+    message = " ".join(str(problem["msg"]).split())
+    if problem["type"] == "extra_forbidden":
+        message = "is not a field that is known here: leave it out"
+    elif problem["type"] == "json_invalid":
+        return Refused(400, "the body is not JSON: send one JSON object", code="invalid_json")
+    if not name:
+        return Refused(400, f"the body cannot be taken: {message}")
+    return Refused(400, f"{name}: {message}"[:500], param=name[:200])
+
+
+def explain_invalid(error: ValidationError) -> Refused:
+    """The same, of an error that pydantic raised."""
+    return explain(error.errors(include_url=False, include_context=False))

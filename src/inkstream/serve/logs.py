@@ -1,0 +1,48 @@
+"""The log: one JSON object a line on stderr. No prompt is in it unless that was asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import TextIO
+
+KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
+
+
+class Lines(logging.Formatter):
+    """A record as JSON: time, level, what happened, and the facts given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = {name: value for name, value in vars(record).items() if name not in KNOWN}
+        line = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S") + f".{int(record.msecs):03d}",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **facts,
+        }
+        if record.exc_info and record.exc_info[0] is not None:  # the place, not the values: they may be a prompt
+            line["error"] = record.exc_info[0].__name__
+            line["at"] = _places(record.exc_info[2])
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def set_up(stream: TextIO = sys.stderr) -> None:
+    """Ours and uvicorn's records go to one stream."""
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(Lines())
+    for name in ("inkstream.serve", "uvicorn", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler] if name != "uvicorn.error" else []
+        logger.propagate = name == "uvicorn.error"
+        logger.setLevel(logging.INFO)
+    logging.getLogger("uvicorn.access").disabled = True  # the server logs its answers itself
+
+
+def _places(trace: object) -> str:
+    places = []
+    while trace is not None:
+        code = trace.tb_frame.f_code  # type: ignore[attr-defined]
+        places.append(f"{code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}")  # type: ignore[attr-defined]
+        trace = trace.tb_next  # type: ignore[attr-defined]
+    return " > ".join(places[-8:])

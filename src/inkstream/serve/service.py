@@ -1,0 +1,98 @@
+"""What every router works with: the parts of the server, who asks, and answers that go on as events."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import Depends, Request
+from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPBearer
+
+from inkstream import types
+from inkstream.serve.errors import Refused
+from inkstream.serve.feed import Feed, Happening
+from inkstream.serve.fetch import fetch
+from inkstream.serve.inputs import decode, examine, keep
+from inkstream.serve.jobs import Jobs
+from inkstream.serve.keys import Caller, Keys
+from inkstream.serve.limits import Settings
+from inkstream.serve.metrics import Metrics
+from inkstream.serve.models import Offered
+from inkstream.serve.store import Store
+
+
+@dataclass(frozen=True)
+class Service:
+    """The parts of one server."""
+
+    settings: Settings
+    store: Store
+    keys: Keys
+    models: dict[str, Offered]
+    jobs: Jobs
+    metrics: Metrics
+    started: float
+
+    async def take_pictures(self, caller: Caller, request: types.Request) -> types.Request:
+        """The request with every picture it brings kept, as `upload:ID`. Refused where one is none, or may not be.
+
+        The first step of every route that draws; the second is `jobs.submit`.
+        """
+        limits = self.settings.limits
+        found = await to_thread.run_sync(decode, request, fetch if self.settings.fetch else None, limits)
+        uploads = {given: (data, await self.examine(caller, data, param)) for given, (data, param) in found.items()}
+        return keep(self.store, request, uploads, caller.scope)
+
+    async def examine(self, caller: Caller, data: bytes, param: str | None = None) -> Any:
+        """The upload that bytes become. Refused where they are no picture, or the caller's room is full."""
+        limits = self.settings.limits
+        room = limits.upload_total - self.store.uploaded(caller.name)
+        if caller.key is not None and len(data) > room:
+            raise Refused(
+                429, f"uploads of this key take {limits.upload_total >> 20} MiB: unused ones go after a week",
+                code="insufficient_quota", retry_after=86_400,
+            )  # fmt: skip
+        return await to_thread.run_sync(examine, data, caller.name, time.time(), limits, param)
+
+
+def _service(request: Request) -> Service:
+    return request.app.state.service
+
+
+def _caller(request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False, description="A key."))]) -> Caller:
+    """Who asks, as the guard in front of all routes found."""
+    return request.scope["caller"]
+
+
+Parts = Annotated[Service, Depends(_service)]
+Who = Annotated[Caller, Depends(_caller)]
+
+
+def stream(feed: Feed, happenings: AsyncIterator[Happening], named: bool = False) -> StreamingResponse:
+    """Happenings as server-sent events; named: each says which job it is about. A client that leaves ends them."""
+
+    async def lines() -> AsyncIterator[bytes]:
+        async for happening in happenings:
+            if happening.name == "ping":
+                yield b": ping\n\n"
+                continue
+            data = {"job": happening.job, **happening.data} if named else happening.data
+            head = f"id: {feed.name_of(happening)}\nevent: {happening.name}\n"
+            yield f"{head}data: {json.dumps(data)}\n\n".encode()
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "Server-sent events, as they happen.",
+        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+    }
+}
+"""What a route declares whose answer is events."""

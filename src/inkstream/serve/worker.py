@@ -1,0 +1,248 @@
+"""The engine's process: jobs come in on stdin, events go out on stdout, a line of JSON each; pictures go as files.
+
+    python -m inkstream.serve.worker
+
+It knows nothing of queues, keys or HTTP. When stdin closes, whoever started it is gone, and so is it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inkstream.types import Done, Failed, InputError, Loading, Request, Spec, Step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from inkstream.engine.engine import Engine
+
+FACTS = (
+    "name", "family", "steps", "guidance", "shift", "guides", "shift_rule", "size", "multiple", "solver", "schedule",
+    "strength", "licence", "commercial", "title",
+)  # fmt: skip
+"""Fields of a Spec that the server wants to know."""
+
+
+class Voice:
+    """Says one message at a time, from whatever thread."""
+
+    def __init__(self, handle: int):
+        self._handle = handle
+        self._turn = threading.Lock()
+
+    def say(self, **message: Any) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        with self._turn:
+            while data:
+                data = data[os.write(self._handle, data) :]
+
+
+class Worker:
+    """An engine and the runs it has in hand."""
+
+    def __init__(self, engine: Engine, parts: Path, voice: Voice):
+        self.engine = engine
+        self.parts = parts
+        self.say = voice.say
+        self.cancelled: set[str] = set()
+        self._described = threading.Lock()
+
+    def draw(self, message: Mapping[str, Any]) -> None:
+        """Draw one request to its end, telling of every step; whatever happens, the last word is an end."""
+        run = message["draw"]
+        try:
+            request = Request.model_validate(read_pictures(message["request"]))
+            end = self._draw(run, request, message)
+        except InputError as error:
+            end = {"event": "failed", "kind": "input", "error": str(error)}
+        except Exception as error:
+            report(error)
+            end = {"event": "failed", "kind": "internal", "error": f"{type(error).__name__} in the engine, see the log"}
+        self.cancelled.discard(run)
+        self.say(run=run, memory=memory(), **end)
+
+    def _draw(self, run: str, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
+        from inkstream.engine.engine import advice
+
+        written, advised = "", False
+        events = self.engine.submit(request)
+        try:
+            for event in events:
+                if run in self.cancelled:
+                    return {"event": "cancelled"}
+                if isinstance(event, Loading):
+                    written = event.text or written
+                    self.say(run=run, event="loading", what=event.what, done=event.done_bytes, total=event.total_bytes)
+                elif isinstance(event, Step):
+                    if not advised:
+                        advised = True
+                        as_drawn = request.model_copy(update={"prompt": written} if written else {})
+                        self.say(run=run, event="remarks", device=str(self.engine.model.device),
+                             remarks=advice(as_drawn, self.engine.model))  # fmt: skip
+                    preview = None if event.preview is None else data_url(event.preview)
+                    self.say(run=run, event="step", picture=event.index, of=event.count, step=event.step,
+                             steps=event.steps, seconds=round(event.seconds, 4), preview=preview)  # fmt: skip
+                elif isinstance(event, Done):
+                    self.say(run=run, event="picture", **self._save(run, event, request, message))
+                elif isinstance(event, Failed):
+                    return {"event": "failed", "kind": event.kind, "error": event.error}
+        finally:
+            close = getattr(events, "close", None)
+            if close is not None:
+                close()
+        return {"event": "done"}
+
+    def _save(self, run: str, done: Done, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a picture beside the others, where the server takes it from. What it carries names no path of ours."""
+        from inkstream.engine.metadata import PICTURE_FIELDS, encode_picture
+
+        model = self.engine.model
+        extra = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        if given := message.get("upsampled_from") or (request.prompt if done.request.prompt != request.prompt else ""):
+            extra["upsampled_from"] = given
+        complete = done.request.model_copy(update={"model": message["name"]})
+        data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
+        path = self.parts / f"{run}-{done.index}.png"
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # before the row that names it
+        return {
+            "index": done.index,
+            "file": path.name,
+            "seconds": round(done.seconds, 4),
+            "width": done.image.width,
+            "height": done.image.height,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "request": complete.model_dump(mode="json", exclude_none=True, exclude=set(PICTURE_FIELDS)),
+        }
+
+    def load(self, name: str, source: str) -> None:
+        """Have a model ready before anybody asks for it."""
+        try:
+            for event in self.engine.load(source):
+                self.say(event="loading", what=event.what, done=event.done_bytes, total=event.total_bytes)
+            self.say(event="loaded", model=name, device=str(self.engine.model.device), memory=memory())
+        except InputError as error:
+            self.say(event="unloadable", model=name, error=str(error))
+        except Exception as error:
+            report(error)
+            self.say(event="unloadable", model=name, error=f"{type(error).__name__} in the engine, see the log")
+
+    def describe(self, name: str, source: str) -> None:
+        """Say what a model that only its files know is, without reading its weights."""
+        from inkstream.engine.sources import locate
+
+        try:
+            spec = locate(source).spec
+            facts = {field: getattr(spec, field) for field in FACTS}
+            self.say(event="described", model=name, spec={**facts, "abilities": sorted(spec.abilities)})
+        except InputError as error:
+            self.say(event="unloadable", model=name, error=str(error))
+
+
+def read_spec(facts: Mapping[str, Any]) -> Spec:
+    """The Spec that `describe` told of; the configs of its parts are left out."""
+    known = {**facts, "size": tuple(facts["size"]), "abilities": frozenset(facts["abilities"])}
+    return Spec(transformer=None, text_encoder=None, vae=None, **known)
+
+
+def read_pictures(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request with the files it names in place of their paths, so that a picture's metadata names none of them."""
+    from inkstream.engine.metadata import PICTURE_FIELDS
+
+    def data(path: str) -> str:
+        return "data:application/octet-stream;base64," + base64.b64encode(Path(path).read_bytes()).decode()
+
+    fields = dict(request)
+    for name in PICTURE_FIELDS:
+        given = fields.get(name)
+        if isinstance(given, str):
+            fields[name] = data(given)
+        elif given:
+            fields[name] = [data(path) for path in given]
+    return fields
+
+
+def data_url(image: Image) -> str:
+    """A preview, small enough to be sent at every step."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def memory() -> dict[str, int]:
+    """Bytes in use: this process's now, and the most a GPU has held."""
+    import torch
+
+    used = {}
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used["process"] = pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        pass
+    if torch.cuda.is_available():
+        used["gpu"] = torch.cuda.max_memory_allocated()
+    return used
+
+
+def report(error: Exception) -> None:
+    """Where an error of ours happened, without the values that led to it: they may be somebody's prompt."""
+    place, trace = [], error.__traceback__
+    while trace is not None:
+        place.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    print(f"{type(error).__name__} at {' > '.join(place[-8:])}", file=sys.stderr, flush=True)
+
+
+def listen(messages: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Hand on what comes in. At its end the process ends, whatever it is doing: nobody could hear the rest."""
+    for line in sys.stdin.buffer:
+        messages.put(json.loads(line))
+    os._exit(0)
+
+
+def main() -> None:
+    """Serve whoever started this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes our stdin
+    messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(messages,), daemon=True).start()
+    voice = Voice(os.dup(1))
+    os.dup2(2, 1)  # what others print must not get between the messages
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    first = messages.get()
+    began = time.perf_counter()
+    from inkstream.engine.engine import Engine
+
+    engine = Engine(first["device"], first["dtype"], previews=True, commercial_only=first["commercial_only"])
+    worker = Worker(engine, Path(first["parts"]), voice)
+    voice.say(event="ready", seconds=round(time.perf_counter() - began, 3), memory=memory())
+    while True:
+        message = messages.get()
+        if "draw" in message:
+            threading.Thread(target=worker.draw, args=(message,), daemon=True).start()
+        elif "cancel" in message:
+            worker.cancelled.add(message["cancel"])
+        elif "load" in message:
+            threading.Thread(target=worker.load, args=(message["load"], message["source"]), daemon=True).start()
+        elif "describe" in message:
+            threading.Thread(target=worker.describe, args=(message["describe"], message["source"]), daemon=True).start()
+
+
+if __name__ == "__main__":
+    main()

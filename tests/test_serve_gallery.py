@@ -1,0 +1,220 @@
+"""The gallery and the models over HTTP, and what the OpenAPI document says of them."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from inkstream.engine.options import options
+from inkstream.families import SPECS
+from inkstream.serve.models import offer
+from inkstream.types import InputError, Request
+
+
+@pytest.fixture(scope="module")
+def drawn(server):
+    """A job that has ended, with two pictures."""
+    return server.ended(server.draw(prompt="一只橘猫 and a Blue circle", count=2, seed=4242, width=64))
+
+
+def png(server, picture) -> bytes:
+    return server.ask("GET", picture["url"])[2]
+
+
+def test_pictures_are_found_by_words_seed_model_and_date(server, drawn):
+    a, b = drawn["pictures"]
+
+    def found(query: str) -> list[str]:
+        status, _, page = server.ask("GET", f"/v1/pictures?{query}")
+        assert status == 200
+        return [picture["id"] for picture in page["pictures"]]
+
+    assert found("q=%E6%A9%98%E7%8C%AB") == [b["id"], a["id"]]
+    assert found("q=blue%20CIRCLE") == [b["id"], a["id"]]
+    assert found("seed=4243") == [b["id"]]
+    assert a["id"] in found("model=pocket&limit=500")
+    assert found("model=other") == []
+    assert found(f"until={a['created']}&seed=4243") == []
+    assert found(f"since={b['created']}&seed=4243") == [b["id"]]
+    page = server.ask("GET", "/v1/pictures?q=blue&limit=1")[2]
+    assert (page["total"], page["pictures"][0]["id"]) == (2, b["id"])
+    page = server.ask("GET", f"/v1/pictures?q=blue&limit=1&before={page['next']}")[2]
+    assert page["pictures"][0]["id"] == a["id"]
+
+
+def test_a_favourite_is_marked_and_a_deletion_is_undone(server, drawn):
+    path = f"/v1/pictures/{drawn['pictures'][0]['id']}"
+    assert server.ask("PATCH", path, {"favourite": True})[2]["favourite"]
+    found = server.ask("GET", "/v1/pictures?favourite=true&q=blue")[2]
+    assert [picture["id"] for picture in found["pictures"]] == [drawn["pictures"][0]["id"]]
+    assert server.ask("PATCH", path, {"deleted": True})[2]["deleted"]
+    assert server.ask("GET", "/v1/pictures?q=blue")[2]["total"] == 1
+    assert server.ask("GET", "/v1/pictures?q=blue&deleted=true")[2]["total"] == 1
+    back = server.ask("PATCH", path, {"deleted": False, "favourite": False})[2]
+    assert (back["deleted"], back["favourite"]) == (False, False)
+    assert server.ask("GET", "/v1/pictures?q=blue")[2]["total"] == 2
+
+
+def test_a_thumbnail_is_small_made_once_and_not_sent_twice(server, drawn):
+    picture = drawn["pictures"][0]
+    status, headers, data = server.ask("GET", picture["thumbnail"])
+    assert (status, headers["content-type"]) == (200, "image/webp")
+    assert Image.open(io.BytesIO(data)).size == (64, 32)
+    assert "immutable" in headers["cache-control"]
+    assert server.ask("GET", picture["thumbnail"], headers={"If-None-Match": headers["etag"]})[0] == 304
+    assert server.ask("GET", picture["url"], headers={"If-None-Match": '"other"'})[0] == 200
+
+
+def test_a_picture_whose_file_was_taken_away_is_not_found(server):
+    picture = server.ended(server.draw())["pictures"][0]
+    row = server.service.store.picture(picture["id"])
+    (server.service.store.pictures / row.file).unlink()
+    assert server.ask("GET", picture["url"])[0] == 404
+    assert server.ask("GET", picture["thumbnail"])[0] == 404
+
+
+def test_a_picture_says_how_it_was_drawn(server, drawn):
+    status, _, found = server.ask("POST", "/v1/recall", png(server, drawn["pictures"][1]))
+    assert (status, found["tool"], found["request"]["seed"]) == (200, "inkstream", 4243)
+    assert found["request"] == drawn["pictures"][1]["request"]
+
+
+def test_a_picture_of_this_server_recalls_its_start_picture_too(server, drawn):
+    upload = server.ask("POST", "/v1/uploads", png(server, drawn["pictures"][0]))[2]
+    done = server.ended(server.draw(image=f"upload:{upload['id']}", steps=1, strength=1.0))
+    found = server.ask("POST", "/v1/recall", png(server, done["pictures"][0]))[2]
+    assert found["request"]["image"] == f"upload:{upload['id']}"
+
+
+def test_metadata_that_names_a_file_of_the_server_gets_it_from_nobody(server, tmp_path):
+    from inkstream.engine.metadata import save_picture
+
+    save_picture(Image.new("RGB", (16, 16)), tmp_path / "a.png", Request(prompt="x", image="/etc/passwd"))
+    status, _, found = server.ask("POST", "/v1/recall", (tmp_path / "a.png").read_bytes())
+    assert status == 200
+    assert "image" not in found["request"]
+    assert any("image" in line for line in found["remarks"])
+
+
+def test_what_is_no_picture_or_carries_nothing_is_said_to_be_so(server):
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "PNG")
+    assert server.ask("POST", "/v1/recall", buffer.getvalue())[0] == 404
+    for path in ("/v1/recall", "/v1/uploads"):
+        status, _, body = server.ask("POST", path, b"not a picture")
+        assert status == 400
+        assert "not a picture of a kind that is read" in body["error"]["message"]
+        assert server.ask("POST", path, b"")[0] == 400
+
+
+def test_an_upload_of_too_many_pixels_is_refused_from_its_header(server):
+    import struct
+    import zlib
+
+    header = struct.pack(">IIBBBBB", 16000, 4000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + b"IHDR" + header + struct.pack(">I", zlib.crc32(b"IHDR" + header))
+    status, _, body = server.ask("POST", "/v1/uploads", b"\x89PNG\r\n\x1a\n" + chunk + b"\0" * 100)
+    assert (status, body["error"]["code"]) == (400, "invalid_image")
+
+
+def test_the_list_of_models_is_openais_with_details_of_ours(server):
+    models = server.ask("GET", "/v1/models")[2]
+    assert (models["object"], [m["id"] for m in models["data"]]) == ("list", ["pocket"])
+    details = models["data"][0]["inkstream"]
+    assert (details["licence"], details["commercial"], details["size"]) == ("apache-2.0", True, [128, 128])
+    assert server.ask("GET", "/v1/models/pocket")[2]["id"] == "pocket"
+    assert server.ask("GET", "/v1/models/gpt")[0] == 404
+
+
+def test_the_form_has_every_field_with_what_the_model_does_with_it(server):
+    fields = {field["name"]: field for field in server.ask("GET", "/v1/models/pocket/form")[2]["fields"]}
+    assert set(fields) == set(Request.model_fields) - {"model"}
+    table = options(SPECS["pocket"])
+    assert all(field["effect"] == table[name].effect for name, field in fields.items())
+    assert (fields["width"]["type"], fields["width"]["default"], fields["width"]["step"]) == ("integer", 128, 16)
+    assert (fields["steps"]["default"], fields["steps"]["maximum"]) == (16, 50)
+    assert fields["solver"]["type"] == "choice"
+    assert "heun" in fields["solver"]["choices"]
+    assert (fields["reference"]["type"], fields["image"]["type"]) == ("pictures", "picture")
+    assert fields["guidance"]["maximum"] == 100
+    assert fields["upsample"]["type"] == "boolean"
+
+
+def test_models_are_offered_by_name_or_path_and_no_others(tmp_path):
+    (tmp_path / "my model").mkdir()
+    models = offer(["pocket", str(tmp_path / "my model"), f"other={tmp_path / 'my model'}"])
+    assert list(models) == ["pocket", "my-model", "other"]
+    assert models["my-model"].spec is None
+    assert next(iter(offer([]))) == "pocket"
+    with pytest.raises(InputError, match="neither a known model nor a path"):
+        offer(["no/such/model"])
+    with pytest.raises(InputError, match="two models"):
+        offer(["pocket", "pocket"])
+
+
+def test_a_model_from_a_folder_is_described_by_the_engine_and_draws(tmp_path, tiny_folder, start_server, until):
+    from inkstream.serve.limits import Settings
+
+    served = start_server(Settings(tmp_path, models=(f"tiny={tiny_folder}",), preload=False))
+    until(lambda: served.service.models["tiny"].spec is not None)
+    assert served.ask("GET", "/v1/models/tiny/form")[0] == 200
+    job = served.draw(width=64, height=64)
+    done = served.ended(job)
+    assert (done["state"], done["request"]["model"]) == ("succeeded", "tiny")
+    data = served.ask("GET", done["pictures"][0]["url"])[2]
+    assert str(tiny_folder).encode() not in data
+    served.stop()
+
+
+def test_the_document_declares_no_answer_that_is_not_given(server):
+    document = server.ask("GET", "/openapi.json")[2]
+    for path, operations in document["paths"].items():
+        for method, operation in operations.items():
+            statuses = set(operation["responses"])
+            assert "422" not in statuses, (method, path)
+            assert any(status.startswith("2") for status in statuses)
+            if path.startswith("/v1/"):
+                assert {"401", "403"} <= statuses, (method, path)
+    names = [operation["operationId"] for operations in document["paths"].values() for operation in operations.values()]
+    assert len(names) == len(set(names))
+
+
+def test_what_is_not_there_is_refused_in_the_same_form(server):
+    status, _, body = server.ask("GET", "/v1/nothing")
+    assert (status, body["error"]["type"]) == (404, "not_found_error")
+    assert server.ask("PUT", "/v1/jobs")[0] == 405
+    status, _, body = server.ask("POST", "/v1/jobs", b"{")
+    assert (status, body["error"]["code"]) == (400, "invalid_json")
+    assert server.ask("GET", "/docs")[0] == 404  # its page would load scripts from elsewhere
+
+
+def test_health_readiness_and_numbers_are_told(server, until, drawn):
+    assert server.ask("GET", "/healthz")[2]["status"] == "ok"
+    assert server.ask("GET", "/readyz")[0] == 200
+    text = server.ask("GET", "/metrics")[2].decode()
+    for name in ("inkstream_queue_jobs", "inkstream_step_seconds_count", "inkstream_batch_size_bucket",
+                 'inkstream_pictures_total{key="",model="pocket"}', 'inkstream_memory_bytes{kind="process"}',
+                 'inkstream_stage_seconds_count{stage="draw"}', 'route="/v1/pictures"'):  # fmt: skip
+        assert name in text, name
+
+
+def test_the_servers_process_never_imports_torch(tmp_path):
+    code = f"""
+import sys
+from pathlib import Path
+from inkstream.serve.limits import Settings
+from inkstream.serve.app import build
+import inkstream.cli.serve, uvicorn
+app = build(Settings(Path({str(tmp_path)!r})))
+app.openapi()
+from inkstream.serve.models import form
+for model in app.state.service.models.values():
+    form(model, app.state.service.settings.limits)
+print("torch" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
