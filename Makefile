@@ -14,4 +14,4 @@ docs: ## render the pages that are made from the code
 	python scripts/render_docs.py
 
 bench: ## time ours beside its peers and write benchmarks/records
-	python scripts/bench_zimage.py
+	inkstream bench --record speed-cpu

@@ -13,9 +13,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import inkstream.engine
@@ -67,15 +69,22 @@ def count_products(spec: Spec, request: Request) -> dict[str, int]:
     model = build(as_source(spec, "bf16"), dict.fromkeys(parts_of(spec), torch.float32))
     counts = {}
     for phase, compute in phases(model, request).items():
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        with FlopCounterMode(display=False) as counter, torch.inference_mode(), Undecided():
             compute()
         counts[phase] = counter.get_total_flops()
     return counts
 
 
+class Undecided(TorchDispatchMode):
+    """Tensors without data say no, where somebody asks whether he may leave something out."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return False if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
 def build(source: Source, dtypes: dict[str, torch.dtype]) -> Model:
     modules = {part: at_home(source, part, dtypes[part]) for part in source.parts}
-    model = on_meta(source, modules, dict.fromkeys(source.family.tokenizers), dtypes)
+    model = on_meta(source, modules, dict.fromkeys(source.family.tokenizers, SimpleNamespace(token_to_id=len)), dtypes)
     model.family.tokens = lambda prompt: (1,) * TOKENS[source.spec.family]  # type: ignore[method-assign]
     return model
 

@@ -1,22 +1,26 @@
-"""Render docs/cli.md from the command line itself, the keys in docs/training.md from the recipe, and the table in
-docs/models.md from the known models.
+"""Render docs/cli.md from the command line itself, the keys in docs/training.md from the recipe, the table in
+docs/models.md from the known models, and those in docs/speed.md from the records of what was measured.
 
     python scripts/render_docs.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from cyclopts import Argument
+from cyclopts import App, Argument
 
+from inkstream.bench.tables import fill
 from inkstream.cli import app
 from inkstream.cli.models import TELLING, in_a_word, list_models
 from inkstream.train.recipe import describe
 
-DOCS = Path(__file__).parent.parent / "docs"
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RECORDS = ROOT / "benchmarks" / "records"
 KEYS = "## Keys\n\n"
 KNOWN = "## Known models\n\n"
 HEAD = """# The command line
@@ -34,21 +38,31 @@ def render() -> str:
     return "\n".join([HEAD, *(line for name in commands() for line in section(name))])
 
 
-def commands() -> list[str]:
-    """Names of the commands, without flags such as --help, in the order they were written."""
-    return [name for name in app if not name.startswith("-")]
+def commands(parent: App = app, before: str = "") -> list[str]:
+    """Names of the commands that do something, without flags such as --help, in the order they were written."""
+    found = []
+    for name in parent:
+        if not name.startswith("-"):
+            found += [before + name] if parent[name].default_command else []
+            found += commands(parent[name], f"{before}{name} ")
+    return found
+
+
+def find(command: str) -> App:
+    """The command of a name such as `generate` or `serve keys add`."""
+    return reduce(lambda parent, name: parent[name], command.split(), app)
 
 
 def arguments(command: str) -> list[Argument]:
     """What a command takes, in the order of its help."""
-    every = app[command].assemble_argument_collection(default_parameter=app.default_parameter, parse_docstring=True)
+    every = find(command).assemble_argument_collection(default_parameter=app.default_parameter, parse_docstring=True)
     return [argument for argument in every if argument.parse and argument.show]
 
 
 def section(command: str) -> Iterator[str]:
     yield f"## inkstream {command}"
     yield ""
-    yield app[command].help.partition("Parameters\n")[0].strip()
+    yield find(command).help.partition("Parameters\n")[0].strip()
     yield ""
     rows = [row(argument) for argument in arguments(command)]
     yield "| Option | Takes | Default | Meaning |"
@@ -87,6 +101,11 @@ def models() -> str:
         ]
         for model in list_models()
     ]
+    return table(heads, rows)
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of Markdown."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---"] * len(heads), *rows))
 
 
@@ -96,3 +115,5 @@ if __name__ == "__main__":
     page.write_text(page.read_text().partition(KNOWN)[0] + KNOWN + models())
     training = DOCS / "training.md"
     training.write_text(training.read_text().partition(KEYS)[0] + KEYS + describe())
+    speed = DOCS / "speed.md"
+    speed.write_text(fill(speed.read_text(), RECORDS))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -152,14 +154,18 @@ def tiny_base_folder(tmp_path_factory) -> Path:
 
 
 class Served:
-    """The real application on a free port of this machine, in a thread; its engine is a process, as always."""
+    """The real application on a free port of this machine, in a thread; its engine is a process, as always.
 
-    def __init__(self, settings: Any):
+    engine: a Python program to run as that process instead, for tests of one that hangs or is not needed.
+    """
+
+    def __init__(self, settings: Any, engine: str | None = None):
         import uvicorn
 
         from inkstream.serve.app import build
+        from inkstream.serve.process import COMMAND
 
-        self.app = build(settings)
+        self.app = build(settings, COMMAND if engine is None else (sys.executable, "-c", engine))
         self.service = self.app.state.service
         config = uvicorn.Config(self.app, "127.0.0.1", 0, log_config=None, timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
@@ -179,20 +185,19 @@ class Served:
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None
     ) -> tuple[int, dict[str, str], Any]:
         """Status, headers, and the body: JSON where it is. body: JSON, or bytes as they are."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
         sent = {"Content-Type": "application/octet-stream" if isinstance(body, bytes) else "application/json"}
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
-        connection.request(method, path, data, sent | (headers or {}))
-        answer = connection.getresponse()
-        content = answer.read()
-        connection.close()
+        with closing(http.client.HTTPConnection("127.0.0.1", self.port, timeout=180)) as connection:
+            connection.request(method, path, data, sent | (headers or {}))
+            answer = connection.getresponse()
+            content = answer.read()
         found = {name.lower(): value for name, value in answer.getheaders()}
         is_json = found.get("content-type", "").startswith("application/json")
         return answer.status, found, json.loads(content) if is_json else content
 
     def events(self, path: str, headers: dict[str, str] | None = None) -> Iterator[tuple]:
         """Server-sent events as they come: id, name, data. Closing it leaves."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=180)
         connection.request("GET", path, headers=headers or {})
         answer = connection.getresponse()
         assert answer.status == 200
@@ -225,7 +230,7 @@ def read_events(answer: http.client.HTTPResponse, connection: http.client.HTTPCo
         connection.close()
 
 
-def wait_for(condition: Callable[[], Any], seconds: float = 60.0) -> None:
+def wait_for(condition: Callable[[], Any], seconds: float = 180.0) -> None:
     """Until something is so."""
     end = time.monotonic() + seconds
     while not condition():
@@ -241,7 +246,7 @@ def until() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def start_server() -> Callable[..., Served]:
-    """`start_server(Settings(...))` is a running server; whoever starts it stops it."""
+    """`start_server(settings, engine=None)` is a running server; whoever starts it stops it."""
     return Served
 
 

@@ -41,6 +41,7 @@ CASES = {
     "equal": ([3, 3], [3, 3]),
     "mixed": ([2, 5, 5, 1], [2, 5, 5, 1]),
     "more keys than queries": ([2, 3], [7, 4]),
+    "long": ([attention.LONG + 1], [attention.LONG + 1]),
 }
 cases = pytest.mark.parametrize(("q_lengths", "k_lengths"), CASES.values(), ids=CASES)
 

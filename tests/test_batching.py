@@ -12,10 +12,11 @@ import torch
 from PIL import Image
 
 import inkstream
-from inkstream.engine.batch import ABREAST, Alone, Ask, Batch, Drawing, within
+from inkstream.engine.batch import ABREAST, Alone, Ask, Batch, Drawing, tokens_of, within
 from inkstream.engine.model import Run
+from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.sampling.solvers import SOLVERS
-from inkstream.types import Done, Event, Failed, InputError, Loading, Query, Queued, Request, Step
+from inkstream.types import Conditioning, Done, Event, Failed, InputError, Loading, Query, Queued, Request, Step
 
 # The batch by itself, over flows that are known: every path leads straight to its picture --------------------------
 
@@ -363,6 +364,30 @@ def test_iterators_that_one_thread_reads_in_turn_share_their_forwards(engine, mi
     assert max(sizes) > 4
     for request, image in zip(mixed, shown):
         assert apart(image, engine.generate(request).images[0]) >= 50
+
+
+def test_a_run_counts_the_tokens_of_its_picture_its_text_and_what_it_looks_at():
+    latents = torch.zeros(16, 8, 12)
+    run = Run(Request(width=96, height=64, guidance=1.0), SOLVERS["euler"](latents, [1.0, 0.0]), ["x"], 1, latents)
+    cond = Conditioning(torch.zeros(12, 4), (7, 5), references=(torch.zeros(16, 8, 8), torch.zeros(16, 4, 4)))
+    assert tokens_of(run, cond) == 24 + 7 + 16 + 4
+
+
+def test_flux2_pictures_of_other_sizes_that_look_at_others_share_a_forward(make_folder, tmp_path):
+    folder = make_folder(tmp_path / "tiny-flux2-klein", KLEIN_4B.tiny)
+    engine = inkstream.Engine(device="cpu")
+    photo = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
+    sizes = [
+        {"width": 64, "height": 64},
+        {"width": 96, "height": 32},
+        {"width": 32, "height": 64, "reference": (photo,)},
+    ]
+    wishes = [Request(prompt="x" * i, model=str(folder), seed=i, steps=2 + i, **size) for i, size in enumerate(sizes)]
+    list(engine.load(str(folder)))
+    shown: list[Image.Image] = []
+    assert max(counted(engine, lambda: shown.extend(turn_by_turn(engine, wishes)))) == 3
+    for wish, image in zip(wishes, shown):
+        assert apart(image, engine.generate(wish).images[0]) >= 50
 
 
 def test_the_events_of_one_request_come_in_the_order_they_have_alone(engine, mixed):

@@ -113,10 +113,22 @@ def test_a_block_that_is_left_out_is_not_brought(stack):
         assert brought == expected
 
 
-def test_outside_a_step_nothing_is_remembered(stack):
-    with pytest.raises(RuntimeError), StepCache(1, 1).step(0.5):
-        raise RuntimeError
+def test_a_forward_that_failed_is_run_whole_the_next_time(stack):
+    cache = StepCache(1, 1)
+    forward(stack, cache, 0.5)
+    whole = forward(stack, StepCache(1, 0), 0.4)
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    hook = stack[2].register_forward_pre_hook(fail)
+    cache.threshold = 0
+    with pytest.raises(RuntimeError, match="no memory"):
+        forward(stack, cache, 0.4)
+    hook.remove()
     assert in_use.get() is None
+    cache.threshold = 1
+    assert torch.equal(forward(stack, cache, 0.4), whole)
 
 
 def request(spec, **fields):

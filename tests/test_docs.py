@@ -38,6 +38,11 @@ def test_the_table_of_models_is_what_the_code_renders():
     assert page.partition(renderer().KNOWN)[2] == renderer().models(), "run python scripts/render_docs.py"
 
 
+def test_the_tables_of_what_was_measured_are_the_records():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    assert page == renderer().fill(page, ROOT / "benchmarks" / "records"), "run python scripts/render_docs.py"
+
+
 def test_the_page_of_the_models_names_every_key_of_a_card_and_every_ability():
     page = (ROOT / "docs" / "models.md").read_text()
     abilities = {ability for spec in SPECS.values() for ability in spec.abilities}

@@ -9,14 +9,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from inkstream.nn.layers import SwiGLU, rms_norm, rms_norm_into
 from inkstream.nn.quant import (
     Outline,
     PackedEmbedding,
     PackedLinear,
+    Rounded,
     full_weight,
     multiply_fp8,
     multiply_int8,
     place,
+    round_to_int8,
     takes_packed,
 )
 from inkstream.quant.pack import BLOCKS, GROUPS, fits, pack
@@ -262,6 +265,31 @@ def test_one_scale_of_a_whole_weight_serves_all_its_rows():
     packed = replace(pack("int8", normal(8, 64)), scales=(torch.full((1, 1), 0.25),))
     x = normal(3, 64)
     assert torch.allclose(multiply_int8(x, packed, None), x @ unpack(packed).T, rtol=0.1, atol=3)
+
+
+def test_rows_are_rounded_the_same_few_at_a_time():
+    x, y = normal(3 * CHUNK // 2048 + 1, 2048), normal(3 * CHUNK // 2048 + 1, 2048, seed=1)
+    x[3] = 0
+    for rounded, full in ((round_to_int8(x), x), (round_to_int8(x, y, join=torch.mul), x * y)):
+        scale = full.abs().amax(1, keepdim=True).clamp(min=1e-30) / 127
+        assert torch.equal(rounded.scale, scale)
+        assert torch.equal(rounded.numbers, (full * scale.reciprocal()).round().to(torch.int8))
+
+
+@pytest.mark.parametrize("rotated", [0, 16])
+def test_layers_that_share_rounded_rows_give_what_each_gives_alone(rotated):
+    layer = SwiGLU(64, 128)
+    state = {name: pack("int8", weight, dynamic=True) for name, weight in layer.state_dict().items()}
+    state = {name: replace(packed, rotated=rotated) for name, packed in state.items()}
+    layer.load_state_dict(place(layer, state, torch.float32), assign=True)
+    x, ones = normal(9, 64), torch.ones(64)
+    with torch.no_grad():
+        normed = rms_norm(x, ones, 1e-5)
+        gate, up = (multiply_int8(normed, state[name], None) for name in ("w1.weight", "w3.weight"))
+        expected = multiply_int8(F.silu(gate) * up, state["w2.weight"], None)
+        shared = rms_norm_into([layer.w1, layer.w3], x, ones, 1e-5)
+        assert isinstance(shared, Rounded) is (rotated == 0)
+        assert torch.equal(layer(shared), expected)
 
 
 def test_a_product_of_8_bit_floats_is_near_the_full_one():

@@ -187,7 +187,7 @@ def test_what_is_not_there_is_refused_in_the_same_form(server):
     status, _, body = server.ask("GET", "/v1/nothing")
     assert (status, body["error"]["type"]) == (404, "not_found_error")
     assert server.ask("PUT", "/v1/jobs")[0] == 405
-    status, _, body = server.ask("POST", "/v1/jobs", b"{")
+    status, _, body = server.ask("POST", "/v1/jobs", b"{", {"Content-Type": "application/json"})
     assert (status, body["error"]["code"]) == (400, "invalid_json")
     assert server.ask("GET", "/docs")[0] == 404  # its page would load scripts from elsewhere
 

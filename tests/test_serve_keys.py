@@ -25,15 +25,14 @@ OPEN = {"/healthz", "/readyz", "/openapi.json"}
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory, start_server):
-    """A server with keys, whose queue is paused, and the keys by name."""
+    """A server with keys, whose engine draws nothing, and the keys by name."""
     folder = tmp_path_factory.mktemp("keyed")
     keys = {
         "ann": add_key(folder / "keys.json", "ann", 0.0, pictures_per_day=4, queued=2),
         "bob": add_key(folder / "keys.json", "bob", 0.0, per_minute=2, priority=3),
         "root": add_key(folder / "keys.json", "root", 0.0, admin=True, priority=10),
     }
-    served = start_server(Settings(folder, models=("pocket",), limits=Limits(queue=5), preload=False))
-    served.service.jobs.paused = True
+    served = start_server(Settings(folder, models=("pocket",), limits=Limits(queue=5)), engine="input()")
     yield served, {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
     served.stop()
 
@@ -244,7 +243,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server):
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(tmp_path, start_server):
-    served = start_server(Settings(tmp_path, models=("pocket",), limits=Limits(body_seconds=0.2), preload=False))
+    served = start_server(Settings(tmp_path, models=("pocket",), limits=Limits(body_seconds=0.2)), engine="input()")
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
     connection.putrequest("POST", "/v1/uploads")
     connection.putheader("Content-Length", "100")

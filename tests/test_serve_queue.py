@@ -65,20 +65,31 @@ def test_every_job_is_in_the_order_once_and_each_keys_stay_in_theirs(jobs):
         assert own == sorted(own)
 
 
-def test_waiting_jobs_end_when_a_slot_has_drawn_them():
-    assert ends([3.0], [2.0, 4.0], slots=1) == [5.0, 9.0]
-    assert ends([3.0], [2.0, 4.0], slots=2) == [2.0, 6.0]
+def test_jobs_end_one_after_the_other_in_one_slot_and_share_the_engine_in_several():
+    assert ends([3.0], [2.0, 4.0], slots=1) == [3.0, 5.0, 9.0]
+    assert ends([3.0], [2.0, 4.0], slots=2) == [6.0, 4.0, 9.0]
+    assert ends([2.0, 2.0], [], slots=2) == [4.0, 4.0]
     assert ends([], [2.0, None, 4.0], slots=1) == [2.0, None, None]
-    assert ends([None], [2.0], slots=1) == [None]
+    assert ends([], [], slots=1) == []
+
+
+@given(st.lists(st.floats(0, 99), max_size=9), st.integers(1, 5))
+def test_however_many_share_the_engine_all_work_is_done_in_the_same_time(seconds, slots):
+    found = ends([], seconds, slots)
+    assert max(found, default=0.0) == pytest.approx(sum(seconds))
+    assert all(end >= own - 1e-6 for end, own in zip(found, seconds))
 
 
 def test_pace_is_learnt_from_pictures_and_grows_with_steps_and_pixels():
     pace = Pace({})
     small = Request(model="m", width=512, height=512, steps=4)
-    assert pace.seconds(small) is None
-    pace.learn(small, 2.0)
-    assert pace.seconds(small) == pytest.approx(2.0)
-    assert pace.seconds(Request(model="m", width=1024, height=512, steps=8)) == pytest.approx(8.0)
+    large = Request(model="m", width=1024, height=512, steps=8)
+    assert not pace.knows("m")
+    pace.learn(small, 6.0, shared=3.0)
+    assert pace.seconds("m", pace.work(small)) == pytest.approx(2.0)
+    assert pace.seconds("m", pace.work(large)) == pytest.approx(8.0)
+    pace.learn(small, 4.0)
+    assert 2.0 < pace.seconds("m", pace.work(small)) < 4.0
 
 
 def test_a_listener_that_comes_back_gets_what_it_missed_of_what_lasts():

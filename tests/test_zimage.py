@@ -80,3 +80,30 @@ def test_a_caption_is_padded_by_its_own_length_whoever_shares_the_batch():
         together = model([x, x], [0.5, 0.5], prepared)[0]
     assert torch.allclose(alone, together, atol=1e-5)
     assert [len(p.context) for p in prepared] == [32, 64]
+
+
+def test_what_guidance_asks_twice_is_refined_once():
+    """Until captions join them, the tokens of one picture at one time are the same under both prompts."""
+    torch.manual_seed(0)
+    model = ZImageTransformer(TURBO.tiny.transformer).eval()
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=0.2)
+    captions = [torch.randn(n, 32) for n in (40, 3)]
+    x, other = torch.randn(2, 16, 16, 16)  # 64 patches: no pads
+    tokens = []
+    model.noise_refiner[0].register_forward_hook(lambda _, args, out: tokens.append(len(out)))
+    with torch.no_grad():
+        prepared = [model.prepare(caption, 16, 16) for caption in captions]
+        alone = [model([x], [0.5], [one])[0] for one in prepared]
+        once = model([x, x, other, x], [0.5, 0.5, 0.5, 0.2], [*prepared, *prepared])
+        twice = model([x, x.clone()], [0.5, 0.5], prepared)
+    assert tokens == [64, 64, 3 * 64, 2 * 64]
+    for found in (once[:2], twice):
+        assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, alone))
+    assert not torch.allclose(once[2], once[0], atol=1e-2)
+    assert not torch.allclose(once[3], once[1], atol=1e-2)
+    small = torch.randn(16, 4, 4)  # 4 patches and 28 pads, which stand elsewhere
+    with torch.no_grad():
+        padded = [model.prepare(caption, 4, 4) for caption in captions]
+        model([small, small], [0.5, 0.5], padded)
+    assert tokens[-1] == 64

@@ -31,7 +31,8 @@ def open_diffusers(setup: Setup) -> tuple[Draw, dict[str, str]]:
     pipeline.set_progress_bar_config(disable=True)
     if "compiled" in setup.how:
         torch._dynamo.config.recompile_limit = 64
-        pipeline.transformer.compile_repeated_blocks(fullgraph=True)
+        backend = "inductor" if setup.device.type == "cuda" else "eager"  # on a CPU it is only rehearsed
+        pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     draw = {"zimage": draw_zimage, "flux2": draw_klein}[family]
     versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
     return lambda order, stages: draw(pipeline, order, stages), versions

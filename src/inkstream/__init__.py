@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from inkstream.engine.client import Client
     from inkstream.engine.engine import Engine
     from inkstream.engine.loader import load
     from inkstream.engine.model import Model
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "Client": "inkstream.engine.client",
     "Engine": "inkstream.engine.engine",
     "load": "inkstream.engine.loader",
     "Model": "inkstream.engine.model",
@@ -23,7 +25,7 @@ _WHERE = {
     "Result": "inkstream.types",
     "Spec": "inkstream.types",
 }
-__all__ = ["Conditioning", "Engine", "InputError", "Model", "Request", "Result", "Spec", "load"]
+__all__ = ["Client", "Conditioning", "Engine", "InputError", "Model", "Request", "Result", "Spec", "load"]
 
 
 def __getattr__(name: str) -> Any:

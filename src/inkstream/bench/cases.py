@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from inkstream.families.flux2.specs import KLEIN_4B
-from inkstream.families.zimage.specs import BASE, POCKET, TURBO, ZImageConfig
+from inkstream.families.zimage.specs import POCKET, TURBO, ZImageConfig
 from inkstream.nn.config import Qwen3Config, VAEConfig
 from inkstream.types import InputError, Spec
 
@@ -44,7 +44,7 @@ class Case:
     @property
     def home(self) -> tuple[object, ...]:
         """What a contender must open; cases that share it are drawn by the same processes."""
-        return (self.spec.name, self.device, self.dtype, self.weights, self.contenders)
+        return (self.spec.name, self.device, self.dtype, self.weights)
 
 
 CONTENDERS: Mapping[str, Mapping[str, str]] = {
@@ -81,8 +81,7 @@ _REAL_WIDTH = replace(
 )
 
 _GPU = Case("", TURBO, 1024, 1024, 8, device="cuda", dtype="bf16", weights="memory", warm=5, repeats=20,
-            contenders=("ours", "ours fp8", "diffusers", "diffusers compiled", "sd.cpp"))  # fmt: skip
-_BATCH = replace(_GPU, name="turbo-512-batch-8", width=512, height=512, count=8, warm=2, repeats=8)
+            contenders=("ours", "ours fp8", "diffusers", "diffusers compiled"))  # fmt: skip
 
 CASES: Mapping[str, Case] = {
     case.name: case
@@ -93,18 +92,17 @@ CASES: Mapping[str, Case] = {
         Case("medium-guided", _MEDIUM, 256, 256, 8, 5.0),
         Case("real-width", _REAL_WIDTH, 512, 512, 2, repeats=3),
         Case("pocket", POCKET, 128, 128, 16, 4.0, weights="package"),
-        replace(_GPU, name="turbo-1024"),
-        replace(_GPU, name="klein-1024", spec=KLEIN_4B, steps=4, contenders=_GPU.contenders[:-1]),
-        _BATCH,
-        replace(_GPU, name="base-1024", spec=replace(TURBO, name="z-image-turbo"), steps=50, guidance=5.0, warm=0,
-                repeats=2),
+        replace(_GPU, name="turbo-1024", contenders=(*_GPU.contenders, "sd.cpp")),
+        replace(_GPU, name="turbo-512-batch-8", width=512, height=512, count=8, warm=2, repeats=8),
+        replace(_GPU, name="base-1024", steps=50, guidance=5.0, repeats=2),
+        replace(_GPU, name="klein-1024", spec=KLEIN_4B, steps=4),
     )
-}  # fmt: skip
-"""Every case by name. On the CPU they are small; on a GPU of the published sizes, Base with Turbo's weights, since
-nothing but the number of its steps is different."""
+}
+"""Every case by name. On the CPU they are small; on a GPU they are of the published sizes, Base of Turbo's, whose
+architecture it shares."""
 GROUPS: Mapping[str, tuple[str, ...]] = {
-    device: tuple(name for name, case in CASES.items() if case.device == where)
-    for device, where in (("cpu", "cpu"), ("gpu", "cuda"))
+    group: tuple(name for name, case in CASES.items() if case.device == device)
+    for group, device in (("cpu", "cpu"), ("gpu", "cuda"))
 }
 
 

@@ -64,7 +64,7 @@ class Order:
 
 
 Draw = Callable[[Order, "Stages"], Tensor]
-"""Draws an order's pictures, telling each stage that is done -> pixels (count, 3, H, W), 0 to 255, uint8, on the CPU."""
+"""Draws an order's pictures, telling each stage that is done -> pixels (count, 3, H, W) in uint8, on the CPU."""
 
 
 class Stages:

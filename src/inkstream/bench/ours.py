@@ -9,7 +9,7 @@ import inkstream
 from inkstream.bench.child import Draw, Order, Setup, Stages, attend, to_bytes
 from inkstream.engine.loader import dtype_of, load
 from inkstream.engine.model import Model
-from inkstream.engine.sources import locate
+from inkstream.engine.sources import Unset, locate
 from inkstream.families import Part, family_of, parts_of
 from inkstream.nn.quant import place
 from inkstream.quant.pack import fits, pack
@@ -27,10 +27,9 @@ def open_ours(setup: Setup) -> tuple[Draw, dict[str, str]]:
 
     def draw(order: Order, stages: Stages) -> Tensor:
         case = order.case
-        request = Request(
-            prompt=order.prompt, negative_prompt=order.negative, width=case.width, height=case.height,
-            steps=order.steps, guidance=case.guidance, count=case.count, seed=0,
-        )  # fmt: skip
+        wish = {"prompt": order.prompt, "negative_prompt": order.negative, "steps": order.steps, "seed": 0}
+        wish |= {name: getattr(case, name) for name in ("width", "height", "guidance", "count")}
+        request = Request.model_validate(wish)
         noise = order.noise(model.family.latent_shape(case.width, case.height))
         cond = model.encode(request)
         stages.done("prompt")
@@ -57,7 +56,7 @@ def random_model(spec: Spec, device: torch.device, dtype: torch.dtype, fp8: bool
 
 def random_part(part: Part, config: object, device: torch.device, dtype: torch.dtype, fp8: bool) -> nn.Module:
     """Matrices have a variance of one over their inputs, scales are one and biases zero."""
-    with torch.device("meta"):
+    with torch.device("meta"), Unset():
         module = part.build(config)
     state: dict[str, Weight] = {}
     for key, like in module.state_dict().items():

@@ -1,8 +1,8 @@
-"""Wall time of calls, and two rivals timed turn by turn in one process, where the machine's moods hit both alike."""
+"""Wall time of calls, and rivals timed turn by turn in one process, where the machine's moods hit all alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter
@@ -35,12 +35,17 @@ def median_seconds(fn: Callable[[], object], warmup: int = 1, repeats: int = 5) 
 
 def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Comparison:
     """Time the two in turn, A B A B, after warming both up. The same rule for their work as in `median_seconds`."""
+    times = take_turns({"ours": ours, "theirs": theirs}, repeats, warmup)
+    return Comparison(times["ours"], times["theirs"], times["ours"].median / times["theirs"].median)
+
+
+def take_turns(contenders: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 1) -> dict[str, Times]:
+    """As `compare`, for any number of contenders by name."""
     for _ in range(warmup):
-        ours()
-        theirs()
-    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
-    a, b = (_times(seconds) for seconds in zip(*pairs))
-    return Comparison(a, b, a.median / b.median)
+        for call in contenders.values():
+            call()
+    rounds = [[_seconds(call) for call in contenders.values()] for _ in range(repeats)]
+    return {name: _times(seconds) for name, seconds in zip(contenders, zip(*rounds))}
 
 
 def _seconds(fn: Callable[[], object]) -> float:

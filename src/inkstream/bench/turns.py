@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -45,7 +45,7 @@ class Contender:
         self.name = name
         self.versions: dict[str, str] = {}
         self.trouble: str | None = None
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is closed with the process
         self._process = subprocess.Popen(
             [sys.executable, *COMMANDS[how["by"]], json.dumps({**given, "how": how})],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
@@ -57,7 +57,10 @@ class Contender:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
-        self._errors.close()
+        for file in (self._process.stdin, self._process.stdout, self._errors):
+            assert file is not None
+            with suppress(BrokenPipeError):  # what it was told last may not have been read
+                file.close()
 
     def opened(self) -> bool:
         """Wait until it is ready; False where it is not, and then `trouble` says why."""
@@ -117,7 +120,8 @@ def run_cases(
         with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
             folder = prepare(case, Path(scratch))
             given = {"case": group[0].name, "rehearse": rehearse, "folder": str(folder), "threads": threads}
-            contenders = [stack.enter_context(Contender(name, given)) for name in case.contenders]
+            names = dict.fromkeys(name for one in group for name in one.contenders)
+            contenders = [stack.enter_context(Contender(name, given)) for name in names]
             ready = [contender for contender in contenders if contender.opened()]
             for contender in contenders:
                 if contender.trouble:
@@ -126,7 +130,8 @@ def run_cases(
                 if until is not None and time.monotonic() > until:
                     say(f"{one.name} is left out: there is no time left")
                     continue
-                yield from run_case(one, ready, numbers, Path(scratch), rehearse, repeats, say)
+                able = [contender for contender in ready if contender.name in one.contenders]
+                yield from run_case(one, able, numbers, Path(scratch), rehearse, repeats, say)
 
 
 def prepare(case: Case, scratch: Path) -> Path:

@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
 from cyclopts import App, Parameter
@@ -56,6 +57,16 @@ SERVE = """Serve pictures over HTTP, with a queue that outlives whatever dies.
 Only this machine reaches it until a key was made with `inkstream serve keys add NAME`. Ctrl-C stops it; what was being
 drawn starts again with the next start."""
 app.command("inkstream.cli.serve:serve", help=SERVE)
+
+MCP = """Let agents draw, over the Model Context Protocol on stdin and stdout.
+
+Tools: generate, edit, list_models. Pictures are written to a folder too, so that edit can name them."""
+app.command("inkstream.cli.mcp:mcp", help=MCP)
+
+BENCH = """Time us beside other implementations, turn by turn in one run.
+
+What is not installed is left out. Run in the repository, it knows how to drive diffusers and stable-diffusion.cpp."""
+app.command("inkstream.cli.bench:bench", help=BENCH)
 
 
 @app.command
@@ -159,13 +170,25 @@ def train(
 
 
 def run() -> NoReturn:
-    """The process: `main`, and the way out."""
+    """The process: `main`, and the way out.
+
+    It is a short one: to take torch apart would take as long as a third of its import, and a thread that is still
+    loading or downloading would be waited for, or crash.
+    """
     code = main()
-    if code == 130:  # a thread that is still loading or downloading would be waited for, or crash on the way out
+    for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
-            sys.stdout.flush()
-        os._exit(code)
-    sys.exit(code)
+            stream.flush()
+    os._exit(code)
+
+
+def cores_allowed(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
+    """How many cores' time a container may use; None where nothing limits it. torch would start a thread for each core
+    that there is."""
+    with suppress(OSError, ValueError):
+        allowed, period = quota.read_text().split()
+        return min(max(1, round(int(allowed) / int(period))), os.cpu_count() or 1)  # ValueError: "max", no limit
+    return None
 
 
 def join_dashes(words: Sequence[str]) -> list[str]:
@@ -185,6 +208,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     words = join_dashes([word for word in words if word != "--debug"])
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost every other process its time
+    if cores := cores_allowed():
+        os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     if not debug:
         warnings.simplefilter("ignore")
     try:

@@ -6,7 +6,7 @@ import os
 import shlex
 import time
 from datetime import date
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -49,6 +49,7 @@ def bench(
         if value is not None and value < 1:
             raise InputError(f"{name} {value} is out of range: give 1 or more")
     from inkstream.bench.cases import find
+    from inkstream.cli import cores_allowed
 
     chosen = find([name.strip() for name in cases.split(",")])
     from inkstream.bench.records import RECORDS, write_record
@@ -60,24 +61,34 @@ def bench(
             choose_device(device)
     if record and not RECORDS.is_dir():
         raise InputError(f"there is no folder {RECORDS} here to write --record {record} to: run it in the repository")
-    count = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count()
+    count = threads or cores_allowed() or os.cpu_count() or 1
     with Terminal() as terminal:
         if not PEERS.is_dir():
             terminal.say(f"there is no folder {PEERS} here, so nobody else is timed: run it in the repository")
         until = None if seconds is None else time.monotonic() + seconds
-        rows = []
-        for row in run_cases(chosen, count or 1, terminal.say, rehearse, repeats, until):
+        words = repeat(cases, repeats, threads, seconds, rehearse, record)
+        rows: list[dict[str, Any]] = []
+        peers: dict[str, str] = {}
+        place = None
+        for row in run_cases(chosen, count, terminal.say, rehearse, repeats, until):
+            peers |= {name: version for name, version in row.pop("versions").items() if name != "inkstream"}
             rows.append(row)
             if not json:
                 terminal.print(describe(row))
-        peers = {name: version for row in rows for name, version in row.pop("versions").items() if name != "inkstream"}
-        if record:
-            words = ["inkstream", "bench", "--cases", cases]
-            for name, value in (("repeats", repeats), ("threads", threads), ("seconds", seconds)):
-                words += [] if value is None else [f"--{name}", f"{value:g}"]
-            words += ["--rehearse"] if rehearse else []
-            words += ["--record", record]
-            facts = write_record(record, date.today().isoformat(), shlex.join(words), peers, rows)
-            terminal.say(str(facts))
+            if record:  # again with every row, so that a run that is cut short leaves what it has
+                place = write_record(record, date.today().isoformat(), words, peers, rows)
+        if place:
+            terminal.say(str(place))
         if json:
             print_json({"peers": peers, "rows": rows})
+
+
+def repeat(
+    cases: str, repeats: int | None, threads: int | None, seconds: float | None, rehearse: bool, record: str | None
+) -> str:
+    """The command that measures the same again."""
+    words = ["inkstream", "bench", "--cases", cases]
+    for name, value in (("repeats", repeats), ("threads", threads), ("seconds", seconds)):
+        words += [] if value is None else [f"--{name}", f"{value:g}"]
+    words += ["--rehearse"] if rehearse else []
+    return shlex.join([*words, *(["--record", record] if record else [])])

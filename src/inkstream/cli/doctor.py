@@ -27,15 +27,14 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
     import torch
     from huggingface_hub import constants
 
-    from inkstream.engine.fit import fits, known, measure_speed, recommend
+    from inkstream.engine.fit import fits, here, known, measure_speed, recommend
     from inkstream.engine.loader import choose_device, choose_dtype
     from inkstream.engine.memory import SPARE, count_weights, free_memory
 
     device = choose_device()
     dtype = choose_dtype(None, device)
     free, total = free_memory(device)
-    budget = int(SPARE * (free or 0)) or None if memory is None else memory
-    kind = device.type if memory is None else "cuda"
+    kind, budget = here() if memory is None else ("cuda", int(SPARE * memory))
     speed = measure_speed(device, dtype) if memory is None and timed else None
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
@@ -72,7 +71,7 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
             "offline": constants.HF_HUB_OFFLINE,
         },
         "commercial_only": is_commercial_only(),
-        "for": {"kind": kind, "budget_bytes": budget},
+        "for": {"kind": kind, "memory_bytes": memory or free, "budget_bytes": budget},
         "models": models,
         "recommended": recommend(allowed),
     }
@@ -93,16 +92,18 @@ def print_findings(findings: dict[str, Any], asked: bool = False) -> None:
         model["name"]: f"{judge(model['fits'], budget)}; {in_words(model['licence'], model['commercial'])}"
         for model in findings["models"]
     }
-    about = {"a GPU with": in_gibibytes(budget)} if asked else lines
+    card = f"{in_gibibytes(findings['for']['memory_bytes'])}, of which {in_gibibytes(budget or 0)} are planned with"
+    about = {"a GPU with": card} if asked else lines
     print_facts({**about, "draws with": DRAWS[findings["commercial_only"]], **models})
     print(advise(findings))
 
 
 def judge(fits: Sequence[Mapping[str, Any]], budget: int | None) -> str:
-    """How a model fits, the way to take first and the others that differ in their plan."""
+    """How a model fits: the way to take first, and the smallest."""
     if not fits:
-        return f"does not fit {in_gibibytes(budget or 0)}"
-    return ", else ".join(describe(fit) for fit in fits[:3])
+        return "does not fit" + ("" if budget is None else f" {in_gibibytes(budget)}")
+    least = min(fits, key=lambda fit: fit["peak"])
+    return describe(fits[0]) + ("" if least is fits[0] else f", at the least {describe(least)}")
 
 
 def describe(fit: Mapping[str, Any]) -> str:

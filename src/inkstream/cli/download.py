@@ -17,7 +17,10 @@ def agree_to_download(name: str, yes: bool, terminal: Terminal, commercial_only:
     """
     from inkstream.engine.licences import check_licence, is_commercial_only, known_as
     from inkstream.engine.sources import downloads, repository
-    from inkstream.weights import hub
+
+    if not downloads(name):
+        return
+    from inkstream.weights import hub  # a slow import, which a model that is here does not need
 
     wanted = {repo: files for repo, files in downloads(name).items() if hub.cached(repo, files) is None}
     if not wanted:

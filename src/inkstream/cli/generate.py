@@ -17,9 +17,10 @@ from inkstream.cli.download import agree_to_download
 from inkstream.cli.lines import in_gibibytes, print_facts, print_json
 from inkstream.cli.machine import HERE, RUN, Machine
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Done, Failed, InputError, Loading, Request, Step
+from inkstream.types import Done, Failed, InputError, Loading, Request, Spec, Step
 
 if TYPE_CHECKING:
+    from inkstream.engine.client import Client
     from inkstream.engine.engine import Engine
     from inkstream.engine.memory import Placing
 
@@ -94,14 +95,19 @@ def generate(
         if piped and request.count > 1:
             raise InputError(f"--count {request.count} does not go into a pipe, which holds one picture: give --output")
         place = None if piped else find_place(output, request.count)
-        check(request)
-        agree_to_download(request.model, yes, terminal, machine.licence)
-        if "model" not in wish.model_fields_set and source is None:
-            terminal.say(f"drawing with {request.model}, the small model that comes along; {THE_REAL_ONE}")
-        engine = machine.engine()
+        if machine.server is not None:
+            if plan:
+                raise InputError("--plan is for a model on this machine: leave it out, or leave --server out")
+            check_pictures(request)
+        else:
+            check(request)
+            agree_to_download(request.model, yes, terminal, machine.licence)
+            if "model" not in wish.model_fields_set and source is None:
+                terminal.say(f"drawing with {request.model}, the small model that comes along; {THE_REAL_ONE}")
         if plan:
-            print_plans(engine.placing(request), request, json)
+            print_plans(machine.engine().placing(request), request, json)
             return
+        engine = machine.way_in()
         done: list[dict[str, Any]] = []
         try:
             for picture in draw(engine, request, place, metadata, terminal):
@@ -219,19 +225,46 @@ def slug(prompt: str) -> str:
 
 def check(request: Request) -> None:
     """Refuse what can be seen to be wrong before anything big is fetched or read."""
-    from inkstream.engine.inputs import open_header
     from inkstream.engine.model import complete
     from inkstream.families import SPECS
 
-    for picture in (request.image, request.mask, *request.reference):
-        if picture is not None:
-            open_header(picture)
+    check_pictures(request)
     if request.model in SPECS:
         complete(request, SPECS[request.model])
 
 
+def check_pictures(request: Request) -> None:
+    """InputError where a picture that the request names is none."""
+    from inkstream.engine.inputs import open_header
+
+    for picture in (request.image, request.mask, *request.reference):
+        if picture is not None:
+            open_header(picture)
+
+
+def about(engine: Engine | Client, name: str) -> tuple[Spec, dict[str, str]]:
+    """The model that draws, and on what it runs, where that is known here."""
+    from inkstream.engine.client import Client
+
+    if isinstance(engine, Client):
+        return engine.spec(name), {}
+    model = engine.model
+    return model.spec, {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def advise(engine: Engine | Client, request: Request) -> list[str]:
+    """What has no effect, a line each. A server's comes with its events."""
+    from inkstream.engine.client import Client
+
+    if isinstance(engine, Client):
+        return []
+    from inkstream.engine.engine import advice
+
+    return advice(request, engine.model)
+
+
 def draw(
-    engine: Engine,
+    engine: Engine | Client,
     request: Request,
     place: Callable[[Request, int], Path] | None,
     metadata: Literal["full", "minimal", "none"],
@@ -245,10 +278,9 @@ def draw(
     extra: JSON kept in the picture beside its request. before, total: of more pictures than this request's, how many
     came earlier, and how many there are, for the progress that is shown.
     """
-    from inkstream.engine.engine import advice
     from inkstream.engine.metadata import free_name, save_picture
 
-    written = ""
+    written, known = "", None
     for event in engine.submit(request):
         if isinstance(event, Step):
             terminal.show(replace(event, index=before + event.index, count=total or event.count))
@@ -259,17 +291,18 @@ def draw(
         elif isinstance(event, Step) and event.step == 1 and event.index == 0:
             if written:
                 terminal.say(f"prompt: {written}")
-            for line in advice(request.model_copy(update={"prompt": written} if written else {}), engine.model):
+            for line in advise(engine, request.model_copy(update={"prompt": written} if written else {})):
                 terminal.say(line, once=True)
         elif isinstance(event, Failed):
             raise InputError(event.error) if event.kind == "input" else RuntimeError(event.error)
         elif isinstance(event, Done):
             path = place(event.request, before + event.index) if place else None
-            ran = {"device": str(engine.model.device), "dtype": str(engine.model.dtype).removeprefix("torch.")}
+            spec, runs = known = known or about(engine, event.request.model)
+            ran = dict(runs)
             if event.request.prompt != request.prompt:
                 ran["upsampled_from"] = request.prompt
             kept = {**ran, **(extra or {})}
-            facts: Any = {"request": event.request, "spec": engine.model.spec, "metadata": metadata, "extra": kept}
+            facts: Any = {"request": event.request, "spec": spec, "metadata": metadata, "extra": kept}
             try:
                 save_picture(event.image, path or sys.stdout.buffer, **facts)
             except InputError as error:  # a JPEG's metadata has little room; the picture must not be lost

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+from inkstream.cli.doctor import judge
 from inkstream.cli.lines import in_gigabytes
 from inkstream.engine.licences import in_words
 from inkstream.engine.options import options
@@ -16,8 +18,10 @@ TELLING = ("negative_prompt", "guidance", "image", "strength", "mask", "referenc
 
 def list_models() -> list[dict[str, Any]]:
     """What is known of each model, as JSON."""
+    from inkstream.engine.fit import fits, foreseen, here
     from inkstream.weights.hub import cached
 
+    kind, budget = here()
     return [
         {
             "name": spec.name,
@@ -27,6 +31,7 @@ def list_models() -> list[dict[str, Any]]:
             "commercial": spec.commercial,
             "download_bytes": spec.download_bytes,
             "here": spec.folder is not None or bool(spec.repo and cached(spec.repo, ["*.safetensors"])),
+            "fits": [asdict(fit) for fit in fits(spec, kind, budget)] if spec.name in foreseen() else None,
             "abilities": sorted(spec.abilities),
             "options": {
                 name: {key: value for key, value in option._asdict().items() if value}
@@ -58,6 +63,8 @@ def print_models(known: list[dict[str, Any]]) -> None:
         print(f"  {model['title']}")
         size = f"{defaults['width']}x{defaults['height']}"
         shift = "by the size" if defaults["shift"] is None else f"{defaults['shift']:g}"
+        if model["fits"] is not None:
+            print(f"  here: {judge(model['fits'], None)}")
         print(f"  {size}, {defaults['steps']} steps, guidance {defaults['guidance']:g}, shift {shift}")
         for word in ("needs", "takes", "bears", "ignores", "rejects"):
             names = [name for name in TELLING if in_a_word(model["options"][name]) == word]

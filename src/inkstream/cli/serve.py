@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from cyclopts import App, Parameter
 
@@ -30,7 +29,10 @@ def run(
     data: Data = None,
     device: Annotated[str | None, Parameter(show_default=False)] = None,
     dtype: Annotated[str | None, Parameter(show_default=False)] = None,
+    memory: Annotated[str | None, Parameter(show_default=False)] = None,
+    placement: Annotated[Literal["resident", "parked", "streamed"] | None, Parameter(show_default=False)] = None,
     commercial_only: Annotated[bool, Parameter(show_default=False)] = False,
+    slots: int = 4,
     queue: int = 200,
     max_pixels: int = 2048 * 2048,
     max_pictures: int = 64,
@@ -59,8 +61,15 @@ def run(
         cpu, cuda, cuda:1, mps; else the best there is.
     dtype
         bf16, fp32 or fp16; else what suits the device.
+    memory
+        What the model may take of the device, like 8GiB, on the CPU the engine's whole process; else what is free.
+    placement
+        Where the model's parts are: all on the device, only those at work, or only the layers at work; else the fastest
+        of these that the memory allows.
     commercial_only
         Refuse models whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
+    slots
+        Jobs that are drawn at once: they share every pass through the model.
     queue
         Jobs that may wait; more are answered with 429.
     max_pixels
@@ -84,6 +93,9 @@ def run(
     from inkstream.serve.app import build
     from inkstream.serve.limits import Limits, Settings
 
+    for option, value in {"port": port, "slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
+        if value < 1:
+            raise InputError(f"--{option} {value} leaves nothing: give 1 or more")
     for name in model or []:
         agree(name, yes)
     limits = Limits(
@@ -97,7 +109,10 @@ def run(
         key_file=api_key_file,
         device=device,
         dtype=dtype,
+        memory=memory,
+        placement=placement,
         commercial_only=commercial_only or None,
+        slots=slots,
         limits=limits,
         log_prompts=log_prompts,
         fetch=fetch,
@@ -105,19 +120,30 @@ def run(
     app = build(settings)
     logs.set_up()
     server = uvicorn.Server(uvicorn.Config(app, host, port, log_config=None, timeout_graceful_shutdown=5))
-    asyncio.run(listen(server, app.state.service.jobs.feed.close))
+    jobs = app.state.service.jobs
+    asyncio.run(listen(server, jobs))
+    if jobs.drawing.unusable:
+        raise InputError(jobs.drawing.unusable)
 
 
-async def listen(server: Any, close: Callable[[], None]) -> None:
-    """Serve until a signal. close: ends the streams of events, which have no end of their own, and are waited for."""
+async def listen(server: Any, jobs: Any) -> None:
+    """Serve until a signal, or until the engine turns out to be impossible.
+
+    Streams of events have no end of their own and would be waited for, so they are ended first.
+    """
     loop = asyncio.get_running_loop()
     stop = server.handle_exit
 
     def leave(number: int, frame: Any) -> None:
-        loop.call_soon_threadsafe(close)
+        loop.call_soon_threadsafe(jobs.feed.close)
         stop(number, frame)
 
+    def give_up() -> None:
+        jobs.feed.close()
+        server.should_exit = True
+
     server.handle_exit = leave
+    jobs.drawing.give_up = give_up
     await server.serve()
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import sys
 from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from typing import TYPE_CHECKING
 
 from inkstream.cli.lines import in_gigabytes
 from inkstream.types import Event, Loading, Queued, Step
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 
 class Terminal:
@@ -21,6 +22,9 @@ class Terminal:
         self._task: TaskID | None = None
         self._progress: Progress | None = None
         if not quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
             self._progress = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(),

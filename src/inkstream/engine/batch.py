@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from inkstream.engine.model import Run, advance
 from inkstream.families import Family
-from inkstream.types import Conditioning, Done, Event, Request, Step
+from inkstream.types import Conditioning, Done, Event, Step
 
 TOKENS = 4096
 """Of one forward, unless a single picture has more: those of 1024 x 1024 pixels, enough to keep any device busy, so
@@ -54,12 +54,14 @@ Admits = Callable[[Sequence[Ask], Ask], bool]
 """Whether a forward that answers some has room for one more."""
 
 
-def tokens_of(request: Request, cond: Conditioning) -> int:
-    """About as many as one entry of a complete request has: its picture, its text and what it looks at."""
-    assert request.width is not None
-    assert request.height is not None
-    seen = sum(latents.shape[-2] * latents.shape[-1] for latents in cond.references)
-    return request.width // 16 * (request.height // 16) + max(cond.lengths) + seen
+def tokens_of(run: Run, cond: Conditioning) -> int:
+    """About as many as one entry of a run has: its picture, its text and what it looks at."""
+    width, height = run.request.width, run.request.height
+    assert width is not None
+    assert height is not None
+    picture = width // 16 * (height // 16)
+    pictures = sum(latents[0].numel() for latents in (run.estimate, *cond.references)) / run.estimate[0].numel()
+    return round(picture * pictures) + max(cond.lengths)
 
 
 def within(tokens: int) -> Admits:

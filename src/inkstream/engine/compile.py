@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from inkstream.nn.rope import Rope
 from inkstream.nn.stack import Blocks
 
 
-def compile_blocks(model: nn.Module, backend: str = "inductor") -> int:
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
     """Compile the regions of every block in a model's stacks; returns how many there are that differ.
 
-    A region is a function of tensors whose sizes are unknowns to the compiler, and blocks of a kind share what is
-    compiled of it: another prompt, size or number of pictures compiles nothing anew. Attention, which goes by how long
-    each sequence is, stays outside; so do streaming and caching.
+    A region is a function of tensors whose first size, of tokens or of rows of the modulation, is unknown to the
+    compiler, and blocks of a kind share what is compiled of it: another prompt, size or number of pictures compiles
+    nothing anew. Attention, which goes by how long each sequence is, stays outside; so do streaming and caching.
     """
     blocks = [block for stack in model.modules() if isinstance(stack, Blocks) for block in stack]
     kinds = {(type(block), name) for block in blocks for name in getattr(block, "regions", ())}
     for block in blocks:
         for name in getattr(block, "regions", ()):
-            setattr(block, name, torch.compile(getattr(block, name), backend=backend, dynamic=True))
+            setattr(block, name, compile_region(getattr(block, name), backend))
     return len(kinds)
+
+
+def compile_region(region: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, compiled when it is first called."""
+    compiled = torch.compile(region, backend=backend)
+
+    @wraps(region)
+    def call(*given: Any) -> Any:
+        for tensor in tensors_of(given):
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return compiled(*given)
+
+    return call
+
+
+def tensors_of(given: Any) -> Iterator[Tensor]:
+    """All tensors among what a region is given."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, Rope):
+        yield from (given.cos, given.sin)
+    elif isinstance(given, list | tuple):
+        for one in given:
+            yield from tensors_of(one)

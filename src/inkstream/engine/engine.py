@@ -11,17 +11,18 @@ from collections.abc import Callable, Generator, Iterator
 
 import torch
 
+from inkstream.engine.batch import Alone, Ask, Batch, Drawing, tokens_of
 from inkstream.engine.inputs import to_image
 from inkstream.engine.loader import open_model, read_model
 from inkstream.engine.memory import Placing
-from inkstream.engine.model import Model, Run, advance, complete, singles
+from inkstream.engine.model import Model, complete, singles
 from inkstream.engine.options import options
 from inkstream.engine.placement import PLANS
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
 
 
 class Engine:
-    """Draws requests one after the other and keeps the last model warm.
+    """Draws requests, those that are submitted at once together, and keeps the last model warm.
 
     device: "cpu", "cuda", "mps" or None for the best there is; dtype: as in `load`, None for the device's own.
     commercial_only: refuse models whose licence does not allow commercial use; None follows the setting. memory: bytes
@@ -49,27 +50,19 @@ class Engine:
         self._name: str | None = None
         self._model: Model | None = None
         self._least = ("", 0)  # a model, and the first plan to think of for it: those before ran out of memory
+        self._batch = Batch()
         self._turn = threading.Lock()  # held while a model is loaded, by the thread that loads it
 
     def submit(self, request: Request) -> Iterator[Event]:
         """The events of one request; Done comes once for each picture. Closing the iterator cancels at the next step.
 
         Nothing is raised for a request that cannot be drawn: the last event is Failed. Where memory runs out, what is
-        not drawn yet is drawn under the next plan, which takes less.
+        not drawn yet is drawn under the next plan, which takes less. Many threads may submit, and several iterators be
+        read in turn: their pictures share the model's forwards.
         """
-        yield Queued(request)
-        if request.seed is None:
-            request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
-        drawn: list[Done] = []
+        yield Queued(request, self._batch.ahead(shares=self._name == request.model))
         try:
-            while True:
-                try:
-                    yield from self._draw(request, drawn)
-                    return
-                except RuntimeError as error:
-                    if not is_out_of_memory(error):
-                        raise
-                yield self._fall(request)
+            yield from self._batch.join(self._draw_all(request))
         except InputError as error:
             yield Failed(str(error), "input")
 
@@ -99,7 +92,7 @@ class Engine:
             except BaseException as error:  # carried to the caller's thread
                 events.put(error)
 
-        if self._name == name and self._suits(request):
+        if self._is_ready(name, request):
             return
         threading.Thread(target=work, name="inkstream-load", daemon=True).start()
         while isinstance(event := events.get(), Loading):
@@ -108,7 +101,7 @@ class Engine:
             raise event
 
     def _load(self, name: str, request: Request | None, tell: Callable[[Loading], None]) -> None:
-        if self._name == name and self._suits(request):
+        if self._is_ready(name, request):
             return
         self._forget()
         opened = open_model(name, self.device, self.dtype, tell, self.commercial_only)
@@ -118,9 +111,9 @@ class Engine:
         self._model = read_model(opened, plan, tell)
         self._name = name
 
-    def _suits(self, request: Request | None) -> bool:
-        """Whether the loaded model is placed so that the request can be drawn."""
-        return request is None or self.model.plan in self._placing.suiting(request)
+    def _is_ready(self, name: str, request: Request | None) -> bool:
+        """Whether that model is loaded, and placed so that the request can be drawn."""
+        return self._name == name and (request is None or self.model.plan in self._placing.suiting(request))
 
     def _forget(self) -> None:
         self._model = self._name = None
@@ -153,8 +146,25 @@ class Engine:
         assert self._model is not None, "load a model first"
         return self._model
 
-    def _draw(self, request: Request, drawn: list[Done]) -> Iterator[Event]:
-        """The events of what is not drawn yet."""
+    def _draw_all(self, request: Request) -> Drawing:
+        """Everything, under one plan or, where memory runs out, several."""
+        if request.seed is None:
+            request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
+        drawn: list[Done] = []
+        while True:
+            try:
+                yield from self._draw(request, drawn)
+                return
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            yield Alone()
+            yield self._fall(request)
+
+    def _draw(self, request: Request, drawn: list[Done]) -> Drawing:
+        """What is not drawn yet."""
+        if not self._is_ready(request.model, request):
+            yield Alone()
         yield from self.load(request.model, request)
         model = self.model
         request = complete(request, model.spec)
@@ -167,7 +177,13 @@ class Engine:
             began = time.perf_counter()
             run = model.start(one, cond, original)
             try:
-                for step, t, seconds in self._steps(model, run):
+                ask = Ask(model.family, run, tokens_of(run, cond))
+                for step in range(1, run.evaluations + 1):
+                    asked, t = time.perf_counter(), run.query.t  # type: ignore[union-attr]
+                    yield ask
+                    if step == 1 and not torch.isfinite(run.estimate).all():  # later ones show in the result
+                        raise model.overflow()
+                    seconds = time.perf_counter() - asked
                     preview = model.preview(run.estimate) if self.previews else None
                     yield Step(step, run.evaluations, index, request.count, t, seconds, preview)
                 image = to_image(model.finish(run, original))
@@ -183,15 +199,6 @@ class Engine:
         for text in model.upsample(request):
             yield Loading("prompt", text=text)
         return request.model_copy(update={"prompt": text or request.prompt, "upsample": False})
-
-    def _steps(self, model: Model, run: Run) -> Iterator[tuple[int, float, float]]:
-        """Drive one run to its end; after each evaluation its number, time and seconds."""
-        for step in range(1, run.evaluations + 1):
-            began, t = time.perf_counter(), run.query.t  # type: ignore[union-attr]
-            advance(model.family, [run])
-            if step == 1 and not torch.isfinite(run.estimate).all():  # later ones show in the result
-                raise model.overflow()
-            yield step, t, time.perf_counter() - began
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from inkstream.engine.loader import choose_device
+from inkstream.engine.memory import SPARE, free_memory
 from inkstream.engine.placement import PLANS
 from inkstream.families import SPECS
 from inkstream.quant.pack import pack
@@ -62,7 +64,7 @@ def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) 
     """
     kind = "cpu" if kind == "cpu" else "cuda"
     found = []
-    for precision in ORDER[kind]:
+    for precision in ORDER[kind] if spec.folder is None else ("bf16",):  # what ships with us is there as it is
         peaks = {plan: max(foreseen()[spec.name][kind][precision][plan].values()) for plan in PLANS}
         plan = next((plan for plan, peak in peaks.items() if budget is None or peak <= budget), None)
         if plan is not None:
@@ -92,6 +94,13 @@ def foretell(spec: Spec, kind: str, precision: str, plan: str, speed: Speed) -> 
         bringing = weights / speed.brought
         evaluation = evaluation + bringing if kind == "cpu" else max(evaluation, bringing)
     return (flops["prompt"] + flops["picture"]) / speed.products * BESIDES + spec.steps * evaluation
+
+
+def here() -> tuple[str, int | None]:
+    """Kind of this machine's best device, and how many bytes of it a model may take."""
+    device = choose_device()
+    free, _ = free_memory(device)
+    return device.type, None if free is None else int(SPARE * free)
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:

@@ -272,8 +272,10 @@ def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
     if not path.is_dir():
         return path, title
     if (path / "model_index.json").is_file():
+        if (path / "transformer").exists():
+            return path / "transformer", title
         apart = [part for family in map(family_of, FAMILIES) for part, kind in family.parts.items() if kind.repo]
-        if not (path / "transformer").exists() and (parts := [part for part in apart if (path / part).is_dir()]):
+        if parts := [part for part in apart if (path / part).is_dir()]:
             raise InputError(
                 f"{path} holds {' and '.join(parts)} alone, which go with another model: "
                 f"put them into that model's folder, beside its transformer/"
@@ -327,6 +329,8 @@ def _recognise(path: Path) -> tuple[type[Family], Found]:
             matches.append((family, _match(family.parts["transformer"], path)))
         except InputError as error:
             errors.append(error)
+        if matches and matches[-1][1].named:  # to try the others would build their models in vain
+            break
     family, match = min(matches, key=lambda pair: len(pair[1].unknown), default=(None, None))
     if family is None or match is None or (errors and not match.named):  # a table knew the names, but one is missing
         raise errors[0]
@@ -365,6 +369,8 @@ def _match(part: Part, path: Path) -> _Match:
         expected = module.state_dict()
         unknown = [name for name in tensors if name not in expected and not name.startswith(unread)]
         matches.append(_Match(Found(path, config, module, rules, tensors, header.metadata), unknown))
+        if matches[-1].named and not matches[-1].missing:
+            break
     if errors and not any(match.named for match in matches):
         raise errors[0]
     return min(matches, key=lambda match: (len(match.unknown), len(match.missing)))

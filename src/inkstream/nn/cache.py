@@ -57,11 +57,15 @@ class StepCache:
 
     @contextmanager
     def step(self, t: float) -> Iterator[None]:
-        """Inside, one forward is run, at time t."""
+        """Inside, one forward is run, at time t. Where it fails, what is remembered is no longer of one forward, and
+        is forgotten."""
         self.t, self.skips, self._entered = t, False, 0
         token = in_use.set(self)
         try:
             yield
+        except BaseException:
+            self.forget()
+            raise
         finally:
             in_use.reset(token)
 
@@ -84,9 +88,13 @@ class StepCache:
             change = (added - reference).abs().mean() / reference.abs().mean()
             self.skips = change.item() < self.threshold
         else:  # guidance began or ended: other prompts are asked than before
-            self._stacks = []
+            self.forget()
         if not self.skips:
             self._reference = added
+
+    def forget(self) -> None:
+        """Run all blocks the next time."""
+        self._reference, self._stacks = None, []
 
 
 def lagrange(times: Sequence[float], t: float) -> list[float]:

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inkstream import __version__
-from inkstream.serve import gallery, native, status
+from inkstream.serve import a1111, gallery, native, openai, status, studio
 from inkstream.serve.errors import Refused, explain
 from inkstream.serve.jobs import Jobs
 from inkstream.serve.keys import ANYONE, Caller, Keys, given_key, is_signed
@@ -34,8 +34,11 @@ ROUTERS = (
     status.router,
     native.router,
     gallery.router,
+    openai.router,
+    a1111.router,
+    studio.router,
 )
-"""All that answers. What stands at `/` (the studio) is mounted behind them."""
+"""All that answers; the studio, at `/`, among it."""
 GUARDED = ("/v1/", "/sdapi/", "/metrics")
 """Paths that ask for a key, where there are keys."""
 log = logging.getLogger("inkstream.serve")

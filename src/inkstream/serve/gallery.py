@@ -18,8 +18,8 @@ from inkstream.engine.metadata import PICTURE_FIELDS, read_request
 from inkstream.serve import schema
 from inkstream.serve.errors import Refused, answers
 from inkstream.serve.inputs import as_data
-from inkstream.serve.jobs import tell_picture
 from inkstream.serve.native import Before, Limit
+from inkstream.serve.records import tell_picture
 from inkstream.serve.service import Parts, Service, Who
 from inkstream.serve.store import Picture, Search
 from inkstream.types import InputError

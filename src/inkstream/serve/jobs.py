@@ -1,7 +1,7 @@
 """The queue: jobs are accepted, put in order, drawn by the engine, and end exactly once, whatever dies in between.
 
-The store is the truth; what is kept here beside it (how far a run is, how fast models draw, who listens) can be lost.
-All of it happens in one event loop, so nothing needs a lock.
+The store is the truth; what is kept here beside it (who waits, who listens, whose turn it is) can be lost. All of it
+happens in one event loop, so nothing needs a lock.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
 
-from inkstream.engine.metadata import PICTURE_FIELDS
 from inkstream.serve import schema
+from inkstream.serve.drawing import Drawing
 from inkstream.serve.errors import KINDS, Refused
 from inkstream.serve.feed import Feed, Happening
 from inkstream.serve.grids import check_parts, split
@@ -30,39 +30,19 @@ from inkstream.serve.keys import Caller, Keys, sign
 from inkstream.serve.limits import Settings
 from inkstream.serve.metrics import Metrics
 from inkstream.serve.models import Offered, choose
-from inkstream.serve.pace import Pace, ends
-from inkstream.serve.process import COMMAND, EngineProcess
+from inkstream.serve.pace import ends
+from inkstream.serve.process import COMMAND
+from inkstream.serve.records import grid_of, parts_of, tell_picture
 from inkstream.serve.schedule import Waiting, in_order
 from inkstream.serve.schema import ENDED, Grid
-from inkstream.serve.store import Job, Picture, Store
-from inkstream.serve.worker import read_spec
+from inkstream.serve.store import Job, Store
 from inkstream.types import Request
 
 DEATHS = 6
 """Engines that may die over one picture before its job is given up."""
-SWITCH = 5.0
-"""Seconds that loading another model is thought to take until it was measured."""
-GRACE = 60.0
-"""Seconds that a run may go on after it was stopped, before its engine is ended."""
 PING = 15.0
 """Seconds of silence after which a stream says that it is still there."""
 log = logging.getLogger("inkstream.serve")
-
-
-@dataclass
-class Run:
-    """A job in the engine's hands. A job that starts again has another run, and what the old one still says is void."""
-
-    id: str
-    job: Job
-    model: str  # of this part of the job
-    before: int  # pictures of the job that come before this run's
-    began: float  # monotonic time
-    last: tuple[str, dict[str, Any]] = ("loading", {"what": "model", "done": None, "total": None})
-    progress: schema.Progress | None = None
-    step_seconds: float = 0.0
-    picture_began: float | None = None
-    stopped: float | None = None  # when it was told to stop
 
 
 @dataclass
@@ -99,26 +79,14 @@ class Jobs:
         self.keys = keys
         self.metrics = metrics
         self.feed = Feed()
-        self.pace = Pace(models)
-        first = {
-            "device": settings.device,
-            "dtype": settings.dtype,
-            "commercial_only": settings.commercial_only,
-            "parts": str(store.parts.resolve()),
-        }
-        self.engine = EngineProcess(first, self._told, self._died, command)
-        self.ready = False
-        self.loaded: str | None = None  # the model in the engine's memory
-        self.device: str | None = None
+        self.drawing = Drawing(settings, store, models, metrics, self.feed, self, command)
         self.paused = store.setting("paused") == "1"
         self.secret = store.setting("secret") or secrets.token_hex(32)
         store.put_setting("secret", self.secret)
-        self._runs: dict[str, Run] = {}
         self._waiting: dict[str, Job] = {}
         self._work: dict[str, float] = {}  # of each that waits
         self._order: list[str] | None = None
         self._clocks = Clocks()
-        self._switch = SWITCH
         self._waiters: dict[str, int] = {}  # clients that wait for a job's answer
         self._watch: asyncio.Task[None] | None = None
 
@@ -126,13 +94,13 @@ class Jobs:
 
     async def start(self) -> None:
         """Take up what the last server left, and start an engine."""
+        for picture in self.store.recent(50):
+            self.drawing.pace.learn(Request.model_validate(picture.request), picture.seconds)
         for job in self.store.recover(time.time()):
             self._wait(job)
-        for picture in self.store.recent(50):
-            self.pace.learn(Request.model_validate(picture.request), picture.seconds)
         if self._waiting:
             log.info("queue taken up", extra={"jobs": len(self._waiting)})
-        self.engine.start()
+        self.drawing.engine.start()
         self._watch = asyncio.create_task(self._watching())
 
     async def stop(self) -> None:
@@ -142,7 +110,7 @@ class Jobs:
             self._watch.cancel()
             with suppress(asyncio.CancelledError):
                 await self._watch
-        await self.engine.stop()
+        await self.drawing.engine.stop()
 
     # Asking ---------------------------------------------------------------------------------------------------------
 
@@ -192,8 +160,8 @@ class Jobs:
         self._wait(job)
         extra = {"prompt": request.prompt} if self.settings.log_prompts else {}
         log.info("job accepted", extra={"job": job.id, "key": job.key, "model": job.model, "pictures": total, **extra})
-        self._changed()
-        return self.store.job(job.id) or job
+        self.changed()
+        return self._stored(job.id)
 
     async def draw(self, job: Job) -> AsyncGenerator[Happening, None]:
         """Everything that happens to a job, from its present state to its end. Leaving it early cancels the job.
@@ -288,15 +256,15 @@ class Jobs:
                 place = (others[index].place + (others[index - 1].place if index else others[0].place - 2)) / 2
         _check_priority(caller, priority)
         self.store.move(job.id, priority, place)
-        self._wait_again(job.id)
-        self._changed()
+        self._wait(self._stored(job.id))
+        self.changed()
 
     def pause(self, paused: bool) -> None:
         """Begin no more jobs, or go on. What is being drawn is finished."""
         self.paused = paused
         self.store.put_setting("paused", str(int(paused)))
         self.feed.tell("", "", "queue", {"paused": paused})
-        self._changed()
+        self.changed()
 
     # Telling --------------------------------------------------------------------------------------------------------
 
@@ -307,16 +275,19 @@ class Jobs:
                 Waiting(job.id, job.key, job.priority, job.place, job.model, self._cost(job))
                 for job in self._waiting.values()
             ]
-            self._order = [job.id for job in in_order(waiting, self._clocks.keys, self.loaded, self._switch)]
+            order = in_order(waiting, self._clocks.keys, self.drawing.loaded, self.drawing.switch)
+            self._order = [job.id for job in order]
         return self._order
 
     def etas(self) -> dict[str, float | None]:
         """Seconds until each job that has not ended does, where that can be foreseen."""
-        running = {run.job.id: self._left(run) for run in self._runs.values()}
+        pace, runs = self.drawing.pace, list(self.drawing.runs.values())
+        if not all(pace.knows(run.model) for run in runs):
+            return dict.fromkeys(job.id for job in self._active())
         waiting = [self._waiting[identity] for identity in self.order()]
-        timed = [self._cost(job) if self.pace.knows(job.model) and not self.paused else None for job in waiting]
-        foreseen = ends(list(running.values()), timed, self.settings.slots)
-        return running | {job.id: eta for job, eta in zip(waiting, foreseen)}
+        timed = [self._cost(job) if pace.knows(job.model) and not self.paused else None for job in waiting]
+        foreseen = ends([self.drawing.left(run) for run in runs], timed, self.settings.slots)
+        return dict(zip([*(run.job.id for run in runs), *(job.id for job in waiting)], foreseen))
 
     def tell(self, job: Job) -> schema.Job:
         """A job as the API has it."""
@@ -324,38 +295,49 @@ class Jobs:
 
     def tell_all(self, jobs: Sequence[Job]) -> list[schema.Job]:
         """The same of several."""
-        waits = any(job.state in ("queued", "running") for job in jobs)
+        waits = any(job.state not in ENDED for job in jobs)
         etas = self.etas() if waits else {}
         positions = {identity: place for place, identity in enumerate(self.order())} if waits else {}
-        progress = {run.job.id: run.progress for run in self._runs.values() if run.stopped is None}
-        return [
-            schema.Job(
-                id=job.id,
-                state=job.state,  # type: ignore[arg-type]
-                created=job.created,
-                started=job.started,
-                ended=job.ended,
-                priority=job.priority,
-                note=job.note,
-                key=job.key,
-                position=positions.get(job.id),
-                eta=_rounded(etas.get(job.id)),
-                progress=progress.get(job.id),
-                request=job.request,
-                grid=_grid(job),
-                pictures=[tell_picture(picture, job) for picture in self.store.pictures_of(job.id)],
-                error=None if job.error is None else schema.Error.model_validate(job.error),
-                remarks=job.remarks,
-            )
-            for job in jobs
-        ]
+        return [self._tell(job, positions.get(job.id), etas.get(job.id)) for job in jobs]
 
     def signed(self, path: str, seconds: int = 3600) -> str:
         """The same path, readable without a key for a while."""
         until = int(time.time()) + seconds
         return f"{path}?until={until}&signature={sign(self.secret, path, until)}"
 
-    # Inside: accepting ----------------------------------------------------------------------------------------------
+    # What becomes of runs -------------------------------------------------------------------------------------------
+
+    def finished(self, job: str) -> None:
+        """All its pictures are there."""
+        self._end(job, "succeeded")
+
+    def failed(self, job: str, message: str, status: int) -> None:
+        """It cannot be drawn: 400 where who asked can mend it, else 500."""
+        code = "drawing_failed" if status == 500 else None
+        self._end(job, "failed", {"message": message, "type": KINDS[status], "param": None, "code": code})
+
+    def lost(self, job: str, died: bool) -> None:
+        """Its run has ended before it was done; unless it has ended itself, it waits again, at the place it had."""
+        if not self.store.requeue(job, died):
+            return
+        self._wait(self._stored(job))
+        if self._waiting[job].deaths >= DEATHS:
+            self.failed(job, f"the engine died {DEATHS} times over this picture", 500)
+
+    def changed(self) -> None:
+        """Something about the queue has: begin what can be begun, and tell who waits where it stands."""
+        self._order = None
+        while self._next():
+            self._order = None
+        self.metrics.queued.set(len(self._waiting))
+        self.metrics.running.set(len(self.drawing.runs))
+        if self.feed.listened_to() and self._waiting:
+            etas = self.etas()
+            for position, identity in enumerate(self.order()):
+                data = {"position": position, "eta": _rounded(etas[identity])}
+                self.feed.tell(identity, self._waiting[identity].key, "queued", data, lasting=False)
+
+    # Inside ---------------------------------------------------------------------------------------------------------
 
     def _admit(self, caller: Caller, priority: int, pictures: int) -> None:
         """Refused where the queue, the key's share of it, its day or its minute is spent."""
@@ -384,72 +366,20 @@ class Jobs:
         wait = max(1, math.ceil(min([eta for eta in self.etas().values() if eta is not None], default=5.0)))
         return Refused(429, f"{why}: try again in {wait} s", code="queue_full", retry_after=wait)
 
-    # Inside: drawing ------------------------------------------------------------------------------------------------
-
-    def _changed(self) -> None:
-        """Something about the queue has: begin what can be begun, and tell who waits where it stands."""
-        self._order = None
-        while self._next():
-            self._order = None
-        self.metrics.queued.set(len(self._waiting))
-        self.metrics.running.set(len(self._runs))
-        if self.feed.listened_to():
-            etas = self.etas()
-            for position, identity in enumerate(self.order()):
-                data = {"position": position, "eta": _rounded(etas[identity])}
-                self.feed.tell(identity, self._waiting[identity].key, "queued", data, lasting=False)
-
     def _next(self) -> bool:
-        """Begin the next job, if there is one and a slot is free."""
-        if not self.ready or self.paused or len(self._runs) >= self.settings.slots or not self._waiting:
+        """Begin the next job, if there is one and the engine has room for it."""
+        if self.paused or not self._waiting:
             return False
         job = self._waiting[self.order()[0]]
-        if any(run.model != job.model for run in self._runs.values()):
-            return False  # one model at a time
+        if not self.drawing.has_room(job.model):
+            return False
         self._clocks.spend(job.key, self._cost(job))
         del self._waiting[job.id], self._work[job.id]
         if self.store.start(job.id, time.time()):
             log.info("job begun", extra={"job": job.id, "key": job.key, "model": job.model})
             self.metrics.stage.labels("wait").observe(time.time() - job.created)
-            self._begin(self._stored(job.id))
+            self.drawing.begin(self._stored(job.id))
         return True
-
-    def _begin(self, job: Job) -> None:
-        """Hand the engine what is left to draw of a job: of its first part that is not done, the pictures not drawn."""
-        drawn = {picture.place: picture for picture in self.store.pictures_of(job.id)}
-        first = next((place for place in range(job.total) if place not in drawn), None)
-        if first is None:
-            self._end(job.id, "succeeded")
-            return
-        try:
-            request, start = _part(job, first)
-            request, model = choose(self.models, request)
-            skip = first - start
-            update: dict[str, Any] = {"seed": (request.seed or 0) + skip, "count": request.count - skip}
-            given = request.prompt if request.upsample else ""
-            if skip and request.upsample:  # the words were chosen with the first seed
-                update |= {"upsample": False, "prompt": drawn[start].request["prompt"]}
-            request = request.model_copy(update=update)
-            fields = request.model_dump(mode="json", exclude_unset=True) | self._paths(request)
-        except Refused as refusal:  # what was accepted has gone since: a model that is offered no more, an upload
-            self._fail(job.id, refusal.message, 400)
-            return
-        run = Run(secrets.token_hex(8), job, model.name, first, time.monotonic())
-        self._runs[run.id] = run
-        self.feed.tell(job.id, job.key, *run.last, lasting=False)
-        fields["model"] = model.source
-        self.engine.send({"draw": run.id, "name": model.name, "request": fields, "upsampled_from": given})
-
-    def _paths(self, request: Request) -> dict[str, Any]:
-        """The files of a request's pictures. Refused where one is not there."""
-        paths: dict[str, Any] = {}
-        for name, place, given in pictures_in(request):
-            upload = self.store.upload(given.removeprefix(PREFIX))
-            file = None if upload is None else self.store.uploads / upload.file
-            if file is None or not file.exists():
-                raise Refused(400, f"{given} is no longer kept: upload it again")
-            paths[name] = str(file.resolve()) if place is None else [*paths.get(name, ()), str(file.resolve())]
-        return paths
 
     def _end(self, identity: str, state: str, error: dict[str, Any] | None = None) -> None:
         """A job ends, once: what comes later changes nothing."""
@@ -457,154 +387,24 @@ class Jobs:
             return
         waited = self._waiting.pop(identity, None) is not None
         self._work.pop(identity, None)
-        for run in self._runs.values():
-            if run.job.id == identity and run.stopped is None:
-                run.stopped = time.monotonic()  # it keeps its slot until the engine says that it has stopped
-                self.engine.send({"cancel": run.id})
+        self.drawing.stop(identity)
         job = self._stored(identity)
         self.metrics.jobs.labels(state).inc()
         seconds = None if job.started is None else round((job.ended or 0) - job.started, 3)
         log.info("job ended", extra={"job": identity, "key": job.key, "state": state, "seconds": seconds})
         self.feed.tell(identity, job.key, state, self.tell(job).model_dump(mode="json"))
         if waited:
-            self._changed()
-
-    def _fail(self, identity: str, message: str, status: int) -> None:
-        """A job fails as a request would be refused: 400 can be mended by who asked, 500 by us."""
-        code = "drawing_failed" if status == 500 else None
-        self._end(identity, "failed", {"message": message, "type": KINDS[status], "param": None, "code": code})
-
-    # Inside: what the engine says -----------------------------------------------------------------------------------
-
-    def _told(self, message: dict[str, Any]) -> None:
-        """One message of the engine."""
-        for kind, size in message.get("memory", {}).items():
-            self.metrics.memory.labels(kind).set(size)
-        event = message["event"]
-        if "run" not in message:
-            self._told_of_itself(event, message)
-            return
-        run = self._runs.get(message["run"])
-        if run is None:
-            return
-        handlers: dict[str, Callable[[Run, dict[str, Any]], None]] = {
-            "loading": self._loading,
-            "remarks": self._remarks,
-            "step": self._step,
-            "picture": self._picture,
-        }
-        if event in handlers:
-            handlers[event](run, message)
-            return
-        del self._runs[run.id]
-        if event == "failed":
-            self._fail(run.job.id, message["error"], 400 if message["kind"] == "input" else 500)
-        elif event == "cancelled" and self.store.requeue(run.job.id, died=False):  # but its job was not
-            self._wait_again(run.job.id)
-        elif event == "done" and self._stored(run.job.id).state == "running":
-            self._begin(self._stored(run.job.id))  # its next part, or its end
-        self._changed()
-
-    def _told_of_itself(self, event: str, message: dict[str, Any]) -> None:
-        if event == "ready":
-            self.ready = True
-            self.metrics.ready.set(1)
-            log.info("engine ready", extra={"seconds": message["seconds"]})
-            for model in self.models.values():
-                if model.spec is None:
-                    self.engine.send({"describe": model.name, "source": model.source})
-            if self.settings.preload and not self._waiting:
-                first = next(iter(self.models.values()))
-                self.engine.send({"load": first.name, "source": first.source})
-            self._changed()
-        elif event == "loaded":
-            self.loaded, self.device = message["model"], message["device"]
-        elif event == "described":
-            self.models[message["model"]].spec = read_spec(message["spec"])
-        elif event == "unloadable":
-            self.models[message["model"]].error = message["error"]
-            log.error("model cannot be used", extra={"model": message["model"], "error": message["error"]})
-
-    def _loading(self, run: Run, message: dict[str, Any]) -> None:
-        run.last = "loading", {name: message[name] for name in ("what", "done", "total")}
-        self._tell_run(run, *run.last)
-
-    def _remarks(self, run: Run, message: dict[str, Any]) -> None:
-        """The model is there, and the first step is done."""
-        seconds = time.monotonic() - run.began
-        self.metrics.stage.labels("prepare").observe(seconds)
-        self.device = message["device"]
-        if self.loaded != run.model:
-            if self.loaded is not None:
-                self._switch = (self._switch + seconds) / 2
-            self.loaded = run.model
-            self._order = None
-        if message["remarks"]:
-            lines = [*self._stored(run.job.id).remarks, *message["remarks"]]
-            self.store.remark(run.job.id, list(dict.fromkeys(lines)))
-
-    def _step(self, run: Run, message: dict[str, Any]) -> None:
-        seconds = run.step_seconds = message["seconds"]
-        if run.picture_began is None:
-            run.picture_began = time.monotonic() - seconds
-        run.progress = schema.Progress(
-            picture=run.before + message["picture"], of=run.job.total, step=message["step"], steps=message["steps"]
-        )
-        self.metrics.step.labels(run.model).observe(seconds)
-        self.metrics.batch.observe(len(self._runs))
-        data = {"seconds": seconds, "eta": _rounded(self._left(run)), "preview": message["preview"]}
-        run.last = "step", run.progress.model_dump() | data
-        self._tell_run(run, *run.last)
-
-    def _picture(self, run: Run, message: dict[str, Any]) -> None:
-        """Take a finished picture in, if its job still wants it."""
-        asked = run.job.request
-        given = {name: asked[name] for name in PICTURE_FIELDS if asked.get(name)}
-        facts = message | {"request": message["request"] | given}
-        part = self.store.parts / message["file"]
-        picture = self.store.add_picture(run.job, run.before + message["index"], time.time(), part, facts)
-        if picture is None:
-            return
-        self.pace.learn(Request.model_validate(message["request"]), message["seconds"])
-        if run.picture_began is not None:
-            self.metrics.stage.labels("draw").observe(time.monotonic() - run.picture_began)
-            run.picture_began = None
-        self.metrics.pictures.labels(run.job.key, run.model).inc()
-        self._tell_run(run, "picture", tell_picture(picture, run.job).model_dump(mode="json"), lasting=True)
-
-    def _died(self) -> None:
-        """The engine is gone; what it was drawing waits again, at the place it had."""
-        self.ready, self.loaded = False, None
-        self.metrics.ready.set(0)
-        self.metrics.deaths.inc()
-        runs, self._runs = list(self._runs.values()), {}
-        for run in runs:
-            if self.store.requeue(run.job.id, died=True):
-                self._wait_again(run.job.id)
-                if self._waiting[run.job.id].deaths >= DEATHS:
-                    self._fail(run.job.id, f"the engine died {DEATHS} times over this picture", 500)
-        for part in self.store.parts.iterdir():
-            part.unlink(missing_ok=True)
-        self._changed()
+            self.changed()
 
     async def _watching(self) -> None:
         """Now and then: end what takes too long, and tidy the store."""
         tidied = time.monotonic()
         while True:
             await asyncio.sleep(1.0)
-            now, most = time.monotonic(), self.settings.limits.seconds
-            for run in list(self._runs.values()):
-                if run.stopped is None and now - run.began > most:
-                    self._fail(run.job.id, f"it took more than {most:g} s, which is all a job has here", 400)
-                elif run.stopped is not None and now - run.stopped > GRACE:
-                    log.error("engine does not stop a run, and is ended", extra={"job": run.job.id})
-                    self.engine.kill()
-                    break
-            if now - tidied > 3600:
-                tidied = now
+            self.drawing.check_time()
+            if time.monotonic() - tidied > 3600:
+                tidied = time.monotonic()
                 self.store.tidy(time.time())
-
-    # Inside: the rest -----------------------------------------------------------------------------------------------
 
     def _stored(self, identity: str) -> Job:
         """A job that is known to be there, as the store has it now."""
@@ -615,43 +415,50 @@ class Jobs:
     def _wait(self, job: Job) -> None:
         """A job joins those that wait."""
         self._waiting[job.id] = job
-        self._work[job.id] = sum(part.count * self.pace.work(part) for part in split(_request(job), _grid(job)))
+        self._work[job.id] = sum(part.count * self.drawing.pace.work(part) for part in parts_of(job))
         self._order = None
 
-    def _wait_again(self, identity: str) -> None:
-        self._wait(self._stored(identity))
+    def _cost(self, job: Job) -> float:
+        """Seconds that a job which waits is thought to take, alone."""
+        return self.drawing.pace.seconds(job.model, self._work[job.id])
 
     def _active(self) -> list[Job]:
-        return [*(run.job for run in self._runs.values()), *self._waiting.values()]
+        return [*(run.job for run in self.drawing.runs.values()), *self._waiting.values()]
 
     def _is_active(self, identity: str) -> bool:
-        return any(job.id == identity for job in self._active())
+        return identity in self._waiting or self.drawing.run_of(identity) is not None
 
     def _of_key(self, key: str) -> list[Job]:
         """A key's jobs that wait or run."""
         return [job for job in self._active() if job.key == key]
 
-    def _cost(self, job: Job) -> float:
-        """Seconds that a job is thought to take."""
-        return self.pace.cost(job.model, self._work[job.id])
-
-    def _left(self, run: Run) -> float | None:
-        """Seconds until a run's job ends, where that can be foreseen."""
-        at, one = run.progress, self.pace.seconds(_request(run.job))
-        if at is None:
-            return None if one is None else (run.job.total - run.before) * one
-        return (at.of - at.picture - at.step / at.steps) * (at.steps * run.step_seconds if one is None else one)
-
-    def _tell_run(self, run: Run, name: str, data: dict[str, Any], lasting: bool = False) -> None:
-        if run.stopped is None:
-            self.feed.tell(run.job.id, run.job.key, name, data, lasting)
+    def _tell(self, job: Job, position: int | None, eta: float | None) -> schema.Job:
+        run = self.drawing.run_of(job.id)
+        return schema.Job(
+            id=job.id,
+            state=job.state,  # type: ignore[arg-type]
+            created=job.created,
+            started=job.started,
+            ended=job.ended,
+            priority=job.priority,
+            note=job.note,
+            key=job.key,
+            position=position,
+            eta=None if job.state in ENDED else _rounded(eta),
+            progress=None if run is None else run.progress,
+            request=job.request,
+            grid=grid_of(job),
+            pictures=[tell_picture(picture, job) for picture in self.store.pictures_of(job.id)],
+            error=None if job.error is None else schema.Error.model_validate(job.error),
+            remarks=job.remarks,
+        )
 
     def _state(self, identity: str) -> list[Happening]:
         """A job's present state as happenings: its pictures so far, and where it stands."""
         job = self._stored(identity)
         told = self.tell(job)
         data = [("picture", picture.model_dump(mode="json")) for picture in told.pictures]
-        run = next((run for run in self._runs.values() if run.job.id == identity), None)
+        run = self.drawing.run_of(identity)
         if job.state in ENDED:
             data.append((job.state, told.model_dump(mode="json")))
         elif run is not None:
@@ -667,50 +474,6 @@ class Jobs:
                 if happening.name in ENDED:
                     return schema.Job.model_validate(happening.data)
         raise Refused(503, "the server is stopping: ask again in a while", retry_after=5)
-
-
-def tell_picture(picture: Picture, job: Job | None) -> schema.Picture:
-    """A picture as the API has it. job: its own, which says where in a grid it is."""
-    columns = len(job.grid["x"]["values"]) if job is not None and job.grid is not None else 0
-    return schema.Picture(
-        id=picture.id,
-        job=picture.job,
-        index=picture.place,
-        cell=(picture.place % columns, picture.place // columns) if columns else None,
-        created=picture.created,
-        seconds=picture.seconds,
-        width=picture.width,
-        height=picture.height,
-        bytes=picture.bytes,
-        type=picture.type,
-        sha256=picture.sha256,
-        seed=picture.seed,
-        model=picture.model,
-        prompt=picture.request.get("prompt", ""),
-        favourite=bool(picture.favourite),
-        deleted=picture.deleted is not None,
-        request=picture.request,
-        url=f"/v1/pictures/{picture.id}/file",
-        thumbnail=f"/v1/pictures/{picture.id}/thumbnail",
-    )
-
-
-def _part(job: Job, place: int) -> tuple[Request, int]:
-    """The request that picture `place` of a job belongs to, and the place of that request's first."""
-    start = 0
-    for part in split(_request(job), _grid(job)):
-        if place < start + part.count:
-            return part, start
-        start += part.count
-    raise AssertionError(f"job {job.id} has no picture {place}")
-
-
-def _request(job: Job) -> Request:
-    return Request.model_validate(job.request)
-
-
-def _grid(job: Job) -> Grid | None:
-    return None if job.grid is None else Grid.model_validate(job.grid)
 
 
 def _digest(request: Request, grid: Grid | None, priority: int, note: str) -> str:

@@ -39,8 +39,10 @@ class Settings:
     key_file: Path | None = None  # else keys.json in `data`
     device: str | None = None
     dtype: str | None = None
+    memory: str | None = None  # of the device, like 8GiB
+    placement: str | None = None
     commercial_only: bool | None = None
-    slots: int = 1  # jobs drawn at once
+    slots: int = 4  # jobs drawn at once, sharing the engine's forwards
     limits: Limits = field(default_factory=Limits)
     log_prompts: bool = False
     fetch: bool = False  # pictures given by URL

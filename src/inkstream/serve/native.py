@@ -106,7 +106,7 @@ async def pause_queue(parts: Parts, who: Who, body: schema.QueuePatch) -> schema
 @router.get("/v1/models", responses=answers(), tags=["models"])
 async def list_models(parts: Parts, who: Who) -> schema.Models:
     """The models that may be asked for; the first is the default."""
-    loaded = parts.jobs.loaded
+    loaded = parts.jobs.drawing.loaded
     return schema.Models(data=[describe(m, parts.started, m.name == loaded) for m in parts.models.values()])
 
 
@@ -116,7 +116,7 @@ ModelName = Annotated[str, Path(max_length=200, description="The model's id.")]
 @router.get("/v1/models/{name}", responses=answers(400, 404), tags=["models"])
 async def get_model(parts: Parts, who: Who, name: ModelName) -> schema.Model:
     """One model."""
-    return describe(find_model(parts, name), parts.started, name == parts.jobs.loaded)
+    return describe(find_model(parts, name), parts.started, name == parts.jobs.drawing.loaded)
 
 
 @router.get("/v1/models/{name}/form", responses=answers(400, 404, 503), tags=["models"])

@@ -26,42 +26,40 @@ class Pace:
         twice = spec is not None and guided(request, spec)
         return steps * (width * height / 2**20) * (2 if twice else 1)
 
-    def learn(self, request: Request, seconds: float) -> None:
-        """One picture took so long; later ones count more."""
-        pace = seconds / max(1e-6, self.work(request))
+    def learn(self, request: Request, seconds: float, shared: float = 1.0) -> None:
+        """One picture took so long while so many were drawn at once; later ones count more."""
+        pace = seconds / shared / max(1e-6, self.work(request))
         known = self._pace.get(request.model)
         self._pace[request.model] = pace if known is None else 0.7 * known + 0.3 * pace
-
-    def seconds(self, request: Request) -> float | None:
-        """One picture will take so long; None where the model was never timed."""
-        return self.work(request) * self._pace[request.model] if request.model in self._pace else None
 
     def knows(self, model: str) -> bool:
         """Whether the model was timed."""
         return model in self._pace
 
-    def cost(self, model: str, work: float) -> float:
-        """Seconds for some work, or the work itself where the model was never timed."""
+    def seconds(self, model: str, work: float) -> float:
+        """For some work alone; where the model was never timed, as if a unit took one."""
         return work * self._pace.get(model, 1.0)
 
 
-def ends(running: Sequence[float | None], waiting: Sequence[float | None], slots: int) -> list[float | None]:
-    """Seconds until each waiting job ends.
+def ends(running: Sequence[float], waiting: Sequence[float | None], slots: int) -> list[float | None]:
+    """Seconds until each job ends, the running ones first.
 
-    running: seconds each running one has left; waiting: seconds each will take, in order. What is not known makes all
-    behind it unknown, too.
+    Both are seconds of drawing alone that are left, waiting ones in order; so many as there are slots share the engine
+    evenly. None is not known, and leaves what comes after it unknown, too.
     """
-    free: list[float] = []
-    for left in running:
-        if left is None:
-            return [None] * len(waiting)
-        free.append(left)
-    free += [0.0] * (slots - len(free))
-    foreseen: list[float | None] = []
-    for seconds in waiting:
-        if seconds is None:
-            break
-        first = min(range(len(free)), key=free.__getitem__)
-        free[first] += seconds
-        foreseen.append(free[first])
-    return foreseen + [None] * (len(waiting) - len(foreseen))
+    left = dict(enumerate(running))
+    known = next((place for place, seconds in enumerate(waiting) if seconds is None), len(waiting))
+    queue = [(len(running) + place, seconds) for place, seconds in enumerate(waiting[:known]) if seconds is not None]
+    queue.reverse()
+    found: list[float | None] = [None] * (len(running) + len(waiting))
+    now = 0.0
+    while left or queue:
+        while queue and len(left) < slots:
+            place, seconds = queue.pop()
+            left[place] = seconds
+        first = min(left, key=left.__getitem__)
+        passed = left.pop(first)
+        now += passed * (len(left) + 1)
+        left = {place: seconds - passed for place, seconds in left.items()}
+        found[first] = now
+    return found

@@ -15,13 +15,13 @@ router = APIRouter(tags=["server"])
 
 
 def health(parts: Service) -> schema.Health:
-    engine = "ready" if parts.jobs.ready else "starting"
+    engine = "ready" if parts.jobs.drawing.ready else "starting"
     return schema.Health(
-        status="ok" if parts.jobs.ready else "starting",
+        status="ok" if parts.jobs.drawing.ready else "starting",
         version=__version__,
         engine=engine,
-        model=parts.jobs.loaded,
-        device=parts.jobs.device,
+        model=parts.jobs.drawing.loaded,
+        device=parts.jobs.drawing.device,
     )
 
 
@@ -35,7 +35,7 @@ async def healthz(parts: Parts) -> schema.Health:
 async def readyz(parts: Parts) -> schema.Health:
     """200 once the engine takes jobs. Jobs are accepted before that, too."""
     state = health(parts)
-    return state if parts.jobs.ready else JSONResponse(state.model_dump(), 503)  # type: ignore[return-value]
+    return state if parts.jobs.drawing.ready else JSONResponse(state.model_dump(), 503)  # type: ignore[return-value]
 
 
 @router.get(

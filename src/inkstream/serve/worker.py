@@ -57,8 +57,8 @@ class Worker:
         self.engine = engine
         self.parts = parts
         self.say = voice.say
+        self.live: set[str] = set()
         self.cancelled: set[str] = set()
-        self._described = threading.Lock()
 
     def draw(self, message: Mapping[str, Any]) -> None:
         """Draw one request to its end, telling of every step; whatever happens, the last word is an end."""
@@ -71,8 +71,14 @@ class Worker:
         except Exception as error:
             report(error)
             end = {"event": "failed", "kind": "internal", "error": f"{type(error).__name__} in the engine, see the log"}
+        self.live.discard(run)
         self.cancelled.discard(run)
         self.say(run=run, memory=memory(), **end)
+
+    def cancel(self, run: str) -> None:
+        """Stop a run at its next event, if it has not ended by itself."""
+        if run in self.live:
+            self.cancelled.add(run)
 
     def _draw(self, run: str, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
         from inkstream.engine.engine import advice
@@ -94,7 +100,8 @@ class Worker:
                              remarks=advice(as_drawn, self.engine.model))  # fmt: skip
                     preview = None if event.preview is None else data_url(event.preview)
                     self.say(run=run, event="step", picture=event.index, of=event.count, step=event.step,
-                             steps=event.steps, seconds=round(event.seconds, 4), preview=preview)  # fmt: skip
+                             steps=event.steps, t=event.t, seconds=round(event.seconds, 4),
+                             preview=preview)  # fmt: skip
                 elif isinstance(event, Done):
                     self.say(run=run, event="picture", **self._save(run, event, request, message))
                 elif isinstance(event, Failed):
@@ -209,6 +216,17 @@ def report(error: Exception) -> None:
     print(f"{type(error).__name__} at {' > '.join(place[-8:])}", file=sys.stderr, flush=True)
 
 
+def make_engine(first: Mapping[str, Any]) -> Engine:
+    """The engine that the server's first message asks for. InputError where there is no such device, dtype or size."""
+    from inkstream.engine.engine import Engine
+    from inkstream.engine.loader import choose_device, choose_dtype
+    from inkstream.engine.memory import read_size
+
+    choose_dtype(first["dtype"], choose_device(first["device"]))
+    size = None if first["memory"] is None else read_size(first["memory"])
+    return Engine(first["device"], first["dtype"], True, first["commercial_only"], size, first["placement"])
+
+
 def listen(messages: queue.SimpleQueue[dict[str, Any]]) -> None:
     """Hand on what comes in. At its end the process ends, whatever it is doing: nobody could hear the rest."""
     for line in sys.stdin.buffer:
@@ -227,17 +245,20 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     first = messages.get()
     began = time.perf_counter()
-    from inkstream.engine.engine import Engine
-
-    engine = Engine(first["device"], first["dtype"], previews=True, commercial_only=first["commercial_only"])
+    try:
+        engine = make_engine(first)
+    except InputError as error:
+        voice.say(event="unusable", error=str(error))
+        return
     worker = Worker(engine, Path(first["parts"]), voice)
     voice.say(event="ready", seconds=round(time.perf_counter() - began, 3), memory=memory())
     while True:
         message = messages.get()
         if "draw" in message:
+            worker.live.add(message["draw"])
             threading.Thread(target=worker.draw, args=(message,), daemon=True).start()
         elif "cancel" in message:
-            worker.cancelled.add(message["cancel"])
+            worker.cancel(message["cancel"])
         elif "load" in message:
             threading.Thread(target=worker.load, args=(message["load"], message["source"]), daemon=True).start()
         elif "describe" in message:

@@ -189,14 +189,13 @@ class ZImageTransformer(nn.Module):
         lengths = [n + len(s.context) for n, s in zip(counts, prepared)]
         starts = [sum(lengths[:i]) for i in range(len(lengths))]
 
-        patches = [patchify(x, p).to(self.x_embedder.weight.dtype) for x in xs]
+        firsts = alike(xs, times, prepared)
+        chosen = list(dict.fromkeys(firsts))
+        patches = [patchify(xs[i], p).to(self.x_embedder.weight.dtype) for i in chosen]
         embedded = self.x_embedder(torch.cat(patches)).split([len(t) for t in patches])
-        x = torch.cat([t for e, s in zip(embedded, prepared) for t in (fill(e, self.x_pad_token), s.references)])
-        picture_rope = Rope.cat([s.rope[:n] for s, n in zip(prepared, counts)])
-        rows = rows_of(prepared, counts, len(norms))
-        x = run_blocks(self.noise_refiner, x, lambda i, block, x: block(x, norms[:, i], rows, picture_rope, counts))
-
-        pictures = x.split(counts)
+        own = norms if len(norms) == 1 or len(chosen) == len(xs) else norms[chosen]
+        refined = self._refine_noise(embedded, [prepared[i] for i in chosen], own)
+        pictures = [refined[chosen.index(i)] for i in firsts]
         x = torch.cat([t for picture, s in zip(pictures, prepared) for t in (picture, s.context)])
         table = Rope.cat([s.rope for s in prepared])
         targets = [s.target_tokens for s in prepared]
@@ -213,6 +212,17 @@ class ZImageTransformer(nn.Module):
         return [
             unpatchify(out[: s.grid[0] * s.grid[1]], *s.grid, p).float() for out, s in zip(x.split(targets), prepared)
         ]
+
+    def _refine_noise(
+        self, embedded: Sequence[Tensor], prepared: Sequence[Prepared], norms: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Picture tokens through the blocks that see no caption. embedded: of each sample's patches, (N, D)."""
+        counts = [s.target_tokens + len(s.references) for s in prepared]
+        x = torch.cat([t for e, s in zip(embedded, prepared) for t in (fill(e, self.x_pad_token), s.references)])
+        table = Rope.cat([s.rope[:n] for s, n in zip(prepared, counts)])
+        rows = rows_of(prepared, counts, len(norms))
+        x = run_blocks(self.noise_refiner, x, lambda i, block, x: block(x, norms[:, i], rows, table, counts))
+        return x.split(counts)
 
     def _modulation(self, times: Sequence[float], prepared: Sequence[Prepared]) -> tuple[Tensor, Tensor]:
         """Norm weights (R, M, 4, D) and final scales (R, D): a row for each sample and behind them CLEAN's if there are
@@ -342,6 +352,18 @@ def fill(x: Tensor, pad: Tensor) -> Tensor:
     """Append the learned pad token up to the multiple. x: (L, D), pad: (1, D)."""
     missing = padded(len(x)) - len(x)
     return torch.cat([x, pad.expand(missing, -1)]) if missing else x
+
+
+def alike(xs: Sequence[Tensor], times: Sequence[float], prepared: Sequence[Prepared]) -> list[int]:
+    """For each sample the first whose picture tokens are the same until captions join them, as guidance asks twice.
+
+    Where they stand differs with the caption's length, which attention among themselves does not show: all are moved
+    alike. Pads are not, they stand at the origin.
+    """
+    if any(s.clean is not None or s.target_tokens > s.grid[0] * s.grid[1] for s in prepared):
+        return [*range(len(xs))]
+    keys = [(id(x), t) for x, t in zip(xs, times)]
+    return [keys.index(key) for key in keys]
 
 
 def rows_of(prepared: Sequence[Prepared], counts: Sequence[int], rows: int) -> Tensor | None:

@@ -1,0 +1,240 @@
+"""An ordeal for the server: clients ask for pictures while its engine and it itself are killed, again and again.
+
+    python scripts/serve_faults.py [--jobs 40] [--clients 8] [--engine-kills 5] [--server-kills 2] [--seed 0]
+
+Then all is looked at: every accepted job has ended exactly once, every picture opens and is what its record says, and
+nothing else lies in the folder. Linux: it finds the engine as the server's child in /proc.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import json
+import os
+import random
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+REQUEST = {"prompt": "a red circle", "model": "pocket", "width": 64, "height": 64, "steps": 2, "count": 2}
+PATIENCE = 900.0
+"""Seconds after which an ordeal has failed."""
+
+
+class Down(Exception):
+    """The server did not answer, or not to the end."""
+
+
+@dataclass
+class Ordeal:
+    """One server in its folder, and what its clients know of it."""
+
+    folder: Path
+    seed: int
+    port: int = 0
+    process: subprocess.Popen[bytes] | None = None
+    accepted: dict[str, str] = field(default_factory=dict)  # idempotency key -> job
+    ended: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> as it was first seen ended
+    problems: list[str] = field(default_factory=list)
+
+    def start(self) -> None:
+        """Start a server, on the port it always has."""
+        if not self.port:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self.port = free.getsockname()[1]
+        words = ["serve", "--port", str(self.port), "--data", str(self.folder), "--model", "pocket"]
+        with (self.folder.parent / "log.txt").open("ab") as log:
+            self.process = subprocess.Popen([sys.executable, "-m", "inkstream", *words], stdout=log, stderr=log)
+
+    def kill(self) -> None:
+        """End the server as a power cut would."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+
+    def kill_engine(self) -> bool:
+        """End the engine in the same way; whether there was one."""
+        assert self.process is not None
+        pid = self.process.pid
+        try:
+            children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            engines = [int(c) for c in children if b"serve.worker" in Path(f"/proc/{c}/cmdline").read_bytes()]
+            for engine in engines:
+                os.kill(engine, signal.SIGKILL)
+        except OSError:
+            return False
+        return bool(engines)
+
+    def ask(self, method: str, path: str, body: Any = None, token: str = "") -> Any:
+        """The answer's JSON, or its bytes. Down where there is none."""
+        headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": token} if token else {})
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                content = answer.read()
+                return json.loads(content) if "json" in answer.headers["Content-Type"] else content
+        except urllib.error.HTTPError as error:
+            raise AssertionError(f"{method} {path} answered {error.code}: {error.read()!r}") from None
+        except (OSError, ValueError, HTTPException) as error:
+            raise Down(str(error)) from None
+
+    def client(self, number: int, jobs: int) -> None:
+        """Ask for some pictures, as often as it takes, and wait until each job has ended."""
+        dice = random.Random(f"{self.seed}-{number}")
+        for job in range(jobs):
+            token = f"client-{number}-job-{job}"
+            while token not in self.accepted:
+                try:
+                    body = REQUEST | {"seed": 1000 * number + 10 * job}
+                    self.accepted[token] = self.ask("POST", "/v1/jobs", body, token)["id"]
+                except Down:
+                    time.sleep(0.2)
+            time.sleep(dice.uniform(0, 0.5))
+        mine = [self.accepted[f"client-{number}-job-{job}"] for job in range(jobs)]
+        while waiting := [job for job in mine if job not in self.ended]:
+            for job in waiting:
+                try:
+                    seen = self.ask("GET", f"/v1/jobs/{job}")
+                except Down:
+                    break
+                if seen["ended"]:
+                    self.ended[job] = seen
+            time.sleep(0.3)
+
+    def run(self, jobs: int, clients: int, engine_kills: int, server_kills: int) -> dict[str, Any]:
+        """The whole ordeal. What is returned sums it up; `problems` is empty if it was passed."""
+        began = time.monotonic()
+        self.folder.mkdir(parents=True)
+        self.start()
+        dice = random.Random(self.seed)
+        shares = [jobs // clients + (number < jobs % clients) for number in range(clients)]
+        threads = [threading.Thread(target=self._client, args=(n, share)) for n, share in enumerate(shares)]
+        for thread in threads:
+            thread.start()
+        kills = ["engine"] * engine_kills + ["server"] * server_kills
+        dice.shuffle(kills)
+        total = jobs * int(REQUEST["count"])
+        for number, kill in enumerate(kills):
+            # Spread over the work, so that each finds something to interrupt; the moment within it is chance.
+            self._wait_for(lambda number=number: self._drawn() >= total * number // (len(kills) + 1) and self._busy())
+            time.sleep(dice.uniform(0, 0.4))
+            if kill == "server":
+                self.kill()
+                self.start()
+            else:
+                self._wait_for(self.kill_engine)
+        for thread in threads:
+            thread.join(PATIENCE)
+            if thread.is_alive():
+                self.problems.append("a client still waits")
+        self.examine(jobs)
+        self.process.terminate()  # type: ignore[union-attr]
+        self.process.wait(30)  # type: ignore[union-attr]
+        return {
+            "jobs": jobs,
+            "clients": clients,
+            "engine_kills": engine_kills,
+            "server_kills": server_kills,
+            "pictures": self._drawn(),
+            "seconds": round(time.monotonic() - began, 1),
+            "problems": self.problems,
+        }
+
+    def examine(self, jobs: int) -> None:
+        """Everything that was promised, against what is there."""
+        expect = self.problems.append
+        if len(set(self.accepted.values())) != jobs:
+            expect(f"{jobs} jobs were asked for, {len(set(self.accepted.values()))} are there")
+        files = set()
+        for token, identity in self.accepted.items():
+            job = self.ask("GET", f"/v1/jobs/{identity}")
+            if self.ended.get(identity) != job:
+                expect(f"{identity} has changed after its end")
+            if job["state"] != "succeeded":
+                expect(f"{identity} has {job['state']}: {job['error']}")
+            if [picture["index"] for picture in job["pictures"]] != list(range(REQUEST["count"])):  # type: ignore[call-overload]
+                expect(f"{identity} has pictures {[picture['index'] for picture in job['pictures']]}")
+            first = job["request"]["seed"]
+            number, _, place = token.removeprefix("client-").partition("-job-")
+            if first != 1000 * int(number) + 10 * int(place):
+                expect(f"{identity} is not what {token} asked for")
+            for picture in job["pictures"]:
+                data = self.ask("GET", picture["url"])
+                files.add(picture["id"])
+                image = Image.open(io.BytesIO(data))
+                image.load()
+                record = json.loads(image.text["inkstream"])["request"]  # type: ignore[attr-defined]
+                told = (picture["sha256"], picture["bytes"], (picture["width"], picture["height"]), picture["seed"])
+                found = (hashlib.sha256(data).hexdigest(), len(data), image.size, record["seed"])
+                if told != found or picture["seed"] != first + picture["index"]:
+                    expect(f"{picture['id']} is not what its record says: {told} {found}")
+        there = {file.stem for file in self.folder.glob("pictures/*/*")}
+        if there != files:
+            expect(f"{len(there ^ files)} files do not belong to a picture, or are missing")
+        if rest := list((self.folder / "parts").iterdir()):
+            expect(f"{len(rest)} half-written files are left")
+        with sqlite3.connect(self.folder / "inkstream.db") as db:
+            states = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state"))
+            damage = db.execute("PRAGMA integrity_check").fetchone()[0]
+        db.close()
+        if states != {"succeeded": jobs}:
+            expect(f"the history has {states}")
+        if damage != "ok":
+            expect(f"the database is damaged: {damage}")
+
+    def _client(self, number: int, jobs: int) -> None:
+        try:
+            self.client(number, jobs)
+        except Exception as error:
+            self.problems.append(f"client {number}: {error!r}")
+
+    def _wait_for(self, condition: Any) -> None:
+        end = time.monotonic() + PATIENCE
+        while not condition() and time.monotonic() < end:
+            time.sleep(0.02)
+
+    def _drawn(self) -> int:
+        """Pictures in the history, read behind the server's back, who may be dead."""
+        try:
+            with sqlite3.connect(f"file:{self.folder}/inkstream.db?mode=ro", uri=True) as db:
+                drawn = db.execute("SELECT count(*) FROM pictures").fetchone()[0]
+            db.close()
+        except sqlite3.Error:
+            return 0
+        return drawn
+
+    def _busy(self) -> bool:
+        """Whether something is being drawn."""
+        try:
+            return bool(self.ask("GET", "/v1/queue")["running"])
+        except Down:
+            return False
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, number in {"jobs": 40, "clients": 8, "engine-kills": 5, "server-kills": 2, "seed": 0}.items():
+        parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--data", type=Path)
+    asked = parser.parse_args()
+    folder = (asked.data or Path(tempfile.mkdtemp())) / "data"
+    outcome = Ordeal(folder, asked.seed).run(asked.jobs, asked.clients, asked.engine_kills, asked.server_kills)
+    print(json.dumps(outcome, indent=2))
+    sys.exit(bool(outcome["problems"]))

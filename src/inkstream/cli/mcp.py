@@ -1,0 +1,182 @@
+"""`inkstream mcp`: drawing as tools for agents, over the Model Context Protocol on stdin and stdout."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from pydantic import ValidationError
+
+from inkstream.cli.download import agree_to_download
+from inkstream.cli.generate import about, check, find_place
+from inkstream.cli.machine import HERE, Machine
+from inkstream.cli.terminal import Terminal
+from inkstream.types import Done, Event, Failed, InputError, Request, Step
+
+if TYPE_CHECKING:
+    from mcp.server import Server, ServerRequestContext
+    from mcp.types import CallToolRequestParams, CallToolResult, ContentBlock
+
+    from inkstream.engine.client import Client
+    from inkstream.engine.engine import Engine
+
+FROM_PICTURES = ("image", "mask", "strength", "reference")
+"""Fields of a Request that only `edit` takes."""
+TOOLS = {
+    "generate": "Draw pictures of a prompt. Each comes back small, with its seed and the path of the whole file.",
+    "edit": "Draw from pictures: repaint what a mask says, start from one (image), or look at some (reference). "
+    "Pictures are paths of files, as generate and edit give them, or data URLs.",
+    "list_models": "List the models that can be asked for: what each takes, its usual size and its licence.",
+}
+SHOWN = 1024
+"""Pixels of the longer side of a picture as an agent sees it; the file is whole."""
+LISTED = ("name", "title", "licence", "commercial", "abilities", "size", "steps", "guidance")
+
+
+def mcp(
+    *,
+    model: Annotated[str | None, Parameter(alias="-m", show_default=False)] = None,
+    output: Annotated[Path | None, Parameter(alias="-o", show_default=False)] = None,
+    machine: Machine = HERE,
+    yes: Annotated[bool, Parameter(alias="-y", show_default=False)] = False,
+) -> None:
+    """Let agents draw, over the Model Context Protocol.
+
+    Parameters
+    ----------
+    model
+        The model that draws where the agent names none; else Pocket, or the server's first.
+    output
+        Folder of the pictures; else inkstream among your pictures.
+    yes
+        Download a model that the agent asks for without asking you.
+    """
+    try:
+        import anyio
+        from mcp.server.stdio import stdio_server
+    except ImportError:
+        raise InputError("the MCP SDK is not installed: pip install 'inkstream[mcp]'") from None
+    from platformdirs import user_pictures_path
+
+    server = build(machine, output or user_pictures_path() / "inkstream", model, yes)
+
+    async def run() -> None:
+        async with stdio_server() as (read, write):
+            await server.run(read, write, server.create_initialization_options())
+
+    anyio.run(run)
+
+
+def build(machine: Machine, folder: Path, model: str | None = None, yes: bool = False) -> Server[Any]:
+    """The MCP server of one machine, whose pictures are written to a folder. InputError where that cannot be."""
+    import mcp.types as protocol
+    from mcp.server import Server
+
+    from inkstream import __version__
+
+    engine = machine.way_in()
+    place = find_place(f"{folder}/", 1)
+    schemas = {"generate": _schema(FROM_PICTURES), "edit": _schema(()), "list_models": {"type": "object"}}
+    tools = [protocol.Tool(name=name, description=text, input_schema=schemas[name]) for name, text in TOOLS.items()]
+
+    async def list_tools(context: ServerRequestContext[Any], params: Any) -> protocol.ListToolsResult:
+        return protocol.ListToolsResult(tools=tools)
+
+    async def call_tool(context: ServerRequestContext[Any], params: CallToolRequestParams) -> CallToolResult:
+        try:
+            if params.name == "list_models":
+                return protocol.CallToolResult(content=[_text(list_models(engine))])
+            if params.name not in TOOLS:
+                raise InputError(f"there is no tool {params.name}: take {', '.join(TOOLS)}")
+            request = understand(params.name, params.arguments or {}, model)
+            if machine.server is None:
+                check(request)
+                agree_to_download(request.model, yes, Terminal(quiet=True), machine.licence)
+            content: list[ContentBlock] = []
+            with closing(engine.submit(request)) as events:  # type: ignore[type-var]
+                async for event in _each(events):
+                    if isinstance(event, Failed):
+                        raise InputError(event.error)
+                    if isinstance(event, Step):
+                        at = event.index * event.steps + event.step
+                        await context.session.report_progress(at, event.count * event.steps)
+                    elif isinstance(event, Done):
+                        content += keep(engine, event, place(event.request, event.index))
+            return protocol.CallToolResult(content=content)
+        except InputError as error:
+            return protocol.CallToolResult(content=[_text(str(error))], is_error=True)
+
+    return Server("inkstream", version=__version__, on_list_tools=list_tools, on_call_tool=call_tool)
+
+
+def understand(tool: str, given: dict[str, Any], model: str | None) -> Request:
+    """The request that a tool's arguments make. InputError names what cannot be taken."""
+    if tool == "generate" and (pictures := sorted(given.keys() & set(FROM_PICTURES))):
+        raise InputError(f"{pictures[0]} belongs to a picture: call edit instead")
+    if tool == "edit" and not (given.get("image") or given.get("reference")):
+        raise InputError("there is no picture to edit: give image or reference")
+    fields = given if model is None else {"model": model, **given}
+    try:
+        return Request.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(str(part) for part in problem["loc"])
+        raise InputError(f"{name}: {problem['msg']}") from None
+
+
+def list_models(engine: Engine | Client) -> str:
+    """The models as JSON, of the server or those known by name."""
+    from inkstream.engine.client import Client
+
+    if isinstance(engine, Client):
+        models = [{"name": one["id"], **one["inkstream"], **one["inkstream"]["defaults"]} for one in engine.models()]
+    else:
+        from inkstream.families import SPECS
+
+        models = [{name: getattr(spec, name) for name in LISTED} for spec in SPECS.values()]
+        models = [{**one, "abilities": sorted(one["abilities"])} for one in models]
+    return json.dumps([{name: one[name] for name in LISTED} for one in models], ensure_ascii=False)
+
+
+def keep(engine: Engine | Client, done: Done, path: Path) -> list[ContentBlock]:
+    """Write a picture, and say where it is and what it looks like."""
+    from mcp.types import ImageContent
+
+    from inkstream.engine.metadata import save_picture
+
+    spec, ran = about(engine, done.request.model)
+    save_picture(done.image, path, done.request, spec, extra=ran)
+    small = done.image.copy()
+    small.thumbnail((SHOWN, SHOWN))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=85)
+    facts = {"path": str(path), "seed": done.request.seed, "width": done.image.width, "height": done.image.height}
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return [_text(json.dumps(facts, ensure_ascii=False)), ImageContent(type="image", data=data, mime_type="image/jpeg")]
+
+
+async def _each(events: Iterator[Event]) -> AsyncIterator[Event]:
+    """Events, each waited for in a thread; whoever is cancelled meanwhile leaves when the step is done."""
+    from anyio import to_thread
+
+    while (event := await to_thread.run_sync(next, events, None)) is not None:
+        yield event
+
+
+def _schema(without: tuple[str, ...]) -> dict[str, Any]:
+    """What a tool takes: the fields of a Request."""
+    schema = Request.model_json_schema()
+    fields = {name: field for name, field in schema["properties"].items() if name not in without}
+    return {"type": "object", "properties": fields, "required": ["prompt"], "additionalProperties": False}
+
+
+def _text(text: str) -> Any:
+    from mcp.types import TextContent
+
+    return TextContent(type="text", text=text)

@@ -1,0 +1,77 @@
+// Elements from plain values, and the few icons. All text goes in as text, never as markup.
+
+/**
+ * An element: h("button", { class: "quiet", onclick: go, data: { id: 3 } }, "Go"). Properties that are null or false are
+ * left out; children may be nested arrays, and those that are null or false are left out, too.
+ */
+export function h(tag, properties = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(properties)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name === "data") Object.assign(element.dataset, value);
+    else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "value" || name === "checked" || name === "disabled" || name === "indeterminate") element[name] = value;
+    else element.setAttribute(name, value === true ? "" : String(value));
+  }
+  element.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+/** The element with an id. */
+export const byId = (id) => document.getElementById(id);
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** Strokes on a field of 24 by 24. */
+const ICONS = {
+  draw: "M12 3c3.4 4.2 5.2 7 5.2 9.6a5.2 5.2 0 0 1-10.4 0C6.8 10 8.6 7.2 12 3z M5 21h14",
+  queue: "M4 6h16 M4 12h16 M4 18h10",
+  gallery: "M4 4h7v7H4z M13 4h7v7h-7z M4 13h7v7H4z M13 13h7v7h-7z",
+  search: "M10.5 4a6.5 6.5 0 1 1 0 13a6.5 6.5 0 0 1 0-13z M15.5 15.5L20 20",
+  filter: "M4 6h16 M7 12h10 M10 18h4",
+  star: "M12 3.8l2.5 5.2 5.7.8-4.1 4 1 5.7-5.1-2.7-5.1 2.7 1-5.7-4.1-4 5.7-.8z",
+  trash: "M5 7h14 M10 7V4.5h4V7 M7 7l.8 12.5h8.4L17 7 M10.5 11v5 M13.5 11v5",
+  close: "M6 6l12 12 M18 6L6 18",
+  up: "M6 14.5l6-6 6 6",
+  down: "M6 9.5l6 6 6-6",
+  left: "M14.5 6l-6 6 6 6",
+  right: "M9.5 6l6 6-6 6",
+  pause: "M8.5 5v14 M15.5 5v14",
+  play: "M8 5l11 7-11 7z",
+  copy: "M9 9h11v11H9z M15 9V4H4v11h5",
+  save: "M12 4v11 M7.5 11l4.5 4.5 4.5-4.5 M5 20h14",
+  picture: "M4 5h16v14H4z M4 16l5-5 4 4 2.5-2.5L20 17 M15.5 9.5h.01",
+  dice: "M5 5h14v14H5z M9 9h.01 M15 9h.01 M12 12h.01 M9 15h.01 M15 15h.01",
+  swap: "M7 4v15 M3.5 15.5L7 19l3.5-3.5 M17 20V5 M13.5 8.5L17 5l3.5 3.5",
+  history: "M4 5v5h5 M4.8 10a8 8 0 1 1-.6 4 M12 8v4.5l3 2",
+  compare: "M12 3v18 M4 6h5v12H4 M20 6h-5v12h5",
+  recall: "M9 14L4 9.5 9 5 M4 9.5h9.5a5.5 5.5 0 0 1 0 11H9",
+  again: "M19.5 12a7.5 7.5 0 1 1-2.4-5.5 M19.5 4v4.5H15",
+  check: "M5 12.5l4.5 4.5L19 7.5",
+  sun: "M12 8a4 4 0 1 1 0 8a4 4 0 0 1 0-8z M12 2.5v2 M12 19.5v2 M2.5 12h2 M19.5 12h2 M5.3 5.3l1.4 1.4 M17.3 17.3l1.4 1.4 M5.3 18.7l1.4-1.4 M17.3 6.7l1.4-1.4",
+  moon: "M19.5 14.5A8 8 0 1 1 9.5 4.5a6.5 6.5 0 0 0 10 10z",
+  key: "M8 11a4 4 0 1 1 0 8a4 4 0 0 1 0-8z M11 12L19.5 3.5 M16 7l3 3",
+  help: "M12 3a9 9 0 1 1 0 18a9 9 0 0 1 0-18z M9.5 9.5a2.5 2.5 0 1 1 3.6 2.3c-.8.4-1.1.9-1.1 1.7 M12 16.8h.01",
+  grid: "M4 4h16v16H4z M4 9.5h16 M4 14.5h16 M9.5 4v16 M14.5 4v16",
+  spark: "M12 3.5l1.9 6.6 6.6 1.9-6.6 1.9L12 20.5l-1.9-6.6L3.5 12l6.6-1.9z",
+  plus: "M12 5v14 M5 12h14",
+  more: "M6 12h.01 M12 12h.01 M18 12h.01",
+};
+
+/** An icon, silent to screen readers: what it means is said by what holds it. */
+export function icon(name) {
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  svg.setAttribute("class", `icon icon-${name}`);
+  svg.setAttribute("aria-hidden", "true");
+  const path = document.createElementNS(SVG, "path");
+  path.setAttribute("d", ICONS[name]);
+  svg.append(path);
+  return svg;
+}
+
+/** A button that shows an icon alone; `label` is its name, and its tooltip. */
+export function iconButton(name, label, onclick, properties = {}) {
+  const given = { type: "button", class: "icon-only", "aria-label": label, title: label, onclick, ...properties };
+  return h("button", given, icon(name));
+}

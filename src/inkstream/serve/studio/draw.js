@@ -1,0 +1,80 @@
+// From the form to the queue: draw, draft, refine, draw again.
+
+import { post } from "./api.js";
+import { say } from "./bus.js";
+import { byId } from "./dom.js";
+import { presentForm } from "./form.js";
+import { complain, notice, speak } from "./notice.js";
+import { remember } from "./prompt.js";
+import { grid, request } from "./wish.js";
+import { t } from "./words.js";
+import { view } from "./views.js";
+
+const DRAFTS = 9;
+
+/** A word that makes a repetition of the same call harmless. */
+const token = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+
+/** Queue a request, whose job the server draws whatever becomes of this page. beside: note, priority, grid. */
+export async function submit(made, beside = {}) {
+  const job = await post("/v1/jobs", { ...made, ...beside }, { "Idempotency-Key": token() });
+  say("job", job);
+  return job;
+}
+
+/** Draw what the form says. */
+export async function draw() {
+  const made = request(presentForm());
+  if (empty(made)) return;
+  const over = grid();
+  const cells = over && { x: over.x, ...(over.y ? { y: over.y } : {}) };
+  if (cells) delete made.count;
+  await queue(made, cells ? { grid: cells } : {}, t("queued"));
+}
+
+/** Draw many quick ones of it, to pick from. */
+export async function draft() {
+  const form = presentForm();
+  const made = request(form);
+  if (empty(made)) return;
+  const steps = form.get("steps");
+  made.count = Math.min(DRAFTS, form.get("count").maximum ?? DRAFTS);
+  if (steps.default > 8) made.steps = Math.max(4, Math.round((made.steps ?? steps.default) / 2));
+  await queue(made, { note: "draft" }, t("draftsQueued", { n: made.count }));
+}
+
+async function queue(made, beside, said) {
+  if (byId("draw-now").disabled) return; // the last one is on its way
+  byId("draw-now").disabled = true;
+  try {
+    await submit(made, beside);
+    remember(made.prompt ?? "");
+    speak(said);
+    view("queue", { onlyNarrow: true });
+  } catch (error) {
+    complain(error);
+    point(error.param);
+  } finally {
+    byId("draw-now").disabled = false;
+  }
+}
+
+/** There is nothing to draw: say so, and go there. */
+function empty(made) {
+  if (made.prompt?.trim() || made.reference?.length) return false;
+  notice(t("noPrompt"), { kind: "error" });
+  point("prompt");
+  return true;
+}
+
+/** Go to the field that the server did not take. */
+function point(name) {
+  const place = name === "width" || name === "height" ? "size" : name;
+  const field = place && document.querySelector(`[data-field="${CSS.escape(place)}"]`);
+  if (!field) return;
+  const section = field.closest("details");
+  if (section) section.open = true;
+  view("draw", { onlyNarrow: true });
+  const entry = field.querySelector("textarea, input:not([type=range]), select") ?? field.querySelector("button");
+  entry?.focus();
+}

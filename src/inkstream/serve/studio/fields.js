@@ -1,0 +1,91 @@
+// One control for each type of field. A control shows its value anew when told to, and gives what the user chooses.
+
+import { h, iconButton } from "./dom.js";
+import { give, isGiven, valueOf } from "./wish.js";
+import { known, t } from "./words.js";
+
+/** How far a slider goes where the bound itself is out of any use; the number beside it takes the rest. */
+const FAR = { guidance: 12, shift: 12, cfg_normalization: 2, cache_threshold: 1 };
+
+export const titleOf = (field) => known(`field.${field.name}`, field.title);
+export const helpOf = (field) => known(`help.${field.name}`, field.help);
+
+/** A field with its name, what it means, and a way back to the model's own value. {element, refresh}. */
+export function control(field) {
+  const id = `field-${field.name}`;
+  const { element: input, refresh } = CONTROLS[field.type](field, id);
+  const back = iconButton("again", t("ownValue", { field: titleOf(field) }), () => (give(field, null), show()), { class: "icon-only back" });
+  const label = h("label", { for: id, id: `${id}-name`, title: helpOf(field) }, titleOf(field));
+  const hint = h("p", { class: "hint", id: `${id}-hint` }, helpOf(field), field.why ? ` (${known(`why.${field.name}`, field.why)})` : "");
+  const head = h("div", { class: "field-head" }, label, back);
+  const element = h("div", { class: `field ${field.type}`, data: { field: field.name } }, head, input, hint);
+  const show = () => {
+    refresh();
+    back.hidden = !isGiven(field);
+  };
+  element.addEventListener("input", () => queueMicrotask(() => (back.hidden = !isGiven(field))));
+  show();
+  return { element, refresh: show };
+}
+
+const CONTROLS = { integer: numeric, number: numeric, boolean, choice, text };
+
+function numeric(field, id) {
+  const whole = field.type === "integer";
+  const step = field.step ?? (whole ? 1 : 0.01);
+  const low = field.minimum ?? 0;
+  const far = Math.min(reach(field), field.maximum ?? Infinity);
+  const entry = h("input", {
+    type: "number", id, min: field.minimum, max: Math.min(field.maximum ?? Infinity, Number.MAX_SAFE_INTEGER), step: whole ? step : "any", inputmode: whole ? "numeric" : "decimal",
+    placeholder: field.default === null ? t("random") : "", "aria-describedby": `${id}-hint`,
+  });
+  const slider = Number.isFinite(reach(field)) && h("input", { type: "range", min: low, max: far, step, "aria-labelledby": `${id}-name`, tabindex: "-1" });
+  const refresh = () => {
+    const value = valueOf(field);
+    entry.value = value ?? "";
+    if (slider) slider.value = value ?? low;
+    paint();
+  };
+  const paint = () => slider && slider.style.setProperty("--part", `${(100 * (slider.value - low)) / (far - low)}%`);
+  entry.addEventListener("input", () => {
+    if (!entry.checkValidity()) return;
+    give(field, entry.value === "" ? null : Number(entry.value));
+    if (slider && entry.value !== "") slider.value = entry.value;
+    paint();
+  });
+  entry.addEventListener("change", refresh); // what could not be taken is gone, what was left empty is the model's own
+  if (slider) {
+    slider.addEventListener("input", () => {
+      entry.value = slider.value;
+      give(field, Number(slider.value));
+      paint();
+    });
+  }
+  return { element: h("div", { class: slider ? "pair" : "single" }, slider, entry), refresh };
+}
+
+/** How far the slider of a field goes; without end where it has none. */
+function reach(field) {
+  if (field.name === "steps") return Math.max(12, 3 * (field.default ?? 10));
+  if (field.name in FAR) return FAR[field.name];
+  return field.maximum !== null && field.maximum <= 10 ? field.maximum : Infinity;
+}
+
+function boolean(field, id) {
+  const box = h("input", { type: "checkbox", role: "switch", id, class: "switch", "aria-describedby": `${id}-hint` });
+  box.addEventListener("change", () => give(field, box.checked));
+  return { element: box, refresh: () => (box.checked = Boolean(valueOf(field))) };
+}
+
+function choice(field, id) {
+  const options = field.choices.map((word) => h("option", { value: word }, known(`choice.${word}`, word.replaceAll("_", " "))));
+  const select = h("select", { id, "aria-describedby": `${id}-hint` }, options);
+  select.addEventListener("change", () => give(field, select.value));
+  return { element: select, refresh: () => (select.value = valueOf(field) ?? field.choices[0]) };
+}
+
+function text(field, id) {
+  const area = h("textarea", { id, rows: 2, "aria-describedby": `${id}-hint` });
+  area.addEventListener("input", () => give(field, area.value === "" ? null : area.value));
+  return { element: area, refresh: () => (area.value = valueOf(field) ?? "") };
+}

@@ -1,0 +1,131 @@
+// The form, drawn from the schema of the chosen model: what it does not take is not offered.
+
+import { hear } from "./bus.js";
+import { copyMenu } from "./copy.js";
+import { byId, h, icon, iconButton } from "./dom.js";
+import { draft, draw } from "./draw.js";
+import { control } from "./fields.js";
+import { keep, recollect } from "./memory.js";
+import { formOf, modelOf, models, shown } from "./models.js";
+import { complain, guarded } from "./notice.js";
+import { slots } from "./pictures.js";
+import { promptControl } from "./prompt.js";
+import { openPicture } from "./recall.js";
+import { shapeControl } from "./shape.js";
+import { chooseModel, chosenModel, isGiven, matters, PICTURES, request } from "./wish.js";
+import { known, t } from "./words.js";
+import { gridControl } from "./xy.js";
+
+/** What stands open; the rest goes into sections by its group. */
+const OPEN = ["prompt", "upsample", "width", "height", "count", "seed", "steps", "guidance"];
+const SECTIONS = [
+  ["negative", (field) => field.name === "negative_prompt"],
+  ["pictures", (field) => field.group === "pictures"],
+  ["finer", () => true],
+];
+
+let form = null; // of the chosen model, by field
+let controls = new Map();
+
+/** The form of the chosen model. */
+export const presentForm = () => form;
+
+/** Draw the form of the chosen model, the first one where none was chosen that is there. */
+export async function showForm() {
+  if (!modelOf(chosenModel())) chooseModel(models()[0].id);
+  form = await formOf(chosenModel());
+  controls = new Map();
+  const rest = shown(form).filter((field) => !OPEN.includes(field.name));
+  const sections = SECTIONS.map(([name, holds]) => {
+    const own = rest.filter((field) => holds(field));
+    for (const field of own) rest.splice(rest.indexOf(field), 1);
+    return own.length ? section(name, own.map((field) => add(field.name, field))) : null;
+  });
+  byId("draw").replaceChildren(
+    h("form", { class: "fields", novalidate: true, onsubmit: (event) => (event.preventDefault(), draw()) }, [
+      modelChooser(),
+      add("prompt"),
+      form.get("upsample")?.effect === "honours" && add("upsample"),
+      sections[0],
+      add("size", null, () => shapeControl(form.get("width"), form.get("height"))),
+      h("div", { class: "two" }, add("count"), add("seed")),
+      add("steps"),
+      form.get("guidance")?.effect === "honours" && add("guidance"),
+      sections[1],
+      sections[2],
+      section("grid", [add("grid", null, () => gridControl(form))]),
+    ]),
+    actions(),
+  );
+  show();
+}
+
+function add(name, field = form.get(name), make = null) {
+  const made = make ? make() : name === "prompt" ? promptControl(field) : PICTURES.includes(name) ? slots(field) : control(field);
+  controls.set(name, made);
+  return made.element;
+}
+
+/** Show what is so: values that were changed from elsewhere, and only the fields that mean anything. */
+function show(changed = "all") {
+  for (const [name, made] of controls) {
+    if (form.has(name)) made.element.hidden = !matters(form, name);
+    const concerned = changed === "all" || changed === name || (name === "size" && ["width", "height"].includes(changed));
+    if (concerned && !(changed !== "all" && made.element.contains(document.activeElement) && isTyping())) made.refresh();
+  }
+  for (const details of byId("draw").querySelectorAll("details")) {
+    const fields = [...details.querySelectorAll("[data-field]")].map((element) => form.get(element.dataset.field));
+    details.classList.toggle("given", fields.some((field) => field && isGiven(field) && matters(form, field.name)));
+  }
+}
+
+const isTyping = () => document.activeElement.matches("input, textarea") && document.activeElement.type !== "radio";
+
+function section(name, elements) {
+  const details = h("details", { class: "section", data: { section: name } }, h("summary", {}, t(`section.${name}`)), h("div", { class: "section-body" }, elements));
+  details.open = recollect(`open.${name}`, false);
+  details.addEventListener("toggle", () => keep(`open.${name}`, details.open));
+  return details;
+}
+
+function modelChooser() {
+  const select = h("select", { id: "model" }, models().map((model) => h("option", { value: model.id }, model.id)));
+  select.value = chosenModel();
+  select.addEventListener("change", guarded(async () => {
+    chooseModel(select.value);
+    await showForm();
+    byId("model").focus();
+  }));
+  const { title, licence, commercial } = modelOf(chosenModel()).inkstream;
+  const about = h("p", { class: "about", title }, known(`model.${chosenModel()}`, title));
+  const terms = licence === "unknown" ? null : h("span", { class: "badge", title: t(commercial ? "commercialYes" : "commercialNo") }, licence);
+  const tools = h("div", { class: "row" }, terms, explainer(), iconButton("recall", t("openPicture"), openPicture));
+  return h("div", { class: "field", data: { field: "model" } }, h("div", { class: "field-head" }, h("label", { for: "model" }, t("model")), tools), select, about);
+}
+
+/** Show what every option means, or leave it to tooltips. */
+function explainer() {
+  const button = iconButton("help", t("explain"), () => {
+    const on = document.body.classList.toggle("explain");
+    button.setAttribute("aria-pressed", String(on));
+    keep("explain", on || null);
+  });
+  document.body.classList.toggle("explain", Boolean(recollect("explain")));
+  button.setAttribute("aria-pressed", String(Boolean(recollect("explain"))));
+  return button;
+}
+
+function actions() {
+  return h(
+    "div",
+    { class: "actions" },
+    h("button", { type: "button", id: "draw-now", class: "primary", onclick: () => draw(), title: "Ctrl+Enter" }, icon("draw"), t("drawNow")),
+    h("button", { type: "button", id: "draft-now", onclick: () => draft(), title: t("draftHelp") }, t("draft")),
+    copyMenu(() => request(form)),
+  );
+}
+
+hear("wish", (name) => {
+  if (form && name !== "model") show(name);
+});
+hear("recalled", () => showForm().catch(complain));

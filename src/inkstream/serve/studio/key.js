@@ -1,0 +1,50 @@
+// The API key, where the server wants one: kept in this browser, and as a cookie for pictures and events.
+
+import { identity, onNeedKey } from "./api.js";
+import { openDialog } from "./dialog.js";
+import { h } from "./dom.js";
+import { keep, recollect } from "./memory.js";
+import { t } from "./words.js";
+
+let asking = null;
+
+/** Whether the server takes a key; it gets the cookie by which the browser then shows it everywhere. */
+async function open(key) {
+  const answer = await fetch("/v1/session", { method: "POST", headers: identity(key) });
+  return answer.ok;
+}
+
+/** Have the key asked for wherever the server wants it, and take up the one that is kept. */
+export async function setUpKey() {
+  onNeedKey(() => (asking ??= askForKey().finally(() => (asking = null))));
+  if (recollect("key")) await open(recollect("key")).catch(() => {});
+}
+
+/** Ask until the server takes the key. */
+export function askForKey() {
+  return new Promise((resolve) => {
+    const input = h("input", { type: "password", id: "key", autocomplete: "current-password", required: true, value: recollect("key") ?? "" });
+    const wrong = h("p", { class: "bad", role: "alert" });
+    const form = h("form", { class: "fields" }, h("p", {}, t("keyHow")), h("div", { class: "field" }, h("label", { for: "key" }, t("key")), input), wrong, h("footer", {}, h("button", { type: "submit", class: "primary" }, t("keyUse"))));
+    const dialog = openDialog("key", t("key"), form);
+    form.addEventListener("submit", async (event) => {
+      event.preventDefault();
+      const key = input.value.trim();
+      if (!(await open(key).catch(() => false))) {
+        wrong.textContent = t("keyWrong");
+        return;
+      }
+      keep("key", key);
+      resolve();
+      dialog.close();
+    });
+    dialog.addEventListener("cancel", (event) => asking && event.preventDefault());
+  });
+}
+
+/** Forget the key, and begin anew. */
+export async function forgetKey() {
+  await fetch("/v1/session", { method: "DELETE", headers: identity() }).catch(() => {});
+  keep("key", null);
+  location.reload();
+}

@@ -1,0 +1,55 @@
+// A button that opens a short list under it. Escape, a click elsewhere or a choice closes it.
+
+import { h, icon } from "./dom.js";
+
+let count = 0;
+
+/**
+ * A button with its list. items: what to list when it opens, [{ label, icon, run }], or elements as they are. Where the
+ * list is empty, `empty` is said.
+ */
+export function menu(button, items, empty = "") {
+  const id = `menu-${(count += 1)}`;
+  const list = h("div", { id, class: "menu", popover: "auto" });
+  button.setAttribute("popovertarget", id);
+  button.setAttribute("aria-haspopup", "true");
+  list.addEventListener("beforetoggle", (event) => {
+    if (event.newState === "open") list.replaceChildren(...fill(items(), list, empty));
+  });
+  list.addEventListener("toggle", (event) => {
+    if (event.newState !== "open") return;
+    place(list, button);
+    list.querySelector("button, input, a")?.focus();
+  });
+  list.addEventListener("keydown", (event) => step(event, list));
+  return h("div", { class: "menu-holder" }, button, list);
+}
+
+function fill(items, list, empty) {
+  if (!items.length) return [h("p", { class: "quiet" }, empty)];
+  return items.map((item) => {
+    if (item instanceof Element) return item;
+    const run = () => {
+      list.hidePopover();
+      item.run();
+    };
+    return h("button", { type: "button", onclick: run }, item.icon && icon(item.icon), item.label);
+  });
+}
+
+/** Under the button, or above it where there is more room, and within the window. */
+function place(list, button) {
+  const from = button.getBoundingClientRect();
+  const room = innerHeight - from.bottom;
+  const below = room > list.offsetHeight + 12 || room > from.top;
+  list.style.top = below ? `${from.bottom + 4}px` : `${Math.max(8, from.top - list.offsetHeight - 4)}px`;
+  list.style.left = `${Math.max(8, Math.min(from.left, innerWidth - list.offsetWidth - 8))}px`;
+}
+
+function step(event, list) {
+  const by = { ArrowDown: 1, ArrowUp: -1 }[event.key];
+  if (!by || event.target instanceof HTMLInputElement) return;
+  event.preventDefault();
+  const all = [...list.querySelectorAll("button")];
+  all[(all.indexOf(document.activeElement) + by + all.length) % all.length]?.focus();
+}

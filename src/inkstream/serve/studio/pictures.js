@@ -1,0 +1,89 @@
+// Pictures that a request brings: slots that take a file, a drop or a picture of the gallery, and keep it on the server.
+
+import { bytes, post } from "./api.js";
+import { h, icon, iconButton } from "./dom.js";
+import { helpOf, titleOf } from "./fields.js";
+import { guarded, notice } from "./notice.js";
+import { give, valueOf } from "./wish.js";
+import { t } from "./words.js";
+
+const PREFIX = "upload:";
+const MOST = 10;
+
+/** Where a kept picture can be seen. */
+export const addressOf = (name) => `/v1/uploads/${name.slice(PREFIX.length)}`;
+
+/** Keep a picture's bytes on the server; the name by which requests mean it. */
+export async function upload(blob) {
+  return PREFIX + (await post("/v1/uploads", blob)).id;
+}
+
+/** The same of a picture of the gallery. */
+export const uploadOf = async (picture) => upload(await bytes(picture.url));
+
+/** Put a picture into a field: the only one, or one more. */
+export function put(field, name) {
+  if (field.type === "picture") give(field, name);
+  else if (valueOf(field).length >= MOST) notice(t("tooManyPictures", { n: MOST }), { kind: "error" });
+  else give(field, [...valueOf(field), name]);
+}
+
+/** Let the user choose files. */
+export function chooseFiles(several, taken) {
+  const input = h("input", { type: "file", accept: "image/*", multiple: several });
+  input.addEventListener("change", () => taken([...input.files]));
+  input.click();
+}
+
+/**
+ * The slots of a field. {element, refresh}. tools: buttons for a start picture or a mask that stands in its slot, each
+ * made by (field, name) => element; painting a mask and drawing beyond the edges belong here.
+ */
+export function slots(field, tools = []) {
+  const several = field.type === "pictures";
+  const row = h("div", { class: "slots" });
+  const add = guarded(async (files) => {
+    for (const file of several ? files : files.slice(0, 1)) put(field, await upload(file));
+  });
+  const empty = h(
+    "button",
+    { type: "button", class: "slot empty", title: helpOf(field), onclick: () => chooseFiles(several, add) },
+    icon("plus"),
+    h("span", {}, titleOf(field)),
+  );
+  takeDrops(empty, add);
+  const refresh = () => {
+    const names = several ? valueOf(field) : [valueOf(field)].filter(Boolean);
+    const full = names.map((name, place) => slot(field, name, place, several, tools));
+    row.replaceChildren(...full, ...(several || !names.length ? [empty] : []));
+  };
+  refresh();
+  const element = h("div", { class: "field", role: "group", "aria-label": titleOf(field), data: { field: field.name } }, row);
+  return { element, refresh };
+}
+
+function slot(field, name, place, several, tools) {
+  const label = several ? `${titleOf(field)} ${place + 1}` : titleOf(field);
+  const drop = () => give(field, several ? valueOf(field).filter((_, i) => i !== place) : null);
+  const image = h("img", { src: addressOf(name), alt: label });
+  image.addEventListener("error", drop); // the server keeps it no more
+  return h(
+    "figure",
+    { class: "slot" },
+    image,
+    h("figcaption", {}, label),
+    iconButton("close", t("takeAway", { what: label }), drop),
+    h("div", { class: "slot-tools" }, tools.map((tool) => tool(field, name))),
+  );
+}
+
+/** Let an element take dropped pictures. */
+function takeDrops(element, add) {
+  element.addEventListener("drop", (event) => {
+    const files = [...event.dataTransfer.files].filter((file) => file.type.startsWith("image/"));
+    if (!files.length) return;
+    event.preventDefault();
+    event.stopPropagation();
+    add(files);
+  });
+}

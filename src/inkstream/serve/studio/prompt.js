@@ -1,0 +1,62 @@
+// The prompt, and those that were drawn before: a list to choose from, or Alt with the arrows.
+
+import { h, icon } from "./dom.js";
+import { titleOf } from "./fields.js";
+import { keep, recollect } from "./memory.js";
+import { menu } from "./menu.js";
+import { give, valueOf } from "./wish.js";
+import { t } from "./words.js";
+
+const MOST = 200;
+
+/** Prompts that were drawn, the last one first. */
+export const history = () => recollect("prompts", []);
+
+/** Remember a prompt. */
+export function remember(prompt) {
+  const text = prompt.trim();
+  if (text) keep("prompts", [text, ...history().filter((one) => one !== text)].slice(0, MOST));
+}
+
+/** The control. {element, refresh}. */
+export function promptControl(field) {
+  const area = h("textarea", { id: "prompt", rows: 4, placeholder: t("promptHere"), "aria-keyshortcuts": "Control+Enter" });
+  const refresh = () => {
+    if (area.value !== valueOf(field)) area.value = valueOf(field);
+  };
+  area.addEventListener("input", () => {
+    place = -1;
+    give(field, area.value);
+  });
+  let place = -1; // in the history; -1 is what is being written
+  let written = "";
+  area.addEventListener("keydown", (event) => {
+    const by = { ArrowUp: 1, ArrowDown: -1 }[event.key];
+    if (!event.altKey || !by) return;
+    event.preventDefault();
+    const all = history();
+    if (place === -1) written = area.value;
+    place = Math.max(-1, Math.min(all.length - 1, place + by));
+    give(field, place === -1 ? written : all[place]);
+    refresh();
+  });
+  const button = h("button", { type: "button", class: "icon-only", "aria-label": t("history"), title: `${t("history")} (Alt ↑ ↓)` }, icon("history"));
+  const head = h("div", { class: "field-head" }, h("label", { for: "prompt" }, titleOf(field)), menu(button, () => chooser(field), t("noHistory")));
+  refresh();
+  return { element: h("div", { class: "field prompt", data: { field: "prompt" } }, head, area), refresh };
+}
+
+/** Past prompts, and a box that narrows them down. */
+function chooser(field) {
+  const all = history();
+  if (!all.length) return [];
+  const buttons = all.map((prompt) =>
+    h("button", { type: "button", class: "past", onclick: (event) => (event.currentTarget.closest("[popover]").hidePopover(), give(field, prompt)) }, prompt),
+  );
+  const search = h("input", { type: "search", "aria-label": t("searchHistory"), placeholder: t("searchHistory") });
+  search.addEventListener("input", () => {
+    const wanted = search.value.toLocaleLowerCase();
+    for (const button of buttons) button.hidden = !button.textContent.toLocaleLowerCase().includes(wanted);
+  });
+  return [search, ...buttons];
+}

@@ -1,0 +1,104 @@
+// A grid of tiles of which only those in sight exist. Its cost does not grow with the number of pictures.
+
+const MARGIN = 2; // rows kept beyond what is seen
+const STILL = 90; // milliseconds without scrolling, after which pictures are loaded
+
+/**
+ * view: what scrolls; field: what holds the tiles. source: { size(), need(index) }, of which `need` is told how far the
+ * tiles in sight go. tile: { make(index), show(element, index, calm), gone(element) }; calm: not in the midst of a fling.
+ */
+export function scroller(view, field, source, tile) {
+  const tiles = new Map(); // by index
+  let columns = 1;
+  let side = 160;
+  let gap = 8;
+  let wanted = 170;
+  let asked = 0;
+  let settle = 0;
+  let last = { top: 0, time: 0 };
+
+  const measure = () => {
+    const width = field.clientWidth;
+    gap = width < 600 ? 4 : 8;
+    columns = Math.max(2, Math.round((width + gap) / (wanted + gap)));
+    side = (width - gap * (columns - 1)) / columns;
+  };
+
+  const place = (element, index) => {
+    const row = Math.floor(index / columns);
+    element.style.transform = `translate(${(index % columns) * (side + gap)}px, ${row * (side + gap)}px)`;
+    element.style.width = element.style.height = `${side}px`;
+  };
+
+  const span = () => {
+    const top = view.scrollTop - field.offsetTop;
+    const rows = Math.ceil(source.size() / columns);
+    const first = Math.max(0, Math.floor(top / (side + gap)) - MARGIN);
+    const end = Math.min(rows, Math.ceil((top + view.clientHeight) / (side + gap)) + MARGIN);
+    return [Math.min(first * columns, source.size()), Math.min(end * columns, source.size())];
+  };
+
+  const render = (calm) => {
+    asked = 0;
+    if (!view.clientHeight) return;
+    field.style.height = `${Math.max(0, Math.ceil(source.size() / columns) * (side + gap) - gap)}px`;
+    const [from, to] = span();
+    for (const [index, element] of tiles) {
+      if (index >= from && index < to) continue;
+      tile.gone(element);
+      element.remove();
+      tiles.delete(index);
+    }
+    for (let index = from; index < to; index += 1) {
+      let element = tiles.get(index);
+      if (!element) {
+        element = tile.make(index);
+        tiles.set(index, element);
+        const following = [...tiles.keys()].filter((other) => other > index).sort((a, b) => a - b)[0];
+        field.insertBefore(element, following === undefined ? null : tiles.get(following));
+      }
+      place(element, index);
+      tile.show(element, index, calm);
+    }
+    if (to > 0 || !source.size()) source.need(to);
+  };
+
+  const ask = (calm = true) => {
+    if (!asked) asked = requestAnimationFrame(() => render(calm));
+  };
+
+  view.addEventListener("scroll", () => {
+    const now = { top: view.scrollTop, time: performance.now() };
+    const speed = Math.abs(now.top - last.top) / Math.max(1, now.time - last.time);
+    last = now;
+    ask(speed < 4);
+    clearTimeout(settle);
+    settle = setTimeout(() => ask(true), STILL);
+  }, { passive: true });
+  new ResizeObserver(() => (measure(), ask())).observe(field);
+
+  return {
+    /** Show what there is now. */
+    refresh: () => ask(true),
+    columns: () => columns,
+    elementOf: (index) => tiles.get(index) ?? null,
+
+    /** Tiles of about so many pixels. */
+    resize(pixels) {
+      wanted = pixels;
+      measure();
+      ask();
+    },
+
+    /** Bring a tile into sight, and give its element. */
+    reveal(index) {
+      const top = field.offsetTop + Math.floor(index / columns) * (side + gap);
+      const head = parseFloat(getComputedStyle(view).scrollPaddingTop) || 0;
+      if (top < view.scrollTop + head) view.scrollTop = top - head - gap;
+      else if (top + side > view.scrollTop + view.clientHeight) view.scrollTop = top + side - view.clientHeight + gap;
+      cancelAnimationFrame(asked);
+      render(true);
+      return tiles.get(index) ?? null;
+    },
+  };
+}

@@ -1,0 +1,72 @@
+// Width and height: a few shapes of the model's own area, and the numbers themselves.
+
+import { h, iconButton } from "./dom.js";
+import { give, isGiven, valueOf } from "./wish.js";
+import { t } from "./words.js";
+
+const SHAPES = [
+  [1, 1],
+  [4, 3],
+  [3, 4],
+  [3, 2],
+  [2, 3],
+  [16, 9],
+  [9, 16],
+];
+
+/** The sides of a shape, of about the area of the model's own size, in multiples of what it takes. */
+export function sides([across, down], width, height) {
+  const area = width.default * height.default;
+  const unit = width.step ?? 16;
+  const round = (value) => Math.max(unit, Math.round(value / unit) * unit);
+  return [round(Math.sqrt((area * across) / down)), round(Math.sqrt((area * down) / across))];
+}
+
+/** The control. {element, refresh}. */
+export function shapeControl(width, height) {
+  const w = entry(width, t("field.width"));
+  const hgt = entry(height, t("field.height"));
+  const swap = iconButton("swap", t("swapSides"), () => {
+    const [a, b] = [valueOf(width), valueOf(height)];
+    give(width, b);
+    give(height, a);
+  });
+  const choices = SHAPES.map((shape) => {
+    const radio = h("input", { type: "radio", name: "shape", value: shape.join(":"), class: "unseen" });
+    radio.addEventListener("change", () => set(sides(shape, width, height)));
+    const glyph = h("span", { class: "glyph", "aria-hidden": "true" });
+    const scale = 15 / Math.max(...shape);
+    glyph.style.width = `${shape[0] * scale}px`;
+    glyph.style.height = `${shape[1] * scale}px`;
+    return { shape, radio, element: h("label", { class: "shape", title: shape.join(" : ") }, radio, glyph, h("span", { class: "ratio" }, shape.join(":"))) };
+  });
+  const set = ([a, b]) => {
+    give(width, a);
+    give(height, b);
+  };
+  const refresh = () => {
+    const now = [valueOf(width), valueOf(height)];
+    w.value = isGiven(width) ? now[0] : "";
+    hgt.value = isGiven(height) ? now[1] : "";
+    for (const { shape, radio } of choices) radio.checked = sides(shape, width, height).every((side, i) => side === now[i]);
+  };
+  refresh();
+  const shapes = h("div", { class: "shapes", role: "radiogroup", "aria-label": t("shape") }, choices.map((one) => one.element));
+  const numbers = h("div", { class: "numbers" }, w, h("span", { "aria-hidden": "true" }, "×"), hgt, swap);
+  const element = h("div", { class: "field", data: { field: "size" } }, h("div", { class: "field-head" }, h("span", { class: "name" }, t("size")), numbers), shapes);
+  return { element, refresh };
+}
+
+/** A side in pixels. Empty, it is the model's own, or the start picture's. */
+function entry(field, label) {
+  const box = h("input", {
+    type: "number", "aria-label": label, title: label, inputmode: "numeric", placeholder: field.default,
+    min: field.minimum, max: field.maximum, step: field.step,
+  });
+  box.addEventListener("change", () => {
+    const unit = field.step ?? 1;
+    const value = Math.round(Number(box.value) / unit) * unit;
+    give(field, box.value === "" ? null : Math.min(field.maximum ?? value, Math.max(field.minimum ?? value, value)));
+  });
+  return box;
+}

@@ -1,0 +1,15 @@
+// The look and the language, set before the first paint. A plain script: modules run too late for that.
+
+(() => {
+  const read = (name) => {
+    try {
+      return JSON.parse(localStorage.getItem(`inkstream.${name}`));
+    } catch {
+      return null;
+    }
+  };
+  const theme = read("theme");
+  if (theme === "light" || theme === "dark") document.documentElement.dataset.theme = theme;
+  const language = read("language") ?? (/^zh\b/i.test(navigator.language) ? "zh" : "en");
+  document.documentElement.lang = language === "zh" ? "zh-CN" : "en";
+})();

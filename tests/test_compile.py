@@ -1,0 +1,104 @@
+"""Blocks are compiled by regions, once for all prompts, sizes and numbers of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from inkstream.engine.compile import compile_blocks
+from inkstream.families.flux2.model import Flux2Transformer
+from inkstream.families.flux2.specs import KLEIN_4B
+from inkstream.families.zimage.model import ZImageTransformer
+from inkstream.families.zimage.specs import TURBO
+
+Size = tuple[int, int, int]
+"""Tokens of a prompt, height and width of the latents."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled_before():
+    torch.compiler.reset()
+    with torch.inference_mode():
+        yield
+    torch.compiler.reset()
+
+
+class Count:
+    """A compiler that compiles nothing and counts what it is given."""
+
+    def __init__(self):
+        self.graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[torch.Tensor]):
+        self.graphs += 1
+        return graph.forward
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def zimage() -> ZImageTransformer:
+    return random(ZImageTransformer(TURBO.tiny.transformer))
+
+
+def flux() -> Flux2Transformer:
+    config = KLEIN_4B.tiny.transformer
+    return random(Flux2Transformer(replace(config, num_single_layers=3)))
+
+
+def random(model):
+    for i, weight in enumerate(model.parameters()):
+        weight.data.copy_(normal(*weight.shape, seed=i) * 0.2)
+    return model.eval().requires_grad_(False)
+
+
+def draw(model, sizes: list[Size], times: list[float]) -> list[torch.Tensor]:
+    config = model.config
+    if isinstance(model, ZImageTransformer):
+        samples = [model.prepare(normal(n, config.cap_feat_dim), h, w) for n, h, w in sizes]
+    else:
+        texts = [normal(n, config.joint_attention_dim) for n, _, _ in sizes]
+        samples = [model.prepare([text], h, w)[0] for text, (_, h, w) in zip(texts, sizes)]
+    return model([normal(config.in_channels, h, w, seed=h * w) for _, h, w in sizes], times, samples)
+
+
+def agree(ours, plain, sizes: list[Size], times: list[float]) -> None:
+    for a, b in zip(draw(ours, sizes, times), draw(plain, sizes, times)):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize(("build", "regions"), [(zimage, 2), (flux, 4)])
+def test_another_prompt_size_or_time_compiles_nothing_anew(build, regions):
+    plain, model, count = build(), build(), Count()
+    assert compile_blocks(model, backend=count) == regions  # before and after attention, in each kind of block
+    agree(model, plain, [(20, 4, 4)], [0.5])
+    first = count.graphs
+    assert regions <= first <= 2 * regions  # all blocks of a kind share them
+    for size in [(50, 4, 4), (20, 8, 6), (70, 6, 10), (20, 4, 4)]:
+        agree(model, plain, [size], [0.25])
+    assert count.graphs == first
+
+
+def test_another_number_of_pictures_compiles_nothing_anew():
+    plain, model, count = zimage(), zimage(), Count()
+    compile_blocks(model, backend=count)
+    agree(model, plain, [(20, 4, 4)], [0.5])
+    first = count.graphs
+    agree(model, plain, [(20, 4, 4), (50, 4, 6)], [0.5, 0.5])  # guidance: two prompts at one time
+    assert count.graphs == first
+    agree(model, plain, [(20, 4, 4), (50, 4, 6)], [0.5, 0.25])  # the first batch of several times is new
+    several = count.graphs
+    agree(model, plain, [(20, 6, 4), (60, 4, 4), (20, 6, 8)], [0.5, 0.25, 0.75])
+    assert count.graphs == several
+
+
+def test_a_block_is_traced_whole_by_torchs_own_front_ends():
+    """As a real compiler gets it: in torch's basic operations, its sizes unknown."""
+    plain, model = zimage(), zimage()
+    compile_blocks(model, backend="aot_eager")
+    for size in [(20, 4, 4), (50, 6, 4)]:
+        agree(model, plain, [size], [0.5])
+    assert not torch._dynamo.utils.counters["graph_break"]

@@ -1,0 +1,208 @@
+"""Small forwards are recorded by shape and replayed with what they are given; the CPU is left as it is.
+
+What is recorded here is computed again from the memory that a CUDA graph would read, into that it would write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+
+from inkstream.engine import graphs
+from inkstream.engine.graphs import NotRecordable, Recordings, forward_text_encoder, forward_transformer, replay_small
+from inkstream.families.flux2.model import Flux2Transformer
+from inkstream.families.flux2.specs import KLEIN_4B
+from inkstream.families.zimage.model import ZImageTransformer
+from inkstream.families.zimage.specs import TURBO
+from inkstream.nn.cache import StepCache
+from inkstream.nn.qwen3 import Qwen3
+
+
+class Recorder:
+    """Counts what it records, and holds memory fast as a graph does."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self, compute):
+        self.count += 1
+        outputs = [output.clone() for output in compute()]
+
+        def replay() -> None:
+            for output, again in zip(outputs, compute()):
+                output.copy_(again)
+
+        return outputs, replay
+
+
+@pytest.fixture(autouse=True)
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random(model: torch.nn.Module) -> torch.nn.Module:
+    for i, weight in enumerate(model.parameters()):
+        weight.copy_(normal(*weight.shape, seed=i) * 0.2)
+    return model.eval()
+
+
+def zimage(prompt: int, width: int, times=(0.25, 0.5), seed: int = 0):
+    """A model's own way to what `forward` takes."""
+    model = random(ZImageTransformer(TURBO.tiny.transformer))
+    scales = model.scales(times)
+    sample = model.prepare(normal(prompt, 32, seed=seed), 4, width)
+    return model, replace(sample, scales=scales)
+
+
+def flux(prompt: int, width: int, times=(0.25, 0.5), seed: int = 0):
+    config = KLEIN_4B.tiny.transformer
+    model = random(Flux2Transformer(config))
+    (sample,) = model.prepare([normal(prompt, config.joint_attention_dim, seed=seed)], 4, width, times=times)
+    return model, sample
+
+
+def draw(model, samples, times, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float], list]:
+    channels = model.config.in_channels
+    xs = [normal(channels, *[n * getattr(model.config, "patch_size", 1) for n in s.grid], seed=seed) for s in samples]
+    return model.forward(xs, times, samples), xs, times, samples
+
+
+@pytest.mark.parametrize("family", [zimage, flux])
+def test_steps_prompts_and_seeds_replay_one_recording(family):
+    model, sample = family(5, 4)
+    _, other = family(5, 4, seed=1)
+    recorder = Recorder()
+    replayed = partial(forward_transformer, Recordings(recorder), model.forward)
+    for seed, (t, given) in enumerate([(0.25, sample), (0.5, sample), (0.25, sample), (0.5, other), (0.25, sample)]):
+        (plain,), *rest = draw(model, [given], [t], seed)
+        assert torch.equal(replayed(*rest)[0], plain)
+    assert recorder.count == 1  # the second of them
+
+
+def test_answers_are_not_written_over_by_the_next_step():
+    model, sample = zimage(5, 4)
+    replayed = partial(forward_transformer, Recordings(Recorder()), model.forward)
+    given = [draw(model, [sample], [0.5], seed) for seed in range(4)]
+    kept = [replayed(*rest)[0] for _, *rest in given]
+    assert all(torch.equal(ours, plain[0]) for ours, (plain, *_) in zip(kept, given))
+
+
+def test_a_solver_may_write_over_what_it_asked():
+    model, sample = zimage(5, 4)
+    replayed = partial(forward_transformer, Recordings(Recorder()), model.forward)
+    x = normal(16, 4, 4)
+    for _ in range(4):
+        assert torch.equal(replayed([x], [0.5], [sample])[0], model.forward([x], [0.5], [sample])[0])
+        x.mul_(0.5)
+
+
+@pytest.mark.parametrize("family", [zimage, flux])
+def test_other_shapes_and_other_company_are_other_recordings(family):
+    model, short = family(3, 4)
+    _, long = family(50, 4)
+    _, wide = family(3, 6)
+    recorder = Recorder()
+    replayed = partial(forward_transformer, Recordings(recorder), model.forward)
+    cases = [([short], [0.5]), ([long], [0.5]), ([wide], [0.5]), ([short, long], [0.5, 0.5]),
+             ([short, short], [0.25, 0.5])]  # fmt: skip
+    for count, (samples, times) in enumerate(cases, start=1):
+        for seed in range(3):
+            plain, *rest = draw(model, samples, times, seed)
+            assert all(torch.equal(a, b) for a, b in zip(replayed(*rest), plain))
+        assert recorder.count == count
+
+
+def test_guidance_asks_twice_at_one_point():
+    """One tensor of noise for two prompts stays one, so that what is the same for both is computed once."""
+    model, short = zimage(3, 4)
+    _, long = zimage(50, 4)
+    seen, recorder = [], Recorder()
+
+    def forward(xs, times, samples):
+        seen.append(xs[0] is xs[1])
+        return model.forward(xs, times, samples)
+
+    replayed = partial(forward_transformer, Recordings(recorder), forward)
+    for seed in range(3):
+        x = normal(16, 4, 4, seed=seed)
+        ours, plain = (call([x, x], [0.5, 0.5], [short, long]) for call in (replayed, model.forward))
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain))
+    assert all(seen)
+    replayed([normal(16, 4, 4), normal(16, 4, 4)], [0.5, 0.5], [short, long])
+    assert not seen[-1]  # two points are another case
+    assert recorder.count == 1
+
+
+def test_what_is_large_not_foreseen_or_cached_between_steps_is_not_recorded(monkeypatch):
+    model, sample = zimage(5, 4)
+    recorder = Recorder()
+    replayed = partial(forward_transformer, Recordings(recorder), model.forward)
+
+    def thrice(samples, times):
+        for _ in range(3):
+            plain, *rest = draw(model, samples, times)
+            assert torch.equal(replayed(*rest)[0], plain[0])
+
+    thrice([sample], [0.75])  # no time of the schedule
+    with StepCache(1, 0.0).step(0.5):
+        for _ in range(3):
+            replayed([normal(16, 4, 4)], [0.5], [sample])
+    with torch.enable_grad():
+        thrice([sample], [0.5])
+    monkeypatch.setattr(graphs, "SMALL", 15)
+    thrice([sample], [0.5])
+    assert recorder.count == 0
+    monkeypatch.setattr(graphs, "SMALL", 16)
+    thrice([sample], [0.5])
+    assert recorder.count == 1
+
+
+def test_what_cannot_be_recorded_is_tried_once():
+    tried = []
+
+    def refuse(compute):
+        tried.append(1)
+        raise NotRecordable("called a synchronizing operation")
+
+    recordings = Recordings(refuse)
+    for _ in range(4):
+        assert recordings.run((), [torch.ones(2)], lambda given: [given[0] + 1])[0].tolist() == [2, 2]
+    assert len(tried) == 1
+
+
+def test_the_recordings_used_least_recently_go(monkeypatch):
+    monkeypatch.setattr(graphs, "KEPT", 2)
+    recorder = Recorder()
+    recordings = Recordings(recorder)
+    for size, count in [(1, 0), (1, 1), (2, 1), (2, 2), (1, 2), (3, 2), (3, 3), (1, 3), (2, 3), (2, 4)]:
+        recordings.run((), [torch.ones(size)], lambda given: [given[0] + 1])
+        assert recorder.count == count
+
+
+def test_prompts_are_filled_up_so_that_few_lengths_are_recorded():
+    model = random(Qwen3(TURBO.tiny.text_encoder))
+    recorder = Recorder()
+    replayed = partial(forward_text_encoder, Recordings(recorder), model.forward)
+    for count in (5, 7, 32, 9, 33, 40, 64):
+        ids = torch.arange(count)
+        assert torch.allclose(replayed(ids, [count]), model(ids, [count]), atol=1e-5)
+    assert recorder.count == 2  # of 32 tokens and of 64
+    ids = torch.arange(9)
+    for _ in range(3):
+        assert torch.equal(replayed(ids, [4, 5]), model(ids, [4, 5]))
+        assert torch.equal(replayed(ids, [9], [6]), model(ids, [9], [6]))
+    assert recorder.count == 2
+
+
+def test_a_model_on_the_cpu_is_left_as_it_is():
+    modules = {"transformer": zimage(3, 4)[0], "text_encoder": random(Qwen3(TURBO.tiny.text_encoder))}
+    replay_small(modules)
+    assert all("forward" not in vars(module) for module in modules.values())

@@ -1,0 +1,207 @@
+"""OpenAI's API, as its own Python package finds it: generate, edit, stream, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import urllib.request
+
+import pytest
+from PIL import Image
+
+from inkstream.engine.metadata import read_request
+
+openai = pytest.importorskip("openai")
+PROMPT = "a red circle"
+SMALL = {"prompt": PROMPT, "size": "32x32", "model": "pocket"}
+ONE_STEP = {"steps": 1, "seed": 7}
+"""Ours, which the package sends as it is told to."""
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{server.port}/v1", max_retries=0) as client:
+        yield client
+
+
+def opened(content: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def saved(image: Image.Image, name: str = "picture.png") -> tuple[str, bytes]:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return name, buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def circle() -> tuple[str, bytes]:
+    return saved(Image.new("RGB", (48, 32), "orange"))
+
+
+def test_generations_gives_pictures_of_the_size_asked_for_and_ours_beside_them(client, server):
+    answer = client.images.generate(**SMALL, n=2, extra_body=ONE_STEP)
+    assert [opened(one.b64_json).size for one in answer.data] == [(32, 32)] * 2
+    assert (answer.size, answer.output_format, answer.background) == ("32x32", "png", "opaque")
+    records = [one.inkstream for one in answer.data]
+    assert [record["seed"] for record in records] == [7, 8]
+    status, _, stored = server.ask("GET", records[0]["url"])
+    assert (status, stored) == (200, base64.b64decode(answer.data[0].b64_json))
+
+
+def test_it_draws_what_the_native_api_draws(client, server):
+    own = server.ended(server.draw(seed=7))
+    theirs = client.images.generate(**SMALL, extra_body=ONE_STEP)
+    native = Image.open(io.BytesIO(server.ask("GET", own["pictures"][0]["url"])[2]))
+    assert opened(theirs.data[0].b64_json).tobytes() == native.tobytes()
+
+
+@pytest.mark.parametrize(("kind", "pillow"), [("jpeg", "JPEG"), ("webp", "WEBP")])
+def test_another_format_carries_the_request_too_and_less_quality_takes_fewer_bytes(client, tmp_path, kind, pillow):
+    sizes = []
+    for quality in (90, 5):
+        answer = client.images.generate(**SMALL, output_format=kind, output_compression=quality, extra_body=ONE_STEP)
+        data = base64.b64decode(answer.data[0].b64_json)
+        sizes.append(len(data))
+        assert Image.open(io.BytesIO(data)).format == pillow
+    assert sizes[1] < sizes[0]
+    (tmp_path / f"picture.{kind}").write_bytes(data)
+    found = read_request(tmp_path / f"picture.{kind}").request
+    assert (found.prompt, found.seed, found.steps) == (PROMPT, 7, 1)
+
+
+def test_an_address_gives_the_picture_in_the_format_asked_for(client):
+    answer = client.images.generate(**SMALL, response_format="url", output_format="webp", extra_body=ONE_STEP)
+    assert answer.data[0].b64_json is None
+    with urllib.request.urlopen(answer.data[0].url) as reply:
+        assert reply.headers["Content-Type"] == "image/webp"
+        assert Image.open(io.BytesIO(reply.read())).size == (32, 32)
+
+
+def test_an_edit_starts_from_the_picture_and_keeps_what_its_mask_does_not_clear(client, circle):
+    mask = Image.new("RGBA", (48, 32), "black")
+    mask.paste((0, 0, 0, 0), (32, 0, 48, 32))
+    answer = client.images.edit(image=circle, mask=saved(mask), prompt=PROMPT, model="pocket", extra_body=ONE_STEP)
+    image = opened(answer.data[0].b64_json)
+    assert image.size == (48, 32)
+    left, right = image.crop((0, 0, 16, 32)), image.crop((40, 0, 48, 32))
+    assert left.getcolors() == [(512, (255, 165, 0))]
+    assert right.getcolors() != [(256, (255, 165, 0))]
+
+
+def test_without_a_mask_a_model_without_references_starts_from_the_one_picture(client, circle, server):
+    answer = client.images.edit(image=[circle], prompt=PROMPT, model="pocket", extra_body={"strength": 0, **ONE_STEP})
+    request = server.ask("GET", f"/v1/jobs/{answer.inkstream['job']}")[2]["request"]
+    assert request["image"].startswith("upload:")
+    assert request["strength"] == 0
+    with pytest.raises(openai.BadRequestError, match="looks at no others") as refused:
+        client.images.edit(image=[circle, circle], prompt=PROMPT, model="pocket")
+    assert refused.value.param == "image"
+
+
+def test_an_edit_may_be_json_that_names_uploads_or_carries_data(server, circle):
+    upload = server.ask("POST", "/v1/uploads", circle[1])[2]["id"]
+    data = "data:image/png;base64," + base64.b64encode(circle[1]).decode()
+    same = {"prompt": PROMPT, **ONE_STEP}
+    answers = [
+        server.ask("POST", "/v1/images/edits", {**same, "images": [image]})
+        for image in ({"file_id": upload}, {"image_url": data})
+    ]
+    assert [status for status, _, _ in answers] == [200, 200]
+    assert answers[0][2]["data"][0]["b64_json"] == answers[1][2]["data"][0]["b64_json"]
+
+
+def test_events_bring_partial_pictures_and_then_each_picture(client):
+    told = list(client.images.generate(**SMALL, stream=True, partial_images=2, extra_body={"steps": 4, "seed": 7}))
+    kinds = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
+    assert [event.type for event in told] == kinds
+    assert [event.partial_image_index for event in told[:2]] == [0, 1]
+    for event in told:
+        image = opened(event.b64_json)
+        assert (image.format, f"{image.width}x{image.height}") == ("PNG", event.size)
+    assert told[2].size == "32x32"
+    assert told[2].usage is None
+
+
+def test_an_edit_is_streamed_under_its_own_names(client, circle):
+    told = list(client.images.edit(image=circle, prompt=PROMPT, stream=True, output_format="jpeg", extra_body=ONE_STEP))
+    assert [event.type for event in told] == ["image_edit.completed"]
+    assert opened(told[0].b64_json).format == "JPEG"
+
+
+def test_a_client_that_leaves_stops_its_drawing(client, server, until):
+    body = {"prompt": PROMPT, "size": "256x256", "steps": 50}
+    connection = http.client.HTTPConnection("127.0.0.1", server.port)
+    connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
+    newest = lambda: server.ask("GET", "/v1/jobs?limit=1")[2]["jobs"][0]  # noqa: E731
+    until(lambda: newest()["request"].get("steps") == 50 and newest()["state"] == "running")
+    connection.close()
+    until(lambda: newest()["state"] == "cancelled")
+    events = client.images.generate(
+        prompt=PROMPT, size="256x256", stream=True, partial_images=3, extra_body={"steps": 49}
+    )
+    next(iter(events))
+    events.close()
+    until(lambda: newest()["state"] == "cancelled" and newest()["request"]["steps"] == 49)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"size": "100x96"}, "size", "multiple of 16"),
+        ({"size": "4096x4096"}, "size", "larger than this server draws"),
+        ({"size": "big"}, "size", "pattern"),
+        ({"n": 9}, "n", "at most 8"),
+        ({"n": 11}, "n", "10"),
+        ({"quality": "hd"}, "quality", "auto"),
+        ({"background": "transparent"}, "background", "opaque"),
+        ({"style": "vivid"}, "style", "leave it out"),
+        ({"output_compression": 50}, "output_compression", "jpeg or webp"),
+        ({"partial_images": 1}, "partial_images", "stream"),
+        ({"extra_body": {"num_inference_steps": 4}}, "num_inference_steps", "give steps instead"),
+        ({"extra_body": {"width": 32}}, "width", "give size instead"),
+        ({"extra_body": {"steps": 0}}, "steps", "greater"),
+        ({"extra_body": {"steps": 51}}, "steps", "at most 50"),
+        ({"extra_body": {"upsample": True}}, None, "no language model"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_refused_by_its_name(client, fields, param, words):
+    with pytest.raises(openai.BadRequestError, match=words) as refused:
+        client.images.generate(**{**SMALL, **fields})
+    assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
+
+
+def test_a_model_that_is_not_offered_is_not_found(client):
+    with pytest.raises(openai.NotFoundError, match="take pocket") as refused:
+        client.images.generate(**{**SMALL, "model": "dall-e-3"})
+    assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+def test_what_is_no_picture_is_refused(client):
+    with pytest.raises(openai.BadRequestError, match="not a picture") as refused:
+        client.images.edit(image=("a.png", b"no picture"), prompt=PROMPT)
+    assert (refused.value.code, refused.value.param) == ("invalid_image", "image")
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'{"prompt": "\\ud800"}', b"[" * 100_000, b"\xff"])
+def test_a_body_that_is_no_json_object_is_refused(server, body):
+    assert server.ask("POST", "/v1/images/generations", body)[0] == 400
+    assert server.ask("POST", "/v1/images/edits", body)[0] == 400
+
+
+@pytest.mark.parametrize("given", [{}, {"image_url": "/etc/passwd"}, {"file_id": "../x"}, {"image_url": "http://a/b"}])
+def test_an_edit_opens_nothing_but_data_and_uploads(server, given):
+    status, _, answer = server.ask("POST", "/v1/images/edits", {"prompt": PROMPT, "images": [given]})
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+def test_models_are_listed_and_the_document_names_what_is_taken(client, server):
+    assert [model.id for model in client.models.list()] == ["pocket"]
+    paths = server.ask("GET", "/openapi.json")[2]["paths"]
+    content = paths["/v1/images/edits"]["post"]["requestBody"]["content"]
+    assert {"prompt", "size", "steps", "seed", "image", "mask"} <= content["multipart/form-data"]["schema"][
+        "properties"
+    ].keys()
+    assert not {"width", "count", "reference"} & content["application/json"]["schema"]["properties"].keys()

@@ -1,0 +1,533 @@
+"""The studio in a real browser, on a real server that draws with Pocket and has 25,000 pictures in its gallery."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from inkstream.serve import studio
+from inkstream.serve.keys import add_key
+from inkstream.serve.limits import Limits, Settings
+from inkstream.types import Request
+
+playwright = pytest.importorskip("playwright.sync_api", reason="THE STUDIO WAS NOT TESTED: pip install playwright")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")  # fmt: skip
+AUDIT = (Path(__file__).parent / "audit.js").read_text()
+STORED = 25_000
+CATS = 40
+"""Of the stored pictures, those of a ginger cat, in Chinese."""
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, start_server, tiny_folder) -> Iterator[Any]:
+    """A server of its own, with a full gallery: rows and a few files, put straight into its store."""
+    models = ("pocket", f"turbo={tiny_folder}")
+    limits = Limits(pictures=8, steps=200)
+    served = start_server(Settings(tmp_path_factory.mktemp("studio"), models=models, limits=limits, preload=False))
+    fill(served.service.store)
+    yield served
+    served.stop()
+
+
+def fill(store: Any) -> None:
+    folder = store.pictures / "2026-01"
+    folder.mkdir()
+    for i in range(8):
+        Image.new("RGB", (64, 64), f"hsl({i * 45}, 70%, 60%)").save(folder / f"p{i}.png")
+    rows = []
+    for i in range(STORED):
+        prompt = f"窗边的橘猫 {i}" if i % (STORED // CATS) == 7 else f"a stored picture {i}"
+        request = json.dumps({"prompt": prompt, "model": "pocket", "seed": 7_000_000 + i, "width": 64, "height": 64})
+        created = 1_767_600_000 + i * 60.0
+        words = f"{prompt}\n\npocket\n{7_000_000 + i}"
+        rows.append((f"p{i:020}", f"j{i:020}", 0, "", created, 0.1, 64, 64, 200, "image/png", f"{i:064x}",
+                     f"2026-01/p{i % 8}.png", 7_000_000 + i, "pocket", words, request))  # fmt: skip
+    store._db.executemany(
+        "INSERT INTO pictures (id, job, place, key, created, seconds, width, height, bytes, type, sha256, file, seed,"
+        " model, words, request) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        rows,
+    )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    if CHROMIUM is None:
+        pytest.skip("THE STUDIO WAS NOT TESTED: there is no browser. apt-get install chromium")
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(served, browser) -> Iterator[Any]:
+    """`open_page(width=, height=, ...)` is the studio in a fresh profile; errors on its console fail the test.
+
+    Browsers note every answer that refuses, too: those that a test is about stand in `open_page.refusals`.
+    """
+    errors: list[str] = []
+    contexts = []
+
+    def open_page(width: int = 1280, height: int = 800, **options: Any) -> Any:
+        options = {"locale": "en-GB", **options}
+        context = browser.new_context(viewport={"width": width, "height": height}, **options)
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(f"http://127.0.0.1:{served.port}/")
+        return page
+
+    open_page.refusals = set()  # type: ignore[attr-defined]
+    yield open_page
+    for context in contexts:
+        context.close()
+    for job in served.ask("GET", "/v1/queue")[2]["queued"] + served.ask("GET", "/v1/queue")[2]["running"]:
+        served.ask("DELETE", f"/v1/jobs/{job['id']}")
+    assert [error for error in errors if not any(f"status of {one}" in error for one in open_page.refusals)] == []
+
+
+@pytest.fixture
+def page(open_page) -> Any:
+    """The studio on a desk, its gallery there."""
+    page = open_page()
+    page.wait_for_selector(".tile.loaded")
+    return page
+
+
+def ask_for(page: Any, prompt: str, **fields: Any) -> None:
+    """Fill the form, small and quick unless told otherwise, and draw."""
+    page.fill("#prompt", prompt)
+    for label in ("Width", "Height"):
+        page.get_by_label(label, exact=True).fill("32")
+    for name, value in {"steps": 2, **fields}.items():
+        page.fill(f"#field-{name}", str(value))
+    page.keyboard.press("Control+Enter")
+
+
+def jobs(served: Any, state: str = "") -> list[dict[str, Any]]:
+    return served.ask("GET", "/v1/jobs" + (f"?state={state}" if state else ""))[2]["jobs"]
+
+
+def until(condition: Any, seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, "it did not come to be"
+        time.sleep(0.05)
+    return found
+
+
+# Drawing ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_is_drawn_with_previews_and_becomes_the_first_of_the_gallery(served, page):
+    ask_for(page, "a red heart of the studio", steps=12, count=2)
+    card = page.locator(".job[data-state=running]")
+    card.locator("progress[value]").wait_for()
+    assert card.locator(".preview").get_attribute("src").startswith("data:image/")
+    assert "step" in card.locator(".job-line").text_content()
+    page.wait_for_selector(".job[data-state=succeeded]")
+    page.wait_for_selector(".tile img[alt='a red heart of the studio']")
+    assert page.locator(".count").first.text_content() == "25,002 pictures"
+    job = jobs(served, "succeeded")[0]
+    assert {name: job["request"][name] for name in ("prompt", "steps", "width", "count")} == {
+        "prompt": "a red heart of the studio", "steps": 12, "width": 32, "count": 2,
+    }  # fmt: skip
+    assert "guidance" not in job["request"]  # only what differs from the model's own is sent
+    page.fill("#prompt", "")
+    page.press("#prompt", "Alt+ArrowUp")
+    assert page.input_value("#prompt") == "a red heart of the studio"
+
+
+def test_a_job_is_cancelled_in_the_queue(served, page):
+    ask_for(page, "too long to wait for", steps=200, count=8)
+    page.locator(".job[data-state=running] progress[value]").wait_for()
+    page.locator(".job[data-state=running]").get_by_label("Cancel").click()
+    page.wait_for_selector(".job[data-state=cancelled]")
+    assert jobs(served)[0]["state"] == "cancelled"
+
+
+def test_a_reload_in_the_middle_loses_nothing(served, page):
+    ask_for(page, "drawn on the server", steps=60)
+    page.locator(".job[data-state=running] progress[value]").wait_for()
+    page.reload()
+    card = page.locator(".job[data-state=running]", has_text="drawn on the server")
+    card.locator("progress[value]").wait_for()
+    assert page.input_value("#prompt") == "drawn on the server"
+    assert page.input_value("#field-steps") == "60"
+    page.wait_for_selector(".tile img[alt='drawn on the server']")
+    assert [job["request"]["prompt"] for job in jobs(served)].count("drawn on the server") == 1
+
+
+def test_waiting_jobs_are_moved_and_the_queue_is_paused(served, page):
+    page.click("#pause")
+    page.wait_for_selector("#queue.paused")
+    for name in ("first", "second", "third"):
+        ask_for(page, f"the {name} of three")
+        page.wait_for_selector(f".job[data-state=queued] >> text=the {name} of three")
+    page.locator(".job[data-state=queued]", has_text="third").get_by_label("Draw earlier").click()
+    prompts = page.locator(".queued .job-prompt")
+    until(lambda: [text.split()[1] for text in prompts.all_text_contents()] == ["first", "third", "second"])
+    assert [job["request"]["prompt"] for job in served.ask("GET", "/v1/queue")[2]["queued"]][1] == "the third of three"
+    page.click("#pause")
+    until(lambda: not served.ask("GET", "/v1/queue")[2]["queued"])
+
+
+def test_a_refused_request_is_told_in_a_line_beside_its_field(open_page, page):
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".notice.error >> text=There is no prompt")
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.locator(".notice").get_by_label("Close").click()
+    open_page.refusals.add("400")
+    page.get_by_label("Width", exact=True).fill("4096")
+    page.get_by_label("Height", exact=True).fill("4096")
+    page.fill("#prompt", "far too large")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".notice.error >> text=4096x4096 is larger than this server draws")
+
+
+# The form -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_option_that_the_model_does_not_take_is_not_offered(page):
+    assert page.locator("[data-field=cache]").count() == 1
+    for name in ("upsample", "reference"):
+        assert page.locator(f"[data-field={name}]").count() == 0
+    page.click("summary >> text=Start from pictures")
+    assert page.locator("[data-field=image]").is_visible()
+    assert not page.locator("[data-field=strength]").is_visible()  # it means nothing without a start picture
+    page.fill("#field-steps", "5")
+    page.select_option("#model", "turbo")
+    page.wait_for_selector("#draw:not(:has([data-field=cache]))")
+    assert page.input_value("#field-steps") == "8"  # another model's number
+    page.select_option("#model", "pocket")
+    page.wait_for_selector("[data-field=cache]")
+    assert page.input_value("#field-steps") == "5"
+
+
+def test_a_start_picture_is_kept_on_the_server_and_its_strength_is_offered(served, page, tmp_path):
+    Image.new("RGB", (32, 32), "teal").save(tmp_path / "start.png")
+    page.click("summary >> text=Start from pictures")
+    with page.expect_file_chooser() as chooser:
+        page.locator("[data-field=image] button").click()
+    chooser.value.set_files(tmp_path / "start.png")
+    page.wait_for_selector("[data-field=image] img")
+    page.fill("#field-strength", "0.35")
+    ask_for(page, "from a start picture", steps=3)
+    page.wait_for_selector(".tile img[alt='from a start picture']")
+    request = jobs(served)[0]["request"]
+    assert request["image"].startswith("upload:")
+    assert request["strength"] == 0.35
+
+
+def test_a_grid_is_one_job_and_its_sheet_names_rows_and_columns(served, page):
+    page.click("summary >> text=X/Y grid")
+    page.select_option("#grid-x", "steps")
+    page.get_by_label("Values").fill("1, 2")
+    page.select_option("#grid-y", "solver")
+    page.get_by_label("dpmpp 2m", exact=True).uncheck()
+    page.wait_for_selector("text=4 pictures as one job")
+    page.fill("#prompt", "a grid of four")
+    for label in ("Width", "Height"):
+        page.get_by_label(label, exact=True).fill("32")
+    page.click("#draw-now")
+    page.locator(".notice >> text=Open").click()
+    page.wait_for_selector(".sheet-grid .sheet-tile img")
+    assert [" ".join(text.split()) for text in page.locator(".sheet-grid th").all_text_contents()] == [
+        "Steps 1", "Steps 2", "Solver euler", "Solver heun",
+    ]  # fmt: skip
+    assert jobs(served)[0]["grid"]["y"] == {"field": "solver", "values": ["euler", "heun"]}
+    page.keyboard.press("Escape")
+    assert page.locator("dialog").count() == 0
+
+
+def test_drafts_are_picked_and_refined(served, page):
+    page.fill("#prompt", "a drafted heart")
+    for label in ("Width", "Height"):
+        page.get_by_label(label, exact=True).fill("32")
+    page.click("#draft-now")
+    page.locator(".notice >> text=Pick").click()
+    page.wait_for_selector("dialog.sheet")
+    drafted = jobs(served)[0]
+    assert (drafted["note"], len(drafted["pictures"]), drafted["request"]["steps"]) == ("draft", 8, 8)
+    page.locator("dialog .pick").nth(2).click()
+    page.locator("dialog").get_by_role("button", name="Refine").click()
+    page.select_option("#refine-scale", "1.5")
+    page.get_by_role("button", name="Refine 1").click()
+    refined = until(lambda: next((j for j in jobs(served, "succeeded") if j["note"].startswith("refined")), None))
+    pick = drafted["pictures"][2]
+    assert {n: refined["request"][n] for n in ("prompt", "seed", "width", "height", "strength")} == {
+        "prompt": "a drafted heart", "seed": pick["seed"], "width": 48, "height": 48, "strength": 0.5,
+    }  # fmt: skip
+
+
+def test_what_is_copied_is_true(served, page):
+    made = {"model": "pocket", "prompt": 'it\'s 三个 "hearts"', "steps": 3, "guidance": 2.5, "width": 32, "height": 32}
+    base = f"/studio/{studio.DIGEST}"
+    command, curl, python = page.evaluate(
+        f"async (made) => {{ const c = await import('{base}/copy.js');"
+        " return [c.asCommand(made), c.asCurl(made), c.asPython(made)]; }",
+        made,
+    )
+    words = shlex.split(command)
+    assert words[:3] == ["inkstream", "generate", made["prompt"]]
+    assert dict(zip(words[3::2], words[4::2])) == {
+        f"--{name}": str(made[name]) for name in ("model", "steps", "guidance", "width", "height")
+    }
+    words = shlex.split(curl.replace("\\\n", " "))
+    assert json.loads(words[words.index("-d") + 1]) == made
+    assert words[1] == f"http://127.0.0.1:{served.port}/v1/jobs"
+    asked = python[python.index("inkstream.Request") : python.index("\n)") + 2]
+    assert eval(asked, {"inkstream": type("inkstream", (), {"Request": Request})}) == Request.model_validate(made)
+
+
+# Recall -------------------------------------------------------------------------------------------------------------
+
+
+def drop(page: Any, data: bytes, name: str) -> None:
+    """Drop a file onto the page."""
+    page.evaluate(
+        """([bytes, name]) => {
+          const transfer = new DataTransfer();
+          transfer.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+          for (const kind of ["dragenter", "dragover", "drop"])
+            document.querySelector("#gallery").dispatchEvent(
+              new DragEvent(kind, { dataTransfer: transfer, bubbles: true, cancelable: true }));
+        }""",
+        [list(data), name],
+    )
+
+
+def test_a_dropped_picture_brings_its_settings_back(served, open_page, page, tmp_path):
+    job = served.ended(served.draw(prompt="三个红色的爱心", steps=3, seed=77, guidance=2.5))
+    page.fill("#prompt", "something else")
+    drop(page, served.ask("GET", job["pictures"][0]["url"])[2], "found.png")
+    page.wait_for_selector(".notice >> text=Settings taken over")
+    found = {name: page.input_value(f"#{name}") for name in ("prompt", "field-steps", "field-seed", "field-guidance")}
+    assert found == {"prompt": "三个红色的爱心", "field-steps": "3", "field-seed": "77", "field-guidance": "2.5"}
+    Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
+    open_page.refusals.add("404")
+    drop(page, (tmp_path / "plain.png").read_bytes(), "plain.png")
+    page.wait_for_selector(".notice.error >> text=carries no request")
+    assert page.input_value("#prompt") == "三个红色的爱心"
+
+
+# The gallery --------------------------------------------------------------------------------------------------------
+
+
+def test_a_gallery_of_25000_scrolls_from_end_to_end(page):
+    gallery = page.locator("#gallery")
+    assert int(page.locator(".count").first.text_content().replace(",", "").split()[0]) >= STORED
+    longest = page.evaluate(
+        """async () => {
+          const view = document.querySelector("#gallery");
+          let longest = 0;
+          let last = performance.now();
+          for (let i = 0; i < 60; i += 1) {
+            view.scrollTop += 900;
+            await new Promise(requestAnimationFrame);
+            longest = Math.max(longest, document.querySelectorAll(".tile").length);
+          }
+          return [longest, performance.now() - last];
+        }"""
+    )[0]
+    assert longest < 150  # tiles that exist, whatever the number of pictures
+    gallery.evaluate("view => { view.scrollTop = view.scrollHeight }")
+    page.wait_for_selector(".tile.loaded img[alt='a stored picture 0']")
+    assert page.locator(".tile").count() < 150
+    gallery.evaluate("view => { view.scrollTop = 0 }")
+    page.wait_for_selector(".tile[data-index='0'].loaded")
+
+
+def test_the_gallery_is_searched_by_words_of_two_chinese_characters_seeds_and_days(page):
+    page.keyboard.press("/")
+    assert page.evaluate("document.activeElement.id") == "search"
+    page.fill("#search", "橘猫")
+    page.wait_for_selector(f".count >> text='{CATS} pictures'")
+    page.wait_for_selector(".tile.loaded img[alt^='窗边的橘猫']")
+    page.fill("#search", "no such thing")
+    page.wait_for_selector("text=No picture is like that.")
+    page.click("text=Show all")
+    page.get_by_label("More filters").click()
+    page.fill("#search-seed", "7000123")
+    page.wait_for_selector(".count >> text='1 picture'")
+    page.wait_for_selector(".tile img[alt='a stored picture 123']")
+    page.fill("#search-seed", "")
+    page.fill("#search-since", "2026-01-06")
+    page.fill("#search-until", "2026-01-06")
+    page.wait_for_selector(".count >> text='1,440 pictures'")  # one a minute
+
+
+def test_a_picture_is_walked_to_marked_deleted_and_brought_back(served, page):
+    page.fill("#search", "a stored picture 2499")
+    page.wait_for_selector(".count >> text='11 pictures'")
+    page.locator(".tile-open").first.focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector(".tile-open:focus img[alt='a stored picture 24998']")
+    page.keyboard.press("f")
+    page.wait_for_selector(".tile.favourite img[alt='a stored picture 24998']")
+    page.keyboard.press("Delete")
+    page.wait_for_selector(".count >> text='10 pictures'")
+    assert served.ask("GET", "/v1/pictures?q=24998&deleted=true")[2]["total"] == 1
+    page.locator(".notice >> text=Undo").click()
+    page.wait_for_selector(".count >> text='11 pictures'")
+    page.get_by_label("Favourites only").click()
+    page.wait_for_selector(".count >> text='1 picture'")
+    assert served.ask("GET", "/v1/pictures?favourite=true")[2]["total"] == 1
+
+
+def test_a_picture_is_opened_walked_on_from_and_closed(page):
+    page.fill("#search", "a stored picture 2499")
+    page.wait_for_selector(".count >> text='11 pictures'")
+    page.locator(".tile-open").first.click()
+    page.wait_for_selector("dialog.viewer >> text=a stored picture 24999")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_selector("dialog.viewer >> text=a stored picture 24998")
+    page.keyboard.press("Escape")
+    assert page.locator("dialog").count() == 0
+
+
+def test_two_pictures_are_compared(page):
+    for i in (0, 2):
+        page.locator(".tile-open").nth(i).click(modifiers=["Control"])
+    page.get_by_role("button", name="Compare").click()
+    slider = page.get_by_label("Line between the pictures")
+    slider.fill("25")
+    clip = page.locator("dialog .over").evaluate("image => getComputedStyle(image).clipPath")
+    assert clip in ("inset(0px calc(75%) 0px 0px)", "inset(0px 75% 0px 0px)")
+    page.keyboard.press("Escape")
+    page.keyboard.press("Escape")
+    assert page.locator(".tile.picked").count() == 0
+
+
+# Languages, looks, keys ---------------------------------------------------------------------------------------------
+
+
+def test_both_languages_say_everything_that_the_page_says(page):
+    base = f"/studio/{studio.DIGEST}"
+    en, zh = page.evaluate(
+        f"async () => [(await import('{base}/words.en.js')).en, (await import('{base}/words.zh.js')).zh]"
+    )
+    assert set(en) <= set(zh)
+    source = "".join(content.decode() for name, content in studio.FILES.items() if name.endswith((".js", ".html")))
+    told = page.evaluate(
+        r"""(source) => [...source.matchAll(/\bt\("([\w.]+)"/g), ...source.matchAll(/data-t(?:-label)?="(\w+)"/g)]
+            .map((match) => match[1])""",
+        source,
+    )
+    assert set(told) <= set(en)
+    holes = {name: sorted({part.split("}")[0] for part in text.split("{")[1:]}) for name, text in en.items()}
+    assert {name: sorted({p.split("}")[0] for p in zh[name].split("{")[1:]}) for name in en} == holes
+
+
+def test_the_language_follows_the_browser_and_can_be_switched(open_page):
+    page = open_page(locale="zh-CN")
+    page.wait_for_selector("#draw-now >> text=绘图")
+    page.fill("#prompt", "留在这里")
+    page.click("#language")
+    page.wait_for_selector("#draw-now >> text=Draw")
+    assert page.input_value("#prompt") == "留在这里"
+    assert page.evaluate("document.documentElement.lang") == "en"
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "scheme"),
+    [(1280, 800, "light"), (1700, 900, "dark"), (390, 800, "light"), (390, 800, "dark")],
+)
+def test_everything_has_a_name_contrast_and_room(served, open_page, width, height, scheme):
+    page = open_page(width, height, color_scheme=scheme)
+    page.wait_for_selector("#draw-now")
+    narrow = width < 900
+    for view in ("draw", "queue", "gallery"):
+        if narrow:
+            page.click(f"#views [data-view={view}]")
+        if view == "draw":
+            for summary in page.locator("summary").all():
+                summary.click()
+            page.select_option("#grid-x", "steps")
+        if view == "gallery":
+            page.wait_for_selector(".tile.loaded")
+        assert page.evaluate(AUDIT) == []
+    page.locator(".tile-open").first.click()
+    page.wait_for_selector("dialog .facts")
+    assert page.evaluate(AUDIT) == []
+
+
+def test_the_focus_is_seen_wherever_it_goes(page):
+    seen = set()
+    for _ in range(45):
+        page.keyboard.press("Tab")
+        name, shown = page.evaluate(
+            """() => {
+              const at = document.activeElement;
+              const rings = [at, at.closest("label")].filter(Boolean).map((one) => getComputedStyle(one));
+              const ring = rings.some((style) => style.outlineStyle !== "none" && parseFloat(style.outlineWidth) >= 2);
+              return [at.id || at.className || at.tagName, at === document.body || ring];
+            }"""
+        )
+        assert shown, f"{name} shows no focus"
+        seen.add(name)
+    assert {"prompt", "draw-now", "search"} <= seen  # and the gallery's thousands are one stop
+
+
+def test_a_server_with_keys_asks_for_one_and_the_browser_keeps_it(served, open_page):
+    path = served.service.settings.keys
+    key = add_key(path, "studio", time.time(), admin=True)
+    try:
+        open_page.refusals.add("401")
+        page = open_page()
+        page.fill("#key", "not it")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("text=does not know this key")
+        page.fill("#key", key)
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#draw-now")
+        page.wait_for_selector("#gallery h2")
+        page.reload()
+        page.wait_for_selector("#draw-now")
+        assert page.locator("dialog").count() == 0
+        assert page.evaluate("async () => (await fetch('/v1/queue')).status") == 200  # by the cookie alone
+    finally:
+        path.unlink()
+
+
+# The files ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_is_asked_for_again_and_its_files_are_kept(served):
+    status, headers, page = served.ask("GET", "/")
+    assert status == 200
+    assert headers["cache-control"] == "no-cache"
+    assert "script-src 'self'" in headers["content-security-policy"]
+    assert served.ask("GET", "/", headers={"If-None-Match": headers["etag"]})[0] == 304
+    address = f"/studio/{studio.DIGEST}/main.js"
+    assert f'src="{address}"' in page.decode()
+    status, headers, _ = served.ask("GET", address)
+    assert (status, headers["content-type"]) == (200, "text/javascript; charset=utf-8")
+    assert "immutable" in headers["cache-control"]
+    assert served.ask("GET", "/studio/0/main.js")[1]["cache-control"] == "no-cache"
+    assert served.ask("GET", f"/studio/{studio.DIGEST}/../studio.py")[0] == 404
+
+
+def test_nothing_is_fetched_from_elsewhere_and_nothing_is_inline():
+    for name, content in studio.FILES.items():
+        text = content.decode()
+        for line in text.splitlines():
+            for scheme in ("http://", "https://"):
+                assert scheme not in line.replace("http://www.w3.org/2000/svg", ""), f"{name}: {line}"
+        assert "innerHTML" not in text
+    page = studio.FILES["index.html"].decode()
+    assert " style=" not in page
+    assert "<script>" not in page
