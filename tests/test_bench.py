@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from inkstream.bench.ours import open_ours
 from inkstream.bench.records import read_record, write_record
 from inkstream.bench.run import compare, median_seconds
 from inkstream.bench.tables import fill
+from inkstream.cli import cores_allowed
 from inkstream.types import InputError
 from inkstream.weights.files import write_state
 
@@ -142,6 +144,15 @@ def test_a_case_of_a_gpu_is_rehearsed_on_the_cpu(name, tmp_path):
     pixels = draw(Order(case, 1), stages)
     assert (pixels.shape, pixels.dtype) == ((1, 3, 64, 64), torch.uint8)
     assert list(stages.seconds) == ["prompt", "steps", "pixels"]
+
+
+@pytest.mark.parametrize(
+    ("quota", "cores"), [("max 100000", None), ("150000 100000", 2), ("50000 100000", 1), ("9900000 100000", "all")]
+)
+def test_a_containers_share_of_the_processor_sets_how_many_threads_there_are(tmp_path, quota, cores):
+    (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert cores_allowed(tmp_path / "cpu.max") == (os.cpu_count() if cores == "all" else cores)
+    assert cores_allowed(tmp_path / "nowhere") is None
 
 
 def test_cases_are_found_by_name_and_by_group():

@@ -249,6 +249,10 @@ def test_what_cannot_be_done_is_refused_in_one_line(draw, capsys, monkeypatch, p
         (["convert", "nowhere", "out", "--to", "diffusers"], ["nowhere"]),
         (["convert", "empty", "out", "--to", "zip"], ["zip", "diffusers", "native"]),
         (["convert", "empty", "out"], ["empty"]),
+        (["bench", "--cases", "huge"], ["no case huge", "tiny"]),
+        (["bench", "--repeats", "0"], ["--repeats 0", "1 or more"]),
+        (["bench", "--cases", "turbo-1024", "--device", "cuda"], ["--device"]),
+        (["bench", "--cases", "tiny", "--record", "x"], ["--record x", "in the repository"]),
     ],
     ids=lambda value: " ".join(value)[:40],
 )

@@ -84,7 +84,7 @@ def open_page(served, browser) -> Iterator[Any]:
         context = browser.new_context(viewport={"width": width, "height": height}, **options)
         contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(20_000)
+        page.set_default_timeout(60_000)
         page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(f"http://127.0.0.1:{served.port}/")
@@ -213,7 +213,7 @@ def test_an_option_that_the_model_does_not_take_is_not_offered(page):
     page.wait_for_selector("#draw:not(:has([data-field=cache]))")
     assert page.input_value("#field-steps") == "8"  # another model's number
     page.select_option("#model", "pocket")
-    page.wait_for_selector("[data-field=cache]")
+    page.wait_for_selector("[data-field=cache]", state="attached")
     assert page.input_value("#field-steps") == "5"
 
 
@@ -372,17 +372,17 @@ def test_the_gallery_is_searched_by_words_of_two_chinese_characters_seeds_and_da
 
 def test_a_picture_is_walked_to_marked_deleted_and_brought_back(served, page):
     page.fill("#search", "a stored picture 2499")
-    page.wait_for_selector(".count >> text='11 pictures'")
+    page.wait_for_selector(".count >> text='13 pictures'")
     page.locator(".tile-open").first.focus()
     page.keyboard.press("ArrowRight")
     page.wait_for_selector(".tile-open:focus img[alt='a stored picture 24998']")
     page.keyboard.press("f")
     page.wait_for_selector(".tile.favourite img[alt='a stored picture 24998']")
     page.keyboard.press("Delete")
-    page.wait_for_selector(".count >> text='10 pictures'")
+    page.wait_for_selector(".count >> text='12 pictures'")
     assert served.ask("GET", "/v1/pictures?q=24998&deleted=true")[2]["total"] == 1
     page.locator(".notice >> text=Undo").click()
-    page.wait_for_selector(".count >> text='11 pictures'")
+    page.wait_for_selector(".count >> text='13 pictures'")
     page.get_by_label("Favourites only").click()
     page.wait_for_selector(".count >> text='1 picture'")
     assert served.ask("GET", "/v1/pictures?favourite=true")[2]["total"] == 1
@@ -390,7 +390,7 @@ def test_a_picture_is_walked_to_marked_deleted_and_brought_back(served, page):
 
 def test_a_picture_is_opened_walked_on_from_and_closed(page):
     page.fill("#search", "a stored picture 2499")
-    page.wait_for_selector(".count >> text='11 pictures'")
+    page.wait_for_selector(".count >> text='13 pictures'")
     page.locator(".tile-open").first.click()
     page.wait_for_selector("dialog.viewer >> text=a stored picture 24999")
     page.keyboard.press("ArrowRight")

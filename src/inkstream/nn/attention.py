@@ -29,7 +29,7 @@ FOR_MIXED = ("flash3", "flash2", "varlen", "sdpa")
 """Which is taken first of those that are there, where nobody chose: for sequences of one length, and of several."""
 SAGE_WIDTHS = (64, 96, 128)
 LONG = 1024
-"""Queries from which on a CPU is faster where each head's tokens lie together: by a third at 2000; below, it is slower."""
+"""Queries from which on a CPU is faster where each head's tokens lie together, by a third at 2000; before, slower."""
 
 _chosen = "auto"
 

@@ -58,11 +58,12 @@ async def search_pictures(
     deleted: Annotated[bool, Query(description="Look among the deleted ones instead.")] = False,
     limit: Limit = 60,
     before: Before = None,
+    offset: Annotated[int, Query(ge=0, lt=2**62, description="Pictures to leave out after `before`.")] = 0,
 ) -> schema.Pictures:
     """Pictures, newest first."""
     wanted = Search(who.scope, q, model, seed, since, until, favourite, deleted)
     number = None if before is None else int(before)
-    pictures, total = await to_thread.run_sync(parts.store.search, wanted, number, limit)
+    pictures, total = await to_thread.run_sync(parts.store.search, wanted, number, limit, offset)
     last = str(pictures[-1].number) if len(pictures) == limit else None
     return schema.Pictures(pictures=[tell(parts, picture) for picture in pictures], next=last, total=total)
 

@@ -93,7 +93,7 @@ def describe(model: Offered, created: float, loaded: bool) -> Model:
     """A model as the list has it."""
     spec = model.spec
     if spec is None:
-        details = Details(title=model.name, licence="unknown", commercial=False, abilities=[], size=(1024, 1024),
+        details = Details(title=model.name, licence="unknown", commercial=False, abilities=[], size=[1024, 1024],
                           multiple=16, defaults={}, loaded=loaded, ready=False)  # fmt: skip
     else:
         defaults = {
@@ -103,7 +103,7 @@ def describe(model: Offered, created: float, loaded: bool) -> Model:
         }  # fmt: skip
         details = Details(
             title=spec.title or model.name, licence=spec.licence, commercial=spec.commercial,
-            abilities=sorted(spec.abilities), size=spec.size, multiple=spec.multiple, defaults=defaults,
+            abilities=sorted(spec.abilities), size=list(spec.size), multiple=spec.multiple, defaults=defaults,
             loaded=loaded, ready=True,
         )  # fmt: skip
     return Model(id=model.name, created=int(created), owned_by=_owner(spec), inkstream=details)

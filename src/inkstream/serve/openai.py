@@ -26,7 +26,7 @@ from inkstream.serve.gallery import FOREVER, find_picture
 from inkstream.serve.inputs import PREFIX
 from inkstream.serve.models import choose
 from inkstream.serve.native import Token
-from inkstream.serve.service import Parts, Service, Who
+from inkstream.serve.service import EVENT_STREAM, Parts, Service, Who
 from inkstream.serve.store import Job, Picture
 from inkstream.types import InputError, Request, Spec
 
@@ -136,7 +136,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "model": Images,
         "description": "The pictures; with `stream` server-sent events.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": EVENT_STREAM,
     },
     **answers(400, 404, 408, 409, 413, 429, 500, 503),
 }

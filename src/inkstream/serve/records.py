@@ -40,7 +40,7 @@ def tell_picture(picture: Picture, job: Job | None) -> schema.Picture:
         id=picture.id,
         job=picture.job,
         index=picture.place,
-        cell=(picture.place % columns, picture.place // columns) if columns else None,
+        cell=[picture.place % columns, picture.place // columns] if columns else None,
         created=picture.created,
         seconds=picture.seconds,
         width=picture.width,

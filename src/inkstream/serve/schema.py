@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -10,6 +10,8 @@ from inkstream.serve.errors import Error
 from inkstream.types import Request
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
+"""Two numbers. Not a tuple: its schema in JSON is one that few tools read."""
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
 
@@ -80,7 +82,7 @@ class Picture(BaseModel):
     id: str
     job: str
     index: int
-    cell: tuple[int, int] | None = Field(None, description="Column and row in a grid.")
+    cell: Pair | None = Field(None, description="Column and row in a grid.")
     created: float = Field(description="Unix seconds.")
     seconds: float = Field(description="Drawing it took.")
     width: int
@@ -167,7 +169,7 @@ class Details(BaseModel):
     licence: str
     commercial: bool
     abilities: list[str]
-    size: tuple[int, int]
+    size: Pair
     multiple: int
     defaults: dict[str, Any]
     loaded: bool

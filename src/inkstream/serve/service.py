@@ -89,10 +89,20 @@ def stream(feed: Feed, happenings: AsyncIterator[Happening], named: bool = False
     return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
 
 
+EVENT_STREAM: dict[str, Any] = {
+    "text/event-stream": {
+        "itemSchema": {
+            "type": "object",
+            "properties": {"id": {"type": "string"}, "event": {"type": "string"}, "data": {"type": "string"}},
+            "required": ["data"],
+        }
+    }
+}
+"""What a route declares of events, as OpenAPI 3.2 has it: each is an object whose `data` is JSON."""
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Server-sent events, as they happen.",
-        "content": {"text/event-stream": {"schema": {"type": "string"}}},
+        "content": EVENT_STREAM,
     }
 }
 """What a route declares whose answer is events."""

@@ -367,14 +367,18 @@ class Store:
         elif deleted is not None:
             self._set("UPDATE pictures SET deleted = ? WHERE id = ? AND deleted IS NULL", deleted, identity)
 
-    def search(self, wanted: Search, before: int | None, limit: int) -> tuple[list[Picture], int]:
-        """Pictures that match, newest first, and how many there are on all pages. For threads: it reads every row."""
+    def search(self, wanted: Search, before: int | None, limit: int, offset: int = 0) -> tuple[list[Picture], int]:
+        """Pictures that match, newest first, and how many there are on all pages. For threads: it reads every row.
+
+        offset: so many are left out after `before`.
+        """
         conditions, values = _conditions(wanted)
+        found = f"SELECT number FROM pictures WHERE {conditions} AND number < ? ORDER BY number DESC LIMIT ? OFFSET ?"
         with self._reading:
             total = self._reader.execute(f"SELECT count(*) FROM pictures WHERE {conditions}", values).fetchone()[0]
-            rows = self._reader.execute(
-                f"SELECT {PICTURE} FROM pictures WHERE {conditions} AND number < ? ORDER BY number DESC LIMIT ?",
-                (*values, 2**62 if before is None else before, limit),
+            rows = self._reader.execute(  # the index answers what is inside; only what is shown is read whole
+                f"SELECT {PICTURE} FROM pictures WHERE number IN ({found}) ORDER BY number DESC",
+                (*values, 2**62 if before is None else before, limit, offset),
             ).fetchall()
         return [_read(Picture, row) for row in rows], total
 

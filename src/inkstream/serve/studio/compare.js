@@ -4,7 +4,7 @@ import { get } from "./api.js";
 import { openDialog } from "./dialog.js";
 import { h } from "./dom.js";
 import { complain } from "./notice.js";
-import { known, t } from "./words.js";
+import { fieldTitle, t } from "./words.js";
 
 /** Compare two pictures. */
 export async function openCompare(a, b) {
@@ -37,6 +37,6 @@ function differences(left, right) {
     "table",
     {},
     h("thead", {}, h("tr", {}, [t("differs"), "A", "B"].map((text) => h("th", { scope: "col" }, text)))),
-    h("tbody", {}, rows.map(([name, one, other]) => h("tr", {}, h("th", { scope: "row" }, known(`field.${name}`, name.replaceAll("_", " "))), h("td", {}, one), h("td", {}, other)))),
+    h("tbody", {}, rows.map(([name, one, other]) => h("tr", {}, h("th", { scope: "row" }, fieldTitle(name)), h("td", {}, one), h("td", {}, other)))),
   );
 }

@@ -2,12 +2,12 @@
 
 import { h, iconButton } from "./dom.js";
 import { give, isGiven, valueOf } from "./wish.js";
-import { known, t } from "./words.js";
+import { fieldTitle, known, t } from "./words.js";
 
 /** How far a slider goes where the bound itself is out of any use; the number beside it takes the rest. */
 const FAR = { guidance: 12, shift: 12, cfg_normalization: 2, cache_threshold: 1 };
 
-export const titleOf = (field) => known(`field.${field.name}`, field.title);
+export const titleOf = (field) => fieldTitle(field.name);
 export const helpOf = (field) => known(`help.${field.name}`, field.help);
 
 /** A field with its name, what it means, and a way back to the model's own value. {element, refresh}. */

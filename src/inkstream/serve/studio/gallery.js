@@ -30,7 +30,7 @@ export function setUpGallery() {
 
   const favourite = (id) => markFavourite(id, !list.at(list.indexOf(id))?.favourite).catch(complain);
   const tile = tileMaker(() => list, { open: (index) => openViewer(list, index), favourite, focused: () => focused });
-  const source = { size: () => list?.size() ?? 0, need: (index) => list?.ensure(index).catch(complain) };
+  const source = { size: () => list?.size() ?? 0, need: (from, to) => list?.ensure(from, to).catch(complain) };
   const grid = scroller(section, field, source, tile);
 
   const changed = () => {

@@ -1,9 +1,9 @@
-// A search's pictures as one long list, of which only what was looked at is here. Pages follow each other by cursor.
+// A search's pictures as one long list, of which only what was looked at is here. After the first page any part of it
+// can be asked for: so many pictures behind the first page's cursor, which new pictures do not move.
 
 import { get, withQuery } from "./api.js";
 
 const PAGE = 120;
-const MOST = 500; // that the server gives at once
 
 /** What the gallery needs of a picture; the rest is asked for when it is opened. */
 const slim = ({ id, job, width, height, seed, model, prompt, favourite, deleted, created, thumbnail, url }) => ({
@@ -12,25 +12,59 @@ const slim = ({ id, job, width, height, seed, model, prompt, favourite, deleted,
 
 /** The list of a search. changed: called whenever there is more, or less, of it. */
 export function pictureList(query, changed) {
-  const items = [];
+  const items = []; // with holes
   const ids = new Set();
   let total = 0;
-  let next = null;
   let begun = false;
   let ended = false; // nobody asks any more
+  let cursor = null; // of the first page,
+  let behind = 0; // and the index that follows it
+  let wanted = [0, 1];
   let fetching = null;
+  const early = []; // news that came before the first page
 
-  const fetchPage = async (limit) => {
-    const page = await get(withQuery("/v1/pictures", { ...query, limit, before: next }));
-    if (ended) return;
-    for (const picture of page.pictures) {
-      if (ids.has(picture.id)) continue; // it came as news meanwhile
+  const put = (index, pictures) => {
+    for (const picture of pictures.map(slim)) {
+      if (ids.has(picture.id) && items[index]?.id !== picture.id) continue; // it came as news meanwhile
       ids.add(picture.id);
-      items.push(slim(picture));
+      items[index] = picture;
+      index += 1;
     }
+  };
+
+  /** The first index of those wanted that is not here; -1 where all are. */
+  const hole = () => {
+    if (!begun) return 0;
+    for (let index = wanted[0]; index < Math.min(wanted[1], total); index += 1) if (!items[index]) return index;
+    return -1;
+  };
+
+  const fetchFrom = async (index) => {
+    const offset = begun ? Math.max(0, index - behind) : 0;
+    const page = await get(withQuery("/v1/pictures", { ...query, limit: PAGE, before: cursor, offset: offset || null }));
+    if (ended) return false;
+    const at = behind + offset;
+    put(at, page.pictures);
+    total = page.next === null ? at + page.pictures.length : Math.max(total, page.total, items.length);
+    if (!begun) [cursor, behind] = [page.next, page.pictures.length];
     begun = true;
-    next = page.next;
-    total = next === null ? items.length : Math.max(page.total, items.length);
+    for (const picture of early.splice(0)) prepend(picture);
+    changed();
+    return Boolean(items[index]);
+  };
+
+  const fetchWanted = async () => {
+    for (let index = hole(); index >= 0 && !ended; index = hole()) if (!(await fetchFrom(index))) break;
+  };
+
+  /** A new picture, which is the first. */
+  const prepend = (picture) => {
+    if (!begun) early.push(picture);
+    if (!begun || ids.has(picture.id)) return;
+    ids.add(picture.id);
+    items.unshift(slim(picture));
+    behind += 1;
+    total += 1;
     changed();
   };
 
@@ -38,47 +72,40 @@ export function pictureList(query, changed) {
     size: () => total,
     at: (index) => items[index] ?? null,
     idAt: (index) => items[index]?.id ?? null,
-    indexOf: (id) => (ids.has(id) ? items.findIndex((item) => item.id === id) : -1),
+    indexOf: (id) => (ids.has(id) ? items.findIndex((item) => item?.id === id) : -1),
     isBegun: () => begun,
 
-    /** Have the pictures up to an index, if there are so many. Calls while one is under way join it. */
-    async ensure(index) {
-      while (!ended && items.length <= index && (next !== null || !begun)) {
-        const far = index - items.length > PAGE;
-        fetching ??= fetchPage(far ? MOST : PAGE).finally(() => (fetching = null));
-        await fetching;
-      }
+    /** Have the pictures from one index up to another. What was wanted before and is not any more is left out. */
+    async ensure(from, to = from + 1) {
+      wanted = [from, to];
+      fetching ??= fetchWanted().finally(() => (fetching = null));
+      await fetching;
     },
 
-    /** A new picture, which is the first. */
-    prepend(picture) {
-      if (ids.has(picture.id)) return;
-      ids.add(picture.id);
-      items.unshift(slim(picture));
-      total += 1;
-      changed();
-    },
+    prepend,
 
     /** Take a picture out; returns what puts it back. */
     take(id) {
-      const index = items.findIndex((item) => item.id === id);
+      const index = ids.has(id) ? items.findIndex((item) => item?.id === id) : -1;
       if (index < 0) return () => {};
       const [item] = items.splice(index, 1);
       ids.delete(id);
       total -= 1;
+      if (index < behind) behind -= 1;
       changed();
       return () => {
         if (ended || ids.has(id)) return;
         ids.add(id);
         items.splice(index, 0, item);
         total += 1;
+        if (index <= behind) behind += 1;
         changed();
       };
     },
 
     /** Change what is known of a picture. */
     update(id, facts) {
-      const item = ids.has(id) && items.find((one) => one.id === id);
+      const item = ids.has(id) && items.find((one) => one?.id === id);
       if (item) Object.assign(item, facts);
       changed();
     },

@@ -9,7 +9,7 @@ import { complain, guarded, notice } from "./notice.js";
 import { uploadOf } from "./pictures.js";
 import { view } from "./views.js";
 import { chosenModel } from "./wish.js";
-import { known, t } from "./words.js";
+import { fieldTitle, t } from "./words.js";
 
 const SCALES = [1, 1.5, 2];
 const STRENGTH = 0.5;
@@ -56,7 +56,7 @@ export async function openRefine(pictures) {
   const shown = h("output", { for: "refine-strength" }, String(STRENGTH));
   strength.addEventListener("input", () => (shown.textContent = strength.value));
   const scale = h("select", { id: "refine-scale" }, SCALES.map((by) => h("option", { value: by }, `${by} ×`)));
-  const how = h("div", { class: "field" }, h("div", { class: "field-head" }, h("label", { for: "refine-strength" }, known("field.strength", "Strength")), shown), strength, h("p", { class: "quiet" }, t("refineStrength")));
+  const how = h("div", { class: "field" }, h("div", { class: "field-head" }, h("label", { for: "refine-strength" }, fieldTitle("strength")), shown), strength, h("p", { class: "quiet" }, t("refineStrength")));
   const suit = () => (how.hidden = wayOf(ways.get(model.value)) !== "image");
   model.addEventListener("change", suit);
   suit();

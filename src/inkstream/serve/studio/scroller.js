@@ -4,8 +4,8 @@ const MARGIN = 2; // rows kept beyond what is seen
 const STILL = 90; // milliseconds without scrolling, after which pictures are loaded
 
 /**
- * view: what scrolls; field: what holds the tiles. source: { size(), need(index) }, of which `need` is told how far the
- * tiles in sight go. tile: { make(index), show(element, index, calm), gone(element) }; calm: not in the midst of a fling.
+ * view: what scrolls; field: what holds the tiles. source: { size(), need(from, to) }, of which `need` is told which tiles
+ * are in sight. tile: { make(index), show(element, index, calm), gone(element) }; calm: not in the midst of a fling.
  */
 export function scroller(view, field, source, tile) {
   const tiles = new Map(); // by index
@@ -60,7 +60,7 @@ export function scroller(view, field, source, tile) {
       place(element, index);
       tile.show(element, index, calm);
     }
-    if (to > 0 || !source.size()) source.need(to);
+    if (to > from) source.need(from, to);
   };
 
   const ask = (calm = true) => {

@@ -6,7 +6,7 @@ import { h, icon, iconButton } from "./dom.js";
 import { complain } from "./notice.js";
 import { openRefine } from "./refine.js";
 import { openViewer } from "./viewer.js";
-import { known, t } from "./words.js";
+import { fieldTitle, known, t } from "./words.js";
 
 /** Open the sheet of a job. */
 export async function openSheet(id) {
@@ -48,12 +48,11 @@ function face(picture, open, picked, change) {
 /** A table whose heads are the values of the two fields. */
 function table(job, pictures, cell) {
   const { x, y } = job.grid;
-  const name = (axis) => known(`field.${axis.field}`, axis.field.replaceAll("_", " "));
   const tell = (value) => (typeof value === "string" ? known(`choice.${value}`, value) : String(value));
   const at = new Map(pictures.map((picture) => [picture.cell?.join(), picture]));
-  const head = h("tr", {}, y ? h("td", {}) : "", x.values.map((value) => h("th", { scope: "col" }, h("span", { class: "quiet" }, name(x)), " ", tell(value))));
+  const head = h("tr", {}, y ? h("td", {}) : "", x.values.map((value) => h("th", { scope: "col" }, h("span", { class: "quiet" }, fieldTitle(x.field)), " ", tell(value))));
   const rows = (y?.values ?? [null]).map((value, row) =>
-    h("tr", {}, y ? h("th", { scope: "row" }, h("span", { class: "quiet" }, name(y)), " ", tell(value)) : "",
+    h("tr", {}, y ? h("th", { scope: "row" }, h("span", { class: "quiet" }, fieldTitle(y.field)), " ", tell(value)) : "",
       x.values.map((_, column) => h("td", {}, at.has(`${column},${row}`) ? cell(at.get(`${column},${row}`)) : h("div", { class: "sheet-tile waiting" })))),
   );
   return h("table", { class: "sheet-grid" }, h("thead", {}, head), h("tbody", {}, rows));

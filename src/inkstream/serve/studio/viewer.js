@@ -17,7 +17,7 @@ import { compareWith } from "./selection.js";
 import { openSheet } from "./sheet.js";
 import { view } from "./views.js";
 import { PICTURES } from "./wish.js";
-import { known, moment, size, t } from "./words.js";
+import { fieldTitle, known, moment, size, t } from "./words.js";
 
 /** Show picture `index` of a sequence { size(), idAt(index), ensure?(index) }. */
 export function openViewer(sequence, index) {
@@ -119,14 +119,13 @@ function uses(picture, leave) {
 function pairs(picture) {
   const fields = presentForm();
   const skip = new Set(["prompt", "model", "seed", "width", "height", "count", ...PICTURES]);
-  const title = (name) => (fields?.has(name) ? titleOf(fields.get(name)) : name.replaceAll("_", " "));
   const tell = (value) => (typeof value === "string" ? known(`choice.${value}`, value) : String(value));
   const dull = (name, value) => fields?.get(name)?.default === value && !["steps", "guidance"].includes(name);
   return [
     [t("model"), picture.model],
     [t("field.seed"), String(picture.seed)],
     [t("size"), `${picture.width} × ${picture.height}`],
-    ...Object.entries(picture.request).filter(([name, value]) => !skip.has(name) && value !== null && value !== "" && !dull(name, value)).map(([name, value]) => [title(name), tell(value)]),
+    ...Object.entries(picture.request).filter(([name, value]) => !skip.has(name) && value !== null && value !== "" && !dull(name, value)).map(([name, value]) => [fieldTitle(name), tell(value)]),
     [t("drawnAt"), moment(picture.created)],
     [t("drawnIn"), `${picture.seconds.toFixed(1)} s`],
     [t("file"), `PNG, ${size(picture.bytes)}`],

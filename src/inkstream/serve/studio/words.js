@@ -18,6 +18,9 @@ export function t(name, values = {}) {
 /** The text of that name, or what is given where there is none. */
 export const known = (name, otherwise) => LANGUAGES[language][name] ?? (language === "en" ? otherwise : (en[name] ?? otherwise));
 
+/** A field's name as people say it; other languages have words for those that are known. */
+export const fieldTitle = (name) => known(`field.${name}`, name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " "));
+
 /** Speak the other language. The page starts anew: all that matters is kept, here or on the server. */
 export function switchLanguage() {
   keep("language", language === "zh" ? "en" : "zh");

@@ -1,0 +1,143 @@
+"""A1111's API, as its clients ask: what they send as a matter of course is taken, what matters is done or refused."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import threading
+
+import pytest
+from PIL import Image
+
+from inkstream.engine.foreign import read_a1111
+
+API = "/sdapi/v1"
+SMALL = {"prompt": "a red circle", "width": 32, "height": 32, "steps": 2, "seed": 7}
+USUAL = {
+    "negative_prompt": "", "sampler_name": "Euler", "scheduler": "Automatic", "restore_faces": False, "tiling": False,
+    "enable_hr": False, "hr_upscaler": "Latent", "hr_scale": 2, "hr_second_pass_steps": 0, "denoising_strength": 0.7,
+    "override_settings": {"CLIP_stop_at_last_layers": 1, "sd_vae": "Automatic"}, "styles": [], "clip_skip": 1,
+    "override_settings_restore_afterwards": True, "save_images": True, "send_images": True, "subseed": -1,
+    "subseed_strength": 0.0, "alwayson_scripts": {}, "script_name": None, "s_churn": 0.0, "refiner_switch_at": 0.8,
+}  # fmt: skip
+"""What chat programs send along."""
+
+
+def opened(content: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def base64_of(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def ask(server, method: str, path: str, body=None):
+    status, _, answer = server.ask(method, API + path, body)
+    assert status == 200, answer
+    return answer
+
+
+def test_what_chat_programs_send_draws_what_the_native_api_draws(server):
+    own = server.ended(server.draw(seed=7, steps=2, solver="euler"))
+    native = Image.open(io.BytesIO(server.ask("GET", own["pictures"][0]["url"])[2]))
+    answer = ask(server, "POST", "/txt2img", {**SMALL, **USUAL})
+    assert opened(answer["images"][0]).tobytes() == native.tobytes()
+    assert answer["parameters"]["steps"] == 2
+
+
+def test_batches_times_rounds_give_as_many_pictures_with_their_seeds_and_texts(server):
+    answer = ask(server, "POST", "/txt2img", {**SMALL, "batch_size": 2, "n_iter": 2})
+    info = json.loads(answer["info"])
+    assert len(answer["images"]) == 4
+    assert info["all_seeds"] == [7, 8, 9, 10]
+    found = read_a1111(info["infotexts"][1])
+    assert found is not None
+    assert (found.fields["prompt"], int(found.fields["seed"])) == ("a red circle", 8)
+
+
+def test_a_picture_is_drawn_on_and_what_its_mask_leaves_black_is_kept(server):
+    start = Image.new("RGB", (48, 32), "orange")
+    mask = Image.new("L", (48, 32))
+    mask.paste(255, (32, 0, 48, 32))
+    body = {"prompt": "a red circle", "steps": 2, "init_images": [base64_of(start)], "mask": base64_of(mask),
+            "denoising_strength": 1.0, "mask_blur": 4, "inpaint_full_res": True, "inpainting_fill": 0}  # fmt: skip
+    image = opened(ask(server, "POST", "/img2img", body)["images"][0])
+    assert image.crop((0, 0, 16, 32)).getcolors() == [(512, (255, 165, 0))]
+    assert image.crop((40, 0, 48, 32)).getcolors() != [(256, (255, 165, 0))]
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"enable_hr": True}, "enable_hr", "leave it out"),
+        ({"styles": ["noir"]}, "styles", "noir"),
+        ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts", "controlnet"),
+        ({"override_settings": {"eta": 1}}, "override_settings.eta", "not a field"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers", "not done here"),
+        ({"sampler_name": "PLMS"}, "sampler_name", "/sdapi/v1/samplers"),
+        ({"scheduler": "Karras"}, "scheduler", "/sdapi/v1/schedulers"),
+        ({"prompt": "a <lora:x:1>"}, "prompt", "LoRA"),
+        ({"width": 40}, "width", "multiple of 16"),
+        ({"seed": -2}, "seed", "greater"),
+        ({"turbo": True}, "turbo", "leave it out"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_its_name(server, fields, param, words):
+    status, _, answer = server.ask("POST", f"{API}/txt2img", {**SMALL, **fields})
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert words in answer["error"]["message"]
+
+
+def test_the_progress_of_a_drawing_is_told_and_interrupting_it_gives_what_is_done(server, until):
+    answers = []
+    body = {**SMALL, "width": 128, "height": 128, "steps": 25, "n_iter": 4}
+    thread = threading.Thread(target=lambda: answers.append(ask(server, "POST", "/txt2img", body)))
+    thread.start()
+    until(lambda: ask(server, "GET", "/progress?skip_current_image=true")["progress"] > 0.3)
+    told = ask(server, "GET", "/progress")
+    assert told["state"]["sampling_steps"] == 25
+    assert told["state"]["job_count"] == 4
+    assert opened(told["current_image"]).size[0] > 0
+    ask(server, "POST", "/interrupt")
+    thread.join(60)
+    assert 1 <= len(answers[0]["images"]) < 4
+    assert ask(server, "GET", "/progress")["progress"] == 0
+
+
+def test_an_interruption_leaves_jobs_alone_that_came_another_way(server):
+    server.ask("PATCH", "/v1/queue", {"paused": True})
+    job = server.draw()
+    ask(server, "POST", "/interrupt")
+    assert ask(server, "GET", "/progress")["state"]["job"] == ""
+    server.ask("PATCH", "/v1/queue", {"paused": False})
+    assert server.ended(job)["state"] == "succeeded"
+
+
+def test_what_clients_look_for_at_their_start_is_there(server):
+    assert [model["title"] for model in ask(server, "GET", "/sd-models")] == ["pocket"]
+    assert {"Euler", "DPM++ 2M"} <= {sampler["name"] for sampler in ask(server, "GET", "/samplers")}
+    assert {"automatic", "simple"} <= {schedule["name"] for schedule in ask(server, "GET", "/schedulers")}
+    assert ask(server, "GET", "/options")["sd_model_checkpoint"] == "pocket"
+    for path in ("loras", "upscalers", "sd-vae", "prompt-styles", "hypernetworks"):
+        assert ask(server, "GET", f"/{path}") == []
+
+
+def test_the_model_is_set_by_its_title(server):
+    ask(server, "POST", "/options", {"sd_model_checkpoint": "pocket.safetensors [0123456789]", "sd_vae": "Automatic"})
+    assert ask(server, "GET", "/options")["sd_model_checkpoint"] == "pocket"
+    status, _, answer = server.ask("POST", f"{API}/options", {"sd_model_checkpoint": "sdxl"})
+    assert (status, answer["error"]["code"]) == (404, "model_not_found")
+    assert server.ask("POST", f"{API}/options", {"eta_noise_seed_delta": 1})[0] == 400
+
+
+def test_a_picture_tells_how_it_was_drawn(server):
+    drawn = ask(server, "POST", "/txt2img", SMALL)["images"][0]
+    told = ask(server, "POST", "/png-info", {"image": f"data:image/png;base64,{drawn}"})
+    assert told["info"].startswith("a red circle\nSteps: 2")
+    assert told["parameters"]["seed"] == 7
+    empty = ask(server, "POST", "/png-info", {"image": base64_of(Image.new("RGB", (8, 8)))})
+    assert empty == {"info": "", "items": {}, "parameters": {}}
+    assert server.ask("POST", f"{API}/png-info", {"image": "AAAA"})[0] == 400
