@@ -20,7 +20,7 @@ from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.zimage.model import Block, Keep, line
 from inkstream.families.zimage.specs import TURBO
-from inkstream.nn import flux, fused, gpu, layers, quant, qwen3
+from inkstream.nn import flux, fused, gpu, layers, quant, qwen3, vae
 from inkstream.nn import rope as ropes
 from inkstream.nn.config import Qwen3Config
 from inkstream.quant.pack import pack
@@ -110,6 +110,28 @@ def test_queries_normed_and_turned(dtype, heads, width):
 def test_a_gated_activation(dtype):
     gate, up = (normal(5, 90, dtype=dtype) * 4).chunk(2, dim=-1)
     assert_near(*both(lambda: layers.silu_times(gate, up)), roundings=2)
+
+
+@dtypes
+def test_group_norms_of_pictures(dtype):
+    """More positions than one program takes, and none of them a multiple of what it takes at a time."""
+    norm = vae.GroupNorm(4, 12).to(DEVICE, dtype)
+    norm.weight.copy_(normal(12, seed=1))
+    norm.bias.copy_(normal(12, seed=2))
+    wide = 300 if DEVICE.type == "cuda" else 11
+    x = (normal(2, 12, 5, wide) * 2 + 40).to(dtype).contiguous(memory_format=torch.channels_last)
+    mean, deviation = x.float().mean(), x.float().std()
+    assert mean > 15 * deviation
+    assert_near(*both(lambda: norm(x)), roundings=4)
+    assert_near(*both(lambda: norm.silu(x)), roundings=4)
+    assert_near(*both(lambda: torch.cat(norm.scale_and_shift(x, None))), roundings=8)
+
+
+def test_a_decoder_gives_the_same():
+    config = TURBO.tiny.vae
+    decoder = random(vae.Autoencoder(config))
+    for latents in (normal(1, config.latent_channels, 1, 1), normal(1, config.latent_channels, 2, 2)[..., :1]):
+        assert_near(*both(lambda latents=latents: decoder.decode(latents)), roundings=30)
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=["fp32", "fp16"])

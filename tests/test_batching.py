@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from PIL import Image
 
 import inkstream
 from inkstream.engine.batch import ABREAST, Alone, Ask, Batch, Drawing, tokens_of, within
+from inkstream.engine.heap import keep_freed_memory
 from inkstream.engine.model import Run
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.sampling.solvers import SOLVERS
@@ -271,6 +273,29 @@ def test_a_request_is_told_how_many_are_ahead_of_it_only_where_it_must_wait():
     assert batch.ahead(shares=False) == 0
 
 
+def test_a_run_counts_the_tokens_of_its_picture_its_text_and_what_it_looks_at():
+    latents = torch.zeros(16, 8, 12)
+    run = Run(Request(width=96, height=64, guidance=1.0), SOLVERS["euler"](latents, [1.0, 0.0]), ["x"], 1, latents)
+    cond = Conditioning(torch.zeros(12, 4), (7, 5), references=(torch.zeros(16, 8, 8), torch.zeros(16, 4, 4)))
+    assert tokens_of(run, cond) == 24 + 7 + 16 + 4
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library can be told")
+def test_memory_that_was_freed_is_not_taken_from_the_system_again():
+    import resource  # of Unix only
+
+    def use() -> None:
+        held = [torch.ones(2**20) for _ in range(10)]  # 4 MiB each
+        held.clear()
+
+    keep_freed_memory()
+    use()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(20):
+        use()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20 * 1024  # pages; without it 200 * 1024
+
+
 # The engine over real models at tiny size -------------------------------------------------------------------------
 
 MIXED = [
@@ -364,13 +389,6 @@ def test_iterators_that_one_thread_reads_in_turn_share_their_forwards(engine, mi
     assert max(sizes) > 4
     for request, image in zip(mixed, shown):
         assert apart(image, engine.generate(request).images[0]) >= 50
-
-
-def test_a_run_counts_the_tokens_of_its_picture_its_text_and_what_it_looks_at():
-    latents = torch.zeros(16, 8, 12)
-    run = Run(Request(width=96, height=64, guidance=1.0), SOLVERS["euler"](latents, [1.0, 0.0]), ["x"], 1, latents)
-    cond = Conditioning(torch.zeros(12, 4), (7, 5), references=(torch.zeros(16, 8, 8), torch.zeros(16, 4, 4)))
-    assert tokens_of(run, cond) == 24 + 7 + 16 + 4
 
 
 def test_flux2_pictures_of_other_sizes_that_look_at_others_share_a_forward(make_folder, tmp_path):

@@ -45,13 +45,20 @@ class Relay:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
-        with suppress(OSError):
-            while True:
-                near, far = self._door.accept()[0], socket.create_connection(("127.0.0.1", self.to))
-                self.taken += 1
-                self._ends += [near, far]
-                for a, b in ((near, far), (far, near)):
-                    threading.Thread(target=self._hand_on, args=(a, b), daemon=True).start()
+        while True:
+            try:
+                near = self._door.accept()[0]
+            except OSError:  # closed
+                return
+            self.taken += 1
+            try:
+                far = socket.create_connection(("127.0.0.1", self.to))
+            except OSError:  # nobody is behind it
+                near.close()
+                continue
+            self._ends += [near, far]
+            for a, b in ((near, far), (far, near)):
+                threading.Thread(target=self._hand_on, args=(a, b), daemon=True).start()
 
     @staticmethod
     def _hand_on(a: socket.socket, b: socket.socket) -> None:
@@ -125,6 +132,25 @@ def test_a_connection_that_breaks_is_made_again_and_no_picture_comes_twice(relay
         assert not isinstance(event, Failed)
     assert indices == [0, 1, 2, 3]
     assert relay.taken > 4
+
+
+def test_a_server_that_starts_again_in_the_middle_is_come_back_to(tmp_path, start_server, relay):
+    from inkstream.serve.limits import Settings
+
+    first = start_server(Settings(tmp_path, models=("pocket",), preload=False, slots=1))
+    relay.to, second, indices = first.port, None, []
+    for event in Client(relay.address).submit(Request(**WISH, count=3)):
+        assert not isinstance(event, Failed)
+        if isinstance(event, Done):
+            indices.append(event.index)
+            if second is None:
+                first.stop()
+                relay.cut()
+                second = start_server(Settings(tmp_path, models=("pocket",), preload=False, slots=1))
+                relay.to = second.port
+    assert second is not None
+    second.stop()
+    assert indices == [0, 1, 2]
 
 
 def test_a_server_that_is_gone_for_good_fails_the_request_and_names_the_address(server, relay):

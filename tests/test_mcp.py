@@ -15,6 +15,7 @@ import anyio
 import pytest
 from PIL import Image
 
+import inkstream
 from inkstream.cli.machine import Machine
 from inkstream.engine.metadata import read_request
 from inkstream.types import InputError
@@ -107,7 +108,7 @@ def test_the_command_speaks_the_protocol_and_draws_on_a_server_without_torch(ser
     words = ["-m", "inkstream", "mcp", f"--server=http://127.0.0.1:{server.port}", f"--output={tmp_path}"]
     # A torch that cannot be imported stands in the way of whoever tries.
     (tmp_path / "torch.py").write_text("raise RuntimeError('torch was imported')")
-    paths = os.pathsep.join([str(tmp_path), str(Path("src").resolve())])
+    paths = os.pathsep.join([str(tmp_path), str(Path(inkstream.__file__).parent.parent)])
     process = protocol.StdioServerParameters(command=sys.executable, args=words, env={"PYTHONPATH": paths})
 
     async def work(client: Any) -> tuple[Any, Any]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterator
 import torch
 
 from inkstream.engine.batch import Alone, Ask, Batch, Drawing, tokens_of
+from inkstream.engine.heap import keep_freed_memory
 from inkstream.engine.inputs import to_image
 from inkstream.engine.loader import open_model, read_model
 from inkstream.engine.memory import Placing
@@ -109,6 +110,8 @@ class Engine:
         self._placing = Placing(opened, self.memory, self.plan, least)
         plan = self._placing.choose(request)
         self._model = read_model(opened, plan, tell)
+        if self._model.device.type == "cpu":
+            keep_freed_memory()
         self._name = name
 
     def _is_ready(self, name: str, request: Request | None) -> bool:

@@ -1,9 +1,9 @@
 """Triton kernels that make one pass over memory of several. Each rounds where the plain operations round.
 
-Nobody calls these but the plain functions they stand in for (`layers`, `rope`, `quant`), which ask `gpu.kernels_for`.
-They record no gradients. Rows are tokens; every program works on a whole row, so that its norm or its range is known
-before it is written. With `into`, an 8-bit float type, a row is written as such numbers beside what they are
-multiplied by, which is what the products of `quant` take.
+Nobody calls these but the plain functions they stand in for, which ask `gpu.kernels_for`. They record no gradients.
+Rows are tokens; every program works on a whole row, so that its norm or its range is known before it is written. With
+`into`, an 8-bit float type, a row is written as such numbers beside what they are multiplied by, which is what the
+products of `quant` take. Pictures have their channels last.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ from torch import Tensor
 PER_THREAD = 16
 """Numbers of a row that a thread works on, until there are MOST_WARPS of 32 threads."""
 MOST_WARPS = 16
+PIECE = 1024
+"""Positions of a picture whose moments are taken by one program, TILE at a time."""
+TILE = 32
+CHANNELS = 128
+"""Channels that a program works on, at most."""
 LEAST_RANGE = tl.constexpr(1e-30)
 """As in `quant`: no row is divided by zero."""
 
@@ -88,6 +93,36 @@ def round_rows(x: Tensor, into: torch.dtype) -> tuple[Tensor, Tensor]:
     )  # fmt: skip
     assert scales is not None
     return out, scales
+
+
+def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and variance of each channel over pieces of a picture, and the share of its positions in each piece.
+
+    x: (B, L, C), contiguous -> two of (K, B, C) float32, and (K,) that sum to 1.
+    """
+    batch, positions, channels = x.shape
+    pieces = triton.cdiv(positions, PIECE)
+    means, variances = (torch.empty(pieces, batch, channels, device=x.device) for _ in range(2))
+    block = min(CHANNELS, triton.next_power_of_2(channels))
+    _moments[(pieces, batch, triton.cdiv(channels, block))](
+        x, means, variances, positions, channels,
+        PIECE=PIECE, TILE=TILE, BLOCK=block, num_warps=warps(TILE * block),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    share = torch.full((pieces,), PIECE / positions, device=x.device)
+    share[-1] = (positions - (pieces - 1) * PIECE) / positions
+    return means, variances, share
+
+
+def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
+    """shift + x * scale, and that through SiLU if asked for. x: (B, L, C), contiguous; scale, shift: (B, C) float32."""
+    batch, positions, channels = x.shape
+    out = torch.empty_like(x)
+    block = min(CHANNELS, triton.next_power_of_2(channels))
+    _scale_shift[(triton.cdiv(positions, TILE), batch, triton.cdiv(channels, block))](
+        x, scale, shift, out, positions, channels,
+        SILU=silu, TILE=TILE, BLOCK=block, num_warps=warps(TILE * block),  # pyright: ignore[reportCallIssue]
+    )  # fmt: skip
+    return out
 
 
 def try_out(device: torch.device) -> None:
@@ -226,3 +261,49 @@ def _norm_rope(
     across = tl.load(sin + angle, mask=column < WIDTH, other=0.0).to(tl.float32) * sign
     turned = values * along + partners * across
     tl.store(out + (token * heads + head) * WIDTH + column, turned.to(dtype), mask=inside)
+
+
+@triton.jit
+def _moments(
+    x, means, variances, positions, channels, PIECE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Tile by tile, each in two passes, joined as Chan, Golub and LeVeque do (1979)."""
+    piece, sample = tl.program_id(0), tl.program_id(1)
+    channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    mean = tl.zeros([BLOCK], tl.float32)
+    squares = tl.zeros([BLOCK], tl.float32)
+    seen = 0.0
+    for start in range(0, PIECE, TILE):
+        position = (piece * PIECE + start + tl.arange(0, TILE))[:, None]
+        inside = (position < positions) & (channel < channels)[None, :]
+        at = (sample.to(tl.int64) * positions + position) * channels + channel[None, :]
+        values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+        count = tl.minimum(tl.maximum(positions - piece * PIECE - start, 0), TILE).to(tl.float32)
+        own = tl.sum(values, axis=0) / tl.maximum(count, 1.0)
+        off = tl.where(inside, values - own[None, :], 0.0)
+        apart = own - mean
+        both = tl.maximum(seen + count, 1.0)
+        squares += tl.sum(off * off, axis=0) + apart * apart * (seen * count / both)
+        mean += apart * (count / both)
+        seen += count
+    at = (piece * tl.num_programs(1) + sample) * channels + channel
+    tl.store(means + at, mean, mask=channel < channels)
+    tl.store(variances + at, squares / seen, mask=channel < channels)
+
+
+@triton.jit
+def _scale_shift(
+    x, scale, shift, out, positions, channels, SILU: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    sample = tl.program_id(1)
+    position = (tl.program_id(0) * TILE + tl.arange(0, TILE))[:, None]
+    channel = (tl.program_id(2) * BLOCK + tl.arange(0, BLOCK))[None, :]
+    inside = (position < positions) & (channel < channels)
+    at = (sample.to(tl.int64) * positions + position) * channels + channel
+    values = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(scale + sample * channels + channel, mask=channel < channels, other=0.0)
+    values = values * factor + tl.load(shift + sample * channels + channel, mask=channel < channels, other=0.0)
+    if SILU:
+        values = values.to(x.dtype.element_ty).to(tl.float32)
+        values = values / (1.0 + tl.exp(-values))
+    tl.store(out + at, values.to(x.dtype.element_ty), mask=inside)

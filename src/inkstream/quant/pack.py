@@ -28,17 +28,17 @@ def pack(name: str, weight: Tensor, dynamic: bool = False) -> Packed:
     if weight.is_meta:
         data = torch.empty(rows, width, dtype=torch.uint8, device="meta")
         return Packed(name, data, (rows, columns), _scales_on_meta(name, rows, columns), dynamic=dynamic)
-    data, scales = [], []
-    for part in weight.split(max(1, CHUNK // columns)):
+    data, scales = torch.empty(rows, width, dtype=torch.uint8, device=weight.device), []
+    step = max(1, CHUNK // columns)
+    for part, raw in zip(weight.split(step), data.split(step)):
         numbers = part.float()
         if name in BLOCKS:
-            data.append(BLOCKS[name](numbers.reshape(-1, form.numbers)).view(-1, width))
+            raw.copy_(BLOCKS[name](numbers.reshape(-1, form.numbers)).view(-1, width))
         else:
-            group = form.group or columns
-            raw, scale = GROUPS[name](numbers.reshape(-1, group))
-            data.append(raw.view(-1, width))
+            groups, scale = GROUPS[name](numbers.reshape(-1, form.group or columns))
+            raw.copy_(groups.view(-1, width))
             scales.append(scale.view(len(part), -1))
-    return Packed(name, torch.cat(data), (rows, columns), (torch.cat(scales),) if scales else (), dynamic=dynamic)
+    return Packed(name, data, (rows, columns), (torch.cat(scales),) if scales else (), dynamic=dynamic)
 
 
 def fits(name: str, shape: tuple[int, ...]) -> bool:

@@ -17,7 +17,7 @@ from inkstream import types
 from inkstream.serve.errors import Refused
 from inkstream.serve.feed import Feed, Happening
 from inkstream.serve.fetch import fetch
-from inkstream.serve.inputs import decode, examine, keep
+from inkstream.serve.inputs import decode, examine, keep, pictures_in
 from inkstream.serve.jobs import Jobs
 from inkstream.serve.keys import Caller, Keys
 from inkstream.serve.limits import Settings
@@ -43,6 +43,8 @@ class Service:
 
         The first step of every route that draws; the second is `jobs.submit`.
         """
+        if next(pictures_in(request), None) is None:
+            return request
         limits = self.settings.limits
         found = await to_thread.run_sync(decode, request, fetch if self.settings.fetch else None, limits)
         uploads = {given: (data, await self.examine(caller, data, param)) for given, (data, param) in found.items()}

@@ -21,7 +21,13 @@ export function jobCard(first) {
   const bar = h("progress", { max: 1, "aria-label": t("progress") });
   const pictures = h("div", { class: "job-pictures" });
   const buttons = h("div", { class: "row job-buttons" });
-  const element = h("article", { class: "job", data: { id: job.id } }, stage, h("div", { class: "job-text" }, prompt, line, bar, pictures), buttons);
+  const element = h(
+    "article",
+    { class: "job", data: { id: job.id } },
+    stage,
+    h("div", { class: "job-text" }, prompt, line, bar, pictures),
+    buttons,
+  );
   let shown = "";
 
   const update = (now) => {
@@ -43,7 +49,7 @@ export function jobCard(first) {
     if (facts === shown) return;
     shown = facts;
     pictures.replaceChildren(...thumbnails(job));
-    buttons.replaceChildren(...actions(() => job));
+    buttons.replaceChildren(...actions(job));
   };
   element.addEventListener("dragstart", (event) => event.dataTransfer.setData("application/x-inkstream-job", job.id));
   update(first);
@@ -63,9 +69,14 @@ function lineOf(job) {
   const left = job.endsAt === null ? null : Math.max(0, (job.endsAt - Date.now()) / 1000);
   const soon = left === null ? null : t("left", { time: duration(left) });
   const join = (...parts) => parts.filter(Boolean).join(" · ");
-  if (job.state === "queued") return join(job.position === 0 ? t("next") : t("ahead", { n: job.position }), left === null ? null : t("readyIn", { time: duration(left) }));
+  if (job.state === "queued")
+    return join(
+      job.position === 0 ? t("next") : t("ahead", { n: job.position }),
+      left === null ? null : t("readyIn", { time: duration(left) }),
+    );
   if (job.state === "failed") return job.error?.message ?? t("state.failed");
-  if (job.state !== "running") return join(t(`state.${job.state}`), job.pictures.length > 1 && pictureCount(job.pictures.length), ...job.remarks);
+  if (job.state !== "running")
+    return join(t(`state.${job.state}`), job.pictures.length > 1 && pictureCount(job.pictures.length), ...job.remarks);
   if (job.loading || !job.progress) return join(known(`loading.${job.loading?.what}`, t("loading")), soon);
   const { picture, of, step, steps } = job.progress;
   return join(of > 1 && t("pictureOf", { n: picture + 1, of }), t("stepOf", { n: step, of: steps }), soon);
@@ -75,26 +86,59 @@ function thumbnails(job) {
   if (job.pictures.length < 2 && job.state !== "succeeded") return [];
   const sequence = { size: () => job.pictures.length, idAt: (i) => job.pictures[i]?.id ?? null };
   return job.pictures.slice(0, 12).map((picture, i) =>
-    h("button", { type: "button", class: "thumb", "aria-label": t("openNumber", { n: i + 1 }), onclick: () => openViewer(sequence, i) },
-      h("img", { src: picture.thumbnail, alt: "", loading: "lazy" })),
+    h(
+      "button",
+      {
+        type: "button",
+        class: "thumb",
+        "aria-label": t("openNumber", { n: i + 1 }),
+        onclick: () => openViewer(sequence, i),
+      },
+      h("img", { src: picture.thumbnail, alt: "", loading: "lazy" }),
+    ),
   );
 }
 
-function actions(present) {
-  const job = present();
+function actions(job) {
   if (isEnded(job)) {
     const many = job.pictures.length > 1;
-    const label = job.note === "draft" ? t("pick") : t("sheet");
+    const pick = () =>
+      h("button", { type: "button", class: "small", onclick: () => openSheet(job.id) }, icon("check"), t("pick"));
     return [
-      many && h("button", { type: "button", class: "small", onclick: () => openSheet(job.id) }, icon(job.note === "draft" ? "check" : "grid"), label),
-      job.state !== "succeeded" && iconButton("again", t("again"), guarded(() => submit(job.request, { note: job.note, ...(job.grid ? { grid: job.grid } : {}) }))),
-      iconButton("recall", t("useSettings"), guarded(() => recallRequest(job.request, { grid: job.grid }))),
+      many && (job.note === "draft" ? pick() : iconButton("grid", t("sheet"), () => openSheet(job.id))),
+      job.state !== "succeeded" &&
+        iconButton(
+          "again",
+          t("again"),
+          guarded(() => submit(job.request, { note: job.note, ...(job.grid ? { grid: job.grid } : {}) })),
+        ),
+      iconButton(
+        "recall",
+        t("useSettings"),
+        guarded(() => recallRequest(job.request, { grid: job.grid })),
+      ),
       iconButton("close", t("dismiss"), () => forget(job.id)),
     ].filter(Boolean);
   }
-  const cancel = iconButton("close", t("cancel"), guarded(async () => take(await remove(`/v1/jobs/${job.id}`))));
+  const cancel = iconButton(
+    "close",
+    t("cancel"),
+    guarded(async () => take(await remove(`/v1/jobs/${job.id}`))),
+  );
   if (job.state === "running") return [cancel];
-  return [iconButton("up", t("earlier"), guarded(() => move(job.id, -1))), iconButton("down", t("later"), guarded(() => move(job.id, 1))), cancel];
+  return [
+    iconButton(
+      "up",
+      t("earlier"),
+      guarded(() => move(job.id, -1)),
+    ),
+    iconButton(
+      "down",
+      t("later"),
+      guarded(() => move(job.id, 1)),
+    ),
+    cancel,
+  ];
 }
 
 /** Swap a waiting job with the one before or after it. */

@@ -35,7 +35,8 @@ export function asCommand(made) {
 /** The call that puts it into this server's queue. */
 export function asCurl(made) {
   const key = recollect("key") ? ` \\\n  -H "Authorization: Bearer $INKSTREAM_API_KEY"` : "";
-  return `curl ${location.origin}/v1/jobs${key} \\\n  -H 'Content-Type: application/json' \\\n  -d ${quote(JSON.stringify(made))}`;
+  const type = "-H 'Content-Type: application/json'";
+  return `curl ${location.origin}/v1/jobs${key} \\\n  ${type} \\\n  -d ${quote(JSON.stringify(made))}`;
 }
 
 /** A few lines of Python that draw it with this server. */
@@ -64,7 +65,11 @@ export function asPython(made) {
 
 /** A button that copies a request in the form that is chosen. */
 export function copyMenu(requestOf) {
-  const button = h("button", { type: "button", class: "icon-only", "aria-label": t("copyAs"), title: t("copyAs") }, icon("copy"));
+  const button = h(
+    "button",
+    { type: "button", class: "icon-only", "aria-label": t("copyAs"), title: t("copyAs") },
+    icon("copy"),
+  );
   return menu(button, () => [
     { label: t("copyCommand"), run: () => copy(asCommand(requestOf())) },
     { label: t("copyCurl"), run: () => copy(asCurl(requestOf())) },
@@ -79,7 +84,13 @@ export async function copy(text) {
     notice(t("copied"));
   } catch {
     const area = h("textarea", { readonly: true, rows: 8, class: "mono", "aria-label": t("copyAs") }, text);
-    const dialog = h("dialog", { class: "small" }, h("p", {}, t("copyByHand")), area, h("form", { method: "dialog" }, h("button", {}, t("close"))));
+    const dialog = h(
+      "dialog",
+      { class: "small" },
+      h("p", {}, t("copyByHand")),
+      area,
+      h("form", { method: "dialog" }, h("button", {}, t("close"))),
+    );
     dialog.addEventListener("close", () => dialog.remove());
     document.body.append(dialog);
     dialog.showModal();

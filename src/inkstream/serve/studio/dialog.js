@@ -7,7 +7,12 @@ import { t } from "./words.js";
 export function openDialog(name, title, ...content) {
   const heading = `title-${name}`;
   const dialog = h("dialog", { class: `dialog ${name}`, "aria-labelledby": heading });
-  const head = h("header", {}, h("h2", { id: heading }, title), iconButton("close", t("close"), () => dialog.close()));
+  const head = h(
+    "header",
+    {},
+    h("h2", { id: heading }, title),
+    iconButton("close", t("close"), () => dialog.close()),
+  );
   dialog.append(head, ...content.flat().filter(Boolean), h("div", { class: "notices-here" }));
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
   dialog.addEventListener("close", () => {

@@ -1,8 +1,8 @@
 // Elements from plain values, and the few icons. All text goes in as text, never as markup.
 
 /**
- * An element: h("button", { class: "quiet", onclick: go, data: { id: 3 } }, "Go"). Properties that are null or false are
- * left out; children may be nested arrays, and those that are null or false are left out, too.
+ * An element: h("button", { class: "quiet", onclick: go, data: { id: 3 } }, "Go"). Properties that are null or false
+ * are left out; children may be nested arrays, and those that are null or false are left out, too.
  */
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -10,7 +10,7 @@ export function h(tag, properties = {}, ...children) {
     if (value === null || value === undefined || value === false) continue;
     if (name === "data") Object.assign(element.dataset, value);
     else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-    else if (name === "value" || name === "checked" || name === "disabled" || name === "indeterminate") element[name] = value;
+    else if (name === "value" || name === "checked" || name === "disabled") element[name] = value;
     else element.setAttribute(name, value === true ? "" : String(value));
   }
   element.append(...children.flat(9).filter((child) => child !== null && child !== undefined && child !== false));
@@ -48,7 +48,7 @@ const ICONS = {
   recall: "M9 14L4 9.5 9 5 M4 9.5h9.5a5.5 5.5 0 0 1 0 11H9",
   again: "M19.5 12a7.5 7.5 0 1 1-2.4-5.5 M19.5 4v4.5H15",
   check: "M5 12.5l4.5 4.5L19 7.5",
-  sun: "M12 8a4 4 0 1 1 0 8a4 4 0 0 1 0-8z M12 2.5v2 M12 19.5v2 M2.5 12h2 M19.5 12h2 M5.3 5.3l1.4 1.4 M17.3 17.3l1.4 1.4 M5.3 18.7l1.4-1.4 M17.3 6.7l1.4-1.4",
+  sun: "M12 8a4 4 0 1 1 0 8a4 4 0 0 1 0-8z M12 3v1 M12 20v1 M3 12h1 M20 12h1 M6 6l.5 .5 M17.5 17.5l.5 .5 M6 18l.5-.5 M17.5 6.5l.5-.5",
   moon: "M19.5 14.5A8 8 0 1 1 9.5 4.5a6.5 6.5 0 0 0 10 10z",
   key: "M8 11a4 4 0 1 1 0 8a4 4 0 0 1 0-8z M11 12L19.5 3.5 M16 7l3 3",
   help: "M12 3a9 9 0 1 1 0 18a9 9 0 0 1 0-18z M9.5 9.5a2.5 2.5 0 1 1 3.6 2.3c-.8.4-1.1.9-1.1 1.7 M12 16.8h.01",

@@ -13,7 +13,8 @@ import { view } from "./views.js";
 const DRAFTS = 9;
 
 /** A word that makes a repetition of the same call harmless. */
-const token = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
+const token = () =>
+  Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
 /** Queue a request, whose job the server draws whatever becomes of this page. beside: note, priority, grid. */
 export async function submit(made, beside = {}) {

@@ -14,9 +14,16 @@ export const helpOf = (field) => known(`help.${field.name}`, field.help);
 export function control(field) {
   const id = `field-${field.name}`;
   const { element: input, refresh } = CONTROLS[field.type](field, id);
-  const back = iconButton("again", t("ownValue", { field: titleOf(field) }), () => (give(field, null), show()), { class: "icon-only back" });
+  const back = iconButton("again", t("ownValue", { field: titleOf(field) }), () => (give(field, null), show()), {
+    class: "icon-only back",
+  });
   const label = h("label", { for: id, id: `${id}-name`, title: helpOf(field) }, titleOf(field));
-  const hint = h("p", { class: "hint", id: `${id}-hint` }, helpOf(field), field.why ? ` (${known(`why.${field.name}`, field.why)})` : "");
+  const hint = h(
+    "p",
+    { class: "hint", id: `${id}-hint` },
+    helpOf(field),
+    field.why ? ` (${known(`why.${field.name}`, field.why)})` : "",
+  );
   const head = h("div", { class: "field-head" }, label, back);
   const element = h("div", { class: `field ${field.type}`, data: { field: field.name } }, head, input, hint);
   const show = () => {
@@ -36,10 +43,18 @@ function numeric(field, id) {
   const low = field.minimum ?? 0;
   const far = Math.min(reach(field), field.maximum ?? Infinity);
   const entry = h("input", {
-    type: "number", id, min: field.minimum, max: Math.min(field.maximum ?? Infinity, Number.MAX_SAFE_INTEGER), step: whole ? step : "any", inputmode: whole ? "numeric" : "decimal",
-    placeholder: field.default === null ? t("random") : "", "aria-describedby": `${id}-hint`,
+    type: "number",
+    id,
+    min: field.minimum,
+    max: Math.min(field.maximum ?? Infinity, Number.MAX_SAFE_INTEGER),
+    step: whole ? step : "any",
+    inputmode: whole ? "numeric" : "decimal",
+    placeholder: field.default === null ? t("random") : "",
+    "aria-describedby": `${id}-hint`,
   });
-  const slider = Number.isFinite(reach(field)) && h("input", { type: "range", min: low, max: far, step, "aria-labelledby": `${id}-name`, tabindex: "-1" });
+  const slider =
+    Number.isFinite(reach(field)) &&
+    h("input", { type: "range", min: low, max: far, step, "aria-labelledby": `${id}-name`, tabindex: "-1" });
   const refresh = () => {
     const value = valueOf(field);
     entry.value = value ?? "";
@@ -78,7 +93,9 @@ function boolean(field, id) {
 }
 
 function choice(field, id) {
-  const options = field.choices.map((word) => h("option", { value: word }, known(`choice.${word}`, word.replaceAll("_", " "))));
+  const options = field.choices.map((word) =>
+    h("option", { value: word }, known(`choice.${word}`, word.replaceAll("_", " "))),
+  );
   const select = h("select", { id, "aria-describedby": `${id}-hint` }, options);
   select.addEventListener("change", () => give(field, select.value));
   return { element: select, refresh: () => (select.value = valueOf(field) ?? field.choices[0]) };

@@ -39,7 +39,12 @@ export async function showForm() {
   const sections = SECTIONS.map(([name, holds]) => {
     const own = rest.filter((field) => holds(field));
     for (const field of own) rest.splice(rest.indexOf(field), 1);
-    return own.length ? section(name, own.map((field) => add(field.name, field))) : null;
+    return own.length
+      ? section(
+          name,
+          own.map((field) => add(field.name, field)),
+        )
+      : null;
   });
   byId("draw").replaceChildren(
     h("form", { class: "fields", novalidate: true, onsubmit: (event) => (event.preventDefault(), draw()) }, [
@@ -61,7 +66,13 @@ export async function showForm() {
 }
 
 function add(name, field = form.get(name), make = null) {
-  const made = make ? make() : name === "prompt" ? promptControl(field) : PICTURES.includes(name) ? slots(field) : control(field);
+  const made = make
+    ? make()
+    : name === "prompt"
+      ? promptControl(field)
+      : PICTURES.includes(name)
+        ? slots(field)
+        : control(field);
   controls.set(name, made);
   return made.element;
 }
@@ -70,37 +81,63 @@ function add(name, field = form.get(name), make = null) {
 function show(changed = "all") {
   for (const [name, made] of controls) {
     if (form.has(name)) made.element.hidden = !matters(form, name);
-    const concerned = changed === "all" || changed === name || (name === "size" && ["width", "height"].includes(changed));
-    if (concerned && !(changed !== "all" && made.element.contains(document.activeElement) && isTyping())) made.refresh();
+    const concerned =
+      changed === "all" || changed === name || (name === "size" && ["width", "height"].includes(changed));
+    if (concerned && !(changed !== "all" && made.element.contains(document.activeElement) && isTyping()))
+      made.refresh();
   }
   for (const details of byId("draw").querySelectorAll("details")) {
     const fields = [...details.querySelectorAll("[data-field]")].map((element) => form.get(element.dataset.field));
-    details.classList.toggle("given", fields.some((field) => field && isGiven(field) && matters(form, field.name)));
+    details.classList.toggle(
+      "given",
+      fields.some((field) => field && isGiven(field) && matters(form, field.name)),
+    );
   }
 }
 
 const isTyping = () => document.activeElement.matches("input, textarea") && document.activeElement.type !== "radio";
 
 function section(name, elements) {
-  const details = h("details", { class: "section", data: { section: name } }, h("summary", {}, t(`section.${name}`)), h("div", { class: "section-body" }, elements));
+  const details = h(
+    "details",
+    { class: "section", data: { section: name } },
+    h("summary", {}, t(`section.${name}`)),
+    h("div", { class: "section-body" }, elements),
+  );
   details.open = recollect(`open.${name}`, false);
   details.addEventListener("toggle", () => keep(`open.${name}`, details.open));
   return details;
 }
 
 function modelChooser() {
-  const select = h("select", { id: "model" }, models().map((model) => h("option", { value: model.id }, model.id)));
+  const select = h(
+    "select",
+    { id: "model" },
+    models().map((model) => h("option", { value: model.id }, model.id)),
+  );
   select.value = chosenModel();
-  select.addEventListener("change", guarded(async () => {
-    chooseModel(select.value);
-    await showForm();
-    byId("model").focus();
-  }));
+  select.addEventListener(
+    "change",
+    guarded(async () => {
+      chooseModel(select.value);
+      await showForm();
+      byId("model").focus();
+    }),
+  );
   const { title, licence, commercial } = modelOf(chosenModel()).inkstream;
   const about = h("p", { class: "about", title }, known(`model.${chosenModel()}`, title));
-  const terms = licence === "unknown" ? null : h("span", { class: "badge", title: t(commercial ? "commercialYes" : "commercialNo") }, licence);
+  const terms =
+    licence === "unknown"
+      ? null
+      : h("span", { class: "badge", title: t(commercial ? "commercialYes" : "commercialNo") }, licence);
   const tools = h("div", { class: "row" }, terms, explainer(), iconButton("recall", t("openPicture"), openPicture));
-  return h("div", { class: "field", data: { field: "model" } }, h("div", { class: "field-head" }, h("label", { for: "model" }, t("model")), tools), select, about);
+  return h(
+    "div",
+    { class: "field", data: { field: "model" } },
+    h("div", { class: "field-head" }, h("label", { for: "model" }, t("model")), tools),
+    select,
+    about,
+  );
 }
 
 /** Show what every option means, or leave it to tooltips. */
@@ -119,7 +156,12 @@ function actions() {
   return h(
     "div",
     { class: "actions" },
-    h("button", { type: "button", id: "draw-now", class: "primary", onclick: () => draw(), title: "Ctrl+Enter" }, icon("draw"), t("drawNow")),
+    h(
+      "button",
+      { type: "button", id: "draw-now", class: "primary", onclick: () => draw(), title: "Ctrl+Enter" },
+      icon("draw"),
+      t("drawNow"),
+    ),
     h("button", { type: "button", id: "draft-now", onclick: () => draft(), title: t("draftHelp") }, t("draft")),
     copyMenu(() => request(form)),
   );

@@ -24,8 +24,23 @@ export function setUpGallery() {
   const count = h("p", { class: "quiet count", role: "status" });
   const field = h("div", { class: "tiles", role: "list", "aria-label": t("gallery") });
   const blank = h("div", { class: "blank" });
-  const sizes = h("input", { type: "range", min: 90, max: 320, step: 10, value: recollect("tile", 170), "aria-label": t("tileSize"), title: t("tileSize"), class: "tile-size" });
-  const head = h("div", { class: "gallery-head" }, h("div", { class: "section-head" }, h("h2", {}, t("gallery")), count, sizes), search.element, search.filters);
+  const sizes = h("input", {
+    type: "range",
+    min: 90,
+    max: 320,
+    step: 10,
+    value: recollect("tile", 170),
+    "aria-label": t("tileSize"),
+    title: t("tileSize"),
+    class: "tile-size",
+  });
+  const head = h(
+    "div",
+    { class: "gallery-head" },
+    h("div", { class: "section-head" }, h("h2", {}, t("gallery")), count, sizes),
+    search.element,
+    search.filters,
+  );
   section.append(head, field, blank, selectionBar());
 
   const favourite = (id) => markFavourite(id, !list.at(list.indexOf(id))?.favourite).catch(complain);
@@ -56,7 +71,9 @@ export function setUpGallery() {
   sizes.addEventListener("input", () => (grid.resize(Number(sizes.value)), keep("tile", Number(sizes.value))));
   grid.resize(Number(sizes.value));
 
-  hear("picture", (picture) => (isOpen(search.query()) ? list.prepend(picture) : search.query().deleted || lookAgain()));
+  hear("picture", (picture) =>
+    isOpen(search.query()) ? list.prepend(picture) : search.query().deleted || lookAgain(),
+  );
   hear("marked", (picture) => list.update(picture.id, { favourite: picture.favourite }));
   hear("deleted", (id) => {
     const back = list.take(id);
@@ -68,7 +85,13 @@ export function setUpGallery() {
     undo.delete(id);
   });
   hear("picked", () => grid.refresh());
-  hear("back", lookAgain);
+  hear("back", () => section.scrollTop < section.clientHeight && lookAgain()); // who looks at old ones is left alone
+  hear("viewed", (id) => {
+    const index = list.indexOf(id);
+    if (index < 0 || document.querySelector("dialog[open]")) return;
+    focused = index;
+    grid.reveal(index)?.querySelector(".tile-open").focus({ preventScroll: true });
+  });
   addEventListener("resize", () => grid.refresh());
   field.addEventListener("keydown", (event) => walk(event, grid, field));
   field.addEventListener("focusin", (event) => {
@@ -86,10 +109,19 @@ const undo = new Map(); // id -> what puts a deleted picture back where it was
 /** Keys in the grid: arrows, Home, End, pages; Space picks, F marks, Delete deletes. */
 function walk(event, grid, field) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
-  const rows = Math.max(1, Math.floor(byId("gallery").clientHeight / (field.firstElementChild?.offsetHeight || 160)) - 1);
+  const rows = Math.max(
+    1,
+    Math.floor(byId("gallery").clientHeight / (field.firstElementChild?.offsetHeight || 160)) - 1,
+  );
   const by = {
-    ArrowRight: 1, ArrowLeft: -1, ArrowDown: grid.columns(), ArrowUp: -grid.columns(),
-    PageDown: rows * grid.columns(), PageUp: -rows * grid.columns(), Home: -Infinity, End: Infinity,
+    ArrowRight: 1,
+    ArrowLeft: -1,
+    ArrowDown: grid.columns(),
+    ArrowUp: -grid.columns(),
+    PageDown: rows * grid.columns(),
+    PageUp: -rows * grid.columns(),
+    Home: -Infinity,
+    End: Infinity,
   }[event.key];
   const item = list.at(focused);
   if (by !== undefined) {
@@ -98,12 +130,21 @@ function walk(event, grid, field) {
   } else if (!item) return;
   else if (event.key === " ") toggle(item);
   else if (event.key.toLowerCase() === "f") markFavourite(item.id, !item.favourite).catch(complain);
-  else if (event.key === "Delete") (item.deleted ? restorePictures : deletePictures)([item]).then(() => grid.reveal(focused)?.querySelector(".tile-open").focus());
+  else if (event.key === "Delete")
+    (item.deleted ? restorePictures : deletePictures)([item]).then(() =>
+      grid.reveal(focused)?.querySelector(".tile-open").focus(),
+    );
   else return;
   event.preventDefault();
 }
 
 /** Nothing fits: say so, with the way back. */
 function nothingFound(clear) {
-  return h("div", { class: "nothing" }, icon("search"), h("p", {}, t("nothingFound")), h("button", { type: "button", onclick: clear }, t("showAll")));
+  return h(
+    "div",
+    { class: "nothing" },
+    icon("search"),
+    h("p", {}, t("nothingFound")),
+    h("button", { type: "button", onclick: clear }, t("showAll")),
+  );
 }

@@ -1,7 +1,7 @@
 // What the server has in hand, followed as it happens. The server knows best: after any gap it is asked again.
 
 import { get, withQuery } from "./api.js";
-import { say } from "./bus.js";
+import { hear, say } from "./bus.js";
 import { complain, speak } from "./notice.js";
 import { duration, pictureCount, t } from "./words.js";
 
@@ -22,14 +22,23 @@ export function lanes() {
   return {
     running: jobs.filter((job) => job.state === "running").sort((a, b) => a.started - b.started),
     queued: jobs.filter((job) => job.state === "queued").sort((a, b) => (a.position ?? 0) - (b.position ?? 0)),
-    recent: jobs.filter(isEnded).sort((a, b) => b.ended - a.ended).slice(0, RECENT),
+    recent: jobs
+      .filter(isEnded)
+      .sort((a, b) => b.ended - a.ended)
+      .slice(0, RECENT),
   };
 }
 
 /** Take a job as the server tells it, and keep what only events tell. */
 export function take(job) {
   const before = all.get(job.id);
-  all.set(job.id, { preview: null, loading: null, ...before, ...job, endsAt: job.eta === null ? null : Date.now() + 1000 * job.eta });
+  all.set(job.id, {
+    preview: null,
+    loading: null,
+    ...before,
+    ...job,
+    endsAt: job.eta === null ? null : Date.now() + 1000 * job.eta,
+  });
   say("jobs");
 }
 
@@ -54,6 +63,8 @@ export function setPaused(value) {
   say("jobs");
 }
 
+hear("job", take); // one that this page has asked for
+
 /** Follow what happens, for as long as the page is there. */
 export function follow() {
   const source = new EventSource("/v1/events");
@@ -71,7 +82,11 @@ export function follow() {
       const data = JSON.parse(event.data);
       if (name === "queue") setPaused(data.paused);
       else if (all.has(data.job)) told(all.get(data.job), data);
-      else get(`/v1/jobs/${data.job}`).then((job) => (take(job), told(all.get(job.id), data)), () => {});
+      else
+        get(`/v1/jobs/${data.job}`).then(
+          (job) => (take(job), told(all.get(job.id), data)),
+          () => {},
+        );
       say("jobs");
     });
   }
@@ -86,17 +101,32 @@ function setOnline(value) {
 const TOLD = {
   queue: null,
   queued(job, { position, eta }) {
-    Object.assign(job, { state: "queued", position, eta, endsAt: eta === null ? null : Date.now() + 1000 * eta, progress: null, preview: null });
+    Object.assign(job, {
+      state: "queued",
+      position,
+      eta,
+      endsAt: eta === null ? null : Date.now() + 1000 * eta,
+      progress: null,
+      preview: null,
+    });
   },
   loading(job, { what, done, total }) {
-    Object.assign(job, { state: "running", position: null, loading: { what, done, total }, started: job.started ?? Date.now() / 1000 });
+    Object.assign(job, {
+      state: "running",
+      position: null,
+      loading: { what, done, total },
+      started: job.started ?? Date.now() / 1000,
+    });
   },
   step(job, { picture, of, step, steps, eta, preview }) {
     Object.assign(job, { state: "running", position: null, loading: null, progress: { picture, of, step, steps } });
     job.started ??= Date.now() / 1000;
     job.endsAt = eta === null ? null : Date.now() + 1000 * eta;
     job.preview = preview ?? job.preview;
-    speak(t("spokenStep", { step, steps, picture: picture + 1, of, left: eta === null ? "" : duration(eta) }), step === 1 && picture === 0);
+    speak(
+      t("spokenStep", { step, steps, picture: picture + 1, of, left: eta === null ? "" : duration(eta) }),
+      step === 1 && picture === 0,
+    );
   },
   picture(job, picture) {
     const own = { ...picture, job: job.id };

@@ -23,9 +23,22 @@ export async function setUpKey() {
 /** Ask until the server takes the key. */
 export function askForKey() {
   return new Promise((resolve) => {
-    const input = h("input", { type: "password", id: "key", autocomplete: "current-password", required: true, value: recollect("key") ?? "" });
+    const input = h("input", {
+      type: "password",
+      id: "key",
+      autocomplete: "current-password",
+      required: true,
+      value: recollect("key") ?? "",
+    });
     const wrong = h("p", { class: "bad", role: "alert" });
-    const form = h("form", { class: "fields" }, h("p", {}, t("keyHow")), h("div", { class: "field" }, h("label", { for: "key" }, t("key")), input), wrong, h("footer", {}, h("button", { type: "submit", class: "primary" }, t("keyUse"))));
+    const form = h(
+      "form",
+      { class: "fields" },
+      h("p", {}, t("keyHow")),
+      h("div", { class: "field" }, h("label", { for: "key" }, t("key")), input),
+      wrong,
+      h("footer", {}, h("button", { type: "submit", class: "primary" }, t("keyUse"))),
+    );
     const dialog = openDialog("key", t("key"), form);
     form.addEventListener("submit", async (event) => {
       event.preventDefault();

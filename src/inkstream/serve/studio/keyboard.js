@@ -46,5 +46,20 @@ function search() {
 
 /** The list of keys. */
 export function help() {
-  openDialog("keys", t("keys"), h("dl", { class: "facts" }, KEYS.map(([keys, name]) => [h("dt", {}, keys.split(" ").map((key) => [h("kbd", {}, key), " "])), h("dd", {}, t(name))])));
+  openDialog(
+    "keys",
+    t("keys"),
+    h(
+      "dl",
+      { class: "facts" },
+      KEYS.map(([keys, name]) => [
+        h(
+          "dt",
+          {},
+          keys.split(" ").map((key) => [h("kbd", {}, key), " "]),
+        ),
+        h("dd", {}, t(name)),
+      ]),
+    ),
+  );
 }

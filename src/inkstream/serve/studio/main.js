@@ -35,7 +35,9 @@ async function start() {
 
 /** Language, look and help, at the top. */
 function setUpTools() {
-  const dark = () => (document.documentElement.dataset.theme ?? (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
+  const dark = () =>
+    (document.documentElement.dataset.theme ??
+      (matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light")) === "dark";
   const look = iconButton("moon", t("look"), () => {
     document.documentElement.dataset.theme = dark() ? "light" : "dark";
     keep("theme", document.documentElement.dataset.theme);
@@ -44,7 +46,17 @@ function setUpTools() {
   look.replaceChildren(icon(dark() ? "sun" : "moon"));
   const other = language === "zh" ? "English" : "中文";
   byId("tools").append(
-    h("button", { type: "button", class: "quiet", id: "language", lang: language === "zh" ? "en" : "zh-CN", onclick: switchLanguage }, other),
+    h(
+      "button",
+      {
+        type: "button",
+        class: "quiet",
+        id: "language",
+        lang: language === "zh" ? "en" : "zh-CN",
+        onclick: switchLanguage,
+      },
+      other,
+    ),
     look,
     iconButton("help", t("keys"), help),
   );
@@ -54,7 +66,8 @@ function setUpTools() {
 async function waitForEngine() {
   for (;;) {
     const health = await get("/healthz").catch(() => null);
-    if (health?.engine === "ready") return setStatus(health.model ? t("ready", { model: health.model, device: health.device ?? "" }) : "");
+    if (health?.engine === "ready")
+      return setStatus(health.model ? t("ready", { model: health.model, device: health.device ?? "" }) : "");
     setStatus(t("engineStarting"));
     await new Promise((resolve) => setTimeout(resolve, 1500));
   }
@@ -71,8 +84,10 @@ hear("online", (online) => {
 hear("back", () => waitForEngine());
 hear("ended", (job) => {
   if (job.state === "failed") notice(job.error?.message ?? t("state.failed"), { kind: "error", lasting: true });
-  else if (job.state === "succeeded" && job.note === "draft") notice(t("draftsReady"), { action: [t("pick"), () => openSheet(job.id)], lasting: true });
-  else if (job.state === "succeeded" && job.grid) notice(t("gridReady"), { action: [t("open"), () => openSheet(job.id)] });
+  else if (job.state === "succeeded" && job.note === "draft")
+    notice(t("draftsReady"), { action: [t("pick"), () => openSheet(job.id)], lasting: true });
+  else if (job.state === "succeeded" && job.grid)
+    notice(t("gridReady"), { action: [t("open"), () => openSheet(job.id)] });
 });
 
 start().catch(complain);

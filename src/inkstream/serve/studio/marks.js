@@ -16,7 +16,8 @@ export async function markFavourite(id, favourite) {
 export async function markFavourites(pictures) {
   const favourite = !pictures.every((picture) => picture.favourite);
   try {
-    for (const picture of pictures) Object.assign(picture, { favourite: (await markFavourite(picture.id, favourite)).favourite });
+    for (const picture of pictures)
+      Object.assign(picture, { favourite: (await markFavourite(picture.id, favourite)).favourite });
   } catch (error) {
     complain(error);
   }

@@ -6,7 +6,8 @@ import { t } from "./words.js";
 const SECONDS = 8;
 
 /**
- * Show one line. action: [label, function], a button beside it. lasting: until it is closed. Returns what takes it away.
+ * Show one line. action: [label, function], a button beside it. lasting: until it is closed. Returns what takes it
+ * away.
  */
 export function notice(text, { kind = "plain", action = null, lasting = false } = {}) {
   const close = () => line.remove();

@@ -7,7 +7,18 @@ const PAGE = 120;
 
 /** What the gallery needs of a picture; the rest is asked for when it is opened. */
 const slim = ({ id, job, width, height, seed, model, prompt, favourite, deleted, created, thumbnail, url }) => ({
-  id, job, width, height, seed, model, prompt: prompt.slice(0, 300), favourite, deleted, created, thumbnail, url,
+  id,
+  job,
+  width,
+  height,
+  seed,
+  model,
+  prompt: prompt.slice(0, 300),
+  favourite,
+  deleted,
+  created,
+  thumbnail,
+  url,
 });
 
 /** The list of a search. changed: called whenever there is more, or less, of it. */
@@ -41,7 +52,9 @@ export function pictureList(query, changed) {
 
   const fetchFrom = async (index) => {
     const offset = begun ? Math.max(0, index - behind) : 0;
-    const page = await get(withQuery("/v1/pictures", { ...query, limit: PAGE, before: cursor, offset: offset || null }));
+    const page = await get(
+      withQuery("/v1/pictures", { ...query, limit: PAGE, before: cursor, offset: offset || null }),
+    );
     if (ended) return false;
     const at = behind + offset;
     put(at, page.pictures);

@@ -1,4 +1,4 @@
-// Pictures that a request brings: slots that take a file, a drop or a picture of the gallery, and keep it on the server.
+// Pictures that a request brings: slots that take a file, and keep it on the server.
 
 import { bytes, post } from "./api.js";
 import { h, icon, iconButton } from "./dom.js";
@@ -51,14 +51,17 @@ export function slots(field, tools = []) {
     icon("plus"),
     h("span", {}, titleOf(field)),
   );
-  takeDrops(empty, add);
   const refresh = () => {
     const names = several ? valueOf(field) : [valueOf(field)].filter(Boolean);
     const full = names.map((name, place) => slot(field, name, place, several, tools));
     row.replaceChildren(...full, ...(several || !names.length ? [empty] : []));
   };
   refresh();
-  const element = h("div", { class: "field", role: "group", "aria-label": titleOf(field), data: { field: field.name } }, row);
+  const element = h(
+    "div",
+    { class: "field", role: "group", "aria-label": titleOf(field), data: { field: field.name } },
+    row,
+  );
   return { element, refresh };
 }
 
@@ -73,17 +76,10 @@ function slot(field, name, place, several, tools) {
     image,
     h("figcaption", {}, label),
     iconButton("close", t("takeAway", { what: label }), drop),
-    h("div", { class: "slot-tools" }, tools.map((tool) => tool(field, name))),
+    h(
+      "div",
+      { class: "slot-tools" },
+      tools.map((tool) => tool(field, name)),
+    ),
   );
-}
-
-/** Let an element take dropped pictures. */
-function takeDrops(element, add) {
-  element.addEventListener("drop", (event) => {
-    const files = [...event.dataTransfer.files].filter((file) => file.type.startsWith("image/"));
-    if (!files.length) return;
-    event.preventDefault();
-    event.stopPropagation();
-    add(files);
-  });
 }

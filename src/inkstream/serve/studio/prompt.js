@@ -20,7 +20,12 @@ export function remember(prompt) {
 
 /** The control. {element, refresh}. */
 export function promptControl(field) {
-  const area = h("textarea", { id: "prompt", rows: 4, placeholder: t("promptHere"), "aria-keyshortcuts": "Control+Enter" });
+  const area = h("textarea", {
+    id: "prompt",
+    rows: 4,
+    placeholder: t("promptHere"),
+    "aria-keyshortcuts": "Control+Enter",
+  });
   const refresh = () => {
     if (area.value !== valueOf(field)) area.value = valueOf(field);
   };
@@ -40,8 +45,17 @@ export function promptControl(field) {
     give(field, place === -1 ? written : all[place]);
     refresh();
   });
-  const button = h("button", { type: "button", class: "icon-only", "aria-label": t("history"), title: `${t("history")} (Alt ↑ ↓)` }, icon("history"));
-  const head = h("div", { class: "field-head" }, h("label", { for: "prompt" }, titleOf(field)), menu(button, () => chooser(field), t("noHistory")));
+  const button = h(
+    "button",
+    { type: "button", class: "icon-only", "aria-label": t("history"), title: `${t("history")} (Alt ↑ ↓)` },
+    icon("history"),
+  );
+  const head = h(
+    "div",
+    { class: "field-head" },
+    h("label", { for: "prompt" }, titleOf(field)),
+    menu(button, () => chooser(field), t("noHistory")),
+  );
   refresh();
   return { element: h("div", { class: "field prompt", data: { field: "prompt" } }, head, area), refresh };
 }
@@ -51,7 +65,15 @@ function chooser(field) {
   const all = history();
   if (!all.length) return [];
   const buttons = all.map((prompt) =>
-    h("button", { type: "button", class: "past", onclick: (event) => (event.currentTarget.closest("[popover]").hidePopover(), give(field, prompt)) }, prompt),
+    h(
+      "button",
+      {
+        type: "button",
+        class: "past",
+        onclick: (event) => (event.currentTarget.closest("[popover]").hidePopover(), give(field, prompt)),
+      },
+      prompt,
+    ),
   );
   const search = h("input", { type: "search", "aria-label": t("searchHistory"), placeholder: t("searchHistory") });
   search.addEventListener("input", () => {

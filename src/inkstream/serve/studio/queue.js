@@ -15,10 +15,19 @@ const KIND = "application/x-inkstream-job";
 /** Fill the section, and keep it true. */
 export function setUpQueue() {
   const pause = h("button", { type: "button", id: "pause", class: "small", onclick: guarded(togglePause) });
-  const parts = Object.fromEntries(["running", "queued", "recent"].map((name) => [name, h("div", { class: `jobs ${name}` })]));
+  const parts = Object.fromEntries(
+    ["running", "queued", "recent"].map((name) => [name, h("div", { class: `jobs ${name}` })]),
+  );
   const empty = h("p", { class: "quiet empty-queue" }, t("emptyQueue"));
   const titles = { recent: h("h3", {}, t("recent")) };
-  byId("queue").append(h("div", { class: "section-head" }, h("h2", {}, t("queue")), pause), empty, parts.running, parts.queued, titles.recent, parts.recent);
+  byId("queue").append(
+    h("div", { class: "section-head" }, h("h2", {}, t("queue")), pause),
+    empty,
+    parts.running,
+    parts.queued,
+    titles.recent,
+    parts.recent,
+  );
   takeDrops(parts.queued);
   let due = false;
   hear("jobs", () => {
@@ -64,7 +73,6 @@ function show(parts, empty, titles, pause) {
   countOf("queue", active);
 }
 
-
 /** Put elements into an order, moving only those that are elsewhere. */
 function arrange(place, elements) {
   for (const old of [...place.children]) if (!elements.includes(old)) old.remove();
@@ -83,14 +91,17 @@ function takeDrops(place) {
   place.addEventListener("dragover", (event) => {
     if (over(event)) event.preventDefault();
   });
-  place.addEventListener("drop", guarded(async (event) => {
-    if (!over(event)) return;
-    event.preventDefault();
-    const id = event.dataTransfer.getData(KIND);
-    const target = event.target.closest(".job");
-    const box = target?.getBoundingClientRect();
-    const below = box && event.clientY > box.top + box.height / 2;
-    const before = target ? (below ? target.nextElementSibling : target) : null;
-    if (before?.dataset.id !== id) await moveBefore(id, before?.dataset.id ?? null);
-  }));
+  place.addEventListener(
+    "drop",
+    guarded(async (event) => {
+      if (!over(event)) return;
+      event.preventDefault();
+      const id = event.dataTransfer.getData(KIND);
+      const target = event.target.closest(".job");
+      const box = target?.getBoundingClientRect();
+      const below = box && event.clientY > box.top + box.height / 2;
+      const before = target ? (below ? target.nextElementSibling : target) : null;
+      if (before?.dataset.id !== id) await moveBefore(id, before?.dataset.id ?? null);
+    }),
+  );
 }

@@ -23,7 +23,9 @@ export async function recallRequest(made, { keepSeed = true, grid = null, remark
   if (left.length) said.push(t("leftOut", { fields: left.map((name) => titleOf(form.get(name))).join(", ") }));
   say("recalled");
   view("draw", { onlyNarrow: true });
-  notice([tool ? t("recalledFrom", { tool }) : t("recalled"), ...said].join(" "), { kind: said.length ? "warn" : "plain" });
+  notice([tool ? t("recalledFrom", { tool }) : t("recalled"), ...said].join(" "), {
+    kind: said.length ? "warn" : "plain",
+  });
 }
 
 /** Take over what a picture's own metadata says. */
@@ -41,7 +43,8 @@ export const openPicture = () => chooseFiles(false, ([file]) => file && recallPi
 
 /** Where a picture can be dropped, as long as one is held over the page. */
 export function setUpDrop() {
-  const target = (name, text) => h("div", { class: "drop-target", data: { drop: name } }, icon(name === "recall" ? "recall" : "picture"), text);
+  const target = (name, text) =>
+    h("div", { class: "drop-target", data: { drop: name } }, icon(name === "recall" ? "recall" : "picture"), text);
   const overlay = h("div", { class: "drop", hidden: true, "aria-hidden": "true" });
   const takers = new Map();
   const fill = () => {
@@ -75,7 +78,6 @@ export function setUpDrop() {
   addEventListener("drop", (event) => {
     if (!holds(event)) return;
     hide();
-    if (event.defaultPrevented) return; // a slot has taken it
     event.preventDefault();
     const name = event.target.closest?.("[data-drop]")?.dataset.drop ?? "recall";
     const files = [...event.dataTransfer.files];

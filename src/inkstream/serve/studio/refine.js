@@ -14,7 +14,7 @@ import { fieldTitle, t } from "./words.js";
 const SCALES = [1, 1.5, 2];
 const STRENGTH = 0.5;
 
-/** What a picture says of itself that another model can use, too; its numbers of steps and the like are not among it. */
+/** What a picture says of itself that another model can use, too: not its number of steps and the like. */
 const TAKEN = ["prompt", "negative_prompt", "seed"];
 
 /** How a model can draw a picture anew: by looking at it, by starting from it, or not at all. */
@@ -50,31 +50,57 @@ export async function openRefine(pictures) {
     notice(t("noRefiner"), { kind: "error" });
     return;
   }
-  const model = h("select", { id: "refine-model" }, [...ways.keys()].map((id) => h("option", { value: id }, id)));
+  const model = h(
+    "select",
+    { id: "refine-model" },
+    [...ways.keys()].map((id) => h("option", { value: id }, id)),
+  );
   model.value = ways.has(chosenModel()) ? chosenModel() : ways.keys().next().value;
   const strength = h("input", { type: "range", id: "refine-strength", min: 0.05, max: 1, step: 0.05, value: STRENGTH });
   const shown = h("output", { for: "refine-strength" }, String(STRENGTH));
   strength.addEventListener("input", () => (shown.textContent = strength.value));
-  const scale = h("select", { id: "refine-scale" }, SCALES.map((by) => h("option", { value: by }, `${by} ×`)));
-  const how = h("div", { class: "field" }, h("div", { class: "field-head" }, h("label", { for: "refine-strength" }, fieldTitle("strength")), shown), strength, h("p", { class: "quiet" }, t("refineStrength")));
+  const scale = h(
+    "select",
+    { id: "refine-scale" },
+    SCALES.map((by) => h("option", { value: by }, `${by} ×`)),
+  );
+  const how = h(
+    "div",
+    { class: "field" },
+    h("div", { class: "field-head" }, h("label", { for: "refine-strength" }, fieldTitle("strength")), shown),
+    strength,
+    h("p", { class: "quiet" }, t("refineStrength")),
+  );
   const suit = () => (how.hidden = wayOf(ways.get(model.value)) !== "image");
   model.addEventListener("change", suit);
   suit();
   const go = h("button", { type: "button", class: "primary" }, icon("spark"), t("refineCount", { n: pictures.length }));
-  go.addEventListener("click", guarded(async () => {
-    go.disabled = true;
-    try {
-      for (const picture of pictures) await one(picture, ways.get(model.value), { model: model.value, strength: Number(strength.value), scale: Number(scale.value) });
-      dialog.close();
-      view("queue", { onlyNarrow: true });
-    } finally {
-      go.disabled = false;
-    }
-  }));
+  go.addEventListener(
+    "click",
+    guarded(async () => {
+      go.disabled = true;
+      try {
+        for (const picture of pictures)
+          await one(picture, ways.get(model.value), {
+            model: model.value,
+            strength: Number(strength.value),
+            scale: Number(scale.value),
+          });
+        dialog.close();
+        view("queue", { onlyNarrow: true });
+      } finally {
+        go.disabled = false;
+      }
+    }),
+  );
   const dialog = openDialog(
     "refine",
     t("refine"),
-    h("div", { class: "sheet-tiles few" }, pictures.slice(0, 12).map((picture) => h("img", { src: picture.thumbnail, alt: picture.prompt }))),
+    h(
+      "div",
+      { class: "sheet-tiles few" },
+      pictures.slice(0, 12).map((picture) => h("img", { src: picture.thumbnail, alt: picture.prompt })),
+    ),
     h("div", { class: "field" }, h("label", { for: "refine-model" }, t("model")), model),
     how,
     h("div", { class: "field" }, h("label", { for: "refine-scale" }, t("refineScale")), scale),
@@ -84,5 +110,7 @@ export async function openRefine(pictures) {
 
 async function one(picture, form, wish) {
   const whole = picture.request ? picture : await get(`/v1/pictures/${picture.id}`);
-  await submit(refinement(whole, form, { ...wish, upload: await uploadOf(whole) }), { note: `refined from ${picture.id}` });
+  await submit(refinement(whole, form, { ...wish, upload: await uploadOf(whole) }), {
+    note: `refined from ${picture.id}`,
+  });
 }

@@ -4,8 +4,8 @@ const MARGIN = 2; // rows kept beyond what is seen
 const STILL = 90; // milliseconds without scrolling, after which pictures are loaded
 
 /**
- * view: what scrolls; field: what holds the tiles. source: { size(), need(from, to) }, of which `need` is told which tiles
- * are in sight. tile: { make(index), show(element, index, calm), gone(element) }; calm: not in the midst of a fling.
+ * view: what scrolls; field: what holds the tiles. source: { size(), need(from, to) }, of which `need` is told which
+ * tiles are in sight. tile: { make(index), show(element, index, calm), gone(element) }; calm: not in the midst of a fling.
  */
 export function scroller(view, field, source, tile) {
   const tiles = new Map(); // by index
@@ -67,14 +67,18 @@ export function scroller(view, field, source, tile) {
     if (!asked) asked = requestAnimationFrame(() => render(calm));
   };
 
-  view.addEventListener("scroll", () => {
-    const now = { top: view.scrollTop, time: performance.now() };
-    const speed = Math.abs(now.top - last.top) / Math.max(1, now.time - last.time);
-    last = now;
-    ask(speed < 4);
-    clearTimeout(settle);
-    settle = setTimeout(() => ask(true), STILL);
-  }, { passive: true });
+  view.addEventListener(
+    "scroll",
+    () => {
+      const now = { top: view.scrollTop, time: performance.now() };
+      const speed = Math.abs(now.top - last.top) / Math.max(1, now.time - last.time);
+      last = now;
+      ask(speed < 4);
+      clearTimeout(settle);
+      settle = setTimeout(() => ask(true), STILL);
+    },
+    { passive: true },
+  );
   new ResizeObserver(() => (measure(), ask())).observe(field);
 
   return {

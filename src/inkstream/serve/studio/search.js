@@ -11,14 +11,37 @@ const beginning = (day) => (day ? new Date(`${day}T00:00`).getTime() / 1000 : nu
 
 /** The search's controls. changed(query) is called when something is looked for; clear() looks for everything. */
 export function searchBar(changed) {
-  const words = h("input", { type: "search", id: "search", placeholder: t("searchHere"), "aria-label": t("searchHere"), "aria-keyshortcuts": "/", enterkeyhint: "search" });
-  const model = h("select", { id: "search-model" }, h("option", { value: "" }, t("anyModel")), models().map(({ id }) => h("option", { value: id }, id)));
+  const words = h("input", {
+    type: "search",
+    id: "search",
+    placeholder: t("searchHere"),
+    "aria-label": t("searchHere"),
+    "aria-keyshortcuts": "/",
+    enterkeyhint: "search",
+  });
+  const model = h(
+    "select",
+    { id: "search-model" },
+    h("option", { value: "" }, t("anyModel")),
+    models().map(({ id }) => h("option", { value: id }, id)),
+  );
   const seed = h("input", { type: "number", id: "search-seed", min: 0, step: 1, inputmode: "numeric" });
   const since = h("input", { type: "date", id: "search-since" });
   const until = h("input", { type: "date", id: "search-until" });
   const favourite = toggle("star", t("favourites"));
   const deleted = toggle("trash", t("deleted"));
-  const more = h("button", { type: "button", class: "icon-only", "aria-label": t("filters"), title: t("filters"), "aria-expanded": "false", "aria-controls": "filters" }, icon("filter"));
+  const more = h(
+    "button",
+    {
+      type: "button",
+      class: "icon-only",
+      "aria-label": t("filters"),
+      title: t("filters"),
+      "aria-expanded": "false",
+      "aria-controls": "filters",
+    },
+    icon("filter"),
+  );
   const labelled = (text, input) => h("div", { class: "field" }, h("label", { for: input.id }, text), input);
   const filters = h(
     "div",
@@ -73,7 +96,13 @@ export function searchBar(changed) {
 export const isOpen = (query) => Object.values(query).every((value) => !value);
 
 function toggle(name, label) {
-  const button = h("button", { type: "button", class: "icon-only toggle", "aria-label": label, title: label, "aria-pressed": "false" }, icon(name));
-  button.addEventListener("click", () => button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true")));
+  const button = h(
+    "button",
+    { type: "button", class: "icon-only toggle", "aria-label": label, title: label, "aria-pressed": "false" },
+    icon(name),
+  );
+  button.addEventListener("click", () =>
+    button.setAttribute("aria-pressed", String(button.getAttribute("aria-pressed") !== "true")),
+  );
   return button;
 }

@@ -36,7 +36,12 @@ export function compareWith(picture) {
 /** The bar that stands at the foot of the gallery while something is picked. */
 export function selectionBar() {
   const text = h("p", { role: "status" });
-  const compare = h("button", { type: "button", onclick: () => openCompare(...picked.values()) }, icon("compare"), t("compare"));
+  const compare = h(
+    "button",
+    { type: "button", onclick: () => openCompare(...picked.values()) },
+    icon("compare"),
+    t("compare"),
+  );
   const bar = h(
     "div",
     { class: "selection", role: "toolbar", "aria-label": t("selection") },

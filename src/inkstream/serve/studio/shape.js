@@ -38,7 +38,17 @@ export function shapeControl(width, height) {
     const scale = 15 / Math.max(...shape);
     glyph.style.width = `${shape[0] * scale}px`;
     glyph.style.height = `${shape[1] * scale}px`;
-    return { shape, radio, element: h("label", { class: "shape", title: shape.join(" : ") }, radio, glyph, h("span", { class: "ratio" }, shape.join(":"))) };
+    return {
+      shape,
+      radio,
+      element: h(
+        "label",
+        { class: "shape", title: shape.join(" : ") },
+        radio,
+        glyph,
+        h("span", { class: "ratio" }, shape.join(":")),
+      ),
+    };
   });
   const set = ([a, b]) => {
     give(width, a);
@@ -48,20 +58,36 @@ export function shapeControl(width, height) {
     const now = [valueOf(width), valueOf(height)];
     w.value = isGiven(width) ? now[0] : "";
     hgt.value = isGiven(height) ? now[1] : "";
-    for (const { shape, radio } of choices) radio.checked = sides(shape, width, height).every((side, i) => side === now[i]);
+    for (const { shape, radio } of choices)
+      radio.checked = sides(shape, width, height).every((side, i) => side === now[i]);
   };
   refresh();
-  const shapes = h("div", { class: "shapes", role: "radiogroup", "aria-label": t("shape") }, choices.map((one) => one.element));
+  const shapes = h(
+    "div",
+    { class: "shapes", role: "radiogroup", "aria-label": t("shape") },
+    choices.map((one) => one.element),
+  );
   const numbers = h("div", { class: "numbers" }, w, h("span", { "aria-hidden": "true" }, "×"), hgt, swap);
-  const element = h("div", { class: "field", data: { field: "size" } }, h("div", { class: "field-head" }, h("span", { class: "name" }, t("size")), numbers), shapes);
+  const element = h(
+    "div",
+    { class: "field", data: { field: "size" } },
+    h("div", { class: "field-head" }, h("span", { class: "name" }, t("size")), numbers),
+    shapes,
+  );
   return { element, refresh };
 }
 
 /** A side in pixels. Empty, it is the model's own, or the start picture's. */
 function entry(field, label) {
   const box = h("input", {
-    type: "number", "aria-label": label, title: label, inputmode: "numeric", placeholder: field.default,
-    min: field.minimum, max: field.maximum, step: field.step,
+    type: "number",
+    "aria-label": label,
+    title: label,
+    inputmode: "numeric",
+    placeholder: field.default,
+    min: field.minimum,
+    max: field.maximum,
+    step: field.step,
   });
   box.addEventListener("change", () => {
     const unit = field.step ?? 1;

@@ -22,7 +22,12 @@ export async function openSheet(id) {
   const sequence = { size: () => pictures.length, idAt: (i) => pictures[i]?.id ?? null };
   const cell = (picture) => face(picture, () => openViewer(sequence, pictures.indexOf(picture)), picked, change);
   const text = h("p", { role: "status" });
-  const refine = h("button", { type: "button", class: "primary", onclick: () => (dialog.close(), openRefine([...picked.values()])) }, icon("spark"), t("refine"));
+  const refine = h(
+    "button",
+    { type: "button", class: "primary", onclick: () => (dialog.close(), openRefine([...picked.values()])) },
+    icon("spark"),
+    t("refine"),
+  );
   const change = () => {
     text.textContent = picked.size ? t("pickedCount", { n: picked.size }) : t("pickHow");
     refine.disabled = !picked.size;
@@ -30,18 +35,47 @@ export async function openSheet(id) {
   change();
   const body = job.grid ? table(job, pictures, cell) : h("div", { class: "sheet-tiles" }, pictures.map(cell));
   const title = job.note === "draft" ? t("pick") : job.grid ? t("gridOf") : t("sheet");
-  const dialog = openDialog("sheet", title, h("p", { class: "quiet sheet-prompt" }, job.request.prompt ?? ""), h("div", { class: "sheet-body" }, body), h("footer", {}, text, refine));
+  const dialog = openDialog(
+    "sheet",
+    title,
+    h("p", { class: "quiet sheet-prompt" }, job.request.prompt ?? ""),
+    h("div", { class: "sheet-body" }, body),
+    h("footer", {}, text, refine),
+  );
 }
 
 function face(picture, open, picked, change) {
-  const pick = iconButton("check", t("select"), () => {
-    if (!picked.delete(picture.id)) picked.set(picture.id, picture);
-    pick.setAttribute("aria-pressed", String(picked.has(picture.id)));
-    element.classList.toggle("picked", picked.has(picture.id));
-    change();
-  }, { class: "icon-only corner pick", "aria-pressed": "false" });
-  const image = h("img", { src: picture.width * picture.height > 512 * 512 ? picture.thumbnail : picture.url, alt: picture.prompt, loading: "lazy" });
-  const element = h("div", { class: "sheet-tile" }, h("button", { type: "button", class: "tile-open", "aria-label": `${t("open")}: ${t("field.seed")} ${picture.seed}`, onclick: open }, image), pick);
+  const pick = iconButton(
+    "check",
+    t("select"),
+    () => {
+      if (!picked.delete(picture.id)) picked.set(picture.id, picture);
+      pick.setAttribute("aria-pressed", String(picked.has(picture.id)));
+      element.classList.toggle("picked", picked.has(picture.id));
+      change();
+    },
+    { class: "icon-only corner pick", "aria-pressed": "false" },
+  );
+  const image = h("img", {
+    src: picture.width * picture.height > 512 * 512 ? picture.thumbnail : picture.url,
+    alt: picture.prompt,
+    loading: "lazy",
+  });
+  const element = h(
+    "div",
+    { class: "sheet-tile" },
+    h(
+      "button",
+      {
+        type: "button",
+        class: "tile-open",
+        "aria-label": `${t("open")}: ${t("field.seed")} ${picture.seed}`,
+        onclick: open,
+      },
+      image,
+    ),
+    pick,
+  );
   return element;
 }
 
@@ -50,11 +84,27 @@ function table(job, pictures, cell) {
   const { x, y } = job.grid;
   const tell = (value) => (typeof value === "string" ? known(`choice.${value}`, value) : String(value));
   const at = new Map(pictures.map((picture) => [picture.cell?.join(), picture]));
-  const head = h("tr", {}, y ? h("td", {}) : "", x.values.map((value) => h("th", { scope: "col" }, h("span", { class: "quiet" }, fieldTitle(x.field)), " ", tell(value))));
+  const head = h(
+    "tr",
+    {},
+    y ? h("td", {}) : "",
+    x.values.map((value) =>
+      h("th", { scope: "col" }, h("span", { class: "quiet" }, fieldTitle(x.field)), " ", tell(value)),
+    ),
+  );
   const rows = (y?.values ?? [null]).map((value, row) =>
-    h("tr", {}, y ? h("th", { scope: "row" }, h("span", { class: "quiet" }, fieldTitle(y.field)), " ", tell(value)) : "",
-      x.values.map((_, column) => h("td", {}, at.has(`${column},${row}`) ? cell(at.get(`${column},${row}`)) : h("div", { class: "sheet-tile waiting" })))),
+    h(
+      "tr",
+      {},
+      y ? h("th", { scope: "row" }, h("span", { class: "quiet" }, fieldTitle(y.field)), " ", tell(value)) : "",
+      x.values.map((_, column) =>
+        h(
+          "td",
+          {},
+          at.has(`${column},${row}`) ? cell(at.get(`${column},${row}`)) : h("div", { class: "sheet-tile waiting" }),
+        ),
+      ),
+    ),
   );
   return h("table", { class: "sheet-grid" }, h("thead", {}, head), h("tbody", {}, rows));
 }
-

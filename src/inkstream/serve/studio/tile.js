@@ -47,8 +47,16 @@ export function tileMaker(list, act) {
       element.classList.toggle("favourite", item.favourite);
       const tabindex = String(open.tabIndex);
       element.append(
-        iconButton("check", t("select"), () => toggle(item), { class: "icon-only corner pick", "aria-pressed": String(isPicked(item.id)), tabindex }),
-        iconButton("star", t("favourite"), () => act.favourite(item.id), { class: "icon-only corner mark", "aria-pressed": String(item.favourite), tabindex }),
+        iconButton("check", t("select"), () => toggle(item), {
+          class: "icon-only corner pick",
+          "aria-pressed": String(isPicked(item.id)),
+          tabindex,
+        }),
+        iconButton("star", t("favourite"), () => act.favourite(item.id), {
+          class: "icon-only corner mark",
+          "aria-pressed": String(item.favourite),
+          tabindex,
+        }),
       );
     },
 

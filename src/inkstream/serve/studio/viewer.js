@@ -74,29 +74,77 @@ export function openViewer(sequence, index) {
 
 function facts(picture, { close, show, next }) {
   const made = picture.request;
-  const leave = (work) => guarded(async () => {
-    close();
-    await work();
-  });
-  const mark = iconButton("star", t("favourite"), guarded(async () => {
-    await markFavourite(picture.id, !picture.favourite);
-    await show();
-  }), { class: "icon-only mark", "aria-pressed": String(picture.favourite) });
+  const leave = (work) =>
+    guarded(async () => {
+      close();
+      await work();
+    });
+  const mark = iconButton(
+    "star",
+    t("favourite"),
+    guarded(async () => {
+      await markFavourite(picture.id, !picture.favourite);
+      await show();
+    }),
+    { class: "icon-only mark", "aria-pressed": String(picture.favourite) },
+  );
   const remove = picture.deleted
-    ? iconButton("again", t("restore"), guarded(async () => (await restorePictures([picture]), next())), { class: "icon-only delete" })
-    : iconButton("trash", t("delete"), guarded(async () => (await deletePictures([picture]), next())), { class: "icon-only delete" });
-  const download = h("a", { class: "button icon-only", href: picture.url, download: `${picture.model}-${picture.seed}.png`, "aria-label": t("download"), title: t("download") }, icon("save"));
+    ? iconButton(
+        "again",
+        t("restore"),
+        guarded(async () => (await restorePictures([picture]), next())),
+        { class: "icon-only delete" },
+      )
+    : iconButton(
+        "trash",
+        t("delete"),
+        guarded(async () => (await deletePictures([picture]), next())),
+        { class: "icon-only delete" },
+      );
+  const download = h(
+    "a",
+    {
+      class: "button icon-only",
+      href: picture.url,
+      download: `${picture.model}-${picture.seed}.png`,
+      "aria-label": t("download"),
+      title: t("download"),
+    },
+    icon("save"),
+  );
   return [
     h("p", { class: "viewer-prompt" }, picture.prompt || t("noWords")),
-    h("div", { class: "row" }, mark, download, copyMenu(() => made), remove),
-    h("div", { class: "viewer-actions" },
-      action("recall", t("useSettings"), leave(() => recallRequest(made))),
-      action("dice", t("newSeed"), leave(() => recallRequest(made, { keepSeed: false }))),
+    h(
+      "div",
+      { class: "row" },
+      mark,
+      download,
+      copyMenu(() => made),
+      remove,
+    ),
+    h(
+      "div",
+      { class: "viewer-actions" },
+      action(
+        "recall",
+        t("useSettings"),
+        leave(() => recallRequest(made)),
+      ),
+      action(
+        "dice",
+        t("newSeed"),
+        leave(() => recallRequest(made, { keepSeed: false })),
+      ),
       ...uses(picture, leave),
       action("spark", t("refine"), () => (close(), openRefine([picture]))),
       action("compare", t("compareWith"), () => (close(), compareWith(picture))),
-      action("grid", t("sheet"), () => (close(), openSheet(picture.job)))),
-    h("dl", { class: "facts" }, pairs(picture).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)])),
+      action("grid", t("sheet"), () => (close(), openSheet(picture.job))),
+    ),
+    h(
+      "dl",
+      { class: "facts" },
+      pairs(picture).map(([name, value]) => [h("dt", {}, name), h("dd", {}, value)]),
+    ),
     given(made),
   ];
 }
@@ -106,13 +154,20 @@ const action = (name, text, onclick) => h("button", { type: "button", onclick },
 /** Fields of the chosen model that this picture could go into. */
 function uses(picture, leave) {
   const form = presentForm();
-  const into = (name, text) => form && takes(form, name) && action("picture", text, leave(async () => {
-    put(form.get(name), await uploadOf(picture));
-    const section = document.querySelector('[data-section="pictures"]');
-    if (section) section.open = true;
-    view("draw", { onlyNarrow: true });
-    notice(t("putInto", { field: titleOf(form.get(name)) }));
-  }));
+  const into = (name, text) =>
+    form &&
+    takes(form, name) &&
+    action(
+      "picture",
+      text,
+      leave(async () => {
+        put(form.get(name), await uploadOf(picture));
+        const section = document.querySelector('[data-section="pictures"]');
+        if (section) section.open = true;
+        view("draw", { onlyNarrow: true });
+        notice(t("putInto", { field: titleOf(form.get(name)) }));
+      }),
+    );
   return [into("image", t("startFrom")), into("reference", t("asReference"))];
 }
 
@@ -125,7 +180,9 @@ function pairs(picture) {
     [t("model"), picture.model],
     [t("field.seed"), String(picture.seed)],
     [t("size"), `${picture.width} × ${picture.height}`],
-    ...Object.entries(picture.request).filter(([name, value]) => !skip.has(name) && value !== null && value !== "" && !dull(name, value)).map(([name, value]) => [fieldTitle(name), tell(value)]),
+    ...Object.entries(picture.request)
+      .filter(([name, value]) => !skip.has(name) && value !== null && value !== "" && !dull(name, value))
+      .map(([name, value]) => [fieldTitle(name), tell(value)]),
     [t("drawnAt"), moment(picture.created)],
     [t("drawnIn"), `${picture.seconds.toFixed(1)} s`],
     [t("file"), `PNG, ${size(picture.bytes)}`],
@@ -135,5 +192,11 @@ function pairs(picture) {
 /** The pictures it was made from. */
 function given(made) {
   const names = PICTURES.flatMap((field) => made[field] ?? []).filter((name) => name.startsWith("upload:"));
-  return names.length ? h("div", { class: "slots" }, names.map((name) => h("figure", { class: "slot" }, h("img", { src: addressOf(name), alt: t("madeFrom") })))) : "";
+  return names.length
+    ? h(
+        "div",
+        { class: "slots" },
+        names.map((name) => h("figure", { class: "slot" }, h("img", { src: addressOf(name), alt: t("madeFrom") }))),
+      )
+    : "";
 }

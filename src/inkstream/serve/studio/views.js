@@ -22,7 +22,15 @@ export function view(name, { onlyNarrow = false } = {}) {
 /** Fill the bar. */
 export function setUpViews() {
   byId("views").append(
-    ...VIEWS.map((name) => h("button", { type: "button", data: { view: name }, onclick: () => view(name) }, icon(name), h("span", {}, t(name)), h("span", { class: "count", data: { count: name } }))),
+    ...VIEWS.map((name) =>
+      h(
+        "button",
+        { type: "button", data: { view: name }, onclick: () => view(name) },
+        icon(name),
+        h("span", {}, t(name)),
+        h("span", { class: "count", data: { count: name } }),
+      ),
+    ),
   );
   view(VIEWS.includes(recollect("view")) ? recollect("view") : "draw");
 }

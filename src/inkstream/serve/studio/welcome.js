@@ -20,7 +20,11 @@ export function welcome() {
     icon("draw"),
     h("h3", {}, t("welcome")),
     h("p", {}, t("welcomeHow")),
-    h("div", { class: "examples" }, examples.map((text) => h("button", { type: "button", onclick: () => use(text) }, text))),
+    h(
+      "div",
+      { class: "examples" },
+      examples.map((text) => h("button", { type: "button", onclick: () => use(text) }, text)),
+    ),
     h("p", { class: "quiet" }, t("welcomeDrop")),
   );
 }

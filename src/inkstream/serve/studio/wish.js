@@ -4,7 +4,7 @@ import { say } from "./bus.js";
 import { keep, recollect } from "./memory.js";
 import { takes } from "./models.js";
 
-/** Fields that mean the same with every model. All others are kept for each model: its numbers mean nothing to another. */
+/** Fields that mean the same with every model. The others are kept for each: one model's numbers mean nothing to another. */
 const SHARED = new Set(["prompt", "negative_prompt", "seed", "count", "image", "mask", "reference"]);
 export const PICTURES = ["image", "mask", "reference"];
 

@@ -16,10 +16,12 @@ export function t(name, values = {}) {
 }
 
 /** The text of that name, or what is given where there is none. */
-export const known = (name, otherwise) => LANGUAGES[language][name] ?? (language === "en" ? otherwise : (en[name] ?? otherwise));
+export const known = (name, otherwise) =>
+  LANGUAGES[language][name] ?? (language === "en" ? otherwise : (en[name] ?? otherwise));
 
 /** A field's name as people say it; other languages have words for those that are known. */
-export const fieldTitle = (name) => known(`field.${name}`, name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " "));
+export const fieldTitle = (name) =>
+  known(`field.${name}`, name.charAt(0).toUpperCase() + name.slice(1).replaceAll("_", " "));
 
 /** Speak the other language. The page starts anew: all that matters is kept, here or on the server. */
 export function switchLanguage() {
@@ -30,7 +32,8 @@ export function switchLanguage() {
 /** Fill in the words of the page's own markup: data-t is text, data-t-label a name for screen readers. */
 export function fillIn(root = document) {
   for (const element of root.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
-  for (const element of root.querySelectorAll("[data-t-label]")) element.setAttribute("aria-label", t(element.dataset.tLabel));
+  for (const element of root.querySelectorAll("[data-t-label]"))
+    element.setAttribute("aria-label", t(element.dataset.tLabel));
 }
 
 /** Seconds in words: 8 s, 3 min, 2 h 5 min. */

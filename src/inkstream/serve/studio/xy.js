@@ -8,7 +8,10 @@ import { known, t } from "./words.js";
 
 /** The values that a text means for a field: split at commas, text at line ends. */
 export function parse(text, field) {
-  const parts = text.split(field.type === "text" ? /\n/ : /[,，、\s]+/).map((part) => part.trim()).filter(Boolean);
+  const parts = text
+    .split(field.type === "text" ? /\n/ : /[,，、\s]+/)
+    .map((part) => part.trim())
+    .filter(Boolean);
   if (field.type === "integer" || field.type === "number") return parts.map(Number).filter(Number.isFinite);
   return field.type === "boolean" ? parts.map((part) => part === "true") : parts;
 }
@@ -55,7 +58,13 @@ function axis(side, fields, now, redraw, count) {
     byId(id).focus();
   });
   const field = own && fields.get(own.field);
-  return h("div", { class: "axis" }, h("span", { class: "axis-name", "aria-hidden": "true" }, side.toUpperCase()), select, field && values(field, own, count));
+  return h(
+    "div",
+    { class: "axis" },
+    h("span", { class: "axis-name", "aria-hidden": "true" }, side.toUpperCase()),
+    select,
+    field && values(field, own, count),
+  );
 }
 
 /** What the values of an axis are chosen or written in. They are kept as they are written, without drawing it anew. */
@@ -69,14 +78,30 @@ function values(field, own, count) {
   if (words) {
     const boxes = words.map((word) => {
       const box = h("input", { type: "checkbox", value: word, checked: own.values.map(String).includes(word) });
-      box.addEventListener("change", () => note(parse(boxes.filter((one) => one.box.checked).map((one) => one.box.value).join(","), field)));
+      box.addEventListener("change", () =>
+        note(
+          parse(
+            boxes
+              .filter((one) => one.box.checked)
+              .map((one) => one.box.value)
+              .join(","),
+            field,
+          ),
+        ),
+      );
       return { box, element: h("label", { class: "pick" }, box, known(`choice.${word}`, word.replaceAll("_", " "))) };
     });
-    return h("div", { class: "picks", role: "group", "aria-label": t("values") }, boxes.map((one) => one.element));
+    return h(
+      "div",
+      { class: "picks", role: "group", "aria-label": t("values") },
+      boxes.map((one) => one.element),
+    );
   }
   const label = { "aria-label": t("values"), title: t(field.type === "text" ? "valuesLines" : "valuesCommas") };
   const several = field.type === "text";
-  const entry = several ? h("textarea", { rows: 3, ...label }) : h("input", { type: "text", inputmode: "text", ...label });
+  const entry = several
+    ? h("textarea", { rows: 3, ...label })
+    : h("input", { type: "text", inputmode: "text", ...label });
   entry.value = own.values.join(several ? "\n" : ", ");
   entry.addEventListener("input", () => note(parse(entry.value, field)));
   return entry;
@@ -89,7 +114,9 @@ function suggest(field) {
   if (field.name === "seed") return [1, 2, 3];
   if (field.type === "text") return [field.default ?? ""].filter(Boolean);
   const middle = field.default ?? field.minimum ?? 1;
-  const around = [middle / 2, middle, middle * 1.5].map((value) => (field.type === "integer" ? Math.round(value) : Number(value.toFixed(2))));
+  const around = [middle / 2, middle, middle * 1.5].map((value) =>
+    field.type === "integer" ? Math.round(value) : Number(value.toFixed(2)),
+  );
   const unit = field.step && field.type === "integer" ? field.step : null;
   return [...new Set(around.map((value) => (unit ? Math.max(unit, Math.round(value / unit) * unit) : value)))];
 }

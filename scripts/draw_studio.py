@@ -1,0 +1,160 @@
+"""Draw docs/pictures/studio-*.png: the studio on a real server, in a real browser, at a desk and on a phone.
+
+    python scripts/draw_studio.py [FOLDER]
+
+FOLDER keeps the server's data: what was drawn there before is not drawn again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import uvicorn
+from draw_pictures import PROMPTS
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+from inkstream.serve.app import build
+from inkstream.serve.limits import Settings
+
+PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
+CHINESE = ("三个红色的爱心，白色背景", "五颗黄色的星星，蓝色背景")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
+DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 800}
+MOST = 200_000
+"""Bytes of a picture in the documentation."""
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """A running server's address."""
+    app = build(Settings(folder, models=("pocket",)))
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, timeout_graceful_shutdown=2))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.1)
+    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    app.state.service.jobs.feed.close()
+    server.should_exit = True
+    thread.join(20)
+
+
+def ask(address: str, body: Any = None, method: str = "GET") -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = Request(address, data, {"Content-Type": "application/json"}, method=method)
+    with urlopen(request) as answer:
+        return json.loads(answer.read())
+
+
+def fill(address: str) -> None:
+    """Draw what the gallery and the sheet show, where it is not there yet."""
+    here = {job["note"] for job in ask(f"{address}/v1/jobs?limit=500")["jobs"]}
+    axes = {"x": {"field": "steps", "values": [2, 4, 8, 16]}, "y": {"field": "guidance", "values": [1, 4, 7]}}
+    jobs: list[dict[str, Any]] = [{"prompt": PROMPTS[0], "seed": 3, "note": "grid", "grid": axes}]
+    jobs += [{"prompt": prompt, "seed": i, "count": 2, "note": str(i)} for i, prompt in enumerate(CHINESE + PROMPTS)]
+    for job in jobs:
+        if job["note"] not in here:
+            ask(f"{address}/v1/jobs", job, "POST")
+    while (queue := ask(f"{address}/v1/queue"))["queued"] or queue["running"]:
+        time.sleep(1)
+
+
+def open_page(browser: Any, address: str, size: dict[str, int], scheme: str, locale: str = "en-GB") -> Page:
+    context = browser.new_context(viewport=size, color_scheme=scheme, locale=locale)
+    page = context.new_page()
+    page.goto(address)
+    page.wait_for_selector("#gallery .tiles", state="attached")
+    if size is DESK:
+        page.wait_for_selector(".tile.loaded")
+    return page
+
+
+def shoot(page: Page, name: str) -> None:
+    """Keep what is seen, when it has come to rest; in 256 colours where all of them take too much."""
+    page.wait_for_timeout(700)
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    path = PICTURES / f"studio-{name}.png"
+    picture.save(path, optimize=True)
+    if path.stat().st_size > MOST:
+        picture.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path.name}: {path.stat().st_size >> 10} KB")
+
+
+def draw_desk(browser: Any, address: str) -> None:
+    page = open_page(browser, address, DESK, "light")
+    page.fill("#prompt", PROMPTS[1])
+    page.click("#draft-now")
+    page.wait_for_selector(".job >> text=" + PROMPTS[1])
+    page.fill("#prompt", CHINESE[0])
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".job:nth-child(2) progress[value]", timeout=120_000)
+    page.wait_for_timeout(1500)
+    shoot(page, "desk-light")
+    for job in (queue := ask(f"{address}/v1/queue"))["queued"] + queue["running"]:
+        ask(f"{address}/v1/jobs/{job['id']}", method="DELETE")
+    page = open_page(browser, address, DESK, "dark", "zh-CN")
+    page.fill("#prompt", CHINESE[1])
+    for i in (0, 3):
+        page.locator(".tile-open").nth(i).click(modifiers=["Control"])
+    shoot(page, "desk-dark")
+    page = open_page(browser, address, DESK, "light")
+    page.locator(".tile-open").nth(4).click()
+    page.wait_for_selector(".facts")
+    shoot(page, "viewer")
+
+
+def draw_dialogs(browser: Any, address: str) -> None:
+    job = next(job for job in ask(f"{address}/v1/jobs?limit=500")["jobs"] if job["note"] == "grid")
+    page = open_page(browser, address, DESK, "light")
+    first = next(p for p in ask(f"{address}/v1/pictures?limit=500")["pictures"] if p["job"] == job["id"])
+    page.fill("#search", str(first["seed"]))
+    page.wait_for_timeout(800)
+    tiles = page.locator(".tile-open")
+    tiles.first.click()
+    page.locator("dialog").get_by_role("button", name="All of this job").click()
+    page.wait_for_selector(".sheet-grid img")
+    shoot(page, "grid")
+    page.keyboard.press("Escape")
+    for i in (0, 3):
+        tiles.nth(i).click(modifiers=["Control"])
+    page.get_by_role("button", name="Compare").click()
+    shoot(page, "compare")
+
+
+def draw_phone(browser: Any, address: str) -> None:
+    page = open_page(browser, address, PHONE, "light")
+    page.fill("#prompt", PROMPTS[0])
+    shoot(page, "phone-light")
+    page = open_page(browser, address, PHONE, "dark")
+    page.click("#views [data-view=gallery]")
+    page.wait_for_selector(".tile.loaded")
+    shoot(page, "phone-dark")
+
+
+def main() -> None:
+    chromium = shutil.which("chromium") or sys.exit("there is no chromium: apt-get install chromium")
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
+    PICTURES.mkdir(exist_ok=True)
+    with serve(folder) as address, sync_playwright() as p:
+        fill(address)
+        browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
+        for draw in (draw_desk, draw_dialogs, draw_phone):
+            draw(browser, address)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
