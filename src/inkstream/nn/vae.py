@@ -337,7 +337,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def moments_of(x: Tensor, area: int | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of each channel over each of K bands, and the share of each band: two of (K, B, C), and (K,)."""
+    """Mean and variance of each channel over each of K bands, and each band's share: two of (K, B, C), and (K,)."""
     if area is None and layout(x) is torch.channels_last and (fused := kernels_for(x)):
         return fused.moments(positions_of(x))
     bands = x.split(band_rows(x, area), dim=2)
