@@ -189,10 +189,11 @@ def test_pictures_drawn_together_are_those_drawn_alone(model, kind):
         assert torch.allclose(run.result, expected, atol=1e-5)
 
 
-def test_guidance_that_begins_and_ends_on_the_way_starts_the_cache_anew(build):
+@pytest.mark.parametrize("width", [32, 128])  # with pads in the picture's tokens, and without
+def test_guidance_that_begins_and_ends_on_the_way_starts_the_cache_anew(build, width):
     with torch.no_grad():
         model = build(BASE.tiny)
-    wish = {"guidance_from": 0.95, "guidance_until": 0.5, "steps": 8}
+    wish = {"guidance_from": 0.95, "guidance_until": 0.5, "steps": 8, "width": width, "height": 64}
     exact = latents(model, **wish)
     assert torch.equal(latents(model, **wish, cache="taylor", cache_threshold=0), exact)
     drawn = latents(model, **wish, cache="taylor", cache_threshold=10)

@@ -12,7 +12,7 @@ from inkstream.engine.licences import in_words
 from inkstream.engine.options import options
 from inkstream.families import SPECS
 
-TELLING = ("negative_prompt", "guidance", "image", "strength", "mask", "reference")
+TELLING = ("negative_prompt", "guidance", "cache", "image", "strength", "mask", "reference")
 """Options by which models differ. What goes with guidance goes as the negative prompt does."""
 
 

@@ -237,7 +237,7 @@ def advance(family: Family, runs: Sequence[Run]) -> None:
     _answer(family, [run for run in runs if run.cache is None])
     for run in runs:
         if run.cache is not None and run.query is not None:
-            with run.cache.step(run.query.t):
+            with run.cache.step(run.query.t, len(run.entries())):
                 _answer(family, [run])
 
 

@@ -54,12 +54,18 @@ class StepCache:
         self._reference: Tensor | None = None  # what the first block added when all were last run
         self._stacks: list[Memory] = []
         self._entered = 0
+        self._prompts = 0
 
     @contextmanager
-    def step(self, t: float) -> Iterator[None]:
-        """Inside, one forward is run, at time t. Where it fails, what is remembered is no longer of one forward, and
-        is forgotten."""
-        self.t, self.skips, self._entered = t, False, 0
+    def step(self, t: float, prompts: int = 1) -> Iterator[None]:
+        """Inside, one forward is run, at time t, under so many prompts.
+
+        Where these are others than before, as guidance begins or ends, nothing is taken over; nor where a forward
+        failed, since what is remembered is no longer of one.
+        """
+        if prompts != self._prompts:
+            self.forget()
+        self.t, self.skips, self._entered, self._prompts = t, False, 0, prompts
         token = in_use.set(self)
         try:
             yield
@@ -83,12 +89,9 @@ class StepCache:
 
     def decide(self, added: Tensor) -> None:
         """Whether this forward skips, from what its first block added."""
-        reference = self._reference
-        if reference is not None and reference.shape == added.shape:
-            change = (added - reference).abs().mean() / reference.abs().mean()
+        if self._reference is not None:
+            change = (added - self._reference).abs().mean() / self._reference.abs().mean()
             self.skips = change.item() < self.threshold
-        else:  # guidance began or ended: other prompts are asked than before
-            self.forget()
         if not self.skips:
             self._reference = added
 

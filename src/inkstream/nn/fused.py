@@ -17,7 +17,7 @@ PER_THREAD = 16
 """Numbers of a row that a thread works on, until there are MOST_WARPS of 32 threads."""
 MOST_WARPS = 16
 PIECE = 1024
-"""Positions of a picture whose moments are taken by one program, TILE at a time."""
+"""Positions of a picture whose moments are taken by one program, at most, TILE at a time."""
 TILE = 32
 CHANNELS = 128
 """Channels that a program works on, at most."""
@@ -101,15 +101,16 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     x: (B, L, C), contiguous -> two of (K, B, C) float32, and (K,) that sum to 1.
     """
     batch, positions, channels = x.shape
-    pieces = triton.cdiv(positions, PIECE)
+    piece = min(PIECE, triton.next_power_of_2(max(positions, TILE)))
+    pieces = triton.cdiv(positions, piece)
     means, variances = (torch.empty(pieces, batch, channels, device=x.device) for _ in range(2))
     block = min(CHANNELS, triton.next_power_of_2(channels))
     _moments[(pieces, batch, triton.cdiv(channels, block))](
         x, means, variances, positions, channels,
-        PIECE=PIECE, TILE=TILE, BLOCK=block, num_warps=warps(TILE * block),  # pyright: ignore[reportCallIssue]
+        PIECE=piece, TILE=TILE, BLOCK=block, num_warps=warps(TILE * block),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
-    share = torch.full((pieces,), PIECE / positions, device=x.device)
-    share[-1] = (positions - (pieces - 1) * PIECE) / positions
+    share = torch.full((pieces,), piece / positions, device=x.device)
+    share[-1] = (positions - (pieces - 1) * piece) / positions
     return means, variances, share
 
 

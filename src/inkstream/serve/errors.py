@@ -85,13 +85,16 @@ def explain(problems: Iterable[Any]) -> Refused:
     place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header")]
     name = ".".join(place)
     message = " ".join(str(problem["msg"]).split())
-    if problem["type"] == "extra_forbidden":
-        message = "is not a field that is known here: leave it out"
-    elif problem["type"] == "json_invalid":
+    if problem["type"] == "json_invalid":
         return Refused(400, "the body is not JSON: send one JSON object", code="invalid_json")
     if not name:
         return Refused(400, f"the body cannot be taken: {message}")
-    return Refused(400, f"{name}: {message}"[:500], param=name[:200])
+    given = problem.get("input")
+    shown = f" {given}" if isinstance(given, int | float | str) and len(str(given)) <= 100 else ""
+    line = f"{name}{shown}: {message}"
+    if problem["type"] == "extra_forbidden":
+        line = f"{name} is not a field that is known here: leave it out"
+    return Refused(400, line[:500], param=name[:200])
 
 
 def explain_invalid(error: ValidationError) -> Refused:
