@@ -23,16 +23,17 @@ from torch import Tensor
 
 from inkstream.bench.records import write_record
 from inkstream.bench.run import take_turns
-from inkstream.engine.quantise import QUANTS
+from inkstream.engine.quantise import QUANTS, Quant
 from inkstream.families.zimage.keys import PACKS
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO, ZImageConfig
 from inkstream.nn.quant import place
 from inkstream.quant.pack import pack
-from inkstream.quant.packed import Packed, Weight
+from inkstream.quant.packed import Weight
 from inkstream.weights.keymap import matches
 
 FULL = "fp32"
+FLOAT32 = Quant((), dtype=torch.float32)
 KINDS = ("bf16", "w8a8", "int8", "fp8", "q8_0", "q4_k", "nf4")
 TIME = 0.5
 """Where on the path the evaluation is."""
@@ -106,15 +107,14 @@ def evaluation(
     config: ZImageConfig, weights: dict[str, Tensor], kind: str, x: Tensor, caption: Tensor
 ) -> Callable[[], Tensor]:
     """One evaluation by a model whose weights are packed so, its prompt prepared; bf16 computes in it, too."""
-    dtype = torch.float32 if kind == FULL else QUANTS[kind].dtype or torch.float32
-    state: dict[str, Weight] = {name: weight.to(dtype) for name, weight in weights.items()}
-    if kind != FULL and QUANTS[kind].formats:
-        form, dynamic = QUANTS[kind].formats[0], QUANTS[kind].dynamic
-        packed: dict[int, Packed] = {}
-        for name, weight in weights.items():
-            if name.endswith(".weight") and weight.ndim == 2 and any(matches(pattern, name) for pattern in PACKS):
-                packed[id(weight)] = packed.get(id(weight)) or pack(form, weight, dynamic)
-                state[name] = packed[id(weight)]
+    quant = FLOAT32 if kind == FULL else QUANTS[kind]
+    dtype = quant.dtype or torch.float32
+    made: dict[int, Weight] = {}  # blocks share theirs, so they are packed once
+    for name, weight in weights.items():
+        if id(weight) not in made:
+            packs = weight.ndim == 2 and any(matches(pattern, name) for pattern in PACKS) and quant.formats
+            made[id(weight)] = pack(quant.formats[0], weight, quant.dynamic) if packs else weight.to(dtype)
+    state = {name: made[id(weight)] for name, weight in weights.items()}
     with torch.device("meta"):
         model = ZImageTransformer(config)
     model.load_state_dict(place(model, state, dtype), assign=True)

@@ -1,6 +1,6 @@
 """Draw docs/pictures/pocket.png, the README's picture, with the model that ships:
 
-    python scripts/draw_pictures.py
+python scripts/draw_pictures.py
 """
 
 from __future__ import annotations

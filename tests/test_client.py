@@ -255,12 +255,6 @@ def test_options_for_this_machine_are_refused_beside_a_server(address, option, c
     assert option.partition("=")[0] in capsys.readouterr().err
 
 
-def test_commands_that_need_the_model_here_take_no_server(address, capsys, tmp_path):
-    for command in (["draft", "a cat"], ["eval", "basics"], ["refine", "a.png", "--model=pocket"]):
-        assert main([*command, f"--server={address}"]) == 2
-        assert "--server" in capsys.readouterr().err
-
-
 def test_a_client_needs_no_torch():
     code = "import sys, inkstream; inkstream.Client('http://localhost'); print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

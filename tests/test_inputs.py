@@ -147,8 +147,13 @@ def test_of_a_moving_picture_the_first_frame_is_taken(saved, name):
 def test_every_exif_orientation_is_turned_upright(saved, orientation, name):
     upright = Image.effect_noise((4, 3), 100).convert("RGB")
     undo = {
-        1: None, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+        1: None,
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
         8: Image.Transpose.ROTATE_270,
     }[orientation]
     stored = upright if undo is None else upright.transpose(undo)

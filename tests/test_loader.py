@@ -167,9 +167,7 @@ def test_shards_are_one_model(tiny_folder, folder):
 # Sizes that can be told from shapes alone: heads as wide as the published split of a head wants, VAE groups of 32.
 PLAIN = replace(
     TURBO.tiny,
-    transformer=ZImageConfig(
-        dim=64, n_layers=1, n_refiner_layers=1, n_heads=2, cap_feat_dim=32, axes_dims=(8, 12, 12)
-    ),
+    transformer=ZImageConfig(dim=64, n_layers=1, n_refiner_layers=1, n_heads=2, cap_feat_dim=32, axes_dims=(8, 12, 12)),
     vae=VAEConfig(block_out_channels=(32, 32, 32, 32), layers_per_block=1),
 )
 
@@ -504,9 +502,7 @@ print("sympy" in sys.modules)
 @pytest.fixture(scope="module")
 def heavy(make_folder, tmp_path_factory) -> Path:
     """A diffusers folder with 190 MB of transformer."""
-    config = ZImageConfig(
-        dim=1024, n_layers=1, n_refiner_layers=1, n_heads=8, cap_feat_dim=32, axes_dims=(32, 48, 48)
-    )
+    config = ZImageConfig(dim=1024, n_layers=1, n_refiner_layers=1, n_heads=8, cap_feat_dim=32, axes_dims=(32, 48, 48))
     return make_folder(tmp_path_factory.mktemp("heavy") / "heavy", replace(TURBO.tiny, transformer=config))
 
 

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 import inkstream
-from inkstream.cli.machine import Machine
+from inkstream.cli.machine import Anywhere
 from inkstream.engine.metadata import read_request
 from inkstream.types import InputError
 
@@ -42,7 +42,7 @@ def call(server: Any, tool: str, arguments: dict[str, Any], **more: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory):
-    return build(Machine("cpu"), tmp_path_factory.mktemp("drawn"))
+    return build(Anywhere("cpu"), tmp_path_factory.mktemp("drawn"))
 
 
 def test_the_tools_take_the_fields_of_a_request(here):
@@ -90,7 +90,7 @@ def test_what_cannot_be_done_is_told_to_the_agent(here, tool, given, words):
 
 
 def test_an_agent_that_gives_up_stops_the_drawing(server, tmp_path, until):
-    there = build(Machine(server=f"http://127.0.0.1:{server.port}"), tmp_path)
+    there = build(Anywhere(server=f"http://127.0.0.1:{server.port}"), tmp_path)
     long = {**SMALL, "width": 256, "height": 256, "steps": 50}
 
     async def give_up(client: Any) -> None:
@@ -122,4 +122,4 @@ def test_the_command_speaks_the_protocol_and_draws_on_a_server_without_torch(ser
 
 def test_options_for_this_machine_are_refused_beside_a_server(tmp_path):
     with pytest.raises(InputError, match="--device"):
-        build(Machine("cpu", server="http://127.0.0.1:1"), tmp_path)
+        build(Anywhere("cpu", server="http://127.0.0.1:1"), tmp_path)

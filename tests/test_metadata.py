@@ -711,9 +711,11 @@ def test_a_graph_without_a_sampler_carries_no_request(graph):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["1", "2", "3"]),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.tuples(st.sampled_from(["1", "2", "3", 1]), st.integers(0, 1)).map(list)
-    | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(st.sampled_from(["1", "2", "3", 1]), st.integers(0, 1)).map(list)
+        | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 INPUT_NAMES = st.sampled_from([

@@ -172,6 +172,7 @@ def test_a_request_that_no_longer_suits_has_the_model_placed_anew(folders):
     first = engine.model
     engine.generate(request)
     assert engine.model is first
+    assert engine._placing is not None
     assert "resident" not in engine._placing.suiting(large)
 
 

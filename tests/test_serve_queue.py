@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import sqlite3
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,8 @@ def add_job(store: Store, now: float = 100.0, total: int = 1, **more: Any) -> An
 def add_picture(store: Store, job: Any, place: int = 0, now: float = 100.0, **request: Any) -> Any:
     part = store.parts / f"{place}.png"
     part.write_bytes(b"pixels")
-    facts = {"seconds": 1.0, "width": 16, "height": 16, "bytes": 6, "sha256": "00"}
+    digest = hashlib.sha256(b"pixels").hexdigest()
+    facts = {"seconds": 1.0, "width": 16, "height": 16, "bytes": 6, "sha256": digest}
     request = {"model": "pocket", "prompt": "x", "seed": 1, **request}
     return store.add_picture(job, place, now, part, {**facts, "request": request})
 
@@ -206,6 +208,21 @@ def test_after_a_crash_running_jobs_wait_again_and_stray_files_are_gone(store):
     assert own.exists()
     assert (store.pictures / kept.file).exists()
     assert list(store.parts.iterdir()) == []
+    store.close()
+
+
+def test_a_picture_that_did_not_reach_the_disk_before_a_power_cut_is_drawn_again(store):
+    job, older = add_job(store), add_job(store)
+    for one, now in ((older, 100.0), (job, 1000.0)):
+        store.start(one.id, now)
+        picture = add_picture(store, one, now=now)
+        store.end(one.id, "succeeded", now)
+        (store.pictures / picture.file).write_bytes(b"")
+    store.settle()
+    store = restarted(store)
+    (again,) = store.recover(2000.0)
+    assert (again.id, again.state, again.ended) == (job.id, "queued", None)
+    assert len(store.pictures_of(older.id)) == 1  # that one was long on the disk: somebody has emptied it since
     store.close()
 
 

@@ -165,8 +165,16 @@ def test_the_noise_that_was_given_is_not_written_to_and_float32_stays_float32(na
 
 @pytest.mark.parametrize(
     ("name", "calls"),
-    [("euler", 8), ("heun", 15), ("dpmpp_2m", 8), ("res_multistep", 8), ("res_2s", 15), ("ralston_2s", 15),
-     ("euler_ancestral", 8), ("lcm", 8)],
+    [
+        ("euler", 8),
+        ("heun", 15),
+        ("dpmpp_2m", 8),
+        ("res_multistep", 8),
+        ("res_2s", 15),
+        ("ralston_2s", 15),
+        ("euler_ancestral", 8),
+        ("lcm", 8),
+    ],
 )
 def test_the_times_asked_are_those_of_the_real_run_and_never_zero(name, calls):
     ts, asked = SCHEDULES["simple"](8, 3.0), []

@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-SolverName = Literal[
-    "euler", "heun", "dpmpp_2m", "res_multistep", "res_2s", "ralston_2s", "euler_ancestral", "lcm"
-]
+SolverName = Literal["euler", "heun", "dpmpp_2m", "res_multistep", "res_2s", "ralston_2s", "euler_ancestral", "lcm"]
 GuidanceKind = Literal["twice", "read", "none"]
 """Two predictions a step, with the prompt and without; a number that the model reads; or neither."""
 ShiftRule = Literal["fixed", "dynamic", "empirical"]
@@ -75,17 +73,21 @@ class Request(BaseModel):
         None, gt=0, le=100, allow_inf_nan=False, description="Time shift; above 1 spends more steps on layout."
     )
     cfg_normalization: float = Field(
-        0.0, ge=0, le=10, allow_inf_nan=False,
+        0.0,
+        ge=0,
+        le=10,
+        allow_inf_nan=False,
         description="Cap the guided prediction's norm at this multiple of the unguided one's; 0 is off.",
     )
-    cfg_truncation: float = Field(
-        1.0, ge=0, le=1, description="Guidance stops once 1 - t exceeds this; 1 never stops."
-    )
+    cfg_truncation: float = Field(1.0, ge=0, le=1, description="Guidance stops once 1 - t exceeds this; 1 never stops.")
     guidance_from: float = Field(1.0, ge=0, le=1, description="Guidance is on for times t at or below this.")
     guidance_until: float = Field(0.0, ge=0, le=1, description="Guidance is on for times t at or above this.")
     cache: CacheKind = Field("none", description="What steps that are like the last ones take over from them.")
     cache_threshold: float = Field(
-        0.1, ge=0, le=10, allow_inf_nan=False,
+        0.1,
+        ge=0,
+        le=10,
+        allow_inf_nan=False,
         description="How much the first block's answer may change, as a share of it, before all are run again.",
     )
     image: Picture | None = Field(None, description="Picture to start from.")

@@ -75,9 +75,7 @@ def test_image_to_image_draws_the_same_picture(reference, model, picture, streng
             "a lake", image=picture, strength=strength, height=96, width=64, num_inference_steps=10,
             guidance_scale=2.0, negative_prompt="grey", output_type="pt",
         ).images  # fmt: skip
-    request = Request(
-        prompt="a lake", negative_prompt="grey", guidance=3, image=picture, strength=strength, steps=10
-    )
+    request = Request(prompt="a lake", negative_prompt="grey", guidance=3, image=picture, strength=strength, steps=10)
     request = request.model_copy(update={"width": 64, "height": 96})
     assert apart(model.decode(model.sample(request, model.encode(request), noise)), theirs) <= 1
 

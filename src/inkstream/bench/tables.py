@@ -107,11 +107,24 @@ def stages(rows: Sequence[Row]) -> list[list[str]]:
     ]
 
 
+def kernels(rows: Sequence[Row]) -> list[list[str]]:
+    """Pieces of a model, and ways to compute them."""
+    return [
+        ["Piece", "Way", "Milliseconds", "Ratio", "Apart"],
+        ["---", "---", "--:", "--:", "--:"],
+        *(
+            [row["case"], row["way"], f"{row['milliseconds']:.3f}", f"{row['ratio']:.2f}", f"{row['apart']:.1e}"]
+            for row in rows
+        ),
+    ]
+
+
 TABLES: Mapping[str, Callable[[Sequence[Row]], list[list[str]]]] = {
     "plans": plans,
     "memory-gpu": plans,
     "speed-": speed,
     "cache-": caches,
     "start-": stages,
+    "kernels-": kernels,
 }
 """How the name of a record begins -> its table."""

@@ -98,7 +98,6 @@ def evaluate(
         if ocr:
             open_reader()
         folder = output or Path("evaluation") / f"{slug(Path(model).name)}-{slug(Path(suite).stem)}"
-        machine.check()
         agree_to_download(model, yes, terminal, machine.licence)
         engine = machine.engine()
         for event in engine.load(model):

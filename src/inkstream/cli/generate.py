@@ -15,7 +15,7 @@ from cyclopts import Parameter
 
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.lines import in_gibibytes, print_facts, print_json
-from inkstream.cli.machine import HERE, RUN, Machine
+from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, Machine
 from inkstream.cli.terminal import Terminal
 from inkstream.types import Done, Failed, InputError, Loading, Request, Spec, Step
 
@@ -62,7 +62,7 @@ def generate(
     source: Annotated[Path | None, Parameter(name="--from", group=RUN)] = None,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
     metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
-    machine: Machine = HERE,
+    machine: Anywhere = ANYWHERE,
     plan: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
@@ -35,8 +35,6 @@ class Machine:
         of these that the memory allows.
     commercial_only
         Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
-    server
-        Draw on this server instead, as http://127.0.0.1:8400; INKSTREAM_API_KEY holds the key it knows.
     """
 
     device: str | None = None
@@ -44,18 +42,6 @@ class Machine:
     memory: str | None = None
     placement: Literal["resident", "parked", "streamed"] | None = None
     commercial_only: bool = False
-    server: str | None = None
-
-    def way_in(self) -> Engine | Client:
-        """What draws requests: an engine on this machine, or the server. InputError where there is no such thing."""
-        if self.server is None:
-            return self.engine()
-        from inkstream.engine.client import Client
-
-        for name in self.given().keys() - {"server"}:
-            option = "--" + name.replace("_", "-")
-            raise InputError(f"{option} is for a model on this machine: leave it out, or leave --server out")
-        return Client(self.server, os.environ.get("INKSTREAM_API_KEY") or None)
 
     def engine(self) -> Engine:
         """An engine on it. InputError where there is no such machine."""
@@ -65,9 +51,7 @@ class Machine:
         return Engine(self.device, self.dtype, False, self.licence, self.bytes, self.placement)
 
     def check(self) -> None:
-        """InputError where there is no such device, dtype or size, or it is another machine."""
-        if self.server is not None:
-            raise InputError(f"--server {self.server} only draws for inkstream generate and mcp: leave it out here")
+        """InputError where there is no such device, dtype or size."""
         from inkstream.engine.loader import choose_device, choose_dtype
 
         choose_dtype(self.dtype, choose_device(self.device))
@@ -96,4 +80,27 @@ class Machine:
         return {name: value for name, value in asdict(self).items() if value}
 
 
+@Parameter(name="*", group=RUN)
+@dataclass(frozen=True)
+class Anywhere(Machine):
+    """A machine, or a server that draws instead of it."""
+
+    server: Annotated[
+        str | None,
+        Parameter(help="Draw on this server, as http://127.0.0.1:8400; INKSTREAM_API_KEY holds the key it knows."),
+    ] = None
+
+    def way_in(self) -> Engine | Client:
+        """What draws requests. InputError where there is no such machine, or no such address."""
+        if self.server is None:
+            return self.engine()
+        from inkstream.engine.client import Client
+
+        for name in self.given().keys() - {"server"}:
+            option = "--" + name.replace("_", "-")
+            raise InputError(f"{option} is for a model on this machine: leave it out, or leave --server out")
+        return Client(self.server, os.environ.get("INKSTREAM_API_KEY") or None)
+
+
 HERE = Machine()
+ANYWHERE = Anywhere()

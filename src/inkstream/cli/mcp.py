@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import about, check, find_place
-from inkstream.cli.machine import HERE, Machine
+from inkstream.cli.machine import ANYWHERE, Anywhere
 from inkstream.cli.terminal import Terminal
 from inkstream.types import Done, Event, Failed, InputError, Request, Step
 
@@ -43,7 +43,7 @@ def mcp(
     *,
     model: Annotated[str | None, Parameter(alias="-m", show_default=False)] = None,
     output: Annotated[Path | None, Parameter(alias="-o", show_default=False)] = None,
-    machine: Machine = HERE,
+    machine: Anywhere = ANYWHERE,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False)] = False,
 ) -> None:
     """Let agents draw, over the Model Context Protocol.
@@ -73,7 +73,7 @@ def mcp(
     anyio.run(run)
 
 
-def build(machine: Machine, folder: Path, model: str | None = None, yes: bool = False) -> Server[Any]:
+def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool = False) -> Server[Any]:
     """The MCP server of one machine, whose pictures are written to a folder. InputError where that cannot be."""
     import mcp.types as protocol
     from mcp.server import Server

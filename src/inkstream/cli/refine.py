@@ -77,7 +77,6 @@ def refine(
         wish = wish.model_copy(update={"prompt": sys.stdin.read().strip()})
     from inkstream.engine.refine import origin
 
-    machine.check()
     with Terminal(quiet) as terminal:
         drafts = {picture: read_draft(picture, wish, terminal) for picture in pictures}
         stems = [f"{Path(picture).stem}-refined" for picture in drafts]

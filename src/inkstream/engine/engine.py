@@ -50,6 +50,7 @@ class Engine:
         self.plan = plan
         self._name: str | None = None
         self._model: Model | None = None
+        self._placing: Placing | None = None
         self._least = ("", 0)  # a model, and the first plan to think of for it: those before ran out of memory
         self._batch = Batch()
         self._turn = threading.Lock()  # held while a model is loaded, by the thread that loads it
@@ -116,7 +117,9 @@ class Engine:
 
     def _is_ready(self, name: str, request: Request | None) -> bool:
         """Whether that model is loaded, and placed so that the request can be drawn."""
-        return self._name == name and (request is None or self.model.plan in self._placing.suiting(request))
+        if self._name != name or request is None or self._placing is None:
+            return self._name == name
+        return self.model.plan in self._placing.suiting(request)
 
     def _forget(self) -> None:
         self._model = self._name = None
@@ -126,6 +129,7 @@ class Engine:
 
     def _fall(self, request: Request) -> Loading:
         """Leave the plan that memory ran out under, for the next. InputError where there is none."""
+        assert self._placing is not None  # for weights are read where it says
         names = list(PLANS)
         ran_out = names.index(self._placing.plan)
         self._least = (request.model, ran_out + 1)

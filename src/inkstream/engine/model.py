@@ -206,9 +206,8 @@ class Run:
         """The prepared prompts whose velocity the pending query needs: both where guidance is on, else the first."""
         assert self.query is not None
         r = self.request
-        on = len(self.prepared) > 1 and is_on(
-            self.query.t, r.guidance, r.cfg_truncation, r.guidance_from, r.guidance_until  # type: ignore[arg-type]
-        )
+        assert r.guidance is not None  # the request is complete
+        on = is_on(self.query.t, r.guidance, r.cfg_truncation, r.guidance_from, r.guidance_until)
         return self.prepared if on else self.prepared[:1]
 
     def answer(self, velocities: Sequence[Tensor]) -> None:

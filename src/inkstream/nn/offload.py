@@ -202,7 +202,7 @@ def weights_of(module: nn.Module, without: Sequence[str] = ()) -> Iterator[Weigh
 
 def is_number(tensor: Tensor) -> bool:
     """Whether a tensor is of numbers to compute with, not of packed bytes."""
-    return tensor.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    return tensor.is_floating_point()
 
 
 def empty(size: int, device: torch.device, pinned: bool = False) -> Tensor:

@@ -125,7 +125,7 @@ class Jobs:
         token: str | None = None,
         waited: bool = False,
     ) -> Job:
-        """Accept a request; when this returns it is on the disk. Its pictures are uploads.
+        """Accept a request, whose pictures are uploads. No death of a process loses it from now on.
 
         token: the client's idempotency key; the same one with the same request gives the same job again. waited: of no
         use once the client is gone. Refused where it asks for too much, or the queue, quota or rate is spent.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Response
 
 from inkstream.serve import schema
@@ -31,6 +32,7 @@ async def add_job(parts: Parts, who: Who, body: schema.JobBody, response: Respon
     fields = body.model_dump(exclude_unset=True, exclude={"priority", "note", "grid"})
     request = await parts.take_pictures(who, Request.model_validate(fields))
     job = parts.jobs.submit(who, request, note=body.note, priority=body.priority, grid=body.grid, token=token)
+    await to_thread.run_sync(parts.store.settle)
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     return parts.jobs.tell(job)
 

@@ -16,6 +16,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 
 from inkstream.engine.metadata import PICTURE_FIELDS, encode_picture, picture_format
@@ -226,8 +227,8 @@ async def get_image(
 async def read_json(http: HTTPRequest) -> dict[str, Any]:
     """The body, which must be a JSON object."""
     try:
-        fields = json.loads(await http.body())
-    except (ValueError, RecursionError):
+        fields = from_json(await http.body())  # which knows half a surrogate pair from text, as json does not
+    except ValueError:
         raise Refused(400, "the body is not JSON: send one JSON object", code="invalid_json") from None
     if not isinstance(fields, dict):
         raise Refused(400, "the body is JSON, but no object: send one JSON object", code="invalid_json")

@@ -7,6 +7,7 @@ leaves without a row is removed at the next start.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -25,6 +26,9 @@ from inkstream.types import InputError
 VERSION = 1
 WEEK = 7 * 86_400.0
 """Seconds for which a deleted picture can be brought back, and an upload that nothing names is kept."""
+
+LATE = 60.0
+"""Seconds after which an operating system has surely written a file to the disk."""
 
 TABLES = """
 CREATE TABLE jobs (
@@ -225,10 +229,11 @@ class Store:
             raise InputError(f"{folder} was written by a newer inkstream: upgrade, or give another --data")
         if version == 0:
             self._db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT")
+        self._log = (folder / "inkstream.db-wal").open("rb+", buffering=0)
 
     def close(self) -> None:
-        for db in (self._reader, self._db, self._lock):
-            db.close()
+        for one in (self._log, self._reader, self._db, self._lock):
+            one.close()
 
     # Jobs -----------------------------------------------------------------------------------------------------------
 
@@ -247,21 +252,17 @@ class Store:
         waited: bool = False,
         uploads: Iterable[str] = (),
     ) -> Job:
-        """A job that waits. When this returns it is on the disk, not only with the operating system."""
+        """A job that waits. No death of a process loses it from now on; of the machine, none once it is settled."""
         identity = new_id("j")
-        self._db.execute("PRAGMA synchronous = FULL")
-        try:
-            with self._change() as db:
-                number = db.execute(
-                    "INSERT INTO jobs (id, key, state, created, priority, place, model, total, note, waited, token,"
-                    " digest, grid, request) VALUES (?, ?, 'queued', ?, ?,"
-                    " 1 + coalesce((SELECT max(place) FROM jobs), 0), ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (identity, key, now, priority, request["model"], total, note, waited, token, digest,
-                     None if grid is None else json.dumps(grid), json.dumps(request)),
-                ).lastrowid  # fmt: skip
-                db.executemany("INSERT OR IGNORE INTO used VALUES (?, ?)", [(upload, identity) for upload in uploads])
-        finally:
-            self._db.execute("PRAGMA synchronous = NORMAL")
+        with self._change() as db:
+            number = db.execute(
+                "INSERT INTO jobs (id, key, state, created, priority, place, model, total, note, waited, token,"
+                " digest, grid, request) VALUES (?, ?, 'queued', ?, ?,"
+                " 1 + coalesce((SELECT max(place) FROM jobs), 0), ?, ?, ?, ?, ?, ?, ?, ?)",
+                (identity, key, now, priority, request["model"], total, note, waited, token, digest,
+                 None if grid is None else json.dumps(grid), json.dumps(request)),
+            ).lastrowid  # fmt: skip
+            db.executemany("INSERT OR IGNORE INTO used VALUES (?, ?)", [(upload, identity) for upload in uploads])
         return self._one(Job, "number = ?", number)
 
     def job(self, identity: str, key: str | None = None) -> Job | None:
@@ -291,7 +292,10 @@ class Store:
 
     def requeue(self, identity: str, died: bool) -> bool:
         """running -> queued, at the place it had. died: its engine did."""
-        sql = "UPDATE jobs SET state = 'queued', started = NULL, deaths = deaths + ? WHERE id = ? AND state = 'running'"
+        sql = (
+            "UPDATE jobs SET state = 'queued', started = NULL, ended = NULL, deaths = deaths + ?"
+            " WHERE id = ? AND state = 'running'"
+        )
         return self._set(sql, int(died), identity)
 
     def end(self, identity: str, state: str, now: float, error: Mapping[str, Any] | None = None) -> bool:
@@ -409,6 +413,10 @@ class Store:
         row = self._db.execute(sql, (key, int(now // 86_400))).fetchone()
         return row[0] if row else 0
 
+    def settle(self) -> None:
+        """Have the disk hold what was changed, not only the operating system. Takes milliseconds: for threads."""
+        os.fsync(self._log.fileno())
+
     def setting(self, name: str, default: str = "") -> str:
         row = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return row[0] if row else default
@@ -420,10 +428,16 @@ class Store:
         """What a server that starts makes of what the last one left; the jobs that wait, oldest first.
 
         Running jobs wait again, or have succeeded where only the word was missing; those whose client waited for the
-        answer are cancelled, for it is gone. Files without a row are removed.
+        answer are cancelled, for it is gone. Files without a row are removed, and where the machine lost power, rows
+        whose file did not reach the disk: these pictures are drawn again.
         """
         shutil.rmtree(self.parts, ignore_errors=True)
         self.parts.mkdir(mode=0o700)
+        late = "created > (SELECT max(created) FROM pictures) - ? AND deleted IS NULL"
+        for picture in self._all(Picture, late, LATE):
+            if not _is_whole(self.pictures / picture.file, picture):
+                self._set("DELETE FROM pictures WHERE id = ?", picture.id)
+                self._set("UPDATE jobs SET state = 'running' WHERE id = ? AND state = 'succeeded'", picture.job)
         for job in self.active():
             if job.waited:
                 self.end(job.id, "cancelled", now)
@@ -481,6 +495,14 @@ class Store:
         table, columns = {Job: ("jobs", JOB), Picture: ("pictures", PICTURE), Upload: ("uploads", UPLOAD)}[kind]
         rows = self._db.execute(f"SELECT {columns} FROM {table} WHERE {condition}", values).fetchall()
         return [_read(kind, row) for row in rows]
+
+
+def _is_whole(path: Path, picture: Picture) -> bool:
+    """Whether a picture's file is there, to the last byte."""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest() == picture.sha256
+    except OSError:
+        return False
 
 
 def time_folder(now: float) -> str:

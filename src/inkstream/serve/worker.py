@@ -123,10 +123,7 @@ class Worker:
         complete = done.request.model_copy(update={"model": message["name"]})
         data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
         path = self.parts / f"{run}-{done.index}.png"
-        with path.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # before the row that names it
+        path.write_bytes(data)
         return {
             "index": done.index,
             "file": path.name,

@@ -103,9 +103,7 @@ class Order:
 class Data:
     """All samples of a run. `place(n)` says what batch n is, `load` fetches it or a piece of it."""
 
-    def __init__(
-        self, samples: Sequence[Samples], captions: Captions | None, order: Order, cond: States | None = None
-    ):
+    def __init__(self, samples: Sequence[Samples], captions: Captions | None, order: Order, cond: States | None = None):
         self.samples = samples
         self.captions = captions
         self.order = order

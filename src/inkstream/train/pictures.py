@@ -197,6 +197,7 @@ def _listed(root: Path) -> dict[Path, list[str]]:
 
 def nearest_size(shape: Size, sizes: Sequence[Size]) -> Size:
     """Of the sizes the one of the nearest aspect; of those the largest that needs no enlarging, else the smallest."""
+
     def distance(size: Size) -> float:
         return round(abs(np.log((size[0] / size[1]) / (shape[0] / shape[1]))), 3)
 

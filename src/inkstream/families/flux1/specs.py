@@ -217,8 +217,7 @@ REDUX_DEV = replace(_redux(DEV, _TINY_DEV, "flux1-redux-dev"), guidance=2.5)
 REDUX_SCHNELL = _redux(SCHNELL, _TINY, "flux1-redux-schnell")
 
 SPECS: dict[str, Spec] = {
-    spec.name: spec
-    for spec in (SCHNELL, DEV, KREA, KONTEXT, FILL, CANNY, DEPTH, REDUX_DEV, REDUX_SCHNELL)
+    spec.name: spec for spec in (SCHNELL, DEV, KREA, KONTEXT, FILL, CANNY, DEPTH, REDUX_DEV, REDUX_SCHNELL)
 }
 
 

@@ -42,9 +42,7 @@ _KLEIN_4B = replace(
 _KLEIN_9B = replace(_KLEIN_4B, num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12_288)
 _QWEN3_8B = Qwen3Config(hidden_size=4096, intermediate_size=12_288)
 
-_TINY_VAE = Flux2VAEConfig(
-    latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4
-)
+_TINY_VAE = Flux2VAEConfig(latent_channels=4, block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4)
 _TINY = Spec(
     name="tiny-flux2-klein",
     title="FLUX.2 klein at 2 + 2 blocks of width 64 (random weights, for tests)",

@@ -31,11 +31,14 @@ _TINY = Spec(
     name="tiny-z-image-turbo",
     title="Z-Image Turbo at 2 blocks of width 64 (random weights, for tests)",
     family="zimage",
-    transformer=ZImageConfig(
-        dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=32, axes_dims=(8, 12, 12)
-    ),
+    transformer=ZImageConfig(dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, cap_feat_dim=32, axes_dims=(8, 12, 12)),
     text_encoder=Qwen3Config(
-        vocab_size=512, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        vocab_size=512,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
         intermediate_size=64,
     ),
     vae=VAEConfig(block_out_channels=(8, 16, 16, 16), layers_per_block=1, norm_num_groups=4),
@@ -77,7 +80,11 @@ BASE = replace(
     repo="Tongyi-MAI/Z-Image",
     download_bytes=20_700_000_000,
     tiny=replace(
-        _TINY, name="tiny-z-image", steps=50, shift=6.0, guidance=5.0,
+        _TINY,
+        name="tiny-z-image",
+        steps=50,
+        shift=6.0,
+        guidance=5.0,
         abilities=frozenset({"image", "mask", "guidance"}),
     ),
 )
@@ -90,8 +97,12 @@ OMNI = replace(
     repo=None,
     download_bytes=None,
     tiny=replace(
-        _TINY, name="tiny-z-image-omni", transformer=replace(_TINY.transformer, siglip_feat_dim=24), steps=50,
-        guidance=5.0, abilities=BASE.abilities,
+        _TINY,
+        name="tiny-z-image-omni",
+        transformer=replace(_TINY.transformer, siglip_feat_dim=24),
+        steps=50,
+        guidance=5.0,
+        abilities=BASE.abilities,
     ),
 )
 
@@ -103,11 +114,19 @@ POCKET = replace(
         dim=192, n_layers=8, n_refiner_layers=1, n_heads=3, cap_feat_dim=192, axes_dims=(16, 24, 24)
     ),
     text_encoder=Qwen3Config(
-        vocab_size=2048, hidden_size=192, num_hidden_layers=4, num_attention_heads=3, num_key_value_heads=3,
-        head_dim=64, intermediate_size=512,
+        vocab_size=2048,
+        hidden_size=192,
+        num_hidden_layers=4,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=64,
+        intermediate_size=512,
     ),
     vae=VAEConfig(
-        block_out_channels=(16, 16, 32, 96), layers_per_block=1, norm_num_groups=4, scaling_factor=0.4117,
+        block_out_channels=(16, 16, 32, 96),
+        layers_per_block=1,
+        norm_num_groups=4,
+        scaling_factor=0.4117,
         shift_factor=-0.1196,
     ),
     steps=16,

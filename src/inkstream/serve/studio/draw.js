@@ -6,9 +6,10 @@ import { byId } from "./dom.js";
 import { presentForm } from "./form.js";
 import { complain, notice, speak } from "./notice.js";
 import { remember } from "./prompt.js";
-import { grid, request } from "./wish.js";
+import { request } from "./wish.js";
 import { t } from "./words.js";
 import { view } from "./views.js";
+import { gridOf } from "./xy.js";
 
 const DRAFTS = 9;
 
@@ -27,10 +28,9 @@ export async function submit(made, beside = {}) {
 export async function draw() {
   const made = request(presentForm());
   if (empty(made)) return;
-  const over = grid();
-  const cells = over && { x: over.x, ...(over.y ? { y: over.y } : {}) };
-  if (cells) delete made.count;
-  await queue(made, cells ? { grid: cells } : {}, t("queued"));
+  const grid = gridOf(presentForm());
+  if (grid) delete made.count;
+  await queue(made, grid ? { grid } : {}, t("queued"));
 }
 
 /** Draw many quick ones of it, to pick from. */

@@ -14,7 +14,7 @@ import { openPicture } from "./recall.js";
 import { shapeControl } from "./shape.js";
 import { chooseModel, chosenModel, isGiven, matters, PICTURES, request } from "./wish.js";
 import { known, t } from "./words.js";
-import { gridControl } from "./xy.js";
+import { gridControl, gridOf } from "./xy.js";
 
 /** What stands open; the rest goes into sections by its group. */
 const OPEN = ["prompt", "upsample", "width", "height", "count", "seed", "steps", "guidance"];
@@ -88,10 +88,8 @@ function show(changed = "all") {
   }
   for (const details of byId("draw").querySelectorAll("details")) {
     const fields = [...details.querySelectorAll("[data-field]")].map((element) => form.get(element.dataset.field));
-    details.classList.toggle(
-      "given",
-      fields.some((field) => field && isGiven(field) && matters(form, field.name)),
-    );
+    const given = fields.some((field) => field && isGiven(field) && matters(form, field.name));
+    details.classList.toggle("given", given || (details.dataset.section === "grid" && gridOf(form) !== null));
   }
 }
 

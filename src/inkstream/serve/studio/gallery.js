@@ -71,9 +71,11 @@ export function setUpGallery() {
   sizes.addEventListener("input", () => (grid.resize(Number(sizes.value)), keep("tile", Number(sizes.value))));
   grid.resize(Number(sizes.value));
 
-  hear("picture", (picture) =>
-    isOpen(search.query()) ? list.prepend(picture) : search.query().deleted || lookAgain(),
-  );
+  const isAtTop = () => section.scrollTop < section.clientHeight; // who looks at old ones is left alone
+  hear("picture", (picture) => {
+    if (isOpen(search.query())) list.prepend(picture);
+    else if (isAtTop() && !search.query().deleted) lookAgain();
+  });
   hear("marked", (picture) => list.update(picture.id, { favourite: picture.favourite }));
   hear("deleted", (id) => {
     const back = list.take(id);
@@ -85,7 +87,7 @@ export function setUpGallery() {
     undo.delete(id);
   });
   hear("picked", () => grid.refresh());
-  hear("back", () => section.scrollTop < section.clientHeight && lookAgain()); // who looks at old ones is left alone
+  hear("back", () => isAtTop() && lookAgain());
   hear("viewed", (id) => {
     const index = list.indexOf(id);
     if (index < 0 || document.querySelector("dialog[open]")) return;
@@ -127,7 +129,7 @@ function walk(event, grid, field) {
   if (by !== undefined) {
     focused = Math.max(0, Math.min(list.size() - 1, focused + by));
     grid.reveal(focused)?.querySelector(".tile-open").focus({ preventScroll: true });
-  } else if (!item) return;
+  } else if (!item || !event.target.matches(".tile-open")) return;
   else if (event.key === " ") toggle(item);
   else if (event.key.toLowerCase() === "f") markFavourite(item.id, !item.favourite).catch(complain);
   else if (event.key === "Delete")

@@ -42,7 +42,7 @@ export function openViewer(sequence, index) {
     picture = found;
     image.src = picture.url;
     image.alt = picture.prompt || t("noWords");
-    stage.style.setProperty("--ratio", `${picture.width} / ${picture.height}`);
+    stage.style.setProperty("--shape", picture.width / picture.height);
     side.replaceChildren(...facts(picture, { close: () => dialog.close(), show, next }));
     return undefined;
   });

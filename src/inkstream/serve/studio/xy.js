@@ -23,6 +23,14 @@ function axes(form) {
   return new Map([...fields, ...(models().length > 1 ? [model] : [])].map((field) => [field.name, field]));
 }
 
+/** The grid as the server takes it, of fields that the model takes; null where there is none. */
+export function gridOf(form) {
+  const fields = axes(form);
+  const { x = null, y = null } = grid() ?? {};
+  const [first, second] = [x, y].filter((axis) => axis && fields.has(axis.field) && axis.values.length);
+  return first ? { x: first, ...(second ? { y: second } : {}) } : null;
+}
+
 /** The control. {element, refresh}; it is empty while there is no grid. */
 export function gridControl(form) {
   const fields = axes(form);
