@@ -64,10 +64,8 @@ def main() -> None:
             convert("pocket", place, quant=kind)
         model = inkstream.load(place, device="cpu", dtype=torch.float32)
         row = picture_row(kind, place, model, reference, cases, jobs, options.folder)
-        rows.append(row | {key: round(value, 4) for key, value in packed_shares(place, QUANTS[kind]).items()})
-        print(rows[-1], flush=True)
-    for kind in kinds:
-        rows += [matrix_row(kind, QUANTS[kind], shape) for shape in WIDTHS]
+        row |= {key: round(value, 4) for key, value in packed_shares(place, QUANTS[kind]).items()}
+        rows.append(row | {f"product_{shape[0]}": product_error(QUANTS[kind], shape) for shape in WIDTHS})
         print(rows[-1], flush=True)
     if options.record:
         command = shlex.join(["python", *sys.argv])
@@ -96,7 +94,7 @@ def picture_row(
         pass
     judged = [judge(job.path(folder / kind), job.case, job.seed, cases[job.case]) for job in jobs]
     found = {row.measure: row for row in shares(judged) if row.group == "all"}
-    row: dict[str, Any] = {"of": "pocket", "kind": kind, "pictures": len(jobs)}
+    row: dict[str, Any] = {"kind": kind, "pictures": len(jobs)}
     row |= {column: round(found[measure].value, 4) for column, measure in MEASURES.items()}
     if kind == FULL:
         return row
@@ -152,7 +150,7 @@ def packed_shares(place: Path, quant: Quant) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def matrix_row(kind: str, quant: Quant, shape: tuple[int, int]) -> dict[str, Any]:
+def product_error(quant: Quant, shape: tuple[int, int]) -> float:
     """The relative error of a product of normal numbers with a normal matrix, packed so."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
@@ -161,8 +159,7 @@ def matrix_row(kind: str, quant: Quant, shape: tuple[int, int]) -> dict[str, Any
         out = PackedLinear(pack(quant.formats[0], weight, quant.dynamic), None, torch.float32)(x)
     else:
         out = F.linear(x, weight.to(quant.dtype or weight.dtype).float())
-    error = relative(out, F.linear(x, weight))
-    return {"of": "matrix", "kind": kind, "rows": shape[0], "columns": shape[1], "error": float(f"{error:.3g}")}
+    return float(f"{relative(out, F.linear(x, weight)):.3g}")
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from inkstream.bench.records import RECORDS, read_record
 
 Row = Mapping[str, Any]
+Cell = Callable[[Row], str]
 PLACE = re.compile(r"(<!-- record ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 """Where a page shows a record: between these two comments."""
 
@@ -28,103 +29,154 @@ def shown(name: str, folder: Path = RECORDS) -> str:
     on = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
     beside = ", ".join(f"{peer} {version}" for peer, version in record["peers"].items())
     facts = f"{on}, torch {machine['torch']}" + (f", beside {beside}" if beside else "")
-    table = next(make for prefix, make in TABLES.items() if name.startswith(prefix))(record["rows"])
+    words, numbers = next(columns for prefix, columns in TABLES.items() if name.startswith(prefix))
+    table = [
+        [*words, *numbers],
+        ["---"] * len(words) + ["--:"] * len(numbers),
+        *([cell(row) for cell in (*words.values(), *numbers.values())] for row in record["rows"]),
+    ]
     lines = [f"{facts}, {record['date']}: `{record['command']}`", "", *(f"| {' | '.join(row)} |" for row in table)]
     return "\n".join(lines) + "\n"
 
 
-def speed(rows: Sequence[Row]) -> list[list[str]]:
-    """Cases, and who drew them."""
-    heads = ["Case", "Picture", "Asked", "By", "Ratio", "Seconds", "Prompt", "Steps", "Pixels", "Memory"]
-    return [
-        heads,
-        ["---"] * 4 + ["--:"] * 6,
-        *(
-            [
-                row["case"],
-                f"{row['width']}x{row['height']}" + (f", {row['pictures']} at once" if row["pictures"] > 1 else ""),
-                f"{row['evaluations']} times",
-                row["contender"],
-                "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-                f"{row['median']:.3g} ({row['least']:.3g} to {row['most']:.3g})",
-                *(f"{row[f'{stage}_median']:.3g}" for stage in ("prompt", "steps", "pixels")),
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f} GiB",
-            ]
-            for row in rows
-        ),
-    ]
+# Cells: of a row that lacks the field, or has nothing in it, an empty one ---------------------------------------------
 
 
-def caches(rows: Sequence[Row]) -> list[list[str]]:
-    """Settings, what they save and what becomes of the pictures."""
-    heads = ["Setting", "Times as fast", "Block rows computed", "PSNR, median", "least", "All right", "Things right"]
-    return [
-        heads,
-        ["---"] + ["--:"] * 6,
-        *(
-            [
-                row["setting"],
-                f"{row['speed_up']:.2f}",
-                f"{row['blocks']:.0%}",
-                *("" if row[name] is None else f"{row[name]:.1f} dB" for name in ("psnr_median", "psnr_least")),
-                f"{row['all_right']:.0%}",
-                f"{row['objects']:.0%}",
-            ]
-            for row in rows
-        ),
-    ]
+def field(name: str, form: str = "", unit: str = "", scale: float = 1) -> Cell:
+    """What a row has under a name: as it is, or a number times `scale` in a format."""
+
+    def cell(row: Row) -> str:
+        if (value := row.get(name)) is None:
+            return ""
+        return f"{value * scale:{form}}{unit}" if form else f"{value}{unit}"
+
+    return cell
 
 
-def plans(rows: Sequence[Row]) -> list[list[str]]:
-    """Models under plans: bytes foreseen and measured, and times."""
-    heads = ["Model", "Plan", "Computes in", "Pixels", "Foreseen", "Measured", "Ratio", "Load", "Evaluation", "In all"]
-    return [
-        heads,
-        ["---"] * 3 + ["--:"] * 7,
-        *(
-            [
-                row["model"],
-                row["plan"],
-                row["dtype"],
-                str(row["pixels"]),
-                *(f"{row[name] / 2**30:.2f} GiB" for name in ("foreseen", "measured")),
-                f"{row['foreseen'] / row['measured']:.2f}",
-                *(f"{row[name]:.1f} s" for name in ("load", "evaluation", "seconds")),
-            ]
-            if "error" not in row
-            else [row["model"], row["plan"], row["error"], *[""] * 7]
-            for row in rows
-        ),
-    ]
+def gibibytes(name: str) -> Cell:
+    return field(name, ".2f", " GiB", 2**-30)
 
 
-def stages(rows: Sequence[Row]) -> list[list[str]]:
-    """Pieces of a process."""
-    return [
-        ["Piece", "Seconds", "Of the processor"],
-        ["---", "--:", "--:"],
-        *([row["stage"], f"{row['seconds']:.2f}", f"{row['cpu_seconds']:.2f}"] for row in rows),
-    ]
+def percent(name: str) -> Cell:
+    return field(name, ".0%")
 
 
-def kernels(rows: Sequence[Row]) -> list[list[str]]:
-    """Pieces of a model, and ways to compute them."""
-    return [
-        ["Piece", "Way", "Milliseconds", "Ratio", "Apart"],
-        ["---", "---", "--:", "--:", "--:"],
-        *(
-            [row["case"], row["way"], f"{row['milliseconds']:.3f}", f"{row['ratio']:.2f}", f"{row['apart']:.1e}"]
-            for row in rows
-        ),
-    ]
+def picture(row: Row) -> str:
+    return f"{row['width']}x{row['height']}" + (f", {row['pictures']} at once" if row["pictures"] > 1 else "")
 
 
-TABLES: Mapping[str, Callable[[Sequence[Row]], list[list[str]]]] = {
-    "plans": plans,
-    "memory-gpu": plans,
-    "speed-": speed,
-    "cache-": caches,
-    "start-": stages,
-    "kernels-": kernels,
+def spread(row: Row) -> str:
+    return f"{row['median']:.3g} ({row['least']:.3g} to {row['most']:.3g})"
+
+
+def foretold(row: Row) -> str:
+    return "" if "error" in row else f"{row['foreseen'] / row['measured']:.2f}"
+
+
+def computes(row: Row) -> str:
+    return row.get("error") or row["dtype"]
+
+
+Columns = tuple[Mapping[str, Cell], Mapping[str, Cell]]
+"""Of words, and of numbers, which stand to the right."""
+
+PLANS: Columns = (
+    {"Model": field("model"), "Plan": field("plan"), "Computes in": computes},
+    {
+        "Pixels": field("pixels"),
+        "Foreseen": gibibytes("foreseen"),
+        "Measured": gibibytes("measured"),
+        "Ratio": foretold,
+        "Load": field("load", ".1f", " s"),
+        "Evaluation": field("evaluation", ".1f", " s"),
+        "In all": field("seconds", ".1f", " s"),
+    },
+)
+TABLES: Mapping[str, Columns] = {
+    "plans": PLANS,
+    "memory-gpu": PLANS,
+    "convert": (
+        {"Model": field("model"), "`--quant`": field("kind")},
+        {
+            "Peak": gibibytes("peak"),
+            "Seconds": field("seconds", ".0f"),
+            "Of the processor": field("cpu_seconds", ".0f"),
+            "Written": gibibytes("bytes"),
+        },
+    ),
+    "quant-pocket": (
+        {"`--quant`": field("kind")},
+        {
+            "So packed": percent("share"),
+            "Bits a number": field("bits", ".2f"),
+            "Files": field("megabytes", ".1f", " MB"),
+            "PSNR, median": field("psnr_median", ".1f", " dB"),
+            "9 of 10 above": field("psnr_tenth", ".1f", " dB"),
+            "One evaluation": field("one_evaluation", ".1%"),
+            "All right": percent("all_right"),
+            "Things right": percent("objects"),
+            "Relation": percent("relation"),
+            "Count": percent("count"),
+            "Product, 3840": field("product_3840", ".2%"),
+            "Product, 10240": field("product_10240", ".2%"),
+        },
+    ),
+    "quant-speed": (
+        {"`--quant`": field("kind")},
+        {
+            "Ratio": field("ratio", ".2f"),
+            "Seconds": field("seconds_median", ".2f"),
+            "Least": field("seconds_least", ".2f"),
+            "Most": field("seconds_most", ".2f"),
+            "Error": field("error", ".1%"),
+        },
+    ),
+    "batching": (
+        {"What": field("what"), "": field("note")},
+        {
+            "Together": field("together", ".4g"),
+            "One by one": field("one_by_one", ".4g"),
+            "Ratio": field("ratio", ".2f"),
+        },
+    ),
+    "speed-": (
+        {
+            "Case": field("case"),
+            "Picture": picture,
+            "Asked": field("evaluations", "", " times"),
+            "By": field("contender"),
+        },
+        {
+            "Ratio": field("ratio", ".2f"),
+            "Seconds": spread,
+            "Prompt": field("prompt_median", ".3g"),
+            "Steps": field("steps_median", ".3g"),
+            "Pixels": field("pixels_median", ".3g"),
+            "Memory": gibibytes("peak_bytes"),
+        },
+    ),
+    "cache-": (
+        {"Setting": field("setting")},
+        {
+            "Times as fast": field("speed_up", ".2f"),
+            "Block rows computed": percent("blocks"),
+            "PSNR, median": field("psnr_median", ".1f", " dB"),
+            "least": field("psnr_least", ".1f", " dB"),
+            "All right": percent("all_right"),
+            "Things right": percent("objects"),
+        },
+    ),
+    "start-": (
+        {"Piece": field("stage")},
+        {"Seconds": field("seconds", ".2f"), "Of the processor": field("cpu_seconds", ".2f")},
+    ),
+    "kernels-": (
+        {"Piece": field("case"), "Way": field("way")},
+        {
+            "Milliseconds": field("milliseconds", ".3f"),
+            "Ratio": field("ratio", ".2f"),
+            "Apart": field("apart", ".1e"),
+        },
+    ),
 }
 """How the name of a record begins -> its table."""
