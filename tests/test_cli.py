@@ -334,8 +334,11 @@ def test_the_models_are_listed(capsys):
     known = {model["name"]: model for model in json.loads(capsys.readouterr().out)}
     assert known["z-image-turbo"]["defaults"]["steps"] == 8
     assert known["z-image-turbo"]["licence"] == "apache-2.0"
+    assert all(fit["seconds"] > 0 for fit in known["pocket"]["fits"])
     assert main(["models"]) == 0
-    assert all(name in capsys.readouterr().out for name in ["z-image-turbo"])
+    shown = capsys.readouterr().out
+    assert all(f"{name}  (" in shown for name in known)
+    assert "\nrecommended: " in shown
 
 
 def test_the_doctor_says_what_fits(capsys):

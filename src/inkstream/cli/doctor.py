@@ -14,6 +14,7 @@ from typing import Any
 
 from inkstream.cli.lines import in_gibibytes, in_gigabytes, print_facts
 from inkstream.engine.licences import SETTING, in_words, is_commercial_only
+from inkstream.families import RECOMMENDED
 
 PACKAGES = ("inkstream", "torch", "tokenizers", "safetensors", "huggingface-hub", "pillow", "pydantic")
 DRAWS = {False: "models of any licence", True: f"models for commercial use alone: {SETTING} is set"}
@@ -27,7 +28,7 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
     import torch
     from huggingface_hub import constants
 
-    from inkstream.engine.fit import fits, here, known, measure_speed, recommend
+    from inkstream.engine.fit import fits, here, known, measure_speed
     from inkstream.engine.loader import choose_device, choose_dtype
     from inkstream.engine.memory import SPARE, count_weights, free_memory
 
@@ -38,15 +39,13 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
     speed = measure_speed(device, dtype) if memory is None and timed else None
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
-    found = {spec.name: fits(spec, kind, budget, speed) for spec in known()}
-    allowed = {spec.name: found[spec.name] for spec in known() if spec.commercial or not is_commercial_only()}
     models = [
         {
             "name": spec.name,
             "licence": spec.licence,
             "commercial": spec.commercial,
             "weights": count_weights(spec),
-            "fits": [asdict(fit) for fit in found[spec.name]],
+            "fits": [asdict(fit) for fit in fits(spec, kind, budget, speed)],
         }
         for spec in known()
     ]
@@ -73,7 +72,7 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
         "commercial_only": is_commercial_only(),
         "for": {"kind": kind, "memory_bytes": memory or free, "budget_bytes": budget},
         "models": models,
-        "recommended": recommend(allowed),
+        "recommended": recommend(models),
     }
 
 
@@ -95,7 +94,13 @@ def print_findings(findings: dict[str, Any], asked: bool = False) -> None:
     card = f"{in_gibibytes(findings['for']['memory_bytes'])}, of which {in_gibibytes(budget or 0)} are planned with"
     about = {"a GPU with": card} if asked else lines
     print_facts({**about, "draws with": DRAWS[findings["commercial_only"]], **models})
-    print(advise(findings))
+    print(advise(findings["models"]))
+
+
+def recommend(models: Sequence[Mapping[str, Any]]) -> str | None:
+    """The model to take of those that fit and may be used."""
+    allowed = {m["name"] for m in models if m["fits"] and (m["commercial"] or not is_commercial_only())}
+    return next((name for name in RECOMMENDED if name in allowed), None)
 
 
 def judge(fits: Sequence[Mapping[str, Any]], budget: int | None) -> str:
@@ -119,12 +124,12 @@ def in_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def advise(findings: Mapping[str, Any]) -> str:
+def advise(models: Sequence[Mapping[str, Any]]) -> str:
     """The model to take, and the commands that take it."""
-    name = findings["recommended"]
+    name = recommend(models)
     if name is None:
         return "nothing fits: free some memory, or draw on another machine"
-    fit = next(model["fits"][0] for model in findings["models"] if model["name"] == name)
+    fit = next(model["fits"][0] for model in models if model["name"] == name)
     if fit["precision"] == "bf16" or name == "pocket":
         return f"recommended: {name}, {describe(fit)}: inkstream generate 'a lighthouse in fog' -m {name}"
     folder = f"{name}-{fit['precision']}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-from inkstream.cli.doctor import judge
+from inkstream.cli.doctor import advise, judge
 from inkstream.cli.lines import in_gigabytes
 from inkstream.engine.licences import in_words
 from inkstream.engine.options import options
@@ -18,10 +18,13 @@ TELLING = ("negative_prompt", "guidance", "cache", "image", "strength", "mask", 
 
 def list_models() -> list[dict[str, Any]]:
     """What is known of each model, as JSON."""
-    from inkstream.engine.fit import fits, foreseen, here
+    from inkstream.engine.fit import fits, foreseen, here, measure_speed
+    from inkstream.engine.loader import choose_device, choose_dtype
     from inkstream.weights.hub import cached
 
     kind, budget = here()
+    device = choose_device()
+    speed = measure_speed(device, choose_dtype(None, device))
     return [
         {
             "name": spec.name,
@@ -31,7 +34,7 @@ def list_models() -> list[dict[str, Any]]:
             "commercial": spec.commercial,
             "download_bytes": spec.download_bytes,
             "here": spec.folder is not None or bool(spec.repo and cached(spec.repo, ["*.safetensors"])),
-            "fits": [asdict(fit) for fit in fits(spec, kind, budget)] if spec.name in foreseen() else None,
+            "fits": [asdict(fit) for fit in fits(spec, kind, budget, speed)] if spec.name in foreseen() else None,
             "abilities": sorted(spec.abilities),
             "options": {
                 name: {key: value for key, value in option._asdict().items() if value}
@@ -54,7 +57,7 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def print_models(known: list[dict[str, Any]]) -> None:
-    """A paragraph for each model."""
+    """A paragraph for each model, and which to take."""
     for model in known:
         defaults = model["defaults"]
         size = in_gigabytes(model["download_bytes"]) if model["download_bytes"] else ""
@@ -71,6 +74,7 @@ def print_models(known: list[dict[str, Any]]) -> None:
             if names:
                 words = ", ".join(name.replace("_", " ") for name in names)
                 print(f"  {word} {words}" + (", though it was not made for that" if word == "bears" else ""))
+    print(advise(known))
 
 
 def in_a_word(option: Mapping[str, Any]) -> str:

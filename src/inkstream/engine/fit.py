@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,14 +71,6 @@ def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) 
             seconds = None if speed is None else foretell(spec, kind, precision, plan, speed)
             found.append(Fit(precision, plan, peaks[plan], seconds))
     return sorted(found, key=lambda fit: fit.plan == "streamed")
-
-
-def recommend(found: Mapping[str, Sequence[Fit]]) -> str | None:
-    """The model to take of those that fit, by name -> fits: the first known one that is free to use and no toy."""
-    for wanted in ("z-image-turbo", "flux2-klein-4b", "pocket"):
-        if found.get(wanted):
-            return wanted
-    return None
 
 
 def foretell(spec: Spec, kind: str, precision: str, plan: str, speed: Speed) -> float:

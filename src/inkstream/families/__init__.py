@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SPECS: dict[str, Spec] = {spec.name: spec for spec in (*zimage.SPECS, *flux1.SPECS.values(), *flux2.SPECS.values())}
 """Every known model by name."""
 
+RECOMMENDED = ("z-image-turbo", "flux2-klein-4b", "pocket")
+"""To whoever has no wish of their own, the best first; anyone may use them for anything."""
+
 FAMILIES: dict[str, str] = {
     "zimage": "inkstream.families.zimage.family:ZImage",
     "flux1": "inkstream.families.flux1.family:Flux1",
