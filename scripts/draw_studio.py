@@ -30,9 +30,25 @@ from inkstream.serve.app import build
 from inkstream.serve.limits import Settings
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
-CHINESE = ("三个红色的爱心，白色背景", "五颗黄色的星星，蓝色背景")
+CHINESE = ("三个红色的爱心，白色背景", "四颗黄色的星星，蓝色背景")
+MORE = (
+    "a purple star, on a gradient from yellow top to orange bottom",
+    "two green hearts, on a black background",
+    "a cyan ring above an orange square, on a white background",
+    "a large brown cross on the right, a small pink circle on the left, on a yellow background",
+    "four white circles, on a purple background",
+    "a split background, blue left and white right, a large red star in the center",
+    "a yellow crescent in the center, on a gradient from blue top to black bottom",
+    "three cyan drops, on a white background",
+    "a pink heart to the right of a green circle, on a black background",
+    "an orange triangle below a purple square, on a white background",
+    "two white stars, on a red background",
+    "a large green ring in the center, on a pink background",
+)
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 800}
+GRID = 202_611
+"""Seed of the grid, by which its pictures are found."""
 MOST = 200_000
 """Bytes of a picture in the documentation."""
 
@@ -63,8 +79,8 @@ def fill(address: str) -> None:
     """Draw what the gallery and the sheet show, where it is not there yet."""
     here = {job["note"] for job in ask(f"{address}/v1/jobs?limit=500")["jobs"]}
     axes = {"x": {"field": "steps", "values": [2, 4, 8, 16]}, "y": {"field": "guidance", "values": [1, 4, 7]}}
-    jobs: list[dict[str, Any]] = [{"prompt": PROMPTS[0], "seed": 3, "note": "grid", "grid": axes}]
-    jobs += [{"prompt": prompt, "seed": i, "count": 2, "note": str(i)} for i, prompt in enumerate(CHINESE + PROMPTS)]
+    jobs: list[dict[str, Any]] = [{"prompt": PROMPTS[0], "seed": GRID, "note": "grid", "grid": axes}]
+    jobs += [{"prompt": prompt, "seed": i, "note": str(i)} for i, prompt in enumerate((*PROMPTS, *MORE, CHINESE[1]))]
     for job in jobs:
         if job["note"] not in here:
             ask(f"{address}/v1/jobs", job, "POST")
@@ -117,18 +133,17 @@ def draw_desk(browser: Any, address: str) -> None:
 
 
 def draw_dialogs(browser: Any, address: str) -> None:
-    job = next(job for job in ask(f"{address}/v1/jobs?limit=500")["jobs"] if job["note"] == "grid")
     page = open_page(browser, address, DESK, "light")
-    first = next(p for p in ask(f"{address}/v1/pictures?limit=500")["pictures"] if p["job"] == job["id"])
-    page.fill("#search", str(first["seed"]))
-    page.wait_for_timeout(800)
+    page.fill("#search", str(GRID))
+    page.wait_for_selector(".count >> text='12 pictures'")
+    page.wait_for_selector(".tile.loaded")
     tiles = page.locator(".tile-open")
     tiles.first.click()
     page.locator("dialog").get_by_role("button", name="All of this job").click()
     page.wait_for_selector(".sheet-grid img")
     shoot(page, "grid")
     page.keyboard.press("Escape")
-    for i in (0, 3):
+    for i in (4, 7):  # newest first: 16 steps and 2, of guidance 4
         tiles.nth(i).click(modifiers=["Control"])
     page.get_by_role("button", name="Compare").click()
     shoot(page, "compare")

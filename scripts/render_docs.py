@@ -1,5 +1,5 @@
 """Render docs/cli.md from the command line itself, the keys in docs/training.md from the recipe, the table in
-docs/models.md from the known models, and those in docs/speed.md from the records of what was measured.
+docs/models.md from the known models, and those of what was measured, on every page, from the records.
 
     python scripts/render_docs.py
 """
@@ -115,5 +115,5 @@ if __name__ == "__main__":
     page.write_text(page.read_text().partition(KNOWN)[0] + KNOWN + models())
     training = DOCS / "training.md"
     training.write_text(training.read_text().partition(KEYS)[0] + KEYS + describe())
-    speed = DOCS / "speed.md"
-    speed.write_text(fill(speed.read_text(), RECORDS))
+    for page in DOCS.glob("*.md"):
+        page.write_text(fill(page.read_text(), RECORDS))

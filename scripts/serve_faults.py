@@ -1,6 +1,7 @@
 """An ordeal for the server: clients ask for pictures while its engine and it itself are killed, again and again.
 
-    python scripts/serve_faults.py [--jobs 40] [--clients 8] [--engine-kills 5] [--server-kills 2] [--seed 0]
+    python scripts/serve_faults.py --date 2026-11-21 [--jobs 40] [--clients 8] [--engine-kills 5] [--server-kills 2]
+        [--seed 0] [--data FOLDER] [--record serve-faults-cpu]
 
 Then all is looked at: every accepted job has ended exactly once, every picture opens and is what its record says, and
 nothing else lies in the folder. Linux: it finds the engine as the server's child in /proc.
@@ -14,6 +15,7 @@ import io
 import json
 import os
 import random
+import shlex
 import signal
 import socket
 import sqlite3
@@ -24,7 +26,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -41,44 +44,52 @@ class Down(Exception):
 
 
 @dataclass
-class Ordeal:
-    """One server in its folder, and what its clients know of it."""
+class Server:
+    """A server in a process of its own, in its folder, drawing with Pocket."""
 
     folder: Path
-    seed: int
+    options: tuple[str, ...] = ()
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
-    accepted: dict[str, str] = field(default_factory=dict)  # idempotency key -> job
-    ended: dict[str, dict[str, Any]] = field(default_factory=dict)  # job -> as it was first seen ended
-    problems: list[str] = field(default_factory=list)
 
     def start(self) -> None:
-        """Start a server, on the port it always has."""
+        """Start it, on the port it always has."""
         if not self.port:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 self.port = free.getsockname()[1]
-        words = ["serve", "--port", str(self.port), "--data", str(self.folder), "--model", "pocket"]
+        words = ["serve", "--port", str(self.port), "--data", str(self.folder), "--model", "pocket", *self.options]
         with (self.folder.parent / "log.txt").open("ab") as log:
             self.process = subprocess.Popen([sys.executable, "-m", "inkstream", *words], stdout=log, stderr=log)
 
+    def stop(self) -> None:
+        """End it as Ctrl-C does."""
+        assert self.process is not None
+        self.process.terminate()
+        self.process.wait(30)
+
     def kill(self) -> None:
-        """End the server as a power cut would."""
+        """End it as a power cut would."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
 
-    def kill_engine(self) -> bool:
-        """End the engine in the same way; whether there was one."""
+    def engines(self) -> list[int]:
+        """The processes that draw for it: one, or for a moment none."""
         assert self.process is not None
         pid = self.process.pid
         try:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            engines = [int(c) for c in children if b"serve.worker" in Path(f"/proc/{c}/cmdline").read_bytes()]
-            for engine in engines:
-                os.kill(engine, signal.SIGKILL)
+            return [int(c) for c in children if b"serve.worker" in Path(f"/proc/{c}/cmdline").read_bytes()]
         except OSError:
-            return False
+            return []
+
+    def kill_engine(self) -> bool:
+        """End the engine in the same way; whether there was one."""
+        engines = self.engines()
+        for engine in engines:
+            with suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
         return bool(engines)
 
     def ask(self, method: str, path: str, body: Any = None, token: str = "") -> Any:
@@ -95,6 +106,17 @@ class Ordeal:
         except (OSError, ValueError, HTTPException) as error:
             raise Down(str(error)) from None
 
+
+class Ordeal:
+    """A server, what its clients know of it, and what becomes of both."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.server = Server(folder)
+        self.seed = seed
+        self.accepted: dict[str, str] = {}  # idempotency key -> job
+        self.ended: dict[str, dict[str, Any]] = {}  # job -> as it was first seen ended
+        self.problems: list[str] = []
+
     def client(self, number: int, jobs: int) -> None:
         """Ask for some pictures, as often as it takes, and wait until each job has ended."""
         dice = random.Random(f"{self.seed}-{number}")
@@ -103,7 +125,7 @@ class Ordeal:
             while token not in self.accepted:
                 try:
                     body = REQUEST | {"seed": 1000 * number + 10 * job}
-                    self.accepted[token] = self.ask("POST", "/v1/jobs", body, token)["id"]
+                    self.accepted[token] = self.server.ask("POST", "/v1/jobs", body, token)["id"]
                 except Down:
                     time.sleep(0.2)
             time.sleep(dice.uniform(0, 0.5))
@@ -111,7 +133,7 @@ class Ordeal:
         while waiting := [job for job in mine if job not in self.ended]:
             for job in waiting:
                 try:
-                    seen = self.ask("GET", f"/v1/jobs/{job}")
+                    seen = self.server.ask("GET", f"/v1/jobs/{job}")
                 except Down:
                     break
                 if seen["ended"]:
@@ -121,8 +143,8 @@ class Ordeal:
     def run(self, jobs: int, clients: int, engine_kills: int, server_kills: int) -> dict[str, Any]:
         """The whole ordeal. What is returned sums it up; `problems` is empty if it was passed."""
         began = time.monotonic()
-        self.folder.mkdir(parents=True)
-        self.start()
+        self.server.folder.mkdir(parents=True)
+        self.server.start()
         dice = random.Random(self.seed)
         shares = [jobs // clients + (number < jobs % clients) for number in range(clients)]
         threads = [threading.Thread(target=self._client, args=(n, share)) for n, share in enumerate(shares)]
@@ -136,17 +158,16 @@ class Ordeal:
             self._wait_for(lambda number=number: self._drawn() >= total * number // (len(kills) + 1) and self._busy())
             time.sleep(dice.uniform(0, 0.4))
             if kill == "server":
-                self.kill()
-                self.start()
+                self.server.kill()
+                self.server.start()
             else:
-                self._wait_for(self.kill_engine)
+                self._wait_for(self.server.kill_engine)
         for thread in threads:
             thread.join(PATIENCE)
             if thread.is_alive():
                 self.problems.append("a client still waits")
         self.examine(jobs)
-        self.process.terminate()  # type: ignore[union-attr]
-        self.process.wait(30)  # type: ignore[union-attr]
+        self.server.stop()
         return {
             "jobs": jobs,
             "clients": clients,
@@ -164,7 +185,7 @@ class Ordeal:
             expect(f"{jobs} jobs were asked for, {len(set(self.accepted.values()))} are there")
         files = set()
         for token, identity in self.accepted.items():
-            job = self.ask("GET", f"/v1/jobs/{identity}")
+            job = self.server.ask("GET", f"/v1/jobs/{identity}")
             if self.ended.get(identity) != job:
                 expect(f"{identity} has changed after its end")
             if job["state"] != "succeeded":
@@ -176,7 +197,7 @@ class Ordeal:
             if first != 1000 * int(number) + 10 * int(place):
                 expect(f"{identity} is not what {token} asked for")
             for picture in job["pictures"]:
-                data = self.ask("GET", picture["url"])
+                data = self.server.ask("GET", picture["url"])
                 files.add(picture["id"])
                 image = Image.open(io.BytesIO(data))
                 image.load()
@@ -185,12 +206,12 @@ class Ordeal:
                 found = (hashlib.sha256(data).hexdigest(), len(data), image.size, record["seed"])
                 if told != found or picture["seed"] != first + picture["index"]:
                     expect(f"{picture['id']} is not what its record says: {told} {found}")
-        there = {file.stem for file in self.folder.glob("pictures/*/*")}
+        there = {file.stem for file in self.server.folder.glob("pictures/*/*")}
         if there != files:
             expect(f"{len(there ^ files)} files do not belong to a picture, or are missing")
-        if rest := list((self.folder / "parts").iterdir()):
+        if rest := list((self.server.folder / "parts").iterdir()):
             expect(f"{len(rest)} half-written files are left")
-        with sqlite3.connect(self.folder / "inkstream.db") as db:
+        with sqlite3.connect(self.server.folder / "inkstream.db") as db:
             states = dict(db.execute("SELECT state, count(*) FROM jobs GROUP BY state"))
             damage = db.execute("PRAGMA integrity_check").fetchone()[0]
         db.close()
@@ -213,7 +234,7 @@ class Ordeal:
     def _drawn(self) -> int:
         """Pictures in the history, read behind the server's back, who may be dead."""
         try:
-            with sqlite3.connect(f"file:{self.folder}/inkstream.db?mode=ro", uri=True) as db:
+            with sqlite3.connect(f"file:{self.server.folder}/inkstream.db?mode=ro", uri=True) as db:
                 drawn = db.execute("SELECT count(*) FROM pictures").fetchone()[0]
             db.close()
         except sqlite3.Error:
@@ -223,7 +244,7 @@ class Ordeal:
     def _busy(self) -> bool:
         """Whether something is being drawn."""
         try:
-            return bool(self.ask("GET", "/v1/queue")["running"])
+            return bool(self.server.ask("GET", "/v1/queue")["running"])
         except Down:
             return False
 
@@ -232,9 +253,16 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, number in {"jobs": 40, "clients": 8, "engine-kills": 5, "server-kills": 2, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--data", type=Path)
+    parser.add_argument("--date", default="", help="the day, for the record")
+    parser.add_argument("--data", type=Path, help="folder that keeps the server's data; must be new")
+    parser.add_argument("--record", help="write benchmarks/records/NAME.json")
     asked = parser.parse_args()
     folder = (asked.data or Path(tempfile.mkdtemp())) / "data"
     outcome = Ordeal(folder, asked.seed).run(asked.jobs, asked.clients, asked.engine_kills, asked.server_kills)
     print(json.dumps(outcome, indent=2))
+    if asked.record:
+        from inkstream.bench.records import write_record  # not at the top: it imports torch, which only this needs
+
+        row = {**outcome, "problems": len(outcome["problems"])}
+        print(write_record(asked.record, asked.date, shlex.join(["python", *sys.argv]), {}, [row]))
     sys.exit(bool(outcome["problems"]))

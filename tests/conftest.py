@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +164,10 @@ class Served:
         import uvicorn
 
         from inkstream.serve.app import build
-        from inkstream.serve.process import COMMAND
+        from inkstream.serve.process import COMMAND, EngineProcess
 
-        self.app = build(settings, COMMAND if engine is None else (sys.executable, "-c", engine))
+        command = COMMAND if engine is None else (sys.executable, "-c", engine)
+        self.app = build(settings, partial(EngineProcess, command=command))
         self.service = self.app.state.service
         config = uvicorn.Config(self.app, "127.0.0.1", 0, log_config=None, timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)

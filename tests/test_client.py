@@ -163,6 +163,9 @@ def test_a_server_that_is_gone_for_good_fails_the_request_and_names_the_address(
             relay.refuse()
     assert events[-1].kind == "input"
     assert relay.address in events[-1].error
+    assert [event.note for event in events if isinstance(event, Loading) and event.what == "server"] == [
+        f"the server at {relay.address} does not answer: waiting 1 s for it to be there again"
+    ]
     job = server.ask("GET", "/v1/jobs?limit=1")[2]["jobs"][0]
     server.ask("DELETE", f"/v1/jobs/{job['id']}")
 
@@ -197,6 +200,26 @@ def test_no_server_and_no_address_are_told_at_once():
     assert "does not answer" in failed.error
     with pytest.raises(InputError, match="write it as"):
         Client("localhost:8400")
+    with pytest.raises(InputError, match="leave /v1 out"):
+        Client("http://localhost:8400/v1/")
+
+
+@pytest.mark.parametrize("answer", [b"<p>Welcome!</p>", b"{}", b"[1]", b"{", b""])
+@pytest.mark.parametrize("kind", ["text/html", "application/json"])
+def test_another_programs_server_is_told_from_one_of_ours(answer, kind):
+    with socket.create_server(("127.0.0.1", 0)) as door:
+
+        def welcome() -> None:
+            near = door.accept()[0]
+            near.recv(65536)
+            head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nContent-Length: {len(answer)}\r\n\r\n"
+            near.sendall(head.encode() + answer)
+            near.close()
+
+        threading.Thread(target=welcome, daemon=True).start()
+        (failed,) = Client(f"http://127.0.0.1:{door.getsockname()[1]}").submit(Request(**WISH))
+    assert isinstance(failed, Failed)
+    assert failed.error.endswith("is no inkstream server: check its address")
 
 
 def test_a_key_goes_to_the_server_and_to_no_other_it_points_to(tmp_path, start_server):

@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from inkstream.cli import main
 from inkstream.serve.errors import Refused
 from inkstream.serve.keys import ANYONE
 from inkstream.serve.limits import Limits, Settings
+from inkstream.serve.process import EngineProcess
 from inkstream.types import Request
 
 HANGS = """import json, sys
@@ -26,6 +28,11 @@ print(json.dumps({'event': 'ready', 'seconds': 0}), flush=True)
 sys.stdin.read()"""
 """An engine that takes jobs and never says a word of them."""
 SCRIPT = Path(__file__).parent.parent / "scripts" / "serve_faults.py"
+
+
+def engine(program: str) -> partial[EngineProcess]:
+    """A Python program as the engine."""
+    return partial(EngineProcess, command=(sys.executable, "-c", program))
 
 
 def ordeal(folder: Path, seed: int) -> Any:
@@ -49,7 +56,7 @@ def test_an_engine_that_cannot_start_is_tried_again_and_jobs_wait(tmp_path, unti
     from inkstream.serve.app import build
 
     async def live() -> tuple[int, str]:
-        app = build(Settings(tmp_path, models=("pocket",)), command=(sys.executable, "-c", "raise SystemExit(3)"))
+        app = build(Settings(tmp_path, models=("pocket",)), make=engine("raise SystemExit(3)"))
         jobs = app.state.service.jobs
         async with app.router.lifespan_context(app):
             job = jobs.submit(ANYONE, Request(prompt="x", steps=1))
@@ -77,7 +84,7 @@ def test_a_picture_that_kills_every_engine_is_given_up(tmp_path):
 
     async def live() -> dict[str, Any]:
         settings = Settings(tmp_path, models=("pocket",), preload=False)
-        app = build(settings, command=(sys.executable, "-c", deadly))
+        app = build(settings, make=engine(deadly))
         jobs = app.state.service.jobs
         async with app.router.lifespan_context(app):
             job = jobs.submit(ANYONE, Request(prompt="x", steps=1))
@@ -96,7 +103,7 @@ def synchronous(server: Any) -> None:
         return
     jobs = server.service.jobs
 
-    @server.app.post("/v1/draw-and-wait")
+    @server.app.post("/v1/draw-and-wait", include_in_schema=False)
     async def draw_and_wait(http: HTTPRequest) -> Any:
         request = Request.model_validate(await http.json())
         return await jobs.run(http, jobs.submit(ANYONE, request, waited=True))
@@ -176,7 +183,7 @@ def test_only_what_waits_for_a_server_that_stops_is_refused(tmp_path):
     from inkstream.serve.app import build
 
     async def live() -> int:
-        app = build(Settings(tmp_path, models=("pocket",)), command=(sys.executable, "-c", "input()"))
+        app = build(Settings(tmp_path, models=("pocket",)), make=engine("input()"))
         jobs = app.state.service.jobs
 
         async def never() -> dict[str, str]:

@@ -18,7 +18,7 @@ from inkstream.types import InputError, Request
 @pytest.fixture(scope="module")
 def drawn(server):
     """A job that has ended, with two pictures."""
-    return server.ended(server.draw(prompt="一只橘猫 and a Blue circle", count=2, seed=4242, width=64))
+    return server.ended(server.draw(prompt="一只橘猫 and a Blue kite", count=2, seed=4242, width=64))
 
 
 def png(server, picture) -> bytes:
@@ -34,29 +34,29 @@ def test_pictures_are_found_by_words_seed_model_and_date(server, drawn):
         return [picture["id"] for picture in page["pictures"]]
 
     assert found("q=%E6%A9%98%E7%8C%AB") == [b["id"], a["id"]]
-    assert found("q=blue%20CIRCLE") == [b["id"], a["id"]]
+    assert found("q=blue%20KITE") == [b["id"], a["id"]]
     assert found("seed=4243") == [b["id"]]
     assert a["id"] in found("model=pocket&limit=500")
     assert found("model=other") == []
     assert found(f"until={a['created']}&seed=4243") == []
     assert found(f"since={b['created']}&seed=4243") == [b["id"]]
-    page = server.ask("GET", "/v1/pictures?q=blue&limit=1")[2]
+    page = server.ask("GET", "/v1/pictures?q=kite&limit=1")[2]
     assert (page["total"], page["pictures"][0]["id"]) == (2, b["id"])
-    page = server.ask("GET", f"/v1/pictures?q=blue&limit=1&before={page['next']}")[2]
+    page = server.ask("GET", f"/v1/pictures?q=kite&limit=1&before={page['next']}")[2]
     assert page["pictures"][0]["id"] == a["id"]
 
 
 def test_a_favourite_is_marked_and_a_deletion_is_undone(server, drawn):
     path = f"/v1/pictures/{drawn['pictures'][0]['id']}"
     assert server.ask("PATCH", path, {"favourite": True})[2]["favourite"]
-    found = server.ask("GET", "/v1/pictures?favourite=true&q=blue")[2]
+    found = server.ask("GET", "/v1/pictures?favourite=true&q=kite")[2]
     assert [picture["id"] for picture in found["pictures"]] == [drawn["pictures"][0]["id"]]
     assert server.ask("PATCH", path, {"deleted": True})[2]["deleted"]
-    assert server.ask("GET", "/v1/pictures?q=blue")[2]["total"] == 1
-    assert server.ask("GET", "/v1/pictures?q=blue&deleted=true")[2]["total"] == 1
+    assert server.ask("GET", "/v1/pictures?q=kite")[2]["total"] == 1
+    assert server.ask("GET", "/v1/pictures?q=kite&deleted=true")[2]["total"] == 1
     back = server.ask("PATCH", path, {"deleted": False, "favourite": False})[2]
     assert (back["deleted"], back["favourite"]) == (False, False)
-    assert server.ask("GET", "/v1/pictures?q=blue")[2]["total"] == 2
+    assert server.ask("GET", "/v1/pictures?q=kite")[2]["total"] == 2
 
 
 def test_a_thumbnail_is_small_made_once_and_not_sent_twice(server, drawn):
@@ -218,3 +218,10 @@ print("torch" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("body", [{"paused": 0}, {"paused": "no"}, {"paused": None}, {}, {"paused": True, "now": True}])
+def test_only_true_and_false_pause_the_queue(server, body):
+    status, _, answer = server.ask("PATCH", "/v1/queue", body)
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+    assert server.ask("GET", "/v1/queue")[2]["paused"] is False

@@ -12,6 +12,8 @@ import pytest
 from PIL import Image
 
 from inkstream.engine.metadata import read_request
+from inkstream.serve.keys import add_key
+from inkstream.serve.limits import Limits, Settings
 
 openai = pytest.importorskip("openai")
 PROMPT = "a red circle"
@@ -131,7 +133,7 @@ def test_an_edit_is_streamed_under_its_own_names(client, circle):
     assert opened(told[0].b64_json).format == "JPEG"
 
 
-def test_a_client_that_leaves_stops_its_drawing(client, server, until):
+def test_a_client_that_leaves_stops_its_drawing(client, server, until, caplog):
     body = {"prompt": PROMPT, "size": "256x256", "steps": 50}
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("POST", "/v1/images/generations", json.dumps(body), {"Content-Type": "application/json"})
@@ -145,6 +147,17 @@ def test_a_client_that_leaves_stops_its_drawing(client, server, until):
     next(iter(events))
     events.close()
     until(lambda: newest()["state"] == "cancelled" and newest()["request"]["steps"] == 49)
+    assert "Exception" not in caplog.text  # it is no fault of the server's
+
+
+def test_a_drawing_that_somebody_else_cancels_ends_with_an_error(client, server, until):
+    long = {"prompt": PROMPT, "size": "256x256", "stream": True, "partial_images": 3, "extra_body": {"steps": 48}}
+    events = client.images.generate(**long)
+    next(iter(events))
+    (job,) = server.ask("GET", "/v1/queue")[2]["running"]
+    server.ask("DELETE", f"/v1/jobs/{job['id']}")
+    with pytest.raises(openai.APIError, match="cancelled by somebody else"):
+        list(events)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +190,28 @@ def test_a_model_that_is_not_offered_is_not_found(client):
     with pytest.raises(openai.NotFoundError, match="take pocket") as refused:
         client.images.generate(**{**SMALL, "model": "dall-e-3"})
     assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+def test_keys_quotas_and_a_full_queue_are_refused_as_the_package_knows_them(tmp_path, start_server):
+    key = add_key(tmp_path / "keys.json", "somebody", 0.0, pictures_per_day=2)
+    other = add_key(tmp_path / "keys.json", "other", 0.0)
+    settings = Settings(tmp_path, models=("pocket",), limits=Limits(queue=1))
+    served = start_server(settings, engine="input()")
+    client = openai.OpenAI(api_key=key, base_url=f"http://127.0.0.1:{served.port}/v1", max_retries=0)
+    with client, pytest.raises(openai.RateLimitError, match="2 pictures a day") as refused:
+        client.images.generate(**SMALL, n=3)
+    assert refused.value.code == "insufficient_quota"
+    assert int(refused.value.response.headers["retry-after"]) > 0
+    client = openai.OpenAI(api_key="guessed", base_url=client.base_url, max_retries=0)
+    with client, pytest.raises(openai.AuthenticationError, match="not known here") as refused:
+        client.images.generate(**SMALL)
+    assert refused.value.code == "invalid_api_key"
+    headers = {"Authorization": f"Bearer {other}"}
+    assert served.ask("POST", "/v1/jobs", {"prompt": PROMPT}, headers)[0] == 202
+    client = openai.OpenAI(api_key=other, base_url=client.base_url, max_retries=0)
+    with client, pytest.raises(openai.RateLimitError, match="queue is full"):
+        client.images.generate(**SMALL)
+    served.stop()
 
 
 def test_what_is_no_picture_is_refused(client):

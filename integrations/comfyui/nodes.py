@@ -9,6 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,8 @@ class Server:
                 time.sleep(PAUSE)
                 job = json.loads(self.ask("GET", path))
         except BaseException:
-            self.ask("DELETE", path)
+            with suppress(RuntimeError):  # it is gone; what is told is why
+                self.ask("DELETE", path)
             raise
         if job["state"] != "succeeded":
             raise RuntimeError(job["error"]["message"] if job["error"] else "the job was cancelled on the server")
@@ -139,7 +141,10 @@ class Server:
             with refused:
                 raise RuntimeError(_message(refused.code, refused.read())) from None
         except OSError as error:
-            raise RuntimeError(f"the inkstream server at {self.url} does not answer: {error}") from None
+            reason = getattr(error, "reason", error)
+            raise RuntimeError(
+                f"the inkstream server at {self.url} does not answer ({reason}): start it, or give another address"
+            ) from None
 
 
 class _Direct(urllib.request.HTTPRedirectHandler):

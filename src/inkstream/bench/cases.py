@@ -49,6 +49,7 @@ class Case:
 
 CONTENDERS: Mapping[str, Mapping[str, str]] = {
     "ours": {"by": "ours"},
+    "ours compiled": {"by": "ours", "compiled": "blocks"},
     "ours fp8": {"by": "ours", "quant": "fp8"},
     "diffusers": {"by": "diffusers"},
     "diffusers compiled": {"by": "diffusers", "compiled": "blocks"},
@@ -92,7 +93,7 @@ CASES: Mapping[str, Case] = {
         Case("medium-guided", _MEDIUM, 256, 256, 8, 5.0),
         Case("real-width", _REAL_WIDTH, 512, 512, 2, repeats=3),
         Case("pocket", POCKET, 128, 128, 16, 4.0, weights="package"),
-        replace(_GPU, name="turbo-1024", contenders=(*_GPU.contenders, "sd.cpp")),
+        replace(_GPU, name="turbo-1024", contenders=(*_GPU.contenders, "ours compiled", "sd.cpp")),
         replace(_GPU, name="turbo-512-batch-8", width=512, height=512, count=8, warm=2, repeats=8),
         replace(_GPU, name="base-1024", steps=50, guidance=5.0, repeats=2),
         replace(_GPU, name="klein-1024", spec=KLEIN_4B, steps=4),

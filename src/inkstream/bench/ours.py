@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 import inkstream
 from inkstream.bench.child import Draw, Order, Setup, Stages, attend, to_bytes
+from inkstream.engine.compile import compile_blocks
+from inkstream.engine.graphs import replay_small
 from inkstream.engine.loader import dtype_of, load
 from inkstream.engine.model import Model
 from inkstream.engine.sources import Unset, locate
@@ -19,11 +21,12 @@ from inkstream.weights.keymap import matches
 
 
 def open_ours(setup: Setup) -> tuple[Draw, dict[str, str]]:
-    case = setup.case
+    case, compiled = setup.case, "compiled" in setup.how
     if case.weights == "memory":
-        model = random_model(case.spec, setup.device, setup.dtype, "quant" in setup.how)
+        model = random_model(case.spec, setup.device, setup.dtype, "quant" in setup.how, compiled)
     else:
-        model = load("pocket" if case.weights == "package" else setup.folder, setup.device, setup.dtype)
+        place = "pocket" if case.weights == "package" else setup.folder
+        model = load(place, setup.device, setup.dtype, compiled=compiled)
 
     def draw(order: Order, stages: Stages) -> Tensor:
         case = order.case
@@ -42,13 +45,18 @@ def open_ours(setup: Setup) -> tuple[Draw, dict[str, str]]:
     return draw, {"inkstream": inkstream.__version__}
 
 
-def random_model(spec: Spec, device: torch.device, dtype: torch.dtype, fp8: bool = False) -> Model:
+def random_model(
+    spec: Spec, device: torch.device, dtype: torch.dtype, fp8: bool = False, compiled: bool = False
+) -> Model:
     """A model of random weights, drawn where it computes; its prompts are read with Pocket's tokenizer."""
     family = family_of(spec.family)
     modules = {
         name: random_part(part, getattr(spec, name), device, dtype_of(name, dtype, device), fp8)
         for name, part in parts_of(spec).items()
     }
+    if compiled:
+        compile_blocks(modules["transformer"])
+    replay_small(modules)
     pocket = locate("pocket").tokenizers["tokenizer"]
     tokenizers = {name: read(pocket) for name, read in family.tokenizers.items()}
     return Model(family(spec, modules, tokenizers), device, dtype)

@@ -69,6 +69,10 @@ def spread(row: Row) -> str:
     return f"{row['median']:.3g} ({row['least']:.3g} to {row['most']:.3g})"
 
 
+def median_of_unit(row: Row) -> str:
+    return f"{row['median']:.3g} {row['unit']}"
+
+
 def foretold(row: Row) -> str:
     return "" if "error" in row else f"{row['foreseen'] / row['measured']:.2f}"
 
@@ -176,6 +180,26 @@ TABLES: Mapping[str, Columns] = {
             "Milliseconds": field("milliseconds", ".3f"),
             "Ratio": field("ratio", ".2f"),
             "Apart": field("apart", ".1e"),
+        },
+    ),
+    "serve-faults": (
+        {},
+        {
+            "Jobs": field("jobs"),
+            "Clients": field("clients"),
+            "Engine killed": field("engine_kills", "", " times"),
+            "Server killed": field("server_kills", "", " times"),
+            "Pictures": field("pictures"),
+            "Lost, doubled or damaged": field("problems"),
+        },
+    ),
+    "serve-": (
+        {"Measured": field("what"), "": field("note")},
+        {
+            "Median": median_of_unit,
+            "95th percentile": field("p95", ".3g"),
+            "Most": field("most", ".3g"),
+            "Of": field("samples"),
         },
     ),
 }

@@ -46,6 +46,12 @@ A folder takes the drafts, the sheet, what is refined, and the state. The same c
 and so does --resume FOLDER: no picture is drawn twice."""
 app.command("inkstream.cli.draft:draft", help=DRAFT)
 
+BATCH = """Draw a file of requests into a folder, many at once.
+
+The same command goes on where it was stopped: pictures that are there are not drawn again, rows that failed are tried
+again, rows that have changed are drawn anew. The exit code is 1 where some failed."""
+app.command("inkstream.cli.batch:batch", help=BATCH)
+
 EVALUATE = """Draw a suite of prompts with a model and say how much of what was asked is there.
 
 A table goes to stdout; pictures, a contact sheet and the numbers as JSON go to a folder. The same command goes on

@@ -7,6 +7,7 @@ from typing import Any
 
 import cyclopts
 import pydantic
+from pydantic_core import ErrorDetails
 
 from inkstream.types import InputError
 
@@ -18,8 +19,11 @@ def explain(error: Exception) -> tuple[str, int]:
         error = cause
     if isinstance(error, InputError):
         return one_line(str(error)), 2
+    if isinstance(error, MemoryError) and str(error):
+        return one_line(str(error)), 1
     if isinstance(error, pydantic.ValidationError):
-        return explain_value(error), 2
+        first = error.errors(include_url=False)[0]
+        return explain_value(first, "--" + str(first["loc"][0]).replace("_", "-")), 2
     if isinstance(error, cyclopts.UnusedCliTokensError):
         word = (error.unused_tokens or ["?"])[0]
         return one_line(f"{word} is one word too many: put a prompt of several words in quotes"), 2
@@ -36,13 +40,11 @@ def explain(error: Exception) -> tuple[str, int]:
     return one_line(f"{type(error).__name__}: {error} (this is our error: --debug shows where it happened)"), 1
 
 
-def explain_value(error: pydantic.ValidationError) -> str:
-    """The first value that a Request does not take, and what it would take instead."""
-    first = error.errors(include_url=False)[0]
-    context: dict[str, Any] = first.get("ctx", {})
+def explain_value(wrong: ErrorDetails, name: str) -> str:
+    """A value that a Request does not take, under the name it was given by, and what it would take instead."""
+    context: dict[str, Any] = wrong.get("ctx", {})
     bounds = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
-    name = "--" + str(first["loc"][0]).replace("_", "-")
-    kind, value = first["type"], one_line(str(first["input"]))
+    kind, value = wrong["type"], one_line(str(wrong["input"]))
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
         near = difflib.get_close_matches(value, choices, n=1)
@@ -59,7 +61,7 @@ def explain_value(error: pydantic.ValidationError) -> str:
         "float_parsing": "is not a number: give one such as 0.6",
         "finite_number": "is not a finite number: give one such as 0.6",
     }
-    return f"{name} {value} " + remedies.get(kind, "cannot be taken: " + first["msg"]).format(**bounds)
+    return f"{name} {value} " + remedies.get(kind, "cannot be taken: " + wrong["msg"]).format(**bounds)
 
 
 def one_line(text: str) -> str:

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from inkstream.cli.crew import follow, follows, join
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.lines import in_gibibytes, print_facts, print_json
 from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, Machine
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Done, Failed, InputError, Loading, Request, Spec, Step
+from inkstream.types import Done, Failed, InputError, Loading, Request, Step
 
 if TYPE_CHECKING:
     from inkstream.engine.client import Client
     from inkstream.engine.engine import Engine
     from inkstream.engine.memory import Placing
+    from inkstream.engine.parallel import Crew
 
 SHORT = {
     "negative_prompt": "-n",
@@ -63,11 +65,14 @@ def generate(
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
     metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
     machine: Anywhere = ANYWHERE,
+    parallel: Annotated[
+        Literal["replicas", "cfg", "context", "tensor"] | None, Parameter(show_default=False, group=RUN)
+    ] = None,
     plan: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
-) -> None:
+) -> int:
     """Draw pictures of a prompt, or draw a picture again.
 
     Parameters
@@ -80,6 +85,9 @@ def generate(
         File (.png, .webp, .jpg) or folder to write to, else the current folder. Nothing is overwritten.
     metadata
         What a picture carries: its request and that a model made it, only the latter, or nothing.
+    parallel
+        What the processes share that torchrun started, one for each GPU: the pictures, the two prompts of guidance, a
+        picture's tokens, or the transformer's weights; else what suits the request.
     plan
         Tell how much memory each way to place the model takes for this, and which is chosen; draw nothing.
     json
@@ -89,6 +97,9 @@ def generate(
     yes
         Download what is missing without asking.
     """
+    if follows():
+        return follow(parallel, machine)
+    crew = join(parallel, machine.device)
     with Terminal(quiet) as terminal:
         request = understand(wish, source, terminal.say, json_prompt)
         piped = output is None and not json and not sys.stdout.isatty()
@@ -106,8 +117,8 @@ def generate(
                 terminal.say(f"drawing with {request.model}, the small model that comes along; {THE_REAL_ONE}")
         if plan:
             print_plans(machine.engine().placing(request), request, json)
-            return
-        engine = machine.way_in()
+            return 0
+        engine = machine.way_in(crew)
         done: list[dict[str, Any]] = []
         try:
             for picture in draw(engine, request, place, metadata, terminal):
@@ -120,10 +131,11 @@ def generate(
             raise
         finally:
             if done:
-                again = repeat(request, done[0]["seed"], machine)
+                again = repeat(request, done[0]["seed"], machine, crew)
                 terminal.say(f"again: {again}")
                 if json:
                     print_json({"pictures": done, "again": again})
+    return 0
 
 
 def print_plans(placing: Placing, request: Request, as_json: bool) -> None:
@@ -242,16 +254,6 @@ def check_pictures(request: Request) -> None:
             open_header(picture)
 
 
-def about(engine: Engine | Client, name: str) -> tuple[Spec, dict[str, str]]:
-    """The model that draws, and on what it runs, where that is known here."""
-    from inkstream.engine.client import Client
-
-    if isinstance(engine, Client):
-        return engine.spec(name), {}
-    model = engine.model
-    return model.spec, {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-
-
 def advise(engine: Engine | Client, request: Request) -> list[str]:
     """What has no effect, a line each. A server's comes with its events."""
     from inkstream.engine.client import Client
@@ -278,6 +280,7 @@ def draw(
     extra: JSON kept in the picture beside its request. before, total: of more pictures than this request's, how many
     came earlier, and how many there are, for the progress that is shown.
     """
+    from inkstream.engine.many import about
     from inkstream.engine.metadata import free_name, save_picture
 
     written, known = "", None
@@ -322,10 +325,14 @@ def draw(
             }
 
 
-def repeat(request: Request, seed: int, machine: Machine) -> str:
+def repeat(request: Request, seed: int, machine: Machine, crew: Crew | None) -> str:
     """The command that draws the same again: what was asked for, and the seed."""
     fields = request.model_copy(update={"seed": seed}).model_dump(exclude_defaults=True)
     fields |= machine.given()
+    start = ["inkstream"]
+    if crew is not None:
+        start = ["torchrun", "--nproc-per-node", str(crew.count), "-m", "inkstream"]
+        fields["parallel"] = crew.way
     prompt = fields.pop("prompt", "")
     words = [f"--prompt={prompt}" if prompt.startswith("-") else prompt] if prompt else []
     for name, value in fields.items():
@@ -335,4 +342,4 @@ def repeat(request: Request, seed: int, machine: Machine) -> str:
                 words.append(option)
             else:
                 words += [f"{option}={one}"] if str(one).startswith("-") else [option, str(one)]
-    return shlex.join(["inkstream", "generate", *words])
+    return shlex.join([*start, "generate", *words])

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from inkstream.cli.crew import several
 from inkstream.types import InputError
 
 if TYPE_CHECKING:
     from inkstream.engine.client import Client
     from inkstream.engine.engine import Engine
+    from inkstream.engine.parallel import Crew
 
 RUN = Group("This run", sort_key=1)
 
@@ -33,6 +35,8 @@ class Machine:
     placement
         Where the model's parts are: all on the device, only those at work, or only the layers at work; else the fastest
         of these that the memory allows.
+    compile
+        Compile the blocks of the transformer: the first picture takes a minute longer, on a GPU the others less time.
     commercial_only
         Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
     """
@@ -41,14 +45,18 @@ class Machine:
     dtype: str | None = None
     memory: str | None = None
     placement: Literal["resident", "parked", "streamed"] | None = None
+    compile: bool = False
     commercial_only: bool = False
 
-    def engine(self) -> Engine:
-        """An engine on it. InputError where there is no such machine."""
+    def engine(self, crew: Crew | None = None) -> Engine:
+        """An engine on it, or on this process's share of it. InputError where there is no such machine."""
         from inkstream.engine.engine import Engine
 
+        if crew is None and several():
+            raise InputError("torchrun is for drawing with inkstream generate, and for training: start this without it")
         self.check()
-        return Engine(self.device, self.dtype, False, self.licence, self.bytes, self.placement)
+        device = self.device if crew is None else str(crew.device)
+        return Engine(device, self.dtype, False, self.licence, self.bytes, self.placement, crew, self.compile)
 
     def check(self) -> None:
         """InputError where there is no such device, dtype or size."""
@@ -71,9 +79,8 @@ class Machine:
 
     def words(self) -> list[str]:
         """The options that make it again."""
-        return [f"--{name.replace('_', '-')}={value}" for name, value in self.given().items() if value is not True] + (
-            ["--commercial-only"] if self.commercial_only else []
-        )
+        options = {f"--{name.replace('_', '-')}": value for name, value in self.given().items()}
+        return [option if value is True else f"{option}={value}" for option, value in options.items()]
 
     def given(self) -> dict[str, Any]:
         """What differs from the defaults."""
@@ -90,10 +97,12 @@ class Anywhere(Machine):
         Parameter(help="Draw on this server, as http://127.0.0.1:8400; INKSTREAM_API_KEY holds the key it knows."),
     ] = None
 
-    def way_in(self) -> Engine | Client:
+    def way_in(self, crew: Crew | None = None) -> Engine | Client:
         """What draws requests. InputError where there is no such machine, or no such address."""
         if self.server is None:
-            return self.engine()
+            return self.engine(crew)
+        if crew is not None:
+            raise InputError(f"--server {self.server} draws there, not in {crew.count} processes here: leave one out")
         from inkstream.engine.client import Client
 
         for name in self.given().keys() - {"server"}:

@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from pydantic import ValidationError
 
 from inkstream.cli.download import agree_to_download
-from inkstream.cli.generate import about, check, find_place
+from inkstream.cli.generate import check, find_place
 from inkstream.cli.machine import ANYWHERE, Anywhere
 from inkstream.cli.terminal import Terminal
 from inkstream.types import Done, Event, Failed, InputError, Request, Step
@@ -148,6 +148,7 @@ def keep(engine: Engine | Client, done: Done, path: Path) -> list[ContentBlock]:
     """Write a picture, and say where it is and what it looks like."""
     from mcp.types import ImageContent
 
+    from inkstream.engine.many import about
     from inkstream.engine.metadata import save_picture
 
     spec, ran = about(engine, done.request.model)

@@ -32,9 +32,10 @@ LOST = (OSError, HTTPException)
 class Refusal(Exception):
     """An answer of the server's that is no success."""
 
-    def __init__(self, status: int, message: str):
+    def __init__(self, status: int, message: str, wait: float = 0.0):
         super().__init__(message)
         self.status = status
+        self.wait = wait  # seconds after which the server wants to be asked again
 
 
 class Client:
@@ -49,6 +50,8 @@ class Client:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise InputError(f"{url} is no address of a server: write it as http://127.0.0.1:8400")
+        if parts.path.rstrip("/").endswith("/v1"):
+            raise InputError(f"{url} is the address that OpenAI's clients are given: leave /v1 out")
         self.url = url.rstrip("/")
         self.patience = patience
         self._key = key
@@ -92,11 +95,11 @@ class Client:
 
     def models(self) -> list[dict[str, Any]]:
         """The models that the server offers, as /v1/models has them; the first is the default. InputError if lost."""
-        return self._ask("GET", "/v1/models")["data"]
+        return self._object("data", "GET", "/v1/models")["data"]
 
     def spec(self, name: str) -> Spec:
         """What a model of the server is, without the sizes of its parts. InputError where it offers no such model."""
-        model = self._ask("GET", f"/v1/models/{quote(name, safe='')}")
+        model = self._object("inkstream", "GET", f"/v1/models/{quote(name, safe='')}")
         facts, defaults = model["inkstream"], model["inkstream"]["defaults"]
         own = ("steps", "guidance", "solver", "schedule", "strength")
         return Spec(
@@ -126,13 +129,13 @@ class Client:
                 fields[name] = self._upload(given)
             elif given:
                 fields[name] = [self._upload(one) for one in given]
-        return self._ask("POST", "/v1/jobs", fields, {"Idempotency-Key": secrets.token_hex(16)})
+        return self._object("position", "POST", "/v1/jobs", fields, {"Idempotency-Key": secrets.token_hex(16)})
 
     def _upload(self, source: str) -> str:
         """A picture of this machine, as the server's requests name it."""
         if source.startswith("upload:"):
             return source
-        return "upload:" + self._ask("POST", "/v1/uploads", read_source(source))["id"]
+        return "upload:" + self._object("id", "POST", "/v1/uploads", read_source(source))["id"]
 
     def _follow(self, job: str, request: Request) -> Generator[Event, None, None]:
         """A job's events, through however many connections, to its end; each picture once."""
@@ -146,6 +149,9 @@ class Client:
                     yield Loading("model", note=line)
             if name == "queued":
                 yield Queued(request, data["position"])
+            elif name == "lost":
+                note = f"the server at {self.url} does not answer: waiting {self.patience:g} s for it to be there again"
+                yield Loading("server", note=note)
             elif name == "loading":
                 yield Loading(data["what"], data["done"], data["total"])
             elif name == "step":
@@ -161,15 +167,18 @@ class Client:
                 yield Failed("the job was cancelled on the server: submit it again", "input")
 
     def _happenings(self, job: str) -> Generator[tuple[str, str, dict[str, Any]], None, None]:
-        """Name, id and data of what happens to a job, to its end; a connection that breaks is made again."""
-        last, lost = "", 0.0
+        """Name, id and data of what happens to a job, to its end; a connection that breaks is made again.
+
+        `lost` happens where that does not succeed at once.
+        """
+        last, lost, said = "", 0.0, False
         while True:
             reason = "it ends its answers too early"
             seen = {"Last-Event-ID": last} if last else {}
             try:
                 with self._open("GET", f"/v1/jobs/{job}/events", None, seen) as answer:
                     for name, identity, data in read_events(answer):
-                        last, lost = identity, 0.0
+                        last, lost, said = identity, 0.0, False
                         yield name, identity, data
                         if name in ("succeeded", "failed", "cancelled"):
                             return
@@ -179,9 +188,13 @@ class Client:
                 reason = str(refusal)
             except LOST as error:
                 reason = _reason(error)
-            lost = lost or time.monotonic()
-            if time.monotonic() - lost > self.patience:
+            if not lost:
+                lost = time.monotonic()
+            elif time.monotonic() - lost > self.patience:
                 raise self._gone(reason)
+            elif not said:
+                said = True
+                yield "lost", "", {}
             time.sleep(PAUSE)
 
     def _picture(self, url: str) -> Image.Image:
@@ -192,8 +205,18 @@ class Client:
 
     # Inside: HTTP ---------------------------------------------------------------------------------------------------
 
+    def _object(
+        self, name: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """The JSON object that answers. InputError, too, where it lacks `name`: it is another program's."""
+        answer = self._ask(method, path, body, headers)
+        if not isinstance(answer, dict) or name not in answer:
+            raise InputError(f"what answers at {self.url} is no inkstream server: check its address")
+        return answer
+
     def _ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
-        """The answer: what JSON says, else bytes. Asked again while the server does not answer, as long as patience.
+        """The answer: what JSON says, else bytes. Asked again while the server does not answer, or is full, as long as
+        patience.
 
         InputError where it refuses, or is not there.
         """
@@ -202,8 +225,9 @@ class Client:
             try:
                 return self._once(method, path, body, headers)
             except Refusal as refusal:
-                if refusal.status != 503 or time.monotonic() - began > self.patience:
+                if refusal.status not in (429, 503) or time.monotonic() - began + refusal.wait > self.patience:
                     raise InputError(str(refusal)) from None
+                pause = max(pause, refusal.wait)
             except LOST as error:
                 if not self._reached or time.monotonic() - began > self.patience:
                     raise self._gone(_reason(error)) from None
@@ -213,7 +237,7 @@ class Client:
     def _once(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
         with self._open(method, path, body, headers or {}) as answer:
             data = answer.read()
-            return json.loads(data) if answer.headers.get_content_type() == "application/json" else data
+            return _read(data) if answer.headers.get_content_type() == "application/json" else data
 
     def _open(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> HTTPResponse:
         """An answer to be read and closed. Refusal where it is no success."""
@@ -226,6 +250,9 @@ class Client:
         except urllib.error.HTTPError as refused:
             self._reached = True
             with refused:
+                if refused.code == 401 and not self._key:
+                    needs = "set INKSTREAM_API_KEY, or give Client(url, key)"
+                    raise Refusal(401, f"the server at {self.url} asks for a key: {needs}") from None
                 raise _refusal(refused) from None
         self._reached = True
         return answer
@@ -254,11 +281,19 @@ def read_events(lines: Iterator[bytes] | HTTPResponse) -> Iterator[tuple[str, st
         event = {}
 
 
+def _read(data: bytes) -> Any:
+    """What JSON says; nothing where it is none."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
 def _refusal(answer: urllib.error.HTTPError) -> Refusal:
     """What the server says of why, or what can be said where it is no server of ours."""
     try:
         error = json.loads(answer.read())["error"]
-        return Refusal(answer.code, str(error["message"]))
+        return Refusal(answer.code, str(error["message"]), float(answer.headers.get("Retry-After") or 0))
     except (ValueError, LookupError, TypeError, *LOST):
         return Refusal(answer.code, f"the server answered {answer.code} {answer.reason}: check its address")
 

@@ -8,18 +8,23 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from inkstream.engine.batch import Alone, Ask, Batch, Drawing, tokens_of
 from inkstream.engine.heap import keep_freed_memory
 from inkstream.engine.inputs import to_image
-from inkstream.engine.loader import open_model, read_model
+from inkstream.engine.loader import Opened, open_model, read_model
 from inkstream.engine.memory import Placing
 from inkstream.engine.model import Model, complete, singles
 from inkstream.engine.options import options
 from inkstream.engine.placement import PLANS
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
+
+if TYPE_CHECKING:
+    from inkstream.engine.parallel import Crew
 
 
 class Engine:
@@ -28,7 +33,9 @@ class Engine:
     device: "cpu", "cuda", "mps" or None for the best there is; dtype: as in `load`, None for the device's own.
     commercial_only: refuse models whose licence does not allow commercial use; None follows the setting. memory: bytes
     of the device that models may take, on the CPU those of the whole process; None is what is free. plan: a key of
-    `placement.PLANS`; None is the fastest that keeps within the memory.
+    `placement.PLANS`; None is the fastest that keeps within the memory. crew: the processes that draw together, where
+    there are several: all submit requests one after the other, those of the first process, whatever theirs are.
+    compiled: compile the transformer's blocks when they first draw.
     """
 
     def __init__(
@@ -39,15 +46,21 @@ class Engine:
         commercial_only: bool | None = None,
         memory: int | None = None,
         plan: str | None = None,
+        crew: Crew | None = None,
+        compiled: bool = False,
     ):
         if plan is not None and plan not in PLANS:
             raise InputError(f"plan {plan} is not known: take {', '.join(PLANS)}")
+        if compiled and crew is not None:
+            raise InputError("compiled blocks are for one process: leave out --compile, or torchrun")
         self.device = device
         self.dtype = dtype
         self.previews = previews
         self.commercial_only = commercial_only
         self.memory = memory
         self.plan = plan
+        self.crew = crew
+        self.compiled = compiled
         self._name: str | None = None
         self._model: Model | None = None
         self._placing: Placing | None = None
@@ -67,6 +80,10 @@ class Engine:
             yield from self._batch.join(self._draw_all(request))
         except InputError as error:
             yield Failed(str(error), "input")
+        except RuntimeError as error:
+            if self.crew is None:
+                raise
+            raise self.crew.explain(error, is_out_of_memory(error)) from error
 
     def generate(self, request: Request) -> Result:
         """All pictures of a request. InputError if it cannot be drawn."""
@@ -106,19 +123,32 @@ class Engine:
         if self._is_ready(name, request):
             return
         self._forget()
-        opened = open_model(name, self.device, self.dtype, tell, self.commercial_only)
+        opened = self._open(name, request, tell)
         least = self._least[1] if self._least[0] == name else 0
         self._placing = Placing(opened, self.memory, self.plan, least)
         plan = self._placing.choose(request)
-        self._model = read_model(opened, plan, tell)
+        self._model = read_model(opened, plan, tell, self.compiled)
+        if self.crew:
+            self.crew.attach(self._model)
         if self._model.device.type == "cpu":
             keep_freed_memory()
         self._name = name
 
+    def _open(self, name: str, request: Request | None, tell: Callable[[Loading], None] | None) -> Opened:
+        """The model, of which nothing is read yet."""
+        if self.crew is None:
+            return open_model(name, self.device, self.dtype, tell, self.commercial_only)
+        with self.crew.in_turn():
+            opened = open_model(name, self.device, self.dtype, tell, self.commercial_only)
+        note = self.crew.settle(request or Request.model_validate({"model": name}), opened.source.spec)
+        if tell:
+            tell(note)
+        return replace(opened, share=self.crew.share)
+
     def _is_ready(self, name: str, request: Request | None) -> bool:
         """Whether that model is loaded, and placed so that the request can be drawn."""
-        if self._name != name or request is None or self._placing is None:
-            return self._name == name
+        if self._name != name or request is None or self._placing is None or self.crew:
+            return self._name == name  # of several processes some may have room where others have not
         return self.model.plan in self._placing.suiting(request)
 
     def _forget(self) -> None:
@@ -143,9 +173,7 @@ class Engine:
 
     def placing(self, request: Request) -> Placing:
         """What the request's model takes under each plan. Its files are looked at, and no weights are read."""
-        return Placing(
-            open_model(request.model, self.device, self.dtype, None, self.commercial_only), self.memory, self.plan
-        )
+        return Placing(self._open(request.model, request, None), self.memory, self.plan)
 
     @property
     def model(self) -> Model:
@@ -157,13 +185,17 @@ class Engine:
         """Everything, under one plan or, where memory runs out, several."""
         if request.seed is None:
             request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
+        if self.crew:
+            request = self.crew.same(request)
         drawn: list[Done] = []
         while True:
             try:
                 yield from self._draw(request, drawn)
+                if self.crew:
+                    self.crew.wait()
                 return
             except RuntimeError as error:
-                if not is_out_of_memory(error):
+                if self.crew or not is_out_of_memory(error):
                     raise
             yield Alone()
             yield self._fall(request)
@@ -175,12 +207,16 @@ class Engine:
         yield from self.load(request.model, request)
         model = self.model
         request = complete(request, model.spec)
+        if self.crew:
+            self.crew.check(request, model.spec)
         if request.upsample:
             request = yield from self._upsample(model, request)
+            request = self.crew.same(request) if self.crew else request
         yield Loading("prompt")
         cond = model.encode(request)
         original = model.open_original(request)
-        for index, one in list(enumerate(singles(request, request.count)))[len(drawn) :]:
+        own = self.crew.own if self.crew else slice(None)
+        for index, one in list(enumerate(singles(request, request.count)))[own][len(drawn) :]:
             began = time.perf_counter()
             run = model.start(one, cond, original)
             try:
@@ -198,6 +234,8 @@ class Engine:
                 run.close()
             drawn.append(Done(image, one, index, request.count, time.perf_counter() - began))
             yield drawn[-1]
+            if self.crew:
+                yield from self.crew.others(drawn[-1])
 
     def _upsample(self, model: Model, request: Request) -> Generator[Event, None, Request]:
         """The request with its prompt written out; it draws the same without that model."""

@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ PROMPT_MULTIPLE = 32
 """Prompts are filled up to a multiple of so many tokens, so that few lengths are recorded. No token sees those behind
 it, so that what is filled up changes nothing of a prompt."""
 KEPT = 16
-"""Recordings of one module; each holds the memory of its forward."""
+"""Recordings of one module."""
 
 Compute = Callable[[], list[Tensor]]
 Record = Callable[[Compute], tuple[list[Tensor], Callable[[], None]]]
@@ -42,7 +42,8 @@ class NotRecordable(RuntimeError):
 def replay_small(modules: Mapping[str, nn.Module]) -> None:
     """From now on a model's transformer and its text encoder, if they are on a GPU, replay small forwards."""
     transformer, text_encoder = modules["transformer"], modules["text_encoder"]
-    if next(transformer.parameters()).is_cuda and not comes_and_goes(transformer):
+    is_shared = getattr(transformer, "is_shared", False)  # with other processes, which it waits for
+    if next(transformer.parameters()).is_cuda and not is_shared and not comes_and_goes(transformer):
         transformer.forward = partial(forward_transformer, Recordings(record), transformer.forward)
     if isinstance(text_encoder, Qwen3) and next(text_encoder.parameters()).is_cuda and not comes_and_goes(text_encoder):
         text_encoder.forward = partial(forward_text_encoder, Recordings(record), text_encoder.forward)
@@ -159,9 +160,20 @@ def record(compute: Compute) -> tuple[list[Tensor], Callable[[], None]]:
             torch.cuda.set_sync_debug_mode(before)
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        outputs = compute()
+    try:
+        with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):
+            outputs = compute()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise NotRecordable(str(error)) from error
     return outputs, graph.replay
+
+
+@cache
+def pool() -> Any:
+    """Memory that all recordings share: what one wrote is copied before another computes."""
+    return torch.cuda.graph_pool_handle()
 
 
 # Trees of tensors: dataclasses, lists, tuples and mappings of them ----------------------------------------------------

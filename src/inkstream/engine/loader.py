@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inkstream.engine.compile import compile_blocks
+from inkstream.engine.graphs import replay_small
 from inkstream.engine.licences import is_commercial_only
 from inkstream.engine.model import Model
 from inkstream.engine.placement import Place, Placed, copied, place_of
@@ -41,15 +43,17 @@ def load(
     progress: Progress | None = None,
     commercial_only: bool | None = None,
     plan: str = "resident",
+    compiled: bool = False,
 ) -> Model:
     """A model ready to draw.
 
     name: of a known model, OWNER/NAME on the hub, or a path (see `sources.locate`). device, dtype: None takes the best
     there is. Weights of that dtype stay views of the files on disk. commercial_only: refuse a licence that does not
     allow commercial use; None follows the setting. plan: where the parts are while others work, a key of
-    `placement.PLANS`. InputError, before anything big is read, where a part is missing or does not fit.
+    `placement.PLANS`. compiled: compile the transformer's blocks when it first draws. InputError, before anything big
+    is read, where a part is missing or does not fit.
     """
-    return read_model(open_model(name, device, dtype, progress, commercial_only), plan, progress)
+    return read_model(open_model(name, device, dtype, progress, commercial_only), plan, progress, compiled)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Opened:
     device: torch.device
     dtype: torch.dtype
     numbers: Mapping[str, int]  # part -> how many its weights are
+    share: Callable[[nn.Module], None] = lambda transformer: None  # leaves it what is computed in this process
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -85,14 +90,24 @@ def open_model(
     return Opened(source, tokenizers, device, dtype, numbers)
 
 
-def read_model(opened: Opened, plan: str, progress: Progress | None = None) -> Model:
+def read_model(opened: Opened, plan: str, progress: Progress | None = None, compiled: bool = False) -> Model:
     """The second half of `load`. What was opened can be read once."""
     tell = progress or (lambda event: None)
     source, device = opened.source, opened.device
     modules = {
-        part: read(found, device, opened.dtypes[part], partial(_tell, tell, part), place=place_of(plan, part))
+        part: read(
+            found,
+            device,
+            opened.dtypes[part],
+            partial(_tell, tell, part),
+            place=place_of(plan, part),
+            share=opened.share if part == "transformer" else None,
+        )
         for part, found in source.parts.items()
     }
+    if compiled:
+        compile_blocks(modules["transformer"])
+    replay_small(modules)
 
     def read_writer() -> Writer:
         writer: Any = read(locate_writer(source), device, opened.dtype, lambda done, total: None)
@@ -123,10 +138,12 @@ def read(
     progress: Callable[[int, int], None],
     packed: bool = True,
     place: Place = "resident",
+    share: Callable[[nn.Module], None] | None = None,
 ) -> nn.Module:
     """The part's module with its weights; progress is told the bytes done and in all.
 
-    packed: weights that are packed in the file stay so where a layer can hold them; otherwise they are unpacked.
+    packed: weights that are packed in the file stay so where a layer can hold them; otherwise they are unpacked. share:
+    takes from the module what is not for this process, before any of its weights is moved.
     """
     wanted = found.module.state_dict().keys()
     raw = strip_prefix(read_state(found.path), PREFIXES)
@@ -140,6 +157,8 @@ def read(
     unset = [key for key, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
     assert not unset, f"no weights for {unset}"
     module.eval().requires_grad_(False)
+    if share:
+        share(module)
     Placed(module, place, device, dtype, copied(found, module)).settle(progress)
     return module
 

@@ -77,7 +77,9 @@ class Placing:
         texts = (len(request.prompt) // 64, len(request.negative_prompt) // 64)
         if (key := (*asked, *texts)) not in self._known:
             opened = self.opened
-            self._known[key] = plan_request(opened.source, opened.tokenizers, request, opened.device, opened.dtypes)
+            self._known[key] = plan_request(
+                opened.source, opened.tokenizers, request, opened.device, opened.dtypes, opened.share
+            )
         return self._known[key]
 
     def _complete(self, request: Request | None) -> Request:

@@ -164,14 +164,16 @@ def pages_seen(guest: Guest) -> int:
 
 def plan_request(
     source: Source, tokenizers: Mapping[str, Any], request: Request, device: torch.device,
-    dtypes: Mapping[str, torch.dtype],
+    dtypes: Mapping[str, torch.dtype], share: Callable[[nn.Module], None] = lambda transformer: None,
 ) -> list[Plan]:  # fmt: skip
-    """All plans for a complete request, from the fastest to the most frugal. dtypes: what each part computes in.
+    """All plans for a complete request, from the fastest to the most frugal. dtypes: what each part computes in; share:
+    leaves the transformer what is computed in this process.
 
     Weights count as they are in the files or become on the device; what is computed with them is counted by doing it
     without data. What a driver or the process takes for itself is not in it.
     """
     modules = {part: at_home(source, part, dtypes[part]) for part in source.parts}
+    share(modules["transformer"])
     weights = weigh(source, modules, device, dtypes)
     work = working(on_meta(source, modules, tokenizers, dtypes), request)
     return [add_up(name, phases, work, device) for name, phases in weights.items()]

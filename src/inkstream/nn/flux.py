@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from inkstream.types import InputError
 
 EPS = 1e-6
 FREQUENCIES = 256
+QKV = ("heads", "heads", "heads")
 KeysValues = tuple[Tensor, Tensor]
 """Of some tokens, in one block: turned keys and values, each (L, H, E)."""
 
@@ -191,7 +193,8 @@ class DoubleBlock(nn.Module):
     """Text and picture, each with weights of its own, attend together."""
 
     apart = ("img_mod", "txt_mod")  # called ahead of the steps
-    regions = ("enter", "leave")  # what may be compiled: functions of tensors
+    # What may be compiled or shared out: functions of tensors, and which of these have a row for each token.
+    regions: ClassVar = {"enter": (0, 2, 3), "leave": (0, 1, 4)}
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
         """gated: the MLP is a SwiGLU, else a GELU. modulated: the block owns the weights of its modulation."""
@@ -203,6 +206,16 @@ class DoubleBlock(nn.Module):
         self.txt_attn = StreamAttention(dim, heads, bias)
         self.img_mlp = mlp(dim, hidden, gated, bias)
         self.txt_mlp = mlp(dim, hidden, gated, bias)
+        self.shares = {  # of several devices, as `nn.parallel.Shares`
+            f"{stream}_{layer}": parts
+            for stream in ("img", "txt")
+            for layer, parts in (
+                ("attn.qkv", ("out", *QKV)),
+                ("attn.proj", ("in", "heads")),
+                ("mlp.0", ("out", *hidden_of(gated))),
+                ("mlp.2", ("in", "hidden")),
+            )
+        }
 
     def forward(
         self,
@@ -254,18 +267,20 @@ class SingleBlock(nn.Module):
     """All tokens alike: attention and MLP side by side, from one linear layer and into one."""
 
     apart = ("modulation",)
-    regions = ("enter", "leave")
+    regions: ClassVar = {"enter": (0, 2, 3), "leave": (0, 1, 2, 4)}
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
         """As of `DoubleBlock`."""
         super().__init__()
         self.heads = heads
+        self.width = dim // heads
         if modulated:
             self.modulation = Modulator(dim, 3, bias)
         self.linear1 = nn.Linear(dim, 3 * dim + (2 * hidden if gated else hidden), bias)
         self.linear2 = nn.Linear(dim + hidden, dim, bias)
-        self.norm = QKNorm(dim // heads)
+        self.norm = QKNorm(self.width)
         self.activation = activation(gated)
+        self.shares = {"linear1": ("out", *QKV, *hidden_of(gated)), "linear2": ("in", "heads", "hidden")}
 
     def forward(
         self,
@@ -286,9 +301,9 @@ class SingleBlock(nn.Module):
         self, x: Tensor, modulation: Tensor, rows: Tensor | None, table: Rope
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (N, H, E), and what the activation is given: (N, F)."""
-        dim = x.shape[-1]
+        width = 3 * self.heads * self.width
         both = self.linear1(modulate(x, modulation, rows, self.linear1))
-        qkv, hidden = both.split([3 * dim, both.shape[-1] - 3 * dim], dim=-1)
+        qkv, hidden = both.split([width, both.shape[-1] - width], dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
         return *self.norm(q, k, table), v, hidden
 
@@ -400,6 +415,11 @@ def embed_guidance(embedder: Embedder | None, guidance: float | None) -> Tensor 
     if guidance is None:
         raise InputError("this model reads a guidance and is given None: give a number, such as 3.5")
     return embedder.numbers([guidance])
+
+
+def hidden_of(gated: bool) -> tuple[str, ...]:
+    """What an activation is given, as `nn.parallel.Shares` has it."""
+    return ("hidden", "hidden") if gated else ("hidden",)
 
 
 def activation(gated: bool) -> nn.Module:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -84,6 +87,7 @@ class Packed:
 
 
 Weight = Tensor | Packed
+WeightT = TypeVar("WeightT", Tensor, Packed)
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -135,6 +139,35 @@ def join(weights: Sequence[Weight]) -> Weight:
     joined = tuple(_cat(each, rows) for each in scales)
     dynamic = all(weight.dynamic for weight in packed)
     return replace(first, data=data, shape=(rows, *first.shape[1:]), scales=joined, dynamic=dynamic)
+
+
+def take_rows(weight: WeightT, runs: Sequence[tuple[int, int]]) -> WeightT:
+    """These runs of rows, end to end; a view where there is one. runs: start and stop of each, ascending."""
+    ends = [0, *(end for run in runs for end in run), len(weight)]
+    pieces = cut(weight, [b - a for a, b in pairwise(ends)])[1::2]
+    return pieces[0] if len(pieces) == 1 else join(pieces)  # type: ignore[return-value]
+
+
+def take_columns(weight: WeightT, runs: Sequence[tuple[int, int]]) -> WeightT:
+    """These runs of columns, in the same way. InputError where a packed weight cannot be cut there."""
+    if isinstance(weight, Tensor):
+        pieces = [weight[:, start:stop] for start, stop in runs]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+    form, width = FORMATS[weight.format], weight.shape[1]
+    groups = [width // scale.shape[1] for scale in weight.scales if scale.shape[1] > 1]
+    unit = math.lcm(form.numbers, *groups, weight.rotated or 1)
+    if any(end % unit for run in runs for end in run):
+        raise InputError(
+            f"weights packed as {weight.format} are cut at multiples of {unit} columns, not at "
+            f"{' and '.join(f'{a} to {b}' for a, b in runs)}: take the bf16 file"
+        )
+
+    def take(tensor: Tensor) -> Tensor:
+        """Of its columns, of whatever width, those that stand for the runs."""
+        return torch.cat([tensor[:, a * tensor.shape[1] // width : b * tensor.shape[1] // width] for a, b in runs], 1)
+
+    scales = tuple(take(scale) if scale.shape[1] > 1 else scale for scale in weight.scales)
+    return replace(weight, data=take(weight.data), shape=(len(weight), sum(b - a for a, b in runs)), scales=scales)
 
 
 def _likeness(weight: Weight) -> tuple[object, ...]:

@@ -168,7 +168,7 @@ class Progress(BaseModel):
     textinfo: str | None
 
 
-DRAWING = answers(400, 404, 408, 409, 413, 429, 500, 503)
+DRAWING = answers(400, 404, 409, 429, 500, 503)
 
 
 @router.post("/txt2img", responses=DRAWING)
@@ -230,7 +230,7 @@ async def get_options(parts: Parts, who: Who) -> dict[str, JsonValue]:
     return {"sd_model_checkpoint": chosen(parts, who), **neutral}
 
 
-@router.post("/options", responses=answers(400, 404, 413))
+@router.post("/options", responses=answers(400, 404))
 async def set_options(parts: Parts, who: Who, body: Settings) -> dict[str, JsonValue]:
     """Choose the model of later drawings that name none, by this key."""
     if body.sd_model_checkpoint is not None:
@@ -286,7 +286,7 @@ for _path, _answer in NONE.items():
     router.add_api_route(f"/{_path}", _giving(_answer), name=_name, responses=answers(), response_model=None)
 
 
-@router.post("/png-info", responses=answers(400, 413))
+@router.post("/png-info", responses=answers(400))
 async def png_info(who: Who, body: Picture) -> Info:
     """What a picture says of how it was drawn; nothing where it does not say."""
     try:

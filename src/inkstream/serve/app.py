@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 from urllib.parse import parse_qs
@@ -20,13 +20,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inkstream import __version__
 from inkstream.serve import a1111, gallery, native, openai, status, studio
-from inkstream.serve.errors import Refused, explain
+from inkstream.serve.errors import MEANINGS, Refused, explain
 from inkstream.serve.jobs import Jobs
 from inkstream.serve.keys import ANYONE, Caller, Keys, given_key, is_signed
 from inkstream.serve.limits import LOCAL_NAMES, Settings, check_address
 from inkstream.serve.metrics import Metrics
 from inkstream.serve.models import offer
-from inkstream.serve.process import COMMAND
+from inkstream.serve.process import EngineProcess, MakeEngine
 from inkstream.serve.service import Service
 from inkstream.serve.store import Store
 
@@ -44,17 +44,17 @@ GUARDED = ("/v1/", "/sdapi/", "/metrics")
 log = logging.getLogger("inkstream.serve")
 
 
-def build(settings: Settings, command: Sequence[str] = COMMAND) -> FastAPI:
+def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
     """The application of one server. InputError where it cannot be: address, folder, keys, models.
 
-    command: what starts the engine's process.
+    make: starts the engine.
     """
     keys = Keys(settings.keys)
     check_address(settings.host, bool(keys))
     models = offer(settings.models, settings.commercial_only)
     store = Store(settings.data)
     metrics = Metrics()
-    jobs = Jobs(settings, store, models, keys, metrics, command)
+    jobs = Jobs(settings, store, models, keys, metrics, make)
     service = Service(settings, store, keys, models, jobs, metrics, time.time())
 
     @asynccontextmanager
@@ -236,12 +236,19 @@ async def _apologise(request: Request, error: Exception) -> Response:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document. FastAPI declares 422 for bodies that do not fit; here they get 400."""
+    """The OpenAPI document, with what FastAPI cannot know: bodies that do not fit get 400, not 422, those that are too
+    large or too slow 413 and 408; keys are asked for where there are some."""
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+                if "security" in operation:
+                    operation["security"].insert(0, {})
+                if "requestBody" in operation:
+                    same = operation["responses"]["400"]
+                    for status in (408, 413):
+                        operation["responses"][str(status)] = same | {"description": MEANINGS[status]}
         for name in ("HTTPValidationError", "ValidationError"):
             document["components"]["schemas"].pop(name, None)
         app.openapi_schema = document

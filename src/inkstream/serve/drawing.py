@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from inkstream.serve.limits import Settings
 from inkstream.serve.metrics import Metrics
 from inkstream.serve.models import Offered, choose
 from inkstream.serve.pace import Pace
-from inkstream.serve.process import COMMAND, EngineProcess
+from inkstream.serve.process import EngineProcess, MakeEngine
 from inkstream.serve.records import part_at, parts_of, tell_picture
 from inkstream.serve.store import Job, Store
 from inkstream.serve.worker import read_spec
@@ -83,7 +83,7 @@ class Drawing:
         metrics: Metrics,
         feed: Feed,
         queue: Queue,
-        command: Sequence[str] = COMMAND,
+        make: MakeEngine = EngineProcess,
     ):
         self.settings = settings
         self.store = store
@@ -100,7 +100,7 @@ class Drawing:
             "placement": settings.placement,
             "parts": str(store.parts.resolve()),
         }
-        self.engine = EngineProcess(first, self._told, self._died, command)
+        self.engine = make(first, self._told, self._died)
         self.ready = False
         self.unusable = ""  # why no engine can be made as the server was started
         self.give_up: Callable[[], None] = lambda: None  # called then
@@ -195,8 +195,9 @@ class Drawing:
         del self.runs[run.id]
         if event == "failed":
             self.queue.failed(run.job.id, message["error"], 400 if message["kind"] == "input" else 500)
-        elif event == "cancelled":
-            self.queue.lost(run.job.id, died=False)
+        elif event in ("cancelled", "lost"):  # lost: with the one engine of several that drew it
+            self.metrics.deaths.inc(event == "lost")
+            self.queue.lost(run.job.id, died=event == "lost")
         elif (job := self.store.job(run.job.id)) is not None and job.state == "running":
             self.begin(job)  # its next part, or its end
         self.queue.changed()

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-KEPT = 2000
+KEPT = 500
 """Happenings that are remembered for listeners who were away."""
 BEHIND = 500
 """Happenings that a listener may not have read yet; who is slower is let go, and may come back."""

@@ -109,7 +109,7 @@ async def get_thumbnail(parts: Parts, who: Who, id: Name, match: Match = None) -
     return send(path, "image/webp", f"{picture.sha256}-{THUMBNAIL}", match)
 
 
-@router.post("/v1/uploads", status_code=201, responses=answers(400, 413, 429), openapi_extra=BODY)
+@router.post("/v1/uploads", status_code=201, responses=answers(400, 429), openapi_extra=BODY)
 async def add_upload(parts: Parts, who: Who, request: Request) -> schema.Upload:
     """Keep a picture, so that requests can name it. The same bytes get the same id."""
     data = await request.body()
@@ -129,7 +129,7 @@ async def get_upload(parts: Parts, who: Who, id: Name, match: Match = None) -> A
     return send(parts.store.uploads / upload.file, upload.type, upload.id, match)
 
 
-@router.post("/v1/recall", responses=answers(400, 404, 413), openapi_extra=BODY)
+@router.post("/v1/recall", responses=answers(400, 404), openapi_extra=BODY)
 async def recall(parts: Parts, who: Who, request: Request) -> schema.Recalled:
     """The request in a picture's metadata, ours or another program's. 404 where it carries none.
 

@@ -31,7 +31,7 @@ from inkstream.serve.limits import Settings
 from inkstream.serve.metrics import Metrics
 from inkstream.serve.models import Offered, choose
 from inkstream.serve.pace import ends
-from inkstream.serve.process import COMMAND
+from inkstream.serve.process import EngineProcess, MakeEngine
 from inkstream.serve.records import grid_of, parts_of, tell_picture
 from inkstream.serve.schedule import Waiting, in_order
 from inkstream.serve.schema import ENDED, Grid
@@ -71,7 +71,7 @@ class Jobs:
         models: dict[str, Offered],
         keys: Keys,
         metrics: Metrics,
-        command: Sequence[str] = COMMAND,
+        make: MakeEngine = EngineProcess,
     ):
         self.settings = settings
         self.store = store
@@ -79,7 +79,7 @@ class Jobs:
         self.keys = keys
         self.metrics = metrics
         self.feed = Feed()
-        self.drawing = Drawing(settings, store, models, metrics, self.feed, self, command)
+        self.drawing = Drawing(settings, store, models, metrics, self.feed, self, make)
         self.paused = store.setting("paused") == "1"
         self.secret = store.setting("secret") or secrets.token_hex(32)
         store.put_setting("secret", self.secret)
@@ -183,14 +183,14 @@ class Jobs:
     async def run(self, http: HTTPRequest, job: Job) -> schema.Job:
         """Wait until a job has ended, and return it. A client that leaves meanwhile cancels it, within one step.
 
-        Refused with 503 where the server stops first; CancelledError where the client is gone.
+        Refused with 503 where the server stops first; with 499, for the log, where the client is gone.
         """
         drawing = asyncio.create_task(self._last(job))
         leaving = asyncio.create_task(_left(http))
         try:
             await asyncio.wait([drawing, leaving], return_when=asyncio.FIRST_COMPLETED)
             if not drawing.done():
-                raise asyncio.CancelledError("the client is gone")
+                raise Refused(499, "the client left before the answer")
             return drawing.result()
         finally:
             for task in (drawing, leaving):

@@ -26,7 +26,7 @@ Before = Annotated[str | None, Query(pattern=r"^[0-9]{1,18}$", description="`nex
 Limit = Annotated[int, Query(ge=1, le=500)]
 
 
-@router.post("/v1/jobs", status_code=202, responses=answers(400, 404, 409, 413, 429, 503))
+@router.post("/v1/jobs", status_code=202, responses=answers(400, 404, 409, 429, 503))
 async def add_job(parts: Parts, who: Who, body: schema.JobBody, response: Response, token: Token = None) -> schema.Job:
     """Accept a request. From then on it is drawn whatever happens to the client, the server or the engine."""
     fields = body.model_dump(exclude_unset=True, exclude={"priority", "note", "grid"})

@@ -139,7 +139,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         "description": "The pictures; with `stream` server-sent events.",
         "content": EVENT_STREAM,
     },
-    **answers(400, 404, 408, 409, 413, 429, 500, 503),
+    **answers(400, 404, 409, 429, 500, 503),
 }
 SCHEMA = BODY.model_json_schema()
 URL = {"type": "object", "properties": {"image_url": {"type": "string"}, "file_id": {"type": "string"}}}

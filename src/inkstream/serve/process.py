@@ -10,7 +10,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Protocol
 
 LINE = 32 << 20
 """Bytes of the longest message: a preview is a few thousand."""
@@ -19,6 +19,26 @@ PATIENCE = 30.0
 log = logging.getLogger("inkstream.serve")
 
 COMMAND = (sys.executable, "-m", "inkstream.serve.worker")
+
+
+class Engine(Protocol):
+    """What draws, as the queue sees it, wherever it is."""
+
+    def start(self) -> None: ...
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Tell it; what it cannot hear is lost, and that is told."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once, where it does not stop what it was told to."""
+        ...
+
+    async def stop(self) -> None: ...
+
+
+MakeEngine = Callable[[Mapping[str, Any], Callable[[dict[str, Any]], None], Callable[[], None]], Engine]
+"""From the first message, and whom to call with each message of the engine and at its death, to an engine."""
 
 
 class EngineProcess:

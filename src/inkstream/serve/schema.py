@@ -53,7 +53,7 @@ class JobPatch(BaseModel):
 class QueuePatch(BaseModel):
     """Whether new jobs are begun."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     paused: bool
 
@@ -61,7 +61,7 @@ class QueuePatch(BaseModel):
 class PicturePatch(BaseModel):
     """What is changed of a picture. Deleting is undone by `deleted: false` for a week."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
     favourite: bool | None = None
     deleted: bool | None = None

@@ -21,6 +21,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from inkstream.engine.lock import take
 from inkstream.types import InputError
 
 VERSION = 1
@@ -216,7 +217,8 @@ class Store:
         try:
             for place in (folder, self.pictures, self.thumbnails, self.uploads):
                 place.mkdir(parents=True, exist_ok=True, mode=0o700)
-            self._lock = _take(folder / "lock")
+            busy = f"{folder} is in use by another server: stop it, or give another --data"
+            self._lock = take(folder / "lock", busy)
             self._db = _open(folder / "inkstream.db")
             self._reader = _open(folder / "inkstream.db")
         except OSError as error:
@@ -531,13 +533,3 @@ def _open(path: Path) -> sqlite3.Connection:
     db.execute("PRAGMA journal_mode = WAL")
     db.execute("PRAGMA synchronous = NORMAL")
     return db
-
-
-def _take(path: Path) -> sqlite3.Connection:
-    """A lock that ends with the process, however that ends: an open transaction on a database of its own."""
-    lock = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=2.0)
-    try:
-        lock.execute("BEGIN EXCLUSIVE")
-    except sqlite3.OperationalError:
-        raise InputError(f"{path.parent} is in use by another server: stop it, or give another --data") from None
-    return lock

@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ FACTS = (
     "strength", "licence", "commercial", "title",
 )  # fmt: skip
 """Fields of a Spec that the server wants to know."""
+THREADS = 256
+"""Things done at once, at most: the server's slots, and what it asks beside them. What is not needed is not started."""
 
 
 class Voice:
@@ -53,10 +56,10 @@ class Voice:
 class Worker:
     """An engine and the runs it has in hand."""
 
-    def __init__(self, engine: Engine, parts: Path, voice: Voice):
+    def __init__(self, engine: Engine, parts: Path, say: Callable[..., None]):
         self.engine = engine
         self.parts = parts
-        self.say = voice.say
+        self.say = say
         self.live: set[str] = set()
         self.cancelled: set[str] = set()
 
@@ -157,6 +160,9 @@ class Worker:
             self.say(event="described", model=name, spec={**facts, "abilities": sorted(spec.abilities)})
         except InputError as error:
             self.say(event="unloadable", model=name, error=str(error))
+        except Exception as error:
+            report(error)
+            self.say(event="unloadable", model=name, error=f"{type(error).__name__} in the engine, see the log")
 
 
 def read_spec(facts: Mapping[str, Any]) -> Spec:
@@ -166,10 +172,15 @@ def read_spec(facts: Mapping[str, Any]) -> Spec:
 
 
 def read_pictures(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The request with the files it names in place of their paths, so that a picture's metadata names none of them."""
+    """The request with the files it names in place of their paths, so that a picture's metadata names none of them.
+
+    What is in place already stays.
+    """
     from inkstream.engine.metadata import PICTURE_FIELDS
 
     def data(path: str) -> str:
+        if path.startswith("data:"):
+            return path
         return "data:application/octet-stream;base64," + base64.b64encode(Path(path).read_bytes()).decode()
 
     fields = dict(request)
@@ -247,19 +258,20 @@ def main() -> None:
     except InputError as error:
         voice.say(event="unusable", error=str(error))
         return
-    worker = Worker(engine, Path(first["parts"]), voice)
+    worker = Worker(engine, Path(first["parts"]), voice.say)
+    threads = ThreadPoolExecutor(THREADS)  # used again: each new one would bring memory and helpers of its own along
     voice.say(event="ready", seconds=round(time.perf_counter() - began, 3), memory=memory())
     while True:
         message = messages.get()
         if "draw" in message:
             worker.live.add(message["draw"])
-            threading.Thread(target=worker.draw, args=(message,), daemon=True).start()
+            threads.submit(worker.draw, message)
         elif "cancel" in message:
             worker.cancel(message["cancel"])
         elif "load" in message:
-            threading.Thread(target=worker.load, args=(message["load"], message["source"]), daemon=True).start()
+            threads.submit(worker.load, message["load"], message["source"])
         elif "describe" in message:
-            threading.Thread(target=worker.describe, args=(message["describe"], message["source"]), daemon=True).start()
+            threads.submit(worker.describe, message["describe"], message["source"])
 
 
 if __name__ == "__main__":

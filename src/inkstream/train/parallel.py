@@ -111,9 +111,9 @@ def share_out(module: nn.Module, device: torch.device, team: Team, dtype: torch.
     mesh = init_device_mesh(device.type, (team.count,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     for block in blocks_of(module):
-        for child in block.children():
-            if any(weight.ndim > 1 for weight in child.parameters()):
-                fully_shard(child, mesh=mesh, mp_policy=policy)
+        for layer in block.modules():
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh, mp_policy=policy)
 
 
 def own_part(weight: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -254,7 +254,15 @@ class Block(nn.Module):
     both are factors of a norm's output, so they are folded into that norm's weight, once per time."""
 
     apart = ("adaLN_modulation",)  # called ahead of the steps
-    regions = ("enter", "leave")  # what may be compiled: functions of tensors
+    # What may be compiled or shared out: functions of tensors, and which of these have a row for each token.
+    regions: ClassVar = {"enter": (0, 2, 3), "leave": (0, 1, 3)}
+    shares: ClassVar = {  # of several devices, as `nn.parallel.Shares`
+        "attention.qkv": ("out", "heads", "heads", "heads"),
+        "attention.out": ("in", "heads"),
+        "feed_forward.w1": ("out", "hidden"),
+        "feed_forward.w3": ("out", "hidden"),
+        "feed_forward.w2": ("in", "hidden"),
+    }
 
     def __init__(self, config: ZImageConfig, modulated: bool = True):
         super().__init__()

@@ -22,12 +22,14 @@ function fetching(made) {
 
 /** The command that draws a request. */
 export function asCommand(made) {
-  const words = ["inkstream", "generate", quote(made.prompt ?? "")];
+  // What begins with a dash would be taken for an option, unless it is bound to its own.
+  const bound = (flag, text) => (text.startsWith("-") ? [quote(`${flag}=${text}`)] : [flag, quote(text)]);
+  const words = ["inkstream", "generate", bound("--prompt", made.prompt ?? "").at(-1)];
   for (const [name, value] of Object.entries(made)) {
     if (name === "prompt" || value === null || value === false) continue;
     const flag = `--${name.replaceAll("_", "-")}`;
     if (value === true) words.push(flag);
-    else for (const one of [value].flat()) words.push(flag, quote(PICTURES.includes(name) ? nameOf(one) : one));
+    else for (const one of [value].flat()) words.push(...bound(flag, String(PICTURES.includes(name) ? nameOf(one) : one)));
   }
   return [...fetching(made), words.join(" ")].join("\n");
 }

@@ -25,7 +25,7 @@ export function setUpKeyboard() {
   addEventListener("keydown", (event) => {
     const open = document.querySelector("dialog[open]");
     const typing = event.target.matches?.("textarea, select, input:not([type=range], [type=checkbox], [type=radio])");
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !open) act(event, draw);
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !open) act(event, drawTyped);
     else if (event.key === "Escape" && !open && pickedCount()) act(event, clearPicked);
     else if (typing || open || event.ctrlKey || event.metaKey || event.altKey) return;
     else if (event.key === "/") act(event, search);
@@ -36,6 +36,14 @@ export function setUpKeyboard() {
 function act(event, does) {
   event.preventDefault();
   does();
+}
+
+/** Draw, with what is being typed: a box gives its value when it is left. */
+function drawTyped() {
+  const at = document.activeElement;
+  at.blur();
+  at.focus({ preventScroll: true });
+  draw();
 }
 
 function search() {

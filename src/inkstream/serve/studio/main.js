@@ -83,6 +83,7 @@ hear("online", (online) => {
 });
 hear("back", () => waitForEngine());
 hear("ended", (job) => {
+  waitForEngine(); // which may have another model now
   if (job.state === "failed") notice(job.error?.message ?? t("state.failed"), { kind: "error", lasting: true });
   else if (job.state === "succeeded" && job.note === "draft")
     notice(t("draftsReady"), { action: [t("pick"), () => openSheet(job.id)], lasting: true });

@@ -12,7 +12,6 @@ export function menu(button, items, empty = "") {
   const id = `menu-${(count += 1)}`;
   const list = h("div", { id, class: "menu", popover: "auto" });
   button.setAttribute("popovertarget", id);
-  button.setAttribute("aria-haspopup", "true");
   list.addEventListener("beforetoggle", (event) => {
     if (event.newState === "open") list.replaceChildren(...fill(items(), list, empty));
   });

@@ -106,5 +106,7 @@ function table(job, pictures, cell) {
       ),
     ),
   );
-  return h("table", { class: "sheet-grid" }, h("thead", {}, head), h("tbody", {}, rows));
+  const whole = h("table", { class: "sheet-grid" }, h("thead", {}, head), h("tbody", {}, rows));
+  whole.style.setProperty("--rows", rows.length); // as large as all of them fit on the page
+  return whole;
 }

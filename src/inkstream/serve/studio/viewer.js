@@ -165,6 +165,7 @@ function uses(picture, leave) {
         const section = document.querySelector('[data-section="pictures"]');
         if (section) section.open = true;
         view("draw", { onlyNarrow: true });
+        document.querySelector(`#draw [data-field="${name}"]`)?.scrollIntoView({ block: "nearest" });
         notice(t("putInto", { field: titleOf(form.get(name)) }));
       }),
     );

@@ -1,0 +1,407 @@
+"""`inkstream batch`: a file of requests drawn into a folder, on any machine; it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import hashlib
+import io
+import json as json_
+import sys
+import time
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+from pydantic import Field, ValidationError
+
+from inkstream.cli.download import agree_to_download
+from inkstream.cli.errors import explain_value, one_line
+from inkstream.cli.generate import as_options, check_pictures, slug
+from inkstream.cli.lines import print_json
+from inkstream.cli.machine import ANYWHERE, RUN, Anywhere
+from inkstream.cli.terminal import Terminal
+from inkstream.types import Failed, InputError, Loading, Request, Spec, Step
+
+if TYPE_CHECKING:
+    from inkstream.engine.manifest import Manifest, Wanted
+    from inkstream.engine.many import Told
+
+EVERY = 30.0
+"""Seconds between two lines of progress where there is no bar."""
+PICTURES = ("image", "mask", "reference")
+
+
+class Common(Request):
+    """A Request as options, for all rows that do not say otherwise."""
+
+    seed: int | None = Field(0, ge=0, lt=2**63, description="What the seeds of rows that give none are made from.")
+
+
+as_options(Common, bare=())
+NOTHING = Common.model_validate({})
+
+Row = tuple[int, dict[str, Any]]
+"""The line of the file that it begins in, and those fields of a Request that it gives."""
+
+
+def batch(
+    prompts: Path,
+    common: Annotated[Common, Parameter(name="*")] = NOTHING,
+    *,
+    out: Annotated[Path, Parameter(alias=("-o", "--output"), group=RUN)],
+    slots: Annotated[int, Parameter(group=RUN)] = 4,
+    ray: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    engines: Annotated[int | None, Parameter(show_default=False, group=RUN)] = None,
+    metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
+    machine: Anywhere = ANYWHERE,
+    json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
+) -> int:
+    """Draw a file of requests into a folder.
+
+    Parameters
+    ----------
+    prompts
+        A .txt file of a prompt a line; a .csv, whose first line names fields of a request; a .jsonl of objects of them.
+    out
+        Folder of the pictures and of manifest.jsonl, a line about each.
+    slots
+        Pictures that are drawn at once: they share every pass through the model.
+    ray
+        Draw on Ray, with several engines: on the cluster that RAY_ADDRESS names, or on one it starts here.
+    engines
+        Engines on Ray; else one for each GPU.
+    metadata
+        What a picture carries: its request and that a model made it, only the latter, or nothing.
+    json
+        Print one JSON document on stdout when all is done.
+    quiet
+        No progress and no talk, only errors.
+    yes
+        Download what is missing without asking.
+    """
+    for name, value in (("--slots", slots), ("--engines", engines)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value} draws nothing: give 1 or more")
+    if ray and machine.server is not None:
+        raise InputError("--ray and --server both say where to draw: give one of them")
+    if engines is not None and not ray:
+        raise InputError(f"--engines {engines} is for Ray: add --ray, or leave it out")
+    with Terminal(quiet) as terminal:
+        wanted = understand(prompts, common, machine, terminal)
+        if machine.server is None:
+            machine.check()
+            for model in dict.fromkeys(one.request.model for one in wanted):
+                agree_to_download(model, yes, terminal, machine.licence)
+        from inkstream.engine.manifest import Manifest
+
+        with closing(Manifest(out)) as manifest:
+            changed = sum(manifest.changed(one) for one in wanted)
+            todo = manifest.missing(wanted)
+            terminal.say(f"{len(wanted) - len(todo)} of {len(wanted)} pictures are there, {len(todo)} to draw")
+            if changed:
+                terminal.say(f"{changed} rows have changed since: they are drawn anew, and the old pictures stay")
+            drawn: list[dict[str, Any]] = []
+            failed: list[tuple[Wanted, str]] = []
+            try:
+                with closing(way(todo, machine, slots, ray, engines, metadata)) as told:
+                    follow(told, todo, manifest, drawn, failed, terminal, json)
+            except KeyboardInterrupt:
+                there = len(wanted) - len(todo) + len(drawn)
+                terminal.say(f"stopped; {there} of {len(wanted)} pictures are in {out}: the same command goes on")
+                raise
+    for one, error in failed:
+        print(f"{prompts}, line {one.row}: {one_line(error)}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(wanted)} pictures failed: the same command tries them again", file=sys.stderr)
+    if json:
+        listed = [{"row": one.row, "index": one.index, "error": error} for one, error in failed]
+        there = len(wanted) - len(todo)
+        print_json({"manifest": str(manifest.path), "there": there, "drawn": drawn, "failed": listed})
+    return 1 if failed else 0
+
+
+# What is asked for
+
+
+def understand(prompts: Path, common: Request, machine: Anywhere, terminal: Terminal) -> list[Wanted]:
+    """The pictures that a file asks for. InputError where a row cannot be drawn; all such rows are named before."""
+    rows, problems = read_rows(prompts)
+    check = offers(machine)
+    wanted: list[Wanted] = []
+    for line, fields in rows:
+        try:
+            request = complete_row(line, fields, common, prompts.parent)
+            for remark in check(request):
+                terminal.say(remark, once=True)
+            wanted += pictures_of(line, request)
+        except ValidationError as error:
+            problems += [(line, explain_value(wrong, str(wrong["loc"][0]))) for wrong in error.errors()]
+        except InputError as error:
+            problems.append((line, str(error)))
+    for line, problem in sorted(problems):
+        print(f"{prompts}, line {line}: {one_line(problem)}", file=sys.stderr)
+    if problems:
+        count = len({line for line, _ in problems})
+        raise InputError(f"{count} rows of {prompts} cannot be drawn: mend the lines named above; nothing was drawn")
+    if not rows:
+        raise InputError(f"{prompts} holds no row: write a prompt a line")
+    return wanted
+
+
+def complete_row(line: int, fields: Mapping[str, Any], common: Request, folder: Path) -> Request:
+    """A row's request: what it says, else what is said for all, and a seed. Its paths begin at the file's folder."""
+    for name in fields:
+        if name not in Request.model_fields:
+            near = difflib.get_close_matches(name, Request.model_fields, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise InputError(f"{name[:100]!r} is no field of a request: {hint}see inkstream batch --help")
+    given = {name: getattr(common, name) for name in common.model_fields_set} | dict(fields)
+    if fields.get("seed") is None:
+        given["seed"] = seed_of(line, common.seed or 0)
+    request = Request.model_validate(given)
+    if not request.prompt.strip() and not request.reference:
+        raise InputError("there is no prompt: say what to draw")
+    if not any(name in fields for name in PICTURES):
+        return request
+    from inkstream.engine.inputs import read_source
+
+    def there(source: str) -> str:
+        place = source if source.startswith("data:") else str(folder / source)
+        read_source(place)
+        return place
+
+    own: dict[str, Any] = {}
+    for name in PICTURES:
+        value = getattr(request, name)
+        if name in fields and value:
+            own[name] = there(value) if isinstance(value, str) else tuple(map(there, value))
+    return request.model_copy(update=own)
+
+
+def seed_of(line: int, base: int) -> int:
+    """The seed of a row that has none: the same in every run, and for every row another."""
+    return int.from_bytes(hashlib.sha256(f"{base} {line}".encode()).digest()[:4], "big")
+
+
+def pictures_of(line: int, request: Request) -> Iterator[Wanted]:
+    """The pictures of a row, each as a request of its own, with the seeds that `count` gives them."""
+    from inkstream.engine.manifest import Wanted, digest
+
+    for index in range(request.count):
+        one = request.model_copy(update={"seed": (request.seed or 0) + index, "count": 1})
+        number = f"{line:05}" + (f"-{index + 1}" if request.count > 1 else "")
+        mark = digest(one)
+        yield Wanted(line, index, one, mark, f"{number}-{slug(request.prompt)}-{mark[:6]}.png")
+
+
+def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
+    """What looks at a request before it is drawn: InputError where it cannot be; what has no effect, a line each."""
+    if machine.server is not None:
+        from inkstream.engine.client import Client
+
+        client = machine.way_in()
+        assert isinstance(client, Client)
+        offered = [model["id"] for model in client.models()]
+
+        def look(request: Request) -> Collection[str]:
+            check_pictures(request)
+            if "model" in request.model_fields_set and request.model not in offered:
+                raise InputError(f"model {request.model} is not offered by the server: take {', '.join(offered)}")
+            return ()
+
+        return look
+    from inkstream.engine.engine import remarks
+    from inkstream.engine.model import complete
+    from inkstream.engine.sources import downloads, locate
+    from inkstream.families import SPECS
+
+    known: dict[str, Spec | InputError | None] = {}
+
+    def spec_of(model: str) -> Spec | None:
+        """InputError where there is no such model; None where only a download would tell."""
+        if model not in known:
+            try:
+                known[model] = SPECS[model] if model in SPECS else None if downloads(model) else locate(model).spec
+            except InputError as error:
+                known[model] = error
+        found = known[model]
+        if isinstance(found, InputError):
+            raise found
+        return found
+
+    def look_here(request: Request) -> Collection[str]:
+        check_pictures(request)
+        spec = spec_of(request.model)
+        if spec is None:
+            return ()
+        complete(request, spec)
+        return remarks(request, spec)
+
+    return look_here
+
+
+# Reading
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[tuple[int, str]]]:
+    """The rows of a file; of those that cannot be read, the line and what to do. InputError if it is no such file."""
+    readers = {".txt": read_text, ".csv": read_csv, ".jsonl": read_json_lines}
+    if path.suffix.lower() not in readers:
+        raise InputError(f"{path} is no file of requests: let it end in {', '.join(readers)}")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is no text in UTF-8: save it as such") from None
+    rows: list[Row] = []
+    problems: list[tuple[int, str]] = []
+    for line, found in readers[path.suffix.lower()](text):
+        if isinstance(found, str):
+            problems.append((line, found))
+        else:
+            rows.append((line, found))
+    return rows, problems
+
+
+def read_text(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for line, prompt in enumerate(text.split("\n"), 1):
+        if prompt.strip():
+            yield line, {"prompt": prompt.strip()}
+
+
+def read_csv(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Cells that are empty give nothing. Several references stand in one cell, with ; between them."""
+    cells = csv.reader(io.StringIO(text, newline=""), strict=True)
+    header: list[str] | None = None
+    while True:
+        line = cells.line_num + 1
+        try:
+            row = next(cells)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield line, f"is no CSV ({error}): put text with commas, quotes or line ends in double quotes"
+            continue
+        if not any(cell.strip() for cell in row):
+            continue
+        if header is None:
+            header = [cell.strip() for cell in row]
+            unknown = [name for name in header if name not in Request.model_fields]
+            if unknown:
+                hint = "put commas between them" if ";" in row[0] or "\t" in row[0] else "see inkstream batch --help"
+                yield line, f"column {unknown[0][:100]!r} is no field of a request: name fields such as prompt, {hint}"
+                return
+        elif len(row) > len(header):
+            yield line, f"has {len(row)} cells under {len(header)} names: put text with commas in double quotes"
+        else:
+            given = {name: cell for name, cell in zip(header, row) if cell.strip()}
+            if "reference" in given:
+                given["reference"] = [one.strip() for one in given["reference"].split(";")]  # type: ignore[assignment]
+            yield line, given
+
+
+def read_json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    for line, written in enumerate(text.split("\n"), 1):
+        if not written.strip():
+            continue
+        try:
+            found = json_.loads(written)
+        except ValueError as error:
+            yield line, f'is no JSON ({error}): write it as {{"prompt": "a red circle"}}'
+            continue
+        yield line, found if isinstance(found, dict) else 'is no JSON object: write it as {"prompt": "a red circle"}'
+
+
+# Drawing
+
+
+def way(
+    todo: Sequence[Wanted],
+    machine: Anywhere,
+    slots: int,
+    ray: bool,
+    engines: int | None,
+    metadata: Literal["full", "minimal", "none"],
+) -> Generator[Told, None, None]:
+    """What becomes of the pictures that are not there yet, as it happens."""
+    requests = [one.request for one in todo]
+    if not requests:
+        return
+    if ray:
+        from inkstream.engine.ray_data import draw_on_ray
+
+        yield from draw_on_ray(requests, machine.engine, slots, engines, metadata)
+        return
+    from inkstream.engine.many import draw_many
+
+    yield from draw_many(machine.way_in(), requests, slots, metadata)
+
+
+def follow(
+    told: Iterator[Told],
+    todo: Sequence[Wanted],
+    manifest: Manifest,
+    drawn: list[dict[str, Any]],
+    failed: list[tuple[Wanted, str]],
+    terminal: Terminal,
+    json: bool,
+) -> None:
+    """Keep what is drawn, note what fails, and show how far it is."""
+    progress = Progress(len(todo), terminal)
+    for place, event in told:
+        if isinstance(event, Loading):
+            terminal.show(event)
+            continue
+        one = todo[place]
+        if isinstance(event, Failed):
+            manifest.fail(one, event.error)
+            failed.append((one, event.error))
+        elif not isinstance(event, Step):
+            path = manifest.add(one, event.data, event.seconds)
+            drawn.append({"path": str(path), "row": one.row, "index": one.index, "seed": one.request.seed})
+            if not json:
+                terminal.print(str(path))
+        progress.move(place, event.step / event.steps if isinstance(event, Step) else None, len(failed))
+
+
+class Progress:
+    """How many pictures are done, those under way by their steps, and when all will be."""
+
+    def __init__(self, total: int, terminal: Terminal):
+        self.total = total
+        self.terminal = terminal
+        self.done = 0
+        self.under_way: dict[int, float] = {}
+        self.began: float | None = None  # the first step: loading is not drawing
+        self.said = time.monotonic()
+
+    def move(self, place: int, share: float | None, failed: int) -> None:
+        """A picture is done by so much; None: wholly."""
+        now = time.monotonic()
+        self.began = self.began or now
+        if share is None:
+            self.under_way.pop(place, None)
+            self.done += 1
+        else:
+            self.under_way[place] = share
+        passed, work = now - self.began, self.done + sum(self.under_way.values())
+        left = f", {duration(passed / work * (self.total - work))} left" if work and passed > 1 else ""
+        note = f"{self.done} of {self.total}{left}" + (f", {failed} failed" if failed else "")
+        self.terminal.wait("pictures", self.done, self.total, note)
+        if not sys.stderr.isatty() and now - self.said > EVERY:
+            self.said = now
+            self.terminal.say(note)
+
+
+def duration(seconds: float) -> str:
+    """As people say it: 12 s, 5 min, 2 h 10 min."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

@@ -1,0 +1,374 @@
+"""`inkstream batch`: files of requests, the manifest, going on after whatever stopped it; tiny models."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import importlib.util
+import io
+import json
+import threading
+import time
+from _thread import interrupt_main
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inkstream import Engine, Request
+from inkstream.cli import main
+from inkstream.cli.batch import duration, read_rows, seed_of
+from inkstream.engine.manifest import Manifest, digest
+from inkstream.engine.many import Drawn, draw_many
+from inkstream.engine.metadata import read_request
+from inkstream.serve.limits import Limits, Settings
+from inkstream.types import Failed, Loading, Step
+
+SMALL = ["-W", "32", "-H", "32", "--steps", "2", "--quiet"]
+SCRIPT = Path(__file__).parent.parent / "scripts" / "batch_fault.py"
+
+
+def fault_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("batch_fault", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def lines_in(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    return sorted(lines, key=lambda line: (line["row"], line["index"]))
+
+
+def pictures_in(folder: Path) -> dict[str, int]:
+    """Names of the pictures and when each was written."""
+    return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+
+
+@pytest.fixture
+def words(tiny_folder, tmp_path, monkeypatch) -> list[str]:
+    monkeypatch.chdir(tmp_path)
+    return ["--out", "out", "-m", str(tiny_folder), *SMALL]
+
+
+def write(name: str, text: str) -> str:
+    Path(name).write_text(text)
+    return name
+
+
+def problems(capsys) -> list[str]:
+    return capsys.readouterr().err.splitlines()
+
+
+# What is drawn
+
+
+def test_each_line_of_a_text_file_becomes_a_picture_and_a_line_of_the_manifest(words, capsys):
+    write("foxes.txt", "a red fox\n\n  a blue fox \n")
+    assert main(["batch", "foxes.txt", *words]) == 0
+    first, second = lines_in(Path("out"))
+    assert (first["row"], second["row"]) == (1, 3)
+    assert first["file"].startswith("00001-a-red-fox-")
+    assert second["seed"] == seed_of(3, 0) != first["seed"]
+    assert sorted(capsys.readouterr().out.split()) == sorted(f"out/{line['file']}" for line in (first, second))
+    for line in (first, second):
+        data = (Path("out") / line["file"]).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == line["sha256"]
+        assert line["seconds"] > 0
+    carried = read_request(f"out/{second['file']}").request
+    assert (carried.prompt, carried.seed, carried.steps) == ("a blue fox", second["seed"], 2)
+
+
+def test_a_picture_is_the_one_that_generate_draws(words, tiny_folder):
+    write("foxes.jsonl", '{"prompt": "a red fox", "seed": 5}\n{"prompt": "two foxes"}\n')
+    assert main(["batch", "foxes.jsonl", *words]) == 0
+    alone = Engine("cpu").generate(Request(prompt="a red fox", seed=5, model=str(tiny_folder), width=32, height=32,
+                                           steps=2)).images[0]  # fmt: skip
+    drawn = Image.open(f"out/{lines_in(Path('out'))[0]['file']}")
+    assert np.abs(np.asarray(drawn).astype(int) - np.asarray(alone)).max() <= 1
+
+
+def test_rows_win_over_options_and_count_gives_each_picture_a_line(words):
+    table = io.StringIO()
+    rows = [["prompt", "seed", "count", "width"], ["a fox, red", "7", "2", ""], ['a "fox"\nin two lines', "", "", "48"]]
+    csv.writer(table).writerows(rows)
+    write("foxes.csv", "\ufeff" + table.getvalue())
+    assert main(["batch", "foxes.csv", *words, "--seed", "1"]) == 0
+    lines = lines_in(Path("out"))
+    assert [(line["row"], line["index"], line["seed"]) for line in lines] == [
+        (2, 0, 7),
+        (2, 1, 8),
+        (3, 0, seed_of(3, 1)),
+    ]
+    sizes = [Image.open(f"out/{line['file']}").size for line in lines]
+    assert sizes == [(32, 32), (32, 32), (48, 32)]
+    assert read_request(f"out/{lines[2]['file']}").request.prompt == 'a "fox"\nin two lines'
+
+
+def test_a_rows_pictures_are_looked_for_beside_the_file(words, tmp_path):
+    (tmp_path / "rows").mkdir()
+    Image.new("RGB", (32, 32), "red").save("rows/start.png")
+    Image.new("RGB", (32, 32), "blue").save("start.png")
+    write("rows/edits.jsonl", '{"prompt": "a fox", "image": "start.png", "strength": 0}\n')
+    assert main(["batch", "rows/edits.jsonl", *words]) == 0
+    before = pictures_in(Path("out"))
+    assert read_request(f"out/{next(iter(before))}").request.image == "rows/start.png"
+    Image.new("RGB", (32, 32), "green").save("rows/start.png")
+    assert main(["batch", "rows/edits.jsonl", *words]) == 0
+    assert len(pictures_in(Path("out"))) == 2  # another picture under the same name is another request
+
+
+def test_models_take_turns_however_the_rows_are_mixed(tiny_folder, tiny_base_folder):
+    models = [str(tiny_folder), str(tiny_base_folder)] * 3
+    wishes = [Request(prompt=f"fox {i}", model=model, seed=i, width=32, height=32, steps=1, guidance=1)
+              for i, model in enumerate(models)]  # fmt: skip
+    told = list(draw_many(Engine("cpu"), wishes, 2))
+    assert [place % 2 for place, event in told if isinstance(event, Drawn)] == [0, 0, 0, 1, 1, 1]
+    loads = {(place % 2, event.what) for place, event in told if isinstance(event, Loading) and event.what != "prompt"}
+    assert {turn for turn, _ in loads} == {0, 1}
+
+
+def test_what_cannot_be_drawn_fails_alone(tiny_folder):
+    wishes = [Request(prompt=f"fox {i}", model=model, seed=i, width=32, height=32, steps=1)
+              for i, model in enumerate((str(tiny_folder), "/nowhere", str(tiny_folder)))]  # fmt: skip
+    ends = {place: event for place, event in draw_many(Engine("cpu"), wishes, 4) if isinstance(event, Drawn | Failed)}
+    assert [type(ends[place]) for place in range(3)] == [Drawn, Failed, Drawn]
+    assert "/nowhere" in ends[1].error
+
+
+def test_closing_stops_within_a_step(tiny_folder):
+    wishes = [Request(prompt="a fox", model=str(tiny_folder), seed=i, width=32, height=32, steps=500) for i in range(6)]
+    before = threading.active_count()
+    told = draw_many(Engine("cpu"), wishes, 3)
+    for _, event in told:
+        if isinstance(event, Step):
+            break
+    began = time.monotonic()
+    told.close()
+    assert time.monotonic() - began < 5
+    assert threading.active_count() == before
+
+
+# Going on
+
+
+def test_the_same_command_again_draws_only_what_is_missing_damaged_or_changed(words, capsys):
+    write("foxes.txt", "one fox\ntwo foxes\nthree foxes\nfour foxes\n")
+    loud = [word for word in words if word != "--quiet"]
+    assert main(["batch", "foxes.txt", *words]) == 0
+    before = pictures_in(Path("out"))
+    assert main(["batch", "foxes.txt", *loud]) == 0
+    assert "4 of 4 pictures are there, 0 to draw" in problems(capsys)
+    assert pictures_in(Path("out")) == before
+
+    one, two, three, _ = (line["file"] for line in lines_in(Path("out")))
+    Path("out", one).unlink()
+    Path("out", two).write_bytes(Path("out", two).read_bytes()[:-9])
+    write("foxes.txt", "one fox\ntwo foxes\nthree wolves\nfour foxes\n")
+    assert main(["batch", "foxes.txt", *loud]) == 0
+    said = problems(capsys)
+    assert "1 of 4 pictures are there, 3 to draw" in said
+    assert "1 rows have changed since: they are drawn anew, and the old pictures stay" in said
+    after = pictures_in(Path("out"))
+    assert {name for name in after if after[name] != before.get(name)} > {one, two}
+    assert after[three] == before[three]
+    assert [line["row"] for line in lines_in(Path("out"))] == [1, 2, 3, 4]
+    assert "three-wolves" in lines_in(Path("out"))[2]["file"]
+
+
+def test_what_a_crash_leaves_is_put_right(words):
+    write("foxes.txt", "one fox\ntwo foxes\n")
+    assert main(["batch", "foxes.txt", *words]) == 0
+    manifest = Path("out/manifest.jsonl")
+    first, second = manifest.read_bytes().splitlines(keepends=True)
+    manifest.write_bytes(first + second[:40])  # killed while the line was written, behind the picture's rename
+    Path("out/.00009-x.png.part").write_bytes(b"half a picture")
+    assert main(["batch", "foxes.txt", *words]) == 0
+    assert [line["row"] for line in lines_in(Path("out"))] == [1, 2]
+    assert len(pictures_in(Path("out"))) == 2
+    assert list(Path("out").glob(".*.part")) == []
+
+
+def test_rows_that_nobody_asks_for_now_stay_in_the_manifest(words):
+    write("some.txt", "one fox\n")
+    write("all.txt", "one fox\ntwo foxes\n")
+    for name, count in (("all.txt", 2), ("some.txt", 2), ("all.txt", 2)):
+        assert main(["batch", name, *words]) == 0
+        assert len(lines_in(Path("out"))) == count
+
+
+def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(words, capsys):
+    write("foxes.txt", "".join(f"{i} foxes\n" for i in range(40)))
+
+    def interrupt() -> None:
+        while not any(Path("out").glob("*.png")):
+            time.sleep(0.01)
+        interrupt_main()
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert main(["batch", "foxes.txt", *(word for word in words if word != "--quiet"), "--slots", "1"]) == 130
+    assert "pictures are in out: the same command goes on" in problems(capsys)[-1]
+    assert 0 < len(lines_in(Path("out"))) < 40
+
+
+def test_two_runs_into_one_folder_are_refused(words, capsys):
+    write("foxes.txt", "one fox\n")
+    with closing(Manifest(Path("out"))):
+        assert main(["batch", "foxes.txt", *words]) == 2
+    assert "out is being drawn into by another run" in problems(capsys)[-1]
+
+
+def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path):
+    words = ["-m", str(tiny_folder), "-W", "32", "-H", "32", "--steps", "20", "--slots", "2"]
+    outcome = fault_script().ordeal(tmp_path, 6, 1, words)
+    assert outcome["problems"] == []
+    assert outcome["pictures"] == outcome["lines"] == 6
+    assert outcome["killed at"][0] < 6
+
+
+# What cannot be drawn
+
+
+def test_all_bad_rows_are_named_before_anything_is_drawn(words, capsys):
+    write("rows.jsonl", "\n".join([
+        '{"prompt": "a fox", "width": 33, "steps": 2}',
+        '{"prompt": "a fox", "stpes": 2}',
+        '{"prompt": "a fox"',
+        '["a fox"]',
+        '{"steps": 0, "width": 7, "prompt": "a fox"}',
+        '{"prompt": " "}',
+        '{"prompt": "a fox", "image": "none.png"}',
+        '{"prompt": "a fox", "model": "/nowhere"}',
+        '{"prompt": "a fox", "solver": "eular"}',
+        '{"prompt": "a good one"}',
+    ]))  # fmt: skip
+    assert main(["batch", "rows.jsonl", *words]) == 2
+    *named, last = problems(capsys)
+    told = dict.fromkeys(range(1, 11), "")
+    for line in named:
+        told[int(line.partition(": ")[0].rpartition(" ")[2])] += line.partition(": ")[2] + "\n"
+    assert "width 33 is not a multiple of 16" in told[1]
+    assert "'stpes' is no field of a request: did you mean steps?" in told[2]
+    assert "is no JSON" in told[3]
+    assert "is no JSON object" in told[4]
+    assert "width 7 is too small: give 16 or more" in told[5]
+    assert "steps 0 is too small: give 1 or more" in told[5]
+    assert "there is no prompt" in told[6]
+    assert "there is no picture none.png" in told[7]
+    assert "/nowhere" in told[8]
+    assert "solver eular is not known: did you mean euler?" in told[9]
+    assert told[10] == ""
+    assert "9 rows of rows.jsonl cannot be drawn" in last
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "says"),
+    [
+        ("promt,seed\na fox,1\n", 1, "column 'promt' is no field of a request"),
+        ("prompt;seed\na fox;1\n", 1, "put commas between them"),
+        ("prompt,seed\na fox, red,1\n", 2, "has 3 cells under 2 names"),
+        ('prompt,seed\n"a fox,1\n', 2, "is no CSV"),
+    ],
+)
+def test_a_table_that_is_none_is_refused_with_the_line(text, line, says, tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(text)
+    ((where, problem),) = read_rows(path)[1]
+    assert where == line
+    assert says in problem
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["rows.pdf"], "let it end in .txt, .csv, .jsonl"),
+        (["none.txt"], "cannot be read"),
+        (["empty.txt"], "holds no row"),
+        (["rows.txt", "--ray", "--server", "http://127.0.0.1:1"], "give one of them"),
+        (["rows.txt", "--engines", "2"], "add --ray"),
+        (["rows.txt", "--slots", "0"], "give 1 or more"),
+        (["rows.txt", "--out", "rows.txt/x"], "a file is in the way"),
+    ],
+)
+def test_a_command_that_cannot_be_is_one_line_with_the_remedy(words, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("rows.txt", "a fox\n")
+    write("empty.txt", "\n\n")
+    out = [] if "--out" in words else ["--out", "out"]
+    assert main(["batch", *words, *out]) == 2
+    assert says in problems(capsys)[-1]
+
+
+def test_a_server_draws_a_file_and_a_row_it_refuses_is_listed_and_tried_again(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("rows.jsonl", '{"prompt": "a red disc"}\n{"prompt": "a disc", "steps": 51}\n{"prompt": "a blue disc"}\n')
+    address = f"http://127.0.0.1:{server.port}"
+    command = ["batch", "rows.jsonl", "--out", "out", "-W", "32", "-H", "32", "--server", address]
+    assert main([*command, "--steps", "1", "--json"]) == 1
+    shown = capsys.readouterr()
+    told = json.loads(shown.out)
+    assert [one["row"] for one in told["failed"]] == [2]
+    assert "rows.jsonl, line 2: steps 51 is too many here: take at most 50" in shown.err
+    before = pictures_in(Path("out"))
+    assert len(before) == 2
+    assert main([*command, "--steps", "1"]) == 1
+    assert pictures_in(Path("out")) == before
+    lines = lines_in(Path("out"))
+    assert [line["row"] for line in lines] == [1, 2, 3]
+    assert "51" in lines[1]["error"]
+    assert read_request(f"out/{lines[0]['file']}").request.model == "pocket"
+
+
+def test_a_server_whose_queue_is_full_is_waited_for(start_server, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("rows.txt", "".join(f"{i} red discs\n" for i in range(4)))
+    served = start_server(Settings(tmp_path / "data", models=("pocket",), slots=1, limits=Limits(queue=1)))
+    try:
+        address = f"http://127.0.0.1:{served.port}"
+        assert main(["batch", "rows.txt", "--out", "out", *SMALL, "--server", address]) == 0
+        assert served.service.metrics.refused.labels("429")._value.get() > 0
+    finally:
+        served.stop()
+    assert len(pictures_in(Path("out"))) == 4
+
+
+def test_a_server_that_is_not_there_or_has_not_the_model_is_said_at_once(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("rows.txt", "a fox\n")
+    assert main(["batch", "rows.txt", "--out", "out", "--server", "http://127.0.0.1:1"]) == 2
+    assert "does not answer" in problems(capsys)[-1]
+    assert main(["batch", "rows.txt", "--out", "out", "-m", "z", "--server", f"http://127.0.0.1:{server.port}"]) == 2
+    assert "model z is not offered by the server: take pocket" in problems(capsys)[0]
+
+
+# Small things
+
+
+def test_seeds_are_the_same_in_every_run_and_differ_between_rows_and_bases():
+    seeds = [seed_of(line, base) for line in range(1, 200) for base in (0, 1)]
+    assert len(set(seeds)) == len(seeds)
+    assert seed_of(1, 0) == int.from_bytes(hashlib.sha256(b"0 1").digest()[:4], "big")
+
+
+def test_a_digest_names_what_is_asked_and_not_what_is_left_out():
+    assert digest(Request(prompt="x", seed=1)) == digest(Request(prompt="x", seed=1, count=1, guidance=None))
+    assert digest(Request(prompt="x", seed=1)) != digest(Request(prompt="x", seed=2))
+
+
+def test_times_are_told_as_people_say_them():
+    assert [duration(s) for s in (3.4, 89, 100, 3599, 7260)] == ["3 s", "89 s", "2 min", "1 h 0 min", "2 h 1 min"]
+
+
+def test_without_ray_the_extra_is_named(words, capsys):
+    if importlib.util.find_spec("ray") is not None:
+        pytest.skip("ray is installed")
+    write("foxes.txt", "one fox\n")
+    assert main(["batch", "foxes.txt", *words, "--ray"]) == 2
+    assert "pip install 'inkstream[ray]'" in problems(capsys)[-1]

@@ -1,0 +1,370 @@
+"""Two processes draw what one draws: pictures, prompts, tokens or weights shared out between them.
+
+torchrun --nproc-per-node 2 tests/test_parallel.py FOLDER    # writes what each process got
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from inkstream import cli
+from inkstream.engine.engine import Engine
+from inkstream.engine.loader import open_model
+from inkstream.engine.memory import Placing
+from inkstream.engine.model import Model, complete
+from inkstream.engine.parallel import Crew, Way, choose_way, join_crew
+from inkstream.engine.placement import Placed
+from inkstream.families.flux1.specs import DEV
+from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_BASE_4B
+from inkstream.families.zimage.specs import BASE, TURBO
+from inkstream.nn.parallel import Group, share_layers, share_tokens
+from inkstream.nn.quant import place
+from inkstream.quant.pack import pack
+from inkstream.quant.packed import take_columns, unpack
+from inkstream.types import Conditioning, InputError, Request, Spec
+from inkstream.weights.files import read_state, write_state
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+            "--rdzv-endpoint", "localhost:0"]  # fmt: skip
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
+CLOSE = 1e-5
+"""Of the largest number: how far apart sums in another order may be, in float32."""
+
+
+def with_three_heads(spec: Spec) -> Spec:
+    """The tiny model of a spec, wider by a head, so that two processes have two and one."""
+    tiny = spec.tiny
+    assert tiny is not None
+    sizes = tiny.transformer
+    heads = {"n_heads": 3, "dim": 96} if tiny.family == "zimage" else {"num_attention_heads": 3}
+    return replace(tiny, transformer=replace(sizes, **heads))
+
+
+ZIMAGE, FLUX1, FLUX2, GUIDED_FLUX2 = (with_three_heads(spec) for spec in (BASE, DEV, KLEIN_4B, KLEIN_BASE_4B))
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def forward(*sizes: tuple[int, int, int], times: tuple[float, ...] = (), looks: bool = False) -> Callable[[Model], Any]:
+    """One forward of the transformer over several samples. sizes: tokens of the prompt, height and width of the latents
+    of each; looks: at a reference, which FLUX.2 reads once."""
+    times = times or (0.5,) * len(sizes)
+
+    def compute(model: Model) -> list[Tensor]:
+        transformer: Any = model.family.transformer  # type: ignore[attr-defined]
+        config, prepared = transformer.config, []
+        for i, (length, height, width) in enumerate(sizes):
+            if model.spec.family == "zimage":
+                prepared.append(transformer.prepare(normal(length, config.cap_feat_dim, seed=i), height, width))
+                continue
+            text = [normal(length, config.joint_attention_dim, seed=i)]
+            guidance = 3.5 if config.guidance_embeds else None
+            if model.spec.family == "flux1":
+                pooled = [normal(config.pooled_projection_dim, seed=i)]
+                prepared += transformer.prepare(text, pooled, height, width, guidance)
+            else:
+                seen = [normal(config.in_channels, 3, 5, seed=9)] if looks else []
+                prepared += transformer.prepare(text, height, width, guidance, references=seen, read_once=looks)
+        channels = config.in_channels // (4 if model.spec.family == "flux1" else 1)
+        xs = [normal(channels, height, width, seed=10 + i) for i, (_, height, width) in enumerate(sizes)]
+        return transformer(xs, times, prepared)
+
+    return compute
+
+
+def sample(count: int = 1, **asked: Any) -> Callable[[Model], list[Tensor]]:
+    """All steps of a request."""
+    wish = {"prompt": "a red circle", "negative_prompt": "blue", "width": 80, "height": 48, "steps": 3, "seed": 7}
+    request = Request.model_validate({**wish, "count": count, **asked})
+    return lambda model: [model.sample(request, model.encode(request))]
+
+
+def encode(width: int) -> Callable[[str], Conditioning]:
+    """Prompts of as many tokens as letters, from noise that they decide."""
+    return lambda prompt: Conditioning(normal(len(prompt), width, seed=len(prompt)), (len(prompt),))
+
+
+def packed(name: str) -> Callable[[Any], None]:
+    """Pack the weights of all layers in blocks."""
+
+    def prepare(transformer: Any) -> None:
+        state = transformer.state_dict()
+        wanted = [k for k, w in state.items() if "blocks" in k and w.ndim == 2 and "mod" not in k]
+        transformer.load_state_dict(
+            place(transformer, {**state, **{k: pack(name, state[k]) for k in wanted}}, torch.float32)
+        )
+
+    return prepare
+
+
+def stream(transformer: Any) -> None:
+    """Let the blocks come one by one, from weights of half the size."""
+    Placed(transformer.bfloat16(), "visiting", torch.device("cpu"), torch.float32).settle()
+
+
+@dataclass(frozen=True)
+class Case:
+    way: Way
+    spec: Spec
+    compute: Callable[[Model], list[Tensor]]
+    before: Callable[[Any], None] = lambda transformer: None  # what is done to the transformer before it is shared
+    after: Callable[[Any], None] = lambda transformer: None  # and then
+
+
+MIXED = ((5, 6, 10), (40, 4, 4))
+ALIKE = ((5, 6, 10), (7, 6, 10))
+TWICE = (0.5, 0.25)
+CASES = {
+    "cfg z-image": Case("cfg", ZIMAGE, sample()),
+    "cfg z-image, on for a while": Case("cfg", ZIMAGE, sample(guidance_until=0.6)),
+    "cfg flux2, three pictures": Case("cfg", GUIDED_FLUX2, sample(3)),
+    **{
+        f"{way} {name}": Case(way, spec, compute)  # type: ignore[arg-type]
+        for way in ("context", "tensor")
+        for name, spec, compute in (
+            ("z-image", ZIMAGE, forward(*ALIKE, times=TWICE)),
+            ("z-image of several lengths", ZIMAGE, forward(*MIXED, times=TWICE)),
+            ("z-image, guided", ZIMAGE, sample(prompt="a" * 40)),
+            ("z-image, cached", ZIMAGE, sample(steps=8, cache="taylor", cache_threshold=0.3)),
+            ("flux1", FLUX1, forward((5, 6, 10))),
+            ("flux1 at two times", FLUX1, forward(*ALIKE, times=TWICE)),
+            ("flux1 of several lengths", FLUX1, forward(*MIXED, times=TWICE)),
+            ("flux2 with one word", FLUX2, forward((1, 5, 3))),
+            ("flux2 that looks", FLUX2, forward((5, 5, 3), looks=True)),
+            ("flux2, guided", GUIDED_FLUX2, sample()),
+        )
+    },
+    "context flux2, streamed": Case("context", FLUX2, forward((5, 5, 3)), after=stream),
+    "tensor flux2, streamed": Case("tensor", FLUX2, forward((5, 5, 3)), after=stream),
+    "tensor flux2, q8_0": Case("tensor", FLUX2, forward((5, 5, 3)), before=packed("q8_0")),
+    "tensor flux2, fp8": Case("tensor", FLUX2, forward((5, 5, 3)), before=packed("e4m3")),
+}
+
+
+def run(build: Callable[[Spec], Model], case: Case, crew: Crew | None = None) -> list[Tensor]:
+    model = build(case.spec)
+    transformer: Any = model.family.transformer  # type: ignore[attr-defined]
+    if case.spec.family == "zimage":
+        model.family.encode = encode(case.spec.transformer.cap_feat_dim)  # type: ignore[method-assign]
+    case.before(transformer)
+    if crew is not None:
+        crew.settle(Request.model_validate({"guidance": 4.0}), case.spec)
+        crew.share(transformer)
+        crew.attach(model)
+    case.after(transformer)
+    with torch.inference_mode():
+        return [out.clone() for out in case.compute(model)]
+
+
+WISH = {"prompt": "a red circle", "width": 80, "height": 48, "steps": 3, "seed": 7}
+WISHES: dict[str, tuple[Way | None, dict[str, Any]]] = {
+    "drawn by replicas": (None, {"count": 3}),
+    "drawn by two prompts": (None, {}),
+    "drawn by context": (None, {"guidance": 1}),
+    "drawn by tensor": ("tensor", {}),
+}
+"""How the processes share, None where they choose, and what is asked of GUIDED_FLUX2 in a folder beside WISH."""
+
+
+def draw(folder: Path, asked: dict[str, Any], crew: Crew | None = None) -> tuple[Engine, list[Tensor]]:
+    """The pictures of a wish, (H, W, 3), by an engine that reads the model's files."""
+    engine = Engine("cpu", crew=crew)
+    request = Request.model_validate({**WISH, "model": str(folder), **asked})
+    if crew is not None and crew.rank > 0:
+        request = Request.model_validate({})  # the first process's is drawn
+    return engine, [torch.from_numpy(np.array(image)) for image in engine.generate(request).images]
+
+
+def weigh(engine: Engine) -> Tensor:
+    """Bytes of the transformer that is loaded."""
+    family: Any = engine.model.family
+    return torch.tensor(sum(weight.nbytes for weight in family.transformer.state_dict().values()))
+
+
+def results(name: str, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    return ((f"{name}.{i}", tensor) for i, tensor in enumerate(tensors))
+
+
+def main(folder: Path) -> None:
+    """What each of the two processes does."""
+    from conftest import build_model
+
+    state: dict[str, Tensor] = {}
+    for name, case in CASES.items():
+        state |= results(name, run(build_model, case, join_crew(case.way, "cpu")))
+    for name, (way, asked) in WISHES.items():
+        engine, pictures = draw(folder / "model", asked, join_crew(way, "cpu"))
+        state |= results(name, pictures)
+    state["bytes"] = weigh(engine)
+    write_state(folder / f"{os.environ['RANK']}.safetensors", state)
+    given = ["generate", "a red circle", "-m", str(folder / "model"), "-W", "64", "-H", "48", "--steps", "1", "-s", "7"]
+    for words in (
+        ["-c", "3", "-o", str(folder / "pictures/")],
+        ["--parallel", "cfg", "--guidance", "1", "-o", str(folder)],
+        ["--parallel", "cfg", "--cache", "taylor", "-o", str(folder)],
+    ):
+        cli.main([*given, *words])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, make_folder) -> Path:
+    folder = tmp_path_factory.mktemp("parallel")
+    make_folder(folder / "model", GUIDED_FLUX2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> tuple[list[dict[str, torch.Tensor]], str, str]:
+    """What each of two processes got, and what they said on stdout and stderr."""
+    done = subprocess.run(
+        [*TORCHRUN, __file__, str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [read_state(folder / f"{rank}.safetensors") for rank in (0, 1)], done.stdout, done.stderr  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_compute_what_one_does(two, build, name):
+    for key, alone in results(name, run(build, CASES[name])):
+        for state in two[0]:
+            assert (state[key] - alone).abs().max() < CLOSE * alone.abs().max(), key
+        assert torch.equal(two[0][0][key], two[0][1][key]), key
+
+
+@pytest.mark.parametrize("name", WISHES)
+def test_an_engine_in_each_of_two_processes_draws_the_pictures_of_one(two, folder, name):
+    (first, second), _, _ = two
+    _, alone = draw(folder / "model", WISHES[name][1])
+    drawn = [first[key] for key, _ in results(name, alone)]
+    if name == "drawn by replicas":
+        assert all(torch.equal(a, b) for a, b in zip(drawn, alone, strict=True))
+        assert [key for key in second if key.startswith(name)] == [f"{name}.0"]  # of its own
+    else:  # a number next to the border between two bytes may fall on either side
+        assert max((a.int() - b.int()).abs().max() for a, b in zip(drawn, alone, strict=True)) <= 1
+
+
+def test_two_prompts_asked_apart_give_every_bit_of_asking_one_after_the_other(two, folder):
+    engine = Engine("cpu")
+    list(engine.load(str(folder / "model")))
+    family: Any = engine.model.family
+    together = family.answer
+    family.answer = lambda queries, prepared: [together([q], [p])[0] for q, p in zip(queries, prepared)]
+    (picture,) = engine.generate(Request.model_validate({**WISH, "model": str(folder / "model")})).images
+    assert np.array_equal(np.array(picture), two[0][0]["drawn by two prompts.0"])
+
+
+def test_each_process_holds_its_share_of_the_weights(two, folder):
+    alone = weigh(draw(folder / "model", {"steps": 1})[0])
+    shares = [state["bytes"] for state in two[0]]
+    assert max(shares) < 0.9 * alone
+    assert sum(shares) > alone  # modulation and embedders are in both
+
+
+def test_what_one_process_needs_is_foreseen_for_its_share(folder):
+    opened = open_model(folder / "model", "cpu")
+    request = complete(Request.model_validate(WISH), opened.source.spec)
+
+    def foreseen(share: Callable[[Any], None]) -> int:
+        return Placing(replace(opened, share=share)).plans(request)[0].phases["steps"]
+
+    whole = foreseen(lambda transformer: None)
+    assert foreseen(lambda transformer: share_layers(transformer, Group(0, 2))) < whole - 1_000_000  # weights
+    assert foreseen(lambda transformer: share_tokens(transformer, Group(0, 2))) < whole  # what is computed with them
+
+
+def test_the_first_process_writes_and_speaks_for_all(two, folder):
+    _, stdout, stderr = two
+    names = [f"a-red-circle-{seed}.png" for seed in (7, 8, 9)]
+    assert stdout.split() == [str(folder / "pictures" / name) for name in names]
+    assert stderr.count("2 processes: each draws pictures of its own (--parallel replicas)") == 1
+    assert stderr.count("again: torchrun --nproc-per-node 2 -m inkstream generate") == 1
+    assert len({np.array(Image.open(path)).tobytes() for path in stdout.split()}) == 3
+
+
+def test_what_two_processes_cannot_share_is_refused_once(two):
+    refused = [line for line in two[2].splitlines() if line.startswith("inkstream: ")]
+    assert [line.partition(":")[2].split(",")[0].strip() for line in refused] == [
+        "--parallel cfg needs guidance",
+        "--cache taylor looks at both prompts",
+    ]
+
+
+def test_who_does_not_say_what_is_shared_gets_pictures_first_then_prompts_then_tokens():
+    def chosen(spec: Spec, processes: int, **asked: Any) -> str:
+        return choose_way(Request.model_validate(asked), spec, processes)
+
+    assert chosen(BASE, 2, count=2) == chosen(TURBO, 2, count=5) == "replicas"
+    assert chosen(BASE, 2) == chosen(BASE, 4, count=3) == "cfg"
+    assert chosen(BASE, 3) == chosen(BASE, 2, cache="taylor") == chosen(TURBO, 2) == "context"
+
+
+@pytest.mark.parametrize("name", ["q8_0", "int4", "int8", "e4m3"])
+def test_columns_of_a_packed_weight_are_those_of_the_whole(name):
+    weight, runs = pack(name, normal(6, 256, seed=0)), [(0, 64), (128, 256)]
+    assert torch.equal(unpack(take_columns(weight, runs)), take_columns(unpack(weight), runs))
+
+
+def test_a_packed_weight_is_not_cut_inside_a_block():
+    with pytest.raises(InputError, match="cut at multiples of 32 columns, not at 0 to 48: take the bf16 file"):
+        take_columns(pack("q8_0", normal(6, 256, seed=0)), [(0, 48)])
+
+
+def test_a_way_for_several_processes_is_refused_to_one(capsys):
+    assert cli.main(["generate", "a", "--parallel", "cfg"]) == 2
+    assert "torchrun --nproc-per-node 2 -m inkstream generate --parallel cfg" in capsys.readouterr().err
+
+
+def test_ctrl_c_ends_all_processes(folder):
+    words = [
+        "generate",
+        "a",
+        "-m",
+        str(folder / "model"),
+        "--steps",
+        "1000",
+        "-o",
+        str(folder),
+        "--parallel",
+        "context",
+    ]
+    running = subprocess.Popen(
+        [*TORCHRUN, "-m", "inkstream", *words],
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert running.stderr is not None
+    try:
+        said = [next(running.stderr)]
+        while "(--parallel context)" not in said[-1]:
+            said.append(next(running.stderr))
+        children = children_of(running.pid)
+        assert len(children) >= 2
+        running.send_signal(signal.SIGINT)
+        said += running.communicate(timeout=20)[1].splitlines()
+    finally:
+        running.kill()
+    assert any("stopped; 0 of 1 done" in line for line in said)
+    assert not [child for child in children if Path(f"/proc/{child}").exists()]
+
+
+def children_of(process: int) -> list[int]:
+    """Processes that it started."""
+    return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
