@@ -9,19 +9,14 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from inkstream.cli.machine import Machine, several
 from inkstream.types import Failed, InputError, Loading, Request
 
 if TYPE_CHECKING:
-    from inkstream.cli.machine import Machine
     from inkstream.engine.parallel import Crew, Way
 
 GRACE = 3.0
 """Seconds that an interrupted process has to end by itself."""
-
-
-def several() -> bool:
-    """Whether torchrun started more processes than this one."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def follows() -> bool:

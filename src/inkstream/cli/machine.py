@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from inkstream.cli.crew import several
 from inkstream.types import InputError
 
 if TYPE_CHECKING:
@@ -109,6 +108,11 @@ class Anywhere(Machine):
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is for a model on this machine: leave it out, or leave --server out")
         return Client(self.server, os.environ.get("INKSTREAM_API_KEY") or None)
+
+
+def several() -> bool:
+    """Whether torchrun started more processes than this one."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 HERE = Machine()
