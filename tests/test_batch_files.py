@@ -225,11 +225,11 @@ def test_two_runs_into_one_folder_are_refused(words, capsys):
 
 
 def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path):
-    words = ["-m", str(tiny_folder), "-W", "32", "-H", "32", "--steps", "20", "--slots", "2"]
-    outcome = fault_script().ordeal(tmp_path, 6, 1, words)
+    words = ["-m", str(tiny_folder), "-W", "32", "-H", "32", "--steps", "50", "--slots", "2"]
+    outcome = fault_script().ordeal(tmp_path, 16, 1, words)
     assert outcome["problems"] == []
-    assert outcome["pictures"] == outcome["lines"] == 6
-    assert outcome["killed at"][0] < 6
+    assert outcome["pictures"] == outcome["lines"] == 16
+    assert 0 < outcome["killed at"][0] < 16
 
 
 # What cannot be drawn
