@@ -7,11 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
+from inkstream.cli.machine import Machine
 from inkstream.engine.compile import compile_blocks
+from inkstream.engine.engine import Engine
 from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO
+from inkstream.nn.stack import Blocks
 
 Size = tuple[int, int, int]
 """Tokens of a prompt, height and width of the latents."""
@@ -93,6 +96,23 @@ def test_another_number_of_pictures_compiles_nothing_anew():
     several = count.graphs
     agree(model, plain, [(20, 6, 4), (60, 4, 4), (20, 6, 8)], [0.5, 0.25, 0.75])
     assert count.graphs == several
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of inductor's import
+def test_a_model_is_opened_with_its_blocks_compiled_only_where_that_is_asked_for(tiny_folder):
+    for compiled in (True, False):
+        engine = Engine("cpu", compiled=compiled)
+        list(engine.load(str(tiny_folder)))
+        stacks = [stack for stack in engine.model.family.transformer.modules() if isinstance(stack, Blocks)]
+        assert stacks
+        assert all(("enter" in vars(block)) == ("leave" in vars(block)) == compiled for s in stacks for block in s)
+
+
+def test_the_option_comes_to_the_engine_and_back_to_the_command():
+    machine = Machine(compile=True, memory="8GiB")
+    assert machine.engine().compiled
+    assert not Machine().engine().compiled
+    assert machine.words() == ["--memory=8GiB", "--compile"]
 
 
 def test_a_block_is_traced_whole_by_torchs_own_front_ends():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
@@ -246,3 +246,15 @@ class Result:
 
     images: list[Image]
     requests: list[Request]
+
+    @staticmethod
+    def of(events: Iterable[Event]) -> Result:
+        """All pictures of a request's events. InputError if they end with Failed."""
+        result = Result([], [])
+        for event in events:
+            if isinstance(event, Done):
+                result.images.append(event.image)
+                result.requests.append(event.request)
+            elif isinstance(event, Failed):
+                raise InputError(event.error)
+        return result

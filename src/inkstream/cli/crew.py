@@ -9,10 +9,11 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from inkstream.cli.machine import Machine, several
+from inkstream.engine.processes import count_processes
 from inkstream.types import Failed, InputError, Loading, Request
 
 if TYPE_CHECKING:
+    from inkstream.cli.machine import Machine
     from inkstream.engine.parallel import Crew, Way
 
 GRACE = 3.0
@@ -21,12 +22,12 @@ GRACE = 3.0
 
 def follows() -> bool:
     """Whether this is one of them, but not the first."""
-    return several() and os.environ["RANK"] != "0"
+    return count_processes() > 1 and os.environ["RANK"] != "0"
 
 
 def join(way: Way | None, device: str | None) -> Crew | None:
     """The processes that draw together; None where there is one. InputError where a way is given to one."""
-    if way is None and not several():  # so torch need not be imported yet
+    if way is None and count_processes() == 1:  # so torch need not be imported yet
         return None
     from inkstream.engine.parallel import join_crew
 

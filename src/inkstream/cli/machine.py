@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
+from inkstream.engine.processes import count_processes
 from inkstream.types import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Machine:
         Where the model's parts are: all on the device, only those at work, or only the layers at work; else the fastest
         of these that the memory allows.
     compile
-        Compile the blocks of the transformer: the first picture takes a minute longer, on a GPU the others less time.
+        Compile the blocks of the transformer, which the first picture waits for; meant for GPUs.
     commercial_only
         Refuse a model whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
     """
@@ -51,7 +52,7 @@ class Machine:
         """An engine on it, or on this process's share of it. InputError where there is no such machine."""
         from inkstream.engine.engine import Engine
 
-        if crew is None and several():
+        if crew is None and count_processes() > 1:
             raise InputError("torchrun is for drawing with inkstream generate, and for training: start this without it")
         self.check()
         device = self.device if crew is None else str(crew.device)
@@ -108,11 +109,6 @@ class Anywhere(Machine):
             option = "--" + name.replace("_", "-")
             raise InputError(f"{option} is for a model on this machine: leave it out, or leave --server out")
         return Client(self.server, os.environ.get("INKSTREAM_API_KEY") or None)
-
-
-def several() -> bool:
-    """Whether torchrun started more processes than this one."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 HERE = Machine()

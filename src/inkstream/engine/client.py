@@ -84,14 +84,7 @@ class Client:
 
     def generate(self, request: Request) -> Result:
         """All pictures of a request. InputError if it cannot be drawn."""
-        result = Result([], [])
-        for event in self.submit(request):
-            if isinstance(event, Done):
-                result.images.append(event.image)
-                result.requests.append(event.request)
-            elif isinstance(event, Failed):
-                raise InputError(event.error)
-        return result
+        return Result.of(self.submit(request))
 
     def models(self) -> list[dict[str, Any]]:
         """The models that the server offers, as /v1/models has them; the first is the default. InputError if lost."""

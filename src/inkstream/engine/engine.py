@@ -87,14 +87,7 @@ class Engine:
 
     def generate(self, request: Request) -> Result:
         """All pictures of a request. InputError if it cannot be drawn."""
-        result = Result([], [])
-        for event in self.submit(request):
-            if isinstance(event, Done):
-                result.images.append(event.image)
-                result.requests.append(event.request)
-            elif isinstance(event, Failed):
-                raise InputError(event.error)
-        return result
+        return Result.of(self.submit(request))
 
     def load(self, name: str, request: Request | None = None) -> Iterator[Loading]:
         """Make a model ready; does nothing if it is already. Ends when `self.model` is it.

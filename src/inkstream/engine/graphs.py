@@ -68,9 +68,8 @@ def forward_transformer(
     if torch.is_grad_enabled() or in_use.get() is not None or not small or any(sample is None for sample in asked):
         return forward(xs, times, prepared)
     alike = tuple(times.index(t) for t in times)  # samples of one time share what is computed of it
-    fresh = {
-        id(x): x.view_as(x) for x in xs
-    }  # no objects of a step before, so that they are copied whatever is in them
+    # No objects of a step before, so that they are copied whatever is in them.
+    fresh = {id(x): x.view_as(x) for x in xs}
     given = [[fresh[id(x)] for x in xs], asked]
     return recordings.run(alike, given, lambda given: forward(given[0], times, given[1]))
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from inkstream.engine.loader import choose_device
 from inkstream.engine.model import Model
 from inkstream.engine.options import cached, guided
+from inkstream.engine.processes import count_processes
 from inkstream.nn.parallel import Group, heads_of, share_layers, share_tokens
 from inkstream.types import Done, InputError, Loading, Query, Request, Spec
 
@@ -48,8 +49,7 @@ def join_crew(way: Way | None = None, device: str | None = None) -> Crew | None:
     way: what they share; None chooses by the first request. device: "cpu", "cuda" or None for the best there is.
     InputError where there are several for one GPU, or a way for one process.
     """
-    count = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
-    if count == 1:
+    if count_processes() == 1:
         if way is not None:
             raise InputError(
                 f"--parallel {way} is for several processes: start them as in "
