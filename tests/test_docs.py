@@ -94,4 +94,4 @@ def test_the_commands_shown_in_the_readme_are_understood():
         command, _, _ = app.parse_args(
             ["--prompt=-" if word == "-" else word for word in words], exit_on_error=False, print_error=False
         )
-        assert command.__name__ == {"eval": "evaluate"}.get(words[0], words[0])
+        assert command.__name__ == {"eval": "evaluate", "serve": "run"}.get(words[0], words[0])
