@@ -143,6 +143,22 @@ def make_folder() -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
+def resident() -> Callable[[Path], int]:
+    """`resident(path)`: bytes of a mapped file that are in this process's memory, as Linux tells them."""
+    return resident_bytes
+
+
+def resident_bytes(path: Path) -> int:
+    count, ours = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            ours = line.endswith(str(path))
+        elif ours and line.startswith("Rss:"):
+            count += int(line.split()[1]) * 1024
+    return count
+
+
+@pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     """A tiny Z-Image Turbo as a diffusers folder. Not to be written to."""
     return write_folder(tmp_path_factory.mktemp("models") / "tiny-turbo", TURBO.tiny)

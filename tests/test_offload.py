@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -49,18 +47,6 @@ def mapped(blocks, path, dtype):
     return other
 
 
-def resident(path: Path) -> int:
-    """Bytes of a mapped file that are in this process's memory."""
-    lines = Path("/proc/self/smaps").read_text().splitlines()
-    count, ours = 0, False
-    for line in lines:
-        if "-" in line.split()[0]:
-            ours = line.endswith(str(path))
-        elif ours and line.startswith("Rss:"):
-            count += int(line.split()[1]) * 1024
-    return count
-
-
 def test_streamed_blocks_give_what_resident_ones_give(stack, tmp_path):
     x = torch.randn(5, WIDTH)
     streamed = mapped(stack, tmp_path / "stack.safetensors", torch.bfloat16)
@@ -104,7 +90,7 @@ def test_what_a_block_is_called_apart_for_visits_on_its_own(stack, tmp_path):
 
 @pytest.mark.skipif(not mapped_ranges(), reason="the system does not say what is mapped")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_pages_of_a_mapped_file_leave_memory_after_the_visit(stack, tmp_path, dtype):
+def test_pages_of_a_mapped_file_leave_memory_after_the_visit(stack, tmp_path, dtype, resident):
     path = tmp_path / "stack.safetensors"
     blocks = mapped(stack, path, dtype)
     whole = sum(weight.nbytes for block in blocks for weight in block.parameters() if weight.ndim > 1)

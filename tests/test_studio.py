@@ -273,7 +273,7 @@ def test_a_grid_is_one_job_and_its_sheet_names_rows_and_columns(served, page):
     ]  # fmt: skip
     assert jobs(served)[0]["grid"]["y"] == {"field": "solver", "values": ["euler", "heun"]}
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.wait_for_selector("dialog", state="detached")
 
 
 def test_drafts_are_picked_and_refined(served, page):
@@ -419,7 +419,7 @@ def test_a_picture_is_opened_walked_on_from_and_closed(page):
     page.keyboard.press("ArrowRight")
     page.wait_for_selector("dialog.viewer >> text=a stored picture 24998")
     page.keyboard.press("Escape")
-    assert page.locator("dialog").count() == 0
+    page.wait_for_selector("dialog", state="detached")
 
 
 def test_two_pictures_are_compared(page):
@@ -431,8 +431,9 @@ def test_two_pictures_are_compared(page):
     clip = page.locator("dialog .over").evaluate("image => getComputedStyle(image).clipPath")
     assert clip in ("inset(0px calc(75%) 0px 0px)", "inset(0px 75% 0px 0px)")
     page.keyboard.press("Escape")
+    page.wait_for_selector("dialog", state="detached")
     page.keyboard.press("Escape")
-    assert page.locator(".tile.picked").count() == 0
+    page.wait_for_selector(".tile.picked", state="detached")
 
 
 # Languages, looks, keys ---------------------------------------------------------------------------------------------

@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 import inkstream
 from inkstream.bench.child import Draw, Order, Setup, Stages, attend, to_bytes
-from inkstream.engine.compile import compile_blocks
-from inkstream.engine.graphs import replay_small
 from inkstream.engine.loader import dtype_of, load
 from inkstream.engine.model import Model
+from inkstream.engine.ready import make_ready
 from inkstream.engine.sources import Unset, locate
 from inkstream.families import Part, family_of, parts_of
 from inkstream.nn.quant import place
@@ -54,9 +53,7 @@ def random_model(
         name: random_part(part, getattr(spec, name), device, dtype_of(name, dtype, device), fp8)
         for name, part in parts_of(spec).items()
     }
-    if compiled:
-        compile_blocks(modules["transformer"])
-    replay_small(modules)
+    make_ready(modules, compiled)
     pocket = locate("pocket").tokenizers["tokenizer"]
     tokenizers = {name: read(pocket) for name, read in family.tokenizers.items()}
     return Model(family(spec, modules, tokenizers), device, dtype)

@@ -174,6 +174,16 @@ TABLES: Mapping[str, Columns] = {
         {"Piece": field("stage")},
         {"Seconds": field("seconds", ".2f"), "Of the processor": field("cpu_seconds", ".2f")},
     ),
+    "profile-": (
+        {"Case": field("case")},
+        {
+            "Steps": field("seconds", ".3g", " s"),
+            "Matrix products": percent("products"),
+            "Attention": percent("attention"),
+            "Passes over memory": percent("passes"),
+            "Between operations": percent("between"),
+        },
+    ),
     "kernels-": (
         {"Piece": field("case"), "Way": field("way")},
         {

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inkstream.engine.compile import compile_blocks
-from inkstream.engine.graphs import replay_small
 from inkstream.engine.licences import is_commercial_only
 from inkstream.engine.model import Model
 from inkstream.engine.placement import Place, Placed, copied, place_of
+from inkstream.engine.ready import make_ready
 from inkstream.engine.sources import PREFIXES, Found, Progress, Source, encoder_of, locate, locate_writer
 from inkstream.families import Writer
 from inkstream.nn.offload import advise, is_mapped, mapped_ranges
@@ -105,9 +104,7 @@ def read_model(opened: Opened, plan: str, progress: Progress | None = None, comp
         )
         for part, found in source.parts.items()
     }
-    if compiled:
-        compile_blocks(modules["transformer"])
-    replay_small(modules)
+    make_ready(modules, compiled)
 
     def read_writer() -> Writer:
         writer: Any = read(locate_writer(source), device, opened.dtype, lambda done, total: None)
