@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from PIL import Image
 
 import inkstream
 from inkstream.engine.batch import ABREAST, Alone, Ask, Batch, Drawing, tokens_of, within
-from inkstream.engine.heap import keep_freed_memory
+from inkstream.engine.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.engine.model import Run
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.sampling.solvers import SOLVERS
@@ -294,6 +296,21 @@ def test_memory_that_was_freed_is_not_taken_from_the_system_again():
     for _ in range(20):
         use()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 20 * 1024  # pages; without it 200 * 1024
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library can be told")
+def test_memory_that_was_freed_goes_back_when_it_is_to():
+    def taken() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    keep_freed_memory()
+    give_back_freed_memory()
+    before = taken()
+    held = [torch.ones(2**20) for _ in range(20)]  # 4 MiB each
+    held.clear()
+    assert taken() - before > 40 * 2**20  # kept
+    give_back_freed_memory()
+    assert taken() - before < 10 * 2**20
 
 
 # The engine over real models at tiny size -------------------------------------------------------------------------

@@ -117,6 +117,14 @@ def test_what_is_foreseen_is_what_a_process_takes(wide, plan):
     assert abs(found["measured"] - found["foreseen"]) < 0.1 * found["foreseen"] + BESIDE
 
 
+def test_where_memory_is_short_what_was_freed_is_given_back_between_phases(folders, monkeypatch):
+    given_back: list[str] = []
+    for plan in PLANS:
+        monkeypatch.setattr("inkstream.engine.engine.give_back_freed_memory", lambda plan=plan: given_back.append(plan))
+        Engine("cpu", plan=plan).generate(wish(folders("z-image-turbo"), count=2))
+    assert given_back == ["parked"] * 3 + ["streamed"] * 3  # behind the prompt, before either picture
+
+
 def test_running_out_of_memory_falls_to_the_next_plan_and_says_so(folders):
     """Memory runs out inside the model, at the second picture of two: the first is not drawn again."""
     folder = folders("z-image-turbo")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from inkstream.engine.batch import Alone, Ask, Batch, Drawing, tokens_of
-from inkstream.engine.heap import keep_freed_memory
+from inkstream.engine.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.engine.inputs import to_image
 from inkstream.engine.loader import Opened, open_model, read_model
 from inkstream.engine.memory import Placing
@@ -208,6 +208,7 @@ class Engine:
         yield Loading("prompt")
         cond = model.encode(request)
         original = model.open_original(request)
+        self._end_phase()
         own = self.crew.own if self.crew else slice(None)
         for index, one in list(enumerate(singles(request, request.count)))[own][len(drawn) :]:
             began = time.perf_counter()
@@ -222,6 +223,7 @@ class Engine:
                     seconds = time.perf_counter() - asked
                     preview = model.preview(run.estimate) if self.previews else None
                     yield Step(step, run.evaluations, index, request.count, t, seconds, preview)
+                self._end_phase()
                 image = to_image(model.finish(run, original))
             finally:
                 run.close()
@@ -229,6 +231,11 @@ class Engine:
             yield drawn[-1]
             if self.crew:
                 yield from self.crew.others(drawn[-1])
+
+    def _end_phase(self) -> None:
+        """Where memory is short, other parts of the model begin with what their plan foresees."""
+        if self.model.device.type == "cpu" and self.model.plan != "resident":
+            give_back_freed_memory()
 
     def _upsample(self, model: Model, request: Request) -> Generator[Event, None, Request]:
         """The request with its prompt written out; it draws the same without that model."""

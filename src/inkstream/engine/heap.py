@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from typing import Any
 
 LARGE = 32 * 2**20
 """Bytes from which a block is the system's own, taken from it and given back each time: the most that glibc takes."""
@@ -18,7 +19,16 @@ def keep_freed_memory() -> None:
     Otherwise it returns a forward's memory as soon as it is free, and the system clears every page of it again for the
     next: a sixth of the time of a forward of 1500 tokens of Pocket.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
+    if mallopt := _of_glibc("mallopt"):
         for parameter, value in ((-3, LARGE), (-1, KEPT), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
             mallopt(parameter, value)
+
+
+def give_back_freed_memory() -> None:
+    """Let the system have what is free now: a few milliseconds, and what is computed next takes it anew."""
+    if malloc_trim := _of_glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
