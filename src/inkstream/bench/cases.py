@@ -87,11 +87,11 @@ _GPU = Case("", TURBO, 1024, 1024, 8, device="cuda", dtype="bf16", weights="memo
 CASES: Mapping[str, Case] = {
     case.name: case
     for case in (
-        Case("tiny", _TINY, 256, 256, 8),
-        Case("tiny-guided", _TINY, 256, 256, 8, 5.0),
-        Case("medium", _MEDIUM, 256, 256, 8),
+        Case("tiny", _TINY, 256, 256, 8, repeats=25),
+        Case("tiny-guided", _TINY, 256, 256, 8, 5.0, repeats=25),
+        Case("medium", _MEDIUM, 256, 256, 8, repeats=9),
         Case("medium-guided", _MEDIUM, 256, 256, 8, 5.0),
-        Case("real-width", _REAL_WIDTH, 512, 512, 2, repeats=3),
+        Case("real-width", _REAL_WIDTH, 512, 512, 2, repeats=9),
         Case("pocket", POCKET, 128, 128, 16, 4.0, weights="package"),
         replace(_GPU, name="turbo-1024", contenders=(*_GPU.contenders, "ours compiled", "sd.cpp")),
         replace(_GPU, name="turbo-512-batch-8", width=512, height=512, count=8, warm=2, repeats=8),
