@@ -2,8 +2,9 @@
 
     python scripts/profile_steps.py tiny medium real-width --date 2026-11-21 [--repeats 3] [--record profile-cpu]
 
-Models have random weights. Every operation counts for itself, without those it calls; what is left of the seconds that
-a run without the profiler takes is Python and torch between operations, or on a GPU the time in which it waits.
+Models have random weights. Every operation counts for itself, without those it calls; what is left of the time is
+Python, torch and the profiler between operations, or on a GPU the time in which it waits. Seconds are those of runs
+without the profiler.
 """
 
 from __future__ import annotations
@@ -69,11 +70,11 @@ def measure(case: Case, repeats: int) -> Mapping[str, float]:
     seconds = median(draw() for _ in range(repeats))
     on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]) as told:
-        draw()
+        profiled = sum(draw() for _ in range(repeats))
     kinds: Counter[str] = Counter()
     for event in told.key_averages():
         kinds[kind_of(event.key)] += event.self_device_time_total if on_gpu else event.self_cpu_time_total
-    shares = {kind: kinds[kind] / 1e6 / seconds for kind in ("products", "attention", "passes")}
+    shares = {kind: kinds[kind] / 1e6 / profiled for kind in ("products", "attention", "passes")}
     shares["between"] = max(0.0, 1 - sum(shares.values()))
     return {"seconds": round(seconds, 3), **{kind: round(share, 3) for kind, share in shares.items()}}
 
