@@ -16,9 +16,9 @@ from PIL import Image
 
 import inkstream
 from inkstream.engine.batch import ABREAST, Alone, Ask, Batch, Drawing, tokens_of, within
-from inkstream.engine.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.engine.model import Run
 from inkstream.families.flux2.specs import KLEIN_4B
+from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.sampling.solvers import SOLVERS
 from inkstream.types import Conditioning, Done, Event, Failed, InputError, Loading, Query, Queued, Request, Step
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from inkstream.engine.loader import open_model
 from inkstream.engine.memory import Placing, read_size, taken_by_process, typical
 from inkstream.engine.placement import BESIDE, PLANS
 from inkstream.families import SPECS
+from inkstream.nn.heap import give_back_freed_memory
 from inkstream.types import Done, Failed, InputError, Loading, Request
 
 ALL = ["z-image-turbo", "flux1-dev", "flux1-redux-dev", "flux1-fill-dev", "flux2-klein-4b", "flux2-dev"]
@@ -120,9 +123,27 @@ def test_what_is_foreseen_is_what_a_process_takes(wide, plan):
 def test_where_memory_is_short_what_was_freed_is_given_back_between_phases(folders, monkeypatch):
     given_back: list[str] = []
     for plan in PLANS:
-        monkeypatch.setattr("inkstream.engine.engine.give_back_freed_memory", lambda plan=plan: given_back.append(plan))
-        Engine("cpu", plan=plan).generate(wish(folders("z-image-turbo"), count=2))
+        engine, request = Engine("cpu", plan=plan), wish(folders("z-image-turbo"), count=2)
+        list(engine.load(request.model, request))
+        with monkeypatch.context() as patch:
+            patch.setattr("inkstream.engine.engine.give_back_freed_memory", lambda plan=plan: given_back.append(plan))
+            engine.generate(request)
     assert given_back == ["parked"] * 3 + ["streamed"] * 3  # behind the prompt, before either picture
+
+
+def test_a_model_has_left_memory_before_the_next_is_opened(folders, monkeypatch):
+    engine = Engine("cpu")
+    engine.generate(wish(folders("z-image-turbo")))
+    before, alive = weakref.ref(engine.model.family.transformer), []
+    opening = engine._open
+
+    def open_and_look(*given):
+        alive.append(before() is not None)
+        return opening(*given)
+
+    monkeypatch.setattr(engine, "_open", open_and_look)
+    engine.generate(wish(folders("flux2-klein-4b")))
+    assert alive == [False]
 
 
 def test_running_out_of_memory_falls_to_the_next_plan_and_says_so(folders):
@@ -173,8 +194,10 @@ def test_a_request_that_no_longer_suits_has_the_model_placed_anew(folders):
     request = wish(folders("z-image-turbo"))
     large = request.model_copy(update={"width": 1024, "height": 1024, "steps": 1})
     placing = Placing(open_model(request.model, "cpu"), 2**40)
-    need = {plan.name: plan.peak for plan in placing.plans(large)}
-    engine = Engine("cpu", memory=taken_by_process() + need["resident"] - 2**16)
+    least, most = (next(plan.peak for plan in placing.plans(r) if plan.name == "resident") for r in (request, large))
+    gc.collect()
+    give_back_freed_memory()  # as the engine does before it loads
+    engine = Engine("cpu", memory=taken_by_process() + (least + most) // 2)
     engine.generate(request)
     assert engine.model.plan == "resident"
     first = engine.model

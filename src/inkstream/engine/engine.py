@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from inkstream.engine.batch import Alone, Ask, Batch, Drawing, tokens_of
-from inkstream.engine.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.engine.inputs import to_image
 from inkstream.engine.loader import Opened, open_model, read_model
 from inkstream.engine.memory import Placing
 from inkstream.engine.model import Model, complete, singles
 from inkstream.engine.options import options
 from inkstream.engine.placement import PLANS
+from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
 
 if TYPE_CHECKING:
@@ -145,8 +145,9 @@ class Engine:
         return self.model.plan in self._placing.suiting(request)
 
     def _forget(self) -> None:
-        self._model = self._name = None
+        self._model = self._name = self._placing = None  # which knows the modules, too
         gc.collect()
+        give_back_freed_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

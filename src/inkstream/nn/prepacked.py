@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from inkstream.nn.heap import give_back_freed_memory
 from inkstream.nn.offload import advise, is_mapped, mapped_ranges
 from inkstream.nn.quant import Outline
 from inkstream.nn.stack import Blocks
@@ -39,17 +40,20 @@ class PrepackedLinear(nn.Module):
         return Outline(tuple(self._like.shape), self._like.dtype, self._like.device)
 
     def forward(self, x: Tensor) -> Tensor:  # (..., in_features) -> (..., out_features)
-        if (plain := self._plain) is not None:
-            self._pack(plain)
+        if self._plain is not None:
+            self._pack()
         rows = x.numel() // self.in_features  # told of others, torch would take the plain weight, which MKL need not
         return torch.ops.mkl._mkl_linear(x, self._packed, self._like, self.bias, rows)
 
-    def _pack(self, plain: Tensor) -> None:
-        """What the first product would do in any case."""
-        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(plain, ROWS)
-        self._plain = None
+    def _pack(self) -> None:
+        """What the first product would do in any case. What it was packed from leaves memory at once."""
+        assert self._plain is not None
+        self._packed = torch.ops.mkl._mkl_reorder_linear_weight(self._plain, ROWS)
         if self._mapped:
-            advise(plain, "MADV_DONTNEED")
+            advise(self._plain, "MADV_DONTNEED")
+        self._plain = None
+        if not self._mapped:
+            give_back_freed_memory()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
