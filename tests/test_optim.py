@@ -38,7 +38,7 @@ def weights_of_a_small_model(dtype=torch.float32) -> tuple[nn.Module, Weights]:
 def test_the_update_of_a_matrix_has_singular_values_near_one(shape):
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(shape, generator=generator)
-    values = torch.linalg.svdvals(orthogonalise(matrix))
+    values = torch.linalg.svdvals(orthogonalise(matrix[None])[0])
     assert values.min() > 0.5
     assert values.max() < 1.3
 
@@ -48,9 +48,9 @@ def test_the_update_keeps_the_directions_of_the_gradient():
     generator = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(16, 16, generator=generator)).Q for _ in range(2))
     for scale in (1e-4, 1.0, 1e4):
-        near = orthogonalise(scale * u @ torch.linspace(0.3, 1, 16).diag() @ v.T)
+        near = orthogonalise((scale * u @ torch.linspace(0.3, 1, 16).diag() @ v.T)[None])[0]
         inner = u.T @ near @ v
-        assert (inner - inner.diag().diag()).abs().max() < 1e-3
+        assert (inner - inner.diag().diag()).abs().max() < 0.02  # the products may be in bfloat16
         assert (inner.diag() - 1).abs().max() < 0.4
 
 
