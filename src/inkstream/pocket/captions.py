@@ -48,6 +48,7 @@ class Wording:
     """Shares of styles and languages among captions. A recipe's [captions] table sets them."""
 
     dense: float = 0.7
+    partial: float = 0.0  # dense captions that leave out some of background, sizes, places and the look of text
     short: float = 0.2
     tags: float = 0.1
     english: float = 0.6
@@ -56,16 +57,27 @@ class Wording:
 
 def draw_caption(scene: Scene, wording: Wording, rng: Random) -> str:
     """One of the many captions of a scene."""
-    style = rng.choices(("dense", "short", "tags"), (wording.dense, wording.short, wording.tags))[0]
+    shares = (wording.dense, wording.partial, wording.short, wording.tags)
+    form = rng.choices(("dense", "partial", "short", "tags"), shares)[0]
+    style: Style = "dense" if form == "partial" else form
+    stated = frozenset(fact for fact in sorted(STATES[style]) if form != "partial" or rng.random() < 0.5)
     language = "en" if rng.random() < wording.english else "zh"
-    return caption(scene, style, language, None if rng.random() < wording.plain else rng)
+    return caption(scene, style, language, None if rng.random() < wording.plain else rng, stated)
 
 
-def caption(scene: Scene, style: Style = "dense", language: Language = "en", rng: Random | None = None) -> str:
-    """A scene in words. Without a generator, always the same ones."""
+def caption(
+    scene: Scene, style: Style = "dense", language: Language = "en", rng: Random | None = None,
+    stated: frozenset[str] | None = None,
+) -> str:  # fmt: skip
+    """A scene in words. Without a generator, always the same ones.
+
+    stated: which facts it states beyond things, their colours and number, relations and the text; those of the style
+    if None.
+    """
+    stated = STATES[style] if stated is None else stated
     if language == "zh":
-        return _chinese(scene, style, rng)
-    text = _english(scene, style, rng)
+        return _chinese(scene, style, stated, rng)
+    text = _english(scene, style, stated, rng)
     if rng and rng.random() < 0.4:
         text = text[0].upper() + text[1:]
     if rng and style != "tags" and rng.random() < 0.3:
@@ -81,14 +93,14 @@ def _one(rng: Random | None, wordings: Sequence[T]) -> T:
 # English
 
 
-def _english(scene: Scene, style: Style, rng: Random | None) -> str:
-    parts = [_english_things(scene, style, rng)] if scene.things else []
-    parts += [_english_writing(writing, style, rng) for writing in scene.writings]
+def _english(scene: Scene, style: Style, stated: frozenset[str], rng: Random | None) -> str:
+    parts = [_english_things(scene, style, stated, rng)] if scene.things else []
+    parts += [_english_writing(writing, style, stated, rng) for writing in scene.writings]
     if scene.writings and (style == "short" or (rng and rng.random() < 0.5)):
         parts.reverse()
     if style == "tags":
-        return ", ".join([*parts, _english_ground(scene.background, bare=True)])
-    if style == "short":
+        return ", ".join([*parts, *([_english_ground(scene.background, bare=True)] if "background" in stated else [])])
+    if "background" not in stated:
         text = " and ".join(parts)
         return _one(rng, ["", "", "a picture of ", "an image of "]) + text if scene.kind != "text" else text
     if rng and rng.random() < 0.2:
@@ -106,34 +118,37 @@ def _english_ground(ground: Background, bare: bool = False) -> str:
     return f"split background, {first} {start}" + (" and " if not bare else ", ") + f"{rest[0]} {end}"
 
 
-def _english_things(scene: Scene, style: Style, rng: Random | None) -> str:
+def _english_things(scene: Scene, style: Style, stated: frozenset[str], rng: Random | None) -> str:
     if scene.kind == "count":
         thing, count = scene.things[0], len(scene.things)
         number = _one(rng, [NUMBERS[count], NUMBERS[count], str(count)])
-        return f"{number} {_adjectives(thing, style)}{plural(thing.name)}"
+        return f"{number} {_adjectives(thing, stated)}{plural(thing.name)}"
     if scene.relation:
-        first, second = (_english_thing(thing, style, rng, placed=False) for thing in scene.things)
+        first, second = (_english_thing(thing, style, stated, rng, placed=False) for thing in scene.things)
         wordings = {"left of": ["to the left of", "left of"], "right of": ["to the right of", "right of"]}
         return f"{first} {_one(rng, wordings.get(scene.relation, [scene.relation]))} {second}"
-    things = [_english_thing(thing, style, rng) for thing in scene.things]
+    things = [_english_thing(thing, style, stated, rng) for thing in scene.things]
     if style == "short" and len(things) > 1:
         return f"{', '.join(things[:-1])} and {things[-1]}"
     return ", ".join(things)
 
 
-def _adjectives(thing: Thing, style: Style) -> str:
-    words = [thing.size] if style == "dense" and thing.size != "medium" else []
+def _adjectives(thing: Thing, stated: frozenset[str]) -> str:
+    words = [thing.size] if "size" in stated and thing.size != "medium" else []
     return "".join(f"{word} " for word in (*words, *([thing.colour] if thing.colour else ())))
 
 
-def _english_thing(thing: Thing, style: Style, rng: Random | None, placed: bool = True) -> str:
+def _english_thing(
+    thing: Thing, style: Style, stated: frozenset[str], rng: Random | None, placed: bool = True
+) -> str:
     noun = with_article(thing.name)
     article = noun.startswith(("a ", "an "))  # grapes and cherries have none
-    noun = _adjectives(thing, style) + (noun.partition(" ")[2] if article else noun)
+    noun = _adjectives(thing, stated) + (noun.partition(" ")[2] if article else noun)
+    placed = placed and "place" in stated
     if style == "tags":
         return noun + (f" {thing.place}" if placed else "")
     name = with_article(noun) if article else noun
-    return f"{name} {_english_place(thing.place, rng)}" if placed and style == "dense" else name
+    return f"{name} {_english_place(thing.place, rng)}" if placed else name
 
 
 def _english_place(place: str, rng: Random | None) -> str:
@@ -144,18 +159,21 @@ def _english_place(place: str, rng: Random | None) -> str:
     return _one(rng, [f"at the {place}", f"in the {place} corner"]) if " " in place else f"at the {place}"
 
 
-def _english_writing(writing: Writing, style: Style, rng: Random | None) -> str:
+def _english_writing(writing: Writing, style: Style, stated: frozenset[str], rng: Random | None) -> str:
     left, right = _one(rng, ['""', '""', "“”"])
     quoted = f"{left}{writing.text}{right}"
     noun = "text" if writing.script == "hanzi" else _one(rng, ["word" if " " not in writing.text else "words", "text"])
     if style == "tags":
-        return f"{writing.colour} {noun} {quoted}"
-    if style == "short":
+        return f"{writing.colour} {noun} {quoted}" if "writing colour" in stated else f"{noun} {quoted}"
+    if not stated & {"writing colour", "writing place"}:
         return _one(rng, [f"the {noun} {quoted}", f"a poster that says {quoted}", f"a sign saying {quoted}", quoted])
-    face = "thin" if writing.face == "sans" else writing.face
-    place = "in the middle" if writing.place == "middle" else f"at the {writing.place}"
-    letters = _one(rng, [f"in {face} {writing.colour} letters", f"in {writing.colour}"])
-    return f"{_one(rng, [f'the {noun} {quoted}', f'{quoted} written'])} {letters} {place}"
+    words = [_one(rng, [f"the {noun} {quoted}", f"{quoted} written"])]
+    if "writing colour" in stated:
+        face = "thin" if writing.face == "sans" else writing.face
+        words.append(_one(rng, [f"in {face} {writing.colour} letters", f"in {writing.colour}"]))
+    if "writing place" in stated:
+        words.append("in the middle" if writing.place == "middle" else f"at the {writing.place}")
+    return " ".join(words)
 
 
 # Chinese
@@ -168,12 +186,12 @@ _RELATIONS = {"left of": "左边", "right of": "右边", "above": "上面", "bel
 _SIZES = {"small": "小的", "medium": "", "large": "大的"}
 
 
-def _chinese(scene: Scene, style: Style, rng: Random | None) -> str:
-    parts = [_chinese_things(scene, style, rng)] if scene.things else []
-    parts += [_chinese_writing(writing, style, rng) for writing in scene.writings]
+def _chinese(scene: Scene, style: Style, stated: frozenset[str], rng: Random | None) -> str:
+    parts = [_chinese_things(scene, style, stated, rng)] if scene.things else []
+    parts += [_chinese_writing(writing, style, stated, rng) for writing in scene.writings]
     if scene.writings and (style == "short" or (rng and rng.random() < 0.5)):
         parts.reverse()
-    if style != "short":
+    if "background" in stated:
         ground = _chinese_ground(scene.background)
         parts = [ground, *parts] if rng and rng.random() < 0.3 else [*parts, ground]
     return "，".join(parts)
@@ -191,37 +209,42 @@ def _chinese_ground(ground: Background) -> str:
     )
 
 
-def _chinese_things(scene: Scene, style: Style, rng: Random | None) -> str:
+def _chinese_things(scene: Scene, style: Style, stated: frozenset[str], rng: Random | None) -> str:
     if scene.kind == "count":
         number = _one(rng, [" 一两三四五"[len(scene.things)], str(len(scene.things))])
-        return _chinese_thing(scene.things[0], style, rng, number, placed=False)
+        return _chinese_thing(scene.things[0], style, stated, rng, number, placed=False)
     if scene.relation:
-        first, second = (_chinese_thing(thing, style, rng, placed=False) for thing in scene.things)
+        first, second = (_chinese_thing(thing, style, stated, rng, placed=False) for thing in scene.things)
         return f"{first}在{second}的{_RELATIONS[scene.relation]}"
-    things = [_chinese_thing(thing, style, rng, placed=style != "short") for thing in scene.things]
+    things = [_chinese_thing(thing, style, stated, rng) for thing in scene.things]
     if style == "short" and len(things) > 1:
         return f"{'、'.join(things[:-1])}和{things[-1]}"
     return "，".join(things)
 
 
-def _chinese_thing(thing: Thing, style: Style, rng: Random | None, number: str = "一", placed: bool = True) -> str:
+def _chinese_thing(
+    thing: Thing, style: Style, stated: frozenset[str], rng: Random | None, number: str = "一", placed: bool = True
+) -> str:
+    placed = placed and "place" in stated
     name = SHAPES[thing.name] if thing.colour else CHINESE_EMOJI[thing.name]
     described = (CHINESE_COLOURS[thing.colour] if thing.colour else "") + name
     if style == "tags" and number == "一":
         return _PLACES[thing.place] + described if placed else described
-    counted = f"{number}{MEASURES.get(thing.name, '个')}{_SIZES[thing.size] if style == 'dense' else ''}{described}"
+    counted = f"{number}{MEASURES.get(thing.name, '个')}{_SIZES[thing.size] if 'size' in stated else ''}{described}"
     if not placed:
         return counted
     return _PLACES[thing.place] + _one(rng, ["", "有", "是"]) + counted
 
 
-def _chinese_writing(writing: Writing, style: Style, rng: Random | None) -> str:
+def _chinese_writing(writing: Writing, style: Style, stated: frozenset[str], rng: Random | None) -> str:
     left, right = _one(rng, ["“”", "“”", "「」", '""'])
     quoted = f"{left}{writing.text}{right}"
     colour = CHINESE_COLOURS[writing.colour]
     if style == "tags":
-        return f"{colour}文字{quoted}"
-    if style == "short":
+        return f"{colour}文字{quoted}" if "writing colour" in stated else f"文字{quoted}"
+    if not stated & {"writing colour", "writing place"}:
         return _one(rng, [f"文字{quoted}", f"写着{quoted}", f"写着{quoted}的海报", quoted])
+    place = _PLACES[writing.place] if "writing place" in stated else ""
     face = _one(rng, [FACES[writing.face], ""])
-    return f"{_PLACES[writing.place]}写着{colour}{face}{_one(rng, ['的', '文字'])}{quoted}"
+    look = f"{colour}{face}" if "writing colour" in stated else ""
+    return f"{place}写着{look}{_one(rng, ['的', '文字'])}{quoted}"

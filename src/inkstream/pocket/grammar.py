@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from random import Random
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ from inkstream.pocket.vocabulary import CHINESE, EMOJI, ENGLISH, FACES, HANZI, H
 from inkstream.types import InputError
 
 Split = Literal["train", "held_out", "any"]
+T = TypeVar("T", Thing, Writing)
 _SHAPES = tuple(SHAPES)
 
 
@@ -67,7 +68,7 @@ class Grammar:
     letters: tuple[int, int] = (1, 10)
     spelt: float = 0.35  # of English text: letters or digits at random, so that words are not learnt by heart
     capitals: float = 0.7  # of words: all capitals; the others are capitalised or lower case
-    hanzi: int = len(HANZI)  # the first so many
+    hanzi: int = 200  # the first so many
     characters: tuple[int, int] = (1, 4)
     shuffled: float = 0.4  # of Chinese text: characters at random, each as often as the others
     faces: tuple[str, ...] = tuple(FACES)
@@ -174,7 +175,7 @@ def _count(rng: Random, grammar: Grammar) -> Scene | None:
     ground = _background(rng, grammar)
     count = rng.randint(*grammar.counts)
     sizes: list[Size] = [_size(rng, grammar, max(count, 3))] * count
-    cells = _DICE[count] if grammar.tidy and count in _DICE else _cells(rng, count)
+    cells = DICE[count] if grammar.tidy and count in DICE else _cells(rng, count)
     things = _lay_out(rng, grammar, ground, cells, sizes, alike=True)
     return Scene("count", ground, things) if things else None
 
@@ -209,8 +210,12 @@ def _text(rng: Random, grammar: Grammar) -> Scene | None:
     return Scene("text", ground, things, tuple(writings))
 
 
-_DICE = {2: (3, 5), 3: (2, 4, 6), 4: (0, 2, 6, 8), 5: (0, 2, 4, 6, 8)}  # cells of so many things, as on a die
-_TIDY_SIDES: dict[Size, float] = {"small": 0.171875, "medium": 0.25, "large": 0.40625}
+DICE = {2: (3, 5), 3: (2, 4, 6), 4: (0, 2, 6, 8), 5: (0, 2, 4, 6, 8)}  # cells of so many things, as on a die
+TIDY_STEPS = (1 / 2, 3 / 8, 1 / 4, 1 / 8)
+"""From glyph to glyph of a tidy line, as shares of the picture's shorter side, the larger first.
+
+Only the two smaller ones may fill the whole width."""
+TIDY_SIDES: dict[Size, float] = {"small": 0.171875, "medium": 0.25, "large": 0.40625}
 
 _BUILDERS = {"things": _things, "relation": _relation, "count": _count, "emoji": _emoji, "text": _text}
 
@@ -247,7 +252,7 @@ def _lay_out(
             name, colour = _name(rng, grammar, ground, emoji, taken)
             if colour is None and size == "small":
                 size = "medium"  # an emoji needs room to be told from others
-            side = _TIDY_SIDES[size] if grammar.tidy else round(rng.uniform(*SIDES[size]), 3)
+            side = TIDY_SIDES[size] if grammar.tidy else round(rng.uniform(*SIDES[size]), 3)
         if not alike and any((name, colour) == (other.name, other.colour) for other in things):
             return None
         for _ in range(6):
@@ -263,13 +268,13 @@ def _lay_out(
 def _coordinate(rng: Random, grammar: Grammar, cell: int, side: float) -> float:
     """Near the middle of a third, well inside it, and such that the thing keeps clear of the edge."""
     if grammar.tidy:
-        return _on_grid(cell, side)
+        return on_grid(cell, side)
     x = (2 * cell + 1) / 6 + rng.uniform(-0.05, 0.05)
     x = min(max(x, MARGIN + side / 2), 1 - MARGIN - side / 2)
     return round(min(max(x, cell / 3 + 0.03), (cell + 1) / 3 - 0.03), 3)
 
 
-def _on_grid(cell: int, side: float) -> float:
+def on_grid(cell: int, side: float) -> float:
     """The sixteenth nearest to the middle of a third at which something of this side keeps clear of the edge."""
     inset = max(3, math.ceil(16 * (MARGIN + side / 2))) / 16
     return (inset, 0.5, 1 - inset)[cell]
@@ -285,6 +290,22 @@ def _name(
     seen = [c for c in colours_on(ground) if c not in taken]
     name = rng.choice(_SHAPES[: grammar.shapes])
     return name, rng.choice([c for c in seen if c in grammar.colours] or seen)
+
+
+def stretch(scene: Scene, width: float, height: float) -> Scene:
+    """A scene of a square picture in a picture of this shape: what stands by an edge keeps its distance from the edge.
+
+    Sides and sizes of letters are shares of the shorter side, so they stay as they are.
+    """
+    shorter = min(width, height)
+
+    def moved(at: float, length: float) -> float:
+        return at if at == 0.5 else at * shorter / length if at < 0.5 else 1 - (1 - at) * shorter / length
+
+    def along(item: T) -> T:
+        return replace(item, x=moved(item.x, width), y=moved(item.y, height))
+
+    return replace(scene, things=tuple(map(along, scene.things)), writings=tuple(map(along, scene.writings)))
 
 
 @lru_cache(maxsize=1024)
@@ -317,24 +338,32 @@ def _writing(
     if text is None or not faces or not colours:
         return None
     face = rng.choice(faces)
+    if grammar.tidy:
+        return tidy_writing(text, face, rng.choice(colours), row, min(largest, grammar.em[1]))
     em = min((1 - 2 * MARGIN) / line_width(text, face), largest, grammar.em[1])
     if em < grammar.em[0]:
         return None
-    if grammar.tidy:
-        return _tidy_writing(text, face, rng.choice(colours), row, em)
     em = round(max(grammar.em[0], em * rng.uniform(0.8, 1)), 3)
     low, high = max(row / 3 + 0.02, MARGIN + em / 2), min((row + 1) / 3 - 0.02, 1 - MARGIN - em / 2)
     y = rng.uniform(low, high) if low < high else (row + 0.5) / 3
     return Writing(text, face, rng.choice(colours), 0.5, round(y, 3), em)
 
 
-def _tidy_writing(text: str, face: str, colour: str, row: int, largest: float) -> Writing:
-    """The line as large as it can be where, in a face of even widths, glyphs are whole sixteenths of the picture apart,
-    or halves of them where there are many."""
-    pitch = line_width("一" if script_of(text) == "hanzi" else "0", face) + TRACKING
-    parts = 16 if largest * pitch >= 1 / 8 else 32
-    em = math.floor(largest * pitch * parts) / parts / pitch
-    return Writing(text, face, colour, 0.5, _on_grid(row, em), em)
+def tidy_writing(text: str, face: str, colour: str, row: int, largest: float) -> Writing | None:
+    """A line whose glyphs stand in cells of a grid of eighths of the picture, or of sixteenths where there are many.
+
+    An eighth of 128 pixels is one column of the transformer's patches, so a glyph looks the same to the transformer
+    wherever the glyph stands. The grid needs glyphs of even widths: Hanzi, or the face mono. The quarters of the
+    height are the rows.
+    """
+    pitch = line_width("一" if script_of(text) == "hanzi" else "0", face) + TRACKING  # em
+    width = line_width(text, face) / pitch  # in steps
+    long = max(width, len(text))
+    room = {step: 1 if step <= 1 / 4 else 3 / 4 for step in TIDY_STEPS}
+    fitting = [step for step in TIDY_STEPS if step / pitch <= largest and step * long <= room[step]]
+    if not fitting:
+        return None
+    return Writing(text, face, colour, 0.5, (row + 1) / 4, fitting[0] / pitch)
 
 
 def _english(rng: Random, grammar: Grammar) -> str | None:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from inkstream.pocket.captions import Wording, caption, draw_caption
 from inkstream.pocket.draw import render
-from inkstream.pocket.grammar import Grammar, sample
+from inkstream.pocket.grammar import Grammar, sample, stretch
 from inkstream.train import recipe as recipes
 from inkstream.types import InputError
 
@@ -66,7 +66,7 @@ class Scenes:
         return self.sizes[index % len(self.sizes)]
 
     def picture(self, index: int) -> np.ndarray:
-        return np.array(render(self._scene(index), *self.size(index)))
+        return np.array(render(stretch(self._scene(index), *self.size(index)), *self.size(index)))
 
     def captions(self, index: int, count: int) -> list[str]:
         scene = self._scene(index)

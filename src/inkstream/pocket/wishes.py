@@ -1,0 +1,422 @@
+"""A prompt as people write it, read by the grammar of scenes: what it asks for, what it leaves open, what is not known.
+
+English and Chinese. Reading is in two steps: words become typed tokens by the longest name in `wishes.toml` and
+`vocabulary.toml`, then one pass over the tokens puts numbers, sizes, colours and places to things.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from inkstream.pocket.colours import nearest_colour
+from inkstream.pocket.scenes import PLACES, SIDES, Size
+from inkstream.pocket.vocabulary import (
+    CHINESE_COLOURS,
+    CHINESE_EMOJI,
+    EMOJI,
+    SHAPES,
+    plural,
+    with_article,
+)
+
+
+class Token(NamedTuple):
+    """One name of a prompt. kind: thing, colour, size, place, relation, number, text, end, unknown or of [words]."""
+
+    kind: str
+    value: Any
+    said: str
+
+
+@dataclass
+class WishedThing:
+    """A thing that a prompt asks for. None is left open."""
+
+    name: str
+    number: int = 1
+    colour: str | None = None
+    size: Size | None = None
+    place: str | None = None
+
+
+@dataclass
+class WishedText:
+    """Text that a prompt asks for. place: top, middle or bottom."""
+
+    text: str
+    colour: str | None = None
+    place: str | None = None
+
+
+@dataclass
+class Wish:
+    """What a prompt asks for."""
+
+    things: list[WishedThing] = field(default_factory=list)
+    texts: list[WishedText] = field(default_factory=list)
+    relation: str | None = None  # of things[0] to things[1]; "beside" is left of or right of
+    ground: str | None = None  # flat, gradient or split
+    ground_colours: list[str] = field(default_factory=list)
+    across: bool | None = None
+    without: set[str] = field(default_factory=set)  # names and colours that must not be there
+    unknown: list[str] = field(default_factory=list)  # words that were not understood, as they stand in the prompt
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing was understood."""
+        return not (self.things or self.texts or self.ground_colours)
+
+
+def read_wish(prompt: str) -> Wish:
+    """What a prompt asks for, as far as Pocket can draw it."""
+    return _Reader(list(tokens_of(prompt))).read()
+
+
+# Tokens
+
+
+_QUOTED = re.compile(
+    r"\"([^\"\n]*)\"|“([^”\n]*)”|「([^」\n]*)」|『([^』\n]*)』|(?<![\w])'([^'\n]+)'(?!\w)|‘([^’\n]*)’|《([^》\n]*)》"
+)
+_SAYS = re.compile(
+    r"\b(?:says|saying|say|reads|reading|labell?ed|titled|the words?|the text|text:)\s+([A-Z0-9!?&%+#$-]{1,12})\b"
+)
+_HEX = re.compile(r"#(?:[0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b")
+_WORD = re.compile(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", re.IGNORECASE)
+_HANZI = re.compile(r"[\u4e00-\u9fff]+")
+_END = re.compile(r"[,.;:!?，。；：！？、\n]")
+
+
+def tokens_of(prompt: str) -> Iterator[Token]:
+    """The typed tokens of a prompt, in order."""
+    at = 0
+    while at < len(prompt):
+        if found := _QUOTED.match(prompt, at):
+            text = next(group for group in found.groups() if group is not None).strip()
+            if text:
+                yield Token("text", text, found[0])
+        elif found := _SAYS.match(prompt, at):
+            yield Token("text", found[1], found[1])
+        elif found := _HEX.match(prompt, at):
+            yield Token("colour", nearest_colour(_rgb(found[0])), found[0])
+        elif found := _END.match(prompt, at):
+            yield Token("end", found[0], found[0])
+        elif prompt[at] in _glyphs():
+            yield Token("thing", _glyphs()[prompt[at]], prompt[at])
+            at += 1
+            continue
+        elif _WORD.match(prompt, at):
+            words = _words_from(prompt, at)
+            token, used = _english(words)
+            found = words[used - 1]
+            yield token
+        elif found := _HANZI.match(prompt, at):
+            token, length = _chinese(found[0])
+            yield token
+            at += length
+            continue
+        else:
+            at += 1
+            continue
+        at = found.end()
+
+
+def _rgb(code: str) -> tuple[int, ...]:
+    """'#F60' or '#FF6600' -> (255, 102, 0)."""
+    digits = code[1:] if len(code) == 7 else "".join(digit * 2 for digit in code[1:])
+    return tuple(int(digits[i : i + 2], 16) for i in (0, 2, 4))
+
+
+def _words_from(prompt: str, at: int) -> list[re.Match[str]]:
+    """The words that stand one after the other from here, at most as many as the longest name has."""
+    found = []
+    while (word := _WORD.match(prompt, at)) and len(found) < 5:
+        found.append(word)
+        at = word.end()
+        while at < len(prompt) and prompt[at] == " ":
+            at += 1
+    return found
+
+
+def _english(words: list[re.Match[str]]) -> tuple[Token, int]:
+    """The longest known name that begins here, and of how many words it is."""
+    names = _english_names()
+    for length in range(len(words), 0, -1):
+        said = " ".join(word[0] for word in words[:length])
+        if (kind_value := names.get(said.lower())) is not None:
+            return Token(*kind_value, said), length
+    said = words[0][0]
+    near = difflib.get_close_matches(said.lower(), _long_names(), 1, 0.8) if len(said) > 3 else []
+    return (Token(*names[near[0]], said) if near else Token("unknown", said, said)), 1
+
+
+def _chinese(text: str) -> tuple[Token, int]:
+    """The longest known name that the text begins with, and its length."""
+    names = _chinese_names()
+    for length in range(min(len(text), 8), 0, -1):
+        if (kind_value := names.get(text[:length])) is not None:
+            return Token(*kind_value, text[:length]), length
+    length = next((i for i in range(1, len(text)) if _starts_a_name(text[i:])), len(text))
+    return Token("unknown", text[:length], text[:length]), length
+
+
+def _starts_a_name(text: str) -> bool:
+    return any(text[:length] in _chinese_names() for length in range(1, 9))
+
+
+@lru_cache(maxsize=1)
+def _table() -> Mapping[str, Any]:
+    return tomllib.loads((Path(__file__).parent / "wishes.toml").read_text("utf-8"))
+
+
+def _kinds() -> Iterator[tuple[str, Any, list[str], list[str]]]:
+    """Kind, value, English names, Chinese names."""
+    table = _table()
+    chinese = {**SHAPES, **CHINESE_EMOJI}
+    for name, own in chinese.items():
+        english, _, other = table["things"].get(name, "").partition("|")
+        words = [name, *(word.replace("_", " ") for word in english.split())]
+        forms = [form for word in words for form in (word, plural(word), with_article(word).partition(" ")[2] or word)]
+        yield "thing", name, forms, [own, *other.split()]
+    for kind, own in (("colour", CHINESE_COLOURS), ("size", {}), ("place", {}), ("relation", {})):
+        for name, line in table[kind + "s"].items():
+            english, _, other = line.partition("|")
+            first = [own[name]] if name in own else []
+            yield kind, name, [name, *(word.replace("_", " ") for word in english.split())], first + other.split()
+    for number, line in table["numbers"].items():
+        english, _, other = line.partition("|")
+        yield "number", int(number), [number, *(word.replace("_", " ") for word in english.split())], other.split()
+    for kind, line in table["words"].items():
+        english, _, other = line.partition("|")
+        yield kind, kind, [word.replace("_", " ") for word in english.split()], other.split()
+    yield "ignored", None, table["ignored"]["english"].split(), table["ignored"]["chinese"].split()
+
+
+@lru_cache(maxsize=1)
+def _english_names() -> dict[str, tuple[str, Any]]:
+    names: dict[str, tuple[str, Any]] = {}
+    for kind, value, english, _ in _kinds():
+        for name in english:
+            names.setdefault(name, (kind, value))
+    return names
+
+
+@lru_cache(maxsize=1)
+def _long_names() -> tuple[str, ...]:
+    """Single words that a mistyped word may be near to."""
+    kinds = ("thing", "colour", "size", "background", "place")
+    return tuple(name for name, (kind, _) in _english_names().items() if kind in kinds and len(name) > 3)
+
+
+@lru_cache(maxsize=1)
+def _chinese_names() -> dict[str, tuple[str, Any]]:
+    names: dict[str, tuple[str, Any]] = {}
+    for kind, value, _, chinese in _kinds():
+        for name in chinese:
+            names.setdefault(name, (kind, value))
+            if kind in ("colour", "size") and not name.endswith("的"):
+                names.setdefault(name + "的", (kind, value))
+    return names
+
+
+@lru_cache(maxsize=1)
+def _glyphs() -> dict[str, str]:
+    """Emoji, as they are typed -> name."""
+    return {glyph: name for name, glyph in EMOJI.items()}
+
+
+# From tokens to a wish
+
+
+_INVERSE = {
+    "left of": "right of", "right of": "left of", "above": "below", "below": "above", "beside": "beside",
+}  # fmt: skip
+
+
+class _Reader:
+    """One pass over the tokens. `pending` are attributes whose thing has not come yet, `last` is what came last."""
+
+    def __init__(self, tokens: list[Token]):
+        self.tokens = [token for token in tokens if token.kind != "ignored" or token.said in ("在", "有", "是")]
+        self.wish = Wish()
+        self.pending: dict[str, Any] = {}
+        self.last: WishedThing | WishedText | None = None
+        self.fresh = True  # nothing of this clause has come yet
+        self.relation: str | None = None
+        self.ground: bool = False  # the next colours are the background's
+        self.negated = False
+
+    def read(self) -> Wish:
+        for at, token in enumerate(self.tokens):
+            getattr(self, f"_{token.kind}")(at, token)
+        if self.pending.get("colour") and not self.wish.ground_colours and not self.wish.things and not self.wish.texts:
+            self.wish.ground_colours.append(self.pending["colour"])
+        if self.relation and len(self.wish.things) >= 2 and self.wish.relation is None:
+            self.wish.relation = self.relation
+        if self.wish.ground_colours and self.wish.ground is None:
+            self.wish.ground = "flat"
+        return self.wish
+
+    def _next(self, at: int, *passed: str) -> str:
+        """The kind of the next token that is none of these kinds."""
+        return next((t.kind for t in self.tokens[at + 1 :] if t.kind not in passed and t.kind != "ignored"), "end")
+
+    def _ignored(self, at: int, token: Token) -> None: ...
+
+    def _end(self, at: int, token: Token) -> None:
+        self.fresh, self.negated = True, False
+        if len(self.wish.ground_colours) >= (1 if self.wish.ground in (None, "flat") else 2):
+            self.ground = False
+
+    def _unknown(self, at: int, token: Token) -> None:
+        if token.said not in self.wish.unknown and not self.negated:
+            self.wish.unknown.append(token.said)
+
+    def _negation(self, at: int, token: Token) -> None:
+        self.negated = True
+
+    def _number(self, at: int, token: Token) -> None:
+        self.pending["number"] = token.value
+
+    def _size(self, at: int, token: Token) -> None:
+        attributive = self._next(at, "colour", "size", "number") in ("thing", "text", "letters")
+        if isinstance(self.last, WishedThing) and not attributive and not self.fresh:
+            self.last.size = token.value
+        else:
+            self.pending["size"] = token.value
+
+    def _on(self, at: int, token: Token) -> None:
+        """'on white', 'against a blue background'; 'on the left' is a place."""
+        after = [t.kind for t in self.tokens[at + 1 :] if t.kind not in ("number", "ignored", "size")]
+        if after[:1] == ["colour"] and after[1:2] != ["thing"]:
+            self.ground = True
+
+    def _background(self, at: int, token: Token) -> None:
+        if "colour" in self.pending:
+            self._paint(self.pending.pop("colour"))
+        elif len(self.wish.ground_colours) < (1 if self.wish.ground in (None, "flat") else 2):
+            self.ground = True
+        self.pending.clear()
+        self.fresh = False
+
+    def _paper(self, at: int, token: Token) -> None:
+        """'a red poster'."""
+        if "colour" in self.pending and not self.wish.ground_colours:
+            self._paint(self.pending.pop("colour"))
+
+    def _pronoun(self, at: int, token: Token) -> None:
+        """'a star above it': the relation is that of the second thing to the first."""
+        if self.relation and len(self.wish.things) == 2:
+            self.wish.relation = _INVERSE[self.relation]
+
+    def _gradient(self, at: int, token: Token) -> None:
+        self.wish.ground, self.ground = "gradient", True
+        if "colour" in self.pending:
+            self._paint(self.pending.pop("colour"))
+
+    def _split(self, at: int, token: Token) -> None:
+        self.wish.ground, self.ground = "split", True
+
+    def _across(self, at: int, token: Token) -> None:
+        self.wish.across = True
+
+    def _colour(self, at: int, token: Token) -> None:
+        if self.negated:
+            self.wish.without.add(token.value)
+        elif self.ground:
+            self._paint(token.value)
+        elif self._next(at, "size", "number") in ("thing", "background", "paper", "letters", "text", "gradient"):
+            self.pending["colour"] = token.value
+        elif self.last is not None and self.last.colour is None and self._coloured(self.last):
+            self.last.colour = token.value
+        else:
+            self.pending["colour"] = token.value
+
+    def _coloured(self, item: WishedThing | WishedText) -> bool:
+        return isinstance(item, WishedText) or item.name in SHAPES
+
+    def _paint(self, colour: str) -> None:
+        wanted = 1 if self.wish.ground in (None, "flat") else 2
+        if len(self.wish.ground_colours) < wanted:
+            self.wish.ground_colours.append(colour)
+        if len(self.wish.ground_colours) == wanted and wanted == 1:
+            self.ground = False
+
+    def _place(self, at: int, token: Token) -> None:
+        if self.ground and self.wish.ground in ("gradient", "split"):
+            self.wish.across = token.value in ("left", "right")
+            if len(self.wish.ground_colours) == 2:
+                self.ground = False
+        elif self._is_relation(at, token):
+            self.relation = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[token.value]
+            self._relate()
+        elif self.last is not None and (not self.fresh or self._next(at) == "end") and not self.pending:
+            self._put(self.last, token.value)
+        else:
+            self.pending["place"] = token.value
+
+    def _is_relation(self, at: int, token: Token) -> bool:
+        """圆形在方块的左边: two things of a clause, 在 between them, and then a side."""
+        clause: list[Token] = []
+        for before in self.tokens[:at]:
+            clause = [] if before.kind == "end" else [*clause, before]
+        kinds = ["at" if t.said == "在" else t.kind for t in clause if t.kind == "thing" or t.said == "在"]
+        return kinds[-3:] == ["thing", "at", "thing"] and token.value in ("left", "right", "top", "bottom")
+
+    def _relation(self, at: int, token: Token) -> None:
+        chinese = _HANZI.match(token.said) is not None
+        if self.last is not None and isinstance(self.last, WishedThing):
+            self.relation = token.value
+            if chinese:
+                self._relate()
+
+    def _relate(self) -> None:
+        if len(self.wish.things) == 2 and self.wish.relation is None:
+            self.wish.relation = self.relation
+
+    def _letters(self, at: int, token: Token) -> None:
+        """'in red letters', 'blue text': the colour is the text's."""
+        colour = self.pending.pop("colour", None)
+        if colour and self.wish.texts and self._next(at) != "text":
+            self.wish.texts[-1].colour = colour
+        elif colour:
+            self.pending["colour"] = colour
+
+    def _text(self, at: int, token: Token) -> None:
+        place = self.pending.get("place")
+        self.last = WishedText(token.value, self.pending.get("colour"))
+        if place:
+            self._put(self.last, place)
+        self.wish.texts.append(self.last)
+        self.pending, self.fresh = {}, False
+
+    def _thing(self, at: int, token: Token) -> None:
+        if self.negated:
+            self.wish.without.add(token.value)
+            self.pending = {}
+            return
+        given = dict(self.pending)
+        if token.value not in SHAPES:
+            given.pop("colour", None)
+        self.last = WishedThing(token.value, **given)
+        self.wish.things.append(self.last)
+        self.pending, self.fresh = {}, False
+        if self.relation and self.wish.relation is None and len(self.wish.things) == 2:
+            self.wish.relation = self.relation
+
+    def _put(self, item: WishedThing | WishedText, place: str) -> None:
+        if isinstance(item, WishedThing):
+            item.place = place
+        else:
+            item.place = {"center": "middle"}.get(place, place.split()[0])
+            item.place = item.place if item.place in ("top", "middle", "bottom") else "middle"
+
+
+assert all(place in PLACES for place in _table()["places"]) and set(_table()["sizes"]) == set(SIDES)  # noqa: PT018
