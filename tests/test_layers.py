@@ -11,8 +11,8 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-LAYERS = [["types", "flow", "quant"], ["nn", "weights"], ["sampling", "families"], ["engine"],
-          ["train", "evaluate", "pocket", "bench", "serve", "studio"], ["cli"], ["__main__"]]  # fmt: skip
+LAYERS = [["types", "flow", "quant", "pocket"], ["nn", "weights"], ["sampling", "families"], ["engine"],
+          ["train", "evaluate", "bench", "serve", "studio"], ["cli"], ["__main__"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 STRANGERS = [{"nn", "weights"}, {"sampling", "families"}]
 """Layers of one rank that do not know each other either."""

@@ -54,8 +54,10 @@ class Request(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     prompt: str = Field("", description="What to draw, in plain words.")
-    upsample: bool = Field(
-        False, description="Let the model's own language model write the prompt out first, as the seed has it."
+    upsample: bool | None = Field(
+        None,
+        description="Write the prompt out first, as the seed has it: by the model's language model, or by Pocket's "
+        "grammar, which is on unless it is turned off.",
     )
     negative_prompt: str = Field("", description="What to keep out; needs guidance above 1.")
     model: str = Field("pocket", description="A model's name, a repository on the hub, or a local path.")
@@ -124,6 +126,7 @@ class Spec:
     strength: float = 0.6
     abilities: frozenset[str] = frozenset()  # of: guidance, image, mask, references, references_once, fill, map,
     # json (prompts), upsample, upsample_references
+    writer: str = ""  # a key of engine.writing.WRITERS: prompts are written out by a grammar
     repo: str | None = None  # on the hub
     folder: str | None = None  # inside the package, of a model that ships with it
     download_bytes: int | None = None

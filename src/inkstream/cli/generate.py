@@ -44,7 +44,8 @@ def as_options(wish: type[Request], bare: Collection[str] = ("prompt",), without
         field.kw_only = name not in bare
         shown = name not in without
         default = field.default not in (None, "") and field.default is not False and not field.is_required()
-        option = Parameter(alias=SHORT.get(name), show_default=default, parse=shown, show=shown)
+        no = f"--no-{name}" if name == "upsample" else ""  # the one switch that a model may have on by itself
+        option = Parameter(alias=SHORT.get(name), show_default=default, parse=shown, show=shown, negative=no)
         field.metadata = [*field.metadata, option]  # a new list: the old one is shared with Request
 
 
@@ -284,6 +285,7 @@ def draw(
     from inkstream.engine.metadata import free_name, save_picture
 
     written, known = "", None
+    told = ""  # the prompt that was last shown: where a grammar writes, each picture has its own
     for event in engine.submit(request):
         if isinstance(event, Step):
             terminal.show(replace(event, index=before + event.index, count=total or event.count))
@@ -291,9 +293,11 @@ def draw(
             terminal.show(event)
         if isinstance(event, Loading) and event.text:
             written = event.text
-        elif isinstance(event, Step) and event.step == 1 and event.index == 0:
-            if written:
-                terminal.say(f"prompt: {written}")
+        elif isinstance(event, Step) and event.step == 1 and (event.index == 0 or written != told):
+            if written not in (told, request.prompt):
+                hint = "" if request.upsample or told else " (--no-upsample leaves it as typed)"
+                terminal.say(f"prompt: {written}{hint}")
+                told = written
             for line in advise(engine, request.model_copy(update={"prompt": written} if written else {})):
                 terminal.say(line, once=True)
         elif isinstance(event, Failed):
@@ -304,6 +308,8 @@ def draw(
             ran = dict(runs)
             if event.request.prompt != request.prompt:
                 ran["upsampled_from"] = request.prompt
+            elif written:
+                ran["told"] = written
             kept = {**ran, **(extra or {})}
             facts: Any = {"request": event.request, "spec": spec, "metadata": metadata, "extra": kept}
             try:
@@ -338,8 +344,8 @@ def repeat(request: Request, seed: int, machine: Machine, crew: Crew | None) -> 
     for name, value in fields.items():
         option = "--" + name.replace("_", "-")
         for one in value if isinstance(value, tuple | list) else [value]:
-            if one is True:
-                words.append(option)
+            if isinstance(one, bool):
+                words.append(option if one else option.replace("--", "--no-", 1))
             else:
                 words += [f"{option}={one}"] if str(one).startswith("-") else [option, str(one)]
     return shlex.join([*start, "generate", *words])

@@ -20,6 +20,7 @@ from inkstream.engine.memory import Placing
 from inkstream.engine.model import Model, complete, singles
 from inkstream.engine.options import options
 from inkstream.engine.placement import PLANS
+from inkstream.engine.writing import notes, writes_out, written_out
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
 
@@ -203,16 +204,22 @@ class Engine:
         request = complete(request, model.spec)
         if self.crew:
             self.crew.check(request, model.spec)
-        if request.upsample:
+        by_grammar = writes_out(request, model.spec)
+        if request.upsample and not by_grammar:
             request = yield from self._upsample(model, request)
             request = self.crew.same(request) if self.crew else request
         yield Loading("prompt")
+        for line in notes(request, model.spec):
+            yield Loading("prompt", note=line)
         cond = model.encode(request)
         original = model.open_original(request)
         self._end_phase()
         own = self.crew.own if self.crew else slice(None)
         for index, one in list(enumerate(singles(request, request.count)))[own][len(drawn) :]:
             began = time.perf_counter()
+            if by_grammar:  # each picture's words are its own seed's
+                cond = model.encode(one)
+                yield Loading("prompt", text=written_out(one, model.spec))
             run = model.start(one, cond, original)
             try:
                 ask = Ask(model.family, run, tokens_of(run, cond))

@@ -254,8 +254,9 @@ def describe(source: str | Path) -> dict[str, Any]:
             facts |= {key: _short(record[key]) for key in known if key in record}
             extra = record.get("extra")
             extra = extra if isinstance(extra, dict) else {}
-            if isinstance(given := extra.get("upsampled_from"), str):
-                facts["upsampled_from"] = _short(given)
+            for name in ("upsampled_from", "told"):
+                if isinstance(given := extra.get(name), str):
+                    facts[name] = _short(given)
             origin = extra.get("refined_from")
             if isinstance(origin, dict):
                 facts["refined_from"] = {_short(key): _short(value) for key, value in islice(origin.items(), 10)}

@@ -14,6 +14,7 @@ from torch import Tensor
 from inkstream.engine.inputs import fit_size, open_mask, open_picture, to_pixels
 from inkstream.engine.options import cached, guided, refuse
 from inkstream.engine.preview import fit_preview
+from inkstream.engine.writing import writes_out, written_out
 from inkstream.families import Family, Pictures, Writer, family_of
 from inkstream.flow import add_noise, to_image
 from inkstream.nn.cache import POINTS, StepCache
@@ -65,9 +66,13 @@ class Model:
 
     @torch.inference_mode()
     def encode(self, request: Request) -> Conditioning:
-        """The request's prompt, behind it its negative one where guidance will ask for it, and what pictures show."""
+        """The request's prompt, behind it its negative one where guidance will ask for it, and what pictures show.
+
+        A prompt that a grammar writes out is written as the request's own seed has it.
+        """
         request = complete(request, self.spec)
-        prompts = [request.prompt, request.negative_prompt] if guided(request, self.spec) else [request.prompt]
+        prompt = written_out(request, self.spec)
+        prompts = [prompt, request.negative_prompt] if guided(request, self.spec) else [prompt]
         cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
         shown = [open_picture(picture) for picture in request.reference]
         fill = "fill" in self.spec.abilities
@@ -283,6 +288,8 @@ def complete(request: Request, spec: Spec) -> Request:
     }
     if request.image is not None:
         defaults["strength"] = 1.0 if request.mask is not None else spec.strength
+    if spec.writer:
+        defaults["upsample"] = writes_out(request, spec)
     update = {name: value for name, value in defaults.items() if getattr(request, name) is None}
     return request.model_copy(update={**update, "width": width, "height": height})
 

@@ -81,10 +81,10 @@ def _prompt(spec: Spec, request: Request | None) -> dict[str, Option]:
     table: dict[str, Option] = {}
     if request is not None and request.prompt.lstrip().startswith('{"') and "json" not in spec.abilities:
         table["prompt"] = Option("honours", f"it is JSON, which {spec.name} was not made for and reads as plain text")
-    if "upsample" not in spec.abilities:
+    if "upsample" not in spec.abilities and (request is None or request.upsample):
         why = f"{spec.name} has no language model that writes: leave upsample out, or take {_one_with('upsample')}"
         table["upsample"] = Option("rejects", why)
-    elif request is not None and request.reference and "upsample_references" not in spec.abilities:
+    elif request is not None and request.upsample and request.reference and "upsample_references" not in spec.abilities:
         other = _one_with("upsample_references")
         why = f"the language model of {spec.name} sees no references: leave upsample out, or take {other}"
         table["upsample"] = Option("rejects", why)
@@ -93,7 +93,7 @@ def _prompt(spec: Spec, request: Request | None) -> dict[str, Option]:
 
 def _one_with(ability: str) -> str:
     """A known model that has it."""
-    return next(spec.name for spec in SPECS.values() if ability in spec.abilities)
+    return next(spec.name for spec in SPECS.values() if ability in spec.abilities and spec.repo)
 
 
 def _guidance(spec: Spec, request: Request | None) -> dict[str, Option]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, StrictBool, ValidationError
@@ -146,6 +146,7 @@ def write_card(spec: Spec) -> dict[str, Any]:
         "solver": spec.solver,
         "schedule": spec.schedule,
         "abilities": sorted(spec.abilities),
+        **({"writer": spec.writer} if spec.writer else {}),
     }
 
 
@@ -158,6 +159,7 @@ class _Card(BaseModel):
     guides: GuidanceKind | None = None
     size: tuple[int, int] | None = None
     abilities: frozenset[str] | None = None
+    writer: Literal["", "scenes"] | None = None
 
 
 def read_card(card: Mapping[str, Any], path: Path) -> dict[str, Any]:

@@ -41,11 +41,13 @@ class Marks:
     length: int | None = None
 
 
-def grade(picture: Image.Image | NDArray[np.uint8], scene: Scene, stated: frozenset[str] = ALL) -> Marks:
+def grade(
+    picture: Image.Image | NDArray[np.uint8], scene: Scene, stated: frozenset[str] = ALL, open_colour: bool = False
+) -> Marks:
     """The marks of a picture, (H, W, 3) uint8 if an array, for a scene.
 
-    `stated` is what the caption said beyond things, relations and text: a value of captions.STATES. Text too small to
-    be read (LEGIBLE) is not graded.
+    `stated` is what the caption said beyond things, relations and text: a value of captions.STATES. With `open_colour`
+    it said no colours of things. Text too small to be read (LEGIBLE) is not graded.
     """
     seen = see(picture)
     lines = lines_of(seen) if scene.writings else []
@@ -61,14 +63,16 @@ def grade(picture: Image.Image | NDArray[np.uint8], scene: Scene, stated: frozen
         return Marks(background, text_exact=exact, characters=characters, ned=ned, script=script, length=length)
 
     pairs = _pair(scene.things, things)
-    shapes = [(thing, other) for thing, other in pairs if thing.colour]
-    wanted = Counter((thing.name, thing.colour) for thing in scene.things)
+    shapes = [(thing, other) for thing, other in pairs if thing.colour and not open_colour]
+    wanted, found = (
+        Counter((t.name, None if open_colour else t.colour) for t in some) for some in (scene.things, things)
+    )
     placed = "place" in stated and scene.kind in ("things", "emoji", "text")
     return Marks(
         background=background,
         objects=_share(other is not None for _, other in pairs),
         colours=_share(other is not None and other.colour == thing.colour for thing, other in shapes),
-        object_and_colour=wanted == Counter((thing.name, thing.colour) for thing in things),
+        object_and_colour=wanted == found,
         places=_share(other is not None and _is_at(other, thing.place) for thing, other in pairs) if placed else None,
         count=_count_is_right(scene, things) if scene.kind == "count" else None,
         relation=_relation_is_right(scene, things) if scene.relation else None,

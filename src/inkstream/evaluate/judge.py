@@ -35,7 +35,7 @@ def judge(path: Path, number: int, seed: int, case: Case, ocr: bool = False) -> 
     ocr: ask the second reader too, where it has a text. InputError where the extra is not installed.
     """
     picture = open_picture(path)
-    marks = None if case.scene is None else grade(picture, case.scene, stated=case.stated)
+    marks = None if case.scene is None else grade(picture, case.scene, case.stated, case.open_colour)
     reading = read(picture, case.text) if ocr and case.text else None
     return Judged(path, number, seed, case.group, marks, reading)
 

@@ -32,6 +32,7 @@ class Case:
     group: str = "prompts"  # what its results are counted under
     scene: Scene | None = None  # the truth, where there is one to grade by
     stated: frozenset[str] = STATES["dense"]  # of FACTS: what the prompt says of the scene
+    open_colour: bool = False  # the prompt leaves the colours of its shapes open
     text: str | None = None  # to be written; several lines where there is a line end
     width: int | None = None
     height: int | None = None
@@ -112,7 +113,7 @@ def _narrowed(grammar: Grammar, stratum: Stratum, number: int) -> Grammar:
 
 
 def read_suite(path: Path) -> list[Case]:
-    """Cases from a file of one JSON object a line: prompt, and where known group, scene, stated, text, width, height.
+    """Cases from a file of one JSON object a line: prompt, and where known the other fields of a Case.
 
     InputError names the line and what is wrong in it.
     """
@@ -146,7 +147,7 @@ def digest(cases: Sequence[Case]) -> str:
 
 
 def _case(table: Any) -> Case:
-    known = ("prompt", "group", "scene", "stated", "text", "width", "height")
+    known = ("prompt", "group", "scene", "stated", "open_colour", "text", "width", "height")
     if not isinstance(table, dict):
         raise InputError('it is no JSON object: write it as {"prompt": "a red circle"}')
     for name in table:
@@ -162,11 +163,14 @@ def _case(table: Any) -> Case:
     stated = table.get("stated", sorted(STATES["dense"]))
     if not isinstance(stated, list) or any(fact not in FACTS for fact in stated):
         raise InputError(f"stated {stated!r} is not known: give a list of {', '.join(FACTS)}")
+    open_colour = table.get("open_colour", False)
+    if not isinstance(open_colour, bool):
+        raise InputError(f"open_colour {open_colour!r} is neither true nor false")
     scene = _scene(table["scene"]) if "scene" in table else None
     text = table.get("text")
     if text is None and scene is not None:
         text = "\n".join(writing.text for writing in scene.writings) or None
-    return Case(table["prompt"], table.get("group", "prompts"), scene, frozenset(stated), text, **sizes)
+    return Case(table["prompt"], table.get("group", "prompts"), scene, frozenset(stated), open_colour, text, **sizes)
 
 
 def _scene(table: Any) -> Scene:

@@ -131,7 +131,7 @@ class Drawing:
             skip = first - start
             update: dict[str, Any] = {"seed": (request.seed or 0) + skip, "count": request.count - skip}
             given = request.prompt if request.upsample else ""
-            if skip and request.upsample:  # the words were chosen with the first seed
+            if skip and request.upsample and not drawn[start].request["upsample"]:  # words chosen with the first seed
                 update |= {"upsample": False, "prompt": drawn[start].request["prompt"]}
             request = request.model_copy(update=update)
             fields = request.model_dump(mode="json", exclude_unset=True) | self._paths(request)

@@ -87,6 +87,7 @@ class Worker:
         from inkstream.engine.engine import advice
 
         written, advised = "", False
+        noted: list[str] = []
         events = self.engine.submit(request)
         try:
             for event in events:
@@ -94,13 +95,14 @@ class Worker:
                     return {"event": "cancelled"}
                 if isinstance(event, Loading):
                     written = event.text or written
+                    noted += [event.note] if event.note else []
                     self.say(run=run, event="loading", what=event.what, done=event.done_bytes, total=event.total_bytes)
                 elif isinstance(event, Step):
                     if not advised:
                         advised = True
                         as_drawn = request.model_copy(update={"prompt": written} if written else {})
                         self.say(run=run, event="remarks", device=str(self.engine.model.device),
-                             remarks=advice(as_drawn, self.engine.model))  # fmt: skip
+                             remarks=noted + advice(as_drawn, self.engine.model))  # fmt: skip
                     preview = None if event.preview is None else data_url(event.preview)
                     self.say(run=run, event="step", picture=event.index, of=event.count, step=event.step,
                              steps=event.steps, t=event.t, seconds=round(event.seconds, 4),
@@ -121,7 +123,8 @@ class Worker:
 
         model = self.engine.model
         extra = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-        if given := message.get("upsampled_from") or (request.prompt if done.request.prompt != request.prompt else ""):
+        given = message.get("upsampled_from") or request.prompt
+        if given != done.request.prompt:
             extra["upsampled_from"] = given
         complete = done.request.model_copy(update={"model": message["name"]})
         data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
