@@ -1,10 +1,14 @@
 """Prompts as people write them are read, and what they leave open is filled in from the seed."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from inkstream.evaluate.grades import grade
+from inkstream.evaluate.report import Judged
+from inkstream.evaluate.suites import open_suite
 from inkstream.pocket.captions import Wording, caption, draw_caption
 from inkstream.pocket.draw import render
 from inkstream.pocket.grammar import Grammar, sample, stretch
@@ -164,3 +168,15 @@ def test_a_partial_caption_says_some_of_the_facts():
     assert any("background" in text for text in told)
     assert any("background" not in text for text in told)
     assert caption(scene) in told
+
+
+def test_prompts_that_people_typed_are_read_as_they_meant_them():
+    """Of the suite `people`, the scene that is written out passes the graders for what the prompt states."""
+    right = 0
+    cases = open_suite("people")[::5]
+    for number, case in enumerate(cases):
+        scene = write(case.prompt, number).scene
+        if scene is not None:
+            marks = grade(render(scene, 128), case.scene, case.stated, case.open_colour)
+            right += bool(Judged(Path(), number, 0, case.group, marks).right)
+    assert right >= 0.95 * len(cases)

@@ -66,14 +66,17 @@ TEXT: tuple[Stratum, ...] = (
     *(Stratum(f"Chinese {n}", "text", 20, 0.0, (n, n)) for n in (1, 2, 3, 4)),
 )
 SUITES: dict[str, tuple[Stratum, ...]] = {"pocket": POCKET, "text": TEXT}
+"""Beside these there is `people`: 300 prompts as people type them, by a writer who had not seen how prompts are read."""
 
 
 def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
     """The cases of a suite, by its name or the path of a .jsonl file. InputError where it is neither."""
     if name in SUITES:
         return list(held_out_cases(SUITES[name], grammar or Grammar()))
+    if name == "people":
+        return read_suite(Path(__file__).parent / "people.jsonl")
     if not name.endswith(".jsonl"):
-        raise InputError(f"there is no suite {name}: take {', '.join(SUITES)} or give a file that ends in .jsonl")
+        raise InputError(f"there is no suite {name}: take {', '.join(SUITES)}, people or give a file that ends in .jsonl")
     return read_suite(Path(name))
 
 

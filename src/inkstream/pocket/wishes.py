@@ -88,15 +88,23 @@ _QUOTED = re.compile(
 _SAYS = re.compile(
     r"\b(?:says|saying|say|reads|reading|labell?ed|titled|the words?|the text|text:)\s+([A-Z0-9!?&%+#$-]{1,12})\b"
 )
+_WRITE_HANZI = re.compile(
+    r"(?:写着|写有|写上|写|\b(?:write|writes|says|saying|reads|text|words?)\s*:?)\s*([\u4e00-\u9fff]{1,4})(?![\u4e00-\u9fff]|\s*[“「『《\"])"
+)
 _HEX = re.compile(r"#(?:[0-9a-fA-F]{6}|[0-9a-fA-F]{3})\b")
-_WORD = re.compile(r"[a-z0-9]+(?:[-'][a-z0-9]+)*", re.IGNORECASE)
+_WORD = re.compile(r"[a-z0-9]+(?:['’-]+[a-z0-9]+)*", re.IGNORECASE)
 _HANZI = re.compile(r"[\u4e00-\u9fff]+")
-_END = re.compile(r"[,.;:!?，。；：！？、\n]")
+_TIMES = re.compile(r"(?:[x×*]\s?([1-9])|([1-9])\s?[x×])(?![\w])", re.IGNORECASE)
+_SPELT = re.compile(r"\b(?:letters?|numbers?|digits?|words?|text)\s+([A-Za-z0-9!?&%+#$-]{1,12})\b", re.IGNORECASE)
+_THE_WORD = re.compile(r"the (?:word|text) (\w+)\b", re.IGNORECASE)
+_LOUD = re.compile(r"[A-Z0-9&!%+$#-]*[A-Z][A-Z0-9&!%+$#-]+(?!\w)")
+_END = re.compile(r"[,.;!?/|，。；！？、\n]")
 
 
 def tokens_of(prompt: str) -> Iterator[Token]:
     """The typed tokens of a prompt, in order."""
     at = 0
+    quiet = prompt.upper() != prompt  # capitals stand out
     while at < len(prompt):
         if found := _QUOTED.match(prompt, at):
             text = next(group for group in found.groups() if group is not None).strip()
@@ -104,8 +112,18 @@ def tokens_of(prompt: str) -> Iterator[Token]:
                 yield Token("text", text, found[0])
         elif found := _SAYS.match(prompt, at):
             yield Token("text", found[1], found[1])
+        elif found := _hanzi_to_write(prompt, at) or _THE_WORD.match(prompt, at) or _spelt(prompt, at, quiet):
+            yield Token("text", found[1], found[0])
+        elif found := _TIMES.match(prompt, at):
+            yield Token("times", int(found[1] or found[2]), found[0])
         elif found := _HEX.match(prompt, at):
             yield Token("colour", nearest_colour(_rgb(found[0])), found[0])
+        elif quiet and (found := _LOUD.match(prompt, at)):
+            yield Token("text", found[0], found[0])
+        elif prompt[at] in ":：":
+            yield Token("colon", ":", prompt[at])
+            at += 1
+            continue
         elif found := _END.match(prompt, at):
             yield Token("end", found[0], found[0])
         elif prompt[at] in _glyphs():
@@ -126,6 +144,20 @@ def tokens_of(prompt: str) -> Iterator[Token]:
             at += 1
             continue
         at = found.end()
+
+
+def _hanzi_to_write(prompt: str, at: int) -> re.Match[str] | None:
+    """'写着面馆' and 'write 面馆', but not '写着红色的“面馆”'."""
+    found = _WRITE_HANZI.match(prompt, at)
+    return None if found is None or _chinese(found[1])[0].kind in ("colour", "size", "letters") else found
+
+
+def _spelt(prompt: str, at: int, quiet: bool) -> re.Match[str] | None:
+    """'the letter A' and 'number 47', but not 'letters in red'."""
+    found = _SPELT.match(prompt, at)
+    if found is None or (found[1].lower() in _english_names() and not (quiet and found[1].isupper())):
+        return None
+    return found
 
 
 def _rgb(code: str) -> tuple[int, ...]:
@@ -153,7 +185,8 @@ def _english(words: list[re.Match[str]]) -> tuple[Token, int]:
         if (kind_value := names.get(said.lower())) is not None:
             return Token(*kind_value, said), length
     said = words[0][0]
-    near = difflib.get_close_matches(said.lower(), _long_names(), 1, 0.8) if len(said) > 3 else []
+    near = difflib.get_close_matches(said.lower(), _long_names(), 1, 0.8 if len(said) > 4 else 0.85)
+    near = near if len(said) > 3 else []
     return (Token(*names[near[0]], said) if near else Token("unknown", said, said)), 1
 
 
@@ -179,24 +212,27 @@ def _table() -> Mapping[str, Any]:
 def _kinds() -> Iterator[tuple[str, Any, list[str], list[str]]]:
     """Kind, value, English names, Chinese names."""
     table = _table()
-    chinese = {**SHAPES, **CHINESE_EMOJI}
-    for name, own in chinese.items():
-        english, _, other = table["things"].get(name, "").partition("|")
-        words = [name, *(word.replace("_", " ") for word in english.split())]
+    for name, own in {**SHAPES, **CHINESE_EMOJI}.items():
+        english, chinese = _names(table["things"].get(name, ""))
+        words = [name, *english]
         forms = [form for word in words for form in (word, plural(word), with_article(word).partition(" ")[2] or word)]
-        yield "thing", name, forms, [own, *other.split()]
-    for kind, own in (("colour", CHINESE_COLOURS), ("size", {}), ("place", {}), ("relation", {})):
+        yield "thing", name, forms, [own, *chinese]
+    for kind in ("colour", "size", "place", "relation"):
         for name, line in table[kind + "s"].items():
-            english, _, other = line.partition("|")
-            first = [own[name]] if name in own else []
-            yield kind, name, [name, *(word.replace("_", " ") for word in english.split())], first + other.split()
+            english, chinese = _names(line)
+            own = [CHINESE_COLOURS[name]] if kind == "colour" else []
+            yield kind, name, [name, *english], own + chinese
     for number, line in table["numbers"].items():
-        english, _, other = line.partition("|")
-        yield "number", int(number), [number, *(word.replace("_", " ") for word in english.split())], other.split()
+        english, chinese = _names(line)
+        yield "number", int(number), [number, *english], chinese
     for kind, line in table["words"].items():
-        english, _, other = line.partition("|")
-        yield kind, kind, [word.replace("_", " ") for word in english.split()], other.split()
-    yield "ignored", None, table["ignored"]["english"].split(), table["ignored"]["chinese"].split()
+        yield kind, kind, *_names(line)
+
+
+def _names(line: str) -> tuple[list[str], list[str]]:
+    """'upper_left left_top|左上 左上方' -> the English and the Chinese names."""
+    english, _, chinese = line.partition("|")
+    return [name.replace("_", " ") for name in english.split()], chinese.split()
 
 
 @lru_cache(maxsize=1)
@@ -211,7 +247,7 @@ def _english_names() -> dict[str, tuple[str, Any]]:
 @lru_cache(maxsize=1)
 def _long_names() -> tuple[str, ...]:
     """Single words that a mistyped word may be near to."""
-    kinds = ("thing", "colour", "size", "background", "place")
+    kinds = ("thing", "colour", "size", "background", "place", "relation")
     return tuple(name for name, (kind, _) in _english_names().items() if kind in kinds and len(name) > 3)
 
 
@@ -240,17 +276,22 @@ _INVERSE = {
 }  # fmt: skip
 
 
+_SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}
+
+
 class _Reader:
     """One pass over the tokens. `pending` are attributes whose thing has not come yet, `last` is what came last."""
 
     def __init__(self, tokens: list[Token]):
-        self.tokens = [token for token in tokens if token.kind != "ignored" or token.said in ("在", "有", "是")]
+        self.tokens = [token for token in tokens if token.kind != "ignored" or token.said in ("在", "位于")]
         self.wish = Wish()
         self.pending: dict[str, Any] = {}
         self.last: WishedThing | WishedText | None = None
         self.fresh = True  # nothing of this clause has come yet
         self.relation: str | None = None
+        self.fronted: str | None = None  # 'below the star is a ring': a relation that came before both things
         self.ground: bool = False  # the next colours are the background's
+        self.colour: str | None = None  # 'white on black': of all things that have none of their own
         self.negated = False
 
     def read(self) -> Wish:
@@ -260,9 +301,21 @@ class _Reader:
             self.wish.ground_colours.append(self.pending["colour"])
         if self.relation and len(self.wish.things) >= 2 and self.wish.relation is None:
             self.wish.relation = self.relation
+        for item in (*self.wish.things, *self.wish.texts):
+            if item.colour is None and self._coloured(item):
+                item.colour = self.colour
+        self._take_unknown_hanzi()
         if self.wish.ground_colours and self.wish.ground is None:
             self.wish.ground = "flat"
         return self.wish
+
+    def _take_unknown_hanzi(self) -> None:
+        """'新年快乐，红色的字': Hanzi that name nothing are the text, where the prompt speaks of characters."""
+        spoken = any(token.kind == "letters" for token in self.tokens)
+        hanzi = [word for word in self.wish.unknown if _HANZI.fullmatch(word)]
+        if spoken and len(hanzi) == 1 and not self.wish.texts:
+            self.wish.unknown.remove(hanzi[0])
+            self.wish.texts.append(WishedText(hanzi[0], self.pending.get("colour") or self.colour))
 
     def _next(self, at: int, *passed: str) -> str:
         """The kind of the next token that is none of these kinds."""
@@ -285,9 +338,30 @@ class _Reader:
     def _number(self, at: int, token: Token) -> None:
         self.pending["number"] = token.value
 
+    def _times(self, at: int, token: Token) -> None:
+        """'star x3', '3x star'."""
+        if isinstance(self.last, WishedThing) and self._next(at) != "thing":
+            self.last.number = token.value
+        else:
+            self.pending["number"] = token.value
+
+    def _collective(self, at: int, token: Token) -> None:
+        """'three shapes: ...': the number is that of what is listed."""
+        self.pending.pop("number", None)
+
+    def _spelt(self, at: int, token: Token) -> None: ...
+
+    def _colon(self, at: int, token: Token) -> None: ...
+
+    def _its_side(self, at: int, token: Token) -> None:
+        """'a cat with a dog to its left': the second thing is left of the first."""
+        side = next((t.value for t in self.tokens[at + 1 :] if t.kind == "place"), "")
+        if len(self.wish.things) == 2 and side in _SIDES:
+            self.wish.relation = _INVERSE[_SIDES[side]]
+
     def _size(self, at: int, token: Token) -> None:
         attributive = self._next(at, "colour", "size", "number") in ("thing", "text", "letters")
-        if isinstance(self.last, WishedThing) and not attributive and not self.fresh:
+        if isinstance(self.last, WishedThing) and self.last.size is None and not attributive and not self.pending:
             self.last.size = token.value
         else:
             self.pending["size"] = token.value
@@ -297,6 +371,7 @@ class _Reader:
         after = [t.kind for t in self.tokens[at + 1 :] if t.kind not in ("number", "ignored", "size")]
         if after[:1] == ["colour"] and after[1:2] != ["thing"]:
             self.ground = True
+            self.colour = self.pending.pop("colour", self.colour)
 
     def _background(self, at: int, token: Token) -> None:
         if "colour" in self.pending:
@@ -355,8 +430,12 @@ class _Reader:
             if len(self.wish.ground_colours) == 2:
                 self.ground = False
         elif self._is_relation(at, token):
-            self.relation = {"left": "left of", "right": "right of", "top": "above", "bottom": "below"}[token.value]
+            self.relation = _SIDES[token.value]
             self._relate()
+        elif at and self.tokens[at - 1].kind == "its_side":
+            return
+        elif self._leads(at, token):
+            self.fronted = _SIDES[token.value]
         elif self.last is not None and (not self.fresh or self._next(at) == "end") and not self.pending:
             self._put(self.last, token.value)
         else:
@@ -367,8 +446,16 @@ class _Reader:
         clause: list[Token] = []
         for before in self.tokens[:at]:
             clause = [] if before.kind == "end" else [*clause, before]
-        kinds = ["at" if t.said == "在" else t.kind for t in clause if t.kind == "thing" or t.said == "在"]
-        return kinds[-3:] == ["thing", "at", "thing"] and token.value in ("left", "right", "top", "bottom")
+        at_words = ("在", "位于")
+        kinds = ["at" if t.said in at_words else t.kind for t in clause if t.kind == "thing" or t.said in at_words]
+        both = kinds[-3:] == ["thing", "at", "thing"] or (kinds == ["at", "thing"] and len(self.wish.things) == 2)
+        return both and token.value in _SIDES
+
+    def _leads(self, at: int, token: Token) -> bool:
+        """三角形右侧有一个菱形: a side between the thing it belongs to and the thing that is there."""
+        follows = self._next(at, "number", "size", "colour") == "thing"
+        chinese = _HANZI.match(token.said) is not None
+        return chinese and follows and token.value in _SIDES and at > 0 and self.tokens[at - 1].kind == "thing"
 
     def _relation(self, at: int, token: Token) -> None:
         chinese = _HANZI.match(token.said) is not None
@@ -376,6 +463,8 @@ class _Reader:
             self.relation = token.value
             if chinese:
                 self._relate()
+        elif not self.wish.things:
+            self.fronted = token.value
 
     def _relate(self) -> None:
         if len(self.wish.things) == 2 and self.wish.relation is None:
@@ -402,14 +491,20 @@ class _Reader:
             self.wish.without.add(token.value)
             self.pending = {}
             return
+        if token.said.lower() == "plus" and self.last is not None and not self.pending:
+            return  # 'a star plus a ring'
+        again = at > 0 and self.tokens[at - 1].kind == "thing"
+        known = isinstance(self.last, WishedThing) and self.last.name == token.value
+        if again and known and not self.pending and token.said not in _glyphs():
+            return  # 'a crescent moon' says it twice
         given = dict(self.pending)
         if token.value not in SHAPES:
             given.pop("colour", None)
         self.last = WishedThing(token.value, **given)
         self.wish.things.append(self.last)
         self.pending, self.fresh = {}, False
-        if self.relation and self.wish.relation is None and len(self.wish.things) == 2:
-            self.wish.relation = self.relation
+        if len(self.wish.things) == 2 and self.wish.relation is None:
+            self.wish.relation = _INVERSE[self.fronted] if self.fronted else self.relation
 
     def _put(self, item: WishedThing | WishedText, place: str) -> None:
         if isinstance(item, WishedThing):

@@ -20,6 +20,8 @@ from inkstream.pocket.wishes import Wish, WishedText, WishedThing, read_wish, to
 
 KNOWN = "pocket knows shapes, emoji, words and colours"
 MOST_THINGS = 5
+LEAST_GAP = 0.01
+"""Between things whose places and sizes are all asked for, so that more cannot be had."""
 MOST_LETTERS, MOST_HANZI = 8, 4
 
 
@@ -44,8 +46,8 @@ def write(prompt: str, seed: int, negative: str = "") -> Written:
     if wish.empty:
         return Written(prompt, None, tuple(notes))
     rng = Random(f"{seed}/{prompt}")
-    for _ in range(300):
-        scene = _compose(wish, rng)
+    for attempt in range(400):
+        scene = _compose(wish, rng, GAP if attempt < 300 else LEAST_GAP)
         if scene is not None:
             return Written(caption(scene), scene, tuple(notes))
     return Written(prompt, None, (*notes, "so many things of these sizes do not fit beside one another: ask for less"))
@@ -71,7 +73,7 @@ def _notes(wish: Wish) -> list[str]:
     return notes
 
 
-def _compose(wish: Wish, rng: Random) -> Scene | None:
+def _compose(wish: Wish, rng: Random, gap: float) -> Scene | None:
     """A scene of what is wished; None where what was drawn by lot does not fit."""
     wished = [thing for thing in wish.things for _ in range(thing.number)][:MOST_THINGS]
     text = next((text for text in wish.texts if _writable(text)), None)
@@ -88,8 +90,8 @@ def _compose(wish: Wish, rng: Random) -> Scene | None:
     cells = _cells(wish, wished, alike, pair, writing, rng)
     if cells is None:
         return None
-    things = _things(wish, wished, cells, ground, taken, rng)
-    if things is None or (writing is not None and not _apart(writing, things)):
+    things = _things(wish, wished, cells, ground, taken, gap, rng)
+    if things is None or (writing is not None and not _apart(writing, things, gap)):
         return None
     if writing is not None:
         return Scene("text", ground, things, (writing,))
@@ -183,7 +185,7 @@ def _two_groups(relation: str, numbers: Sequence[int], rng: Random) -> list[int]
 
 def _things(
     wish: Wish, wished: Sequence[WishedThing], cells: Sequence[int], ground: Background, taken: Sequence[str],
-    rng: Random,
+    gap: float, rng: Random,
 ) -> tuple[Thing, ...] | None:  # fmt: skip
     things: list[Thing] = []
     for thing, cell in zip(wished, cells):
@@ -194,7 +196,7 @@ def _things(
             size = size or _size(len(wished), thing.name, rng)
         side = TIDY_SIDES[size]
         x, y = on_grid(cell % 3, side), on_grid(cell // 3, side)
-        if any(max(abs(x - o.x), abs(y - o.y)) < (side + o.side) / 2 + GAP for o in things):
+        if any(max(abs(x - o.x), abs(y - o.y)) < (side + o.side) / 2 + gap for o in things):
             return None
         things.append(Thing(thing.name, colour, size, x, y, side))
     return tuple(things)
@@ -212,7 +214,7 @@ def _size(count: int, name: str, rng: Random) -> Size:
     return cast(Size, rng.choices(("small", "medium", "large"), weights)[0])
 
 
-def _apart(writing: Writing, things: Sequence[Thing]) -> bool:
+def _apart(writing: Writing, things: Sequence[Thing], gap: float) -> bool:
     """Whether a line of text has its rows to itself."""
     top, bottom = writing.y - writing.em / 2, writing.y + writing.em / 2
-    return all(t.y + t.side / 2 < top - GAP or t.y - t.side / 2 > bottom + GAP for t in things)
+    return all(t.y + t.side / 2 < top - gap or t.y - t.side / 2 > bottom + gap for t in things)
