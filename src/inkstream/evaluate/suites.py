@@ -66,7 +66,7 @@ TEXT: tuple[Stratum, ...] = (
     *(Stratum(f"Chinese {n}", "text", 20, 0.0, (n, n)) for n in (1, 2, 3, 4)),
 )
 SUITES: dict[str, tuple[Stratum, ...]] = {"pocket": POCKET, "text": TEXT}
-"""Beside these there is `people`: 300 prompts as people type them, by a writer who had not seen how prompts are read."""
+"""Beside these there is `people`: 300 prompts as people type them, written without knowing how prompts are read."""
 
 
 def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
@@ -76,7 +76,8 @@ def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
     if name == "people":
         return read_suite(Path(__file__).parent / "people.jsonl")
     if not name.endswith(".jsonl"):
-        raise InputError(f"there is no suite {name}: take {', '.join(SUITES)}, people or give a file that ends in .jsonl")
+        known = ", ".join([*SUITES, "people"])
+        raise InputError(f"there is no suite {name}: take {known} or give a file that ends in .jsonl")
     return read_suite(Path(name))
 
 
