@@ -138,9 +138,7 @@ def _adjectives(thing: Thing, stated: frozenset[str]) -> str:
     return "".join(f"{word} " for word in (*words, *([thing.colour] if thing.colour else ())))
 
 
-def _english_thing(
-    thing: Thing, style: Style, stated: frozenset[str], rng: Random | None, placed: bool = True
-) -> str:
+def _english_thing(thing: Thing, style: Style, stated: frozenset[str], rng: Random | None, placed: bool = True) -> str:
     noun = with_article(thing.name)
     article = noun.startswith(("a ", "an "))  # grapes and cherries have none
     noun = _adjectives(thing, stated) + (noun.partition(" ")[2] if article else noun)
