@@ -20,7 +20,7 @@ import inkstream
 from inkstream.cli import main
 from inkstream.families.zimage.specs import BASE
 from inkstream.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from inkstream.train.loop import Finished, HeldOut, Learner, Preview, Progress, Resumed, Saved, train
+from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Resumed, Saved, train
 from inkstream.train.models import start
 from inkstream.train.objectives import autoencode, draw_times, flow_error, measure_latents, mix, shift_time
 from inkstream.train.parallel import ALONE
@@ -469,9 +469,11 @@ def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path, capsys):
     assert f"start again with: inkstream train {path} --output {folder}\n" in capsys.readouterr().err
 
 
-def test_a_learner_knows_how_many_weights_it_moves(cache):
+def test_a_learner_moves_the_weights_of_what_the_recipe_trains_and_no_others(cache):
     settings = recipe(cache, model={"train": ["transformer"]})
     begun = start(settings)
-    learner = Learner(settings, begun, Flow(settings, begun, torch.device("cpu"), ALONE), torch.device("cpu"), ALONE)
+    task = Flow(settings, begun, torch.device("cpu"), ALONE)
+    list(task.prepare())
+    (learner,) = task.learners
     assert all(name.startswith("transformer.") for name in learner.weights.masters)
     assert not any(p.requires_grad for p in begun.modules["text_encoder"].parameters())

@@ -18,7 +18,7 @@ EVERY = 10.0
 def train(recipe: str, output: str | None, resume: bool, changes: list[str], json: bool) -> int:
     """Follow the recipe. The exit code: 130 where it was interrupted, after saving."""
     from inkstream.cli.lines import print_json
-    from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Resumed, Saved
+    from inkstream.train.loop import Finished, Graded, HeldOut, Preview, Progress, Resumed, Saved
     from inkstream.train.loop import train as run
     from inkstream.train.recipe import read_recipe
 
@@ -28,8 +28,9 @@ def train(recipe: str, output: str | None, resume: bool, changes: list[str], jso
     stopped = _Stop()
     last: Any = None
     told = 0.0
+    wanted = read_recipe(recipe, changes)
     with Terminal() as terminal, stopped:
-        for message in run(read_recipe(recipe, changes), folder, resume, stop=lambda: stopped.asked):
+        for message in run(wanted, folder, resume, lambda: stopped.asked, _grader(wanted.run)):
             if isinstance(message, Progress):
                 _progress(terminal, message)
             elif isinstance(message, Saved):
@@ -37,6 +38,9 @@ def train(recipe: str, output: str | None, resume: bool, changes: list[str], jso
             elif isinstance(message, HeldOut):
                 values = ", ".join(f"{name} {value:.4f}" for name, value in message.values.items())
                 terminal.say(f"step {message.step} held out: {values}")
+            elif isinstance(message, Graded):
+                values = ", ".join(f"{name} {value:.0%}" for name, value in message.values.items())
+                terminal.say(f"step {message.step} graded: {values}")
             elif isinstance(message, Preview):
                 terminal.say(f"drew {message.path}")
             elif isinstance(message, Resumed):
@@ -59,6 +63,17 @@ def train(recipe: str, output: str | None, resume: bool, changes: list[str], jso
     return 130 if stopped.asked and last.model is None else 0
 
 
+def _grader(run: Any) -> Any:
+    """What grades pictures as the recipe's table says; None where it asks for none."""
+    if not run.graded:
+        return None
+    from inkstream.evaluate.judge import grade_drawings
+    from inkstream.evaluate.suites import open_suite, thin
+
+    cases = thin(open_suite(run.graded_suite), run.graded_count)
+    return lambda model: grade_drawings(model, cases)
+
+
 def _prepare(terminal: Terminal, message: Any, told: float) -> float:
     """On a terminal the bar moves; elsewhere there is a line every ten seconds. told: when the last one was."""
     now = time.monotonic()
@@ -73,7 +88,9 @@ def _prepare(terminal: Terminal, message: Any, told: float) -> float:
 def _progress(terminal: Terminal, message: Any) -> None:
     minutes, seconds = divmod(round(message.seconds_left), 60)
     left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-    note = f"loss {message.loss:.4f}, {message.images_per_second:.1f} images/s, {left} left"
+    speed = f"{message.images_per_second:.1f} images/s, {message.gflops:.0f} GFLOP/s ({message.peak:.0%} of the peak)"
+    others = "".join(f", {name} {numbers['loss']:.4f}" for name, numbers in message.others.items())
+    note = f"loss {message.loss:.4f}{others}, {speed}, {left} left"
     if sys.stderr.isatty():
         terminal.wait(f"step {message.step} of {message.steps}", message.step, message.steps, note)
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from PIL import Image
@@ -61,6 +62,16 @@ def judge_drawings(
         distance = frechet_distance(*(patches.flatten(0, 1) for patches in (seen, features(_truths(cases, jobs)))))
         rows.append(Row("drawn", "Frechet distance", "all", distance, pictures=len(jobs)))
     return judged, rows
+
+
+def grade_drawings(model: Model, cases: Cases) -> dict[str, float]:
+    """The shares over all pictures, one of each case, by question. The pictures are not kept."""
+    jobs = plan(model, cases, Settings(seeds=1))
+    with TemporaryDirectory() as folder:
+        for _ in draw(model, jobs, Path(folder)):
+            pass
+        judged = [judge(job.path(Path(folder)), job.case, job.seed, cases[job.case]) for job in jobs]
+    return {row.measure: row.value for row in shares(judged) if row.group == "all"}
 
 
 def judge_truths(

@@ -23,10 +23,11 @@ class Checkpoint:
     """All that the next step depends on, beside the recipe: the data and the noise are functions of the step."""
 
     step: int  # steps done
-    weights: Mapping[str, Tensor]  # float32, `part.name`
-    ema: Mapping[str, Tensor]  # empty where none is kept
+    weights: Mapping[str, Tensor]  # float32, `part.name`, of all learners
+    ema: Mapping[str, Tensor]  # of those that keep one
     optimiser: Mapping[str, Tensor]
     recipe: Mapping[str, Any]
+    cpu_seconds: float = 0.0  # that the run has used; older checkpoints do not say
 
 
 def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> Path:
@@ -39,7 +40,7 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> Path:
     temporary.mkdir()
     for name in ("weights", "ema", "optimiser"):
         write_state(temporary / f"{name}.safetensors", getattr(saved, name))
-    state = {"step": saved.step, "recipe": saved.recipe}
+    state = {"step": saved.step, "cpu_seconds": saved.cpu_seconds, "recipe": saved.recipe}
     (temporary / "state.json").write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", "utf-8")
     for file in (*temporary.iterdir(), temporary):
         _flush(file)
@@ -65,11 +66,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     path = found[-1]
     try:
         state = json.loads((path / "state.json").read_text("utf-8"))
-        step, recipe = int(state["step"]), dict(state["recipe"])
+        step, recipe, cpu_seconds = int(state["step"]), dict(state["recipe"]), float(state.get("cpu_seconds", 0))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}/state.json is damaged ({error}): remove {path} to go on from an older one") from error
     tensors = {name: read_tensors(path / f"{name}.safetensors") for name in ("weights", "ema", "optimiser")}
-    return Checkpoint(step, tensors["weights"], tensors["ema"], tensors["optimiser"], recipe)
+    return Checkpoint(step, tensors["weights"], tensors["ema"], tensors["optimiser"], recipe, cpu_seconds)
 
 
 def _flush(path: Path) -> None:

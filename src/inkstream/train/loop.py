@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from inkstream.engine.loader import choose_device
+from inkstream.engine.model import Model
 from inkstream.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from inkstream.train.metrics import Metrics
 from inkstream.train.models import DTYPES, Start, export, start
-from inkstream.train.optim import (
-    ema_decay,
-    load_optimiser_state,
-    make_optimiser,
-    optimiser_state,
-    rate,
-    set_rate,
-    update_ema,
-)
-from inkstream.train.parallel import Team, checkpoint_blocks, compile_blocks, join_team, own_device, share_out
-from inkstream.train.recipe import Recipe, as_tables, differences
-from inkstream.train.tasks import Autoencoding, Flow, Preparing, Task
-from inkstream.train.weights import Weights
+from inkstream.train.parallel import Team, join_team, own_device
+from inkstream.train.recipe import Recipe, as_tables, as_toml, completed, differences
+from inkstream.train.speed import count_flops, cpu_seconds, measure_peak
+from inkstream.train.tasks import TASKS, Preparing, Task
 from inkstream.types import InputError
 
 
@@ -40,14 +34,21 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Progress:
-    """Step `step` of `steps` is done. loss, norm: means since the last such message."""
+    """Step `step` of `steps` is done. Means since the last such message; what is measured and saved between counts not.
+
+    loss, norm, lr: of the task's first learner; others: the same of further ones, by their names.
+    """
 
     step: int
     steps: int
     loss: float
     norm: float  # of the gradients, before clipping
     lr: float
+    others: Mapping[str, Mapping[str, float]]
     images_per_second: float
+    gflops: float  # thousand million operations a second, of all processes: see count_flops
+    peak: float  # the share that is of what large matrix products reach
+    cpu_seconds: float  # that the run has used so far, those before it was resumed included
     seconds_left: float
 
 
@@ -76,6 +77,14 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
+class Graded:
+    """Shares of what prompts asked for that are there in pictures drawn with the averaged weights."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run stops. model: the exported folder, once all steps are done; `why` it stops before."""
 
@@ -84,20 +93,24 @@ class Finished:
     why: str = ""
 
 
-Message = Preparing | Resumed | Progress | Saved | Preview | HeldOut | Finished
+Message = Preparing | Resumed | Progress | Saved | Preview | HeldOut | Graded | Finished
+Grade = Callable[[Model], Mapping[str, float]]
+"""Draws with a model and says what share of what was asked is there, by question; the first is the one to plot."""
 
 TELL_EVERY = 10.0
 """Seconds without a message at most, where steps are slow."""
 
 
 def train(
-    recipe: Recipe, folder: Path | str, resume: bool = False, stop: Callable[[], bool] = lambda: False
-) -> Iterator[Message]:
+    recipe: Recipe, folder: Path | str, resume: bool = False, stop: Callable[[], bool] = lambda: False,
+    grade: Grade | None = None,
+) -> Iterator[Message]:  # fmt: skip
     """Train as the recipe says, in a folder of the run's own.
 
-    The folder gets checkpoints/, metrics.jsonl, loss.png, previews/ and in the end model/. Closing the iterator saves
-    and ends; so does `stop`, asked after every step. Under torchrun all processes run this and the first one speaks.
-    InputError before the first step where the recipe cannot be followed or the folder holds another run.
+    The folder gets recipe.toml, checkpoints/, metrics.jsonl, loss.png, previews/ and in the end model/. Closing the
+    iterator saves and ends; so does `stop`, asked after every step. Under torchrun all processes run this and the first
+    one speaks. `grade` is what [run] graded asks. InputError before the first step where the recipe cannot be followed
+    or the folder holds another run.
     """
     folder = Path(folder).expanduser()
     if not resume and list_checkpoints(folder / "checkpoints"):
@@ -106,7 +119,7 @@ def train(
         torch.set_num_threads(recipe.run.threads)
     device = choose_device(own_device(recipe.run.device) or None)
     with join_team(device) as team:
-        messages = _run(recipe, folder, resume, stop, device, team)
+        messages = _run(recipe, folder, resume, stop, grade, device, team)
         if team.leads:
             yield from messages
         else:
@@ -115,170 +128,217 @@ def train(
 
 
 def _run(
-    recipe: Recipe, folder: Path, resume: bool, stop: Callable[[], bool], device: torch.device, team: Team
-) -> Iterator[Message]:
-    run, settings = recipe.run, recipe.optimiser
+    recipe: Recipe, folder: Path, resume: bool, stop: Callable[[], bool], grade: Grade | None, device: torch.device,
+    team: Team,
+) -> Iterator[Message]:  # fmt: skip
+    run = recipe.run
     begun_at = time.monotonic()
     yield Preparing("building the model")
     begun = start(recipe)
-    task = (Autoencoding if recipe.objective.kind == "autoencoder" else Flow)(recipe, begun, device, team)
+    task = TASKS[recipe.objective.kind](recipe, begun, device, team)
+    if run.graded and (grade is None or task.model() is None):
+        why = "needs a grader: give `train` one" if grade is None else f"has nothing that {recipe.objective.kind} draws"
+        raise InputError(f"[run] graded = {run.graded} {why}, or set it to 0")
+    training = Training(recipe, begun, task, device, team)
     yield from task.prepare()
-    learner = Learner(recipe, begun, task, device, team)
+    changed: tuple[str, ...] = ()
     if resume:
-        yield Resumed(learner.resume(folder), learner.changed)
-    metrics = Metrics(folder if team.leads else None, learner.step)
+        changed = training.resume(folder)
+        yield Resumed(training.step, changed)
+    if team.leads and (changed or not resume):
+        keep_recipe(recipe, folder, training.step)
+    metrics = Metrics(folder if team.leads else None, training.step)
+    flops, peak = 0.0, 1.0
+    if training.step < run.steps:
+        yield Preparing("measuring speed")
+        flops, peak = count_flops(task, training.step), measure_peak(device, DTYPES[run.dtype]) * team.count
 
     def save() -> Saved:
-        path = learner.save(folder)
+        path = training.save(folder)
         metrics.draw()
-        return Saved(learner.step, path)
+        return Saved(training.step, path)
 
     why = ""
-    saved_at = started_at = learner.step
+    saved_at = started_at = training.step
     started = mark = time.monotonic()
-    losses, norms, count = [], [], 0
+    turns: list[Turn] = []
+    count = 0
     try:
-        while learner.step < run.steps and not why:
-            loss, norm, samples = learner.advance()
-            losses, norms, count = [*losses, loss], [*norms, norm], count + samples
-            step, now = learner.step, time.monotonic()
-            if step % run.log == 0 or step == run.steps or now - mark > TELL_EVERY:
+        while training.step < run.steps and not why:
+            count += task.samples(training.step)
+            turns += training.advance()
+            step = training.step
+            if step % run.log == 0 or step == run.steps or time.monotonic() - mark > TELL_EVERY:
+                found = means(turns, step)  # waits for the device
+                now = time.monotonic()
+                speed = count / max(now - mark, 1e-9)
                 told = Progress(
-                    step=step,
-                    steps=run.steps,
-                    loss=torch.stack(losses).mean().item(),
-                    norm=torch.stack(norms).mean().item(),
-                    lr=settings.lr * rate(step - 1, settings, run),
-                    images_per_second=count / max(time.monotonic() - mark, 1e-9),
+                    step, run.steps, **found[task.learners[0].name],
+                    others={name: numbers for name, numbers in found.items() if name != task.learners[0].name},
+                    images_per_second=round(speed, 2), gflops=round(speed * flops / 1e9, 2),
+                    peak=round(speed * flops / peak, 4), cpu_seconds=round(training.cpu_seconds, 1),
                     seconds_left=(now - started) / (step - started_at) * (run.steps - step),
-                )
-                if told.loss != told.loss or told.loss in (float("inf"), -float("inf")):
-                    raise InputError(f"the loss at step {step} is {told.loss}: resume with a lower lr, or in fp32")
-                metrics.add({"step": step, "loss": told.loss, "norm": told.norm, "lr": told.lr,
-                             "images_per_second": round(told.images_per_second, 2)})  # fmt: skip
-                mark, losses, norms, count = now, [], [], 0
+                )  # fmt: skip
+                line = {k: v for k, v in asdict(told).items() if k not in ("steps", "seconds_left")}
+                metrics.add({k: v for k, v in line.items() if k != "others" or v})
+                mark, turns, count = now, [], 0
                 yield told
-            yield from _look(learner, metrics, folder, team)
+            aside = time.monotonic()
+            yield from _look(training, metrics, folder, grade)
             if team.any(stop(), device):
                 why = "stopped"
             elif run.minutes and team.any(time.monotonic() - begun_at > run.minutes * 60, device):
                 why = f"{run.minutes:g} minutes are over"
+            elif step == run.until:
+                why = f"step {step} is reached"
             elif step % run.save == 0 and step < run.steps:
                 saved_at = step
                 yield save()
+            mark += time.monotonic() - aside
     except GeneratorExit:
-        if learner.step > saved_at and team.count == 1:
+        if training.step > saved_at and team.count == 1:
             save()
         raise
-    if learner.step > saved_at or not list_checkpoints(folder / "checkpoints"):
+    if training.step > saved_at or not list_checkpoints(folder / "checkpoints"):
         yield save()
-    if learner.step < run.steps:
-        yield Finished(learner.step, None, why)
+    if training.step < run.steps:
+        yield Finished(training.step, None, why)
         return
-    yield Finished(learner.step, learner.export(folder))
+    yield Finished(training.step, training.export(folder))
 
 
-def _look(learner: Learner, metrics: Metrics, folder: Path, team: Team) -> Iterator[Message]:
-    """Measure and draw with the averaged weights, where it is time to."""
-    run, step = learner.recipe.run, learner.step
-    measure = run.held_out and (step % run.held_out == 0 or step == run.steps)
-    draw = run.preview and (step % run.preview == 0 or step == run.steps)
-    if not measure and not draw:
+def _look(training: Training, metrics: Metrics, folder: Path, grade: Grade | None) -> Iterator[Message]:
+    """Measure, draw and grade with the averaged weights, where it is time to."""
+    run, step, task = training.recipe.run, training.step, training.task
+
+    def due(every: int) -> bool:
+        return bool(every) and (step % every == 0 or step == run.steps)
+
+    if not any(map(due, (run.held_out, run.preview, run.graded))):
         return
-    found = path = None
-    with learner.weights.using(learner.ema):
-        if measure:
-            found = learner.task.measure()
-        if draw:
-            sheet = learner.task.sheet()
+    told: list[HeldOut | Preview | Graded] = []
+    with training.averaged():
+        if due(run.held_out):
+            told.append(HeldOut(step, task.measure()))
+        if due(run.graded):
+            model = task.model()
+            assert model is not None
+            assert grade is not None
+            told.append(Graded(step, grade(model)))
+        if due(run.preview):
+            sheet = task.sheet()
             path = folder / "previews" / f"step-{step:08d}.png"
-            if team.leads:
+            if training.team.leads:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sheet.save(path)
-    if found is not None:
-        metrics.add({"step": step, "held_out": found})
-        yield HeldOut(step, found)
-    if path is not None:
-        yield Preview(step, path)
+            told.append(Preview(step, path))
+    for message in told:
+        if isinstance(message, HeldOut):
+            metrics.add({"step": step, "held_out": message.values})
+        elif isinstance(message, Graded):
+            metrics.add({"step": step, "graded": message.values})
+        yield message
 
 
-class Learner:
-    """The state of a run: weights, their average, optimisers, and the number of steps done."""
+@dataclass(frozen=True)
+class Turn:
+    """A learner took a step. loss, norm: scalars, still on the device."""
+
+    learner: str
+    loss: Tensor
+    norm: Tensor
+    lr: float
+
+
+def means(turns: Sequence[Turn], step: int) -> dict[str, dict[str, float]]:
+    """By learner the mean loss and norm of its turns, and its last rate. InputError where a loss is not finite."""
+    found = {}
+    for name in dict.fromkeys(turn.learner for turn in turns):
+        own = [turn for turn in turns if turn.learner == name]
+        loss, norm = (torch.stack(values).mean().item() for values in zip(*((t.loss, t.norm) for t in own)))
+        if not math.isfinite(loss):
+            raise InputError(f"the loss at step {step} is {loss}: resume with a lower lr, or in fp32")
+        found[name] = {"loss": loss, "norm": norm, "lr": own[-1].lr}
+    return found
+
+
+def keep_recipe(recipe: Recipe, folder: Path, step: int) -> None:
+    """Write every key that the run follows from this step on: recipe.toml, and recipe-N.toml where it changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (f"recipe-{step}.toml" if step else "recipe.toml")
+    head = f"# What this run follows from step {step} on, with torch {torch.__version__}.\n\n"
+    path.write_text(head + as_toml(as_tables(recipe)) + "\n", "utf-8")
+
+
+class Training:
+    """The state of a run: a task with its learners, and the number of steps done."""
 
     def __init__(self, recipe: Recipe, begun: Start, task: Task, device: torch.device, team: Team):
         self.recipe = recipe
         self.begun = begun
         self.task = task
-        self.team = team
         self.device = device
+        self.team = team
         self.step = 0
-        self.changed: tuple[str, ...] = ()
-        dtype = DTYPES[recipe.run.dtype]
-        modules = {name: nn.ModuleDict(begun.modules).get_submodule(name).train() for name in task.learning}
-        for module in modules.values():
-            if recipe.run.compile:
-                compile_blocks(module)
-            if recipe.run.checkpointing:
-                checkpoint_blocks(module)
-            if team.count > 1 and recipe.run.parallel == "fsdp":
-                share_out(module, device, team, dtype)
-        self.weights = Weights(modules, dtype, team)
-        kept = self.weights.masters.items() if recipe.optimiser.ema else ()
-        self.ema = {name: w.clone() for name, w in kept}
-        self.optimisers = make_optimiser(self.weights, recipe.optimiser)
+        self._cpu_before = -cpu_seconds() * team.count
 
-    def advance(self) -> tuple[Tensor, Tensor, int]:
-        """One step. The mean loss, the gradients' norm, how many samples there were."""
-        settings = self.recipe.optimiser
-        set_rate(self.optimisers, rate(self.step, settings, self.recipe.run), settings)
-        place = self.task.data.place(self.step)
-        pieces = self.recipe.run.accumulate * self.team.count
-        total = torch.zeros((), device=self.device)
-        for piece in range(self.team.rank, pieces, self.team.count):
-            loss = self.task.loss(self.step, place, slice(piece, None, pieces)) / self.recipe.run.accumulate
-            loss.backward()
-            total += loss.detach()
-        norm = self.weights.collect(settings.clip)
-        for optimiser in self.optimisers:
-            optimiser.step()
-        self.weights.publish()
-        if self.ema:
-            update_ema(list(self.ema.values()), list(self.weights.masters.values()), ema_decay(self.step, settings))
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time that the run has used; of several processes, the first one's times their number."""
+        return self._cpu_before + cpu_seconds() * self.team.count
+
+    def advance(self) -> list[Turn]:
+        """One step: the turns of its learners, in their order."""
+        turns = []
+        for learner, loss in self.task.turns(self.step):
+            seen = learner.advance(self.step, loss)
+            turns.append(Turn(learner.name, *seen, learner.settings.lr * learner.rate(self.step)))
         self.step += 1
-        return self.team.sum(total) / self.team.count, norm, len(place.rows)
+        return turns
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """All modules compute with their averaged weights, where there are any, for as long as the context."""
+        with ExitStack() as stack:
+            for learner in self.task.learners:
+                stack.enter_context(learner.weights.using(learner.ema))
+            yield
 
     def save(self, folder: Path) -> Path:
         """A checkpoint, by the first process of what all hold."""
-        saved = Checkpoint(
-            self.step, self.weights.whole(self.weights.masters), self.weights.whole(self.ema),
-            optimiser_state(self.optimisers, self.weights), as_tables(self.recipe),
-        )  # fmt: skip
+        whole: tuple[dict[str, Tensor], ...] = {}, {}, {}  # weights, their averages, optimisers' states
+        for learner in self.task.learners:
+            for tensors, own in zip(whole, learner.state()):
+                tensors.update(own)
         path = folder / "checkpoints"
         if self.team.leads:
+            saved = Checkpoint(self.step, *whole, as_tables(self.recipe), self.cpu_seconds)
             path = save_checkpoint(path, saved, self.recipe.run.keep)
         self.team.wait()
         return path
 
-    def resume(self, folder: Path) -> int:
-        """Go on from the last checkpoint. The steps that are done."""
+    def resume(self, folder: Path) -> tuple[str, ...]:
+        """Go on from the last checkpoint. The keys of the recipe that are not as they were."""
         saved = load_checkpoint(folder / "checkpoints")
-        self.weights.load(saved.weights)
-        if bool(saved.ema) != bool(self.ema):
-            raise InputError("[optimiser] ema is on in one of recipe and checkpoint alone: put it back")
-        self.weights.fill(self.ema, saved.ema)
-        load_optimiser_state(self.optimisers, self.weights, saved.optimiser)
+        if saved.weights.keys() != {name for learner in self.task.learners for name in learner.weights.masters}:
+            raise InputError("the checkpoint is of another model than the recipe: name another folder")
+        for learner in self.task.learners:
+            learner.load(saved)
         self.step = saved.step
-        self.changed = differences(as_tables(self.recipe), saved.recipe)
-        return self.step
+        self._cpu_before += saved.cpu_seconds
+        return differences(as_tables(self.recipe), completed(saved.recipe))
 
     def export(self, folder: Path) -> Path:
         """The averaged weights as a folder that `inkstream.load` takes."""
-        with self.weights.using(self.ema):
+        with self.averaged():
             spec = self.task.finish()
-        states: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in self.weights.whole(self.ema or self.weights.masters).items():
-            part, _, name = key.partition(".")
-            states.setdefault(part, {})[name] = tensor
+        states: dict[str, dict[str, Tensor]] = {name: {} for name in self.begun.modules}
+        for learner in self.task.learners:
+            kept = learner.ema or learner.weights.masters
+            ours = {key: tensor for key, tensor in kept.items() if key.partition(".")[0] in states}
+            for key, tensor in learner.weights.whole(ours).items():
+                part, _, name = key.partition(".")
+                states[part][name] = tensor
         path = folder / "model"
         if self.team.leads:
             export(self.begun, spec, states, path, self.recipe.run.export)

@@ -34,9 +34,21 @@ class Metrics:
                 file.write(json.dumps(line) + "\n")
 
     def draw(self) -> None:
-        """The curves of the loss, of batches and of what is held out."""
-        if self.path is not None:
-            loss = [(line["step"], line["loss"]) for line in self.lines if "loss" in line]
-            measured = [(line["step"], line["held_out"]) for line in self.lines if "held_out" in line]
-            first = [(step, next(iter(values.values()))) for step, values in measured]
-            plot({"loss": loss, "held out": first}, self.path.with_name("loss.png"))
+        """The curves of the losses, of batches and of what is held out, and those of what is graded."""
+        if self.path is None:
+            return
+        losses: dict[str, list[tuple[int, float]]] = {}
+        shares: dict[str, list[tuple[int, float]]] = {}
+        for line in self.lines:
+            for name, value in line.items():
+                if name == "loss":
+                    losses.setdefault(name, []).append((line["step"], value))
+                elif name == "held_out":
+                    losses.setdefault("held out", []).append((line["step"], next(iter(value.values()))))
+                elif name == "graded":
+                    for question, share in value.items():
+                        shares.setdefault(question, []).append((line["step"], share))
+                elif name == "others":
+                    for learner, numbers in value.items():
+                        losses.setdefault(f"loss of {learner}", []).append((line["step"], numbers["loss"]))
+        plot(losses, shares, self.path.with_name("loss.png"))

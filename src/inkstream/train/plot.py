@@ -1,46 +1,48 @@
-"""The curve of a loss as a picture."""
+"""The curves of a run as a picture."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-WIDTH, HEIGHT, LEFT, BOTTOM, EDGE = 900, 420, 70, 36, 16
-INKS = ((36, 84, 166), (200, 80, 30), (40, 130, 70), (130, 60, 150))
+WIDTH, HEIGHT, LEFT, BOTTOM, EDGE, RIGHT = 900, 420, 70, 36, 16, 210
+INKS = ((36, 84, 166), (200, 80, 30), (40, 130, 70), (130, 60, 150), (20, 150, 170), (150, 120, 20), (90, 90, 90))
+Curves = Mapping[str, Sequence[tuple[int, float]]]
+"""Points (step, value) by name."""
 
 
-def plot(curves: dict[str, Sequence[tuple[int, float]]], path: Path) -> None:
-    """Write curves, points (step, value) by name, as a PNG; values above 0 on a logarithmic axis."""
-    curves = {name: [(x, y) for x, y in points if y > 0 and math.isfinite(y)] for name, points in curves.items()}
-    curves = {name: smoothed(points) for name, points in curves.items() if points}
-    if not curves:
+def plot(losses: Curves, shares: Curves, path: Path) -> None:
+    """Write curves as a PNG: losses, above 0, on the logarithmic axis at the left, shares on one of percents."""
+    losses = {name: [(x, y) for x, y in points if y > 0 and math.isfinite(y)] for name, points in losses.items()}
+    losses = {name: smoothed(points) for name, points in losses.items() if points}
+    if not losses:
         return
-    xs = [x for points in curves.values() for x, _ in points]
-    ys = [y for points in curves.values() for _, y in points]
-    first, last = 0, max(max(xs), 1)
+    last = max(1, *(x for points in (*losses.values(), *shares.values()) for x, _ in points))
+    ys = [y for points in losses.values() for _, y in points]
     low, high = math.log10(min(ys)) - 0.02, math.log10(max(ys)) + 0.02
+    right = WIDTH - RIGHT
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(image)
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (x - first) / (last - first)
-        up = (math.log10(y) - low) / (high - low)
-        return LEFT + across * (WIDTH - LEFT - EDGE), HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - EDGE)
+    def at(x: float, up: float) -> tuple[float, float]:
+        return LEFT + x / last * (right - LEFT), HEIGHT - BOTTOM - up * (HEIGHT - BOTTOM - EDGE)
 
     for i in range(6):
-        value = 10 ** (low + (high - low) * i / 5)
-        _, y = at(0, value)
-        draw.line([(LEFT, y), (WIDTH - EDGE, y)], fill=(225, 225, 225))
-        draw.text((8, y - 6), f"{value:.3g}", fill=(80, 80, 80))
-        step = round(first + (last - first) * i / 5)
-        draw.text((at(step, value)[0] - 12, HEIGHT - BOTTOM + 10), str(step), fill=(80, 80, 80))
-    for (name, points), ink, row in zip(curves.items(), INKS, range(len(curves))):
-        places = [at(x, y) for x, y in points]
+        x, y = at(last * i / 5, i / 5)
+        draw.line([(LEFT, y), (right, y)], fill=(225, 225, 225))
+        draw.text((8, y - 6), f"{10 ** (low + (high - low) * i / 5):.3g}", fill=(80, 80, 80))
+        if shares:
+            draw.text((right + 6, y - 6), f"{20 * i}%", fill=(80, 80, 80))
+        draw.text((x - 12, HEIGHT - BOTTOM + 10), str(round(last * i / 5)), fill=(80, 80, 80))
+    risen = {name: [(x, (math.log10(y) - low) / (high - low)) for x, y in points] for name, points in losses.items()}
+    for row, ((name, points), ink) in enumerate(zip([*risen.items(), *shares.items()], cycle(INKS))):
+        places = [at(x, up) for x, up in points]
         draw.line(places, fill=ink, width=2) if len(places) > 1 else draw.point(places, fill=ink)
-        draw.text((WIDTH - 190, EDGE + 4 + 14 * row), name, fill=ink)
+        draw.text((right + 50, EDGE + 4 + 14 * row), name, fill=ink)
     image.save(path)
 
 

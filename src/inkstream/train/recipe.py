@@ -8,11 +8,14 @@ import json
 import tomllib
 import types
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from inkstream.types import InputError
+
+if TYPE_CHECKING:
+    from inkstream.train.tasks import Task
 
 T = TypeVar("T")
 Table = dict[str, Any]
@@ -71,7 +74,7 @@ class Data:
 class Objective:
     """Towards what."""
 
-    kind: Literal["flow", "autoencoder"] = key("flow", "flow trains a transformer on latents, autoencoder a vae.")
+    kind: str = key("flow", "flow trains a transformer on latents, autoencoder a vae.")
     mean: float = key(0.0, "Of the logit of the time: above 0 trains noisier times more.", -10, 10)
     std: float = key(1.0, "Of the logit of the time.", 0, 10)
     uniform: float = key(0.1, "Share of samples whose time is drawn evenly from 0 to 1 instead.", 0, 1)
@@ -114,6 +117,7 @@ class Run:
     batch: int = key(64, "Samples a step, of the first size; of larger sizes as many as hold as many tokens.", 1)
     accumulate: int = key(1, "Pieces a batch is computed in, one after the other.", 1)
     minutes: float = key(0.0, "Save and stop after so long, to go on with --resume; 0 is no limit.", 0)
+    until: int = key(0, "Save and stop after this step, to go on with --resume; 0 goes on to the end.", 0)
     seed: int = key(0, "Of the first weights, the order of the data, and the noise.", 0)
     device: str = key("", "cpu, cuda, cuda:N or mps; the best there is if empty.")
     dtype: Literal["fp32", "bf16"] = key("fp32", "What is computed in; weights are kept in fp32 in any case.")
@@ -126,6 +130,9 @@ class Run:
     keep: int = key(2, "How many checkpoints are kept.", 1)
     held_out: int = key(0, "Steps between two measurements on what is not trained on; 0 takes none.", 0)
     held_out_count: int = key(64, "Samples of such a measurement.", 1)
+    graded: int = key(0, "Steps between two gradings of pictures drawn with the averaged weights; 0 takes none.", 0)
+    graded_suite: str = key("pocket", "Whose prompts are graded: as `inkstream eval --suite` has it.")
+    graded_count: int = key(48, "Prompts of such a grading, spread evenly over the suite.", 1)
     preview: int = key(0, "Steps between two sheets of pictures drawn with the averaged weights; 0 draws none.", 0)
     prompts: tuple[str, ...] = key((), "What previews show; captions of held-out scenes if empty.")
     preview_count: int = key(12, "Pictures on a sheet when no prompts are given.", 1, 256)
@@ -141,15 +148,11 @@ class Recipe:
     objective: Objective = field(default_factory=Objective)
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Run = field(default_factory=Run)
-
-    @property
-    def learning(self) -> tuple[str, ...]:
-        """What learns: parts, or modules inside one."""
-        return self.model.train or LEARNERS[self.objective.kind][:1]
+    own: Mapping[str, Any] = field(default_factory=dict)  # tables of the task's, by name
 
 
-LEARNERS = {"flow": ("transformer", "text_encoder"), "autoencoder": ("vae", "vae.decoder")}
-"""What can learn under each objective, the usual first."""
+TABLES: dict[str, type] = {"model": Model, "data": Data, "objective": Objective, "optimiser": Optimiser, "run": Run}
+"""Those that every recipe has."""
 
 
 def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
@@ -184,23 +187,58 @@ def _change(table: Table, change: str) -> None:
 
 def as_recipe(table: Mapping[str, Any]) -> Recipe:
     """A recipe from nested tables, as TOML or JSON gives them."""
-    kinds = get_type_hints(Recipe)
-    parts = {}
+    objective = table.get("objective", {})
+    kind = objective.get("kind", Objective.kind) if isinstance(objective, Mapping) else Objective.kind
+    own = _task(kind).tables
+    kinds = {**TABLES, **own}
     for name, content in table.items():
         if name not in kinds:
             raise InputError(f"[{name}] is no table of a recipe: {_nearest(name, kinds)}")
         if not isinstance(content, Mapping):
             raise InputError(f"{name} = {content!r} stands outside a table: a recipe has [{'], ['.join(kinds)}]")
-        parts[name] = read_table(kinds[name], content, name)
+    parts = {name: read_table(kind, table.get(name, {}), name) for name, kind in TABLES.items()}
+    for name, kind in own.items():
+        default = parts["optimiser"] if kind is Optimiser else kind()
+        parts.setdefault("own", {})[name] = read_table(kind, table.get(name, {}), name, default)
     recipe = Recipe(**parts)
     _check(recipe)
     return recipe
 
 
+def _task(kind: Any) -> type[Task]:
+    """The task of a kind of objective. InputError where there is none."""
+    from inkstream.train.tasks import TASKS  # which reads recipes
+
+    if not isinstance(kind, str) or kind not in TASKS:
+        raise InputError(f"[objective] kind = {kind!r}: take {' or '.join(TASKS)}")
+    return TASKS[kind]
+
+
 def as_tables(recipe: Recipe) -> dict[str, Table]:
     """The inverse of as_recipe, every key stated, as JSON has it."""
     tables = json.loads(json.dumps(asdict(recipe)))
+    tables |= tables.pop("own")
     return {name: {_spoken(key): value for key, value in table.items()} for name, table in tables.items()}
+
+
+def as_toml(table: Mapping[str, Any], prefix: str = "") -> str:
+    """Tables as TOML, which read_recipe takes."""
+    lines = [f"{name} = {_spelt(value)}" for name, value in table.items() if not isinstance(value, Mapping)]
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            lines += ["", f"[{prefix}{name}]", as_toml(value, f"{prefix}{name}.")]
+    return "\n".join(lines).strip("\n")
+
+
+def _spelt(value: Any) -> str:
+    """A value as TOML has it: as JSON does, but for one character."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def completed(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Tables of an older recipe with the keys that recipes have had since, at their defaults."""
+    whole = {name: {**table, **tables.get(name, {})} for name, table in as_tables(Recipe()).items()}
+    return {**tables, **whole}
 
 
 def differences(now: Mapping[str, Any], before: Mapping[str, Any], where: str = "") -> tuple[str, ...]:
@@ -215,8 +253,11 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any], where: str = 
     return tuple(found)
 
 
-def read_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
-    """One table as a frozen dataclass. InputError names the key, its value and what is allowed."""
+def read_table(kind: type[T], table: Mapping[str, Any], where: str, default: T | None = None) -> T:
+    """One table as a frozen dataclass; what it leaves out is as in `default`.
+
+    InputError names the key, its value and what is allowed.
+    """
     known = {_spoken(f.name): f for f in fields(kind)}  # type: ignore[arg-type]
     hints = get_type_hints(kind)
     values = {}
@@ -224,7 +265,7 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str) -> T:
         if name not in known:
             raise InputError(f"[{where}] has no key {name}: {_nearest(name, known)}")
         values[known[name].name] = _value(value, hints[known[name].name], known[name], f"[{where}] {name}")
-    return kind(**values)
+    return kind(**values) if default is None else replace(default, **values)  # type: ignore[type-var]
 
 
 def _value(value: Any, hint: Any, key: Field[Any], where: str) -> Any:
@@ -284,9 +325,9 @@ def _spoken(name: str) -> str:
 def _check(recipe: Recipe) -> None:
     """What no single key shows."""
     model, data, objective, run = recipe.model, recipe.data, recipe.objective, recipe.run
-    learners = LEARNERS[objective.kind]
-    if any(name not in learners for name in model.train):
-        raise InputError(f"[model] train = {list(model.train)}: {objective.kind} takes {' or '.join(learners)}")
+    learns = _task(objective.kind).learns
+    if any(name not in learns for name in model.train):
+        raise InputError(f"[model] train = {list(model.train)}: {objective.kind} takes {' or '.join(learns)}")
     if len(model.train) > 1 and objective.kind == "autoencoder":
         raise InputError(f"[model] train = {list(model.train)}: name one, the decoder is a part of the vae")
     if model.from_ and (model.transformer or model.text_encoder):
@@ -308,11 +349,14 @@ def _check(recipe: Recipe) -> None:
 
 def describe() -> str:
     """Every key of a recipe as Markdown tables: what docs/training.md shows."""
-    parts = []
-    for table in fields(Recipe):
-        kind = get_type_hints(Recipe)[table.name]
+    from inkstream.train.tasks import TASKS
+
+    parts, tables = [], dict(TABLES)
+    for task in TASKS.values():
+        tables |= task.tables
+    for name, kind in tables.items():
         rows = [f"| `{_spoken(f.name)}` | {_shown(f)} | {f.metadata['text']} |" for f in fields(kind)]
-        parts.append("\n".join([f"### [{table.name}]", kind.__doc__, "", "| key | default | meaning |",
+        parts.append("\n".join([f"### [{name}]", kind.__doc__ or "", "", "| key | default | meaning |",
                                 "| --- | --- | --- |", *rows]))  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

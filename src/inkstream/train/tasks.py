@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from inkstream.engine.model import Model, complete
 from inkstream.nn.vae import Autoencoder
@@ -26,6 +27,7 @@ from inkstream.train.data import (
     keep_states,
     weights_key,
 )
+from inkstream.train.learner import Learner, Loss
 from inkstream.train.models import DTYPES, Start, words_key
 from inkstream.train.objectives import (
     Batch,
@@ -49,21 +51,30 @@ T = TypeVar("T")
 
 
 class Task(Protocol):
-    """One kind of objective. Everything at a step is a function of the recipe and the step's number."""
+    """One kind of objective. Everything at a step is a function of the recipe, the step's number and the weights."""
 
-    data: Any  # Data or Endless
+    learns: ClassVar[tuple[str, ...]]
+    """What [model] train may name: parts, or modules inside one, the usual first."""
+    tables: ClassVar[Mapping[str, type]]
+    """Tables that a recipe has for this task alone, by name, as frozen dataclasses of `recipe.key`s.
 
-    @property
-    def learning(self) -> Sequence[str]:
-        """The parts that learn, or the modules inside one: `vae.decoder`."""
-        ...
+    They are read into `recipe.own`. A table of the kind Optimiser takes what it leaves out from [optimiser].
+    """
+    learners: Sequence[Learner]
+    """All that learns, once prepared. The first has a turn at every step, and its loss is the run's."""
+
+    def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team) -> None: ...
 
     def prepare(self) -> Iterator[Preparing]:
-        """Draw, encode and read what is learnt from."""
+        """Draw, encode and read what is learnt from; then make the learners."""
         ...
 
-    def loss(self, step: int, place: Place, piece: slice) -> Tensor:
-        """The mean loss of a piece of the batch of that step."""
+    def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
+        """Who lowers which loss at that step, one after the other; a learner may have several turns, or none."""
+        ...
+
+    def samples(self, step: int) -> int:
+        """How many samples the batch of that step holds."""
         ...
 
     def measure(self) -> dict[str, float]:
@@ -74,6 +85,10 @@ class Task(Protocol):
         """What the weights can do, to look at."""
         ...
 
+    def model(self) -> Model | None:
+        """What draws with the weights as they are now; None where the task trains nothing that does."""
+        ...
+
     def finish(self) -> Spec:
         """What the trained model is."""
         ...
@@ -82,12 +97,16 @@ class Task(Protocol):
 class Flow:
     """A transformer, with or without its text encoder, learns velocities of latents."""
 
+    learns: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
+    tables: ClassVar[Mapping[str, type]] = {}
+    learners: Sequence[Learner]
+
     def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
         self.recipe = recipe
         self.begun = begun
         self.device = device
         self.team = team
-        self.learning = recipe.learning
+        self.learning = recipe.model.train or self.learns[:1]
         if missing := sorted(begun.spec.abilities & {"fill", "map"}):
             raise InputError(f"{begun.spec.name} draws beside a picture ({missing[0]}), which no recipe shows it yet")
         for name, module in begun.modules.items():
@@ -108,9 +127,10 @@ class Flow:
         if run.held_out or (run.preview and not run.prompts):
             few = replace(order, batch=min(order.batch, 32), dropout=0.0, pieces=1)
             self.held_out = yield from in_turn(self.team, self._load("held_out", few))
-        if self.data.cond is not None and not run.preview:
+        if self.data.cond is not None and not run.preview and not run.graded:
             for name in self._encoders:
                 self.begun.modules[name].to("cpu")  # all that it will be asked is known
+        self.learners = [model_learner(self.recipe, self.begun, self.learning, self.device, self.team)]
 
     def _load(self, split: Split, order: Order) -> Iterator[Any]:
         data = self.recipe.data
@@ -128,7 +148,13 @@ class Flow:
             cond = yield from last_of(keep_states(source, count, captions, cache, self.family, key))
         yield Data(samples, captions, order, cond)
 
-    def loss(self, step: int, place: Place, piece: slice) -> Tensor:
+    def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
+        return [(self.learners[0], partial(self._loss, step, self.data.place(step)))]
+
+    def samples(self, step: int) -> int:
+        return len(self.data.place(step).rows)
+
+    def _loss(self, step: int, place: Place, piece: slice) -> Tensor:
         settings = self.recipe.objective
         generator = torch.Generator(self.device).manual_seed(mix(self.recipe.run.seed, SALT_STEP, step))
         shape = (len(place.rows), *self.data.samples[place.samples].images.shape[1:])
@@ -169,13 +195,17 @@ class Flow:
             captions = self.held_out.captions
             assert captions is not None
             prompts = [captions[int(i)] for i in captions.firsts[:-1][: run.preview_count]]
-        model = Model(self.family, self.device, DTYPES[run.dtype])
+        model = self.model()
         empty, pictures = self.family.tokens(""), []
         for i, ids in enumerate(prompts):
             cond = self.family.encode_tokens([ids, empty])
             request = complete(Request.model_validate({"seed": i}), self.begun.spec)
             pictures.append(model.decode(model.sample(request, cond))[0].cpu())
         return tile(torch.stack(pictures))
+
+    def model(self) -> Model:
+        """With a family of its own: one remembers the prompts that it has encoded, and a text encoder may learn."""
+        return Model(self.begun.family(), self.device, DTYPES[self.recipe.run.dtype])
 
     def finish(self) -> Spec:
         return self.begun.spec
@@ -184,12 +214,16 @@ class Flow:
 class Autoencoding:
     """An autoencoder learns to give pictures back."""
 
+    learns: ClassVar[tuple[str, ...]] = ("vae", "vae.decoder")
+    tables: ClassVar[Mapping[str, type]] = {}
+    learners: Sequence[Learner]
+
     def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
         self.recipe = recipe
         self.begun = begun
         self.device = device
         self.team = team
-        self.learning = recipe.learning
+        self.learning = recipe.model.train or self.learns[:1]
         module = begun.modules["vae"].to(device).requires_grad_(False)
         assert isinstance(module, Autoencoder)
         self.vae = module
@@ -202,6 +236,7 @@ class Autoencoding:
         if run.held_out or run.preview:
             few = replace(order, batch=min(order.batch, 16), pieces=1)
             self.held_out = yield from in_turn(self.team, self._load("held_out", few))
+        self.learners = [model_learner(self.recipe, self.begun, self.learning, self.device, self.team)]
 
     def _load(self, split: Split, order: Order) -> Iterator[Any]:
         source, count = pictures_of(self.recipe, split)
@@ -212,7 +247,13 @@ class Autoencoding:
         samples = yield from last_of(keep_pixels(source, count, cache, self.recipe.data.workers))
         yield Data(samples, None, order)
 
-    def loss(self, step: int, place: Place, piece: slice) -> Tensor:
+    def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
+        return [(self.learners[0], partial(self._loss, step, self.data.place(step)))]
+
+    def samples(self, step: int) -> int:
+        return len(self.data.place(step).rows)
+
+    def _loss(self, step: int, place: Place, piece: slice) -> Tensor:
         seed, side = self.recipe.run.seed, self.recipe.data.crop
         pixels = self.data.load(place, piece).images
         if side:
@@ -246,6 +287,9 @@ class Autoencoding:
         pixels = self.held_out.load(self.held_out.place(0)).images[:8].to(self.device)
         return tile(torch.cat([pixels, self._again(pixels)]).cpu() / 2 + 0.5, len(pixels))
 
+    def model(self) -> None:
+        return None
+
     def _again(self, pixels: Tensor) -> Tensor:
         dtype = next(self.vae.parameters()).dtype
         return self.vae.decode(self.vae.encode(pixels.to(dtype))).float()
@@ -260,6 +304,16 @@ class Autoencoding:
         shift, scale = measure_latents(self.vae, batches)
         vae = replace(self.begun.spec.vae, shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
         return replace(self.begun.spec, vae=vae)
+
+
+TASKS: dict[str, type[Task]] = {"flow": Flow, "autoencoder": Autoencoding}
+"""By [objective] kind."""
+
+
+def model_learner(recipe: Recipe, begun: Start, names: Sequence[str], device: torch.device, team: Team) -> Learner:
+    """One learner of parts of the model, or of modules inside them."""
+    parts = nn.ModuleDict(begun.modules)
+    return Learner("model", {name: parts.get_submodule(name) for name in names}, recipe, device, team)
 
 
 def order_of(recipe: Recipe, team: Team) -> Order:

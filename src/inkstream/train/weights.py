@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from inkstream.train.parallel import ALONE, Team, cut, own_part, whole
-from inkstream.types import InputError
 
 
 class Weights:
@@ -53,6 +52,11 @@ class Weights:
             torch._foreach_mul_(list(given.values()), (clip / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
+    def forget(self) -> None:
+        """Drop the modules' gradients."""
+        for p in self.live.values():
+            p.grad = None
+
     @torch.no_grad()
     def publish(self) -> None:
         """Let the modules have what the masters are now."""
@@ -67,9 +71,7 @@ class Weights:
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take whole weights. InputError where they are another model's."""
-        if state.keys() != self.masters.keys():
-            raise InputError("the checkpoint is of another model than the recipe: name another folder")
+        """Take whole weights out of a state that holds them."""
         self.fill(self.masters, state)
         self.publish()
 
