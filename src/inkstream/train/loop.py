@@ -97,6 +97,7 @@ Message = Preparing | Resumed | Progress | Saved | Preview | HeldOut | Graded | 
 Grade = Callable[[Model], Mapping[str, float]]
 """Draws with a model and says what share of what was asked is there, by question; the first is the one to plot."""
 
+MEASURED = ("images_per_second", "gflops", "peak", "cpu_seconds")
 TELL_EVERY = 10.0
 """Seconds without a message at most, where steps are slow."""
 
@@ -175,12 +176,13 @@ def _run(
                 told = Progress(
                     step, run.steps, **found[task.learners[0].name],
                     others={name: numbers for name, numbers in found.items() if name != task.learners[0].name},
-                    images_per_second=round(speed, 2), gflops=round(speed * flops / 1e9, 2),
-                    peak=round(speed * flops / peak, 4), cpu_seconds=round(training.cpu_seconds, 1),
+                    images_per_second=speed, gflops=speed * flops / 1e9, peak=speed * flops / peak,
+                    cpu_seconds=training.cpu_seconds,
                     seconds_left=(now - started) / (step - started_at) * (run.steps - step),
                 )  # fmt: skip
-                line = {k: v for k, v in asdict(told).items() if k not in ("steps", "seconds_left")}
-                metrics.add({k: v for k, v in line.items() if k != "others" or v})
+                line = asdict(told)
+                line |= {name: round(line[name], 4) for name in MEASURED}
+                metrics.add({k: v for k, v in line.items() if k not in ("steps", "seconds_left") and v != {}})
                 mark, turns, count = now, [], 0
                 yield told
             aside = time.monotonic()
