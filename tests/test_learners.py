@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import tomllib
 from functools import partial
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import inkstream
+from inkstream.cli import main
 from inkstream.evaluate.judge import grade_drawings
 from inkstream.evaluate.suites import open_suite, thin
 from inkstream.nn.attention import attend
@@ -25,7 +27,7 @@ from inkstream.train.learner import Learner
 from inkstream.train.loop import Finished, Graded, Preparing, Progress, Resumed, Saved, train
 from inkstream.train.objectives import mix
 from inkstream.train.plot import plot
-from inkstream.train.recipe import Optimiser, as_recipe, as_tables, read_recipe
+from inkstream.train.recipe import Optimiser, as_recipe, as_tables, as_toml, read_recipe
 from inkstream.train.speed import ON_CPU, FlopCounterMode, count_flops, measure_peak
 from inkstream.train.tasks import TASKS
 from inkstream.types import InputError
@@ -302,6 +304,19 @@ def test_grades_of_a_run_are_those_of_its_finished_model(tmp_path, cache):
     told = list(train(recipe(cache, run={"graded": 4}), tmp_path, grade=lambda model: grade_drawings(model, cases)))
     (graded,) = (message for message in told if isinstance(message, Graded))
     assert grade_drawings(inkstream.load(told[-1].model, device="cpu", dtype="fp32"), cases) == graded.values
+
+
+def test_the_command_grades_with_the_suite_of_the_recipe_and_tells_speed(tmp_path, cache, capsys):
+    path = tmp_path / "small.toml"
+    path.write_text(as_toml(as_tables(recipe(cache, run={"graded": 4, "graded_count": 2, "graded_suite": "text"}))))
+    assert main(["train", str(path), "--output", str(tmp_path / "run")]) == 0
+    shown = capsys.readouterr().err
+    assert re.search(r"step 4 graded: all right \d+%, .*text exact \d+%", shown)
+    assert re.search(
+        r"step 4 of 4: loss [\d.]+, [\d.]+ images/s, \d+ GFLOP/s \(\d+% of the peak\), 0:00:00 left", shown
+    )
+    assert main(["train", str(path), "--output", str(tmp_path / "other"), "--set", "run.graded_suite=texts"]) == 2
+    assert "there is no suite texts: take pocket, text" in capsys.readouterr().err
 
 
 def test_a_run_that_cannot_be_graded_says_so_before_its_first_step(tmp_path, cache):

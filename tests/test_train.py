@@ -24,7 +24,7 @@ from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Resumed, 
 from inkstream.train.models import start
 from inkstream.train.objectives import autoencode, draw_times, flow_error, measure_latents, mix, shift_time
 from inkstream.train.parallel import ALONE
-from inkstream.train.recipe import Objective, as_recipe
+from inkstream.train.recipe import Objective, as_recipe, as_tables, as_toml
 from inkstream.train.tasks import Flow
 from inkstream.types import InputError, Request
 
@@ -114,22 +114,13 @@ torch.distributed.destroy_process_group()
 """
 
 
-def toml(table, prefix="") -> str:
-    """A recipe's tables as TOML."""
-    lines = [f"{k} = {json.dumps(v)}" for k, v in table.items() if not isinstance(v, dict)]
-    parts = [f"[{prefix}{k}]\n{toml(v, f'{prefix}{k}.')}" for k, v in table.items() if isinstance(v, dict)]
-    return "\n".join([*lines, *parts])
-
-
 def test_two_processes_take_the_steps_of_one(tmp_path, cache):
-    from inkstream.train.recipe import as_tables
-
     single = recipe(cache, run={"steps": 3})
     list(train(single, tmp_path / "alone"))
     list(train(recipe(cache, run={"steps": 5}), tmp_path / "longer"))
     for name, run in (("ddp", {"steps": 3}), ("fsdp", {"steps": 3, "parallel": "fsdp"}),
                       ("more", {"steps": 5, "parallel": "fsdp"})):  # fmt: skip
-        (tmp_path / f"{name}.toml").write_text(toml(as_tables(recipe(cache, run=run))))
+        (tmp_path / f"{name}.toml").write_text(as_toml(as_tables(recipe(cache, run=run))))
     (tmp_path / "run.py").write_text(SHARED)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -420,10 +411,8 @@ def test_half_a_minute_of_training_teaches_colours(tmp_path):
 
 
 def test_the_command_trains_and_prints_where_the_model_is(tmp_path, cache, capsys):
-    from inkstream.train.recipe import as_tables
-
     path = tmp_path / "small.toml"
-    path.write_text(toml(as_tables(recipe(cache, run={"steps": 2}))))
+    path.write_text(as_toml(as_tables(recipe(cache, run={"steps": 2}))))
     assert main(["train", str(path), "--output", str(tmp_path / "run"), "--json"]) == 0
     shown = capsys.readouterr()
     model = str(tmp_path / "run" / "model")
@@ -434,10 +423,8 @@ def test_the_command_trains_and_prints_where_the_model_is(tmp_path, cache, capsy
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, cache, capsys):
-    from inkstream.train.recipe import as_tables
-
     path, folder = tmp_path / "long.toml", tmp_path / "run"
-    path.write_text(toml(as_tables(recipe(cache, run={"steps": 100_000, "log": 1}))))
+    path.write_text(as_toml(as_tables(recipe(cache, run={"steps": 100_000, "log": 1}))))
 
     def interrupt():
         while not (folder / "metrics.jsonl").is_file() or not (folder / "metrics.jsonl").read_text():
@@ -452,10 +439,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, cache, capsys):
 
 
 def test_ctrl_c_before_the_first_step_stops_at_once(tmp_path, capsys):
-    from inkstream.train.recipe import as_tables
-
     path, folder = tmp_path / "long.toml", tmp_path / "run"
-    path.write_text(toml(as_tables(recipe(tmp_path / "new", data={"count": 100_000}))))
+    path.write_text(as_toml(as_tables(recipe(tmp_path / "new", data={"count": 100_000}))))
 
     def interrupt():
         while not (tmp_path / "new").is_dir():
