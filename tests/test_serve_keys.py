@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import http.client
 import json
@@ -13,14 +14,12 @@ from ipaddress import ip_address
 import pytest
 
 from inkstream.cli import main
-from inkstream.serve.app import GUARDED, build
+from inkstream.serve.app import OPEN, build
 from inkstream.serve.errors import Refused
 from inkstream.serve.fetch import fetch, is_public
 from inkstream.serve.keys import Keys, add_key, is_signed, read_keys, remove_key, sign
 from inkstream.serve.limits import Limits, Settings
 from inkstream.types import InputError
-
-OPEN = {"/healthz", "/readyz", "/openapi.json"}
 
 
 @pytest.fixture(scope="module")
@@ -96,12 +95,48 @@ def test_an_address_that_others_reach_is_refused_without_a_key(tmp_path, capsys)
     build(Settings(tmp_path, host="0.0.0.0", models=("pocket",))).state.service.store.close()
 
 
-def test_every_route_asks_for_a_key_or_is_known_not_to(tmp_path):
+def test_the_document_says_which_routes_ask_for_a_key(tmp_path):
     app = build(Settings(tmp_path, models=("pocket",)))
     app.state.service.store.close()
-    paths = {*app.openapi()["paths"]}
-    assert {path for path in paths if not path.startswith(GUARDED)} <= OPEN
-    assert len(paths) > 15
+    paths = app.openapi()["paths"]
+    asking = {path for path, operations in paths.items() if all("security" in one for one in operations.values())}
+    assert {*paths} - asking == {"/healthz", "/readyz"}
+    assert {*paths} - asking == {*paths} & {*OPEN}
+
+
+def test_once_there_was_a_key_removing_the_last_opens_nothing(tmp_path, start_server):
+    add_key(tmp_path / "keys.json", "ann", 0.0)
+    served = start_server(Settings(tmp_path, models=("pocket",)), engine="input()")
+    assert served.ask("GET", "/v1/jobs")[0] == 401
+    remove_key(tmp_path / "keys.json", "ann")
+    assert served.ask("GET", "/v1/jobs")[0] == 401
+    (tmp_path / "keys.json").unlink()
+    assert served.ask("GET", "/v1/jobs")[0] == 401
+    served.stop()
+
+
+def test_no_redirect_leads_to_what_a_host_header_names(keyed):
+    server, keys = keyed
+    assert server.ask("GET", "/v1/jobs/", headers={**keys["ann"], "Host": "evil.example"})[0] == 404
+
+
+def test_a_websocket_is_closed_before_any_route_sees_it(tmp_path):
+    app = build(Settings(tmp_path, models=("pocket",)))
+    app.state.service.store.close()
+    told = []
+
+    async def ask() -> None:
+        async def send(message):
+            told.append(message)
+
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        scope = {"type": "websocket", "path": "/v1/events", "headers": [(b"host", b"localhost")], "query_string": b""}
+        await app(scope, receive, send)
+
+    asyncio.run(ask())
+    assert told == [{"type": "websocket.close"}]
 
 
 def test_without_its_key_nobody_gets_in(keyed):
@@ -128,6 +163,9 @@ def test_a_key_may_come_as_a_password_or_in_a_cookie(keyed):
     assert server.ask("GET", "/v1/jobs", headers=cookie)[0] == 200
     foreign = {**cookie, "Origin": "https://evil.example"}
     assert server.ask("PATCH", "/v1/queue", {"paused": True}, foreign)[0] == 403
+    remembered = {"Authorization": f"Basic {basic}", "Origin": "https://evil.example"}  # as browsers do
+    assert server.ask("POST", "/v1/session", headers=remembered)[0] == 403
+    assert server.ask("POST", "/v1/session", headers={**keys["ann"], "Origin": "https://evil.example"})[0] == 204
 
 
 def test_a_key_sees_its_own_jobs_and_an_admins_sees_all(keyed):

@@ -119,7 +119,8 @@ def run(
     )
     app = build(settings)
     logs.set_up()
-    server = uvicorn.Server(uvicorn.Config(app, host, port, log_config=None, timeout_graceful_shutdown=5))
+    config = uvicorn.Config(app, host, port, http="h11", log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)  # h11: httptools drops the host of an absolute target, which is to be refused
     jobs = app.state.service.jobs
     asyncio.run(listen(server, jobs))
     if jobs.drawing.unusable:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 from anyio import to_thread
 from fastapi import FastAPI, Request, Response
@@ -22,7 +23,7 @@ from inkstream import __version__
 from inkstream.serve import a1111, gallery, native, openai, status, studio
 from inkstream.serve.errors import MEANINGS, Refused, explain
 from inkstream.serve.jobs import Jobs
-from inkstream.serve.keys import ANYONE, Caller, Keys, given_key, is_signed
+from inkstream.serve.keys import ANYONE, LINK, Caller, Keys, given_key, is_signed
 from inkstream.serve.limits import LOCAL_NAMES, Settings, check_address
 from inkstream.serve.metrics import Metrics
 from inkstream.serve.models import offer
@@ -39,8 +40,12 @@ ROUTERS = (
     studio.router,
 )
 """All that answers; the studio, at `/`, among it."""
-GUARDED = ("/v1/", "/sdapi/", "/metrics")
-"""Paths that ask for a key, where there are keys."""
+OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
+"""Paths that need no key. Every other path asks for one where there are keys, whether or not a route is there."""
+OPEN_BELOW = "/studio/"
+"""The studio's scripts and styles, which need no key either."""
+HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?")
+"""What a Host header may be: a name or an address, with a port or without one."""
 log = logging.getLogger("inkstream.serve")
 
 
@@ -73,6 +78,7 @@ def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
         lifespan=life,
         docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # such a redirect would lead to whatever the Host header names
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.service = service
@@ -95,8 +101,11 @@ class Guard:
         self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close"})  # no route is one
             return
         began = time.perf_counter()
         request = Request(scope)
@@ -111,27 +120,36 @@ class Guard:
             await send(message)
 
         try:
-            scope["caller"] = await self._who(request)
+            caller = await self._who(request)
+            if caller is not None:
+                scope["caller"] = caller
             body = self._limited(request, receive)
         except Refused as refusal:
             await _answer(refusal)(scope, receive, answer)
             return
         await self.app(scope, body, answer)
 
-    async def _who(self, request: Request) -> Caller:
-        """Whoever asks. Refused where that is nobody who may."""
-        keys, path = self.service.keys, request.url.path
-        _check_origin(request, open_to_all=not keys)
-        if not keys or not path.startswith(GUARDED):
+    async def _who(self, request: Request) -> Caller | None:
+        """Whoever asks; None where an open path does not ask. Refused where nobody is named who may.
+
+        Nothing here goes by `request.url`: it is made of the Host header, which the client chooses.
+        """
+        keys, path = self.service.keys, route_path(request.scope)
+        if not path.startswith("/"):
+            raise Refused(400, f"the target {path[:100]} is no path: ask for a path that begins with /")
+        _check_origin(request, _host_of(request.scope), open_to_all=not keys)
+        if not keys:
             return ANYONE
+        if path in OPEN or path.startswith(OPEN_BELOW):
+            return None
         given = given_key(request.headers, request.cookies)
         if given is None:
-            query = {name: values[0] for name, values in parse_qs(request.url.query).items()}
-            until, signature = query.get("until", ""), query.get("signature", "")
+            query = parse_qs(request.scope.get("query_string", b"").decode("latin-1"))
+            until, signature = (query.get(name, [""])[0] for name in ("until", "signature"))
             if request.method in ("GET", "HEAD") and is_signed(
                 self.service.jobs.secret, path, until, signature, time.time()
             ):
-                return ANYONE  # to read this very path
+                return LINK
             raise Refused(401, "this server asks for a key: send it as Authorization: Bearer KEY", code="no_api_key")
         key = keys.remembered(given) or await to_thread.run_sync(keys.check, given)
         if key is None:
@@ -173,7 +191,7 @@ class Guard:
             self.service.metrics.refused.labels(str(status)).inc()
         caller = scope.get("caller")
         key = caller.name if caller is not None else ""
-        facts = {"method": request.method, "path": request.url.path, "status": status, "key": key}
+        facts = {"method": request.method, "path": scope["path"], "status": status, "key": key}
         level = logging.DEBUG if status < 400 else logging.INFO
         log.log(level, "answered", extra=facts | {"seconds": round(seconds, 4)})
 
@@ -186,17 +204,33 @@ SAFE = (
 """Headers of every answer."""
 
 
-def _check_origin(request: Request, open_to_all: bool) -> None:
+def route_path(scope: Scope) -> str:
+    """The path that the router goes by: what follows the path under which the application stands."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path[len(root) :] if root and path.startswith(f"{root}/") else path
+
+
+def _host_of(scope: Scope) -> str:
+    """The Host header; empty where there is none, as in HTTP/1.0. Refused where it is no host, or there are two."""
+    hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+    if len(hosts) > 1:
+        raise Refused(400, f"there are {len(hosts)} Host headers: send one")
+    if hosts and not HOST.fullmatch(hosts[0]):
+        raise Refused(400, f"Host {hosts[0][:100]!r} is no host: send a name or an address, and a port if need be")
+    return hosts[0] if hosts else ""
+
+
+def _check_origin(request: Request, host: str, open_to_all: bool) -> None:
     """Refused where a page of another site sends the request, through a browser that can reach us when it cannot.
 
     open_to_all: there are no keys, so only names of this machine are answered to; another one may have been made to
-    point here (DNS rebinding).
+    point here (DNS rebinding). A bearer token is let through: no browser sends one unless a page's script has it.
     """
-    host = request.headers.get("host", "")
     if open_to_all and _name_of(host) not in LOCAL_NAMES:
         raise Refused(403, f"this server is not called {host[:100]}: use localhost, or start it with keys")
     origin = request.headers.get("origin")
-    if origin is None or request.method in ("GET", "HEAD", "OPTIONS") or "authorization" in request.headers:
+    bearer = request.headers.get("authorization", "").lower().startswith("bearer ")
+    if origin is None or bearer or request.method in ("GET", "HEAD", "OPTIONS"):
         return
     if origin.partition("://")[2] != host:
         raise Refused(403, f"pages of {origin[:100]} may not ask this server")
@@ -225,7 +259,8 @@ async def _refuse_invalid(request: Request, error: RequestValidationError) -> Re
 
 
 async def _refuse_http(request: Request, error: HTTPException) -> Response:
-    message = {404: f"there is nothing at {request.url.path[:200]}", 405: f"{request.method} is not taken here"}
+    path = quote(request.scope["path"])
+    message = {404: f"there is nothing at {path[:200]}", 405: f"{request.method} is not taken here"}
     answer = _answer(Refused(error.status_code, message.get(error.status_code, str(error.detail))))
     answer.headers.update(error.headers or {})
     return answer

@@ -76,7 +76,8 @@ class Refused(Exception):
 
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """What a route declares for the statuses it may refuse with, beside those that the guard may."""
-    return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in sorted({*statuses, 401, 403})}
+    declared = sorted({*statuses, 400, 401, 403})
+    return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in declared}
 
 
 def explain(problems: Iterable[Any]) -> Refused:

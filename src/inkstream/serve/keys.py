@@ -44,19 +44,22 @@ class Key:
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. scope: whose things are shown, None everybody's."""
+    """Who asks. scope: whose things are shown, None everybody's. link: it holds a signed link, for one path."""
 
     name: str
     scope: str | None
     key: Key | None = None
+    link: bool = False
 
     @property
     def admin(self) -> bool:
-        return self.key is None or self.key.admin
+        return not self.link and (self.key is None or self.key.admin)
 
 
 ANYONE = Caller("", None)
 """Whoever reaches a server without keys, which only this machine can."""
+LINK = Caller("", None, link=True)
+"""Whoever holds a signed link."""
 
 
 class Keys:
@@ -66,14 +69,16 @@ class Keys:
         self.path = path
         self._stamp: tuple[int, int] | None = None
         self._keys: dict[str, Key] = {}
+        self._asked = False
         self._known: dict[bytes, Key] = {}  # digest of a whole key that was checked -> whose it is
         self._checking = threading.Lock()  # one guess at a time costs processor time, however many are made
         self._buckets: dict[str, tuple[float, float]] = {}
         self._read()
 
     def __bool__(self) -> bool:
+        """Whether a key is asked for: there is one, or there has been one. Removing the last opens nothing."""
         self._read()
-        return bool(self._keys)
+        return self._asked
 
     def all(self) -> list[Key]:
         self._read()
@@ -124,6 +129,7 @@ class Keys:
         if stamp != self._stamp:
             self._keys = {key.id: key for key in read_keys(self.path)}
             self._known = {}
+            self._asked = self._asked or bool(self._keys)
             self._stamp = stamp
 
 
