@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import re
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
@@ -54,7 +56,7 @@ class Feed:
     """All that happens, in the order it does. Lives in one event loop."""
 
     def __init__(self) -> None:
-        self._run = secrets.token_hex(3)  # numbers of another run of the server mean nothing here
+        self._secret = secrets.token_bytes(16)  # numbers of another run of the server mean nothing here
         self.number = 0  # of the last happening
         self._kept: deque[Happening] = deque(maxlen=KEPT)
         self._listeners: set[Listener] = set()
@@ -90,23 +92,27 @@ class Feed:
         return bool(self._listeners)
 
     def name_of(self, happening: Happening) -> str:
-        """What a client gives back as Last-Event-ID."""
-        return f"{self._run}-{happening.number}"
+        """What a client gives back as Last-Event-ID. The number is hidden: it counts what happens to other keys."""
+        salt = secrets.token_hex(8)
+        return f"{salt}-{happening.number ^ self._mask(salt):016x}"
 
     def missed(self, last: str | None, listener: Listener) -> list[Happening] | None:
         """What a listener has missed since the happening it names; None where that is not known any more."""
-        run, _, number = (last or "").partition("-")
-        if run != self._run or not number.isdecimal() or len(number) > 18 or int(number) > self.number:
+        match = re.fullmatch("([0-9a-f]{16})-([0-9a-f]{16})", last or "")
+        number = self.number + 1 if match is None else int(match[2], 16) ^ self._mask(match[1])
+        if number > self.number or (len(self._kept) == KEPT and number < self._kept[0].number - 1):
             return None
-        if len(self._kept) == KEPT and int(number) < self._kept[0].number - 1:
-            return None
-        return [happening for happening in self._kept if happening.number > int(number) and listener.wants(happening)]
+        return [happening for happening in self._kept if happening.number > number and listener.wants(happening)]
 
     def close(self) -> None:
         """The server stops: every listener comes to its end."""
         self.closed = True
         for listener in list(self._listeners):
             self._let_go(listener)
+
+    def _mask(self, salt: str) -> int:
+        """What a number is hidden with."""
+        return int.from_bytes(hashlib.blake2b(salt.encode(), key=self._secret, digest_size=8).digest(), "big")
 
     def _let_go(self, listener: Listener) -> None:
         self._listeners.discard(listener)

@@ -18,7 +18,7 @@ from inkstream.engine.metadata import PICTURE_FIELDS, read_request
 from inkstream.serve import schema
 from inkstream.serve.errors import Refused, answers
 from inkstream.serve.inputs import as_data
-from inkstream.serve.native import Before, Limit
+from inkstream.serve.native import Before, Limit, number_of
 from inkstream.serve.records import tell_picture
 from inkstream.serve.service import Parts, Service, Who
 from inkstream.serve.store import Picture, Search
@@ -62,9 +62,9 @@ async def search_pictures(
 ) -> schema.Pictures:
     """Pictures, newest first."""
     wanted = Search(who.scope, q, model, seed, since, until, favourite, deleted)
-    number = None if before is None else int(before)
+    number = None if before is None else number_of(parts.store.picture(before, who.scope), before)
     pictures, total = await to_thread.run_sync(parts.store.search, wanted, number, limit, offset)
-    last = str(pictures[-1].number) if len(pictures) == limit else None
+    last = pictures[-1].id if len(pictures) == limit else None
     return schema.Pictures(pictures=[tell(parts, picture) for picture in pictures], next=last, total=total)
 
 
@@ -162,9 +162,9 @@ def tell(parts: Service, picture: Picture) -> schema.Picture:
 
 
 def find_picture(parts: Service, who: Who, identity: str) -> Picture:
-    """A picture that the caller may see. Refused where there is none."""
+    """A picture that the caller may see. Refused where there is none; a signed link ends when it is deleted."""
     picture = parts.store.picture(identity, who.scope)
-    if picture is None:
+    if picture is None or (who.link and picture.deleted is not None):
         raise Refused(404, f"there is no picture {identity}", code="not_found")
     return picture
 

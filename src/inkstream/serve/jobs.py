@@ -13,6 +13,7 @@ import logging
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -297,7 +298,7 @@ class Jobs:
         """The same of several."""
         waits = any(job.state not in ENDED for job in jobs)
         etas = self.etas() if waits else {}
-        positions = {identity: place for place, identity in enumerate(self.order())} if waits else {}
+        positions = self._positions() if waits else {}
         return [self._tell(job, positions.get(job.id), etas.get(job.id)) for job in jobs]
 
     def signed(self, path: str, seconds: int = 3600) -> str:
@@ -333,7 +334,7 @@ class Jobs:
         self.metrics.running.set(len(self.drawing.runs))
         if self.feed.listened_to() and self._waiting:
             etas = self.etas()
-            for position, identity in enumerate(self.order()):
+            for identity, position in self._positions().items():
                 data = {"position": position, "eta": _rounded(etas[identity])}
                 self.feed.tell(identity, self._waiting[identity].key, "queued", data, lasting=False)
 
@@ -421,6 +422,16 @@ class Jobs:
     def _cost(self, job: Job) -> float:
         """Seconds that a job which waits is thought to take, alone."""
         return self.drawing.pace.seconds(job.model, self._work[job.id])
+
+    def _positions(self) -> dict[str, int]:
+        """Of each job that waits: how many of the same key will be begun before it. Jobs of others are not counted."""
+        before: Counter[str] = Counter()
+        positions = {}
+        for identity in self.order():
+            key = self._waiting[identity].key
+            positions[identity] = before[key]
+            before[key] += 1
+        return positions
 
     def _active(self) -> list[Job]:
         return [*(run.job for run in self.drawing.runs.values()), *self._waiting.values()]

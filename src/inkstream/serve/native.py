@@ -11,7 +11,7 @@ from inkstream.serve import schema
 from inkstream.serve.errors import Refused, answers
 from inkstream.serve.models import Offered, describe, form
 from inkstream.serve.service import EVENTS, Parts, Service, Who, stream
-from inkstream.serve.store import Job
+from inkstream.serve.store import Job, Picture
 from inkstream.types import Request
 
 router = APIRouter(tags=["jobs"])
@@ -22,7 +22,7 @@ Token = Annotated[
     Header(alias="Idempotency-Key", min_length=1, max_length=255, description="The same key gives the same job again."),
 ]
 LastEvent = Annotated[str | None, Header(alias="Last-Event-ID", max_length=64, description="The last event seen.")]
-Before = Annotated[str | None, Query(pattern=r"^[0-9]{1,18}$", description="`next` of the page before.")]
+Before = Annotated[str | None, Query(max_length=64, description="`next` of the page before.")]
 Limit = Annotated[int, Query(ge=1, le=500)]
 
 
@@ -42,8 +42,9 @@ async def list_jobs(
     parts: Parts, who: Who, state: schema.State | None = None, limit: Limit = 50, before: Before = None
 ) -> schema.Jobs:
     """Jobs, newest first."""
-    jobs = parts.store.list_jobs(who.scope, state, None if before is None else int(before), limit)
-    last = str(jobs[-1].number) if len(jobs) == limit else None
+    number = None if before is None else number_of(parts.store.job(before, who.scope), before)
+    jobs = parts.store.list_jobs(who.scope, state, number, limit)
+    last = jobs[-1].id if len(jobs) == limit else None
     return schema.Jobs(jobs=parts.jobs.tell_all(jobs), next=last)
 
 
@@ -86,7 +87,7 @@ async def get_queue(parts: Parts, who: Who) -> schema.Queue:
     active = {job.id: job for job in parts.store.active() if who.scope in (None, job.key)}
     running = [job for job in active.values() if job.state == "running"]
     queued = [active[identity] for identity in parts.jobs.order() if identity in active]
-    etas = list(parts.jobs.etas().values())
+    etas = [eta for identity, eta in parts.jobs.etas().items() if identity in active]
     known = [eta for eta in etas if eta is not None]
     return schema.Queue(
         paused=parts.jobs.paused,
@@ -133,6 +134,13 @@ def find_job(parts: Service, who: Who, identity: str) -> Job:
     if job is None:
         raise Refused(404, f"there is no job {identity}", code="not_found")
     return job
+
+
+def number_of(last: Job | Picture | None, before: str) -> int:
+    """The number of the row that a page ended with. Refused where the caller may see none of that name."""
+    if last is None:
+        raise Refused(400, f"before {before} names nothing that is here: give `next` of a page", param="before")
+    return last.number
 
 
 def find_model(parts: Service, name: str) -> Offered:

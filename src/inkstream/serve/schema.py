@@ -111,7 +111,7 @@ class Job(BaseModel):
     priority: int
     note: str
     key: str = Field(description="Name of the key it was given with; empty without keys.")
-    position: int | None = Field(description="Jobs that will be begun before it; null unless queued.")
+    position: int | None = Field(description="Jobs of the same key that are begun before it; null unless queued.")
     eta: float | None = Field(description="Seconds until it ends, as far as that can be foreseen.")
     progress: Progress | None
     request: dict[str, Any] = Field(description="As it was given, with its seed.")
@@ -134,7 +134,7 @@ class Queue(BaseModel):
     paused: bool
     running: list[Job]
     queued: list[Job]
-    eta: float | None = Field(description="Seconds until all is drawn.")
+    eta: float | None = Field(description="Seconds until all that is listed is drawn.")
 
 
 class Pictures(BaseModel):

@@ -1,0 +1,420 @@
+"""What is one key's is nobody else's, route by route: ann reaches for what is bob's, by every way the document has.
+
+A route without a case fails. Every case also ends with a look at all that bob has, which must be as it was, and nothing
+that ann is told may name anything of bob's that she did not name herself.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import io
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from inkstream.serve.keys import add_key
+from inkstream.serve.limits import Settings
+
+TOKEN = "an idempotency key"
+SMALL = {"width": 32, "height": 32, "steps": 1, "model": "pocket"}
+BOBS = {**SMALL, "prompt": "bobswords", "seed": 424242, "note": "a1111"}
+"""A job of bob's that waits. The note makes it one of those that A1111's routes are about."""
+
+
+def picture(colour: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+class World:
+    """A server whose queue is paused, with a job drawn, one deleted picture, one waiting job and an upload of bob's."""
+
+    def __init__(self, folder: Any, start_server: Any):
+        limits = {"ann": {"queued": 50}, "bob": {"queued": 50}, "root": {"admin": True}}
+        keys = {name: add_key(folder / "keys.json", name, 0.0, **more) for name, more in limits.items()}
+        self.keys = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
+        self.served = start_server(Settings(folder, models=("pocket", "second=pocket")))
+        self.sent = picture("teal")
+        self.upload = self.bob("POST", "/v1/uploads", self.sent)["id"]
+        drawn = self.bob("POST", "/v1/jobs", {**BOBS, "image": f"upload:{self.upload}", "count": 2})
+        while (drawn := self.bob("GET", f"/v1/jobs/{drawn['id']}"))["ended"] is None:
+            time.sleep(0.1)
+        assert drawn["state"] == "succeeded", drawn
+        self.drawn = drawn["id"]
+        self.picture, self.deleted = (one["id"] for one in drawn["pictures"])
+        self.bob("PATCH", f"/v1/pictures/{self.picture}", {"favourite": True})
+        self.bob("PATCH", f"/v1/pictures/{self.deleted}", {"deleted": True})
+        self.file = self.bob("GET", f"/v1/pictures/{self.picture}/file")
+        self.bob("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "second"})
+        self.ask("root", "PATCH", "/v1/queue", {"paused": True})
+        self.waiting = self.bob("POST", "/v1/jobs", BOBS, {"Idempotency-Key": TOKEN})["id"]
+        self.marks = {
+            self.upload, self.drawn, self.waiting, "bobswords", "424242", "bob",
+            *(word for one in drawn["pictures"] for word in (one["id"], one["sha256"])),
+        }  # fmt: skip
+
+    def ask(self, name: str, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:
+        """Status and body, as that key's."""
+        status, _, answer = self.served.ask(method, path, body, {**self.keys[name], **(headers or {})})
+        return status, answer
+
+    def bob(self, method: str, path: str, body: Any = None, headers: Any = None) -> Any:
+        """What bob gets, which is a success."""
+        status, answer = self.ask("bob", method, path, body, headers)
+        assert status < 300, answer
+        return answer
+
+    def ann(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:
+        """What ann gets, in which nothing of bob's is that she did not name herself."""
+        status, found, answer = self.served.ask(method, path, body, {**self.keys["ann"], **(headers or {})})
+        given = path + (body.decode("latin-1") if isinstance(body, bytes) else json.dumps(body))
+        told = (answer.decode("latin-1") if isinstance(answer, bytes) else json.dumps(answer)) + json.dumps(found)
+        assert [mark for mark in self.marks if mark in told and mark not in given] == []
+        return status, answer
+
+    def refused(self, method: str, path: str, body: Any = None, headers: Any = None) -> None:
+        """There is nothing there for ann; the words are those of what was never there."""
+        status, answer = self.ann(method, path, body, headers)
+        assert status == 404
+        for identity in (self.drawn, self.waiting, self.picture, self.deleted, self.upload):
+            elsewhere = path.replace(identity, identity[0] + "0" * 20)
+            if elsewhere != path:
+                nothing = self.ann(method, elsewhere, body, headers)[1]
+                assert json.dumps(answer).replace(identity, identity[0] + "0" * 20) == json.dumps(nothing)
+        if method == "GET" and headers is None and not path.endswith("/events"):
+            assert self.ask("bob", method, path)[0] == 200  # it is there
+
+    def begin(self, name: str, path: str, body: Any, headers: Any = None) -> int:
+        """The status of an answer that would last; the client leaves at once."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self.served.port, timeout=60)) as connection:
+            sent = {"Content-Type": "application/json", **self.keys[name], **(headers or {})}
+            connection.request("POST", path, json.dumps(body), sent)
+            return connection.getresponse().status
+
+    def waits_of(self, name: str) -> list[dict[str, Any]]:
+        return self.ask(name, "GET", "/v1/queue")[1]["queued"]
+
+    def owned(self) -> Any:
+        """All that bob has."""
+        paths = ("/v1/jobs", "/v1/pictures", "/v1/pictures?deleted=true", "/v1/queue", "/sdapi/v1/options",
+                 "/sdapi/v1/progress")  # fmt: skip
+        store = self.served.service.store
+        known = store.uploaded("bob"), store.drawn_today("bob", time.time()), store.upload(self.upload)
+        return [self.bob("GET", path) for path in paths], known
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, start_server) -> Iterator[World]:
+    world = World(tmp_path_factory.mktemp("isolation"), start_server)
+    yield world
+    world.served.stop()
+
+
+@pytest.fixture(autouse=True)
+def bobs_things_stay(world):
+    before = world.owned()
+    yield
+    for job in world.waits_of("ann"):
+        world.ann("DELETE", f"/v1/jobs/{job['id']}")
+    assert world.owned() == before
+
+
+CASES: dict[str, Callable[[World], None]] = {}
+"""Route of the document -> how ann reaches for what is bob's by it."""
+
+
+def case(*routes: str) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
+    def add(function: Callable[[World], None]) -> Callable[[World], None]:
+        CASES.update(dict.fromkeys(routes, function))
+        return function
+
+    return add
+
+
+@case("GET /healthz", "GET /readyz")
+def what_is_open_names_nobody(world: World) -> None:
+    for path in ("/healthz", "/readyz"):
+        assert world.ann("GET", path)[0] == 200
+
+
+@case("GET /metrics")
+def numbers_of_all_are_an_admins(world: World) -> None:
+    assert world.ann("GET", "/metrics")[0] == 403
+    assert b'key="bob"' in world.ask("root", "GET", "/metrics")[1]
+
+
+@case("POST /v1/session", "DELETE /v1/session")
+def a_cookie_is_the_key_it_was_made_with(world: World) -> None:
+    status, found, _ = world.served.ask("POST", "/v1/session", None, world.keys["ann"])
+    assert status == 204
+    cookie = {"Cookie": found["set-cookie"].partition(";")[0]}
+    assert world.served.ask("GET", f"/v1/jobs/{world.drawn}", None, cookie)[0] == 404
+    assert world.served.ask("GET", "/v1/jobs", None, cookie)[2] == world.ann("GET", "/v1/jobs")[1]
+    assert world.served.ask("DELETE", "/v1/session", None, cookie)[0] == 204
+    assert world.ask("bob", "GET", "/v1/jobs")[0] == 200
+
+
+@case("POST /v1/jobs")
+def a_request_names_nothing_of_anothers(world: World) -> None:
+    names = f"upload:{world.upload}"
+    own = world.ann("POST", "/v1/uploads", picture("red"))[1]["id"]
+    for given in ({"image": names}, {"reference": [names]}, {"image": f"upload:{own}", "mask": names},
+                  {"image": f"upload:{own}", "reference": [f"upload:{own}", names]}):  # fmt: skip
+        status, answer = world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x", **given})
+        assert (status, answer["error"]["code"]) == (400, "no_upload")
+    for given in (f"upload:{world.picture}", f"/v1/pictures/{world.picture}/file", world.upload):
+        assert world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x", "image": given})[0] == 400
+    body, token = {**SMALL, "prompt": "x"}, {"Idempotency-Key": TOKEN}
+    status, job = world.ann("POST", "/v1/jobs", body, token)
+    assert (status, job["key"], job["position"]) == (202, "ann", 0)  # bob's that waits is not counted
+    assert world.ann("POST", "/v1/jobs", body, token)[1]["id"] == job["id"]
+    assert world.ann("POST", "/v1/jobs", {**body, "prompt": "y"}, token)[0] == 409  # it is hers
+
+
+@case("GET /v1/jobs")
+def jobs_are_listed_for_their_key_alone(world: World) -> None:
+    own = [world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x"})[1]["id"] for _ in range(2)]
+    listed = world.ann("GET", "/v1/jobs?limit=500")[1]["jobs"]
+    assert {job["key"] for job in listed} == {"ann"}
+    for state in ("queued", "running", "succeeded", "failed", "cancelled"):
+        assert {job["key"] for job in world.ann("GET", f"/v1/jobs?state={state}")[1]["jobs"]} <= {"ann"}
+    page = world.ann("GET", "/v1/jobs?limit=1")[1]
+    assert page["next"] == own[1]  # and not a number that counts the jobs of all
+    assert world.ann("GET", f"/v1/jobs?limit=1&before={page['next']}")[1]["jobs"][0]["id"] == own[0]
+    status, answer = world.ann("GET", f"/v1/jobs?before={world.drawn}")
+    assert (status, answer["error"]["param"]) == (400, "before")
+
+
+@case("GET /v1/jobs/{id}", "DELETE /v1/jobs/{id}", "GET /v1/jobs/{id}/events")
+def a_job_is_there_for_its_key_alone(world: World) -> None:
+    for job in (world.drawn, world.waiting):
+        world.refused("GET", f"/v1/jobs/{job}")
+        world.refused("DELETE", f"/v1/jobs/{job}")
+        world.refused("GET", f"/v1/jobs/{job}/events")
+        world.refused("GET", f"/v1/jobs/{job}/events", headers={"Last-Event-ID": "0" * 16 + "-" + "0" * 16})
+
+
+@case("PATCH /v1/jobs/{id}")
+def a_job_is_moved_by_its_key_alone_and_among_its_own(world: World) -> None:
+    world.refused("PATCH", f"/v1/jobs/{world.waiting}", {"priority": -5})
+    world.refused("PATCH", f"/v1/jobs/{world.waiting}", {"before": None})
+    own = world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x"})[1]["id"]
+    world.refused("PATCH", f"/v1/jobs/{world.waiting}", {"before": own})
+    for job in (world.waiting, world.drawn):
+        status, answer = world.ann("PATCH", f"/v1/jobs/{own}", {"before": job})
+        assert (status, answer["error"]["param"]) == (400, "before")
+
+
+@case("GET /v1/events")
+def events_are_told_to_their_key_alone(world: World) -> None:
+    bobs = world.served.events("/v1/events", world.keys["bob"])
+    seen, event, data = next(bobs)
+    assert (event, data["job"]) == ("queued", world.waiting)
+    bobs.close()
+    for headers in ({}, {"Last-Event-ID": seen}):
+        stream = world.served.events("/v1/events", {**world.keys["ann"], **headers})
+        store = world.served.service.store
+        with store._change() as db:
+            known = db.execute("SELECT max(number) FROM jobs").fetchone()[0]
+        other = world.bob("POST", "/v1/jobs", BOBS)["id"]
+        world.bob("DELETE", f"/v1/jobs/{other}")
+        own = world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x"})[1]["id"]
+        world.ann("DELETE", f"/v1/jobs/{own}")
+        names = []
+        for name, event, data in stream:
+            assert data["job"] not in (other, world.waiting, world.drawn)
+            names.append(name)
+            if (event, data["job"]) == ("cancelled", own):
+                break
+        stream.close()
+        numbers = [name.partition("-")[2] for name in names]
+        assert len({len(number) for number in numbers}) == 1
+        assert all(int(number, 16) > 2**32 for number in numbers)  # nothing is counted in the open
+        with store._change() as db:  # what bob did for this case is taken back
+            db.execute("DELETE FROM jobs WHERE number > ? AND key = 'bob'", (known,))
+
+
+@case("GET /v1/queue")
+def the_queue_is_ones_own(world: World) -> None:
+    queue = world.ann("GET", "/v1/queue")[1]
+    assert (queue["queued"], queue["running"], queue["eta"]) == ([], [], 0.0)
+    own = [world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x"})[1]["id"] for _ in range(2)]
+    queued = world.ann("GET", "/v1/queue")[1]["queued"]
+    assert [(job["id"], job["position"]) for job in queued] == [(own[0], 0), (own[1], 1)]
+
+
+@case("PATCH /v1/queue")
+def the_queue_of_all_is_an_admins(world: World) -> None:
+    assert world.ann("PATCH", "/v1/queue", {"paused": False})[0] == 403
+
+
+@case("GET /v1/models", "GET /v1/models/{name}", "GET /v1/models/{name}/form")
+def models_are_everybodys(world: World) -> None:
+    for path in ("/v1/models", "/v1/models/pocket", "/v1/models/pocket/form"):
+        status, answer = world.ann("GET", path)
+        assert status == 200
+        assert answer == world.ask("bob", "GET", path)[1]
+
+
+@case("GET /v1/pictures")
+def a_search_finds_and_counts_ones_own(world: World) -> None:
+    for query in ("", "q=bobswords", "q=424242", "seed=424242", "model=pocket", "favourite=true", "deleted=true",
+                  "offset=1", "limit=1", "since=0", "until=9999999999"):  # fmt: skip
+        status, found = world.ann("GET", f"/v1/pictures?{query}")
+        assert (status, found) == (200, {"pictures": [], "next": None, "total": 0})
+    for one in (world.picture, world.deleted):
+        status, answer = world.ann("GET", f"/v1/pictures?before={one}")
+        assert (status, answer["error"]["param"]) == (400, "before")
+    assert world.bob("GET", "/v1/pictures?limit=1")["next"] == world.picture
+
+
+@case(
+    "GET /v1/pictures/{id}", "PATCH /v1/pictures/{id}", "GET /v1/pictures/{id}/file", "GET /v1/pictures/{id}/thumbnail",
+    "GET /v1/images/{id}/file",
+)  # fmt: skip
+def a_picture_is_there_for_its_key_alone(world: World) -> None:
+    tags = {"If-None-Match": ", ".join(f'"{mark}", "{mark}-256"' for mark in world.marks if len(mark) == 64)}
+    for one in (world.picture, world.deleted):
+        world.refused("GET", f"/v1/pictures/{one}")
+        for body in ({"favourite": False}, {"deleted": True}, {"deleted": False}):
+            world.refused("PATCH", f"/v1/pictures/{one}", body)
+        for path in (f"/v1/pictures/{one}/file", f"/v1/pictures/{one}/thumbnail", f"/v1/images/{one}/file"):
+            world.refused("GET", path)
+            world.refused("GET", path, headers=tags)  # not even word that it has not changed
+
+
+@case("POST /v1/uploads", "GET /v1/uploads/{id}")
+def the_same_bytes_are_another_upload_for_another_key(world: World) -> None:
+    status, own = world.ann("POST", "/v1/uploads", world.sent)
+    assert status == 201
+    assert own["id"] != world.upload
+    world.refused("GET", f"/v1/uploads/{world.upload}")
+    world.refused("GET", f"/v1/uploads/{world.upload}", headers={"If-None-Match": f'"{world.upload}"'})
+    assert world.ann("GET", f"/v1/uploads/{own['id']}") == (200, world.sent)
+
+
+@case("POST /v1/recall", "POST /sdapi/v1/png-info")
+def a_picture_of_anothers_recalls_what_it_carries_and_no_more(world: World) -> None:
+    assert f"upload:{world.upload}" in json.dumps(world.bob("POST", "/v1/recall", world.file))
+    status, found = world.ask("ann", "POST", "/v1/recall", world.file)
+    assert (status, found["request"]["prompt"]) == (200, "bobswords")  # it is written in the bytes that she has
+    assert world.upload not in json.dumps(found)
+    encoded = base64.b64encode(world.file).decode()
+    status, found = world.ask("ann", "POST", "/sdapi/v1/png-info", {"image": encoded})
+    assert status == 200
+    assert world.upload not in json.dumps(found)
+
+
+@case("POST /v1/images/generations")
+def a_generation_is_ones_own_whatever_its_idempotency_key(world: World) -> None:
+    body = {"prompt": "x", "model": "pocket", "size": "32x32", "steps": 1, "stream": True}
+    assert world.begin("ann", "/v1/images/generations", body, {"Idempotency-Key": TOKEN + "2"}) == 200
+    newest = world.ann("GET", "/v1/jobs?limit=1")[1]["jobs"][0]
+    assert newest["key"] == "ann"
+    assert world.begin("ann", "/v1/images/generations", body, {"Idempotency-Key": TOKEN}) in (200, 409)  # her own
+    for name in ("image", "mask", "reference"):
+        assert world.ann("POST", "/v1/images/generations", {**body, name: f"upload:{world.upload}"})[0] == 400
+
+
+@case("POST /v1/images/edits")
+def an_edit_names_nothing_of_anothers(world: World) -> None:
+    body = {"prompt": "x", "model": "pocket", "size": "32x32", "steps": 1}
+    own = {"file_id": world.ann("POST", "/v1/uploads", picture("red"))[1]["id"]}
+    for theirs in ({"file_id": world.upload}, {"image_url": f"upload:{world.upload}"}, {"file_id": world.picture}):
+        for given in ({"images": [theirs]}, {"images": [own], "mask": theirs}):
+            status, answer = world.ann("POST", "/v1/images/edits", {**body, **given})
+            assert (status, answer["error"]["code"]) == (400, "no_upload")
+
+
+@case("POST /sdapi/v1/txt2img", "POST /sdapi/v1/interrupt", "GET /sdapi/v1/progress")
+def a_drawing_that_is_waited_for_is_ones_own_to_watch_and_to_stop(world: World) -> None:
+    assert world.ann("GET", "/sdapi/v1/progress")[1]["state"]["job"] == ""
+    assert world.ann("POST", "/sdapi/v1/interrupt")[0] == 200
+    assert world.bob("GET", f"/v1/jobs/{world.waiting}")["state"] == "queued"
+    answers = []
+    body = {"prompt": "x", "steps": 1, "width": 32, "height": 32}
+    asking = threading.Thread(target=lambda: answers.append(world.ann("POST", "/sdapi/v1/txt2img", body)))
+    asking.start()
+    while not (own := world.waits_of("ann")):
+        time.sleep(0.05)
+    state = world.ann("GET", "/sdapi/v1/progress")[1]["state"]
+    assert (state["job"], state["job_count"]) == (own[0]["id"], 1)
+    assert world.bob("GET", "/sdapi/v1/progress")["state"]["job"] == world.waiting
+    world.ann("POST", "/sdapi/v1/interrupt")
+    asking.join(60)
+    assert [(status, answer["images"]) for status, answer in answers] == [(200, [])]
+
+
+@case("POST /sdapi/v1/img2img")
+def a_drawing_starts_from_nothing_of_anothers(world: World) -> None:
+    for given in (f"upload:{world.upload}", world.upload, world.picture, f"/v1/pictures/{world.picture}/file"):
+        body = {"prompt": "x", "init_images": [given], "steps": 1, "width": 32, "height": 32}
+        assert world.ann("POST", "/sdapi/v1/img2img", body)[0] == 400
+
+
+@case("GET /sdapi/v1/options", "POST /sdapi/v1/options")
+def a_chosen_model_is_ones_own(world: World) -> None:
+    assert world.bob("GET", "/sdapi/v1/options")["sd_model_checkpoint"] == "second"
+    assert world.ann("GET", "/sdapi/v1/options")[1]["sd_model_checkpoint"] == "pocket"
+    assert world.ann("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "pocket"})[0] == 200
+
+
+@case(*(f"GET /sdapi/v1/{name}" for name in (
+    "samplers", "schedulers", "sd-models", "loras", "upscalers", "sd-vae", "hypernetworks", "prompt-styles",
+    "latent-upscale-modes", "embeddings", "cmd-flags",
+)))  # fmt: skip
+def lists_of_what_there_is_are_everybodys(world: World) -> None:
+    for route in [route for route, function in CASES.items() if function is lists_of_what_there_is_are_everybodys]:
+        status, answer = world.ann("GET", route.partition(" ")[2])
+        assert status == 200
+        assert answer == world.ask("bob", "GET", route.partition(" ")[2])[1]
+
+
+def routes_of(world: World) -> list[str]:
+    paths = world.served.ask("GET", "/openapi.json")[2]["paths"]
+    return [f"{method.upper()} {path}" for path, operations in paths.items() for method in operations]
+
+
+def test_every_route_of_the_document_has_a_case(world):
+    assert {*routes_of(world)} == {*CASES}
+
+
+@pytest.mark.parametrize("route", CASES)
+def test_one_key_gets_at_nothing_of_anothers(world, route):
+    CASES[route](world)
+
+
+def test_a_path_that_names_what_is_anothers_is_not_found_by_any_route(world):
+    for route in [route for route in routes_of(world) if "{" in route]:
+        method, _, path = route.partition(" ")
+        for identity in (world.drawn, world.waiting, world.picture, world.deleted, world.upload):
+            body = None if method in ("GET", "DELETE") else {}
+            assert world.ann(method, path.replace("{id}", identity).replace("{name}", identity), body)[0] == 404
+
+
+def test_a_signed_link_ends_with_its_time_and_with_its_picture(world):
+    served, path = world.served, f"/v1/images/{world.picture}/file"
+    link = served.service.jobs.signed(path)
+    assert served.ask("GET", link)[2] == world.file
+    assert served.ask("GET", served.service.jobs.signed(path, seconds=-1))[0] == 401
+    signature = link.partition("?")[2]
+    for other in (f"/v1/images/{world.deleted}/file", f"/v1/pictures/{world.picture}/file", f"/v1/jobs/{world.drawn}",
+                  "/v1/jobs", "/v1/pictures", "/v1/queue", "/metrics"):  # fmt: skip
+        assert served.ask("GET", f"{other}?{signature}")[0] == 401
+    for method in ("POST", "PATCH", "DELETE", "PUT"):
+        assert served.ask(method, link)[0] == 401
+    assert served.ask("GET", served.service.jobs.signed(f"/v1/images/{world.deleted}/file"))[0] == 404
+    for other in (f"/v1/pictures/{world.deleted}", "/metrics"):  # even where one was made for such a path
+        assert served.ask("GET", served.service.jobs.signed(other))[0] in (403, 404)
+    world.bob("PATCH", f"/v1/pictures/{world.picture}", {"deleted": True})
+    assert served.ask("GET", link)[0] == 404
+    world.bob("PATCH", f"/v1/pictures/{world.picture}", {"deleted": False})
+    assert served.ask("GET", link)[0] == 200
