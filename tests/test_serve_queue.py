@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inkstream.serve.feed import BEHIND, Feed
+from inkstream.serve.feed import BEHIND, Feed, Happening
 from inkstream.serve.pace import Pace, ends
 from inkstream.serve.schedule import Waiting, in_order
 from inkstream.serve.store import WEEK, Search, Store, Upload
@@ -104,7 +104,18 @@ def test_a_listener_that_comes_back_gets_what_it_missed_of_what_lasts():
         assert [h.name for h in feed.missed(seen, listener) or []] == ["succeeded"]
         assert feed.missed(None, listener) is None
         assert feed.missed("other-1", listener) is None
-        assert feed.missed(seen.replace("-1", "-999"), listener) is None
+        assert feed.missed(f"{seen[:-1]}{int(seen[-1], 16) ^ 1:x}", listener) is None  # a name that was made up
+        other = Feed()
+        other.tell("a", "", "picture", {"n": 1})
+        assert feed.missed(other.name_of(Happening(1, "a", "", "picture", {"n": 1}, True)), listener) is None
+
+
+def test_the_name_of_a_happening_does_not_tell_how_many_there_were():
+    feed = Feed()
+    names = [feed.name_of(Happening(number, "a", "", "step", {}, False)) for number in (0, 1, 2, 500)]
+    assert names == [feed.name_of(Happening(number, "a", "", "step", {}, False)) for number in (0, 1, 2, 500)]
+    assert len({len(name) for name in names}) == 1
+    assert all(int(part, 16) > 2**40 for name in names for part in name.split("-"))
 
 
 def test_who_listens_to_a_key_hears_nothing_of_others():

@@ -93,14 +93,13 @@ class Feed:
 
     def name_of(self, happening: Happening) -> str:
         """What a client gives back as Last-Event-ID. The number is hidden: it counts what happens to other keys."""
-        salt = secrets.token_hex(8)
-        return f"{salt}-{happening.number ^ self._mask(salt):016x}"
+        return self._name(happening.number)
 
     def missed(self, last: str | None, listener: Listener) -> list[Happening] | None:
         """What a listener has missed since the happening it names; None where that is not known any more."""
         match = re.fullmatch("([0-9a-f]{16})-([0-9a-f]{16})", last or "")
-        number = self.number + 1 if match is None else int(match[2], 16) ^ self._mask(match[1])
-        if number > self.number or (len(self._kept) == KEPT and number < self._kept[0].number - 1):
+        number = -1 if match is None else int(match[2], 16) ^ int(self._hash(match[1]), 16)
+        if self._name(number) != last or (len(self._kept) == KEPT and number < self._kept[0].number - 1):
             return None
         return [happening for happening in self._kept if happening.number > number and listener.wants(happening)]
 
@@ -110,9 +109,13 @@ class Feed:
         for listener in list(self._listeners):
             self._let_go(listener)
 
-    def _mask(self, salt: str) -> int:
-        """What a number is hidden with."""
-        return int.from_bytes(hashlib.blake2b(salt.encode(), key=self._secret, digest_size=8).digest(), "big")
+    def _name(self, number: int) -> str:
+        """What a number is called: the same word each time, from which nobody without the secret can tell it."""
+        salt = self._hash(str(number))
+        return f"{salt}-{number ^ int(self._hash(salt), 16):016x}"
+
+    def _hash(self, text: str) -> str:
+        return hashlib.blake2b(text.encode(), key=self._secret, digest_size=8).hexdigest()
 
     def _let_go(self, listener: Listener) -> None:
         self._listeners.discard(listener)
