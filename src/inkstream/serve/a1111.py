@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import time
 from collections.abc import Awaitable, Callable
@@ -14,7 +15,16 @@ from anyio import to_thread
 from fastapi import APIRouter, Query, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 
 from inkstream.engine.foreign import (
     A1111_SCHEDULES,
@@ -25,9 +35,11 @@ from inkstream.engine.foreign import (
     take_loras,
     write_a1111,
 )
+from inkstream.engine.inputs import read_source
 from inkstream.engine.metadata import SOFTWARE, read_request
 from inkstream.serve import schema
 from inkstream.serve.errors import Refused, answers, explain_invalid
+from inkstream.serve.inputs import examine
 from inkstream.serve.openai import failure
 from inkstream.serve.service import Parts, Service, Who
 from inkstream.serve.store import Job
@@ -53,22 +65,31 @@ OFF: dict[str, tuple[Any, ...]] = {
     "firstphase_width": (0, None),
     "firstphase_height": (0, None),
     "inpainting_mask_invert": (0, False, None),
+    "latent_mask": (None,),
+    "initial_noise_multiplier": (1, None),
     "infotext": ("", None),
-    "eta": (0, None),
     "s_churn": (0, None),
-    "s_tmin": (0, None),
+    "s_min_uncond": (0, None),
 }
 """What would change the picture and is not done here -> the values that say that it need not be."""
+REMEDIES = {"enable_hr": "leave it out, and ask for the whole size with width and height"}
+"""What to do instead, where that is more than to leave it out."""
+NOISY = {"eta": ("euler_ancestral",), "s_noise": ("euler_ancestral", "lcm")}
+"""How much noise a solver adds at its steps, in A1111's words -> our solvers that add any; ours add 1."""
 UNHEEDED = (
     "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name",
     "hr_additional_modules", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg",
-    "hr_distilled_cfg", "subseed", "refiner_switch_at", "s_min_uncond", "s_noise", "s_tmax", "comments",
-    "disable_extra_networks", "do_not_save_samples", "do_not_save_grid", "save_images", "force_task_id",
-    "override_settings_restore_afterwards", "include_init_images", "mask_blur", "mask_blur_x", "mask_blur_y",
-    "mask_round", "resize_mode", "inpainting_fill", "inpaint_full_res", "inpaint_full_res_padding", "latent_mask",
-    "initial_noise_multiplier", "image_cfg_scale",
+    "hr_distilled_cfg", "subseed", "refiner_switch_at", "s_tmin", "s_tmax", "comments", "disable_extra_networks",
+    "do_not_save_samples", "do_not_save_grid", "save_images", "force_task_id", "override_settings_restore_afterwards",
+    "include_init_images", "image_cfg_scale",
 )  # fmt: skip
-"""What is taken whatever it is: it belongs to something that is off, or says how A1111 does what we do our own way."""
+"""What is taken whatever it is: it belongs to something that is off, or changes no picture."""
+MASKED = (
+    "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res",
+    "inpaint_full_res_padding",
+)  # fmt: skip
+OURS = ("resize_mode", *MASKED)
+"""How A1111 does what is done here in one way: taken, and named in the answer's `info` as ignored."""
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "CLIP_stop_at_last_layers": (0, 1, None),
     "sd_vae": ("Automatic", "None", "", None),
@@ -81,7 +102,7 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 def _declare(document: dict[str, Any]) -> None:
     """What else is taken, into the schema."""
     document["properties"] |= {name: {"enum": list(values)} for name, values in OFF.items()}
-    document["properties"] |= {name: {} for name in UNHEEDED}
+    document["properties"] |= {name: {} for name in (*UNHEEDED, *OURS)}
 
 
 class Settings(BaseModel):
@@ -118,13 +139,23 @@ class Drawing(BaseModel):
     width: int | None = Field(None, ge=16, le=8192)
     height: int | None = Field(None, ge=16, le=8192)
     denoising_strength: float | None = Field(None, ge=0, le=1)
+    eta: float | None = Field(None, ge=0, le=1, description="Noise that Euler a adds at its steps: 1, or 0 for none.")
+    s_noise: float | None = Field(None, description="A factor of the noise that solvers add at their steps: 1.")
     override_settings: Settings | None = None
     send_images: bool = True
 
-    @model_validator(mode="before")
+    _ignored: list[str] = PrivateAttr(default_factory=list)  # fields given that have no effect
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _pass(cls, fields: Any) -> Any:
-        return _without({n: v for n, v in fields.items() if n not in UNHEEDED}, OFF) if _is_object(fields) else fields
+    def _pass(cls, fields: Any, handler: ModelWrapValidatorHandler[Drawing]) -> Drawing:
+        if not _is_object(fields):
+            return handler(fields)
+        known = {name: value for name, value in fields.items() if name not in (*UNHEEDED, *OURS)}
+        drawing = handler(_without(known, OFF))
+        unmasked = MASKED if fields.get("mask") is None else ()
+        drawing._ignored = [name for name in OURS if fields.get(name) is not None and name not in unmasked]
+        return drawing
 
 
 class FromPicture(Drawing):
@@ -148,6 +179,61 @@ class Picture(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     image: str = Field(description="Base64 or a data URL.")
+
+
+class Extras(BaseModel):
+    """What A1111's API asks of pictures that are there: to be enlarged, and faces to be mended."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    upscaler_1: str = Field("None", max_length=200, description="None: there are no upscalers.")
+    upscaler_2: str = Field("None", max_length=200, description="None: there are no upscalers.")
+    gfpgan_visibility: float = Field(0, ge=0, le=1, description="0: no faces are mended.")
+    codeformer_visibility: float = Field(0, ge=0, le=1, description="0: no faces are mended.")
+    codeformer_weight: float = 0
+    resize_mode: int = 0
+    show_extras_results: bool = True
+    upscaling_resize: float = 2
+    upscaling_resize_w: int = 512
+    upscaling_resize_h: int = 512
+    upscaling_crop: bool = True
+    extras_upscaler_2_visibility: float = 0
+    upscale_first: bool = False
+
+
+class ExtrasOfOne(Extras):
+    """The same of one picture."""
+
+    image: str = Field(description="Base64 or a data URL.")
+
+
+class Named(BaseModel):
+    """A picture of several."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str = Field(description="Base64 or a data URL.")
+    name: str = Field("", max_length=500)
+
+
+class ExtrasOfMany(Extras):
+    """The same of several."""
+
+    imageList: list[Named] = Field(max_length=64)
+
+
+class Unchanged(BaseModel):
+    """The picture as it was sent."""
+
+    html_info: str = ""
+    image: str
+
+
+class AllUnchanged(BaseModel):
+    """The pictures as they were sent."""
+
+    html_info: str = ""
+    images: list[str]
 
 
 class Info(BaseModel):
@@ -223,6 +309,14 @@ async def interrupt(parts: Parts, who: Who) -> dict[str, JsonValue]:
     return {}
 
 
+@router.post("/skip", responses=answers(400))
+async def skip(parts: Parts, who: Who) -> dict[str, JsonValue]:
+    """Nothing, where nothing is drawn. Refused during a drawing, which cannot go on without one of its pictures."""
+    if drawings(parts, who):
+        raise Refused(400, "skip: a drawing here gives all its pictures or stops: stop it with /sdapi/v1/interrupt")
+    return {}
+
+
 @router.get("/options", responses=answers())
 async def get_options(parts: Parts, who: Who) -> dict[str, JsonValue]:
     """The settings."""
@@ -264,13 +358,21 @@ NONE: dict[str, JsonValue] = {
     "loras": [],
     "upscalers": [],
     "sd-vae": [],
+    "sd-modules": [],
     "hypernetworks": [],
+    "face-restorers": [],
+    "realesrgan-models": [],
     "prompt-styles": [],
     "latent-upscale-modes": [],
     "embeddings": {"loaded": {}, "skipped": {}},
+    "scripts": {"txt2img": [], "img2img": []},
+    "script-info": [],
+    "extensions": [],
     "cmd-flags": {},
 }
 """What clients look for at their start, and there is none of."""
+REFRESHED = ("refresh-checkpoints", "refresh-loras", "refresh-vae")
+"""Lists that clients have read again. The models are those that the server was started with."""
 
 
 def _giving(answer: JsonValue) -> Callable[[Who], Awaitable[Response]]:
@@ -284,6 +386,61 @@ def _giving(answer: JsonValue) -> Callable[[Who], Awaitable[Response]]:
 for _path, _answer in NONE.items():
     _name = f"list_{_path.replace('-', '_')}"
     router.add_api_route(f"/{_path}", _giving(_answer), name=_name, responses=answers(), response_model=None)
+for _path in REFRESHED:
+    _name, _methods = _path.replace("-", "_"), ["POST"]
+    router.add_api_route(
+        f"/{_path}", _giving(None), name=_name, methods=_methods, responses=answers(), response_model=None
+    )
+
+
+@router.get("/memory", responses=answers())
+async def get_memory(who: Who) -> dict[str, dict[str, JsonValue]]:
+    """Bytes of the machine's memory. What the GPU has in use is a matter of `/metrics`."""
+    ram: dict[str, JsonValue] = {"error": "this system does not say"}
+    if {"SC_AVPHYS_PAGES", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
+        free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+        ram = {"free": free, "used": total - free, "total": total}
+    return {"ram": ram, "cuda": {"error": "the engine's process tells it: see /metrics"}}
+
+
+@router.post("/interrogate", responses=answers(400))
+async def interrogate(who: Who) -> Response:
+    """Refused: no model here describes pictures."""
+    raise Refused(400, "interrogate: no model here describes pictures; /sdapi/v1/png-info reads what they carry")
+
+
+@router.post("/extra-single-image", responses=answers(400))
+async def extra_single_image(parts: Parts, who: Who, body: ExtrasOfOne) -> Unchanged:
+    """The picture as it was sent, as A1111 gives it for the upscaler None. Refused for any other."""
+    return Unchanged(image=(await unchanged(parts, who, body, {"image": body.image}))[0])
+
+
+@router.post("/extra-batch-images", responses=answers(400))
+async def extra_batch_images(parts: Parts, who: Who, body: ExtrasOfMany) -> AllUnchanged:
+    """The same of several."""
+    given = {f"imageList.{place}.data": one.data for place, one in enumerate(body.imageList)}
+    return AllUnchanged(images=await unchanged(parts, who, body, given))
+
+
+async def unchanged(parts: Service, who: Who, body: Extras, given: dict[str, str]) -> list[str]:
+    """Pictures, by their fields, in base64. Refused where one is none, or they are to be changed."""
+    for name in ("upscaler_1", "upscaler_2"):
+        if (upscaler := getattr(body, name)) not in ("", "None"):
+            raise Refused(400, f"{name} {upscaler} is not here: give None, or draw larger with width and height",
+                          param=name)  # fmt: skip
+    for name in ("gfpgan_visibility", "codeformer_visibility"):
+        if visibility := getattr(body, name):
+            raise Refused(400, f"{name} {visibility:g}: no faces are mended here, give 0", param=name)
+
+    def work(param: str, picture: str) -> str:
+        try:
+            data = read_source(as_url(picture))
+        except InputError as error:
+            raise Refused(400, f"{param}: {error}", param=param, code="invalid_image") from None
+        examine(data, who.name, time.time(), parts.settings.limits, param)
+        return base64.b64encode(data).decode()
+
+    return [await to_thread.run_sync(work, param, picture) for param, picture in given.items()]
 
 
 @router.post("/png-info", responses=answers(400))
@@ -337,10 +494,25 @@ def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]
     spec = parts.models[fields["model"]].spec
     if body.distilled_cfg_scale is not None and spec is not None and spec.guides == "read":
         fields["guidance"] = body.distilled_cfg_scale
+    _take_noise(body, fields, "euler" if spec is None else spec.solver)
     try:
         return Request.model_validate({**fields, "count": body.batch_size * body.n_iter})
     except ValidationError as error:
         raise explain_invalid(error) from None
+
+
+def _take_noise(body: Drawing, fields: dict[str, Any], default: SolverName) -> None:
+    """Euler a without noise is Euler; other amounts than ours are refused where the solver adds noise."""
+    solver = fields.get("solver", default)
+    if solver == "euler_ancestral" and body.eta == 0:
+        fields["solver"] = solver = "euler"
+    for name, solvers in NOISY.items():
+        value = getattr(body, name)
+        if value is not None and solver not in solvers:
+            body._ignored.append(name)
+        elif value not in (None, 1):
+            sampler = A1111_SOLVERS.get(solver, solver)
+            raise Refused(400, f"{name} {value:g} is not done with {sampler}: give 1, or another sampler", param=name)
 
 
 def chosen(parts: Service, who: Who) -> str:
@@ -372,10 +544,10 @@ def _without(fields: Any, off: dict[str, tuple[Any, ...]]) -> Any:
     """The fields without those that ask for nothing. Refused where one of them asks for something."""
     if not _is_object(fields):
         return fields
-    for name in off.keys() & fields.keys():
-        if fields[name] not in off[name]:
+    for name, neutral in off.items():
+        if name in fields and fields[name] not in neutral:
             value = json.dumps(fields[name])[:100]
-            raise Refused(400, f"{name} {value} is not done here: leave it out", param=name)
+            raise Refused(400, f"{name} {value} is not done here: {REMEDIES.get(name, 'leave it out')}", param=name)
     return {name: value for name, value in fields.items() if name not in off}
 
 
@@ -418,6 +590,7 @@ def describe(done: schema.Job, body: Drawing) -> dict[str, JsonValue]:
         "infotexts": [write_a1111(request, SOFTWARE) for request in requests],
         "job_timestamp": _stamp(done.created),
         "remarks": list(done.remarks),
+        "ignored": list(body._ignored),
     }
 
 
