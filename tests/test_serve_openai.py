@@ -6,14 +6,17 @@ import base64
 import http.client
 import io
 import json
+import re
 import urllib.request
 
 import pytest
 from PIL import Image
 
 from inkstream.engine.metadata import read_request
+from inkstream.serve.app import build
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Limits, Settings
+from inkstream.types import InputError
 
 openai = pytest.importorskip("openai")
 PROMPT = "a red circle"
@@ -168,9 +171,10 @@ def test_a_drawing_that_somebody_else_cancels_ends_with_an_error(client, server,
         ({"size": "big"}, "size", "pattern"),
         ({"n": 9}, "n", "at most 8"),
         ({"n": 11}, "n", "10"),
-        ({"quality": "hd"}, "quality", "auto"),
-        ({"background": "transparent"}, "background", "opaque"),
-        ({"style": "vivid"}, "style", "leave it out"),
+        ({"quality": "ultra"}, "quality", "'low', 'medium', 'high'"),
+        ({"background": "transparent"}, "background", "opaque, so leave it out"),
+        ({"style": "noir"}, "style", "'vivid' or 'natural'"),
+        ({"extra_body": {"styles": "vivid"}}, "styles", "leave it out"),
         ({"output_compression": 50}, "output_compression", "jpeg or webp"),
         ({"partial_images": 1}, "partial_images", "stream"),
         ({"extra_body": {"num_inference_steps": 4}}, "num_inference_steps", "give steps instead"),
@@ -188,8 +192,92 @@ def test_what_cannot_be_done_is_refused_by_its_name(client, fields, param, words
 
 def test_a_model_that_is_not_offered_is_not_found(client):
     with pytest.raises(openai.NotFoundError, match="take pocket") as refused:
-        client.images.generate(**{**SMALL, "model": "dall-e-3"})
+        client.images.generate(**{**SMALL, "model": "sdxl"})
     assert (refused.value.code, refused.value.param) == ("model_not_found", "model")
+
+
+def steps_of(answer) -> list[int]:
+    return [one.inkstream["request"]["steps"] for one in answer.data]
+
+
+def test_a_quality_is_a_number_of_steps_where_the_model_takes_many(client):
+    same = {**SMALL, "extra_body": {"seed": 7}}
+    own = steps_of(client.images.generate(**same))
+    assert own == [16]
+    for quality, steps in {"auto": 16, "standard": 16, "medium": 16, "low": 8, "high": 24, "hd": 24}.items():
+        assert steps_of(client.images.generate(**same, quality=quality)) == [steps]
+    given = client.images.with_raw_response.generate(**SMALL, quality="hd", extra_body=ONE_STEP)
+    assert given.headers["Inkstream-Ignored"] == "quality"
+    assert steps_of(given.parse()) == [1]
+    assert given.parse().inkstream["remarks"] == ["quality hd has no effect: steps were given"]
+
+
+def test_what_has_no_effect_is_named_in_a_header(client):
+    answer = client.images.with_raw_response.generate(**SMALL, style="vivid", quality="low", extra_body=ONE_STEP)
+    assert answer.headers["Inkstream-Ignored"] == "quality, style"
+    assert answer.headers["Inkstream-Model"] == "pocket"
+    plain = client.images.with_raw_response.generate(
+        **SMALL, quality="standard", background="opaque", moderation="low", output_compression=100, extra_body=ONE_STEP
+    )
+    assert "Inkstream-Ignored" not in plain.headers
+    streamed = client.images.with_raw_response.generate(**SMALL, style="natural", stream=True, extra_body=ONE_STEP)
+    assert streamed.headers["Inkstream-Ignored"] == "style"
+    assert [event.type for event in streamed.parse()] == ["image_generation.completed"]
+
+
+@pytest.mark.parametrize("name", ["dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1.5", "chatgpt-image-latest"])
+def test_the_only_model_answers_to_openais_names_and_as_they_do(client, name):
+    answer = client.images.with_raw_response.generate(**{**SMALL, "model": name}, extra_body=ONE_STEP)
+    assert answer.headers["Inkstream-Model"] == "pocket"
+    (picture,) = answer.parse().data
+    if name.startswith("dall-e"):
+        assert picture.b64_json is None
+        assert re.search(r"/file\.png\?", picture.url)
+        with urllib.request.urlopen(picture.url) as reply:
+            assert Image.open(io.BytesIO(reply.read())).size == (32, 32)
+    else:
+        assert picture.url is None
+        assert opened(picture.b64_json).size == (32, 32)
+
+
+def test_an_alias_names_a_model_and_other_names_of_openais_are_refused(tmp_path, start_server, tiny_folder, until):
+    models = ("pocket", f"turbo={tiny_folder}")
+    settings = Settings(tmp_path, models=models, aliases=("dall-e-3=turbo", "house=pocket"))
+    served = start_server(settings)
+    until(lambda: served.service.models["turbo"].spec)
+    with openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{served.port}/v1", max_retries=0) as client:
+        same = {"prompt": PROMPT, "size": "32x32", "response_format": "b64_json"}
+        for name, model in {"dall-e-3": "turbo", "house": "pocket"}.items():
+            answer = client.images.with_raw_response.generate(**same, model=name, quality="hd")
+            assert answer.headers["Inkstream-Model"] == model
+            ignored = "quality" if model == "turbo" else None  # it draws in few steps
+            assert answer.headers.get("Inkstream-Ignored") == ignored
+        with pytest.raises(openai.NotFoundError, match="take pocket, turbo, or start the server with --alias dall-e-2"):
+            client.images.generate(**same, model="dall-e-2")
+    served.stop()
+
+
+def test_a_strict_server_knows_no_names_but_its_own(tmp_path, start_server):
+    served = start_server(Settings(tmp_path, models=("pocket",), strict=True))
+    with openai.OpenAI(api_key="none", base_url=f"http://127.0.0.1:{served.port}/v1", max_retries=0) as client:
+        with pytest.raises(openai.NotFoundError, match="--alias gpt-image-1=MODEL"):
+            client.images.generate(**{**SMALL, "model": "gpt-image-1"})
+        assert client.images.generate(**SMALL, extra_body=ONE_STEP).data
+    served.stop()
+
+
+@pytest.mark.parametrize(
+    ("alias", "words"),
+    [
+        ("dall-e-3", "write it as NAME=MODEL"),
+        ("=pocket", "write it as NAME=MODEL"),
+        ("dall-e-3=turbo", "take pocket"),
+        ("pocket=pocket", "has a meaning already"),
+    ],
+)
+def test_an_alias_that_cannot_be_is_refused_at_the_start(tmp_path, alias, words):
+    with pytest.raises(InputError, match=words):
+        build(Settings(tmp_path, models=("pocket",), aliases=(alias,)))
 
 
 def test_keys_quotas_and_a_full_queue_are_refused_as_the_package_knows_them(tmp_path, start_server):

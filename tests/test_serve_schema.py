@@ -80,7 +80,7 @@ def complaints(served: Any, document: dict[str, Any], mode: Any, examples: int, 
         def tries(case: Any, easy: bool) -> None:
             if easy and case.path_parameters:
                 name = next((there for path, there in served.there.items() if case.path.startswith(path)), None)
-                case.path_parameters = dict.fromkeys(case.path_parameters, name)
+                case.path_parameters |= dict.fromkeys(case.path_parameters.keys() & {"id", "name"}, name)
             if easy and isinstance(case.body, dict):
                 case.body |= EASY.get(case.path, {})
             answer = case.call(base_url=f"http://127.0.0.1:{served.port}", timeout=60)

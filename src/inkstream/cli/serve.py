@@ -25,6 +25,8 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8400,
     model: Annotated[list[str] | None, Parameter(alias="-m", show_default=False, negative=())] = None,
+    alias: Annotated[list[str] | None, Parameter(show_default=False, negative=())] = None,
+    strict: Annotated[bool, Parameter(show_default=False)] = False,
     api_key_file: Annotated[Path | None, Parameter(show_default=False)] = None,
     data: Data = None,
     device: Annotated[str | None, Parameter(show_default=False)] = None,
@@ -53,6 +55,10 @@ def run(
     model
         A model that may be asked for: a known name, a path, or NAME=PATH; again for more. The first is the default.
         Left out, every known model that is downloaded.
+    alias
+        NAME=MODEL: another name of a model in OpenAI's API, as in dall-e-3=z-image-turbo; again for more.
+    strict
+        Refuse OpenAI's names of models that are no alias. Else the only model that is offered answers to them.
     api_key_file
         File of the keys; else keys.json in the data folder.
     data
@@ -106,6 +112,8 @@ def run(
         host=host,
         port=port,
         models=tuple(model or ()),
+        aliases=tuple(alias or ()),
+        strict=strict,
         key_file=api_key_file,
         device=device,
         dtype=dtype,

@@ -26,7 +26,7 @@ from inkstream.serve.jobs import Jobs
 from inkstream.serve.keys import ANYONE, LINK, Caller, Keys, given_key, is_signed
 from inkstream.serve.limits import LOCAL_NAMES, Settings, check_address
 from inkstream.serve.metrics import Metrics
-from inkstream.serve.models import offer
+from inkstream.serve.models import offer, read_aliases
 from inkstream.serve.process import EngineProcess, MakeEngine
 from inkstream.serve.service import Service
 from inkstream.serve.store import Store
@@ -57,10 +57,11 @@ def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
     keys = Keys(settings.keys)
     check_address(settings.host, bool(keys))
     models = offer(settings.models, settings.commercial_only)
+    aliases = read_aliases(settings.aliases, models)
     store = Store(settings.data)
     metrics = Metrics()
     jobs = Jobs(settings, store, models, keys, metrics, make)
-    service = Service(settings, store, keys, models, jobs, metrics, time.time())
+    service = Service(settings, store, keys, models, jobs, metrics, time.time(), aliases)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:

@@ -47,6 +47,8 @@ class Settings:
     log_prompts: bool = False
     fetch: bool = False  # pictures given by URL
     preload: bool = True
+    aliases: tuple[str, ...] = ()  # NAME=MODEL: other names of models, of OpenAI's API
+    strict: bool = False  # the only model does not answer to OpenAI's names of theirs
 
     @property
     def keys(self) -> Path:

@@ -64,6 +64,21 @@ def offer(asked: Sequence[str], commercial_only: bool | None = None) -> dict[str
     return models
 
 
+def read_aliases(given: Sequence[str], models: dict[str, Offered]) -> dict[str, str]:
+    """Other names -> the models they mean. given: NAME=MODEL. InputError where one cannot be."""
+    aliases: dict[str, str] = {}
+    for one in given:
+        name, equals, model = (word.strip() for word in one.partition("="))
+        if not (name and equals):
+            raise InputError(f"--alias {one} gives no name to a model: write it as NAME=MODEL")
+        if model not in models:
+            raise InputError(f"--alias {one} means no model that is offered: take {', '.join(models)}")
+        if name in models or name in aliases:
+            raise InputError(f"--alias {one}: {name} has a meaning already, take another name")
+        aliases[name] = model
+    return aliases
+
+
 def is_here(spec: Spec) -> bool:
     """Whether a known model needs no download. Asks nobody."""
     from inkstream.weights import hub

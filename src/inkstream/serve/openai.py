@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing
@@ -15,12 +16,12 @@ from fastapi import APIRouter, Path, Query, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model
 from pydantic_core import from_json
 from starlette.datastructures import UploadFile
 
 from inkstream.engine.metadata import PICTURE_FIELDS, encode_picture, picture_format
-from inkstream.engine.options import options
+from inkstream.engine.options import FEW, options
 from inkstream.serve import schema
 from inkstream.serve.errors import KINDS, Refused, answers, explain_invalid
 from inkstream.serve.gallery import FOREVER, find_picture
@@ -39,6 +40,10 @@ QUALITY = 95
 """Of a JPEG or WebP where no compression is asked for."""
 IMAGES = 16
 """Pictures that one edit may bring, as OpenAI has it."""
+NAMES = re.compile(r"(dall-e|gpt-image|chatgpt-image)-[\w.-]{1,100}", re.ASCII)
+"""OpenAI's names of models, which programs send unasked."""
+EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
+"""A quality -> times the model's own steps. The others are its own steps."""
 
 
 class Asked(BaseModel):
@@ -54,15 +59,23 @@ class Asked(BaseModel):
         pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
         description="WIDTHxHEIGHT, both multiples of 16, or auto: the model's own, or that of the picture edited.",
     )
-    quality: Literal["auto", "standard"] | None = Field(None, description="There is one; steps and guidance set it.")
+    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+        None,
+        description="low is half the model's own steps, high and hd half as many again; no effect where they are few.",
+    )
+    style: Literal["vivid", "natural"] | None = Field(None, description="Without effect.")
     background: Literal["auto", "opaque"] | None = Field(None, description="Always opaque.")
     moderation: Literal["auto", "low"] | None = Field(None, description="Nothing is moderated here.")
     output_format: Format | None = Field(None, description="png when left out.")
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of a JPEG or WebP.")
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="b64_json when left out.")
+    response_format: Literal["b64_json", "url"] | None = Field(
+        None, description="When left out b64_json, and url for the names dall-e-2 and dall-e-3, as OpenAI has it."
+    )
     stream: bool | None = Field(None, description="Answer with events.")
     partial_images: int | None = Field(None, ge=0, le=3, description="Small pictures sent meanwhile; with stream.")
     user: str | None = Field(None, max_length=1000, description="Kept with the job as its note.")
+
+    _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # what was given without effect -> why
 
     @property
     def format(self) -> Format:
@@ -138,6 +151,13 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
         "model": Images,
         "description": "The pictures; with `stream` server-sent events.",
         "content": EVENT_STREAM,
+        "headers": {
+            "Inkstream-Model": {"schema": {"type": "string"}, "description": "The model that draws."},
+            "Inkstream-Ignored": {
+                "schema": {"type": "string"},
+                "description": "Fields that were given and have no effect, with commas between.",
+            },
+        },
     },
     **answers(400, 404, 409, 429, 500, 503),
 }
@@ -172,7 +192,7 @@ EDIT = {
 @router.post("/v1/images/generations", responses=ANSWERS, openapi_extra=GENERATION, response_model=None)
 async def generate_images(parts: Parts, who: Who, http: HTTPRequest, token: Token = None) -> Response:
     """Draw pictures of a prompt. Leaving before the answer cancels the drawing."""
-    asked = understand(await read_json(http))
+    asked = settle(parts, understand(await read_json(http)))
     return await draw(parts, who, http, asked, to_request(asked), "image_generation", token)
 
 
@@ -186,25 +206,22 @@ async def edit_images(parts: Parts, who: Who, http: HTTPRequest, token: Token = 
     if http.headers.get("content-type", "").startswith("multipart/form-data"):
         async with http.form(max_files=IMAGES + 1, max_fields=100) as form:
             fields, images, masks = read_form(form.multi_items())
-            asked = understand(fields)
+            asked = settle(parts, understand(fields))
             taken = {name: [await keep(parts, who, file, name) for file in files]
                      for name, files in (("image", images), ("mask", masks))}  # fmt: skip
         given, mask = taken["image"], next(iter(taken["mask"]), None)
     else:
         fields = await read_json(http)
         sources = understand_sources({name: fields.pop(name) for name in ("images", "mask") if name in fields})
-        asked = understand(fields)
+        asked = settle(parts, understand(fields))
         given = [read_source(source, f"images.{place}") for place, source in enumerate(sources.images)]
         mask = None if sources.mask is None else read_source(sources.mask, "mask")
-    _, model = choose(parts.models, to_request(asked))
-    if model.spec is None:
-        raise Refused(503, f"the engine has not said yet what {model.name} is: try again", retry_after=2)
-    roles = cast_pictures(given, mask, asked, model.spec)
+    roles = cast_pictures(given, mask, asked, find_spec(parts, asked))
     return await draw(parts, who, http, asked, to_request(asked, **roles), "image_edit", token)
 
 
 @router.get(
-    "/v1/images/{id}/file",
+    "/v1/images/{id}/file.{output_format}",
     responses={200: {"content": {f"image/{kind}": {"schema": BINARY} for kind in ("jpeg", "png", "webp")}}}
     | answers(400, 404),
     response_class=Response,
@@ -213,7 +230,7 @@ async def get_image(
     parts: Parts,
     who: Who,
     id: Annotated[str, Path(max_length=64, description="The picture's id.")],
-    output_format: Format = "png",
+    output_format: Format,
     output_compression: Annotated[int, Query(ge=0, le=100)] = QUALITY,
 ) -> Response:
     """A picture in the format that `url` was asked for in."""
@@ -284,11 +301,14 @@ def understand(fields: Mapping[str, Any]) -> Asked:
     """What is asked. Refused, with its name, for any field that is not known or does not fit."""
     for name in INSTEAD.keys() & fields.keys():
         raise Refused(400, f"{name} is not a field that is known here: give {INSTEAD[name]} instead", param=name)
+    if fields.get("background") == "transparent":
+        message = "background transparent is not drawn here: every picture is opaque, so leave it out"
+        raise Refused(400, message, param="background")
     try:
         asked = BODY.model_validate(fields)
     except ValidationError as error:
         raise explain_invalid(error) from None
-    if asked.output_compression is not None and asked.format == "png":
+    if asked.output_compression not in (None, 100) and asked.format == "png":
         raise Refused(
             400, "output_compression has no meaning for png: give output_format jpeg or webp",
             param="output_compression",
@@ -298,6 +318,55 @@ def understand(fields: Mapping[str, Any]) -> Asked:
     if asked.stream and asked.response_format == "url":
         raise Refused(400, "events carry the picture itself: leave response_format out", param="response_format")
     return asked
+
+
+def settle(parts: Service, asked: Asked) -> Asked:
+    """The same in words that are meant here: an offered model, steps for a quality; and what has no effect, noted.
+
+    Refused where the name of the model means none.
+    """
+    changes: dict[str, Any] = {"model": find_model(parts, asked.model)}
+    ignored: dict[str, str] = {}
+    if asked.response_format is None and not asked.stream and (asked.model or "").startswith("dall-e-"):
+        changes["response_format"] = "url"
+    asked, effort = asked.model_copy(update=changes), EFFORT.get(asked.quality or "")
+    if effort is not None:
+        spec = find_spec(parts, asked)
+        if getattr(asked, "steps", None) is not None:
+            ignored["quality"] = f"quality {asked.quality} has no effect: steps were given"
+        elif spec.steps <= FEW:
+            ignored["quality"] = f"quality {asked.quality} has no effect: {spec.name} draws in {spec.steps} steps"
+        else:
+            most = parts.settings.limits.steps
+            asked = asked.model_copy(update={"steps": min(most, round(spec.steps * effort))})
+    if asked.style is not None:
+        ignored["style"] = f"style {asked.style} has no effect: say it in the prompt"
+    asked._ignored = ignored
+    return asked
+
+
+def find_model(parts: Service, name: str | None) -> str | None:
+    """The model that a name means: what it is an alias of, or the only one there is for a name of OpenAI's.
+
+    None is the first. Refused for a name of OpenAI's that means none.
+    """
+    if not name or name in parts.models or not (name in parts.aliases or NAMES.fullmatch(name)):
+        return name or None
+    if name in parts.aliases:
+        return parts.aliases[name]
+    if len(parts.models) == 1 and not parts.settings.strict:
+        return next(iter(parts.models))
+    known = ", ".join(parts.models)
+    message = f"model {name} is not offered here: take {known}, or start the server with --alias {name}=MODEL"
+    raise Refused(404, message, param="model", code="model_not_found")
+
+
+def find_spec(parts: Service, asked: Asked) -> Spec:
+    """What the model is that is asked for. Refused with 503 until the engine has said it."""
+    _, model = choose(parts.models, to_request(asked))
+    if model.spec is None:
+        raise Refused(503, f"the engine has not said yet what {model.name} is: try again", retry_after=2)
+    return model.spec
 
 
 def to_request(asked: Asked, **pictures: Any) -> Request:
@@ -351,8 +420,11 @@ async def draw(
         job = parts.jobs.submit(who, request, note=asked.user or "", token=token, waited=True)
     except Refused as refusal:
         raise _renamed(refusal) from None
+    headers = {"Inkstream-Model": job.model}
+    if asked._ignored:
+        headers["Inkstream-Ignored"] = ", ".join(asked._ignored)
     if asked.stream:
-        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        headers |= {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(stream(parts, job, asked, kind), media_type="text/event-stream", headers=headers)
     done = await parts.jobs.run(http, job)
     if done.state != "succeeded":
@@ -362,9 +434,9 @@ async def draw(
         data=[await present(parts, http, asked, picture) for picture in done.pictures],
         output_format=asked.format,
         size=f"{done.pictures[0].width}x{done.pictures[0].height}",
-        inkstream=Remarks(job=done.id, remarks=done.remarks),
+        inkstream=Remarks(job=done.id, remarks=[*done.remarks, *asked._ignored.values()]),
     )
-    return JSONResponse(images.model_dump(mode="json", exclude_none=True))
+    return JSONResponse(images.model_dump(mode="json", exclude_none=True), headers=headers)
 
 
 async def present(parts: Service, http: HTTPRequest, asked: Asked, picture: schema.Picture) -> Drawn:
@@ -373,8 +445,8 @@ async def present(parts: Service, http: HTTPRequest, asked: Asked, picture: sche
     if asked.response_format != "url":
         drawn.b64_json = await fetch(parts, asked, picture.id)
         return drawn
-    drawn.url = str(http.base_url).rstrip("/") + parts.jobs.signed(f"/v1/images/{picture.id}/file")
-    drawn.url += f"&output_format={asked.format}&output_compression={_quality(asked)}"
+    drawn.url = str(http.base_url).rstrip("/") + parts.jobs.signed(f"/v1/images/{picture.id}/file.{asked.format}")
+    drawn.url += f"&output_compression={_quality(asked)}"
     return drawn
 
 

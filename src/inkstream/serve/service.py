@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -37,6 +37,7 @@ class Service:
     jobs: Jobs
     metrics: Metrics
     started: float
+    aliases: dict[str, str] = field(default_factory=dict)  # name in OpenAI's API -> model
 
     async def take_pictures(self, caller: Caller, request: types.Request) -> types.Request:
         """The request with every picture it brings kept, as `upload:ID`. Refused where one is none, or may not be.
