@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inkstream import __version__
-from inkstream.serve import a1111, gallery, native, openai, status, studio
+from inkstream.serve import a1111, comfyui, gallery, native, openai, status, studio
 from inkstream.serve.errors import MEANINGS, Refused, explain
 from inkstream.serve.jobs import Jobs
 from inkstream.serve.keys import ANYONE, LINK, Caller, Keys, given_key, is_signed
@@ -37,6 +37,7 @@ ROUTERS = (
     gallery.router,
     openai.router,
     a1111.router,
+    comfyui.router,
     studio.router,
 )
 """All that answers; the studio, at `/`, among it."""
@@ -105,8 +106,13 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":
-            await send({"type": "websocket.close"})  # no route is one
+        if scope["type"] == "websocket":
+            try:  # a browser lets any page open one, so the page is asked for as if something were changed
+                scope["caller"] = await self._who(Request({**scope, "type": "http", "method": "CONNECT"}))
+            except Refused as refusal:
+                await send({"type": "websocket.close", "code": 1008, "reason": refusal.message})
+                return
+            await self.app(scope, receive, send)
             return
         began = time.perf_counter()
         request = Request(scope)

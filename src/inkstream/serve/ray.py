@@ -42,6 +42,8 @@ class Args(BaseModel):
 
     data: Path
     models: str = Field("", description="Names or NAME=PATH, with commas between; none: all that the ingress has.")
+    aliases: str = Field("", description="NAME=MODEL, with commas between: other names in OpenAI's API.")
+    strict: bool = Field(False, description="Refuse OpenAI's names of models that are no alias.")
     host: str = Field("0.0.0.0", description="Where Ray's proxy listens; others than 127.0.0.1 need keys.")
     key_file: Path | None = None
     least_engines: int = Field(1, ge=0)
@@ -66,6 +68,8 @@ def app(args: dict[str, Any]) -> Any:
         data=given.data,
         host=given.host,
         models=tuple(name.strip() for name in given.models.split(",") if name.strip()),
+        aliases=tuple(alias for alias in given.aliases.split(",") if alias.strip()),
+        strict=given.strict,
         key_file=given.key_file,
         device=given.device,
         dtype=given.dtype,
