@@ -120,6 +120,47 @@ def test_the_command_speaks_the_protocol_and_draws_on_a_server_without_torch(ser
         assert image.size == (32, 32)
 
 
+def test_one_session_does_all_that_an_agents_program_does(server, tmp_path):
+    words = ["-m", "inkstream", "mcp", f"--server=http://127.0.0.1:{server.port}", f"--output={tmp_path}"]
+    paths = {"PYTHONPATH": str(Path(inkstream.__file__).parent.parent)}
+    process = protocol.StdioServerParameters(command=sys.executable, args=words, env=paths)
+    told: dict[str, Any] = {"progress": []}
+
+    async def hear(at: float, total: float | None, message: str | None) -> None:
+        told["progress"].append((at, total))
+
+    async def run() -> None:
+        async with protocol.stdio_client(process) as (read, write), protocol.ClientSession(read, write) as session:
+            told["hello"] = await session.initialize()
+            await session.send_ping()
+            told["tools"] = {tool.name for tool in (await session.list_tools()).tools}
+            told["models"] = await session.call_tool("list_models", {})
+            told["drawn"] = await session.call_tool("generate", SMALL, progress_callback=hear)
+            path = json.loads(told["drawn"].content[0].text)["path"]
+            same = {"prompt": "a blue square", "steps": 2, "seed": 7, "strength": 0.5}
+            data = "data:image/png;base64," + base64.b64encode(Path(path).read_bytes()).decode()
+            told["edits"] = [await session.call_tool("edit", {**same, "image": image}) for image in (path, data)]
+            told["wrong"] = await session.call_tool("generate", {"prompt": "a", "steps": 0})
+            for ask in (session.list_resources, session.list_prompts):  # there are none, and none are announced
+                with pytest.raises(protocol.MCPError):
+                    await ask()
+            with anyio.move_on_after(2):
+                await session.call_tool("generate", {**SMALL, "width": 256, "height": 256, "steps": 50})
+            told["after"] = await session.call_tool("generate", SMALL)
+
+    anyio.run(run)
+    assert told["hello"].server_info.name == "inkstream"
+    assert told["hello"].capabilities.resources is None
+    assert told["tools"] == {"generate", "edit", "list_models"}
+    assert [model["name"] for model in json.loads(told["models"].content[0].text)] == ["pocket"]
+    assert told["progress"] == [(1, 2), (2, 2)]
+    paths = [json.loads(answer.content[0].text)["path"] for answer in (told["drawn"], *told["edits"], told["after"])]
+    pixels = [Image.open(path).tobytes() for path in paths]
+    assert pixels[0] == pixels[3] != pixels[1] == pixels[2]
+    assert told["wrong"].is_error
+    assert "steps" in told["wrong"].content[0].text
+
+
 def test_options_for_this_machine_are_refused_beside_a_server(tmp_path):
     with pytest.raises(InputError, match="--device"):
         build(Anywhere("cpu", server="http://127.0.0.1:1"), tmp_path)

@@ -7,6 +7,7 @@ import http.client
 import io
 import json
 import re
+import urllib.parse
 import urllib.request
 
 import pytest
@@ -223,6 +224,25 @@ def test_what_has_no_effect_is_named_in_a_header(client):
     streamed = client.images.with_raw_response.generate(**SMALL, style="natural", stream=True, extra_body=ONE_STEP)
     assert streamed.headers["Inkstream-Ignored"] == "style"
     assert [event.type for event in streamed.parse()] == ["image_generation.completed"]
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"model": "dall-e-3", "quality": "hd", "style": "vivid", "size": "512x512", "prompt": PROMPT, "n": 1},
+        {"model": "gpt-image-1", "prompt": PROMPT, "n": 1, "background": "auto", "output_format": "png",
+         "quality": "auto", "size": "auto"},
+    ],
+)  # fmt: skip
+def test_what_librechats_tools_send_gives_what_they_read(client, sent):
+    (picture,) = client.images.generate(**sent).data
+    if sent["model"] == "gpt-image-1":
+        assert opened(picture.b64_json).size == (128, 128)
+        return
+    path = urllib.parse.urlsplit(picture.url).path
+    assert path.endswith(".png")  # the file it saves is called by that
+    with urllib.request.urlopen(picture.url) as reply:
+        assert Image.open(io.BytesIO(reply.read())).size == (512, 512)
 
 
 @pytest.mark.parametrize("name", ["dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1.5", "chatgpt-image-latest"])

@@ -64,6 +64,7 @@ OFF: dict[str, tuple[Any, ...]] = {
     "clip_skip": (0, 1, None),
     "firstphase_width": (0, None),
     "firstphase_height": (0, None),
+    "firstpass_image": ("", None),
     "inpainting_mask_invert": (0, False, None),
     "latent_mask": (None,),
     "initial_noise_multiplier": (1, None),
