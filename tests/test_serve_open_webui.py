@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 from PIL import Image
-from websockets.exceptions import InvalidStatus
+from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from inkstream.serve.keys import add_key
@@ -278,6 +278,16 @@ def test_a_page_of_another_site_opens_no_socket(server):
         connect(f"ws://127.0.0.1:{server.port}/comfyui/ws", origin="http://elsewhere.example")
     with connect(f"ws://127.0.0.1:{server.port}/comfyui/ws", origin=f"http://127.0.0.1:{server.port}") as socket:
         assert json.loads(socket.recv())["type"] == "status"
+
+
+def test_a_server_that_stops_ends_its_sockets(tmp_path, start_server):
+    served = start_server(Settings(tmp_path, models=("pocket",)))
+    with connect(f"ws://127.0.0.1:{served.port}/comfyui/ws") as socket:
+        assert json.loads(socket.recv())["type"] == "status"
+        served.stop()
+        with pytest.raises(ConnectionClosed) as closed:
+            socket.recv(timeout=10)
+        assert closed.value.rcvd.code in (1001, 1012)  # going away, restarting
 
 
 def test_keys_are_asked_for_and_see_their_own_alone(tmp_path, start_server):
