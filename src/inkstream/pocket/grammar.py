@@ -369,8 +369,7 @@ def tidy_writing(text: str, face: str, colour: str, row: int, largest: float) ->
 def _english(rng: Random, grammar: Grammar) -> str | None:
     low, high = grammar.letters
     if rng.random() < grammar.spelt:
-        # short ones more often: they are what a small model can learn first
-        length = min(rng.randint(low, high), rng.randint(low, high))
+        length = rng.randint(low, high)
         alphabet = "0123456789" if rng.random() < 0.2 else "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
         return "".join(rng.choice(alphabet) for _ in range(length))
     words = _words_of(low, high)
