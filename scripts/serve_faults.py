@@ -1,10 +1,12 @@
 """An ordeal for the server: clients ask for pictures while its engine and it itself are killed, again and again.
 
-    python scripts/serve_faults.py --date 2026-11-21 [--jobs 40] [--clients 8] [--engine-kills 5] [--server-kills 2]
-        [--seed 0] [--data FOLDER] [--record serve-faults-cpu]
+    python scripts/serve_faults.py --date 2026-11-21 [--kills 1000] [--each 40] [--clients 8] [--seed 0]
+        [--record serve-faults-cpu]
 
-Then all is looked at: every accepted job has ended exactly once, every picture opens and is what its record says, and
-nothing else lies in the folder. Linux: it finds the engine as the server's child in /proc.
+The kills come in rounds of `--each`, every round in a new folder. A round ends with a look at everything: each accepted
+job has ended exactly once, each picture opens and is what its record says, and nothing else lies in the folder. Then
+the record is written. The same command goes on behind the rounds that are in the record, so it may be interrupted.
+Linux: it finds the engine as the server's child in /proc.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -26,6 +29,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from http.client import HTTPException
@@ -34,7 +38,13 @@ from typing import Any
 
 from PIL import Image
 
-REQUEST = {"prompt": "a red circle", "model": "pocket", "width": 64, "height": 64, "steps": 2, "count": 2}
+REQUEST = {"prompt": "a red circle", "model": "pocket", "width": 64, "height": 64, "steps": 4, "count": 2}
+AHEAD = 3
+"""Jobs that a client has waiting, as long as there are kills to come."""
+SERVERS = 0.3
+"""Share of the kills that hit the server; the rest hit its engine."""
+START = 3.0
+"""Seconds that an engine takes to start, about."""
 PATIENCE = 900.0
 """Seconds after which an ordeal has failed."""
 
@@ -110,66 +120,69 @@ class Server:
 class Ordeal:
     """A server, what its clients know of it, and what becomes of both."""
 
-    def __init__(self, folder: Path, seed: int):
+    def __init__(self, folder: Path, seed: int | str):
         self.server = Server(folder)
         self.seed = seed
         self.accepted: dict[str, str] = {}  # idempotency key -> job
         self.ended: dict[str, dict[str, Any]] = {}  # job -> as it was first seen ended
         self.problems: list[str] = []
+        self.over = threading.Event()  # no more kills will come
 
-    def client(self, number: int, jobs: int) -> None:
-        """Ask for some pictures, as often as it takes, and wait until each job has ended."""
+    def client(self, number: int) -> None:
+        """Ask for pictures as long as there are kills to come, as often as it takes, and wait until all have ended."""
         dice = random.Random(f"{self.seed}-{number}")
-        for job in range(jobs):
+        mine: list[str] = []  # jobs that have not been seen ended
+        for job in itertools.count():
+            while len(mine) >= AHEAD or (self.over.is_set() and mine):
+                with suppress(Down):
+                    seen = self.server.ask("GET", f"/v1/jobs/{mine[0]}")
+                    if seen["ended"]:
+                        self.ended[mine.pop(0)] = seen
+                        continue
+                time.sleep(0.3)
+            if self.over.is_set():
+                return
             token = f"client-{number}-job-{job}"
             while token not in self.accepted:
                 try:
-                    body = REQUEST | {"seed": 1000 * number + 10 * job}
+                    body = REQUEST | {"seed": 10_000 * number + 10 * job}
                     self.accepted[token] = self.server.ask("POST", "/v1/jobs", body, token)["id"]
                 except Down:
                     time.sleep(0.2)
+            mine.append(self.accepted[token])
             time.sleep(dice.uniform(0, 0.5))
-        mine = [self.accepted[f"client-{number}-job-{job}"] for job in range(jobs)]
-        while waiting := [job for job in mine if job not in self.ended]:
-            for job in waiting:
-                try:
-                    seen = self.server.ask("GET", f"/v1/jobs/{job}")
-                except Down:
-                    break
-                if seen["ended"]:
-                    self.ended[job] = seen
-            time.sleep(0.3)
 
-    def run(self, jobs: int, clients: int, engine_kills: int, server_kills: int) -> dict[str, Any]:
+    def run(self, clients: int, engine_kills: int, server_kills: int) -> dict[str, Any]:
         """The whole ordeal. What is returned sums it up; `problems` is empty if it was passed."""
         began = time.monotonic()
         self.server.folder.mkdir(parents=True)
         self.server.start()
         dice = random.Random(self.seed)
-        shares = [jobs // clients + (number < jobs % clients) for number in range(clients)]
-        threads = [threading.Thread(target=self._client, args=(n, share)) for n, share in enumerate(shares)]
+        threads = [threading.Thread(target=self._client, args=(number,)) for number in range(clients)]
         for thread in threads:
             thread.start()
         kills = ["engine"] * engine_kills + ["server"] * server_kills
         dice.shuffle(kills)
-        total = jobs * int(REQUEST["count"])
-        for number, kill in enumerate(kills):
-            # Spread over the work, so that each finds something to interrupt; the moment within it is chance.
-            self._wait_for(lambda number=number: self._drawn() >= total * number // (len(kills) + 1) and self._busy())
-            time.sleep(dice.uniform(0, 0.4))
+        for kill in kills:
+            if dice.random() < 0.5:  # at any moment, of a start too
+                time.sleep(dice.uniform(0, START))
+            else:  # while something is drawn
+                self._wait_for(self._busy)
+                time.sleep(dice.uniform(0, 0.4))
             if kill == "server":
                 self.server.kill()
                 self.server.start()
             else:
                 self._wait_for(self.server.kill_engine)
+        self.over.set()
         for thread in threads:
             thread.join(PATIENCE)
             if thread.is_alive():
                 self.problems.append("a client still waits")
-        self.examine(jobs)
+        self.examine()
         self.server.stop()
         return {
-            "jobs": jobs,
+            "jobs": len(self.accepted),
             "clients": clients,
             "engine_kills": engine_kills,
             "server_kills": server_kills,
@@ -178,9 +191,10 @@ class Ordeal:
             "problems": self.problems,
         }
 
-    def examine(self, jobs: int) -> None:
+    def examine(self) -> None:
         """Everything that was promised, against what is there."""
         expect = self.problems.append
+        jobs = len(self.accepted)
         if len(set(self.accepted.values())) != jobs:
             expect(f"{jobs} jobs were asked for, {len(set(self.accepted.values()))} are there")
         files = set()
@@ -194,7 +208,7 @@ class Ordeal:
                 expect(f"{identity} has pictures {[picture['index'] for picture in job['pictures']]}")
             first = job["request"]["seed"]
             number, _, place = token.removeprefix("client-").partition("-job-")
-            if first != 1000 * int(number) + 10 * int(place):
+            if first != 10_000 * int(number) + 10 * int(place):
                 expect(f"{identity} is not what {token} asked for")
             for picture in job["pictures"]:
                 data = self.server.ask("GET", picture["url"])
@@ -220,9 +234,9 @@ class Ordeal:
         if damage != "ok":
             expect(f"the database is damaged: {damage}")
 
-    def _client(self, number: int, jobs: int) -> None:
+    def _client(self, number: int) -> None:
         try:
-            self.client(number, jobs)
+            self.client(number)
         except Exception as error:
             self.problems.append(f"client {number}: {error!r}")
 
@@ -249,20 +263,37 @@ class Ordeal:
             return False
 
 
+def endure(kills: int, each: int, clients: int, seed: int, done: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Rounds until there were so many kills: after each, the sums of all of them. done: those of earlier ones."""
+    while (before := done.get("engine_kills", 0) + done.get("server_kills", 0)) < kills:
+        number = done.get("rounds", 0)
+        each = min(each, kills - before)
+        servers = round(each * SERVERS)
+        with tempfile.TemporaryDirectory() as folder:
+            outcome = Ordeal(Path(folder) / "data", f"{seed}-{number}").run(clients, each - servers, servers)
+        print(json.dumps(outcome), flush=True)
+        outcome["problems"] = len(outcome["problems"])
+        sums = {name: value + done.get(name, 0) for name, value in outcome.items() if name != "clients"}
+        done = {**sums, "seconds": round(sums["seconds"], 1), "clients": clients, "rounds": number + 1}
+        yield done
+
+
 if __name__ == "__main__":
+    from inkstream.bench.records import read_record, write_record  # not at the top: it imports torch
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, number in {"jobs": 40, "clients": 8, "engine-kills": 5, "server-kills": 2, "seed": 0}.items():
+    for name, number in {"kills": 1000, "each": 40, "clients": 8, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--date", default="", help="the day, for the record")
-    parser.add_argument("--data", type=Path, help="folder that keeps the server's data; must be new")
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json")
+    parser.add_argument("--record", help="write benchmarks/records/NAME.json, and go on behind what it has")
     asked = parser.parse_args()
-    folder = (asked.data or Path(tempfile.mkdtemp())) / "data"
-    outcome = Ordeal(folder, asked.seed).run(asked.jobs, asked.clients, asked.engine_kills, asked.server_kills)
-    print(json.dumps(outcome, indent=2))
+    command, row = shlex.join(["python", *sys.argv]), dict[str, Any]()
     if asked.record:
-        from inkstream.bench.records import write_record  # not at the top: it imports torch, which only this needs
-
-        row = {**outcome, "problems": len(outcome["problems"])}
-        print(write_record(asked.record, asked.date, shlex.join(["python", *sys.argv]), {}, [row]))
-    sys.exit(bool(outcome["problems"]))
+        with suppress(FileNotFoundError):
+            earlier = read_record(asked.record)
+            row = earlier["rows"][0] if earlier["command"] == command else {}
+    for sums in endure(asked.kills, asked.each, asked.clients, asked.seed, row):
+        row = sums
+        if asked.record:
+            write_record(asked.record, asked.date, command, {}, [row])
+    sys.exit(bool(row.get("problems")))

@@ -57,6 +57,7 @@ class EngineProcess:
         self.command = command
         self.process: Process | None = None
         self._stopping = False
+        self._has_drawn = False  # this engine
         self._keeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -97,7 +98,7 @@ class EngineProcess:
             if self._stopping:
                 return
             lived = asyncio.get_running_loop().time() - began
-            pause = 0.0 if lived > PATIENCE else min(PATIENCE, 2 * pause + 0.1)
+            pause = 0.0 if lived > PATIENCE or self._has_drawn else min(PATIENCE, 2 * pause + 0.1)
             code = self.process.returncode if self.process is not None else None
             log.warning("engine ended", extra={"code": code, "lived": round(lived, 1)})
             self.died()
@@ -105,6 +106,7 @@ class EngineProcess:
 
     async def _run(self) -> None:
         """One engine's life."""
+        self._has_drawn = False
         self.process = await asyncio.create_subprocess_exec(
             *self.command, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE, env=os.environ | {"PYTHONUNBUFFERED": "1"}
         )
@@ -122,6 +124,7 @@ class EngineProcess:
                     log.error("engine said what is no JSON")
                     continue
                 try:
+                    self._has_drawn |= message["event"] == "picture"
                     self.told(message)
                 except Exception:
                     log.exception("a message of the engine was not understood")
