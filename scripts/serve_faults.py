@@ -30,7 +30,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -39,10 +39,16 @@ from typing import Any
 from PIL import Image
 
 REQUEST = {"prompt": "a red circle", "model": "pocket", "width": 64, "height": 64, "steps": 4, "count": 2}
-AHEAD = 3
+AHEAD = 2
 """Jobs that a client has waiting, as long as there are kills to come."""
+ANY = 0.7
+"""Share of the kills that come at any moment; the rest come in the middle of the drawing, which is waited for."""
 SERVERS = 0.3
 """Share of the kills that hit the server; the rest hit its engine."""
+DRAWN = "SELECT count(*) FROM pictures"
+RUNNING = "SELECT count(*) FROM jobs WHERE state = 'running'"
+DYING = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running') AND deaths > 3"
+"""Jobs that are about to be given up, as they should be, for the engines that died over them."""
 START = 3.0
 """Seconds that an engine takes to start, about."""
 PATIENCE = 900.0
@@ -163,12 +169,16 @@ class Ordeal:
             thread.start()
         kills = ["engine"] * engine_kills + ["server"] * server_kills
         dice.shuffle(kills)
+        at_work = 0
         for kill in kills:
-            if dice.random() < 0.5:  # at any moment, of a start too
+            if dice.random() < ANY:  # at any moment, of a start too
                 time.sleep(dice.uniform(0, START))
-            else:  # while something is drawn
-                self._wait_for(self._busy)
+            else:  # in the middle of the drawing
+                before = self._count(DRAWN)
+                self._wait_for(lambda before=before: self._count(DRAWN) > before)
                 time.sleep(dice.uniform(0, 0.4))
+            self._wait_for(lambda: not self._count(DYING))
+            at_work += self._count(RUNNING) > 0
             if kill == "server":
                 self.server.kill()
                 self.server.start()
@@ -186,7 +196,8 @@ class Ordeal:
             "clients": clients,
             "engine_kills": engine_kills,
             "server_kills": server_kills,
-            "pictures": self._drawn(),
+            "at_work": at_work,
+            "pictures": self._count(DRAWN),
             "seconds": round(time.monotonic() - began, 1),
             "problems": self.problems,
         }
@@ -245,22 +256,13 @@ class Ordeal:
         while not condition() and time.monotonic() < end:
             time.sleep(0.02)
 
-    def _drawn(self) -> int:
-        """Pictures in the history, read behind the server's back, who may be dead."""
+    def _count(self, sql: str) -> int:
+        """What a query counts, read behind the server's back, who may be dead."""
         try:
-            with sqlite3.connect(f"file:{self.server.folder}/inkstream.db?mode=ro", uri=True) as db:
-                drawn = db.execute("SELECT count(*) FROM pictures").fetchone()[0]
-            db.close()
+            with closing(sqlite3.connect(f"file:{self.server.folder}/inkstream.db?mode=ro", uri=True)) as db:
+                return db.execute(sql).fetchone()[0]
         except sqlite3.Error:
             return 0
-        return drawn
-
-    def _busy(self) -> bool:
-        """Whether something is being drawn."""
-        try:
-            return bool(self.server.ask("GET", "/v1/queue")["running"])
-        except Down:
-            return False
 
 
 def endure(kills: int, each: int, clients: int, seed: int, done: dict[str, Any]) -> Iterator[dict[str, Any]]:

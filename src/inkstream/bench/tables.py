@@ -197,8 +197,10 @@ TABLES: Mapping[str, Columns] = {
         {
             "Jobs": field("jobs"),
             "Clients": field("clients"),
+            "Rounds": field("rounds"),
             "Engine killed": field("engine_kills", "", " times"),
             "Server killed": field("server_kills", "", " times"),
+            "While drawing": field("at_work", "", " of these"),
             "Pictures": field("pictures"),
             "Lost, doubled or damaged": field("problems"),
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import sqlite3
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inkstream import __version__
 from inkstream.serve import a1111, comfyui, gallery, native, openai, status, studio
-from inkstream.serve.errors import MEANINGS, Refused, explain
+from inkstream.serve.errors import MEANINGS, Refused, explain, explain_trouble
 from inkstream.serve.jobs import Jobs
 from inkstream.serve.keys import ANYONE, LINK, Caller, Keys, given_key, is_signed
 from inkstream.serve.limits import LOCAL_NAMES, Settings, check_address
@@ -89,6 +90,8 @@ def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
     app.add_exception_handler(Refused, _refuse)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _refuse_invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _refuse_http)  # type: ignore[arg-type]
+    app.add_exception_handler(sqlite3.Error, _tell_trouble)  # type: ignore[arg-type]
+    app.add_exception_handler(OSError, _tell_trouble)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _apologise)
     app.add_middleware(Guard, service=service)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
@@ -271,6 +274,11 @@ async def _refuse_http(request: Request, error: HTTPException) -> Response:
     answer = _answer(Refused(error.status_code, message.get(error.status_code, str(error.detail))))
     answer.headers.update(error.headers or {})
     return answer
+
+
+async def _tell_trouble(request: Request, error: OSError | sqlite3.Error) -> Response:
+    log.error("the disk or the database failed", exc_info=error, extra={"reason": str(error)})
+    return _answer(explain_trouble(error))
 
 
 async def _apologise(request: Request, error: Exception) -> Response:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import logging
 import secrets
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from inkstream.engine.metadata import PICTURE_FIELDS
 from inkstream.serve import schema
-from inkstream.serve.errors import Refused
+from inkstream.serve.errors import Refused, reason_of
 from inkstream.serve.feed import Feed
 from inkstream.serve.inputs import PREFIX, pictures_in
 from inkstream.serve.limits import Settings
@@ -50,6 +52,10 @@ class Queue(Protocol):
         """Its run has ended before it was done. died: with the engine."""
         ...
 
+    def unsaved(self, job: str, reason: str) -> None:
+        """Its picture could not be kept: the disk is full, or must not be written to."""
+        ...
+
     def changed(self) -> None:
         """A slot is free, or the engine is there, or gone."""
         ...
@@ -70,6 +76,7 @@ class Run:
     steps: int = 0  # of this picture, and the runs that shared them, added up
     shared: int = 0
     stopped: float | None = None  # when it was told to stop
+    unsaved: str = ""  # why its last picture could not be kept
 
 
 class Drawing:
@@ -190,10 +197,17 @@ class Drawing:
             "picture": self._picture,
         }
         if event in handlers:
-            handlers[event](run, message)
+            try:
+                handlers[event](run, message)
+            except (sqlite3.Error, OSError) as error:
+                log.error("a picture cannot be kept", extra={"job": run.job.id, "error": str(error)})
+                run.unsaved, run.stopped = reason_of(error), time.monotonic()
+                self.engine.send({"cancel": run.id})
             return
         del self.runs[run.id]
-        if event == "failed":
+        if event == "unsaved" or run.unsaved:
+            self.queue.unsaved(run.job.id, run.unsaved or message["error"])
+        elif event == "failed":
             self.queue.failed(run.job.id, message["error"], 400 if message["kind"] == "input" else 500)
         elif event in ("cancelled", "lost"):  # lost: with the one engine of several that drew it
             self.metrics.deaths.inc(event == "lost")
@@ -283,8 +297,9 @@ class Drawing:
         self.metrics.ready.set(0)
         self.metrics.deaths.inc()
         runs, self.runs = list(self.runs.values()), {}
-        for part in self.store.parts.iterdir():
-            part.unlink(missing_ok=True)
+        with suppress(OSError):
+            for part in self.store.parts.iterdir():
+                part.unlink(missing_ok=True)
         for run in runs:
             self.queue.lost(run.job.id, died=True)
         self.queue.changed()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import sqlite3
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +32,7 @@ MEANINGS = {
     413: "The body is larger than is taken.",
     429: "The queue, the quota or the rate is spent: try again after Retry-After seconds.",
     500: "The drawing failed by an error of the server's own.",
-    503: "The server is stopping or the engine is not there.",
+    503: "The server is stopping, the engine is not there, or nothing can be written to the server's folder.",
 }
 
 
@@ -72,6 +74,35 @@ class Refused(Exception):
         """The JSON of the answer."""
         kind = KINDS.get(self.status, "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def is_broken(error: Exception) -> bool:
+    """Whether SQLite met damage, not a full disk, a lock or a lack of rights."""
+    return type(error) is sqlite3.DatabaseError
+
+
+def reason_of(error: OSError | sqlite3.Error) -> str:
+    """What the system or SQLite calls it, without the paths that OSError names."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def disk_full() -> Refused:
+    """There is no room for what was asked."""
+    line = "the server's disk is full: free some of it, then ask again"
+    return Refused(503, line, code="disk_full", retry_after=60)
+
+
+def explain_trouble(error: OSError | sqlite3.Error) -> Refused:
+    """An error of the disk or the database as an answer: what has happened, what helps."""
+    if is_broken(error):
+        return Refused(500, "the server's database is damaged: start the server again, which mends it", code="damaged")
+    name = getattr(error, "sqlite_errorname", None) or errno.errorcode.get(getattr(error, "errno", None) or 0, "")
+    if name in ("SQLITE_FULL", "ENOSPC", "EDQUOT", "EFBIG"):
+        return disk_full()
+    if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_BUSY", "EROFS", "EIO")):
+        line = f"the server cannot write to its folder ({reason_of(error)}): mend that, then ask again"
+        return Refused(503, line, code="not_writable", retry_after=60)
+    return Refused(500, f"{type(error).__name__} in the server, see its log")
 
 
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -5,16 +5,27 @@ from __future__ import annotations
 import http.client
 import socket
 import ssl
-from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from urllib.parse import urljoin, urlsplit
 
 from inkstream.serve.errors import Refused
 
 MOST = 32 << 20
 SECONDS = 15.0
+"""From a connection to its last byte, at each address on the way."""
 HOPS = 3
+GLOBAL = IPv6Network("2000::/3")
+"""All that IANA has given out of IPv6; what lies outside is local or reserved (RFC 4291)."""
 TRANSLATED = IPv6Network("64:ff9b::/96")
 """IPv4 addresses inside IPv6 (RFC 6052), which a gateway may lead back into a private network."""
+SPECIAL = (
+    IPv4Network("192.0.0.0/24"),  # protocol assignments (RFC 6890), which `is_global` takes in parts for public
+    IPv4Network("192.88.99.0/24"),  # relays of 6to4 (RFC 7526)
+    IPv6Network("3fff::/20"),  # documentation (RFC 9637)
+)
 
 
 def fetch(url: str) -> bytes:
@@ -39,31 +50,36 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
             inner = IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(inner)
-    return address.is_global and not (address.is_multicast or address.is_reserved)
+        if address not in GLOBAL:
+            return False
+    special = any(address in network for network in SPECIAL)
+    return address.is_global and not (address.is_multicast or address.is_reserved or special)
 
 
 def _get(url: str) -> bytes | str:
     """The bytes, or where they are instead."""
-    parts = urlsplit(url)
-    host = parts.hostname or ""
     try:
+        parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
-    except (KeyError, ValueError):
+        connection = http.client.HTTPConnection(host := parts.hostname or "", port)
+    except (KeyError, ValueError, http.client.InvalidURL):
         raise Refused(400, f"{_short(url)} is no http or https address: send the picture itself") from None
     if port not in (80, 443) or parts.username is not None:
         raise Refused(400, f"{_short(url)} names a port or a user: send the picture itself")
-    connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
     try:
-        connection.sock = _connect(host, port, parts.scheme == "https")
-        path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-        connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "inkstream"})
-        answer = connection.getresponse()
-        if answer.status in (301, 302, 303, 307, 308):
-            return urljoin(url, answer.getheader("Location") or "")
-        if answer.status != 200:
-            raise Refused(400, f"{_short(url)} answered {answer.status}: send the picture itself")
-        data = answer.read(MOST + 1)
-    except (OSError, http.client.HTTPException, UnicodeError) as error:
+        plain = _connect(host, port)
+        with _hung_up_after(SECONDS, plain):
+            secure = parts.scheme == "https"
+            connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
+            path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+            connection.request("GET", path, headers={"Accept": "image/*", "User-Agent": "inkstream"})
+            answer = connection.getresponse()
+            if answer.status in (301, 302, 303, 307, 308):
+                return urljoin(url, answer.getheader("Location") or "")
+            if answer.status != 200:
+                raise Refused(400, f"{_short(url)} answered {answer.status}: send the picture itself")
+            data = answer.read(MOST + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         reason = type(error).__name__
         raise Refused(400, f"{_short(url)} cannot be fetched ({reason}): send the picture itself") from None
     finally:
@@ -73,13 +89,36 @@ def _get(url: str) -> bytes | str:
     return data
 
 
-def _connect(host: str, port: int, secure: bool) -> socket.socket:
+@contextmanager
+def _hung_up_after(seconds: float, connection: socket.socket) -> Iterator[None]:
+    """A connection that lives so long at most, however slowly its bytes come. TimeoutError where that was too short."""
+    late = threading.Event()
+    with connection.dup() as same:  # which TLS does not take over
+
+        def hang_up() -> None:
+            late.set()
+            with suppress(OSError):
+                same.shutdown(socket.SHUT_RDWR)
+
+        watch = threading.Timer(seconds, hang_up)
+        watch.start()
+        try:
+            yield
+        except (OSError, http.client.HTTPException, ValueError):
+            if not late.is_set():
+                raise
+        finally:
+            watch.cancel()
+    if late.is_set():
+        raise TimeoutError
+
+
+def _connect(host: str, port: int) -> socket.socket:
     """A connection to the first address of a host, all of which must be public."""
     addresses = [ip_address(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(map(is_public, addresses)):
         raise Refused(400, f"{_short(host)} is not a public address: send the picture itself")
-    plain = socket.create_connection((str(addresses[0]), port), timeout=SECONDS)
-    return ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
+    return socket.create_connection((str(addresses[0]), port), timeout=SECONDS)
 
 
 def _short(url: str) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import logging
 import os
 import secrets
 import time
@@ -14,6 +16,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 from PIL import Image
 
+from inkstream.engine.inputs import open_picture
 from inkstream.engine.metadata import PICTURE_FIELDS, read_request
 from inkstream.serve import schema
 from inkstream.serve.errors import Refused, answers
@@ -25,6 +28,7 @@ from inkstream.serve.store import Picture, Search
 from inkstream.types import InputError
 
 router = APIRouter(tags=["gallery"])
+log = logging.getLogger("inkstream.serve")
 
 THUMBNAIL = 256
 """Pixels of a thumbnail's longer side."""
@@ -74,7 +78,7 @@ async def get_picture(parts: Parts, who: Who, id: Name) -> schema.Picture:
     return tell(parts, find_picture(parts, who, id))
 
 
-@router.patch("/v1/pictures/{id}", responses=answers(400, 404))
+@router.patch("/v1/pictures/{id}", responses=answers(400, 404, 503))
 async def mark_picture(parts: Parts, who: Who, id: Name, body: schema.PicturePatch) -> schema.Picture:
     """Mark a picture as a favourite, delete it, or undo that."""
     picture = find_picture(parts, who, id)
@@ -102,14 +106,16 @@ async def get_file(parts: Parts, who: Who, id: Name, match: Match = None) -> Any
 async def get_thumbnail(parts: Parts, who: Who, id: Name, match: Match = None) -> Any:
     """The picture small, made when it is first asked for."""
     picture = find_picture(parts, who, id)
-    path = parts.store.thumbnail_of(picture)
+    path, tag = parts.store.thumbnail_of(picture), f"{picture.sha256}-{THUMBNAIL}"
     if not path.exists():
         source = parts.store.pictures / picture.file
-        await to_thread.run_sync(make_thumbnail, source, path)
-    return send(path, "image/webp", f"{picture.sha256}-{THUMBNAIL}", match)
+        data = await to_thread.run_sync(make_thumbnail, source, path)
+        if not path.exists():  # the disk is full, or must not be written to
+            return Response(data, media_type="image/webp")
+    return send(path, "image/webp", tag, match)
 
 
-@router.post("/v1/uploads", status_code=201, responses=answers(400, 429), openapi_extra=BODY)
+@router.post("/v1/uploads", status_code=201, responses=answers(400, 429, 503), openapi_extra=BODY)
 async def add_upload(parts: Parts, who: Who, request: Request) -> schema.Upload:
     """Keep a picture, so that requests can name it. The same bytes get the same id."""
     data = await request.body()
@@ -179,14 +185,22 @@ def send(path: FilePath, kind: str, tag: str, match: str | None) -> Response:
     return FileResponse(path, media_type=kind, headers=headers)
 
 
-def make_thumbnail(source: FilePath, path: FilePath) -> None:
-    """Write it whole or not at all. Refused where the picture is gone. For threads."""
+def make_thumbnail(source: FilePath, path: FilePath) -> bytes:
+    """Its bytes, written whole where they can be. Refused where the picture is gone or damaged. For threads."""
+    if not source.exists():
+        raise Refused(404, "the file is not there any more: somebody removed it from the server's folder")
     try:
-        with Image.open(source) as image:
-            image = image.convert("RGB")
-    except OSError:
-        raise Refused(404, "the file is not there any more: somebody removed it from the server's folder") from None
+        image = open_picture(str(source))
+    except InputError:
+        raise Refused(404, "the picture's file on the server is damaged: draw it again") from None
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    image.save(buffer, "WEBP", quality=80)
     part = path.with_name(f".{secrets.token_hex(8)}.part")
-    image.save(part, "WEBP", quality=80)
-    os.replace(part, path)
+    try:
+        part.write_bytes(buffer.getvalue())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        log.warning("a thumbnail cannot be kept", extra={"error": str(error)})
+    return buffer.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,21 +11,10 @@ from inkstream.engine.inputs import open_header, read_source
 from inkstream.engine.metadata import PICTURE_FIELDS
 from inkstream.serve.errors import Refused
 from inkstream.serve.limits import Limits
-from inkstream.serve.store import Store, Upload
+from inkstream.serve.store import TYPES, Store, Upload, upload_id
 from inkstream.types import InputError, Request
 
 PREFIX = "upload:"
-TYPES = {
-    "PNG": "image/png",
-    "JPEG": "image/jpeg",
-    "WEBP": "image/webp",
-    "AVIF": "image/avif",
-    "GIF": "image/gif",
-    "TIFF": "image/tiff",
-    "BMP": "image/bmp",
-    "PPM": "image/x-portable-pixmap",
-    "JPEG2000": "image/jp2",
-}
 
 
 def examine(data: bytes, key: str, now: float, limits: Limits, param: str | None = None) -> Upload:
@@ -45,7 +33,7 @@ def examine(data: bytes, key: str, now: float, limits: Limits, param: str | None
             code="invalid_image",
         )
     kind = image.format or "PNG"
-    identity = "u" + hashlib.sha256(key.encode() + b"\0" + data).hexdigest()[:32]
+    identity = upload_id(key, data)
     file = f"{identity}.{kind.lower()}"
     return Upload(identity, key, now, width, height, len(data), TYPES.get(kind, "application/octet-stream"), file)
 

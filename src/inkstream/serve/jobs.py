@@ -12,18 +12,20 @@ import json
 import logging
 import math
 import secrets
+import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request as HTTPRequest
 
 from inkstream.serve import schema
 from inkstream.serve.drawing import Drawing
-from inkstream.serve.errors import KINDS, Refused
+from inkstream.serve.errors import KINDS, Refused, disk_full
 from inkstream.serve.feed import Feed, Happening
 from inkstream.serve.grids import check_parts, split
 from inkstream.serve.inputs import PREFIX, pictures_in
@@ -41,6 +43,8 @@ from inkstream.types import Request
 
 DEATHS = 6
 """Engines that may die over one picture before its job is given up."""
+HOLD = 5.0
+"""Seconds until something is begun again after a picture, or a change of the queue, could not be written."""
 PING = 15.0
 """Seconds of silence after which a stream says that it is still there."""
 log = logging.getLogger("inkstream.serve")
@@ -82,8 +86,13 @@ class Jobs:
         self.feed = Feed()
         self.drawing = Drawing(settings, store, models, metrics, self.feed, self, make)
         self.paused = store.setting("paused") == "1"
-        self.secret = store.setting("secret") or secrets.token_hex(32)
-        store.put_setting("secret", self.secret)
+        self.secret = store.setting("secret")
+        if not self.secret:
+            self.secret = secrets.token_hex(32)
+            store.put_setting("secret", self.secret)
+        self.full = False  # nothing is begun, since it could not be kept
+        self._held = 0.0  # until then
+        self._owed: dict[str, Callable[[], None]] = {}  # job -> what of it must still be written
         self._waiting: dict[str, Job] = {}
         self._work: dict[str, float] = {}  # of each that waits
         self._order: list[str] | None = None
@@ -179,7 +188,7 @@ class Jobs:
             if not self._waiters[job.id]:
                 del self._waiters[job.id]
                 if not self.feed.closed:  # a server that stops has not been left by its client
-                    self.cancel(job.id)
+                    self._write(job.id, self._end, "cancelled")
 
     async def run(self, http: HTTPRequest, job: Job) -> schema.Job:
         """Wait until a job has ended, and return it. A client that leaves meanwhile cancels it, within one step.
@@ -310,20 +319,21 @@ class Jobs:
 
     def finished(self, job: str) -> None:
         """All its pictures are there."""
-        self._end(job, "succeeded")
+        self._write(job, self._end, "succeeded")
 
     def failed(self, job: str, message: str, status: int) -> None:
         """It cannot be drawn: 400 where who asked can mend it, else 500."""
         code = "drawing_failed" if status == 500 else None
-        self._end(job, "failed", {"message": message, "type": KINDS[status], "param": None, "code": code})
+        self._write(job, self._end, "failed", {"message": message, "type": KINDS[status], "param": None, "code": code})
 
     def lost(self, job: str, died: bool) -> None:
         """Its run has ended before it was done; unless it has ended itself, it waits again, at the place it had."""
-        if not self.store.requeue(job, died):
-            return
-        self._wait(self._stored(job))
-        if self._waiting[job].deaths >= DEATHS:
-            self.failed(job, f"the engine died {DEATHS} times over this picture", 500)
+        self._write(job, self._lost, died, f"the engine died {DEATHS} times over this picture")
+
+    def unsaved(self, job: str, reason: str) -> None:
+        """Its picture could not be kept: it waits again, and all others with it, for a while."""
+        self._hold(reason)
+        self._write(job, self._lost, True, f"the picture cannot be saved ({reason}): free some of the server's disk")
 
     def changed(self) -> None:
         """Something about the queue has: begin what can be begun, and tell who waits where it stands."""
@@ -344,6 +354,8 @@ class Jobs:
         """Refused where the queue, the key's share of it, its day or its minute is spent."""
         _check_priority(caller, priority)
         limits, key, now = self.settings.limits, caller.key, time.time()
+        if self.store.free() < limits.reserve:
+            raise disk_full()
         if len(self._waiting) >= limits.queue:
             raise self._full(f"the queue is full ({limits.queue} jobs)")
         if key is None:
@@ -372,15 +384,51 @@ class Jobs:
         if self.paused or not self._waiting:
             return False
         job = self._waiting[self.order()[0]]
-        if not self.drawing.has_room(job.model):
+        if not self.drawing.has_room(job.model) or not self._can_keep():
+            return False
+        try:
+            begun = self.store.start(job.id, time.time())
+        except (sqlite3.Error, OSError) as error:
+            self._hold(str(error))
             return False
         self._clocks.spend(job.key, self._cost(job))
         del self._waiting[job.id], self._work[job.id]
-        if self.store.start(job.id, time.time()):
+        if begun:
             log.info("job begun", extra={"job": job.id, "key": job.key, "model": job.model})
             self.metrics.stage.labels("wait").observe(time.time() - job.created)
             self.drawing.begin(self._stored(job.id))
         return True
+
+    def _can_keep(self) -> bool:
+        """Whether there is room for what would be begun."""
+        free = self.store.free()
+        if free < self.settings.limits.reserve:
+            self._hold("the disk is full")
+        elif time.monotonic() >= self._held:
+            self.full = False
+        return not self.full
+
+    def _hold(self, reason: str) -> None:
+        """Begin nothing for a while."""
+        if not self.full:
+            log.error("nothing is begun until something can be written again", extra={"reason": reason})
+        self.full, self._held = True, time.monotonic() + HOLD
+
+    def _write(self, job: str, change: Callable[..., None], *values: Any) -> None:
+        """Note what has become of a job; later, where that cannot be written now."""
+        try:
+            change(job, *values)
+        except (sqlite3.Error, OSError) as error:
+            self._hold(str(error))
+            self._owed[job] = partial(change, job, *values)
+
+    def _lost(self, job: str, died: bool, message: str) -> None:
+        """A job waits again; it fails with the message where that has led nowhere too often."""
+        if not self.store.requeue(job, died):
+            return
+        self._wait(self._stored(job))
+        if self._waiting[job].deaths >= DEATHS:
+            self.failed(job, message, 500)
 
     def _end(self, identity: str, state: str, error: dict[str, Any] | None = None) -> None:
         """A job ends, once: what comes later changes nothing."""
@@ -398,14 +446,22 @@ class Jobs:
             self.changed()
 
     async def _watching(self) -> None:
-        """Now and then: end what takes too long, and tidy the store."""
+        """Now and then: end what takes too long, write what could not be written, and tidy the store."""
         tidied = time.monotonic()
         while True:
             await asyncio.sleep(1.0)
-            self.drawing.check_time()
-            if time.monotonic() - tidied > 3600:
-                tidied = time.monotonic()
-                self.store.tidy(time.time())
+            try:
+                self.drawing.check_time()
+                for job, change in list(self._owed.items()):
+                    change()
+                    del self._owed[job]
+                if self.full:
+                    self.changed()
+                if time.monotonic() - tidied > 3600:
+                    tidied = time.monotonic()
+                    self.store.tidy(time.time())
+            except (sqlite3.Error, OSError) as error:
+                self._hold(str(error))
 
     def _stored(self, identity: str) -> Job:
         """A job that is known to be there, as the store has it now."""

@@ -26,6 +26,7 @@ class Limits:
     queue: int = 200  # jobs waiting, of all keys
     seconds: float = 4 * 3600.0  # one job may run
     upload_total: int = 2 << 30  # bytes of uploads of one key
+    reserve: int = 64 << 20  # bytes of the disk that are left free: with less, nothing is accepted or begun
 
 
 @dataclass(frozen=True)

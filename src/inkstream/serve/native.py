@@ -54,14 +54,14 @@ async def get_job(parts: Parts, who: Who, id: Name) -> schema.Job:
     return parts.jobs.tell(find_job(parts, who, id))
 
 
-@router.delete("/v1/jobs/{id}", responses=answers(400, 404))
+@router.delete("/v1/jobs/{id}", responses=answers(400, 404, 503))
 async def cancel_job(parts: Parts, who: Who, id: Name) -> schema.Job:
     """Cancel a job; a running one stops within one step and keeps the pictures it has. One that has ended stays so."""
     parts.jobs.cancel(find_job(parts, who, id).id)
     return parts.jobs.tell(find_job(parts, who, id))
 
 
-@router.patch("/v1/jobs/{id}", responses=answers(400, 404, 409))
+@router.patch("/v1/jobs/{id}", responses=answers(400, 404, 409, 503))
 async def move_job(parts: Parts, who: Who, id: Name, body: schema.JobPatch) -> schema.Job:
     """Move a job that waits."""
     parts.jobs.move(find_job(parts, who, id), who, body)
@@ -97,7 +97,7 @@ async def get_queue(parts: Parts, who: Who) -> schema.Queue:
     )
 
 
-@router.patch("/v1/queue", responses=answers(400))
+@router.patch("/v1/queue", responses=answers(400, 503))
 async def pause_queue(parts: Parts, who: Who, body: schema.QueuePatch) -> schema.Queue:
     """Begin no more jobs, or go on. With keys, only an admin's may."""
     if not who.admin:

@@ -101,7 +101,10 @@ class EngineProcess:
             pause = 0.0 if lived > PATIENCE or self._has_drawn else min(PATIENCE, 2 * pause + 0.1)
             code = self.process.returncode if self.process is not None else None
             log.warning("engine ended", extra={"code": code, "lived": round(lived, 1)})
-            self.died()
+            try:
+                self.died()
+            except Exception:
+                log.exception("the engine's death was not understood")
             await asyncio.sleep(pause)
 
     async def _run(self) -> None:

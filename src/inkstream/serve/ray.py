@@ -163,7 +163,7 @@ class Engine:
                     part.unlink()
                     self.drawn += 1
                 yield told
-                if told["event"] in ("done", "failed", "cancelled"):
+                if told["event"] in ("done", "failed", "cancelled", "unsaved"):
                     return
         finally:
             worker.cancel(message["draw"])

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import Depends, Request
 from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 
 from inkstream import types
-from inkstream.serve.errors import Refused
+from inkstream.serve.errors import Refused, disk_full
 from inkstream.serve.feed import Feed, Happening
 from inkstream.serve.fetch import fetch
 from inkstream.serve.inputs import decode, examine, keep, pictures_in
@@ -38,6 +38,8 @@ class Service:
     metrics: Metrics
     started: float
     aliases: dict[str, str] = field(default_factory=dict)  # name in OpenAI's API -> model
+    fetchers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
+    """Threads that may wait for other servers: the rest are for what is here."""
 
     async def take_pictures(self, caller: Caller, request: types.Request) -> types.Request:
         """The request with every picture it brings kept, as `upload:ID`. Refused where one is none, or may not be.
@@ -47,13 +49,17 @@ class Service:
         if next(pictures_in(request), None) is None:
             return request
         limits = self.settings.limits
-        found = await to_thread.run_sync(decode, request, fetch if self.settings.fetch else None, limits)
+        outside = fetch if self.settings.fetch else None
+        limiter = self.fetchers if outside and any(g[:4].lower() == "http" for *_, g in pictures_in(request)) else None
+        found = await to_thread.run_sync(decode, request, outside, limits, limiter=limiter)
         uploads = {given: (data, await self.examine(caller, data, param)) for given, (data, param) in found.items()}
         return keep(self.store, request, uploads, caller.scope)
 
     async def examine(self, caller: Caller, data: bytes, param: str | None = None) -> Any:
         """The upload that bytes become. Refused where they are no picture, or the caller's room is full."""
         limits = self.settings.limits
+        if self.store.free() < limits.reserve:
+            raise disk_full()
         room = limits.upload_total - self.store.uploaded(caller.name)
         if caller.key is not None and len(data) > room:
             raise Refused(

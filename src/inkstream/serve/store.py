@@ -1,32 +1,41 @@
 """Jobs, pictures and uploads in one SQLite file, beside it the pictures themselves. What is here outlives any process.
 
 Rows are written by the server's event loop alone, through one connection; searches read through a second one, from
-threads. A picture's file is moved to its place before its row is written, so that every row has its file; what a crash
-leaves without a row is removed at the next start.
+threads. A picture's file is moved to its place before its row is written, so that every row has its file. A file that
+has no row, after a crash or beside an older database, gets one at the next start: no picture is ever removed but by
+whoever deleted it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import re
 import secrets
 import shutil
 import sqlite3
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from inkstream.engine.lock import take
+from inkstream.serve.damage import is_sound, picture_facts, salvage, set_aside, upload_facts
+from inkstream.serve.errors import is_broken
 from inkstream.types import InputError
 
 VERSION = 1
 WEEK = 7 * 86_400.0
 """Seconds for which a deleted picture can be brought back, and an upload that nothing names is kept."""
+
+START_ROOM = 1 << 20
+"""Bytes of the disk that a start needs."""
+log = logging.getLogger("inkstream.serve")
 
 LATE = 60.0
 """Seconds after which an operating system has surely written a file to the disk."""
@@ -189,6 +198,21 @@ class Search:
 
 
 AS_JSON = frozenset({"grid", "error", "remarks", "request"})
+JSON_IN = {"jobs": "grid, error, remarks, request", "pictures": "request"}
+TYPES = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "WEBP": "image/webp",
+    "AVIF": "image/avif",
+    "GIF": "image/gif",
+    "TIFF": "image/tiff",
+    "BMP": "image/bmp",
+    "PPM": "image/x-portable-pixmap",
+    "JPEG2000": "image/jp2",
+}
+"""Media types of uploads, by Pillow's names of their formats."""
+NAME = re.compile(r"p[0-9a-f]{20}")
+"""A picture's name."""
 JOB, PICTURE, UPLOAD = (", ".join(field.name for field in fields(row)) for row in (Job, Picture, Upload))
 
 
@@ -200,9 +224,19 @@ def _read(kind: Any, row: Sequence[Any]) -> Any:
     return kind(**values)
 
 
-def new_id(kind: str) -> str:
-    """A name that nobody can guess: j..., p..."""
-    return kind + secrets.token_hex(10)
+def new_job_id() -> str:
+    """A name that nobody can guess."""
+    return "j" + secrets.token_hex(10)
+
+
+def picture_id(job: str, place: int) -> str:
+    """The name of a job's picture, which nobody can guess who does not know the job's; a file's name tells both."""
+    return "p" + hashlib.sha256(f"{job} {place}".encode()).hexdigest()[:20]
+
+
+def upload_id(key: str, data: bytes) -> str:
+    """The name of what a key has sent."""
+    return "u" + hashlib.sha256(key.encode() + b"\0" + data).hexdigest()[:32]
 
 
 class Store:
@@ -219,19 +253,51 @@ class Store:
                 place.mkdir(parents=True, exist_ok=True, mode=0o700)
             busy = f"{folder} is in use by another server: stop it, or give another --data"
             self._lock = take(folder / "lock", busy)
-            self._db = _open(folder / "inkstream.db")
-            self._reader = _open(folder / "inkstream.db")
+            try:
+                if self.free() < START_ROOM:
+                    raise InputError(f"the disk of {folder} is full: free some of it, or give another --data")
+                self._db = self._open_sound(folder / "inkstream.db")
+                self._reader = _open(folder / "inkstream.db")
+                self._log = (folder / "inkstream.db-wal").open("rb+", buffering=0)
+            except BaseException:
+                self._lock.close()
+                raise
         except OSError as error:
             raise InputError(f"{folder} cannot be written to ({error.strerror}): give another --data") from None
-        except sqlite3.DatabaseError as error:
-            raise InputError(f"{folder}/inkstream.db cannot be read ({error}): move it away, or restore it") from None
+        except sqlite3.Error as error:
+            raise InputError(f"{folder}/inkstream.db cannot be used ({error}): give another --data") from None
         self._reading = threading.Lock()
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version > VERSION:
-            raise InputError(f"{folder} was written by a newer inkstream: upgrade, or give another --data")
-        if version == 0:
-            self._db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT")
-        self._log = (folder / "inkstream.db-wal").open("rb+", buffering=0)
+
+    def _open_sound(self, path: Path) -> sqlite3.Connection:
+        """The database, made if there is none. One that is damaged is kept aside, and what it still tells is taken."""
+        try:
+            db = _open(path)
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version > VERSION:
+                raise InputError(f"{self.folder} was written by a newer inkstream: upgrade, or give another --data")
+            if version == 0:
+                _make(db)
+            if is_sound(db, JSON_IN):
+                return db
+            db.close()
+        except sqlite3.DatabaseError as error:
+            if not is_broken(error):
+                raise
+        aside = set_aside(path, time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
+        new = path.with_name("inkstream-new.db")
+        for old in (new, Path(f"{new}-wal")):  # of a start that was interrupted here
+            old.unlink(missing_ok=True)
+        with closing(_open(new)) as db:
+            _make(db)
+            counts = salvage(aside, db, JSON_IN)
+        for end in ("-wal", "-shm"):
+            Path(f"{path}{end}").unlink(missing_ok=True)
+        os.replace(new, path)
+        told = ", ".join(f"{count} {table}" for table, count in counts.items())
+        log.warning(
+            f"inkstream.db was damaged: it is kept as {aside.name}, and what could be read is taken over: {told}"
+        )
+        return _open(path)
 
     def close(self) -> None:
         for one in (self._log, self._reader, self._db, self._lock):
@@ -255,7 +321,7 @@ class Store:
         uploads: Iterable[str] = (),
     ) -> Job:
         """A job that waits. No death of a process loses it from now on; of the machine, none once it is settled."""
-        identity = new_id("j")
+        identity = new_job_id()
         with self._change() as db:
             number = db.execute(
                 "INSERT INTO jobs (id, key, state, created, priority, place, model, total, note, waited, token,"
@@ -320,23 +386,12 @@ class Store:
 
         facts: seconds, width, height, bytes, sha256 and the complete request.
         """
-        request = facts["request"]
-        identity = new_id("p")
-        day = time_folder(now)
-        file = f"{day}/{identity}.png"
-        (self.pictures / day).mkdir(exist_ok=True)
-        os.replace(part, self.pictures / file)
-        lines = (request.get("prompt", ""), request.get("negative_prompt", ""), request["model"], str(request["seed"]))
+        identity = picture_id(job.id, place)
+        file = f"{time_folder(now)}/{identity}.png"
+        (self.pictures / file).parent.mkdir(exist_ok=True)
         with self._change() as db:
-            added = db.execute(
-                "INSERT OR IGNORE INTO pictures (id, job, place, key, created, seconds, width, height, bytes, type,"
-                " sha256, file, seed, model, words, request)"
-                " SELECT ?, id, ?, key, ?, ?, ?, ?, ?, 'image/png', ?, ?, ?, ?, ?, ?"
-                " FROM jobs WHERE id = ? AND state = 'running'",
-                (identity, place, now, facts["seconds"], facts["width"], facts["height"], facts["bytes"],
-                 facts["sha256"], file, request["seed"], request["model"], "\n".join(lines).casefold(),
-                 json.dumps(request), job.id),
-            ).rowcount  # fmt: skip
+            running = db.execute("SELECT 1 FROM jobs WHERE id = ? AND state = 'running'", (job.id,)).fetchone()
+            added = running is not None and self._insert_picture(identity, job.id, place, job.key, now, file, facts)
             if added:
                 db.execute("UPDATE jobs SET deaths = 0 WHERE id = ?", (job.id,))
                 db.execute(
@@ -344,10 +399,27 @@ class Store:
                     " pictures = pictures + 1, seconds = seconds + excluded.seconds",
                     (job.key, int(now // 86_400), facts["seconds"]),
                 )
+                os.replace(part, self.pictures / file)
         if not added:
-            (self.pictures / file).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             return None
         return self.picture(identity)
+
+    def _insert_picture(
+        self, identity: str, job: str, place: int, key: str, created: float, file: str, facts: Mapping[str, Any]
+    ) -> bool:
+        """Whether it was not there before."""
+        request = facts["request"]
+        lines = (request.get("prompt", ""), request.get("negative_prompt", ""), request["model"], str(request["seed"]))
+        sql = (
+            "INSERT OR IGNORE INTO pictures (id, job, place, key, created, seconds, width, height, bytes, type,"
+            " sha256, file, seed, model, words, request)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'image/png', ?, ?, ?, ?, ?, ?)"
+        )
+        return self._set(
+            sql, identity, job, place, key, created, facts["seconds"], facts["width"], facts["height"], facts["bytes"],
+            facts["sha256"], file, request["seed"], request["model"], "\n".join(lines).casefold(), json.dumps(request),
+        )  # fmt: skip
 
     def picture(self, identity: str, key: str | None = None) -> Picture | None:
         return self._one(Picture, "id = ? AND (? IS NULL OR key = ?)", identity, key, key)
@@ -357,8 +429,8 @@ class Store:
         return self._all(Picture, "job = ? ORDER BY place", job)
 
     def recent(self, limit: int) -> list[Picture]:
-        """The pictures drawn last, whoever asked for them."""
-        return self._all(Picture, "number > (SELECT coalesce(max(number), 0) FROM pictures) - ?", limit)
+        """The pictures drawn last whose time was taken, whoever asked for them."""
+        return self._all(Picture, "seconds > 0 AND number > (SELECT coalesce(max(number), 0) FROM pictures) - ?", limit)
 
     def with_content(self, sha256: str, key: str | None) -> Picture | None:
         """A picture of a key whose file has this content."""
@@ -393,10 +465,17 @@ class Store:
     def add_upload(self, upload: Upload, data: bytes) -> None:
         """Keep a picture that was sent; one that is here already only becomes new again."""
         path = self.uploads / upload.file
-        if not path.exists():
+        if not path.exists() or path.stat().st_size != len(data):
             part = path.with_suffix(".part")
-            part.write_bytes(data)
-            os.replace(part, path)
+            try:
+                part.write_bytes(data)
+                os.replace(part, path)
+            except OSError:
+                part.unlink(missing_ok=True)
+                raise
+        self._note_upload(upload)
+
+    def _note_upload(self, upload: Upload) -> None:
         values = [getattr(upload, field.name) for field in fields(Upload)]
         self._set(f"INSERT OR REPLACE INTO uploads ({UPLOAD}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
@@ -419,6 +498,13 @@ class Store:
         """Have the disk hold what was changed, not only the operating system. Takes milliseconds: for threads."""
         os.fsync(self._log.fileno())
 
+    def free(self) -> int:
+        """Bytes that the disk has room for; 0 where the folder is gone."""
+        try:
+            return shutil.disk_usage(self.folder).free
+        except OSError:
+            return 0
+
     def setting(self, name: str, default: str = "") -> str:
         row = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
         return row[0] if row else default
@@ -430,8 +516,8 @@ class Store:
         """What a server that starts makes of what the last one left; the jobs that wait, oldest first.
 
         Running jobs wait again, or have succeeded where only the word was missing; those whose client waited for the
-        answer are cancelled, for it is gone. Files without a row are removed, and where the machine lost power, rows
-        whose file did not reach the disk: these pictures are drawn again.
+        answer are cancelled, for it is gone. Where the machine lost power, rows whose file did not reach the disk are
+        removed, and these pictures drawn again. Files without a row get one.
         """
         shutil.rmtree(self.parts, ignore_errors=True)
         self.parts.mkdir(mode=0o700)
@@ -440,36 +526,80 @@ class Store:
             if not _is_whole(self.pictures / picture.file, picture):
                 self._set("DELETE FROM pictures WHERE id = ?", picture.id)
                 self._set("UPDATE jobs SET state = 'running' WHERE id = ? AND state = 'succeeded'", picture.job)
+        self._find_pictures()
+        self._find_uploads(now)
         for job in self.active():
             if job.waited:
                 self.end(job.id, "cancelled", now)
-            elif job.state == "running" and len(self.pictures_of(job.id)) >= job.total:
+            elif len(self.pictures_of(job.id)) >= job.total:
                 self.end(job.id, "succeeded", now)
             elif job.state == "running":
                 self.requeue(job.id, died=False)
-        known = {row[0] for row in self._db.execute("SELECT file FROM pictures")}
-        for file in self.pictures.glob("*/p*.png"):
-            if f"{file.parent.name}/{file.name}" not in known:
-                file.unlink(missing_ok=True)
-        known = {row[0] for row in self._db.execute("SELECT file FROM uploads")}
-        for file in self.uploads.glob("u*"):
-            if file.name not in known:
-                file.unlink(missing_ok=True)
         self.tidy(now)
         return self.active()
+
+    def _find_pictures(self) -> None:
+        """Give a row to each picture of ours that has none: of its job, where that is known, else of one of its own.
+
+        What is broken, or not ours, stays where it is.
+        """
+        known = {row[0] for row in self._db.execute("SELECT file FROM pictures")}
+        strays = {
+            file.stem: file
+            for file in self.pictures.glob("*/p*.png")
+            if NAME.fullmatch(file.stem) and f"{file.parent.name}/{file.name}" not in known
+        }
+        if not strays:
+            return
+        places = {
+            picture_id(job, place): (job, place, key)
+            for job, key, total in self._db.execute("SELECT id, key, total FROM jobs")
+            for place in range(total)
+        }
+        found = 0
+        for identity, path in sorted(strays.items(), key=lambda stray: stray[1].stat().st_mtime):
+            file = f"{path.parent.name}/{path.name}"
+            try:
+                facts = picture_facts(path)
+            except (InputError, OSError) as error:
+                log.warning(
+                    "a file is no picture of ours, and is left alone", extra={"file": path.name, "error": error}
+                )
+                continue
+            job, place, key = places.get(identity, ("j" + identity[1:], 0, ""))
+            found += self._insert_picture(identity, job, place, key, path.stat().st_mtime, file, facts)
+        log.warning("pictures were found that the history did not know", extra={"pictures": found})
+
+    def _find_uploads(self, now: float) -> None:
+        """The same of uploads. Their names tell whose they are, if that is somebody who is known here."""
+        known = {row[0] for row in self._db.execute("SELECT file FROM uploads")}
+        keys = {row[0] for row in self._db.execute("SELECT key FROM jobs UNION SELECT key FROM uploads")}
+        for path in self.uploads.glob("u*"):
+            if path.suffix == ".part":
+                path.unlink(missing_ok=True)
+            elif path.name not in known:
+                try:
+                    width, height, kind = upload_facts(path)
+                except InputError as error:
+                    log.warning("a file is no upload and is left alone", extra={"file": path.name, "error": error})
+                    continue
+                data = path.read_bytes()
+                key = next((key for key in keys if upload_id(key, data) == path.stem), "")
+                media = TYPES.get(kind, "application/octet-stream")
+                self._note_upload(Upload(path.stem, key, now, width, height, len(data), media, path.name))
 
     def tidy(self, now: float) -> None:
         """Remove for good what was deleted a week ago, and uploads that nothing has named for a week."""
         gone = self._all(Picture, "deleted < ?", now - WEEK)
         idle = self._all(Upload, "created < ? AND id NOT IN (SELECT upload FROM used)", now - WEEK)
-        with self._change() as db:
-            db.executemany("DELETE FROM pictures WHERE id = ?", [(picture.id,) for picture in gone])
-            db.executemany("DELETE FROM uploads WHERE id = ?", [(upload.id,) for upload in idle])
-        for picture in gone:
+        for picture in gone:  # files first: one without a row would be found again
             (self.pictures / picture.file).unlink(missing_ok=True)
             self.thumbnail_of(picture).unlink(missing_ok=True)
         for upload in idle:
             (self.uploads / upload.file).unlink(missing_ok=True)
+        with self._change() as db:
+            db.executemany("DELETE FROM pictures WHERE id = ?", [(picture.id,) for picture in gone])
+            db.executemany("DELETE FROM uploads WHERE id = ?", [(upload.id,) for upload in idle])
 
     def thumbnail_of(self, picture: Picture) -> Path:
         """Where its thumbnail is, or will be."""
@@ -481,11 +611,11 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
+            self._db.execute("COMMIT")  # which may fail too, and then leave the transaction open
         except BaseException:
             with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     def _set(self, sql: str, *values: Any) -> bool:
         return self._db.execute(sql, values).rowcount > 0
@@ -526,6 +656,10 @@ def _conditions(wanted: Search) -> tuple[str, list[Any]]:
     used = [(condition, value) for condition, value in pairs if value is not None]
     state = "deleted IS NOT NULL" if wanted.deleted else "deleted IS NULL"
     return " AND ".join([state, *(condition for condition, _ in used)]), [value for _, value in used]
+
+
+def _make(db: sqlite3.Connection) -> None:
+    db.executescript(f"BEGIN IMMEDIATE; {TABLES} PRAGMA user_version = {VERSION}; COMMIT")
 
 
 def _open(path: Path) -> sqlite3.Connection:

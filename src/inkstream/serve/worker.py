@@ -39,6 +39,10 @@ THREADS = 256
 """Things done at once, at most: the server's slots, and what it asks beside them. What is not needed is not started."""
 
 
+class Unsaved(Exception):
+    """A finished picture could not be written."""
+
+
 class Voice:
     """Says one message at a time, from whatever thread."""
 
@@ -71,6 +75,8 @@ class Worker:
             end = self._draw(run, request, message)
         except InputError as error:
             end = {"event": "failed", "kind": "input", "error": str(error)}
+        except Unsaved as error:
+            end = {"event": "unsaved", "error": str(error)}
         except Exception as error:
             report(error)
             end = {"event": "failed", "kind": "internal", "error": f"{type(error).__name__} in the engine, see the log"}
@@ -129,7 +135,11 @@ class Worker:
         complete = done.request.model_copy(update={"model": message["name"]})
         data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
         path = self.parts / f"{run}-{done.index}.png"
-        path.write_bytes(data)
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise Unsaved(error.strerror or type(error).__name__) from None
         return {
             "index": done.index,
             "file": path.name,

@@ -1,0 +1,243 @@
+"""A disk that is full in the middle of a save, a folder that must not be written to, and two servers on one folder."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from inkstream.cli import main
+from inkstream.serve.limits import Limits, Settings
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "serve_faults.py"
+SMALL = {"prompt": "a red circle", "model": "pocket", "width": 32, "height": 32, "steps": 1, "seed": 1}
+linux = pytest.mark.skipif(sys.platform != "linux", reason="sets limits of other processes")
+
+
+def script() -> Any:
+    spec = importlib.util.spec_from_file_location("serve_faults", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["serve_faults"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def process(tmp_path) -> Iterator[Any]:
+    """`inkstream serve` as a process of its own, that answers and whose engine is ready."""
+    server = script().Server(tmp_path / "data")
+    server.start()
+    end = time.monotonic() + 120
+    while True:
+        try:
+            server.ask("GET", "/readyz")
+            break
+        except (AssertionError, sys.modules["serve_faults"].Down):
+            assert time.monotonic() < end, (tmp_path / "log.txt").read_text()
+            time.sleep(0.1)
+    yield server
+    if server.process.poll() is None:
+        server.stop()
+
+
+def limit_files(server: Any, size: int) -> None:
+    """No file of a server or its engine may grow beyond this, as on a full disk; -1: as it was."""
+    import resource
+
+    for pid in (server.process.pid, *server.engines()):
+        hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)[1]
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (hard if size < 0 else size, hard))
+
+
+def answer(server: Any, method: str, path: str, body: Any = None) -> str:
+    """The text of a refusal."""
+    with pytest.raises(AssertionError) as refused:
+        server.ask(method, path, body)
+    return str(refused.value)
+
+
+def ended(ask: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    end = time.monotonic() + 120
+    while not (job := ask())["ended"]:
+        assert time.monotonic() < end, job
+        time.sleep(0.1)
+    return job
+
+
+@linux
+def test_what_was_accepted_is_drawn_once_a_full_disk_has_room_again(process, tmp_path):
+    jobs = [process.ask("POST", "/v1/jobs", SMALL | {"steps": 30, "count": 2, "width": 128}) for _ in range(4)]
+    limit_files(process, 1)
+    assert "answered 503" in (text := answer(process, "POST", "/v1/jobs", SMALL))
+    assert "then ask again" in text
+    assert str(tmp_path) not in text
+    time.sleep(2.0)  # the drawing goes on, and nothing of it can be kept
+    assert process.ask("GET", "/healthz")["status"] == "ok"
+    states = {process.ask("GET", f"/v1/jobs/{job['id']}")["state"] for job in jobs}
+    assert states <= {"queued", "running"}
+    limit_files(process, -1)
+    for job in jobs:
+        done = ended(lambda job=job: process.ask("GET", f"/v1/jobs/{job['id']}"))
+        assert (done["state"], len(done["pictures"])) == ("succeeded", 2)
+        for picture in done["pictures"]:
+            data = process.ask("GET", picture["url"])
+            assert hashlib.sha256(data).hexdigest() == picture["sha256"]
+            Image.open(io.BytesIO(data)).load()
+    assert len(list(tmp_path.glob("data/pictures/*/*"))) == 8
+    assert list(tmp_path.glob("data/parts/*")) == []
+
+
+@linux
+def test_a_server_that_is_killed_on_a_full_disk_has_lost_nothing_of_what_it_accepted(process, tmp_path):
+    first = process.ask("POST", "/v1/jobs", SMALL)
+    ended(lambda: process.ask("GET", f"/v1/jobs/{first['id']}"))
+    job = process.ask("POST", "/v1/jobs", SMALL | {"steps": 30, "width": 128})
+    limit_files(process, 1)
+    time.sleep(1.0)
+    process.kill()
+    process.start()
+    end = time.monotonic() + 60
+    down = sys.modules["serve_faults"].Down
+    done: dict[str, Any] = {"ended": None}
+    while not done["ended"] and time.monotonic() < end:
+        try:
+            done = process.ask("GET", f"/v1/jobs/{job['id']}")
+        except down:
+            time.sleep(0.2)
+    assert done["state"] == "succeeded"
+    assert process.ask("GET", "/v1/pictures")["total"] == 2
+
+
+@linux
+def test_an_upload_that_does_not_fit_leaves_no_half_of_it(process, tmp_path):
+    limit_files(process, 1000)
+    noise = Image.frombytes("L", (64, 64), os.urandom(4096))
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{process.port}/v1/uploads", buffer.getvalue(), {"Content-Type": "image/png"}
+    )
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    assert refused.value.code == 503
+    assert b"disk is full" in refused.value.read()
+    assert list(tmp_path.glob("data/uploads/*")) == []
+    limit_files(process, -1)
+    assert urllib.request.urlopen(request, timeout=30).status == 201
+
+
+def test_a_picture_that_can_never_be_kept_fails_its_job_and_says_why(tmp_path, start_server, until, monkeypatch):
+    from inkstream.serve import jobs
+
+    monkeypatch.setattr(jobs, "HOLD", 0.0)
+    program = (
+        "import json, sys; print(json.dumps({'event': 'ready', 'seconds': 0}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    if 'draw' in (told := json.loads(line)):\n"
+        "        told = {'run': told['draw'], 'event': 'unsaved', 'error': 'Disk quota exceeded'}\n"
+        "        print(json.dumps(told), flush=True)"
+    )
+    served = start_server(Settings(tmp_path, models=("pocket",), preload=False), engine=program)
+    error = served.ended(served.draw())["error"]
+    assert "cannot be saved (Disk quota exceeded)" in error["message"]
+    assert error["type"] == "server_error"
+    served.stop()
+
+
+def test_a_disk_with_less_than_the_reserve_takes_nothing_and_shows_what_it_has(tmp_path, start_server, until):
+    served = start_server(Settings(tmp_path, models=("pocket",)))
+    done = served.ended(served.draw())
+    served.ask("PATCH", "/v1/queue", {"paused": True})
+    waiting = served.draw()
+    served.stop()
+    full = start_server(Settings(tmp_path, models=("pocket",), limits=Limits(reserve=1 << 60)))
+    until(lambda: full.ask("GET", "/readyz")[0] == 200)
+    full.ask("PATCH", "/v1/queue", {"paused": False})
+    for method, path, body in (("POST", "/v1/jobs", SMALL), ("POST", "/v1/uploads", b"x")):
+        status, headers, refusal = full.ask(method, path, body)
+        assert (status, refusal["error"]["code"], headers["retry-after"]) == (503, "disk_full", "60")
+        assert refusal["error"]["message"].startswith("the server's disk is full: free some")
+    assert full.ask("GET", f"/v1/jobs/{waiting['id']}")[2]["state"] == "queued"
+    assert full.ask("GET", done["pictures"][0]["url"])[0] == 200
+    full.stop()
+
+
+@pytest.fixture
+def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
+    """`mounted(options)` is a file system in memory, as a folder; where that is not allowed the test is skipped."""
+    folder = tmp_path / "mounted"
+    folder.mkdir()
+
+    def mount(options: str) -> Path:
+        words = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+        try:
+            done = subprocess.run(words, capture_output=True, text=True)
+        except OSError as error:
+            pytest.skip(f"file systems cannot be mounted here: {error}")
+        if done.returncode:
+            pytest.skip(f"file systems cannot be mounted here: {done.stderr.strip()}")
+        return folder
+
+    yield mount
+    subprocess.run(["umount", "-l", str(folder)], capture_output=True)
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_the_drawing_costs_no_picture(mounted, start_server, until):
+    disk = mounted("size=4m")
+    served = start_server(Settings(disk / "data", models=("pocket",), limits=Limits(reserve=0)))
+    first = served.ended(served.draw(seed=1))
+    jobs = [served.draw(seed=number, steps=20, width=128, count=2) for number in range(4)]
+    ballast = disk / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+    until(lambda: served.service.jobs.full)
+    assert served.ask("GET", "/healthz")[0] == 200
+    assert served.ask("GET", first["pictures"][0]["url"])[0] == 200
+    assert served.ask("GET", first["pictures"][0]["thumbnail"])[0] == 200  # though it cannot be kept
+    assert list(disk.glob("data/thumbnails/*")) == []
+    ballast.unlink()
+    done = [served.ended(job) for job in jobs]
+    assert [(job["state"], len(job["pictures"])) for job in done] == [("succeeded", 2)] * 4
+    assert len(list(disk.glob("data/pictures/*/*"))) == 9
+    served.stop()
+
+
+def test_a_start_on_a_full_disk_or_in_a_folder_that_must_not_be_written_to_says_so(mounted, tmp_path, capsys):
+    disk = mounted("size=512k")
+    assert main(["serve", f"--data={disk / 'data'}", "--model=pocket", "--port=18412"]) == 2
+    assert "is full: free some of it" in capsys.readouterr().err.splitlines()[-1]
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    for folder in (disk / "data", disk / "other"):
+        assert main(["serve", f"--data={folder}", "--model=pocket", "--port=18412"]) == 2
+        assert "cannot be written to (Read-only file system)" in capsys.readouterr().err.splitlines()[-1]
+
+
+@linux
+def test_a_second_server_on_the_folder_is_refused_and_the_first_goes_on(process, capsys):
+    job = process.ask("POST", "/v1/jobs", SMALL | {"steps": 20, "width": 128})
+    assert main(["serve", f"--data={process.folder}", "--model=pocket", "--port=18413"]) == 2
+    assert "in use by another server: stop it" in capsys.readouterr().err.splitlines()[-1]
+    assert ended(lambda: process.ask("GET", f"/v1/jobs/{job['id']}"))["state"] == "succeeded"
+    words = [sys.executable, "-m", "inkstream", "serve", f"--port={process.port}", "--model=pocket"]
+    other = subprocess.run(
+        [*words, f"--data={process.folder.parent / 'other'}"], capture_output=True, text=True, timeout=60
+    )
+    assert other.returncode == 2
+    assert f"port {process.port}" in other.stderr.splitlines()[-1]
