@@ -180,12 +180,13 @@ class Served:
         import uvicorn
 
         from inkstream.serve.app import build
+        from inkstream.serve.connections import Connection
         from inkstream.serve.process import COMMAND, EngineProcess
 
         command = COMMAND if engine is None else (sys.executable, "-c", engine)
         self.app = build(settings, partial(EngineProcess, command=command))
         self.service = self.app.state.service
-        config = uvicorn.Config(self.app, "127.0.0.1", 0, http="h11", log_config=None, timeout_graceful_shutdown=2)
+        config = uvicorn.Config(self.app, "127.0.0.1", 0, http=Connection, log_config=None, timeout_graceful_shutdown=2)
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._server.serve()), daemon=True)
         self._thread.start()

@@ -97,6 +97,7 @@ def run(
 
     from inkstream.serve import logs
     from inkstream.serve.app import build
+    from inkstream.serve.connections import Connection, allow_many
     from inkstream.serve.limits import Limits, Settings
 
     for option, value in {"port": port, "slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
@@ -125,10 +126,11 @@ def run(
         log_prompts=log_prompts,
         fetch=fetch,
     )
-    app = build(settings)
     logs.set_up()
-    config = uvicorn.Config(app, host, port, http="h11", log_config=None, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)  # h11: httptools drops the host of an absolute target, which is to be refused
+    allow_many()
+    app = build(settings)
+    config = uvicorn.Config(app, host, port, http=Connection, log_config=None, timeout_graceful_shutdown=5)
+    server = uvicorn.Server(config)
     jobs = app.state.service.jobs
     asyncio.run(listen(server, jobs))
     if jobs.drawing.unusable:

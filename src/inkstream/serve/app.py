@@ -48,6 +48,8 @@ OPEN_BELOW = "/studio/"
 """The studio's scripts and styles, which need no key either."""
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?")
 """What a Host header may be: a name or an address, with a port or without one."""
+SLOWEST = 4096
+"""Bytes of a body in a second, on the average, beyond the time that each may take."""
 log = logging.getLogger("inkstream.serve")
 
 
@@ -172,14 +174,15 @@ class Guard:
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limits.body_bytes:
             raise self._too_large()
-        read, whole = 0, False
+        read, whole, began = 0, False, time.monotonic()
 
         async def next_piece() -> Message:
             nonlocal read, whole
             if whole:
                 return await receive()  # waits until the client leaves
+            left = began + limits.body_seconds + read / SLOWEST - time.monotonic()
             try:
-                message = await asyncio.wait_for(receive(), limits.body_seconds)
+                message = await asyncio.wait_for(receive(), min(left, limits.body_seconds))
             except TimeoutError:
                 raise HTTPException(408, "the body came too slowly: send it again") from None
             read += len(message.get("body", b""))

@@ -65,8 +65,8 @@ class Refused(Exception):
     ):
         super().__init__(message)
         self.status = status
-        self.message = message
-        self.param = param
+        self.message = _as_text(message)
+        self.param = None if param is None else _as_text(param)
         self.code = code
         self.retry_after = retry_after
 
@@ -79,6 +79,11 @@ class Refused(Exception):
 def is_broken(error: Exception) -> bool:
     """Whether SQLite met damage, not a full disk, a lock or a lack of rights."""
     return type(error) is sqlite3.DatabaseError
+
+
+def _as_text(given: str) -> str:
+    """What can be sent: half a surrogate pair, which JSON can name, cannot."""
+    return given.encode(errors="replace").decode()
 
 
 def reason_of(error: OSError | sqlite3.Error) -> str:

@@ -142,6 +142,10 @@ class Jobs:
         """
         request, _ = choose(self.models, request)
         digest = _digest(request, grid, priority, note)
+        try:
+            "\n".join((request.prompt, request.negative_prompt, note)).encode()
+        except UnicodeEncodeError:
+            raise Refused(400, "a text has half a surrogate pair (\\ud800 to \\udfff): send both halves") from None
         if token is not None and (job := self.store.repeated(caller.name, token)) is not None:
             if job.digest != digest:
                 raise Refused(409, "this idempotency key was used for another body: take a new one", code="idempotency")
