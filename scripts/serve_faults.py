@@ -1,6 +1,6 @@
 """An ordeal for the server: clients ask for pictures while its engine and it itself are killed, again and again.
 
-    python scripts/serve_faults.py --date 2026-11-21 [--kills 1000] [--each 40] [--clients 8] [--seed 0]
+    python scripts/serve_faults.py --date 2026-11-21 [--kills 1000] [--each 20] [--clients 8] [--seed 0]
         [--record serve-faults-cpu]
 
 The kills come in rounds of `--each`, every round in a new folder. A round ends with a look at everything: each accepted
@@ -284,7 +284,7 @@ if __name__ == "__main__":
     from inkstream.bench.records import read_record, write_record  # not at the top: it imports torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, number in {"kills": 1000, "each": 40, "clients": 8, "seed": 0}.items():
+    for name, number in {"kills": 1000, "each": 20, "clients": 8, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=number)
     parser.add_argument("--date", default="", help="the day, for the record")
     parser.add_argument("--record", help="write benchmarks/records/NAME.json, and go on behind what it has")

@@ -203,6 +203,9 @@ class Drawing:
                 log.error("a picture cannot be kept", extra={"job": run.job.id, "error": str(error)})
                 run.unsaved, run.stopped = reason_of(error), time.monotonic()
                 self.engine.send({"cancel": run.id})
+                if "file" in message:
+                    with suppress(OSError):
+                        (self.store.parts / message["file"]).unlink(missing_ok=True)
             return
         del self.runs[run.id]
         if event == "unsaved" or run.unsaved:
