@@ -6,7 +6,7 @@ import asyncio
 from contextlib import suppress
 from typing import Any
 
-from uvicorn.protocols.http.auto import AutoHTTPProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD = 10.0
 """Seconds that a connection has to say all of a request's head, from its first byte or its opening."""
@@ -14,11 +14,12 @@ HEAD = 10.0
 FILES = 65_536
 """Files and connections that the process may have open, where the system allows as many."""
 
-Base: Any = AutoHTTPProtocol
+Base: Any = H11Protocol
+"""httptools drops the host of an absolute target, which is to be refused."""
 
 
 class Connection(Base):
-    """One of uvicorn's, with patience for a head that has an end."""
+    """One of h11's, with patience for a head that has an end."""
 
     _watch: asyncio.TimerHandle | None = None
 
