@@ -81,8 +81,10 @@ def attend_evenly(name: str, q: Tensor, k: Tensor, v: Tensor, b: int, causal: bo
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     grouped = q.shape[1] != k.shape[1]
     # The backward pass of torch's bfloat16 attention on a CPU takes four times as long as that of its float32 one.
-    wide = (s.float() if q.device.type == "cpu" and torch.is_grad_enabled() else s for s in (q, k, v))
-    out = F.scaled_dot_product_attention(*wide, is_causal=causal, enable_gqa=grouped).to(q.dtype)
+    dtype = q.dtype
+    if q.device.type == "cpu" and torch.is_grad_enabled():
+        q, k, v = q.float(), k.float(), v.float()
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).to(dtype)
     return out.transpose(1, 2).flatten(0, 1)
 
 
