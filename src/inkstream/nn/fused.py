@@ -8,6 +8,8 @@ products of `quant` take. Pictures have their channels last.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -62,10 +64,10 @@ def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, h
     count, heads, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = triton.next_power_of_2(heads), triton.next_power_of_2(width)
-    _norm_rope[(count,)](
+    _launch(
+        _norm_rope, (count,), tile[0] * tile[1],
         x, weight, cos, sin, out, x.stride(0), x.stride(1), heads, eps,
         WIDTH=width, HEADS=tile[0], BLOCK=tile[1], HALVES=halves,
-        num_warps=warps(tile[0] * tile[1]),  # pyright: ignore[reportCallIssue]
     )  # fmt: skip
     return out
 
@@ -75,9 +77,10 @@ def swiglu(gate: Tensor, up: Tensor, into: torch.dtype | None = None) -> Rows:
     out, scales = _room(gate, into)
     count, width = gate.shape
     block = triton.next_power_of_2(width)
-    _swiglu[(count,)](
+    _launch(
+        _swiglu, (count,), block,
         gate, up, out, scales, gate.stride(0), up.stride(0), width, most(into),
-        BLOCK=block, num_warps=warps(block),  # pyright: ignore[reportCallIssue]
+        BLOCK=block,
     )  # fmt: skip
     return out if scales is None else (out, scales)
 
@@ -87,9 +90,10 @@ def round_rows(x: Tensor, into: torch.dtype) -> tuple[Tensor, Tensor]:
     out, scales = _room(x, into)
     count, width = x.shape
     block = triton.next_power_of_2(width)
-    _round[(count,)](
+    _launch(
+        _round, (count,), block,
         x, out, scales, x.stride(0), width, most(into),
-        BLOCK=block, num_warps=warps(block),  # pyright: ignore[reportCallIssue]
+        BLOCK=block,
     )  # fmt: skip
     assert scales is not None
     return out, scales
@@ -105,9 +109,10 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     pieces = triton.cdiv(positions, piece)
     means, variances = (torch.empty(pieces, batch, channels, device=x.device) for _ in range(2))
     block = min(CHANNELS, triton.next_power_of_2(channels))
-    _moments[(pieces, batch, triton.cdiv(channels, block))](
+    _launch(
+        _moments, (pieces, batch, triton.cdiv(channels, block)), TILE * block,
         x, means, variances, positions, channels,
-        PIECE=piece, TILE=TILE, BLOCK=block, num_warps=warps(TILE * block),  # pyright: ignore[reportCallIssue]
+        PIECE=piece, TILE=TILE, BLOCK=block,
     )  # fmt: skip
     share = torch.full((pieces,), piece / positions, device=x.device)
     share[-1] = (positions - (pieces - 1) * piece) / positions
@@ -119,9 +124,10 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
     batch, positions, channels = x.shape
     out = torch.empty_like(x)
     block = min(CHANNELS, triton.next_power_of_2(channels))
-    _scale_shift[(triton.cdiv(positions, TILE), batch, triton.cdiv(channels, block))](
+    _launch(
+        _scale_shift, (triton.cdiv(positions, TILE), batch, triton.cdiv(channels, block)), TILE * block,
         x, scale, shift, out, positions, channels,
-        SILU=silu, TILE=TILE, BLOCK=block, num_warps=warps(TILE * block),  # pyright: ignore[reportCallIssue]
+        SILU=silu, TILE=TILE, BLOCK=block,
     )  # fmt: skip
     return out
 
@@ -131,14 +137,19 @@ def try_out(device: torch.device) -> None:
     swiglu(torch.ones(1, 16, device=device), torch.ones(1, 16, device=device))
 
 
-def warps(size: int) -> int:
-    """How many work on that many numbers."""
-    return max(1, min(MOST_WARPS, size // (32 * PER_THREAD)))
-
-
 def most(into: torch.dtype | None) -> float:
     """The largest number of a type; types of more than 8 bits, which tests ask for, stand for e4m3."""
     return torch.finfo(into if into is not None and into.itemsize == 1 else torch.float8_e4m3fn).max
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], size: int, *args: Any, **constants: Any) -> None:
+    """Run a kernel whose programs work on `size` numbers each.
+
+    A product and its sum may be rounded once, as in torch's own kernels. Versions of Triton differ in this where it is
+    not said, and warn.
+    """
+    warps = max(1, min(MOST_WARPS, size // (32 * PER_THREAD)))
+    kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
 def _norm(
@@ -153,11 +164,12 @@ def _norm(
     out, scales = _room(x, into)
     count, width = x.shape
     block = triton.next_power_of_2(width)
-    _norm_rows[(count,)](
+    _launch(
+        _norm_rows, (count,), block,
         x, weight, shift, rows, add, out, scales,
         x.stride(0), weight.stride(0), 0 if shift is None else shift.stride(0), 0 if add is None else add.stride(0),
         max(1, count // len(weight)), width, eps, most(into),
-        BLOCK=block, num_warps=warps(block),  # pyright: ignore[reportCallIssue]
+        BLOCK=block,
     )  # fmt: skip
     return out if scales is None else (out, scales)
 
