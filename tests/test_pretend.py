@@ -1,0 +1,279 @@
+"""The engine's whole path on GPUs that are not there, and each rule of `pretend.py` finds what breaks it."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from itertools import pairwise, zip_longest
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from inkstream.engine.convert import convert
+from inkstream.engine.engine import Engine
+from inkstream.engine.placement import PLANS
+from inkstream.families import SPECS
+from inkstream.nn import gpu, offload
+from inkstream.sampling import solvers
+from inkstream.types import Done, Event, Request
+from pretend import Fault, Graph, Machine
+
+LONG = "anything but a ball: no boxes, no cones, no rings, no words, no frames, nothing out of focus"
+CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "plain": ("z-image-turbo", None, {}),
+    "guidance": ("z-image", None, {"negative_prompt": LONG, "guidance": 4.0}),
+    "inpaint": ("z-image-turbo", None, {"image": "start.png", "mask": "mask.png"}),
+    "references": ("flux2-klein-4b", None, {"reference": ("start.png",)}),
+    "nf4": ("z-image-turbo", "nf4", {}),
+}
+"""Name -> a model, how its weights are packed, and what is asked for."""
+EIGHT_BITS = {"fp8": ("z-image-turbo", "fp8", {}), "w8a8": ("z-image-turbo", "w8a8", {})}
+SLOW: dict[str, tuple[str, str | None, dict[str, Any]]] = {
+    "step cache": ("z-image-turbo", None, {"cache": "taylor", "cache_threshold": 0.3, "steps": 8}),
+    "flux1": ("flux1-dev", None, {}),
+    "flux2-dev": ("flux2-dev", None, {}),
+}
+plans = pytest.mark.parametrize("plan", ["resident", pytest.param("parked", marks=pytest.mark.slow), "streamed"])
+
+
+@pytest.fixture(scope="module")
+def wish(make_folder, tmp_path_factory) -> Callable[..., Request]:
+    """`wish(case)`: a request, of a tiny model on disk."""
+    place = tmp_path_factory.mktemp("pretended")
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(place / "start.png")
+    Image.fromarray(np.repeat(np.array([[255], [0]], np.uint8), 32, 0).repeat(64, 1)).save(place / "mask.png")
+
+    @cache
+    def folder(name: str, quant: str | None) -> Path:
+        if quant:
+            return convert(folder(name, None), place / f"{name}-{quant}", quant=quant)
+        spec = SPECS[name].tiny
+        if name == "z-image-turbo":  # with blocks enough that streaming uses its rooms again
+            spec = replace(spec, transformer=replace(spec.transformer, n_layers=5))
+        return make_folder(place / name, spec)
+
+    def wish(case: str) -> Request:
+        name, quant, fields = {**CASES, **EIGHT_BITS, **SLOW}[case]
+        pictures = {key: str(place / value) for key, value in fields.items() if key in ("image", "mask")}
+        pictures |= {"reference": (str(place / "start.png"),)} if "reference" in fields else {}
+        common = {"prompt": "a red ball", "width": 64, "height": 64, "steps": 4, "seed": 5}
+        return Request(**{**common, **fields, **pictures, "model": str(folder(name, quant))})
+
+    return wish
+
+
+@pytest.fixture(scope="module")
+def on_cpu(wish) -> Callable[..., np.ndarray]:
+    """`on_cpu(case, dtype)`: its picture as the CPU draws it."""
+    return cache(lambda case, dtype="fp32": drawn(Engine("cpu", dtype).submit(wish(case))))
+
+
+@pytest.fixture(autouse=True)
+def no_kernels_of_our_own(monkeypatch) -> None:
+    """Nothing here could run them."""
+    monkeypatch.setattr(gpu, "fused_devices", set())
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    """Two GPUs like an H100."""
+    machine = Machine()
+    machine.kernels["torch_attn::_varlen_attn"] = varlen_attn
+    with machine.plugged_in():
+        yield machine
+
+
+@contextmanager
+def found(what: str) -> Iterator[Machine]:
+    """On such a machine a fault is found."""
+    machine = Machine()
+    with pytest.raises(Fault, match=what), machine.plugged_in():
+        yield machine
+
+
+def varlen_attn(q, k, v, ends_q, ends_k, longest_q, longest_k, *rest):
+    """Computed sequence by sequence. The answer, sums and the state of a generator, as the operation gives them."""
+    assert (longest_q, longest_k) == (int(ends_q.diff().max()), int(ends_k.diff().max()))
+    parts = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))).transpose(0, 1)
+        for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True)
+    ]
+    return torch.cat(parts), q.new_empty(q.shape[1], len(q), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
+
+
+def drawn(events: Any) -> np.ndarray:
+    """The last picture of a request, (H, W, 3)."""
+    last: Event | None = None
+    for event in events:
+        last = event
+    assert isinstance(last, Done), last
+    return np.asarray(last.image, np.float64)
+
+
+def decibels(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """PSNR. 48 are one step of 255 everywhere."""
+    return 20 * np.log10(255 / max(np.sqrt(np.square(ours - theirs).mean()), 1e-3))
+
+
+# What is drawn ------------------------------------------------------------------------------------------------------
+
+
+@plans
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_every_plan_draws_on_a_gpu_what_the_cpu_draws(machine, wish, on_cpu, case, plan):
+    engine = Engine("cuda", "fp32", plan=plan)
+    assert decibels(drawn(machine.between_steps(engine.submit(wish(case)))), on_cpu(case)) > 55
+
+
+@pytest.mark.parametrize("plan", ["resident", *(pytest.param(name, marks=pytest.mark.slow) for name in [*PLANS][1:])])
+@pytest.mark.parametrize("case", [*EIGHT_BITS, "guidance"])
+def test_what_16_bits_ask_of_a_gpu_comes_near_to_what_they_ask_of_a_cpu(machine, wish, on_cpu, case, plan):
+    """Products of 8-bit floats and integers, and attention over sequences of several lengths."""
+    asked = []
+    for name in ("aten::_scaled_mm", "aten::_int_mm", "torch_attn::_varlen_attn"):
+        kernel = machine.kernels.get(name, getattr(torch, name.removeprefix("aten::"), None))
+        machine.kernels[name] = lambda *args, n=name, f=kernel, **kwargs: asked.append(n) or f(*args, **kwargs)
+    engine = Engine("cuda", "bf16", plan=plan)
+    assert decibels(drawn(machine.between_steps(engine.submit(wish(case)))), on_cpu(case, "bf16")) > 34
+    assert {*asked} == {{"fp8": "aten::_scaled_mm", "w8a8": "aten::_int_mm"}.get(case, "torch_attn::_varlen_attn")}
+
+
+def test_requests_are_drawn_together_on_a_gpu(machine, wish, on_cpu):
+    engine = Engine("cuda", "fp32")
+    events = zip_longest(*(engine.submit(wish(case)) for case in ("plain", "plain")))
+    done = [event for pair in events for event in pair if isinstance(event, Done)]
+    assert [decibels(drawn([event]), on_cpu("plain")) > 55 for event in done] == [True, True]
+
+
+def test_small_pictures_are_replayed(machine, wish, on_cpu, monkeypatch):
+    replay, replayed = Graph.replay, []
+    monkeypatch.setattr(Graph, "replay", lambda graph: replayed.append(len(graph.operations)) or replay(graph))
+    assert decibels(drawn(Engine("cuda", "fp32").submit(wish("plain"))), on_cpu("plain")) > 55
+    assert len(replayed) == 3  # the first of four steps is not recorded
+    assert min(replayed) > 10
+
+
+# What is found ------------------------------------------------------------------------------------------------------
+
+
+def euler_with(change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., solvers.Solver]:
+    """Euler's steps, of which each velocity is changed."""
+
+    def euler(x, ts, generator=None):
+        for t, s in pairwise(ts):
+            x = x + (s - t) * change((yield solvers.Query(x, t)))
+        return x
+
+    return euler
+
+
+WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "item": lambda v: v.max().item(),
+    "tolist": lambda v: v.tolist(),
+    "cpu": lambda v: v.cpu(),
+    "to": lambda v: v.to("cpu", torch.float64),
+    "bool": lambda v: bool((v > 0).any()),
+    "float": lambda v: float(v.sum()),
+    "nonzero": lambda v: v.nonzero(),
+    "a mask": lambda v: v[v > 0],
+    "numbers brought": lambda v: torch.tensor([1.0, 2.0], device=v.device),
+    "memory that is not pinned": lambda v: torch.zeros(9).to(v.device, non_blocking=True),
+    "a copy that blocks": lambda v: torch.empty(v.shape, pin_memory=v.is_cuda).copy_(v),
+    "synchronize": lambda v: torch.cuda.synchronize(),
+    "a stream": lambda v: torch.cuda.current_stream().synchronize(),
+}
+
+
+def test_a_host_wait_between_steps_is_found(machine, wish, monkeypatch):
+    steps = []
+
+    def wait(v: torch.Tensor) -> torch.Tensor:
+        steps.append(v.is_cuda)
+        if sum(steps) == 2:
+            for name, what in WAITS.items():
+                with pytest.raises(Fault, match="the host waits: "):
+                    what(v)
+                    pytest.fail(name)
+        return v
+
+    monkeypatch.setitem(solvers.SOLVERS, "euler", euler_with(wait))
+    drawn(machine.between_steps(Engine("cuda", "fp32").submit(wish("plain"))))
+    assert len(machine.faults) == len(WAITS)
+    machine.faults.clear()
+
+
+@plans
+def test_a_host_wait_inside_a_block_is_found(wish, plan):
+    with found("the host waits: ") as machine:
+        engine = Engine("cuda", "fp32", plan=plan)
+        list(engine.load(wish("plain").model))
+        block = engine.model.family.transformer.layers[1]
+        block.register_forward_pre_hook(lambda _, args: args[0].sum().item() and None)
+        drawn(machine.between_steps(engine.submit(wish("plain"))))
+
+
+@pytest.mark.parametrize("other", ["cpu", "cuda:1"])
+def test_a_mix_of_devices_is_found(wish, monkeypatch, other):
+    def mix(v: torch.Tensor) -> torch.Tensor:
+        return v + torch.ones(v.shape).to(other if v.is_cuda else v.device)
+
+    monkeypatch.setitem(solvers.SOLVERS, "euler", euler_with(mix))
+    with found(f"takes tensors of ({other} and cuda:0|cuda:0 and {other})"):
+        drawn(Engine("cuda", "fp32", plan="streamed").submit(wish("plain")))
+
+
+STREAMING = textwrap.dedent(inspect.getsource(offload.Streamed._on_gpu))
+ORDERING = [line for line in STREAMING.splitlines() if re.match(r" +\w+(\[.*\])?\.(wait_|record|synchronize)", line)]
+"""The lines that order the copies of weights and what is computed with them."""
+
+
+def test_what_orders_the_copies_is_known():
+    assert len(ORDERING) == 6
+
+
+@pytest.mark.parametrize("line", ORDERING, ids=lambda line: re.sub(r"[^\w.]+", "-", line.partition("#")[0].strip()))
+def test_a_wait_or_record_left_out_of_streaming_is_found(wish, monkeypatch, line):
+    names: dict[str, Any] = {}
+    assert STREAMING.count(line) == 1
+    exec(STREAMING.replace(line, line[: len(line) - len(line.lstrip())] + "pass"), vars(offload), names)
+    monkeypatch.setattr(offload.Streamed, "_on_gpu", names["_on_gpu"])
+    with found("still in use|not yet written"):
+        drawn(Engine("cuda", "fp32", plan="streamed").submit(wish("plain")))
+
+
+def test_memory_that_another_stream_uses_is_not_to_be_freed():
+    machine = Machine()
+    with machine.plugged_in():
+        for waits in (True, False):
+            room, here, aside = torch.empty(8, device="cuda"), torch.cuda.current_stream(), torch.cuda.Stream()
+            aside.wait_stream(here)
+            with torch.cuda.stream(aside):
+                room.zero_()
+            if waits:
+                here.wait_stream(aside)
+            del room
+            assert machine.faults == ([] if waits else ["memory is freed while another stream uses it"])
+        machine.faults.clear()
+
+
+def test_what_a_non_blocking_copy_brings_is_there_after_an_event():
+    machine = Machine()
+    with machine.plugged_in():
+        home, copied = torch.ones(8).to("cuda").to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+        with pytest.raises(Fault, match="reads what is not yet written"):
+            home.sum()
+        copied.synchronize()
+        assert home.sum().item() == 8
+        machine.faults.clear()
