@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,7 +27,9 @@ from triton.compiler import CompilationError
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from inkstream.nn import fused
+from inkstream.nn import flux, fused, layers, quant
+from inkstream.quant.pack import pack
+from pretend import Machine
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 """Ten times the compute capability: A100, RTX 30, RTX 40, H100, B200, RTX 50."""
@@ -39,19 +42,23 @@ E4M3 = torch.float8_e4m3fn
 PACKAGE = Path(inkstream.__file__).parent
 
 
-def meta(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def launches(x: torch.dtype, into: torch.dtype | None = None) -> Mapping[str, Callable[[], Any]]:
+def launches(x: torch.dtype, into: torch.dtype | None = None, device: str = "meta") -> Mapping[str, Callable[[], Any]]:
     """Calls that launch kernels on tensors of type x; with `into`, those that write rows of 8-bit floats.
 
     Widths: 3840 of Z-Image, 10240 of its feed-forward, 6144 of FLUX.2 dev. Heads: 30 of Z-Image, 48 of FLUX.2 dev, 32
-    of Qwen3. Channels of decoders: 128 to 512.
+    of Qwen3. Channels of decoders: 512.
     """
-    y, wide, hidden = (meta(64, width, dtype=x) for width in (3840, 6144, 10240))
-    one, two = meta(1, 6144, dtype=x), meta(2, 6144, dtype=x)
-    rows = meta(64, dtype=torch.int64)
+
+    def new(*shape: int, dtype: torch.dtype = x) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def turn(heads: int, angles: int, halves: bool = False) -> torch.Tensor:
+        table = new(64, 1, angles, dtype=torch.float32)
+        return fused.norm_rope(new(64, heads, 128), new(128), table, table, 1e-6, halves)
+
+    y, wide, hidden = (new(64, width) for width in (3840, 6144, 10240))
+    one, two = new(1, 6144), new(2, 6144)
+    rows = new(64, dtype=torch.int64)
     calls: dict[str, Callable[[], Any]] = {
         "norm": lambda: fused.rms_norm(y, one[:, :3840], 1e-5, into=into),
         "norm by rows": lambda: fused.rms_norm(y, two[:, :3840], 1e-5, rows, into=into),
@@ -61,23 +68,18 @@ def launches(x: torch.dtype, into: torch.dtype | None = None) -> Mapping[str, Ca
     }
     if into is not None:
         return {**calls, "rounding": lambda: fused.round_rows(hidden, into)}
-    scale, picture = meta(1, 512), meta(1, 4096, 512, dtype=x)
+    scale, picture = new(1, 512, dtype=torch.float32), new(1, 4096, 512)
     return {
         **calls,
         "residual and norm": lambda: fused.rms_norm(y, one[:, :3840], 1e-5, add=y),
         "residual and norm by rows": lambda: fused.rms_norm(y, two[:, :3840], 1e-5, rows, add=y),
-        "queries of Z-Image": lambda: turn(x, 30, 128),
-        "queries of FLUX.2": lambda: turn(x, 48, 128),
-        "queries of Qwen3": lambda: turn(x, 32, 64, halves=True),
+        "queries of Z-Image": lambda: turn(30, 128),
+        "queries of FLUX.2": lambda: turn(48, 128),
+        "queries of Qwen3": lambda: turn(32, 64, halves=True),
         "moments": lambda: fused.moments(picture),
         "group norm": lambda: fused.scale_shift(picture, scale, scale, silu=False),
         "group norm and SiLU": lambda: fused.scale_shift(picture, scale, scale, silu=True),
     }
-
-
-def turn(x: torch.dtype, heads: int, angles: int, halves: bool = False) -> torch.Tensor:
-    table = meta(64, 1, angles)
-    return fused.norm_rope(meta(64, heads, 128, dtype=x), meta(128, dtype=x), table, table, 1e-6, halves)
 
 
 @pytest.fixture(scope="module")
@@ -173,3 +175,50 @@ def test_every_kernel_of_the_package_is_among_those_that_are_compiled(build):
         called = re.findall(r"func private @[\w.]*\.(\w+?)__", kernel.asm["source"])
         compiled |= {kernel.name, *called}
     assert written.keys() <= compiled  # a kernel that is missing on the right needs a call in `launches`
+
+
+# Where they are launched ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[tuple[int, list[torch.Tensor]]]:
+    """The current device, and the tensors, of each launch on pretended GPUs. Nothing is computed."""
+    seen: list[tuple[int, list[torch.Tensor]]] = []
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        seen.append((torch.cuda.current_device(), [arg for arg in args if isinstance(arg, torch.Tensor)]))
+
+    monkeypatch.setattr(JITFunction, "run", run)
+    return seen
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(launched):
+    with Machine().plugged_in():
+        for name, call in launches(torch.bfloat16, device="cuda:1").items():
+            launched.clear()
+            call()
+            assert launched, name
+            for device, tensors in launched:
+                assert {tensor.device.index for tensor in tensors} == {device}, name
+
+
+@pytest.mark.parametrize(("capability", "fp8"), [((8, 0), False), ((8, 6), False), ((8, 9), True), ((12, 0), True)])
+def test_only_gpus_that_multiply_8_bit_floats_are_given_such(launched, capability, fp8):
+    """Whoever may be handed 8 bits by norms and activations, and the layer itself."""
+    weight = pack("e4m3", torch.randn(64, 64), dynamic=True)
+    with Machine(capability=capability).plugged_in(), torch.inference_mode():
+        scales = tuple(scale.to("cuda") for scale in weight.scales)
+        there = replace(weight, data=weight.data.to("cuda"), scales=scales)
+        reader = quant.PackedLinear(there, None, torch.bfloat16)
+        x, modulation = (torch.ones(shape, dtype=torch.bfloat16, device="cuda") for shape in ((32, 64), (1, 3, 64)))
+        calls: dict[str, Callable[[], Any]] = {
+            "norm": lambda: layers.rms_norm_into([reader], x, modulation[:, 0], 1e-5),
+            "activation": lambda: layers.silu_times(x, x, reader),
+            "modulation": lambda: flux.modulate(x, modulation, None, reader),
+            "product": lambda: reader(x),
+        }
+        for name, call in calls.items():
+            launched.clear()
+            call()
+            kinds = {tensor.dtype for _, tensors in launched for tensor in tensors}
+            assert (E4M3 in kinds) == fp8, name

@@ -143,13 +143,14 @@ def most(into: torch.dtype | None) -> float:
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], size: int, *args: Any, **constants: Any) -> None:
-    """Run a kernel whose programs work on `size` numbers each.
+    """Run a kernel whose programs work on `size` numbers each, on the device of the first of its arguments.
 
     A product and its sum may be rounded once, as in torch's own kernels. Versions of Triton differ in this where it is
     not said, and warn.
     """
     warps = max(1, min(MOST_WARPS, size // (32 * PER_THREAD)))
-    kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current one
+        kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
 def _norm(
