@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -272,7 +273,7 @@ def forward_cases() -> Iterator[tuple[str, Ways]]:
         sample = model.prepare(normal(100, CONFIG.cap_feat_dim), cells, cells)
         sample = replace(sample, scales=scales)
         x = normal(CONFIG.in_channels, cells, cells).float()
-        recordings = Recordings(rerun if REHEARSE else record)
+        recordings = Recordings(rerun if REHEARSE else partial(record, DEVICE))
         ways = ways_of(lambda x=x, sample=sample: model.forward([x], [0.5], [sample])[0])
         ways = {name: ways[name] for name in (["plain"] if REHEARSE else ["plain", "fused"])}  # an interpreter is slow
 

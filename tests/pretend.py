@@ -85,7 +85,7 @@ class Stream(Actor):
     """As torch.cuda.Stream."""
 
     def __init__(self, device: Any = None, priority: int = 0):
-        super().__init__(machine := _machine(), machine.device(device))
+        super().__init__(machine := here(), machine.device(device))
         machine.streams.append(self)
 
     def wait_stream(self, other: Stream) -> None:
@@ -105,13 +105,13 @@ class Event:
         self.clock: Clock = {}
 
     def record(self, stream: Stream | None = None) -> None:
-        self.clock = dict((stream or _machine().current_stream()).clock)
+        self.clock = dict((stream or here().current_stream()).clock)
 
     def wait(self, stream: Stream | None = None) -> None:
-        (stream or _machine().current_stream()).learn(self.clock)
+        (stream or here().current_stream()).learn(self.clock)
 
     def synchronize(self) -> None:
-        _machine().wait("Event.synchronize", self.clock)
+        here().wait("Event.synchronize", self.clock)
 
 
 @dataclass(eq=False)
@@ -151,7 +151,7 @@ class Pretend(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _machine().compute(func, args, kwargs or {})
+        return here().compute(func, args, kwargs or {})
 
 
 @dataclass
@@ -170,9 +170,11 @@ class Graph:
 
     def __init__(self, keep_graph: bool = False):
         self.operations: list[Operation] = []
+        self.device: torch.device | None = None
 
     def replay(self) -> None:
-        stream = _machine().current_stream()
+        """On the device that it was recorded on."""
+        stream = here().current_stream(self.device)
         for each in self.operations:
             for output, again in zip(each.outputs, tensors_in(each.compute())):
                 if output is not None:
@@ -183,9 +185,12 @@ class Graph:
 class Machine:
     """Some GPUs, their streams, and what went wrong on them."""
 
-    def __init__(self, count: int = 2, capability: tuple[int, int] = (9, 0), free: int = 80 * 2**30):
+    def __init__(
+        self, count: int = 2, capability: tuple[int, int] = (9, 0), free: int = 80 * 2**30, has_flash: bool = True
+    ):
         self.count = count
         self.capability = capability
+        self.has_flash = has_flash  # whether torch was built with flash attention
         self.free = free  # bytes
         self.faults: list[str] = []
         self.streams: list[Stream] = []
@@ -209,6 +214,7 @@ class Machine:
         with pytest.MonkeyPatch.context() as patch, Functions(self):
             for name, stand_in in self._stand_ins().items():
                 patch.setattr(torch.cuda, name, stand_in)
+            patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: self.has_flash)
             patch.setattr(threading.Thread, "run", run_with_gpus)
             _plugged_in = self
             forget()
@@ -218,7 +224,8 @@ class Machine:
                 forget()
                 gc.collect()
                 _plugged_in = None
-        assert not self.faults, self.faults
+        if self.faults:
+            raise Fault("; ".join(self.faults))
 
     def _stand_ins(self) -> dict[str, Any]:
         """What is asked of torch.cuda."""
@@ -333,7 +340,7 @@ class Machine:
         recorded = Stream()
         for each in self.streams:
             recorded.learn(each.clock)
-        self._here.graph, self._here.recorded = graph, recorded
+        self._here.graph, self._here.recorded, graph.device = graph, recorded, recorded.device
         try:
             with self.on_stream(recorded):
                 yield
@@ -460,7 +467,7 @@ class Functions(TorchFunctionMode):
 _plugged_in: Machine | None = None
 
 
-def _machine() -> Machine:
+def here() -> Machine:
     assert _plugged_in is not None, "no machine is plugged in"
     return _plugged_in
 

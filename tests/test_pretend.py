@@ -149,6 +149,14 @@ def test_what_16_bits_ask_of_a_gpu_comes_near_to_what_they_ask_of_a_cpu(machine,
     assert {*asked} == {{"fp8": "aten::_scaled_mm", "w8a8": "aten::_int_mm"}.get(case, "torch_attn::_varlen_attn")}
 
 
+@plans
+def test_the_second_gpu_draws_what_the_cpu_draws(machine, wish, on_cpu, plan):
+    """Whichever device is the current one."""
+    engine = Engine("cuda:1", "fp32", plan=plan)
+    assert decibels(drawn(machine.between_steps(engine.submit(wish("guidance")))), on_cpu("guidance")) > 55
+    assert {stream.device.index for stream in machine.streams if stream.clock} == {1}
+
+
 def test_requests_are_drawn_together_on_a_gpu(machine, wish, on_cpu):
     engine = Engine("cuda", "fp32")
     events = zip_longest(*(engine.submit(wish(case)) for case in ("plain", "plain")))
@@ -201,10 +209,9 @@ def test_a_host_wait_between_steps_is_found(machine, wish, monkeypatch):
     def wait(v: torch.Tensor) -> torch.Tensor:
         steps.append(v.is_cuda)
         if sum(steps) == 2:
-            for name, what in WAITS.items():
+            for what in WAITS.values():
                 with pytest.raises(Fault, match="the host waits: "):
                     what(v)
-                    pytest.fail(name)
         return v
 
     monkeypatch.setitem(solvers.SOLVERS, "euler", euler_with(wait))
@@ -236,13 +243,16 @@ def test_a_mix_of_devices_is_found(wish, monkeypatch, other):
 STREAMING = textwrap.dedent(inspect.getsource(offload.Streamed._on_gpu))
 ORDERING = [line for line in STREAMING.splitlines() if re.match(r" +\w+(\[.*\])?\.(wait_|record|synchronize)", line)]
 """The lines that order the copies of weights and what is computed with them."""
+lines = pytest.mark.parametrize(
+    "line", ORDERING, ids=[re.sub(r"\W+", "-", line.partition("#")[0]) for line in ORDERING]
+)
 
 
 def test_what_orders_the_copies_is_known():
     assert len(ORDERING) == 6
 
 
-@pytest.mark.parametrize("line", ORDERING, ids=lambda line: re.sub(r"[^\w.]+", "-", line.partition("#")[0].strip()))
+@lines
 def test_a_wait_or_record_left_out_of_streaming_is_found(wish, monkeypatch, line):
     names: dict[str, Any] = {}
     assert STREAMING.count(line) == 1

@@ -43,10 +43,13 @@ def replay_small(modules: Mapping[str, nn.Module]) -> None:
     """From now on a model's transformer and its text encoder, if they are on a GPU, replay small forwards."""
     transformer, text_encoder = modules["transformer"], modules["text_encoder"]
     is_shared = getattr(transformer, "is_shared", False)  # with other processes, which it waits for
-    if next(transformer.parameters()).is_cuda and not is_shared and not comes_and_goes(transformer):
-        transformer.forward = partial(forward_transformer, Recordings(record), transformer.forward)
+    device = next(transformer.parameters()).device
+    if device.type == "cuda" and not is_shared and not comes_and_goes(transformer):
+        recordings = Recordings(partial(record, device))
+        transformer.forward = partial(forward_transformer, recordings, transformer.forward)
     if isinstance(text_encoder, Qwen3) and next(text_encoder.parameters()).is_cuda and not comes_and_goes(text_encoder):
-        text_encoder.forward = partial(forward_text_encoder, Recordings(record), text_encoder.forward)
+        recordings = Recordings(partial(record, device))
+        text_encoder.forward = partial(forward_text_encoder, recordings, text_encoder.forward)
 
 
 def comes_and_goes(module: nn.Module) -> bool:
@@ -141,32 +144,34 @@ class Recording:
         return [output.clone() for output in self._outputs]
 
 
-def record(compute: Compute) -> tuple[list[Tensor], Callable[[], None]]:
-    """As a CUDA graph. NotRecordable where the computation is none of the device's alone."""
-    here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
-    aside.wait_stream(here)
-    before = torch.cuda.get_sync_debug_mode()
-    with warnings.catch_warnings(), torch.cuda.stream(aside):
-        warnings.simplefilter("ignore")  # that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
+def record(device: torch.device, compute: Compute) -> tuple[list[Tensor], Callable[[], None]]:
+    """As a CUDA graph of what is computed on that device. NotRecordable where the computation is none of the device's
+    alone."""
+    with torch.cuda.device(device):  # or streams are another's, and nothing is recorded
+        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        aside.wait_stream(here)
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings(), torch.cuda.stream(aside):
+            warnings.simplefilter("ignore")  # that the mode is a prototype
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                compute()
+            except RuntimeError as error:
+                if "synchronizing" not in str(error):
+                    raise
+                raise NotRecordable(str(error)) from error
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+        here.wait_stream(aside)
+        graph = torch.cuda.CUDAGraph()
         try:
-            compute()
+            with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):
+                outputs = compute()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
-            if "synchronizing" not in str(error):
-                raise
             raise NotRecordable(str(error)) from error
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-    here.wait_stream(aside)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):
-            outputs = compute()
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        raise NotRecordable(str(error)) from error
-    return outputs, graph.replay
+        return outputs, graph.replay
 
 
 @cache
