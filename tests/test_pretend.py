@@ -172,6 +172,14 @@ def test_small_pictures_are_replayed(machine, wish, on_cpu, monkeypatch):
     assert min(replayed) > 10
 
 
+def test_a_forward_that_cannot_be_recorded_leaves_nothing_under_way(machine, wish, on_cpu):
+    engine = Engine("cuda", "fp32")
+    list(engine.load(wish("plain").model))
+    block = engine.model.family.transformer.layers[1]
+    block.register_forward_pre_hook(lambda _, args: args[0].sum().item() and None)
+    assert decibels(drawn(engine.submit(wish("plain"))), on_cpu("plain")) > 55
+
+
 # What is found ------------------------------------------------------------------------------------------------------
 
 

@@ -162,7 +162,7 @@ def record(device: torch.device, compute: Compute) -> tuple[list[Tensor], Callab
                 raise NotRecordable(str(error)) from error
             finally:
                 torch.cuda.set_sync_debug_mode(before)
-        here.wait_stream(aside)
+                here.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, pool=pool(), capture_error_mode="thread_local"):
