@@ -157,6 +157,13 @@ def test_the_second_gpu_draws_what_the_cpu_draws(machine, wish, on_cpu, plan):
     assert {stream.device.index for stream in machine.streams if stream.clock} == {1}
 
 
+@pytest.mark.parametrize("name", solvers.SOLVERS)
+def test_no_solver_waits_between_steps(machine, wish, name):
+    request = wish("plain").model_copy(update={"solver": name})
+    ours = drawn(machine.between_steps(Engine("cuda", "fp32").submit(request)))
+    assert decibels(ours, drawn(Engine("cpu", "fp32").submit(request))) > 55
+
+
 def test_requests_are_drawn_together_on_a_gpu(machine, wish, on_cpu):
     engine = Engine("cuda", "fp32")
     events = zip_longest(*(engine.submit(wish(case)) for case in ("plain", "plain")))

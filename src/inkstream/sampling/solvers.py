@@ -196,4 +196,5 @@ def phi2(h: float) -> float:
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Standard noise drawn on the CPU in float32, so that a seed means the same on every device, then moved to x's."""
-    return torch.randn(x.shape, generator=generator).to(x)
+    noise = torch.randn(x.shape, generator=generator, pin_memory=x.is_cuda)  # so that nobody waits for the copy
+    return noise.to(x.device, x.dtype, non_blocking=x.is_cuda)
