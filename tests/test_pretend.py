@@ -187,6 +187,23 @@ def test_a_forward_that_cannot_be_recorded_leaves_nothing_under_way(machine, wis
     assert decibels(drawn(engine.submit(wish("plain"))), on_cpu("plain")) > 55
 
 
+def draw_until_a_block_fails(request: Request) -> None:
+    """Under the plan whose weights come meanwhile."""
+    engine = Engine("cuda", "fp32", plan="streamed")
+    list(engine.load(request.model))
+
+    def fail(block: torch.nn.Module, args: Any) -> None:
+        raise RuntimeError("a block failed")
+
+    engine.model.family.transformer.layers[1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="a block failed"):
+        drawn(engine.submit(request))
+
+
+def test_a_block_that_fails_leaves_no_copy_under_way(machine, wish):
+    draw_until_a_block_fails(wish("plain"))
+
+
 # What is found ------------------------------------------------------------------------------------------------------
 
 
@@ -257,14 +274,14 @@ def test_a_mix_of_devices_is_found(wish, monkeypatch, other):
 
 STREAMING = textwrap.dedent(inspect.getsource(offload.Streamed._on_gpu))
 ORDERING = [line for line in STREAMING.splitlines() if re.match(r" +\w+(\[.*\])?\.(wait_|record|synchronize)", line)]
-"""The lines that order the copies of weights and what is computed with them."""
+"""The lines that order the copies of weights and what is computed with them. The last is for when it ends early."""
 lines = pytest.mark.parametrize(
     "line", ORDERING, ids=[re.sub(r"\W+", "-", line.partition("#")[0]) for line in ORDERING]
 )
 
 
 def test_what_orders_the_copies_is_known():
-    assert len(ORDERING) == 6
+    assert len(ORDERING) == 7
 
 
 @lines
@@ -273,8 +290,9 @@ def test_a_wait_or_record_left_out_of_streaming_is_found(wish, monkeypatch, line
     assert STREAMING.count(line) == 1
     exec(STREAMING.replace(line, line[: len(line) - len(line.lstrip())] + "pass"), vars(offload), names)
     monkeypatch.setattr(offload.Streamed, "_on_gpu", names["_on_gpu"])
-    with found("still in use|not yet written"):
+    with found("still in use|not yet written|memory is freed while another stream uses it"):
         drawn(Engine("cuda", "fp32", plan="streamed").submit(wish("plain")))
+        draw_until_a_block_fails(wish("plain"))
 
 
 def test_memory_that_another_stream_uses_is_not_to_be_freed():

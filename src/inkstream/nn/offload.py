@@ -150,16 +150,19 @@ class Streamed:
                 arrived[slot].record(copying)
             return guest.views(rooms[slot])
 
-        with ThreadPoolExecutor(1, "inkstream-stream") as thread:
-            ahead: Future[list[Tensor]] = thread.submit(bring, 0)
-            for index, guest in enumerate(guests):
-                views = ahead.result()
-                if index + 1 < len(guests):
-                    ahead = thread.submit(bring, index + 1)
-                computing.wait_event(arrived[index % self.rooms])
-                with guest.visit(views):
-                    yield guest.module
-                computed[index % self.rooms].record(computing)
+        try:
+            with ThreadPoolExecutor(1, "inkstream-stream") as thread:
+                ahead: Future[list[Tensor]] = thread.submit(bring, 0)
+                for index, guest in enumerate(guests):
+                    views = ahead.result()
+                    if index + 1 < len(guests):
+                        ahead = thread.submit(bring, index + 1)
+                    computing.wait_event(arrived[index % self.rooms])
+                    with guest.visit(views):
+                        yield guest.module
+                    computed[index % self.rooms].record(computing)
+        finally:
+            computing.wait_stream(copying)  # where this ends early a copy is under way, and the rooms are freed
 
 
 @contextmanager
