@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -195,7 +196,8 @@ class Machine:
         self.faults: list[str] = []
         self.streams: list[Stream] = []
         self.host = Actor(self, torch.device("cpu"))
-        self.kernels: dict[str, Callable[..., Any]] = {}  # what computes operations that a CPU has not, by name
+        self.kernels: dict[str, Callable[..., Any]] = {"torch_attn::_varlen_attn": varlen_attn}
+        """What computes operations that a CPU has not, by their names."""
         self.sync_mode: Any = "default"
         self._defaults: dict[int, Stream] = {}
         self._here = threading.local()  # of each thread: device, streams, no_waits, graph, recorded
@@ -521,3 +523,19 @@ def written_by(func: Any, args: Any, kwargs: Any) -> list[Any]:
 
 def without(kwargs: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in kwargs.items() if key != name}
+
+
+def by_sequences(q: Tensor, k: Tensor, v: Tensor, ends_q: Tensor, ends_k: Tensor, *longest: int) -> Tensor:
+    """Attention within sequences that lie end to end, (L, H, E), in the arguments that kernels for such take."""
+    assert longest == (int(ends_q.diff().max()), int(ends_k.diff().max()))
+    parts = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))).transpose(0, 1)
+        for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def varlen_attn(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The answer, sums and the state of a generator, as torch's operation gives them."""
+    out = by_sequences(*args[:7])
+    return out, out.new_empty(out.shape[1], len(out), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
 from inkstream.engine.convert import convert
 from inkstream.engine.engine import Engine
@@ -88,9 +87,7 @@ def no_kernels_of_our_own(monkeypatch) -> None:
 @pytest.fixture
 def machine() -> Iterator[Machine]:
     """Two GPUs like an H100."""
-    machine = Machine()
-    machine.kernels["torch_attn::_varlen_attn"] = varlen_attn
-    with machine.plugged_in():
+    with Machine().plugged_in() as machine:
         yield machine
 
 
@@ -100,16 +97,6 @@ def found(what: str) -> Iterator[Machine]:
     machine = Machine()
     with pytest.raises(Fault, match=what), machine.plugged_in():
         yield machine
-
-
-def varlen_attn(q, k, v, ends_q, ends_k, longest_q, longest_k, *rest):
-    """Computed sequence by sequence. The answer, sums and the state of a generator, as the operation gives them."""
-    assert (longest_q, longest_k) == (int(ends_q.diff().max()), int(ends_k.diff().max()))
-    parts = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1) for x in (q[a:b], k[c:d], v[c:d]))).transpose(0, 1)
-        for (a, b), (c, d) in zip(pairwise(ends_q.tolist()), pairwise(ends_k.tolist()), strict=True)
-    ]
-    return torch.cat(parts), q.new_empty(q.shape[1], len(q), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
 
 
 def drawn(events: Any) -> np.ndarray:
@@ -146,7 +133,8 @@ def test_what_16_bits_ask_of_a_gpu_comes_near_to_what_they_ask_of_a_cpu(machine,
         machine.kernels[name] = lambda *args, n=name, f=kernel, **kwargs: asked.append(n) or f(*args, **kwargs)
     engine = Engine("cuda", "bf16", plan=plan)
     assert decibels(drawn(machine.between_steps(engine.submit(wish(case)))), on_cpu(case, "bf16")) > 34
-    assert {*asked} == {{"fp8": "aten::_scaled_mm", "w8a8": "aten::_int_mm"}.get(case, "torch_attn::_varlen_attn")}
+    wanted = {"fp8": "aten::_scaled_mm", "w8a8": "aten::_int_mm"}.get(case, "torch_attn::_varlen_attn")
+    assert asked.count(wanted) > 1  # the first may be a trial
 
 
 @plans

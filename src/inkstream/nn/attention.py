@@ -120,12 +120,13 @@ def backend_for(dtype: torch.dtype, width: int, mixed: bool, there: Sequence[str
 
 @lru_cache
 def backends_on(device: torch.device) -> tuple[str, ...]:
-    """Which may be chosen on a device."""
+    """Which may be chosen on a device: those that are there."""
     if device.type != "cuda":
         return ("sdpa",)
     capability = torch.cuda.get_device_capability(device)
+    has_flash = torch.backends.cuda.is_flash_attention_available() and torch.version.hip is None  # not on Windows
     needs = {
-        "varlen": find_spec("torch.nn.attention.varlen") and torch.version.hip is None and capability >= (8, 0),
+        "varlen": find_spec("torch.nn.attention.varlen") and has_flash and capability >= (8, 0),
         "flash2": find_spec("flash_attn") and capability >= (8, 0),
         "flash3": find_spec("flash_attn_interface") and capability[0] == 9,
         "sage": find_spec("sageattention") and capability >= (8, 0),
