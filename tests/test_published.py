@@ -103,7 +103,7 @@ def packed_heads(width: int, lengths: list[int]) -> list[torch.Tensor]:
     return [*qkv.unflatten(-1, (3, 2, width)).unbind(1)]
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", [*WIDTHS, 6, 320])
 @pytest.mark.parametrize("name", FLASH)
 def test_flash_attention_is_called_as_it_is_published(monkeypatch, name, width):
     calls: list[str] = []
@@ -118,7 +118,7 @@ def test_flash_attention_is_called_as_it_is_published(monkeypatch, name, width):
             qkv = torch.stack((q, k, v), 1).to("cuda").unbind(1)
             out = attention.attend(*qkv, lengths, lengths).to("cpu")
     assert (out - plain).norm() < 0.01 * plain.norm()
-    assert calls == [name]
+    assert calls == ([name] if width in WIDTHS else [])
 
 
 def test_torchs_kernel_for_packed_sequences_is_asked_only_where_it_was_built():

@@ -111,7 +111,7 @@ def attend_in_one_pass(
 
 def backend_for(dtype: torch.dtype, width: int, mixed: bool, there: Sequence[str]) -> str:
     """Which computes heads of that width, sequences of several lengths if `mixed`, of those that are there."""
-    if dtype not in (torch.float16, torch.bfloat16) or width > 256:
+    if dtype not in (torch.float16, torch.bfloat16) or width > 256 or width % 8:
         return "sdpa"
     if _chosen == "auto":
         return next(name for name in (FOR_MIXED if mixed else FOR_EQUAL) if name in there)
