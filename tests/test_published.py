@@ -121,6 +121,20 @@ def test_flash_attention_is_called_as_it_is_published(monkeypatch, name, width):
     assert calls == ([name] if width in WIDTHS else [])
 
 
+@pytest.mark.parametrize("name", FLASH)
+def test_a_package_that_does_not_work_is_left_out_and_named(monkeypatch, tmp_path, name):
+    folder = tmp_path / FLASH[name].module
+    folder.mkdir()
+    (folder / "__init__.py").write_text('raise ImportError("undefined symbol: _ZN3c105ErrorC2E")')
+    monkeypatch.syspath_prepend(tmp_path)
+    with Machine(capability=FLASH[name].capability, has_flash=False).plugged_in():
+        with pytest.warns(
+            UserWarning, match=rf"attention {name} does not work here and is left out \(undefined symbol"
+        ):
+            assert attention.backends_on(torch.device("cuda", 0)) == ("sdpa",)
+        assert attention.backends_on(torch.device("cuda", 0)) == ("sdpa",)  # and not said again
+
+
 def test_torchs_kernel_for_packed_sequences_is_asked_only_where_it_was_built():
     there = torch.device("cuda", 0)
     for has_flash, capability in ((True, (8, 0)), (False, (8, 0)), (True, (7, 5))):

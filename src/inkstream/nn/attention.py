@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.util import find_spec
@@ -120,7 +121,7 @@ def backend_for(dtype: torch.dtype, width: int, mixed: bool, there: Sequence[str
 
 @lru_cache
 def backends_on(device: torch.device) -> tuple[str, ...]:
-    """Which may be chosen on a device: those that are there."""
+    """Which may be chosen on a device: those that are there and work."""
     if device.type != "cuda":
         return ("sdpa",)
     capability = torch.cuda.get_device_capability(device)
@@ -131,7 +132,25 @@ def backends_on(device: torch.device) -> tuple[str, ...]:
         "flash3": find_spec("flash_attn_interface") and capability[0] == 9,
         "sage": find_spec("sageattention") and capability >= (8, 0),
     }
-    return ("sdpa", *(name for name, there in needs.items() if there))
+    return ("sdpa", *(name for name, there in needs.items() if there and works(name, device)))
+
+
+def works(name: str, device: torch.device) -> bool:
+    """Whether a backend that is there computes anything. A warning says so where it does not: packages are built for
+    one torch and for some GPUs."""
+    q = torch.zeros(2, 1, 64, dtype=torch.float16, device=device)
+    try:
+        if name == "sage":
+            attend_evenly(name, q, q, q, 1, causal=False)
+        else:
+            attend_in_one_pass(name, q, q, q, [1, 1], [1, 1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        warnings.warn(f"attention {name} does not work here and is left out ({reason}): install it anew", stacklevel=2)
+        return False
+    return True
 
 
 def ends_of(lengths: Sequence[int], device: torch.device) -> Tensor:
