@@ -33,6 +33,8 @@ from pretend import Machine
 
 TARGETS = (80, 86, 89, 90, 100, 120)
 """Ten times the compute capability: A100, RTX 30, RTX 40, H100, B200, RTX 50."""
+QUICK = (80, 89, 90, 120)
+"""A generation each; the others are compiled among the slow tests."""
 WITH_FP8 = tuple(target for target in TARGETS if target >= 89)
 REGISTERS = {torch.bfloat16: 64, torch.float16: 64, torch.float32: 72}
 """Of a thread, at most, by the type computed with: with 64, two programs of 512 threads share the 65536 of an SM."""
@@ -134,7 +136,7 @@ def assert_fits(kernel: Any, target: int, dtype: torch.dtype, folder: Path) -> N
     assert used["STACK"] + used["LOCAL"] <= STACK.get((kernel.name, target), 0), (kernel.name, used)
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [t if t in QUICK else pytest.param(t, marks=pytest.mark.slow) for t in TARGETS])
 def test_kernels_compile_for_every_gpu_and_keep_within_its_registers(build, tmp_path, target):
     dtype = torch.bfloat16
     calls = [*launches(dtype).items(), *(launches(dtype, E4M3).items() if target in WITH_FP8 else ())]

@@ -145,7 +145,9 @@ def test_the_second_gpu_draws_what_the_cpu_draws(machine, wish, on_cpu, plan):
     assert {stream.device.index for stream in machine.streams if stream.clock} == {1}
 
 
-@pytest.mark.parametrize("name", solvers.SOLVERS)
+@pytest.mark.parametrize(
+    "name", [n if n in ("euler_ancestral", "lcm") else pytest.param(n, marks=pytest.mark.slow) for n in solvers.SOLVERS]
+)
 def test_no_solver_waits_between_steps(machine, wish, name):
     request = wish("plain").model_copy(update={"solver": name})
     ours = drawn(machine.between_steps(Engine("cuda", "fp32").submit(request)))

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.nn.attention import varlen
 
 from inkstream.nn import attention, quant
 from inkstream.quant.packed import Packed
@@ -146,6 +145,7 @@ def test_torchs_kernel_for_packed_sequences_is_asked_only_where_it_was_built():
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_torchs_kernel_for_packed_sequences_is_called_as_this_torch_has_it(monkeypatch, width):
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
     signature, bound = inspect.signature(varlen.varlen_attn), []
     called: Callable[..., Any] = varlen.varlen_attn
     monkeypatch.setattr(varlen, "varlen_attn", lambda *a, **k: bound.append(signature.bind(*a, **k)) or called(*a, **k))
