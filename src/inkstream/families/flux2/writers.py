@@ -130,7 +130,8 @@ class DevWriter(nn.Module):
         device = self.model.norm.weight.device
 
         def go_on(embedded: Tensor) -> Tensor:  # (L, D)
-            out = self.model(inputs_embeds=embedded[None], past_key_values=past, use_cache=True)
+            # ids, mask, positions and cache by place: transformers 5.24 renames past_key_values to cache
+            out = self.model(None, None, None, past, embedded[None], use_cache=True)
             return self.lm_head(out.last_hidden_state[0, -1])
 
         def ask(token: int) -> Tensor:
