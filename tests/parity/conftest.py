@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,22 +17,20 @@ CHAT_TEMPLATE = (
 """The part of Qwen3's template that one user turn goes through."""
 
 
-def byte_tokenizer(folder: Path) -> Qwen2Tokenizer:
+def byte_tokenizer() -> Qwen2Tokenizer:
     """One token a byte and a few merges, with Qwen's specials."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: i for i, token in enumerate([*alphabet, "re", "he", "ed"])}
-    (folder / "vocab.json").write_text(json.dumps(vocab))
-    (folder / "merges.txt").write_text("r e\nh e\ne d\n")
-    tokenizer = Qwen2Tokenizer(
-        vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"), pad_token="<|endoftext|>"
-    )
+    merges = [("r", "e"), ("h", "e"), ("e", "d")]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, pad_token="<|endoftext|>")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
-def reference_pipeline(scratch: Path, shift: float = 3.0, seed: int = 0) -> ZImagePipeline:
-    torch.manual_seed(seed)
+@pytest.fixture(scope="session")
+def reference() -> ZImagePipeline:
+    torch.manual_seed(0)
     transformer = ZImageTransformer2DModel(
         dim=64, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32, axes_dims=[8, 12, 12],
         axes_lens=[1536, 512, 512],
@@ -51,15 +48,10 @@ def reference_pipeline(scratch: Path, shift: float = 3.0, seed: int = 0) -> ZIma
         block_out_channels=(8, 16, 16, 16), layers_per_block=1, latent_channels=16, norm_num_groups=4,
         use_quant_conv=False, use_post_quant_conv=False, scaling_factor=0.3611, shift_factor=0.1159,
     )  # fmt: skip
-    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, use_dynamic_shifting=False, shift=shift)
-    pipeline = ZImagePipeline(scheduler, vae.eval(), text_encoder.eval(), byte_tokenizer(scratch), transformer.eval())
+    scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, use_dynamic_shifting=False, shift=3.0)
+    pipeline = ZImagePipeline(scheduler, vae.eval(), text_encoder.eval(), byte_tokenizer(), transformer.eval())
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory) -> ZImagePipeline:
-    return reference_pipeline(tmp_path_factory.mktemp("tokenizer"))
 
 
 @pytest.fixture(scope="session")

@@ -39,8 +39,8 @@ from inkstream.families.parts import load_tokenizer
 from inkstream.nn.config import read_config
 from inkstream.types import InputError
 from inkstream.weights.keymap import translate
+from rounding import agree, roundings
 
-TOLERANCE = 1e-4
 PROMPTS = [
     "", "a red cat", "  two  spaces\nand a line\n", "写着“春”字的红色海报", "[IMG] <|im_end|> 🐈", "a long tale " * 90,
 ]  # fmt: skip
@@ -98,11 +98,6 @@ def ours_of(part: Part, theirs, state: dict[str, torch.Tensor] | None = None):
     return ours.eval().requires_grad_(False)
 
 
-def apart(a: torch.Tensor, b: torch.Tensor) -> float:
-    assert a.shape == b.shape
-    return float((a - b).abs().max())
-
-
 # klein ----------------------------------------------------------------------------------------------------------------
 
 
@@ -128,7 +123,7 @@ def test_states_of_padded_prompts_equal_transformers_at_the_padding_too(qwen3, l
     states = qwen3.model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
     expected = torch.cat([states[depth] for depth in (1, 2, 3)], dim=-1)
     assert expected.std() > 0.3
-    assert apart(got, expected) <= TOLERANCE
+    agree(got, expected, roundings(qwen3.model))
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
@@ -144,7 +139,7 @@ def test_a_prompt_becomes_what_the_klein_pipeline_makes_of_it(qwen3, prompt, tmp
     tokenizer = load_tokenizer(tmp_path)
     ids = klein_tokens(tokenizer, prompt)
     got = encode_klein(ours_of(KLEIN_TEXT_ENCODER, qwen3), [ids], pad_id(tokenizer, KLEIN_PAD))
-    assert apart(got.tokens, expected[0]) <= TOLERANCE
+    agree(got.tokens, expected[0], roundings(qwen3.model))
 
 
 # dev ------------------------------------------------------------------------------------------------------------------
@@ -190,7 +185,7 @@ def test_a_prompt_becomes_what_the_dev_pipeline_makes_of_it(mistral3, mistral_to
     assert got.lengths == (512, 512)
     assert got.tokens.isfinite().all()
     assert expected.std() > 0.3
-    assert apart(got[0].tokens, expected[0]) <= TOLERANCE
+    agree(got[0].tokens, expected[0], roundings(mistral3.model.language_model))
 
 
 def test_the_deepest_state_that_is_read_is_the_one_before_the_final_norm(mistral3):
@@ -199,7 +194,7 @@ def test_the_deepest_state_that_is_read_is_the_one_before_the_final_norm(mistral
     got = encode_dev(ours, [[1, 2, 3]], pad=257).tokens[-3:, 64:]
     expected = mistral3(input_ids=torch.tensor([[1, 2, 3]]), output_hidden_states=True).hidden_states[3][0]
     # RoPE sees places relative to each other, so 509 pads before change nothing
-    assert apart(got, expected) <= TOLERANCE
+    agree(got, expected, roundings(mistral3.model.language_model))
 
 
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model.", "model."])
@@ -207,7 +202,7 @@ def test_every_published_naming_of_the_language_model_is_read(mistral3, prefix):
     state = {name.replace("model.language_model.", prefix): tensor for name, tensor in mistral3.state_dict().items()}
     state |= {"tekken_model": torch.zeros(3, dtype=torch.uint8)}
     ours, expected = ours_of(DEV_TEXT_ENCODER, mistral3, state), ours_of(DEV_TEXT_ENCODER, mistral3)
-    assert apart(encode_dev(ours, [[5]], 257).tokens, encode_dev(expected, [[5]], 257).tokens) == 0
+    assert torch.equal(encode_dev(ours, [[5]], 257).tokens, encode_dev(expected, [[5]], 257).tokens)
 
 
 def test_the_system_messages_are_the_references():
@@ -260,11 +255,11 @@ def test_a_prompt_becomes_what_flux_1s_pipeline_makes_of_it(flux1, prompt, lengt
     clip, t5 = ours_of(CLIP, pipeline.text_encoder), ours_of(T5, pipeline.text_encoder_2)
     ids = clip_tokens(load_clip_tokenizer(folder / "tokenizer"), prompt)
     assert len(ids) == 77
-    assert apart(encode_clip(clip, [ids]), pooled) <= TOLERANCE
+    agree(encode_clip(clip, [ids]), pooled, roundings(clip))
     got = encode_t5(t5, [t5_tokens(load_t5_tokenizer(folder / "tokenizer_2"), prompt, length)] * 2)
     assert got.lengths == (length, length)
     assert states.std() > 0.1
-    assert apart(got[1].tokens, states[0]) <= TOLERANCE
+    agree(got[1].tokens, states[0], roundings(t5))
 
 
 def test_text_encoders_are_read_from_files_of_either_naming(flux1):
@@ -275,15 +270,15 @@ def test_text_encoders_are_read_from_files_of_either_naming(flux1):
     extra = {"text_model.embeddings.position_ids": torch.arange(77)[None], "text_projection.weight": torch.zeros(1)}
     ids = [list(range(77))]
     expected = clip(input_ids=torch.tensor(ids)).pooler_output
-    assert apart(encode_clip(ours_of(CLIP, clip, {**older, **extra}), ids), expected) <= TOLERANCE
-    assert apart(encode_clip(ours_of(CLIP, clip, bare), ids), expected) <= TOLERANCE
+    agree(encode_clip(ours_of(CLIP, clip, {**older, **extra}), ids), expected, roundings(clip))
+    agree(encode_clip(ours_of(CLIP, clip, bare), ids), expected, roundings(clip))
     state = t5.state_dict()
     assert {"shared.weight", "encoder.embed_tokens.weight"} <= state.keys()
     once = {name: weight for name, weight in state.items() if name != "encoder.embed_tokens.weight"}
     tokens = [[3, 4, 1]]
-    assert apart(encode_t5(ours_of(T5, t5, once), tokens).tokens, encode_t5(ours_of(T5, t5), tokens).tokens) == 0
+    assert torch.equal(encode_t5(ours_of(T5, t5, once), tokens).tokens, encode_t5(ours_of(T5, t5), tokens).tokens)
     alone = {name: weight for name, weight in state.items() if name != "shared.weight"}
-    assert apart(encode_t5(ours_of(T5, t5, alone), tokens).tokens, encode_t5(ours_of(T5, t5), tokens).tokens) == 0
+    assert torch.equal(encode_t5(ours_of(T5, t5, alone), tokens).tokens, encode_t5(ours_of(T5, t5), tokens).tokens)
 
 
 def test_sizes_are_told_from_the_references_shapes():

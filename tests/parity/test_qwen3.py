@@ -12,13 +12,13 @@ from inkstream.families.zimage.specs import TURBO
 from inkstream.nn.config import Qwen3Config, read_config
 from inkstream.nn.qwen3 import Qwen3
 from inkstream.weights.keymap import translate
+from rounding import agree, roundings
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 ODD = {"hidden_size": 48, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 1, "head_dim": 24}
 EVERY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 32}
 SIZES = pytest.mark.parametrize("sizes", [SMALL, ODD, EVERY], ids=["small", "one key head", "a key head a query"])
 RULES = QWEN3.layouts["transformers"]
-TOLERANCE = 1e-4
 
 QWEN3_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
@@ -71,7 +71,7 @@ def test_the_last_but_one_state_equals_the_references_for_prompts_of_several_len
     for ids, states in zip(many, got):
         expected = states_of(theirs, ids, -2)
         assert expected.std() > 0.5
-        assert float((states - expected).abs().max()) <= TOLERANCE
+        agree(states, expected, roundings(theirs))
 
 
 @pytest.mark.parametrize("theta", [1e4, 1e6, 5e6])
@@ -80,13 +80,13 @@ def test_the_rotary_base_comes_from_the_config(theta):
     (ids,) = prompts(150)
     ours = ours_of(theirs)
     assert ours.config.rope_theta == theta
-    assert float((ours(ids, [150]) - states_of(theirs, ids, -2)).abs().max()) <= TOLERANCE
+    agree(ours(ids, [150]), states_of(theirs, ids, -2), roundings(theirs))
 
 
 def test_the_norms_epsilon_comes_from_the_config():
     theirs = random_qwen3(SMALL, eps=0.3)
     (ids,) = prompts(20)
-    assert float((ours_of(theirs)(ids, [20]) - states_of(theirs, ids, -2)).abs().max()) <= TOLERANCE
+    agree(ours_of(theirs)(ids, [20]), states_of(theirs, ids, -2), roundings(theirs))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -94,7 +94,7 @@ def test_a_model_published_with_its_head_is_read_without_it(tied):
     theirs = random_qwen3(SMALL, causal_lm=True, tied=tied)
     assert "lm_head.weight" in theirs.state_dict()
     (ids,) = prompts(30)
-    assert float((ours_of(theirs)(ids, [30]) - states_of(theirs, ids, -2)).abs().max()) <= TOLERANCE
+    agree(ours_of(theirs)(ids, [30]), states_of(theirs, ids, -2), roundings(theirs.model))
 
 
 def test_several_depths_equal_the_references_states():
@@ -102,7 +102,7 @@ def test_several_depths_equal_the_references_states():
     (ids,) = prompts(17)
     got = ours_of(theirs, depths=(1, 3, 4))(ids, [17]).chunk(3, dim=-1)
     for depth, states in zip((1, 3, 4), got):
-        assert float((states - states_of(theirs, ids, depth)).abs().max()) <= TOLERANCE
+        agree(states, states_of(theirs, ids, depth), roundings(theirs))
 
 
 # The prompt -----------------------------------------------------------------------------------------------------------
@@ -141,4 +141,4 @@ def test_the_tokens_and_states_are_the_pipelines(reference, reference_folder, pr
         (theirs,) = reference._encode_prompt(prompt)
     got = family.encode(prompt)
     assert got.lengths == (len(expected),)
-    assert float((got.tokens - theirs).abs().max()) <= TOLERANCE
+    agree(got.tokens, theirs, roundings(text_encoder))

@@ -11,20 +11,20 @@ from inkstream.families.parts import AUTOENCODER, infer_autoencoder
 from inkstream.nn.config import VAEConfig, read_config
 from inkstream.nn.vae import Autoencoder
 from inkstream.weights.keymap import translate
+from rounding import agree, roundings
 
 FLUX = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 2, "norm_num_groups": 4, "latent_channels": 16}
 WIDE = {"block_out_channels": (32, 64, 96, 96), "layers_per_block": 1, "norm_num_groups": 32, "latent_channels": 4}
-SHALLOW = {"block_out_channels": (8, 24), "layers_per_block": 3, "norm_num_groups": 8, "latent_channels": 2}
+SHALLOW = {"block_out_channels": (8, 24), "layers_per_block": 3, "norm_num_groups": 4, "latent_channels": 2}
 CASES = pytest.mark.parametrize(
-    ("sizes", "attention"),
-    [(FLUX, True), (FLUX, False), (WIDE, True), (SHALLOW, True)],
-    ids=["flux", "without attention", "wide", "shallow"],
+    ("sizes", "attention", "std"),
+    [(FLUX, True, 0.15), (FLUX, False, 0.15), (WIDE, True, 0.15), (SHALLOW, True, 0.15), (FLUX, True, 0.01)],
+    ids=["flux", "without attention", "wide", "shallow", "faint"],
 )
-TOLERANCE = 1e-4
 
 
-def reference(sizes: dict, attention: bool, seed: int = 0) -> AutoencoderKL:
-    torch.manual_seed(seed)
+def reference(sizes: dict, attention: bool, std: float = 0.15) -> AutoencoderKL:
+    torch.manual_seed(0)
     levels = len(sizes["block_out_channels"])
     model = AutoencoderKL(
         **sizes, down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
@@ -32,7 +32,7 @@ def reference(sizes: dict, attention: bool, seed: int = 0) -> AutoencoderKL:
         shift_factor=0.1159,
     ).eval().requires_grad_(False)  # fmt: skip
     for name, weight in model.named_parameters():
-        weight.normal_(mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=0.15)
+        weight.normal_(mean=1.0 if "norm" in name and name.endswith("weight") else 0.0, std=std)
     return model
 
 
@@ -45,23 +45,24 @@ def ours_of(theirs: AutoencoderKL, state: dict[str, torch.Tensor]) -> Autoencode
 @CASES
 @pytest.mark.parametrize("cells", [(4, 6), (7, 3), (1, 1)], ids=str)
 @torch.no_grad()
-def test_pictures_and_latents_equal_the_references(sizes, attention, cells):
-    theirs = reference(sizes, attention)
+def test_pictures_and_latents_equal_the_references(sizes, attention, std, cells):
+    """Faint weights make activations so small that the norms' epsilon is seen."""
+    theirs = reference(sizes, attention, std)
     ours = ours_of(theirs, translate(AUTOENCODER.layouts["diffusers"], theirs.state_dict()))
     down = ours.config.downscale
     pixels = torch.rand(2, 3, cells[0] * down, cells[1] * down) * 2 - 1
     posterior = theirs.encode(pixels).latent_dist
     mean, log_variance = ours.encode_moments(pixels)
-    assert float((mean - posterior.mean).abs().max()) <= TOLERANCE
-    assert float((log_variance - posterior.logvar).abs().max()) <= TOLERANCE
+    agree(mean, posterior.mean, roundings(theirs.encoder))
+    agree(log_variance, posterior.logvar, roundings(theirs.encoder))
     latents = (posterior.mode() - theirs.config.shift_factor) * theirs.config.scaling_factor
-    assert float((ours.encode(pixels) - latents).abs().max()) <= TOLERANCE
+    agree(ours.encode(pixels), latents, roundings(theirs.encoder))
 
     latents = torch.randn(2, sizes["latent_channels"], *cells)
     expected = theirs.decode(latents / theirs.config.scaling_factor + theirs.config.shift_factor).sample
-    assert expected.std() > 0.1
-    assert float((ours.decode(latents) - expected).abs().max()) <= TOLERANCE
-    assert float((ours.decode(latents, tile=2) - expected).abs().max()) <= TOLERANCE
+    assert expected.std() > std / 2
+    agree(ours.decode(latents), expected, roundings(theirs.decoder))
+    agree(ours.decode(latents, tile=2), expected, roundings(theirs.decoder))
 
 
 @pytest.mark.parametrize("attention", [True, False])
@@ -76,7 +77,7 @@ def test_the_single_file_we_write_is_read_by_diffusers_and_by_us(attention):
         assert all(torch.equal(read[name], weight) for name, weight in state.items())
     ours, latents = ours_of(theirs, translate(rules, written)), torch.randn(1, 16, 3, 2)
     expected = theirs.decode(latents / theirs.config.scaling_factor + theirs.config.shift_factor).sample
-    assert float((ours.decode(latents) - expected).abs().max()) <= TOLERANCE
+    agree(ours.decode(latents), expected, roundings(theirs.decoder))
 
 
 def test_the_published_sizes_are_told_from_the_references_shapes():

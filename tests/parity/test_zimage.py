@@ -13,33 +13,34 @@ from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import ZImageConfig
 from inkstream.nn.config import read_config
 from inkstream.weights.keymap import translate
+from rounding import agree, roundings
 
 SMALL = {"dim": 64, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "cap_feat_dim": 32, "axes_dims": [8, 12, 12]}
 UNEVEN = {"dim": 96, "n_layers": 3, "n_refiner_layers": 2, "n_heads": 6, "cap_feat_dim": 48, "axes_dims": [4, 6, 6]}
 WIDE = {"dim": 320, "n_layers": 1, "n_refiner_layers": 2, "n_heads": 5, "cap_feat_dim": 16, "axes_dims": [16, 24, 24]}
-TOLERANCE = 1e-4
 
 
-def pair(sizes: dict, seed: int = 0) -> tuple[ZImageTransformer2DModel, ZImageTransformer]:
+def pair(sizes: dict, seed: int = 0, std: float = 0.1) -> tuple[ZImageTransformer2DModel, ZImageTransformer]:
     """The reference with weights far from their neutral start, and ours with the same ones."""
     torch.manual_seed(seed)
     sizes = {**sizes, "n_kv_heads": sizes["n_heads"], "axes_lens": [1536, 512, 512]}
     theirs = ZImageTransformer2DModel(**sizes).eval().requires_grad_(False)
     for name, weight in theirs.named_parameters():
-        torch.nn.init.normal_(weight, mean=1.0 if "norm" in name and weight.ndim == 1 else 0.0, std=0.1)
+        torch.nn.init.normal_(weight, mean=1.0 if "norm" in name and weight.ndim == 1 else 0.0, std=std)
     ours = ZImageTransformer(read_config(ZImageConfig, theirs.config)).eval().requires_grad_(False)
     ours.load_state_dict(translate(DIFFUSERS, theirs.state_dict()))
     return theirs, ours
 
 
-def difference(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
-    return max(float((x.reshape(y.shape) - y).abs().max()) for x, y in zip(a, b, strict=True))
-
-
-@pytest.mark.parametrize("sizes", [SMALL, UNEVEN, WIDE], ids=["small", "uneven", "wide"])
+@pytest.mark.parametrize(
+    ("sizes", "std"),
+    [(SMALL, 0.1), (UNEVEN, 0.1), (WIDE, 0.1), (SMALL, 0.01)],
+    ids=["small", "uneven", "wide", "faint"],
+)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_transformer_equals_the_reference_on_mixed_prompts_and_sizes(sizes, seed):
-    theirs, ours = pair(sizes, seed)
+def test_the_transformer_equals_the_reference_on_mixed_prompts_and_sizes(sizes, std, seed):
+    """Faint weights make activations so small that the norms' epsilon is seen."""
+    theirs, ours = pair(sizes, seed, std)
     shapes, lengths = [(8, 12), (16, 16), (10, 6), (2, 2)], [5, 40, 64, 1]
     xs = [torch.randn(16, *shape) for shape in shapes]
     captions = [torch.randn(n, sizes["cap_feat_dim"]) for n in lengths]
@@ -47,11 +48,11 @@ def test_the_transformer_equals_the_reference_on_mixed_prompts_and_sizes(sizes, 
     expected = theirs([x.unsqueeze(1) for x in xs], t, captions, return_dict=False)[0]
     prepared = [ours.prepare(c, *shape) for c, shape in zip(captions, shapes)]
     got = ours(xs, t.tolist(), prepared)
-    assert max(float(y.abs().max()) for y in got) > 1  # the weights do something
-    assert difference(expected, got) <= TOLERANCE
-    for i in range(len(xs)):
-        alone = ours(xs[i : i + 1], t.tolist()[i : i + 1], prepared[i : i + 1])
-        assert difference(alone, got[i : i + 1]) <= TOLERANCE / 2
+    assert max(float(y.abs().max()) for y in got) > 10 * std  # the weights do something
+    for i, (y, reference) in enumerate(zip(got, expected, strict=True)):
+        agree(y, reference.squeeze(1), roundings(theirs))
+        (alone,) = ours(xs[i : i + 1], t.tolist()[i : i + 1], prepared[i : i + 1])
+        agree(alone, y, roundings(theirs))
 
 
 def test_omni_equals_the_reference_with_references_and_siglip_features():
@@ -70,8 +71,8 @@ def test_omni_equals_the_reference_with_references_and_siglip_features():
             image_noise_mask=[[0, 0, 1]],
             return_dict=False,
         )[0]
-        got = ours([x], [0.3], [ours.prepare_omni(captions, references, features, 12, 8)])
-        assert difference(expected, got) <= TOLERANCE
+        (got,) = ours([x], [0.3], [ours.prepare_omni(captions, references, features, 12, 8)])
+        agree(got, expected[0].squeeze(1), roundings(theirs))
 
 
 def test_scales_prepared_ahead_equal_those_computed_in_the_step():
@@ -80,7 +81,7 @@ def test_scales_prepared_ahead_equal_those_computed_in_the_step():
     plain = ours.prepare(caption, 8, 8)
     ahead = replace(plain, scales=ours.scales(times))
     for t in times:
-        assert difference(ours([x], [t], [plain]), ours([x], [t], [ahead])) <= 1e-5
+        agree(ours([x], [t], [ahead])[0], ours([x], [t], [plain])[0], roundings(ours))
 
 
 def test_the_rows_left_out_of_the_last_block_are_the_ones_nobody_reads():
