@@ -1,12 +1,16 @@
-.PHONY: setup test lint docs bench
+.PHONY: setup test test-slow lint docs bench
 
 setup: ## install into the active environment
 	pip install -e '.[dev,parity]'
 
-test: ## the whole suite, two workers
+test: ## the suite, two workers
 	pytest -n 2
 
-lint: ## linter and type checker
+test-slow: ## the suite with its slow tests
+	pytest -n 2 -m ''
+
+lint: ## formatter, linter and type checker
+	ruff format --check .
 	ruff check .
 	pyright src
 

@@ -224,6 +224,7 @@ def test_two_runs_into_one_folder_are_refused(words, capsys):
     assert "out is being drawn into by another run" in problems(capsys)[-1]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path):
     words = ["-m", str(tiny_folder), "-W", "32", "-H", "32", "--steps", "50", "--slots", "2"]
     outcome = fault_script().ordeal(tmp_path, 16, 1, words)

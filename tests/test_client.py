@@ -134,6 +134,7 @@ def test_a_connection_that_breaks_is_made_again_and_no_picture_comes_twice(relay
     assert relay.taken > 4
 
 
+@pytest.mark.slow
 def test_a_server_that_starts_again_in_the_middle_is_come_back_to(tmp_path, start_server, relay):
     from inkstream.serve.limits import Settings
 

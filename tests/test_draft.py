@@ -199,6 +199,7 @@ def test_interrupted_while_refining_it_goes_on_with_what_was_chosen(unbroken, wo
     assert pictures() == pictures(unbroken)
 
 
+@pytest.mark.slow
 def test_killed_at_any_picture_it_goes_on_and_ends_at_the_same_pictures(unbroken, words, then):
     """Killed hard once among the drafts and once while refining."""
     words = [*words, *then, "--choose", "1,3"]
@@ -236,6 +237,7 @@ def test_ctrl_c_ends_the_process_with_130_and_without_a_traceback(words):
 # Asked
 
 
+@pytest.mark.slow
 def test_on_a_terminal_the_drafts_are_asked_for_until_they_can_be(words, then):
     main([*words, "--quiet"])
     ours, theirs = pty.openpty()

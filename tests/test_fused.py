@@ -24,6 +24,7 @@ def run_cases(**settings: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_kernel_equals_the_plain_path_in_tritons_interpreter():
     said = run_cases(TRITON_INTERPRET="1")
     assert " passed" in said

@@ -52,6 +52,7 @@ def shares(side, counts):
     return found
 
 
+@pytest.mark.slow
 def test_true_pictures_are_marked_right():
     found = shares(SIDE, COUNTS)
     assert min(len(values) for values in found.values()) >= 60

@@ -506,6 +506,7 @@ def heavy(make_folder, tmp_path_factory) -> Path:
     return make_folder(tmp_path_factory.mktemp("heavy") / "heavy", replace(TURBO.tiny, transformer=config))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory as Linux does")
 def test_loading_makes_no_second_copy(heavy, tmp_path):
     """Private memory at its highest: nothing for mapped weights, the fused ones, or the result of the cast."""

@@ -238,6 +238,7 @@ def two(folder) -> tuple[list[dict[str, torch.Tensor]], str, str]:
     return [read_state(folder / f"{rank}.safetensors") for rank in (0, 1)], done.stdout, done.stderr  # type: ignore[return-value]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_compute_what_one_does(two, build, name):
     for key, alone in results(name, run(build, CASES[name])):
@@ -246,6 +247,7 @@ def test_two_processes_compute_what_one_does(two, build, name):
         assert torch.equal(two[0][0][key], two[0][1][key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WISHES)
 def test_an_engine_in_each_of_two_processes_draws_the_pictures_of_one(two, folder, name):
     (first, second), _, _ = two
@@ -258,6 +260,7 @@ def test_an_engine_in_each_of_two_processes_draws_the_pictures_of_one(two, folde
         assert max((a.int() - b.int()).abs().max() for a, b in zip(drawn, alone, strict=True)) <= 1
 
 
+@pytest.mark.slow
 def test_two_prompts_asked_apart_give_every_bit_of_asking_one_after_the_other(two, folder):
     engine = Engine("cpu")
     list(engine.load(str(folder / "model")))
@@ -268,6 +271,7 @@ def test_two_prompts_asked_apart_give_every_bit_of_asking_one_after_the_other(tw
     assert np.array_equal(np.array(picture), two[0][0]["drawn by two prompts.0"])
 
 
+@pytest.mark.slow
 def test_each_process_holds_its_share_of_the_weights(two, folder):
     alone = weigh(draw(folder / "model", {"steps": 1})[0])
     shares = [state["bytes"] for state in two[0]]
@@ -287,6 +291,7 @@ def test_what_one_process_needs_is_foreseen_for_its_share(folder):
     assert foreseen(lambda transformer: share_tokens(transformer, Group(0, 2))) < whole  # what is computed with them
 
 
+@pytest.mark.slow
 def test_the_first_process_writes_and_speaks_for_all(two, folder):
     _, stdout, stderr = two
     names = [f"a-red-circle-{seed}.png" for seed in (7, 8, 9)]
@@ -296,6 +301,7 @@ def test_the_first_process_writes_and_speaks_for_all(two, folder):
     assert len({np.array(Image.open(path)).tobytes() for path in stdout.split()}) == 3
 
 
+@pytest.mark.slow
 def test_what_two_processes_cannot_share_is_refused_once(two):
     refused = [line for line in two[2].splitlines() if line.startswith("inkstream: ")]
     assert [line.partition(":")[2].split(",")[0].strip() for line in refused] == [
@@ -329,6 +335,7 @@ def test_a_way_for_several_processes_is_refused_to_one(capsys):
     assert "torchrun --nproc-per-node 2 -m inkstream generate --parallel cfg" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_processes(folder):
     words = [
         "generate",

@@ -74,6 +74,7 @@ def test_a_more_frugal_plan_is_foreseen_to_take_less(folders, name):
     assert parked.phases["steps"] > streamed.phases["steps"]
 
 
+@pytest.mark.slow
 def test_weights_parked_or_streamed_leave_the_device(wide):
     for plan, some in (("parked", 1.0), ("streamed", 0.35)):
         engine = Engine("cpu", torch.float32, plan=plan)
@@ -110,6 +111,7 @@ def test_what_is_plenty_without_a_look_is_plenty_with_one():
     assert placing.plans(request)[0].peak < 32 * 1024 * 1024 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not say what a peak was")
 @pytest.mark.parametrize("plan", PLANS)
 def test_what_is_foreseen_is_what_a_process_takes(wide, plan):

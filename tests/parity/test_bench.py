@@ -44,6 +44,7 @@ def test_diffusers_draws_the_picture_that_we_draw(name, tmp_path, with_diffusers
     assert (drawn[0] - drawn[1]).abs().max() <= turns.APART
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["turbo-512-batch-8", "klein-1024"])
 @torch.inference_mode()
 def test_diffusers_rehearses_the_cases_of_a_gpu(name, tmp_path, with_diffusers):
