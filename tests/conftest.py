@@ -38,6 +38,16 @@ WEIGHTS = {
 """What the published folders call their weights."""
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Tests of one file run in one worker, unless another --dist is asked for: its fixtures are made once."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    return LoadFileScheduling(config, log)
+
+
 def write_folder(folder: Path, spec: Spec, seed: int = 0) -> Path:
     """A diffusers folder of random weights, in float32, with the family's tokenizers of one token a letter."""
     family = family_of(spec.family)

@@ -95,7 +95,6 @@ def test_dpmpp_2m_is_dpm_solver_multistep_in_the_notation_of_a_growing_noise():
     agree(ours, theirs, UNITS)
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy 2 in diffusers
 def test_dpm_solver_multistep_for_flows_is_euler_at_order_one():
     """At order two it weighs by the half-logSNR, infinite at t = 1, where `dpmpp_2m` weighs by -ln t: not the same."""
     noise = gaussian(0, 1, 4, 6, 6)
