@@ -327,6 +327,7 @@ def test_a_server_draws_a_file_and_a_row_it_refuses_is_listed_and_tried_again(se
     assert read_request(f"out/{lines[0]['file']}").request.model == "pocket"
 
 
+@pytest.mark.slow
 def test_a_server_whose_queue_is_full_is_waited_for(start_server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("rows.txt", "".join(f"{i} red discs\n" for i in range(4)))

@@ -288,6 +288,7 @@ def test_an_error_of_ours_is_one_line_and_debug_adds_where_it_happened(capsys, m
     assert "Traceback" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_keeps_what_is_finished_and_leaves_no_halves(tiny_folder, tmp_path):
     words = ["generate", "x", "-m", str(tiny_folder), *SMALL[:4], "--steps", "50", "-c", "9999", "-o", "out"]
     with subprocess.Popen(
@@ -306,6 +307,7 @@ def test_an_interrupted_run_keeps_what_is_finished_and_leaves_no_halves(tiny_fol
         assert pixels(tmp_path / path).shape == (48, 64, 3)
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_is_no_error():
     reader, writer = os.pipe()
     os.close(reader)
@@ -315,6 +317,7 @@ def test_a_reader_that_leaves_early_is_no_error():
     assert done.stderr == b""
 
 
+@pytest.mark.slow
 def test_a_download_shows_its_size_and_licence_and_is_not_started_unasked(tmp_path):
     here = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     words = ["generate", "x", "-m", "z-image-turbo", "-o", str(tmp_path / "x.png")]
@@ -366,6 +369,7 @@ def test_the_doctor_answers_for_another_machine(memory, first, capsys):
     assert lines["recommended"].startswith(f"recommended: {taken}")
 
 
+@pytest.mark.slow
 def test_what_was_foreseen_is_what_the_planner_says_now():
     """Of the model that takes least time; the others come of the same script."""
     script = runpy.run_path(str(Path(__file__).parents[1] / "scripts" / "foresee.py"))

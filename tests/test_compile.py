@@ -85,6 +85,7 @@ def test_another_prompt_size_or_time_compiles_nothing_anew(build, regions):
     assert count.graphs == first
 
 
+@pytest.mark.slow
 def test_another_number_of_pictures_compiles_nothing_anew():
     plain, model, count = zimage(), zimage(), Count()
     compile_blocks(model, backend=count)
@@ -98,6 +99,7 @@ def test_another_number_of_pictures_compiles_nothing_anew():
     assert count.graphs == several
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of inductor's import
 def test_a_model_is_opened_with_its_blocks_compiled_only_where_that_is_asked_for(tiny_folder):
     for compiled in (True, False):

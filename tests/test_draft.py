@@ -220,6 +220,7 @@ def test_killed_at_any_picture_it_goes_on_and_ends_at_the_same_pictures(unbroken
     assert whole.items() <= there.items()
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_process_with_130_and_without_a_traceback(words):
     words = [*(word if word != "3" else "99" for word in words), "--json"]
     with subprocess.Popen([*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -82,6 +82,7 @@ print(size, read, memory("RssAnon") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory as Linux does")
 def test_neither_reading_nor_writing_makes_a_copy(tmp_path):
     write_state(tmp_path / "x.safetensors", {f"w{i}": torch.zeros(1024, 2048) for i in range(12)})

@@ -307,6 +307,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(fake, tmp_path, status, code, 
         assert "\n" not in error
 
 
+@pytest.mark.slow
 def test_without_a_connection_or_offline_the_remedy_is_named(tmp_path):
     nobody = "http://127.0.0.1:9"
     for what in ("offer", "fetch"):
@@ -368,6 +369,7 @@ print(json.dumps([model.spec.name, [[e.what, e.done_bytes, e.total_bytes] for e 
 """
 
 
+@pytest.mark.slow
 def test_a_known_name_is_downloaded_with_its_size_and_licence_shown_first(fake, tmp_path, tiny_folder):
     fake.repo = "Tongyi-MAI/Z-Image-Turbo"
     fake.files = {str(p.relative_to(tiny_folder)): p.read_bytes() for p in tiny_folder.rglob("*") if p.is_file()}

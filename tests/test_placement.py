@@ -84,6 +84,7 @@ def test_weights_parked_or_streamed_leave_the_device(wide):
         assert on_device <= some * sum(4 * p.numel() for p in transformer.parameters())
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2**28, 2**30), st.sampled_from([64, 256]), st.sampled_from([64]))
 def test_a_plan_is_never_foreseen_to_take_more_than_its_budget(budget, width, height):
@@ -148,6 +149,7 @@ def test_a_model_has_left_memory_before_the_next_is_opened(folders, monkeypatch)
     assert alive == [False]
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_falls_to_the_next_plan_and_says_so(folders):
     """Memory runs out inside the model, at the second picture of two: the first is not drawn again."""
     folder = folders("z-image-turbo")

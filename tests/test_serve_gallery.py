@@ -156,6 +156,7 @@ def test_models_are_offered_by_name_or_path_and_no_others(tmp_path):
         offer(["pocket", "pocket"])
 
 
+@pytest.mark.slow
 def test_a_model_from_a_folder_is_described_by_the_engine_and_draws(tmp_path, tiny_folder, start_server, until):
     from inkstream.serve.limits import Settings
 

@@ -114,6 +114,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path, cache):
     single = recipe(cache, run={"steps": 3})
     list(train(single, tmp_path / "alone"))
@@ -158,6 +159,7 @@ print("too late", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_save_leaves_the_checkpoint_before(tmp_path):
     with subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "saved\n"
