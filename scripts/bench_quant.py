@@ -28,6 +28,7 @@ from inkstream.engine.quantise import QUANTS, Quant
 from inkstream.families.zimage.keys import PACKS
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO, ZImageConfig
+from inkstream.nn.forward import Sample
 from inkstream.nn.prepacked import prepack
 from inkstream.nn.quant import place
 from inkstream.quant.pack import pack
@@ -123,7 +124,7 @@ def evaluation(
     prepack(model)
     _, side, _ = x.shape
     prepared = replace(model.prepare(caption, side, side), scales=model.scales([TIME]))
-    return lambda: model([x], [TIME], [prepared])[0]
+    return lambda: model([Sample(x, TIME, prepared)])[0]
 
 
 if __name__ == "__main__":

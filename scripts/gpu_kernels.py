@@ -37,6 +37,7 @@ from inkstream.families.zimage.specs import TURBO
 from inkstream.nn import attention, flux, gpu, layers, quant
 from inkstream.nn import rope as ropes
 from inkstream.nn.config import VAEConfig
+from inkstream.nn.forward import Sample
 from inkstream.nn.stack import Blocks
 from inkstream.nn.vae import Autoencoder
 from inkstream.quant.pack import pack
@@ -200,7 +201,7 @@ def kernel_cases(tokens: int) -> Iterator[tuple[str, Ways]]:
     gate, up = normal(tokens, hidden), normal(tokens, hidden, seed=1)
     yield f"gated activation; {of}", ways_of(lambda: layers.silu_times(gate, up))
     modulation, linear = normal(1, 2, dim, seed=5), nn.Linear(1, 1)
-    yield f"layer norm, modulated; {of}", ways_of(lambda: flux.modulate(x, modulation, None, linear))
+    yield f"layer norm, modulated; {of}", ways_of(lambda: flux.modulate(x, modulation, None, [linear]))
     yield f"rounding to 8 bits; {of}", ways_of(lambda: quant.round_rows(x))
     if quant.has_fp8(DEVICE):
         reader = packed(nn.Linear(dim, 64, bias=False).to(DEVICE, DTYPE))
@@ -208,7 +209,7 @@ def kernel_cases(tokens: int) -> Iterator[tuple[str, Ways]]:
         ways["plain"] = plainly(lambda: quant.round_rows(layers.rms_norm(x, weight, EPS)))
         yield f"norm and rounding to 8 bits; {of}", {name: ways[name] for name in ("plain", "fused")}
         second = packed(nn.Linear(hidden, 64, bias=False).to(DEVICE, DTYPE))
-        ways = ways_of(lambda: layers.silu_times(gate, up, second))
+        ways = ways_of(lambda: layers.silu_times(gate, up, [second]))
         ways["plain"] = plainly(lambda: quant.round_rows(layers.silu_times(gate, up)))
         yield f"activation and rounding to 8 bits; {of}", {name: ways[name] for name in ("plain", "fused")}
 
@@ -274,12 +275,12 @@ def forward_cases() -> Iterator[tuple[str, Ways]]:
         sample = replace(sample, scales=scales)
         x = normal(CONFIG.in_channels, cells, cells).float()
         recordings = Recordings(rerun if REHEARSE else partial(record, DEVICE))
-        ways = ways_of(lambda x=x, sample=sample: model.forward([x], [0.5], [sample])[0])
+        ways = ways_of(lambda x=x, sample=sample: model.forward([Sample(x, 0.5, sample)])[0])
         ways = {name: ways[name] for name in (["plain"] if REHEARSE else ["plain", "fused"])}  # an interpreter is slow
 
         def replayed(x=x, sample=sample, recordings=recordings) -> Any:
             with kernels(not REHEARSE):
-                return forward_transformer(recordings, model.forward, [x], [0.5], [sample])[0]
+                return forward_transformer(recordings, model.forward, [Sample(x, 0.5, sample)])[0]
 
         for _ in range(2):
             replayed()

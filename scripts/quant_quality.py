@@ -114,7 +114,7 @@ def first_answer(model: Model, job: Job) -> Tensor:
     were rounded to shows in it."""
     run = model.start(job.request, model.encode(job.request), None)
     assert run.query is not None
-    (velocity,) = model.family.answer([run.query], run.prepared[:1])
+    (velocity,) = model.family.answer(run.samples()[:1])
     run.close()
     return velocity
 

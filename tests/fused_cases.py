@@ -18,11 +18,12 @@ import torch
 
 from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import KLEIN_4B
-from inkstream.families.zimage.model import Block, Keep, line
+from inkstream.families.zimage.model import Block, Targets, line
 from inkstream.families.zimage.specs import TURBO
 from inkstream.nn import flux, fused, gpu, layers, quant, qwen3, vae
 from inkstream.nn import rope as ropes
 from inkstream.nn.config import Qwen3Config
+from inkstream.nn.forward import PLAIN, Rows, Sample, Span
 from inkstream.quant.pack import pack
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -89,7 +90,7 @@ def test_a_norm_whose_weight_all_tokens_share(dtype):
 def test_a_modulated_layer_norm(dtype, runs, lengths):
     x, modulation = normal(6, 45, dtype=dtype) + 5, normal(runs, 2, 3, 45, dtype=dtype, seed=1)[:, 1]
     rows, linear = lengths and layers.run_of_each(lengths, DEVICE), torch.nn.Linear(45, 45)
-    assert_near(*both(lambda: flux.modulate(x, modulation, rows, linear)), roundings=2)
+    assert_near(*both(lambda: flux.modulate(x, modulation, rows, [linear])), roundings=2)
 
 
 @pytest.mark.parametrize(("heads", "width"), [(3, 32), (1, 6)])
@@ -188,8 +189,9 @@ def test_a_block_of_z_image_gives_the_same(dtype):
     weights = block.norm_weights(normal(2, 64, dtype=dtype, seed=1))
     rows = torch.tensor([0, 0, 1, 1, 1], device=DEVICE)
     assert_near(*both(lambda: block(x, weights, rows, table, [2, 3])), roundings=10)
-    keep = Keep([0, 2], [1, 1], None)
-    assert_near(*both(lambda: block(x, weights, rows, table, [2, 3], keep)), roundings=10)
+    lie = Rows((Span(0, 1, True), Span(0, 1), Span(1, 1, True), Span(1, 2)))
+    keep = Targets(lie.targets, None)
+    assert_near(*both(lambda: block(x, weights, rows, table, [2, 3], keep, PLAIN, lie)), roundings=10)
     assert_near(*both(lambda: block(x[:4], weights, None, table[:4], [2, 2])), roundings=10)
 
 
@@ -200,7 +202,7 @@ def test_flux_draws_the_same(dtype):
     texts = [normal(n, config.joint_attention_dim, dtype=dtype, seed=n) for n in (1, 2)]
     prepared = [model.prepare([text], 1, 1)[0] for text in texts]
     xs = [normal(config.in_channels, 1, 1, seed=n) for n in (1, 2)]
-    ours, plain = both(lambda: torch.stack(model(xs, [0.5, 0.25], prepared)))
+    ours, plain = both(lambda: torch.stack(model([Sample(*each) for each in zip(xs, [0.5, 0.25], prepared)])))
     assert_near(ours.to(dtype), plain.to(dtype), roundings=20)
 
 

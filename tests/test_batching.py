@@ -18,9 +18,10 @@ import inkstream
 from inkstream.engine.batch import ABREAST, Alone, Ask, Batch, Drawing, tokens_of, within
 from inkstream.engine.model import Run
 from inkstream.families.flux2.specs import KLEIN_4B
+from inkstream.nn.forward import Sample
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.sampling.solvers import SOLVERS
-from inkstream.types import Conditioning, Done, Event, Failed, InputError, Loading, Query, Queued, Request, Step
+from inkstream.types import Conditioning, Done, Event, Failed, InputError, Loading, Queued, Request, Step
 
 # The batch by itself, over flows that are known: every path leads straight to its picture --------------------------
 
@@ -32,11 +33,12 @@ class Straight:
         self.forwards: list[str] = []  # the names of each, in order
         self.fails = fails
 
-    def answer(self, queries: Sequence[Query], prepared: Sequence[str]) -> list[torch.Tensor]:
-        if self.fails(prepared):
-            raise ValueError("no answer to " + "".join(sorted(set(prepared))))
-        self.forwards.append("".join(sorted(set(prepared))))
-        return [(q.x - ord(name)) / q.t for q, name in zip(queries, prepared)]
+    def answer(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
+        names = [sample.prepared for sample in samples]
+        if self.fails(names):
+            raise ValueError("no answer to " + "".join(sorted(set(names))))
+        self.forwards.append("".join(sorted(set(names))))
+        return [(sample.x - ord(sample.prepared)) / sample.t for sample in samples]
 
 
 def start(name: str, steps: int, entries: int = 1) -> Run:

@@ -15,12 +15,15 @@ from inkstream.engine.model import advance, complete
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE
-from inkstream.nn.cache import POINTS, StepCache, in_use, lagrange
+from inkstream.nn.around import Around
+from inkstream.nn.around.cache import POINTS, StepCache, lagrange
+from inkstream.nn.forward import Forward, Rows, Sample, Span, run_blocks
 from inkstream.nn.offload import Streamed
-from inkstream.nn.stack import Blocks, run_blocks
+from inkstream.nn.stack import Blocks
 
 KINDS = ["first-block", "taylor"]
 SPECS = [BASE, DEV, KLEIN_BASE_4B]
+ROWS = Rows((Span(0, 2, True), Span(0, 4)))
 
 
 class Add(nn.Module):
@@ -45,12 +48,15 @@ def forward(blocks, cache, t, rows=None):
     """Blocks that add 1 (the first) and t squared (the others); the last gives `rows` rows of those it is given."""
     count = len(blocks) - 1
 
-    def call(i, block, x):
+    def call(i, block, x, _):
         out = block(x, 1.0 if i == 0 else t**2)
         return out[:rows] if i == count else out
 
-    with cache.step(t):
-        return run_blocks(blocks, torch.zeros(6, 4), call)
+    return run_blocks("blocks", blocks, torch.zeros(6, 4), call, step(cache, t), ROWS, narrows=rows is not None)
+
+
+def step(cache, t):
+    return Forward.over([Sample(torch.zeros(1), t, None, Around(cache))])
 
 
 def test_lagranges_weights_make_the_polynomial_through_the_points():
@@ -85,8 +91,8 @@ def test_blocks_run_again_once_the_first_has_moved_by_the_threshold_since_they_l
     cache, ran = StepCache(1, 0.25), []
     for first in (1.0, 1.1, 1.2, 1.3, 1.4):
         calls = stack[1].calls
-        with cache.step(0.5):
-            run_blocks(stack, torch.zeros(6, 4), lambda i, block, x, first=first: block(x, first if i == 0 else 1.0))
+        call = lambda i, block, x, _, first=first: block(x, first if i == 0 else 1.0)  # noqa: E731
+        run_blocks("blocks", stack, torch.zeros(6, 4), call, step(cache, 0.5), ROWS)
         ran.append(stack[1].calls > calls)
     assert ran == [True, False, False, True, False]
 
@@ -114,22 +120,23 @@ def test_a_block_that_is_left_out_is_not_brought(stack):
         assert brought == expected
 
 
-def test_a_forward_that_failed_is_run_whole_the_next_time(stack):
-    cache = StepCache(1, 1)
-    forward(stack, cache, 0.5)
-    whole = forward(stack, StepCache(1, 0), 0.4)
+def test_pictures_decide_each_for_itself_in_one_forward(stack):
+    """Of three, one has no cache, one skips and one does not; each gets what it gets alone."""
+    bold, shy = StepCache(1, 1), StepCache(1, 0)
+    rows = Rows(tuple(Span(i, n, target) for n, target in ((1, True), (2, False)) for i in range(3)))
+    ran = []
 
-    def fail(*_):
-        raise RuntimeError("no memory")
+    def call(i, block, x, own):
+        ran.append(own.samples)
+        return block(x, torch.cat([torch.full((span.length, 4), 1.0 + span.owner) for span in own.spans]) * t)
 
-    hook = stack[2].register_forward_pre_hook(fail)
-    cache.threshold = 0
-    with pytest.raises(RuntimeError, match="no memory"):
-        forward(stack, cache, 0.4)
-    hook.remove()
-    assert in_use.get() is None
-    cache.threshold = 1
-    assert torch.equal(forward(stack, cache, 0.4), whole)
+    for t in (0.8, 0.5):
+        ran.clear()
+        samples = [Sample(torch.zeros(1), t, None, around) for around in (Around(bold), Around(), Around(shy))]
+        out = run_blocks("blocks", stack, torch.zeros(9, 4), call, Forward.over(samples), rows)
+    assert ran == [(0, 1, 2), *[(1, 2)] * 3]
+    for i, expected in enumerate((0.5 + 3 * 0.8, 2 * 4 * 0.5, 3 * 4 * 0.5)):
+        assert torch.allclose(rows.take(out, [i]), torch.full((3, 4), expected))
 
 
 def request(spec, **fields):
@@ -201,12 +208,35 @@ def test_guidance_that_begins_and_ends_on_the_way_starts_the_cache_anew(build, w
     assert not torch.equal(drawn, exact)
 
 
+def test_a_forward_that_failed_is_run_whole_the_next_time(build):
+    with torch.no_grad():
+        model = build(BASE.tiny)
+    wish = complete(request(model.spec, cache="first-block", cache_threshold=10), model.spec)
+    run = model.start(wish, model.encode(wish), None)
+    block, calls = model.family.transformer.layers[0], []
+    block.register_forward_hook(lambda *_: calls.append(1))
+    advance(model.family, [run])
+    advance(model.family, [run])
+    assert len(calls) == 1  # the second step skipped it
+
+    def fail(*_):
+        raise RuntimeError("no memory")
+
+    hook = model.family.transformer.layers[-1].register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        advance(model.family, [run])
+    hook.remove()
+    advance(model.family, [run])
+    assert len(calls) == 2
+    run.close()
+
+
 def test_what_was_remembered_is_freed_with_the_last_step(build):
     with torch.no_grad():
         model = build(BASE.tiny)
     wish = complete(request(model.spec, cache="taylor"), model.spec)
     run = model.start(wish, model.encode(wish), None)
-    cache = weakref.ref(run.cache)
+    cache = weakref.ref(run.around.cache)
     while run.query is not None:
         advance(model.family, [run])
     gc.collect()

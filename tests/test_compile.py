@@ -14,6 +14,7 @@ from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO
+from inkstream.nn.forward import Sample
 from inkstream.nn.stack import Blocks
 
 Size = tuple[int, int, int]
@@ -65,7 +66,8 @@ def draw(model, sizes: list[Size], times: list[float]) -> list[torch.Tensor]:
     else:
         texts = [normal(n, config.joint_attention_dim) for n, _, _ in sizes]
         samples = [model.prepare([text], h, w)[0] for text, (_, h, w) in zip(texts, sizes)]
-    return model([normal(config.in_channels, h, w, seed=h * w) for _, h, w in sizes], times, samples)
+    xs = [normal(config.in_channels, h, w, seed=h * w) for _, h, w in sizes]
+    return model([Sample(*each) for each in zip(xs, times, samples)])
 
 
 def agree(ours, plain, sizes: list[Size], times: list[float]) -> None:

@@ -18,6 +18,7 @@ from inkstream.families.flux2 import keys as flux2_keys
 from inkstream.families.flux2 import specs as flux2
 from inkstream.families.flux2.model import Flux2Transformer, reference_positions, text_positions
 from inkstream.nn.flux import FREQUENCIES, Embedder, patchify, plane, unpatchify
+from inkstream.nn.forward import ANY, PLAIN, Sample
 from inkstream.nn.rope import rope
 from inkstream.types import InputError
 from inkstream.weights.keymap import translate
@@ -219,12 +220,16 @@ def test_times_are_embedded_as_sinusoids_of_a_thousand_times_each_cosines_first(
     embedder = Embedder(FREQUENCIES, 8, bias=False)
     waves = []
     embedder.in_layer.register_forward_pre_hook(lambda module, args: waves.append(args[0]))
-    embedder.numbers([0.0, 0.5])
+    embedder.numbers([0.0, 0.5], PLAIN, ANY)
     half = FREQUENCIES // 2
     assert waves[0][0].tolist() == [1.0] * half + [0.0] * half
     rates = 10_000 ** (-torch.arange(half, dtype=torch.float64) / half)
     expected = torch.cat(((500 * rates).cos(), (500 * rates).sin()))
     assert torch.allclose(waves[0][1].double(), expected, atol=1e-4)
+
+
+def ask(model, xs, times, prepared) -> list[torch.Tensor]:
+    return model([Sample(*each) for each in zip(xs, times, prepared, strict=True)])
 
 
 # Packing ------------------------------------------------------------------------------------------------------------
@@ -262,11 +267,11 @@ CASES = [(TINY1, prepare1), (TINY2, prepare2)]
 def test_every_sample_of_a_mixed_batch_equals_its_run_alone(config, prepare):
     model = shaken(config)
     xs, times, prepared = prepare(model)
-    together = model(xs, times, prepared)
+    together = ask(model, xs, times, prepared)
     assert all(y.shape == x.shape and y.dtype == torch.float32 for x, y in zip(xs, together))
-    alone = [model([x], [t], [s])[0] for x, t, s in zip(xs, times, prepared)]
+    alone = [model([Sample(x, t, s)])[0] for x, t, s in zip(xs, times, prepared)]
     assert largest_difference(together, alone) <= 1e-5
-    assert largest_difference(model(xs[::-1], times[::-1], prepared[::-1]), alone[::-1]) <= 1e-5
+    assert largest_difference(ask(model, xs[::-1], times[::-1], prepared[::-1]), alone[::-1]) <= 1e-5
 
 
 @pytest.mark.parametrize("times", [[0.7, 0.7, 0.7], [0.9, 0.5, 0.1]], ids=["one time", "a time each"])
@@ -276,8 +281,8 @@ def test_samples_of_equal_length_equal_their_runs_alone(config, times):
     texts, more = torch.randn(3, 6, 24), [torch.randn(3, 20)] if config is TINY1 else []
     prepared = model.prepare(texts, *more, 4, 4, 3.5, times=times)
     xs = list(torch.randn(3, 16 if config is TINY1 else 128, 4, 4))
-    alone = [model([x], [t], [s])[0] for x, t, s in zip(xs, times, prepared)]
-    assert largest_difference(model(xs, times, prepared), alone) <= 1e-5
+    alone = [model([Sample(x, t, s)])[0] for x, t, s in zip(xs, times, prepared)]
+    assert largest_difference(ask(model, xs, times, prepared), alone) <= 1e-5
     assert largest_difference(alone[:1], alone[1:2]) > 0.01
 
 
@@ -285,10 +290,11 @@ def test_samples_of_equal_length_equal_their_runs_alone(config, times):
 def test_a_foreseen_time_is_answered_as_one_that_was_not(config, prepare):
     model = shaken(config)
     xs, times, plain = prepare(model)
-    ahead = [replace(s, modulation={t: model.modulate([t], s.embedding[None])}) for s, t in zip(plain, times)]
-    expected = model(xs, times, plain)
-    assert largest_difference(model(xs, times, ahead), expected) <= 1e-5
-    assert largest_difference(model(xs, times, [*ahead[:1], *plain[1:]]), expected) <= 1e-5
+    known = [{t: model.modulate([t], s.embedding[None], PLAIN, ANY)} for s, t in zip(plain, times)]
+    ahead = [replace(s, modulation=each) for s, each in zip(plain, known)]
+    expected = ask(model, xs, times, plain)
+    assert largest_difference(ask(model, xs, times, ahead), expected) <= 1e-5
+    assert largest_difference(ask(model, xs, times, [*ahead[:1], *plain[1:]]), expected) <= 1e-5
 
 
 @pytest.mark.parametrize("config", [TINY1, TINY2], ids=["flux.1", "flux.2"])
@@ -299,7 +305,7 @@ def test_foreseen_times_are_computed_once_each_and_in_one_pass(config):
     (sample,) = model.prepare(torch.randn(1, 6, 24), *more, 4, 4, 3.5, times=[1.0, 0.5, 0.5, 0.25])
     channels = 16 if config is TINY1 else 128
     for t in (1.0, 0.5, 0.25):
-        model([torch.randn(channels, 4, 4)], [t], [sample])
+        model([Sample(torch.randn(channels, 4, 4), t, sample)])
     assert calls == [3]
 
 
@@ -307,9 +313,9 @@ def test_foreseen_times_are_computed_once_each_and_in_one_pass(config):
 def test_in_bfloat16_the_answer_is_float32_and_nearly_the_same(config, prepare):
     model = shaken(config)
     xs, times, prepared = prepare(model)
-    exact = model(xs, times, prepared)
+    exact = ask(model, xs, times, prepared)
     xs, times, prepared = prepare(model.bfloat16())
-    for y, z in zip(exact, model(xs, times, prepared)):
+    for y, z in zip(exact, ask(model, xs, times, prepared)):
         assert z.dtype == torch.float32
         assert float((y - z).norm() / y.norm()) < 0.05
 
@@ -318,12 +324,12 @@ def test_prompts_prepared_together_equal_prompts_prepared_alone():
     one, two = shaken(TINY1), shaken(TINY2)
     texts, pooled = [torch.randn(3, 24), torch.randn(9, 24)], [torch.randn(20), torch.randn(20)]
     x1, x2, seen = torch.randn(16, 4, 4), torch.randn(128, 4, 4), [torch.randn(128, 2, 3)]
-    both = one([x1, x1], [0.5, 0.5], one.prepare(texts, pooled, 4, 4, 3.5))
-    each = [one([x1], [0.5], one.prepare([s], [p], 4, 4, 3.5))[0] for s, p in zip(texts, pooled)]
+    both = ask(one, [x1, x1], [0.5, 0.5], one.prepare(texts, pooled, 4, 4, 3.5))
+    each = [ask(one, [x1], [0.5], one.prepare([s], [p], 4, 4, 3.5))[0] for s, p in zip(texts, pooled)]
     assert largest_difference(both, each) <= 1e-5
     for once in (False, True):
-        both = two([x2, x2], [0.5, 0.5], two.prepare(texts, 4, 4, 3.5, references=seen, read_once=once))
-        each = [two([x2], [0.5], two.prepare([s], 4, 4, 3.5, references=seen, read_once=once))[0] for s in texts]
+        both = ask(two, [x2, x2], [0.5, 0.5], two.prepare(texts, 4, 4, 3.5, references=seen, read_once=once))
+        each = [ask(two, [x2], [0.5], two.prepare([s], 4, 4, 3.5, references=seen, read_once=once))[0] for s in texts]
         assert largest_difference(both, each) <= 1e-5
 
 
@@ -334,7 +340,7 @@ def test_only_the_targets_rows_go_through_the_last_blocks_second_half(config):
         block.linear2.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     more, channels, p = ([torch.randn(1, 20)], 16, 2) if config is TINY1 else ([], 128, 1)
     x, reference = torch.randn(channels, 4 * p, 3 * p), torch.randn(channels, 2 * p, 5 * p)
-    model([x], [0.5], model.prepare(torch.randn(1, 7, 24), *more, 4 * p, 3 * p, 3.5, references=[reference]))
+    ask(model, [x], [0.5], model.prepare(torch.randn(1, 7, 24), *more, 4 * p, 3 * p, 3.5, references=[reference]))
     assert rows == [7 + 12 + 10, 12]
 
 
@@ -351,11 +357,11 @@ def test_moving_all_tokens_along_the_axis_of_pictures_changes_nothing(shift):
         (two, torch.randn(128, 2, 3), second, at4, move4, 2000),
     ):
         here, moved, one_moved = at, at + move, torch.cat((at[:-1], at[-1:] + move))
-        still = model([x], [0.5], [sample])
+        still = model([Sample(x, 0.5, sample)])
         differences = []
         for where in (here, moved, one_moved):
             table = rope(where.cpu(), model.config.axes_dims_rope, theta, where.device)
-            differences.append(largest_difference(still, model([x], [0.5], [replace(sample, rope=table)])))
+            differences.append(largest_difference(still, model([Sample(x, 0.5, replace(sample, rope=table))])))
         assert differences[0] == 0
         assert differences[1] <= 1e-4
         assert differences[2] > 1e-3
@@ -392,7 +398,7 @@ def under_a_mask(model: Flux2Transformer, x: Tensor, t: float, text: Tensor, ref
         return normed(norm.query_norm, q), normed(norm.key_norm, k), v
 
     def blend(modulator, picture):  # of each token, the modulation at its own time
-        noisy, clean = (modulator(model.time_in.numbers([time]))[0] for time in (t, 0.0))
+        noisy, clean = (modulator(model.time_in.numbers([time], PLAIN, ANY), PLAIN, ANY)[0] for time in (t, 0.0))
         own = is_seen[n_text:] if picture else is_seen
         return torch.where(own[:, None, None], clean, noisy).unbind(1)
 
@@ -408,7 +414,7 @@ def under_a_mask(model: Flux2Transformer, x: Tensor, t: float, text: Tensor, ref
 
     words = model.txt_in(text)
     pictures = model.img_in(torch.cat([y.flatten(1).T for y in (*references, x)]))
-    of_text = model.double_stream_modulation_txt(model.time_in.numbers([t]))[0]
+    of_text = model.double_stream_modulation_txt(model.time_in.numbers([t], PLAIN, ANY), PLAIN, ANY)[0]
     of_picture, of_all = blend(model.double_stream_modulation_img, True), blend(model.single_stream_modulation, False)
     for block in model.double_blocks:
         sides = [(block.txt_attn, words, of_text), (block.img_attn, pictures, of_picture)]
@@ -424,7 +430,7 @@ def under_a_mask(model: Flux2Transformer, x: Tensor, t: float, text: Tensor, ref
         wide = block.linear1(enter(both, of_all[0], of_all[1]))
         out = attend(*qkv(wide[:, : 3 * dim], block.norm))
         both = both + of_all[2] * block.linear2(torch.cat((out, swiglu(wide[:, 3 * dim :])), dim=-1))
-    shift, scale = model.final_layer.adaLN_modulation(model.time_in.numbers([t]))[0].chunk(2)
+    shift, scale = model.final_layer.adaLN_modulation(model.time_in.numbers([t], PLAIN, ANY), PLAIN, ANY)[0].chunk(2)
     return model.final_layer.linear(enter(both[-n:], shift, scale)).T.reshape(x.shape)
 
 
@@ -434,7 +440,7 @@ def test_references_read_once_equal_the_whole_sequence_under_its_mask_at_every_s
     (sample,) = model.prepare([text], 3, 5, references=references, read_once=True)
     for t in (1.0, 0.6, 0.0):
         x = torch.randn(128, 3, 5)
-        got, expected = model([x], [t], [sample])[0], under_a_mask(model, x, t, text, references)
+        got, expected = model([Sample(x, t, sample)])[0], under_a_mask(model, x, t, text, references)
         assert float(expected.abs().max()) > 1
         assert largest_difference([got], [expected]) <= 1e-5
 
@@ -445,7 +451,7 @@ def test_references_read_once_are_not_read_again():
     text, references = torch.randn(6, 24), [torch.randn(128, 3, 2), torch.randn(128, 2, 4)]
     (sample,) = model.prepare([text], 3, 5, references=references, read_once=True)
     for t in (1.0, 0.5):
-        model([torch.randn(128, 3, 5)], [t], [sample])
+        model([Sample(torch.randn(128, 3, 5), t, sample)])
     assert rows == [14, 15, 15]
     assert len(sample.memory) == 4
     assert all(len(k) == len(v) == 14 and v.untyped_storage().nbytes() == v.nbytes for k, v in sample.memory)
@@ -456,7 +462,7 @@ def test_reading_once_differs_from_reading_at_every_step_and_without_references_
     text, x, references = torch.randn(6, 24), torch.randn(128, 3, 5), [torch.randn(128, 3, 2)]
 
     def answer(given, once):
-        return model([x], [0.5], model.prepare([text], 3, 5, references=given, read_once=once))
+        return ask(model, [x], [0.5], model.prepare([text], 3, 5, references=given, read_once=once))
 
     assert largest_difference(answer(references, True), answer(references, False)) > 0.01
     assert largest_difference(answer([], True), answer([], False)) == 0
@@ -479,5 +485,5 @@ def test_a_guidance_that_is_not_read_and_one_that_is_missing_are_refused():
 def test_every_weight_has_a_gradient(config, prepare):
     model = shaken(config).requires_grad_(True)
     xs, times, prepared = prepare(model)
-    sum(y.square().sum() for y in model(xs, times, prepared)).backward()
+    sum(y.square().sum() for y in ask(model, xs, times, prepared)).backward()
     assert [name for name, w in model.named_parameters() if w.grad is None or not w.grad.abs().sum()] == []

@@ -17,7 +17,9 @@ from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO
-from inkstream.nn.cache import StepCache
+from inkstream.nn.around import Around
+from inkstream.nn.around.cache import StepCache
+from inkstream.nn.forward import Sample
 from inkstream.nn.qwen3 import Qwen3
 
 
@@ -69,10 +71,11 @@ def flux(prompt: int, width: int, times=(0.25, 0.5), seed: int = 0):
     return model, sample
 
 
-def draw(model, samples, times, seed: int = 0) -> tuple[list[torch.Tensor], list[torch.Tensor], list[float], list]:
+def draw(model, samples, times, seed: int = 0) -> tuple[list[torch.Tensor], list[Sample]]:
     channels = model.config.in_channels
     xs = [normal(channels, *[n * getattr(model.config, "patch_size", 1) for n in s.grid], seed=seed) for s in samples]
-    return model.forward(xs, times, samples), xs, times, samples
+    asked = [Sample(*each) for each in zip(xs, times, samples)]
+    return model.forward(asked), asked
 
 
 @pytest.mark.parametrize("family", [zimage, flux])
@@ -82,8 +85,8 @@ def test_steps_prompts_and_seeds_replay_one_recording(family):
     recorder = Recorder()
     replayed = partial(forward_transformer, Recordings(recorder), model.forward)
     for seed, (t, given) in enumerate([(0.25, sample), (0.5, sample), (0.25, sample), (0.5, other), (0.25, sample)]):
-        (plain,), *rest = draw(model, [given], [t], seed)
-        assert torch.equal(replayed(*rest)[0], plain)
+        (plain,), asked = draw(model, [given], [t], seed)
+        assert torch.equal(replayed(asked)[0], plain)
     assert recorder.count == 1  # the second of them
 
 
@@ -91,8 +94,8 @@ def test_answers_are_not_written_over_by_the_next_step():
     model, sample = zimage(5, 4)
     replayed = partial(forward_transformer, Recordings(Recorder()), model.forward)
     given = [draw(model, [sample], [0.5], seed) for seed in range(4)]
-    kept = [replayed(*rest)[0] for _, *rest in given]
-    assert all(torch.equal(ours, plain[0]) for ours, (plain, *_) in zip(kept, given))
+    kept = [replayed(asked)[0] for _, asked in given]
+    assert all(torch.equal(ours, plain[0]) for ours, (plain, _) in zip(kept, given))
 
 
 def test_a_solver_may_write_over_what_it_asked():
@@ -100,7 +103,8 @@ def test_a_solver_may_write_over_what_it_asked():
     replayed = partial(forward_transformer, Recordings(Recorder()), model.forward)
     x = normal(16, 4, 4)
     for _ in range(4):
-        assert torch.equal(replayed([x], [0.5], [sample])[0], model.forward([x], [0.5], [sample])[0])
+        asked = [Sample(x, 0.5, sample)]
+        assert torch.equal(replayed(asked)[0], model.forward(asked)[0])
         x.mul_(0.5)
 
 
@@ -115,8 +119,8 @@ def test_other_shapes_and_other_company_are_other_recordings(family):
              ([short, short], [0.25, 0.5])]  # fmt: skip
     for count, (samples, times) in enumerate(cases, start=1):
         for seed in range(3):
-            plain, *rest = draw(model, samples, times, seed)
-            assert all(torch.equal(a, b) for a, b in zip(replayed(*rest), plain))
+            plain, asked = draw(model, samples, times, seed)
+            assert all(torch.equal(a, b) for a, b in zip(replayed(asked), plain))
         assert recorder.count == count
 
 
@@ -126,35 +130,35 @@ def test_guidance_asks_twice_at_one_point():
     _, long = zimage(50, 4)
     seen, recorder = [], Recorder()
 
-    def forward(xs, times, samples):
-        seen.append(xs[0] is xs[1])
-        return model.forward(xs, times, samples)
+    def forward(samples):
+        seen.append(samples[0].x is samples[1].x)
+        return model.forward(samples)
 
     replayed = partial(forward_transformer, Recordings(recorder), forward)
     for seed in range(3):
         x = normal(16, 4, 4, seed=seed)
-        ours, plain = (call([x, x], [0.5, 0.5], [short, long]) for call in (replayed, model.forward))
+        asked = [Sample(x, 0.5, short), Sample(x, 0.5, long)]
+        ours, plain = replayed(asked), model.forward(asked)
         assert all(torch.equal(a, b) for a, b in zip(ours, plain))
     assert all(seen)
-    replayed([normal(16, 4, 4), normal(16, 4, 4)], [0.5, 0.5], [short, long])
+    replayed([Sample(normal(16, 4, 4), 0.5, short), Sample(normal(16, 4, 4), 0.5, long)])
     assert not seen[-1]  # two points are another case
     assert recorder.count == 1
 
 
-def test_what_is_large_not_foreseen_or_cached_between_steps_is_not_recorded(monkeypatch):
+def test_what_is_large_not_foreseen_or_has_something_around_it_is_not_recorded(monkeypatch):
     model, sample = zimage(5, 4)
     recorder = Recorder()
     replayed = partial(forward_transformer, Recordings(recorder), model.forward)
 
     def thrice(samples, times):
         for _ in range(3):
-            plain, *rest = draw(model, samples, times)
-            assert torch.equal(replayed(*rest)[0], plain[0])
+            plain, asked = draw(model, samples, times)
+            assert torch.equal(replayed(asked)[0], plain[0])
 
     thrice([sample], [0.75])  # no time of the schedule
-    with StepCache(1, 0.0).step(0.5):
-        for _ in range(3):
-            replayed([normal(16, 4, 4)], [0.5], [sample])
+    for _ in range(3):
+        replayed([Sample(normal(16, 4, 4), 0.5, sample, Around(StepCache(1, 0.0)))])
     with torch.enable_grad():
         thrice([sample], [0.5])
     monkeypatch.setattr(graphs, "SMALL", 15)

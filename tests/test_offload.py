@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from inkstream.nn.offload import Guest, Streamed, mapped_ranges, park
-from inkstream.nn.stack import Blocks, run_blocks
+from inkstream.nn.stack import Blocks, visits
 from inkstream.weights.files import read_state, write_state
 
 CPU = torch.device("cpu")
@@ -35,7 +35,13 @@ def stack():
 
 def run(blocks, x):
     scales = [block.modulation(x) for block in blocks]
-    return run_blocks(blocks, x, lambda i, block, x: block(x) * scales[i])
+    return send(blocks, x, lambda i, block, x: block(x) * scales[i])
+
+
+def send(blocks, x, call):
+    for i, block in visits(blocks):
+        x = call(i, block, x)
+    return x
 
 
 def mapped(blocks, path, dtype):
@@ -72,7 +78,7 @@ def test_only_one_block_is_on_the_device(stack, tmp_path):
         seen.append([other.up.weight.dtype for other in blocks])
         return block(x)
 
-    run_blocks(blocks, torch.randn(2, WIDTH), call)
+    send(blocks, torch.randn(2, WIDTH), call)
     bf16, fp32 = torch.bfloat16, torch.float32
     assert seen == [[fp32 if i == j else bf16 for j in range(4)] for i in range(4)]
     assert all(weight.dtype == bf16 for block in blocks for weight in block.parameters() if weight.ndim > 1)
@@ -141,5 +147,5 @@ def test_a_stopped_run_leaves_every_block_at_home(stack, tmp_path):
         return block(x)
 
     with pytest.raises(KeyboardInterrupt):
-        run_blocks(blocks, torch.randn(2, WIDTH), call)
+        send(blocks, torch.randn(2, WIDTH), call)
     assert all(block.up.weight.dtype == torch.bfloat16 for block in blocks)

@@ -30,6 +30,7 @@ from inkstream.engine.placement import Placed
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE, TURBO
+from inkstream.nn.forward import Sample
 from inkstream.nn.parallel import Group, share_layers, share_tokens
 from inkstream.nn.quant import place
 from inkstream.quant.pack import pack
@@ -82,7 +83,7 @@ def forward(*sizes: tuple[int, int, int], times: tuple[float, ...] = (), looks: 
                 prepared += transformer.prepare(text, height, width, guidance, references=seen, read_once=looks)
         channels = config.in_channels // (4 if model.spec.family == "flux1" else 1)
         xs = [normal(channels, height, width, seed=10 + i) for i, (_, height, width) in enumerate(sizes)]
-        return transformer(xs, times, prepared)
+        return transformer([Sample(*each) for each in zip(xs, times, prepared)])
 
     return compute
 
@@ -266,7 +267,7 @@ def test_two_prompts_asked_apart_give_every_bit_of_asking_one_after_the_other(tw
     list(engine.load(str(folder / "model")))
     family: Any = engine.model.family
     together = family.answer
-    family.answer = lambda queries, prepared: [together([q], [p])[0] for q, p in zip(queries, prepared)]
+    family.answer = lambda samples: [together([sample])[0] for sample in samples]
     (picture,) = engine.generate(Request.model_validate({**WISH, "model": str(folder / "model")})).images
     assert np.array_equal(np.array(picture), two[0][0]["drawn by two prompts.0"])
 

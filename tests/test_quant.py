@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from inkstream.nn.forward import ANY, PLAIN
 from inkstream.nn.layers import SwiGLU, rms_norm, rms_norm_into
 from inkstream.nn.quant import (
     Outline,
@@ -289,7 +290,7 @@ def test_layers_that_share_rounded_rows_give_what_each_gives_alone(rotated):
         expected = multiply_int8(F.silu(gate) * up, state["w2.weight"], None)
         shared = rms_norm_into([layer.w1, layer.w3], x, ones, 1e-5)
         assert isinstance(shared, Rounded) is (rotated == 0)
-        assert torch.equal(layer(shared), expected)
+        assert torch.equal(layer(shared, PLAIN, ANY), expected)
 
 
 def test_a_product_of_8_bit_floats_is_near_the_full_one():

@@ -11,6 +11,7 @@ from inkstream.families import SPECS, family_of
 from inkstream.families.flux1.specs import DEV, FILL
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.flux2.specs import SPECS as FLUX2
+from inkstream.nn.forward import ANY, PLAIN
 from inkstream.train.loop import Preview, train
 from inkstream.train.objectives import TAUGHT_GUIDANCE, Batch, flow_error
 from inkstream.train.optim import is_block_matrix
@@ -72,7 +73,7 @@ def test_a_model_that_reads_its_guidance_is_told_one_while_it_learns(name):
     heard = []
     transformer.guidance_in.in_layer.register_forward_hook(lambda module, given, out: heard.append(given[0]))
     flow_error(family, batch, t, noise)
-    expected = transformer.guidance_in.numbers([TAUGHT_GUIDANCE])
+    expected = transformer.guidance_in.numbers([TAUGHT_GUIDANCE], PLAIN, ANY)
     assert expected is not None
     assert torch.equal(heard[0], heard[1])
 

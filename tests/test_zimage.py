@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE
 from inkstream.families.zimage.model import ZImageTransformer, line, patchify, plane, unpatchify, with_pads
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO
+from inkstream.nn.forward import Sample
 from inkstream.weights.keymap import translate
 
 
@@ -76,8 +77,8 @@ def test_a_caption_is_padded_by_its_own_length_whoever_shares_the_batch():
     x = torch.randn(16, 4, 4)
     with torch.no_grad():
         prepared = [model.prepare(c, 4, 4) for c in (short, long)]
-        alone = model([x], [0.5], prepared[:1])[0]
-        together = model([x, x], [0.5, 0.5], prepared)[0]
+        alone = model([Sample(x, 0.5, prepared[0])])[0]
+        together = model([Sample(x, 0.5, one) for one in prepared])[0]
     assert torch.allclose(alone, together, atol=1e-5)
     assert [len(p.context) for p in prepared] == [32, 64]
 
@@ -94,9 +95,9 @@ def test_what_guidance_asks_twice_is_refined_once():
     model.noise_refiner[0].register_forward_hook(lambda _, args, out: tokens.append(len(out)))
     with torch.no_grad():
         prepared = [model.prepare(caption, 16, 16) for caption in captions]
-        alone = [model([x], [0.5], [one])[0] for one in prepared]
-        once = model([x, x, other, x], [0.5, 0.5, 0.5, 0.2], [*prepared, *prepared])
-        twice = model([x, x.clone()], [0.5, 0.5], prepared)
+        alone = [model([Sample(x, 0.5, one)])[0] for one in prepared]
+        once = model([Sample(*each) for each in zip([x, x, other, x], [0.5, 0.5, 0.5, 0.2], prepared * 2)])
+        twice = model([Sample(point, 0.5, one) for point, one in zip((x, x.clone()), prepared)])
     assert tokens == [64, 64, 3 * 64, 2 * 64]
     for found in (once[:2], twice):
         assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(found, alone))
@@ -105,5 +106,5 @@ def test_what_guidance_asks_twice_is_refined_once():
     small = torch.randn(16, 4, 4)  # 4 patches and 28 pads, which stand elsewhere
     with torch.no_grad():
         padded = [model.prepare(caption, 4, 4) for caption in captions]
-        model([small, small], [0.5, 0.5], padded)
+        model([Sample(small, 0.5, one) for one in padded])
     assert tokens[-1] == 64

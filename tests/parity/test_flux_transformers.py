@@ -15,6 +15,7 @@ from inkstream.families.flux2 import specs as flux2
 from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.nn.config import read_config
 from inkstream.nn.flux import patchify, unpatchify
+from inkstream.nn.forward import Sample
 from inkstream.weights.keymap import translate
 from rounding import agree, roundings
 
@@ -131,11 +132,11 @@ def test_flux1_equals_the_reference_on_mixed_prompts_and_sizes(sizes, std, guida
     xs = [torch.randn(16, *shape) for shape in shapes]
     texts, pooled = [torch.randn(n, 24) for n in lengths], [torch.randn(20) for _ in lengths]
     prepared = [ours.prepare([s], [p], *shape, guidance)[0] for s, p, shape in zip(texts, pooled, shapes)]
-    got = ours(xs, times, prepared)
+    got = ours([Sample(*each) for each in zip(xs, times, prepared)])
     assert max(float(y.abs().max()) for y in got) > 5 * std  # the weights do something
     for x, text, vector, t, sample, y in zip(xs, texts, pooled, times, prepared, got):
         agree(y, ask_flux1(theirs, x, text, vector, t, guidance), roundings(theirs))
-        agree(ours([x], [t], [sample])[0], y, roundings(theirs))
+        agree(ours([Sample(x, t, sample)])[0], y, roundings(theirs))
 
 
 def test_flux1_kontext_equals_the_reference_with_reference_pictures():
@@ -145,7 +146,7 @@ def test_flux1_kontext_equals_the_reference_with_reference_pictures():
     for given in (references[:1], references):
         (sample,) = ours.prepare([text], [pooled], 8, 12, 2.5, references=given)
         expected = ask_flux1(theirs, x, text, pooled, 0.6, 2.5, references=given)
-        agree(ours([x], [0.6], [sample])[0], expected, roundings(theirs))
+        agree(ours([Sample(x, 0.6, sample)])[0], expected, roundings(theirs))
 
 
 @pytest.mark.parametrize("channels", [16, 80], ids=["control", "fill"])
@@ -154,7 +155,7 @@ def test_flux1_fill_and_control_equal_the_reference_with_channels_beside_the_noi
     xs, text, pooled = [torch.randn(16, 8, 4), torch.randn(16, 4, 4)], torch.randn(9, 24), torch.randn(20)
     beside = [torch.randn(channels, *x.shape[1:]) for x in xs]
     prepared = [ours.prepare([text], [pooled], *x.shape[1:], 30.0, channels=b)[0] for x, b in zip(xs, beside)]
-    for x, b, y in zip(xs, beside, ours(xs, [0.6, 0.6], prepared)):
+    for x, b, y in zip(xs, beside, ours([Sample(x, 0.6, sample) for x, sample in zip(xs, prepared)])):
         agree(y, ask_flux1(theirs, x, text, pooled, 0.6, 30.0, channels=b), roundings(theirs))
 
 
@@ -171,11 +172,11 @@ def test_flux2_equals_the_reference_on_mixed_prompts_sizes_and_references(sizes,
         ours.prepare([text], *shape, guidance, references=given)[0]
         for text, shape, given in zip(texts, shapes, references)
     ]
-    got = ours(xs, times, prepared)
+    got = ours([Sample(*each) for each in zip(xs, times, prepared)])
     assert max(float(y.abs().max()) for y in got) > 5 * std
     for x, text, t, given, sample, y in zip(xs, texts, times, references, prepared, got):
         agree(y, ask_flux2(theirs, x, text, t, guidance, given), roundings(theirs))
-        agree(ours([x], [t], [sample])[0], y, roundings(theirs))
+        agree(ours([Sample(x, t, sample)])[0], y, roundings(theirs))
 
 
 @pytest.mark.parametrize("guidance", [None, 4.0], ids=["klein", "dev"])
@@ -205,4 +206,4 @@ def test_references_read_once_equal_the_references_kept_keys_and_values(guidance
     )  # fmt: skip
     (sample,) = ours.prepare([text], 4, 6, guidance, references=references, read_once=True)
     for x, t, expected in ((first, 0.9, extracted.sample), (later, 0.4, cached.sample)):
-        agree(ours([x], [t], [sample])[0], unpatchify(expected[0], 4, 6, 1), roundings(theirs))
+        agree(ours([Sample(x, t, sample)])[0], unpatchify(expected[0], 4, 6, 1), roundings(theirs))

@@ -12,6 +12,7 @@ from inkstream.families.zimage.keys import DIFFUSERS
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import ZImageConfig
 from inkstream.nn.config import read_config
+from inkstream.nn.forward import Sample
 from inkstream.weights.keymap import translate
 from rounding import agree, roundings
 
@@ -47,11 +48,11 @@ def test_the_transformer_equals_the_reference_on_mixed_prompts_and_sizes(sizes, 
     t = torch.rand(len(xs))
     expected = theirs([x.unsqueeze(1) for x in xs], t, captions, return_dict=False)[0]
     prepared = [ours.prepare(c, *shape) for c, shape in zip(captions, shapes)]
-    got = ours(xs, t.tolist(), prepared)
+    got = ours([Sample(*each) for each in zip(xs, t.tolist(), prepared)])
     assert max(float(y.abs().max()) for y in got) > 10 * std  # the weights do something
     for i, (y, reference) in enumerate(zip(got, expected, strict=True)):
         agree(y, reference.squeeze(1), roundings(theirs))
-        (alone,) = ours(xs[i : i + 1], t.tolist()[i : i + 1], prepared[i : i + 1])
+        (alone,) = ours([Sample(xs[i], t[i].item(), prepared[i])])
         agree(alone, y, roundings(theirs))
 
 
@@ -71,7 +72,7 @@ def test_omni_equals_the_reference_with_references_and_siglip_features():
             image_noise_mask=[[0, 0, 1]],
             return_dict=False,
         )[0]
-        (got,) = ours([x], [0.3], [ours.prepare_omni(captions, references, features, 12, 8)])
+        (got,) = ours([Sample(x, 0.3, ours.prepare_omni(captions, references, features, 12, 8))])
         agree(got, expected[0].squeeze(1), roundings(theirs))
 
 
@@ -81,12 +82,12 @@ def test_scales_prepared_ahead_equal_those_computed_in_the_step():
     plain = ours.prepare(caption, 8, 8)
     ahead = replace(plain, scales=ours.scales(times))
     for t in times:
-        agree(ours([x], [t], [ahead])[0], ours([x], [t], [plain])[0], roundings(ours))
+        agree(ours([Sample(x, t, ahead)])[0], ours([Sample(x, t, plain)])[0], roundings(ours))
 
 
 def test_the_rows_left_out_of_the_last_block_are_the_ones_nobody_reads():
     _, ours = pair(SMALL)
     calls = []
     ours.layers[-1].feed_forward.register_forward_hook(lambda module, args, out: calls.append(len(args[0])))
-    ours([torch.randn(16, 8, 16)], [0.5], [ours.prepare(torch.randn(70, 32), 8, 16)])
+    ours([Sample(torch.randn(16, 8, 16), 0.5, ours.prepare(torch.randn(70, 32), 8, 16))])
     assert calls == [32]  # 4 x 8 patches, and none of the 96 caption tokens

@@ -2,7 +2,7 @@
 
 What a forward is given is copied to where a recorded one reads it. Recordings are for shapes: a step of another time,
 prompt or seed replays the same one. Larger pictures keep the GPU busy by themselves and are never recorded, nor is
-anything in training, under a step cache, or with weights that come and go.
+anything in training, where something is done around a picture's blocks, or with weights that come and go.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inkstream.nn.cache import in_use
+from inkstream.nn.around import NOTHING
+from inkstream.nn.forward import Sample
 from inkstream.nn.qwen3 import Qwen3
 from inkstream.nn.stack import Blocks
 
@@ -59,22 +60,20 @@ def comes_and_goes(module: nn.Module) -> bool:
 
 
 def forward_transformer(
-    recordings: Recordings,
-    forward: Callable[..., list[Tensor]],
-    xs: Sequence[Tensor],
-    times: Sequence[float],
-    prepared: Sequence[Any],
+    recordings: Recordings, forward: Callable[[Sequence[Sample]], list[Tensor]], samples: Sequence[Sample]
 ) -> list[Tensor]:
-    """As a family's transformer: xs: latents (C, h, w); prepared: what no step changes of each, a dataclass."""
-    asked = [at_time(sample, t) for sample, t in zip(prepared, times)]
-    small = sum(x.shape[-2] * x.shape[-1] for x in xs) <= SMALL
-    if torch.is_grad_enabled() or in_use.get() is not None or not small or any(sample is None for sample in asked):
-        return forward(xs, times, prepared)
+    """As a family's transformer."""
+    times = [sample.t for sample in samples]
+    asked = [sample.prepared.at(sample.t) for sample in samples]
+    small = sum(sample.x.shape[-2] * sample.x.shape[-1] for sample in samples) <= SMALL
+    plain = all(sample.around is NOTHING for sample in samples)
+    if torch.is_grad_enabled() or not plain or not small or any(prepared is None for prepared in asked):
+        return forward(samples)
     alike = tuple(times.index(t) for t in times)  # samples of one time share what is computed of it
     # No objects of a step before, so that they are copied whatever is in them.
-    fresh = {id(x): x.view_as(x) for x in xs}
-    given = [[fresh[id(x)] for x in xs], asked]
-    return recordings.run(alike, given, lambda given: forward(given[0], times, given[1]))
+    fresh = {id(sample.x): sample.x.view_as(sample.x) for sample in samples}
+    given = [(fresh[id(sample.x)], prepared) for sample, prepared in zip(samples, asked)]
+    return recordings.run(alike, given, lambda given: forward([Sample(x, t, p) for (x, p), t in zip(given, times)]))
 
 
 def forward_text_encoder(
@@ -181,14 +180,6 @@ def pool() -> Any:
 
 
 # Trees of tensors: dataclasses, lists, tuples and mappings of them ----------------------------------------------------
-
-
-def at_time(sample: Any, t: float) -> Any | None:
-    """A frozen dataclass in whose mappings by time only that time is left; None where one of them lacks it."""
-    maps = {f.name: getattr(sample, f.name) for f in fields(sample) if isinstance(getattr(sample, f.name), Mapping)}
-    if any(t not in by_time for by_time in maps.values()):
-        return None
-    return replace(sample, **{name: {t: by_time[t]} for name, by_time in maps.items()})
 
 
 def rebuild(tree: Any, each: Callable[[Tensor], Tensor]) -> Any:

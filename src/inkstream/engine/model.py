@@ -17,7 +17,9 @@ from inkstream.engine.preview import fit_preview
 from inkstream.engine.writing import writes_out, written_out
 from inkstream.families import Family, Pictures, Writer, family_of
 from inkstream.flow import add_noise, to_image
-from inkstream.nn.cache import POINTS, StepCache
+from inkstream.nn.around import NOTHING, Around
+from inkstream.nn.around.cache import POINTS, StepCache
+from inkstream.nn.forward import Sample
 from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, paste, start_index
 from inkstream.sampling.schedules import SCHEDULES, dynamic_shift, empirical_shift
@@ -146,9 +148,15 @@ class Model:
         entries = cond if guided(request, self.spec) else cond[0]
         if self.spec.guides == "read":
             entries = replace(entries, guidance=request.guidance)
-        prepared = self.family.prepare(entries, request.width, request.height, times)  # type: ignore[arg-type]
-        cache = StepCache(POINTS[request.cache], request.cache_threshold) if cached(request, self.spec) else None
-        return Run(request, solver, prepared, len(times), noise, cache)
+        around = self.around(request)
+        prepared = self.family.prepare(entries, request.width, request.height, times, around)  # type: ignore[arg-type]
+        return Run(request, solver, prepared, len(times), noise, around)
+
+    def around(self, request: Request) -> Around:
+        """What is done around the blocks of one picture of a complete request."""
+        if not cached(request, self.spec):
+            return NOTHING
+        return Around(StepCache(POINTS[request.cache], request.cache_threshold))
 
     def finish(self, run: Run, original: Original | None) -> Tensor:
         """Pixels (3, H, W) of a run that is done; outside a mask they are the original's own."""
@@ -186,7 +194,8 @@ class Original:
 
 
 class Run:
-    """One picture being drawn: a solver, the query it waits for, and what the model prepared for it."""
+    """One picture being drawn: a solver, the query it waits for, what the model prepared for it and what is done around
+    its blocks."""
 
     def __init__(
         self,
@@ -195,11 +204,11 @@ class Run:
         prepared: Sequence[Any],
         evaluations: int,
         start: Tensor,
-        cache: StepCache | None = None,
+        around: Around = NOTHING,
     ):
         self.request = request
         self.prepared = prepared
-        self.cache = cache
+        self.around = around
         self.evaluations = evaluations
         self.result: Tensor = start
         self.query: Query | None = None
@@ -207,8 +216,13 @@ class Run:
         self._solver = solver
         self._send(None)
 
+    def samples(self) -> list[Sample]:
+        """Whose velocity the pending query needs: of both prompts where guidance is on, else of the first."""
+        assert self.query is not None
+        return [Sample(*self.query, entry, self.around) for entry in self.entries()]
+
     def entries(self) -> Sequence[Any]:
-        """The prepared prompts whose velocity the pending query needs: both where guidance is on, else the first."""
+        """The prepared prompts of `samples`."""
         assert self.query is not None
         r = self.request
         assert r.guidance is not None  # the request is complete
@@ -231,28 +245,22 @@ class Run:
         try:
             self.query = next(self._solver) if v is None else self._solver.send(v)
         except StopIteration as end:
-            self.query, self.result, self.cache = None, end.value, None
+            self.query, self.result, self.around = None, end.value, NOTHING
 
 
 @torch.inference_mode()
 def advance(family: Family, runs: Sequence[Run]) -> None:
-    """Answer the pending query of every run in one packed forward; a run with a cache has one of its own, since which
-    blocks are run is decided by what it draws."""
-    _answer(family, [run for run in runs if run.cache is None])
-    for run in runs:
-        if run.cache is not None and run.query is not None:
-            with run.cache.step(run.query.t, len(run.entries())):
-                _answer(family, [run])
-
-
-def _answer(family: Family, runs: Sequence[Run]) -> None:
-    if not runs:
-        return
-    asked = [(run.query, entry) for run in runs for entry in run.entries()]
-    counts = [len(run.entries()) for run in runs]
-    answers = iter(family.answer([query for query, _ in asked], [entry for _, entry in asked]))  # type: ignore[misc]
-    for run, count in zip(runs, counts):
-        run.answer([next(answers) for _ in range(count)])
+    """Answer the pending query of every run in one packed forward. No cache takes anything over from one that fails."""
+    asked = [run.samples() for run in runs]
+    try:
+        answers = iter(family.answer([sample for samples in asked for sample in samples]))
+    except BaseException:
+        for run in runs:
+            if run.around.cache is not None:
+                run.around.cache.forget()
+        raise
+    for run, samples in zip(runs, asked):
+        run.answer([next(answers) for _ in samples])
 
 
 def singles(request: Request, count: int) -> Iterator[Request]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ from inkstream.engine.loader import choose_device
 from inkstream.engine.model import Model
 from inkstream.engine.options import cached, guided
 from inkstream.engine.processes import count_processes
+from inkstream.nn.forward import Sample
 from inkstream.nn.parallel import Group, heads_of, share_layers, share_tokens
-from inkstream.types import Done, InputError, Loading, Query, Request, Spec
+from inkstream.types import Done, InputError, Loading, Request, Spec
 
 Way = Literal["replicas", "cfg", "context", "tensor"]
 
@@ -163,17 +164,15 @@ class Crew:
 
     # While it is drawn -----------------------------------------------------------------------------------------------
 
-    def _answer(
-        self, answer: Callable[..., list[Tensor]], queries: Sequence[Query], prepared: Sequence[Any]
-    ) -> list[Tensor]:
+    def _answer(self, answer: Callable[..., list[Tensor]], samples: Sequence[Sample]) -> list[Tensor]:
         """As `Family.answer`. What is asked of one prompt alone is answered by both halves."""
-        if len(queries) == 1:
-            return answer(queries, prepared)
+        if len(samples) == 1:
+            return answer(samples)
         half = self._group.count
-        mine = range(len(queries))[self.rank // half :: 2]
-        known = dict(zip(mine, answer([queries[i] for i in mine], [prepared[i] for i in mine])))
+        mine = range(len(samples))[self.rank // half :: 2]
+        known = dict(zip(mine, answer([samples[i] for i in mine])))
         velocities = [
-            known[i].contiguous() if i in known else query.x.new_empty(query.x.shape) for i, query in enumerate(queries)
+            known[i].contiguous() if i in known else torch.empty_like(sample.x) for i, sample in enumerate(samples)
         ]
         for i, velocity in enumerate(velocities):
             dist.broadcast(velocity, half * (i % 2))

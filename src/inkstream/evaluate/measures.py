@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from itertools import islice, pairwise
-from typing import Any
 
 import torch
 from PIL import Image
@@ -17,7 +16,7 @@ from inkstream.engine.inputs import to_pixels
 from inkstream.engine.model import Model
 from inkstream.evaluate.run import pack
 from inkstream.flow import add_noise
-from inkstream.types import Query
+from inkstream.nn.forward import Sample
 
 SIGMAS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92, 0.98)
 """Times of the held-out loss. Two lie near 1, where a picture's layout is decided."""
@@ -38,7 +37,7 @@ def held_out_loss(
     """
     losses: dict[float, list[float]] = {sigma: [] for sigma in SIGMAS}
 
-    def questions() -> Iterator[tuple[Query, Tensor, Any]]:
+    def questions() -> Iterator[tuple[Sample, Tensor]]:
         for number, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
             pixels = to_pixels(picture, *picture.size)[None].to(model.device)
             image = model.family.encode_image(pixels)[0]
@@ -46,12 +45,12 @@ def held_out_loss(
             noise = torch.randn(image.shape, generator=generator).to(model.device)
             (entry,) = model.family.prepare(model.family.encode(prompt), *picture.size, SIGMAS)
             for sigma in SIGMAS:
-                yield Query(add_noise(image, noise, sigma), sigma), noise - image, entry
+                yield Sample(add_noise(image, noise, sigma), sigma, entry), noise - image
 
     for batch in pack(questions(), lambda question: question[1][0].numel() // 4):
-        answers = model.family.answer([query for query, _, _ in batch], [entry for _, _, entry in batch])
-        for (query, wanted, _), v in zip(batch, answers):
-            losses[query.t].append(float(F.mse_loss(v, wanted)))
+        answers = model.family.answer([sample for sample, _ in batch])
+        for (sample, wanted), v in zip(batch, answers):
+            losses[sample.t].append(float(F.mse_loss(v, wanted)))
     return {sigma: sum(values) / len(values) for sigma, values in losses.items() if values}
 
 

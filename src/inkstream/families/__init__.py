@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from inkstream.families.flux1 import specs as flux1
 from inkstream.families.flux2 import specs as flux2
 from inkstream.families.zimage import specs as zimage
-from inkstream.types import Conditioning, Query, Spec
+from inkstream.types import Conditioning, Spec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
+    from inkstream.nn.around import Around
+    from inkstream.nn.forward import Sample
     from inkstream.weights.keymap import Rule
 
 SPECS: dict[str, Spec] = {spec.name: spec for spec in (*zimage.SPECS, *flux1.SPECS.values(), *flux2.SPECS.values())}
@@ -140,12 +142,15 @@ class Family(Protocol):
         """The conditioning with what the model takes from pictures. InputError where it cannot take them."""
         ...
 
-    def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Any]:
-        """What no step changes, for each entry at one size in pixels; `times` are those that will be asked."""
+    def prepare(
+        self, cond: Conditioning, width: int, height: int, times: Sequence[float], around: Around = ...
+    ) -> list[Any]:
+        """What no step changes, for each entry at one size in pixels: the `prepared` of samples with the same `around`,
+        by default nothing. times: those that will be asked."""
         ...
 
-    def answer(self, queries: Sequence[Query], prepared: Sequence[Any]) -> list[Tensor]:
-        """The velocity of each query, shaped like its x: (C, h, w), float32. One forward; sizes may differ."""
+    def answer(self, samples: Sequence[Sample]) -> list[Tensor]:
+        """The velocity at each sample, shaped like its x: (C, h, w), float32. One forward; sizes may differ."""
         ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:

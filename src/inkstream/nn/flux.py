@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from typing import ClassVar
 
 import torch
@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inkstream.nn.attention import attend
+from inkstream.nn.forward import Forward, Rows, Sample, Span, run_blocks
 from inkstream.nn.gpu import kernels_for
 from inkstream.nn.layers import run_of_each, silu_times
+from inkstream.nn.linear import Chain, linear
 from inkstream.nn.quant import E4M3, Rounded, all_multiply_fp8
 from inkstream.nn.rope import Rope, norm_rope
-from inkstream.nn.stack import Blocks, run_blocks
+from inkstream.nn.stack import Blocks
 from inkstream.types import InputError
 
 EPS = 1e-6
@@ -50,6 +52,12 @@ class Modulation:
         rows = slice(index, index + 1)
         return Modulation(self.double[rows], self.single[rows], self.final[rows])
 
+    def of(self, samples: Sequence[int]) -> Modulation:
+        """Those of some samples; the single row that serves all, if it does."""
+        if len(self.final) in (1, len(samples)):
+            return self
+        return Modulation.cat([self.row(i) for i in samples])
+
     @staticmethod
     def cat(rows: Sequence[Modulation]) -> Modulation:
         """The rows of several."""
@@ -69,6 +77,10 @@ class Prepared:
     memory: Sequence[KeysValues] = ()  # of each block, of references that were read once, before the first step
     modulation: Mapping[float, Modulation] = field(default_factory=dict)  # of one row, by time, for those foreseen
 
+    def at(self, t: float) -> Prepared | None:
+        """For that time alone; None where it was not foreseen."""
+        return replace(self, modulation={t: self.modulation[t]}) if t in self.modulation else None
+
     @property
     def target_tokens(self) -> int:
         return self.grid[0] * self.grid[1]
@@ -76,60 +88,65 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tokens of a batch lie, what was seen before them, and where what they show is recorded, if anywhere."""
+    """How the tokens of some samples of a forward lie, what was seen before them, and where what they show is recorded,
+    if anywhere."""
 
-    text: list[int]  # tokens of each sample
-    target: list[int]
-    references: list[int]
+    texts: Rows
+    pictures: Rows  # of each the target, then its references
     rope: Rope  # sample by sample
     memories: list[Sequence[KeysValues]]
-    shared: bool  # one row of the modulation serves all samples
+    modulation: Modulation
     record: list[KeysValues] | None = None
 
     @staticmethod
-    def of(prepared: Sequence[Prepared], shared: bool, record: list[KeysValues] | None = None) -> Packing:
-        text, target, references = zip(*((len(s.text), s.target_tokens, len(s.references)) for s in prepared))
-        table = Rope.cat([s.rope for s in prepared])
-        return Packing([*text], [*target], [*references], table, [s.memory for s in prepared], shared, record)
-
-    def rows(self, lengths: Sequence[int]) -> Tensor | None:
-        """The modulation's row for each token of runs of these lengths, a run a sample; None where one serves all, or
-        the runs are of one length."""
-        alike = self.shared or len(set(lengths)) == 1
-        return None if alike else run_of_each(lengths, self.rope.cos.device)
-
-    @cached_property
-    def stream_rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """`rows` of texts and of pictures."""
-        return self.rows(self.text), self.rows(self.pictures)
+    def of(
+        prepared: Sequence[Prepared],
+        modulation: Modulation,
+        record: list[KeysValues] | None,
+        samples: tuple[int, ...],
+    ) -> Packing:
+        """prepared, modulation: of all samples of the forward."""
+        own = [(i, prepared[i]) for i in samples]
+        texts = Rows(tuple(Span(i, len(s.text)) for i, s in own))
+        pairs = [(Span(i, s.target_tokens, True), Span(i, len(s.references))) for i, s in own]
+        pictures = Rows(tuple(span for pair in pairs for span in pair))
+        table = Rope.cat([s.rope for _, s in own])
+        return Packing(texts, pictures, table, [s.memory for _, s in own], modulation.of(samples), record)
 
     @cached_property
-    def all_rows(self) -> Tensor | None:
-        """`rows` of samples."""
-        return self.rows(self.lengths)
+    def streams(self) -> Rows:
+        """All texts, then all pictures."""
+        return Rows(self.texts.spans + self.pictures.spans)
+
+    @cached_property
+    def woven(self) -> Rows:
+        """Sample by sample."""
+        pairs = zip(self.texts.spans, self.pictures.spans[::2], self.pictures.spans[1::2])
+        return Rows(tuple(span for sample in pairs for span in sample))
+
+    def which(self, rows: Rows) -> Tensor | None:
+        """The modulation's row for each token, where each sample's lie end to end; None where one serves all, or all
+        have as many."""
+        alike = len(self.modulation.final) == 1 or len(set(rows.lengths)) == 1
+        return None if alike else run_of_each(rows.lengths, self.rope.cos.device)
+
+    @cached_property
+    def stream_which(self) -> tuple[Tensor | None, Tensor | None]:
+        """`which` of texts and of pictures."""
+        return self.which(self.texts), self.which(self.pictures)
+
+    @cached_property
+    def woven_which(self) -> Tensor | None:
+        """`which` of samples."""
+        return self.which(self.woven)
 
     @cached_property
     def ropes(self) -> tuple[Rope, Rope]:
         """Of the texts of all samples, and of their pictures."""
-        lengths = [n for sample in zip(self.text, self.pictures) for n in sample]
+        lengths = [n for sample in zip(self.texts.lengths, self.pictures.lengths) for n in sample]
         cos, sin = self.rope.cos.split(lengths), self.rope.sin.split(lengths)
         pieces = [Rope(*piece) for piece in zip(cos, sin)]
         return Rope.cat(pieces[::2]), Rope.cat(pieces[1::2])
-
-    @cached_property
-    def pictures(self) -> list[int]:
-        """Picture tokens of each sample, target and references."""
-        return [t + r for t, r in zip(self.target, self.references)]
-
-    @cached_property
-    def lengths(self) -> list[int]:
-        """All tokens of each sample."""
-        return [t + p for t, p in zip(self.text, self.pictures)]
-
-    def targets_of(self, x: Tensor) -> Tensor:
-        """Of tokens that lie sample by sample, those of the target pictures. x: (N, ...)"""
-        pieces = x.split([n for sample in zip(self.text, self.target, self.references) for n in sample])[1::3]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def remembered(self, block: int) -> list[KeysValues | None]:
         """What each sample saw in that block before, if anything. Double blocks count first, single ones on from them.
@@ -137,25 +154,23 @@ class Packing:
         return [m[block] if m else None for m in self.memories] if any(self.memories) else []
 
 
-def foresee(
-    times: Sequence[float], embedding: Tensor, compute: Callable[[Sequence[float], Tensor], Modulation]
-) -> dict[float, Modulation]:
-    """The modulation at each of the times, all in one pass. embedding: (D,); compute as in `modulation_of`."""
+Modulate = Callable[[Sequence[float], Tensor, Forward, Rows], Modulation]
+"""T times and the embeddings (T or 1, D) to add to theirs -> T rows; whose each is stands behind them."""
+
+
+def foresee(times: Sequence[float], embedding: Tensor, modulate: Modulate, forward: Forward) -> dict[float, Modulation]:
+    """The modulation at each of the times, all in one pass. embedding: (D,)"""
     times = list(dict.fromkeys(times))
-    rows = compute(times, embedding.unsqueeze(0)) if times else None
+    rows = modulate(times, embedding.unsqueeze(0), forward, Rows.alone(len(times))) if times else None
     return {t: rows.row(i) for i, t in enumerate(times)} if rows else {}
 
 
-def modulation_of(
-    times: Sequence[float], prepared: Sequence[Prepared], compute: Callable[[Sequence[float], Tensor], Modulation]
-) -> Modulation:
-    """A row for each sample, or a single one where all share it: as foreseen, or else computed.
-
-    compute: T times and the embeddings (T or 1, D) to add to theirs -> T rows.
-    """
-    known = [s.modulation[t] for s, t in zip(prepared, times) if t in s.modulation]
-    if len(known) < len(prepared):
-        return compute(times, torch.stack([s.embedding for s in prepared]))
+def modulation_of(samples: Sequence[Sample], modulate: Modulate, forward: Forward) -> Modulation:
+    """A row for each sample, or a single one where all share it: as foreseen, or else computed."""
+    known = [s.prepared.modulation[s.t] for s in samples if s.t in s.prepared.modulation]
+    if len(known) < len(samples):
+        rows = Rows(tuple(Span(i, 1) for i in range(len(samples))))
+        return modulate([s.t for s in samples], torch.stack([s.prepared.embedding for s in samples]), forward, rows)
     return known[0] if all(m is known[0] for m in known) else Modulation.cat(known)
 
 
@@ -165,28 +180,36 @@ def run_streams(
     targets: Tensor,
     prepared: Sequence[Prepared],
     modulation: Modulation,
+    forward: Forward,
     record: list[KeysValues] | None = None,
 ) -> Tensor:
     """All blocks over a batch. targets: (M, D) embedded patches of the target pictures -> (M, D).
 
     record: takes what each block saw of all tokens; made of references alone, it is a `Prepared.memory`.
     """
-    batch = Packing.of(prepared, len(modulation.final) == 1, record)
-    pictures = weave(targets.split(batch.target), [s.references for s in prepared])
-    x = torch.cat([*(s.text for s in prepared), pictures])
+
+    @cache
+    def pack(samples: tuple[int, ...]) -> Packing:
+        return Packing.of(prepared, modulation, record, samples)
+
+    batch = pack(tuple(range(len(prepared))))
     first, last = len(double_blocks), len(single_blocks) - 1
 
-    def call_double(i: int, block: nn.Module, x: Tensor) -> Tensor:
-        return block(x, modulation.double[:, i], batch, batch.remembered(i))
+    def call_double(i: int, block: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+        own = pack(rows.samples)
+        return block(x, own.modulation.double[:, i], own, own.remembered(i), forward)
 
-    def call_single(i: int, block: nn.Module, x: Tensor) -> Tensor:
+    def call_single(i: int, block: nn.Module, x: Tensor, rows: Rows) -> Tensor:
         # Of the last block only the targets' rows are read, so only they go through its second half.
-        return block(x, modulation.single[:, i], batch, batch.remembered(first + i), i == last)
+        own = pack(rows.samples)
+        return block(x, own.modulation.single[:, i], own, own.remembered(first + i), forward, i == last)
 
-    x = run_blocks(double_blocks, x, call_double)
-    text, pictures = x.split([sum(batch.text), sum(batch.pictures)])
-    x = weave(text.split(batch.text), pictures.split(batch.pictures))
-    return run_blocks(single_blocks, x, call_single)
+    pictures = weave(targets.split(batch.pictures.targets.lengths), [s.references for s in prepared])
+    x = torch.cat([*(s.text for s in prepared), pictures])
+    x = run_blocks("double_blocks", double_blocks, x, call_double, forward, batch.streams)
+    text, pictures = x.split([len(batch.texts), len(batch.pictures)])
+    x = weave(text.split(batch.texts.lengths), pictures.split(batch.pictures.lengths))
+    return run_blocks("single_blocks", single_blocks, x, call_single, forward, batch.woven, narrows=True)
 
 
 class DoubleBlock(nn.Module):
@@ -194,7 +217,7 @@ class DoubleBlock(nn.Module):
 
     apart = ("img_mod", "txt_mod")  # called ahead of the steps
     # What may be compiled or shared out: functions of tensors, and which of these have a row for each token.
-    regions: ClassVar = {"enter": (0, 2, 3), "leave": (0, 1, 4)}
+    regions: ClassVar = {"enter": (0, 2, 3, 5), "leave": (0, 1, 4, 6)}
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
         """gated: the MLP is a SwiGLU, else a GELU. modulated: the block owns the weights of its modulation."""
@@ -222,29 +245,35 @@ class DoubleBlock(nn.Module):
         x: Tensor,  # (N, D): the texts of all samples, then their pictures
         modulation: Tensor,  # (R, 2, 6, D)
         batch: Packing,
-        remembered: Sequence[KeysValues | None] = (),
+        remembered: Sequence[KeysValues | None],
+        forward: Forward,
     ) -> Tensor:
-        streams = x.split([sum(batch.text), sum(batch.pictures)])
+        rows = batch.texts, batch.pictures
+        streams = x.split([len(each) for each in rows])
         of_attention, of_mlp = modulation.chunk(2, dim=2)  # each (R, 2, 3, D)
-        text_qkv, picture_qkv = self.enter(streams, of_attention, batch.stream_rows, batch.ropes)
-        q, k, v = (weave(a.split(batch.text), b.split(batch.pictures)) for a, b in zip(text_qkv, picture_qkv))
+        text_qkv, picture_qkv = self.enter(streams, of_attention, batch.stream_which, batch.ropes, forward, rows)
+        lengths = [each.lengths for each in rows]
+        q, k, v = (weave(a.split(lengths[0]), b.split(lengths[1])) for a, b in zip(text_qkv, picture_qkv))
         seen = attend_together(q, k, v, batch, remembered)
-        pieces = seen.split([n for sample in zip(batch.text, batch.pictures) for n in sample])
+        pieces = seen.split([n for sample in zip(*lengths) for n in sample])
         seen_by = torch.cat(pieces[::2]), torch.cat(pieces[1::2])
-        return self.leave(streams, seen_by, of_attention, of_mlp, batch.stream_rows)
+        return self.leave(streams, seen_by, of_attention, of_mlp, batch.stream_which, forward, rows)
 
     def enter(
         self,
         streams: Sequence[Tensor],  # text and picture, each (L, D)
         modulation: Tensor,  # (R, 2, 3, D)
-        rows: Sequence[Tensor | None],
+        which: Sequence[Tensor | None],
         ropes: Sequence[Rope],
+        forward: Forward,
+        rows: Sequence[Rows],
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Queries, keys and values of each stream, (L, H, E)."""
-        return [
-            attention.project(modulate(x, modulation[:, i], rows[i], attention.qkv), ropes[i])
-            for i, (x, attention) in enumerate(zip(streams, (self.txt_attn, self.img_attn)))
-        ]
+        out = []
+        for i, (x, attention) in enumerate(zip(streams, (self.txt_attn, self.img_attn))):
+            normed = modulate(x, modulation[:, i], which[i], forward.unadapted(attention.qkv))
+            out.append(attention.project(normed, ropes[i], forward, rows[i]))
+        return out
 
     def leave(
         self,
@@ -252,14 +281,17 @@ class DoubleBlock(nn.Module):
         seen: Sequence[Tensor],  # by each stream, (L, D)
         of_attention: Tensor,
         of_mlp: Tensor,
-        rows: Sequence[Tensor | None],
+        which: Sequence[Tensor | None],
+        forward: Forward,
+        rows: Sequence[Rows],
     ) -> Tensor:
         """What comes out, text before picture: (N, D)."""
         out = []
         for i, (attention, mlp) in enumerate(((self.txt_attn, self.txt_mlp), (self.img_attn, self.img_mlp))):
-            x = add_gated(streams[i], attention.proj(seen[i]), of_attention[:, i], rows[i])
-            normed = modulate(x, of_mlp[:, i], rows[i], mlp[0])
-            out.append(add_gated(x, mlp(normed), of_mlp[:, i], rows[i]))
+            attended = linear(attention.proj, seen[i], forward, rows[i])
+            x = add_gated(streams[i], attended, of_attention[:, i], which[i])
+            normed = modulate(x, of_mlp[:, i], which[i], forward.unadapted(mlp[0]))
+            out.append(add_gated(x, mlp(normed, forward, rows[i]), of_mlp[:, i], which[i]))
         return torch.cat(out)
 
 
@@ -267,7 +299,7 @@ class SingleBlock(nn.Module):
     """All tokens alike: attention and MLP side by side, from one linear layer and into one."""
 
     apart = ("modulation",)
-    regions: ClassVar = {"enter": (0, 2, 3), "leave": (0, 1, 2, 4)}
+    regions: ClassVar = {"enter": (0, 2, 3, 5), "leave": (0, 1, 2, 4, 6)}
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
         """As of `DoubleBlock`."""
@@ -287,30 +319,42 @@ class SingleBlock(nn.Module):
         x: Tensor,  # (N, D), sample by sample
         modulation: Tensor,  # (R, 3, D)
         batch: Packing,
-        remembered: Sequence[KeysValues | None] = (),
+        remembered: Sequence[KeysValues | None],
+        forward: Forward,
         targets_only: bool = False,  # whose rows are computed
     ) -> Tensor:
-        q, k, v, hidden = self.enter(x, modulation, batch.all_rows, batch.rope)
+        which, rows = batch.woven_which, batch.woven
+        q, k, v, hidden = self.enter(x, modulation, which, batch.rope, forward, rows)
         seen = attend_together(q, k, v, batch, remembered, targets_only)
-        rows = batch.all_rows
         if targets_only:
-            x, hidden, rows = batch.targets_of(x), batch.targets_of(hidden), batch.rows(batch.target)
-        return self.leave(x, seen, hidden, modulation, rows)
+            x, hidden, rows = rows.targets_of(x), rows.targets_of(hidden), rows.targets
+            which = batch.which(rows)
+        return self.leave(x, seen, hidden, modulation, which, forward, rows)
 
     def enter(
-        self, x: Tensor, modulation: Tensor, rows: Tensor | None, table: Rope
+        self, x: Tensor, modulation: Tensor, which: Tensor | None, table: Rope, forward: Forward, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (N, H, E), and what the activation is given: (N, F)."""
         width = 3 * self.heads * self.width
-        both = self.linear1(modulate(x, modulation, rows, self.linear1))
+        normed = modulate(x, modulation, which, forward.unadapted(self.linear1))
+        both = linear(self.linear1, normed, forward, rows)
         qkv, hidden = both.split([width, both.shape[-1] - width], dim=-1)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).unbind(1)
         return *self.norm(q, k, table), v, hidden
 
-    def leave(self, x: Tensor, seen: Tensor, hidden: Tensor, modulation: Tensor, rows: Tensor | None) -> Tensor:
-        """What comes out, of what came in and what attention saw. x, seen: (N, D)."""
-        out = self.linear2(torch.cat((seen, self.activation(hidden)), dim=-1))
-        return add_gated(x, out, modulation, rows)
+    def leave(
+        self,
+        x: Tensor,  # (N, D)
+        seen: Tensor,  # (N, D)
+        hidden: Tensor,  # (N, F)
+        modulation: Tensor,
+        which: Tensor | None,
+        forward: Forward,
+        rows: Rows,
+    ) -> Tensor:
+        """What comes out, of what came in and what attention saw."""
+        out = linear(self.linear2, torch.cat((seen, self.activation(hidden)), dim=-1), forward, rows)
+        return add_gated(x, out, modulation, which)
 
 
 class FinalLayer(nn.Module):
@@ -319,14 +363,16 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, out: int, bias: bool):
         super().__init__()
         self.linear = nn.Linear(dim, out, bias)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(dim, 2 * dim, bias))
+        self.adaLN_modulation = Chain(nn.SiLU(), nn.Linear(dim, 2 * dim, bias))
 
-    def modulation(self, vec: Tensor) -> Tensor:
+    def modulation(self, vec: Tensor, forward: Forward, rows: Rows) -> Tensor:
         """vec: (T, D) -> shift, scale: (T, 2, D)."""
-        return self.adaLN_modulation(vec).unflatten(-1, (2, -1))
+        return self.adaLN_modulation(vec, forward, rows).unflatten(-1, (2, -1))
 
-    def forward(self, x: Tensor, modulation: Tensor, rows: Tensor | None) -> Tensor:  # x: (N, D)
-        return self.linear(modulate(x, modulation, rows, self.linear))
+    def forward(self, x: Tensor, modulation: Tensor, forward: Forward, rows: Rows) -> Tensor:
+        """x: (N, D), each sample's rows end to end; modulation: (R, 2, D), a row for each sample, or one for all."""
+        which = None if len(modulation) == 1 else run_of_each(rows.lengths, x.device)
+        return linear(self.linear, modulate(x, modulation, which, forward.unadapted(self.linear)), forward, rows)
 
 
 class StreamAttention(nn.Module):
@@ -339,9 +385,9 @@ class StreamAttention(nn.Module):
         self.norm = QKNorm(dim // heads)
         self.proj = nn.Linear(dim, dim, bias)
 
-    def project(self, x: Tensor | Rounded, table: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor | Rounded, table: Rope, forward: Forward, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """x: (L, D) -> normed and turned q and k, and v, each (L, H, E)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = linear(self.qkv, x, forward, rows).unflatten(-1, (3, self.heads, -1)).unbind(1)
         return *self.norm(q, k, table), v
 
 
@@ -373,8 +419,8 @@ class Modulator(nn.Module):
         self.parts = parts
         self.lin = nn.Linear(dim, parts * dim, bias)
 
-    def forward(self, vec: Tensor) -> Tensor:
-        return self.lin(F.silu(vec)).unflatten(-1, (self.parts, -1))
+    def forward(self, vec: Tensor, forward: Forward, rows: Rows) -> Tensor:
+        return linear(self.lin, F.silu(vec), forward, rows).unflatten(-1, (self.parts, -1))
 
 
 class Embedder(nn.Module):
@@ -385,17 +431,18 @@ class Embedder(nn.Module):
         self.in_layer = nn.Linear(width, dim, bias)
         self.out_layer = nn.Linear(dim, dim, bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # (T, width) -> (T, D)
-        return self.out_layer(F.silu(self.in_layer(x.to(self.in_layer.weight.dtype))))
+    def forward(self, x: Tensor, forward: Forward, rows: Rows) -> Tensor:  # (T, width) -> (T, D)
+        hidden = linear(self.in_layer, x.to(self.in_layer.weight.dtype), forward, rows)
+        return linear(self.out_layer, F.silu(hidden), forward, rows)
 
-    def numbers(self, values: Sequence[float]) -> Tensor:
+    def numbers(self, values: Sequence[float], forward: Forward, rows: Rows) -> Tensor:
         """Times or guidance, as sinusoids of a thousand times each, cosines first. -> (T, D)"""
         half = FREQUENCIES // 2
         device = self.in_layer.weight.device
         thousandths = torch.tensor([1000 * value for value in values], dtype=torch.float32, device=device)
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=device) / half)
         angle = thousandths[:, None] * frequencies
-        return self(torch.cat((angle.cos(), angle.sin()), dim=-1))
+        return self(torch.cat((angle.cos(), angle.sin()), dim=-1), forward, rows)
 
 
 class SwiGLU(nn.Module):
@@ -406,7 +453,7 @@ class SwiGLU(nn.Module):
         return silu_times(gate, up)
 
 
-def embed_guidance(embedder: Embedder | None, guidance: float | None) -> Tensor | None:
+def embed_guidance(embedder: Embedder | None, guidance: float | None, forward: Forward) -> Tensor | None:
     """(1, D), or None where the model reads no guidance. InputError where it lacks what it reads, or is given more."""
     if embedder is None:
         if guidance is not None:
@@ -414,7 +461,7 @@ def embed_guidance(embedder: Embedder | None, guidance: float | None) -> Tensor 
         return None
     if guidance is None:
         raise InputError("this model reads a guidance and is given None: give a number, such as 3.5")
-    return embedder.numbers([guidance])
+    return embedder.numbers([guidance], forward, Rows.alone(1))
 
 
 def hidden_of(gated: bool) -> tuple[str, ...]:
@@ -426,9 +473,9 @@ def activation(gated: bool) -> nn.Module:
     return SwiGLU() if gated else nn.GELU(approximate="tanh")
 
 
-def mlp(dim: int, hidden: int, gated: bool, bias: bool) -> nn.Sequential:
+def mlp(dim: int, hidden: int, gated: bool, bias: bool) -> Chain:
     first = nn.Linear(dim, 2 * hidden if gated else hidden, bias)
-    return nn.Sequential(first, activation(gated), nn.Linear(hidden, dim, bias))
+    return Chain(first, activation(gated), nn.Linear(hidden, dim, bias))
 
 
 def attend_together(
@@ -441,13 +488,13 @@ def attend_together(
     """
     if batch.record is not None:
         batch.record.append((k, v.contiguous()))  # v may be a view, which would keep the whole projection alive
-    lengths = visible = batch.lengths
+    lengths = visible = batch.woven.lengths
     if remembered:
         keys, values = ([None if kv is None else kv[i] for kv in remembered] for i in (0, 1))
         k, v = weave(k.split(lengths), keys), weave(v.split(lengths), values)
         visible = [n if past is None else n + len(past) for n, past in zip(lengths, keys)]
     if targets_only:
-        q, lengths = batch.targets_of(q), batch.target
+        q, lengths = batch.woven.targets_of(q), batch.woven.targets.lengths
     return attend(q, k, v, lengths, visible).flatten(1)
 
 
@@ -456,27 +503,27 @@ def weave(*streams: Iterable[Tensor | None]) -> Tensor:
     return torch.cat([piece for sample in zip(*streams, strict=True) for piece in sample if piece is not None])
 
 
-def modulate(x: Tensor, modulation: Tensor, rows: Tensor | None, reader: nn.Module) -> Tensor | Rounded:
-    """Layer norm, scaled and shifted. x: (N, D); modulation: (R, 2 or 3, D), shift, scale; rows: which of R is each
-    token's, as `Packing.rows`; reader: the layer it is for, which may take it in 8 bits at once."""
+def modulate(x: Tensor, modulation: Tensor, which: Tensor | None, readers: Sequence[nn.Module]) -> Tensor | Rounded:
+    """Layer norm, scaled and shifted. x: (N, D); modulation: (R, 2 or 3, D), shift, scale; which: of R is each token's,
+    as `Packing.which`; readers: the layers it is for, which may take it in 8 bits at once."""
     shift, scale = modulation[:, 0], modulation[:, 1]
     if fused := kernels_for(x):
-        if all_multiply_fp8([reader], x):
-            return Rounded(x.dtype, *fused.modulated_norm(x, shift, scale, EPS, rows, into=E4M3))
-        return fused.modulated_norm(x, shift, scale, EPS, rows)
+        if all_multiply_fp8(readers, x):
+            return Rounded(x.dtype, *fused.modulated_norm(x, shift, scale, EPS, which, into=E4M3))
+        return fused.modulated_norm(x, shift, scale, EPS, which)
     normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
-    return torch.addcmul(spread(shift, rows, len(x)), normed, 1 + spread(scale, rows, len(x)))
+    return torch.addcmul(spread(shift, which, len(x)), normed, 1 + spread(scale, which, len(x)))
 
 
-def add_gated(x: Tensor, out: Tensor, modulation: Tensor, rows: Tensor | None) -> Tensor:
-    """x + gate * out. x, out: (N, D); modulation: (R, 3, D), the gate last; rows as in `modulate`."""
-    return torch.addcmul(x, spread(modulation[:, 2], rows, len(x)), out)
+def add_gated(x: Tensor, out: Tensor, modulation: Tensor, which: Tensor | None) -> Tensor:
+    """x + gate * out. x, out: (N, D); modulation: (R, 3, D), the gate last; which as in `modulate`."""
+    return torch.addcmul(x, spread(modulation[:, 2], which, len(x)), out)
 
 
-def spread(values: Tensor, rows: Tensor | None, count: int) -> Tensor:
+def spread(values: Tensor, which: Tensor | None, count: int) -> Tensor:
     """A row for each of `count` tokens. values: (R, D) -> (count, D); a single row serves as it is."""
-    if rows is not None:
-        return values.index_select(0, rows)
+    if which is not None:
+        return values.index_select(0, which)
     if len(values) == 1:
         return values
     return values.unsqueeze(1).expand(-1, count // len(values), -1).flatten(0, 1)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inkstream.nn.forward import Forward, Rows
 from inkstream.nn.gpu import kernels_for
+from inkstream.nn.linear import Chain, linear
 from inkstream.nn.quant import E4M3, Rounded, all_multiply_fp8, all_multiply_int8, round_to_int8
 
 
@@ -48,13 +50,13 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, rows: Tensor | No
     return x + rms_norm(y, weight, eps, rows)
 
 
-def silu_times(gate: Tensor, up: Tensor, reader: nn.Module | None = None) -> Tensor | Rounded:
-    """silu(gate) * up, both (L, D); for the layer that reads it, if one is named, as in `rms_norm_into`."""
+def silu_times(gate: Tensor, up: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor | Rounded:
+    """silu(gate) * up, both (L, D); for the layers that read it, as in `rms_norm_into`."""
     if fused := kernels_for(gate):
-        if reader is not None and all_multiply_fp8([reader], gate):
+        if all_multiply_fp8(readers, gate):
             return Rounded(gate.dtype, *fused.swiglu(gate, up, into=E4M3))
         return fused.swiglu(gate, up)
-    if reader is not None and all_multiply_int8([reader], gate):
+    if all_multiply_int8(readers, gate):
         return round_to_int8(gate, up, join=lambda gate, up: F.silu(gate).mul_(up))
     return F.silu(gate) * up
 
@@ -103,8 +105,9 @@ class SwiGLU(nn.Module):
         self.w2 = nn.Linear(hidden, dim, bias=False)
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
-    def forward(self, x: Tensor | Rounded) -> Tensor:  # (N, D)
-        return self.w2(silu_times(self.w1(x), self.w3(x), self.w2))
+    def forward(self, x: Tensor | Rounded, forward: Forward, rows: Rows) -> Tensor:  # (N, D)
+        gate, up = linear(self.w1, x, forward, rows), linear(self.w3, x, forward, rows)
+        return linear(self.w2, silu_times(gate, up, forward.unadapted(self.w2)), forward, rows)
 
 
 class TimestepEmbedder(nn.Module):
@@ -114,11 +117,11 @@ class TimestepEmbedder(nn.Module):
 
     def __init__(self, dim: int, hidden: int = 1024):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(self.FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, dim))
+        self.mlp = Chain(nn.Linear(self.FREQUENCIES, hidden), nn.SiLU(), nn.Linear(hidden, dim))
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, forward: Forward, rows: Rows) -> Tensor:
         half = self.FREQUENCIES // 2
         frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
         angle = t.float()[:, None] * frequencies
         wave = torch.cat((angle.cos(), angle.sin()), dim=-1)
-        return self.mlp(wave.to(next(self.mlp.parameters()).dtype))
+        return self.mlp(wave.to(next(self.mlp.parameters()).dtype), forward, rows)

@@ -290,10 +290,10 @@ def cut_inputs(layer: Any, runs: Sequence[tuple[int, int]]) -> nn.Module:
 
 
 def sum_outputs(layer: Any, group: Group) -> nn.Module:
-    """The layer, giving the sum of all processes' outputs. Its bias is in that once."""
+    """The layer, whose outputs `linear` sums over all processes. Its bias is in that once."""
     if group.rank:
         layer.bias = None
-    layer.register_forward_hook(lambda layer, given, out: group.sum(out))
+    layer.group = group
     return layer
 
 

@@ -84,9 +84,9 @@ def large_layers(block: nn.Module) -> list[tuple[nn.Module, str, nn.Linear]]:
 
 
 def is_worth_packing(layer: nn.Linear) -> bool:
-    """Whether it is large, on the CPU, in float32, and nothing else than a product."""
-    weight = layer.weight
-    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and not layer._forward_hooks
+    """Whether it is large, on the CPU, in float32, and nothing else than a product of this process's own."""
+    weight, alone = layer.weight, not layer._forward_hooks and getattr(layer, "group", None) is None
+    plain = weight.dtype == torch.float32 and weight.device.type == "cpu" and alone
     return plain and weight.numel() >= LEAST
 
 

@@ -156,13 +156,17 @@ def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def all_multiply_int8(layers: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether each of the layers multiplies x rounded to int8, and all the same numbers. x: (N, I)"""
-    return not torch.is_grad_enabled() and all(
-        isinstance(layer, PackedLinear)
-        and layer.packed.dynamic
-        and not layer.packed.rotated
-        and multiplies_int8(layer.packed, x)
-        for layer in layers
+    """Whether there are layers and each multiplies x rounded to int8, and all the same numbers. x: (N, I)"""
+    return (
+        bool(layers)
+        and not torch.is_grad_enabled()
+        and all(
+            isinstance(layer, PackedLinear)
+            and layer.packed.dynamic
+            and not layer.packed.rotated
+            and multiplies_int8(layer.packed, x)
+            for layer in layers
+        )
     )
 
 
@@ -203,9 +207,14 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def all_multiply_fp8(layers: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether each of the layers multiplies x rounded to 8-bit floats. x: (N, I)"""
-    return not torch.is_grad_enabled() and all(
-        isinstance(layer, PackedLinear) and layer.packed.dynamic and multiplies_fp8(layer.packed, x) for layer in layers
+    """Whether there are layers and each multiplies x rounded to 8-bit floats. x: (N, I)"""
+    return (
+        bool(layers)
+        and not torch.is_grad_enabled()
+        and all(
+            isinstance(layer, PackedLinear) and layer.packed.dynamic and multiplies_fp8(layer.packed, x)
+            for layer in layers
+        )
     )
 
 

@@ -11,7 +11,7 @@ from inkstream.nn.attention import attend
 from inkstream.nn.config import Qwen3Config
 from inkstream.nn.gpu import kernels_for
 from inkstream.nn.layers import silu_times
-from inkstream.nn.stack import Blocks, run_blocks
+from inkstream.nn.stack import Blocks, visits
 
 Past = tuple[Tensor, Tensor]
 """Keys and values (L, G, E) of the tokens that a layer has read."""
@@ -40,14 +40,10 @@ class Qwen3(nn.Module):
         x = self.embed_tokens(ids)  # (L, D)
         table = rope(lengths, self.config.head_dim, self.config.rope_theta, ids.device)
         read = {0: x}  # by depth: those asked for, not all
-
-        def call(i: int, layer: nn.Module, x: Tensor) -> Tensor:
+        for i, layer in visits(self.layers):
             x = layer(x, table, lengths, lengths if texts is None else texts)
             if i + 1 in self.depths:
                 read[i + 1] = x
-            return x
-
-        run_blocks(self.layers, x, call)
         return torch.cat([read[depth] for depth in self.depths], dim=-1)
 
 
@@ -119,7 +115,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x), self.down_proj))
+        return self.down_proj(silu_times(self.gate_proj(x), self.up_proj(x), [self.down_proj]))
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], texts: Sequence[int]) -> Tensor:

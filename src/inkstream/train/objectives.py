@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from inkstream.families import Family
 from inkstream.flow import add_noise
+from inkstream.nn.forward import Sample
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.recipe import Objective
-from inkstream.types import Conditioning, Query
+from inkstream.types import Conditioning
 
 Prompts = Sequence[tuple[int, ...]]
 TAUGHT_GUIDANCE = 1.0
@@ -67,8 +68,7 @@ def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor) -> Tensor
     height, width = batch.images.shape[-2:]
     down = family.spec.vae.downscale
     prepared = family.prepare(cond, width * down, height * down, ())
-    queries = [Query(x, time) for x, time in zip(points.unbind(), t.tolist())]
-    velocity = torch.stack(family.answer(queries, prepared))
+    velocity = torch.stack(family.answer([Sample(*each) for each in zip(points.unbind(), t.tolist(), prepared)]))
     return (velocity - (noise - batch.images)).square().mean((1, 2, 3))
 
 

@@ -45,9 +45,11 @@ from inkstream.families.flux1.text import (
     t5_tokens,
 )
 from inkstream.families.parts import AUTOENCODER, decode, encode
+from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.flux import Prepared
+from inkstream.nn.forward import Sample
 from inkstream.nn.offload import where_it_computes
-from inkstream.types import Conditioning, Query, Spec
+from inkstream.types import Conditioning, Spec
 
 PROMPTS_KEPT = 16
 CELL = 8
@@ -183,15 +185,17 @@ class Flux1:
     def _device(self) -> torch.device:
         return where_it_computes(self.transformer)[0]
 
-    def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
+    def prepare(
+        self, cond: Conditioning, width: int, height: int, times: Sequence[float], around: Around = NOTHING
+    ) -> list[Prepared]:
         _, h, w = self.latent_shape(width, height)
         texts = cond.tokens.split(list(cond.lengths))
         assert cond.pooled is not None
         pooled = cond.pooled.unbind()
-        return self.transformer.prepare(texts, pooled, h, w, cond.guidance, times, cond.beside, cond.references)
+        return self.transformer.prepare(texts, pooled, h, w, cond.guidance, times, cond.beside, cond.references, around)
 
-    def answer(self, queries: Sequence[Query], prepared: Sequence[Prepared]) -> list[Tensor]:
-        return self.transformer([q.x for q in queries], [q.t for q in queries], prepared)
+    def answer(self, samples: Sequence[Sample]) -> list[Tensor]:
+        return self.transformer(samples)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         down = self.spec.vae.downscale

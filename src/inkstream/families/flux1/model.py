@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.families.flux1.specs import Flux1Config
+from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.flux import (
     FREQUENCIES,
     DoubleBlock,
@@ -29,7 +30,8 @@ from inkstream.nn.flux import (
     run_streams,
     unpatchify,
 )
-from inkstream.nn.layers import run_of_each
+from inkstream.nn.forward import Forward, Rows, Sample, Span
+from inkstream.nn.linear import linear
 from inkstream.nn.rope import rope
 from inkstream.nn.stack import Blocks
 
@@ -70,6 +72,7 @@ class Flux1Transformer(nn.Module):
         times: Sequence[float] = (),
         channels: Tensor | None = None,
         references: Sequence[Tensor] = (),
+        around: Around = NOTHING,
     ) -> list[Prepared]:
         """What no step changes of a picture, under each of several prompts.
 
@@ -77,16 +80,18 @@ class Flux1Transformer(nn.Module):
         each, (pooled_projection_dim,); height, width of the latents, even; guidance: a number where the model was
         distilled with one, else None (InputError otherwise); times: those that will be asked; channels: (C', height,
         width) latents set behind the target's at every step (Fill, Canny, Depth); references: latents (C, h, w) of
-        pictures to look at (Kontext).
+        pictures to look at (Kontext); around: of the picture.
         """
+        forward = Forward.ahead(around)
         dtype, device = self.img_in.weight.dtype, self.img_in.weight.device
         grid, grids = grid_of(height, width), [grid_of(*r.shape[1:]) for r in references]
         lengths = [len(text) for text in texts]
-        embedded = self.txt_in(torch.cat(list(texts)).to(dtype))
+        embedded = linear(self.txt_in, torch.cat(list(texts)).to(dtype), forward, Rows.alone(sum(lengths)))
         patches = [patchify(r, PATCH).to(dtype) for r in references]
-        seen = self.img_in(torch.cat(patches)) if patches else embedded[:0]
-        embeddings = self.vector_in(torch.stack(list(pooled)))
-        guided = embed_guidance(self.guidance_in, guidance)
+        rows = Rows.alone(sum(len(x) for x in patches))
+        seen = linear(self.img_in, torch.cat(patches), forward, rows) if patches else embedded[:0]
+        embeddings = self.vector_in(torch.stack(list(pooled)), forward, Rows.alone(len(pooled)))
+        guided = embed_guidance(self.guidance_in, guidance, forward)
         embeddings = embeddings if guided is None else embeddings + guided
         return [
             Prepared(
@@ -96,30 +101,34 @@ class Flux1Transformer(nn.Module):
                 grid=grid,
                 embedding=embedding,
                 channels=None if channels is None else patchify(channels, PATCH).to(dtype),
-                modulation=foresee(times, embedding, self.modulate),
+                modulation=foresee(times, embedding, self.modulate, forward),
             )
             for text, embedding in zip(embedded.split(lengths), embeddings, strict=True)
         ]
 
-    def modulate(self, times: Sequence[float], embeddings: Tensor) -> Modulation:
-        """The modulation of every block at T times. embeddings: (T or 1, D), as `Prepared.embedding`."""
-        vec = self.time_in.numbers(times) + embeddings
+    def modulate(self, times: Sequence[float], embeddings: Tensor, forward: Forward, rows: Rows) -> Modulation:
+        """The modulation of every block at T times. embeddings: (T or 1, D), as `Prepared.embedding`; rows: whose each
+        time is."""
+        vec = self.time_in.numbers(times, forward, rows) + embeddings
         doubles, singles = cast(list[DoubleBlock], self.double_blocks), cast(list[SingleBlock], self.single_blocks)
-        double = torch.stack([torch.stack((b.txt_mod(vec), b.img_mod(vec)), dim=1) for b in doubles], dim=1)
-        single = torch.stack([b.modulation(vec) for b in singles], dim=1)
-        return Modulation(double, single, self.final_layer.modulation(vec))
+        pairs = [(b.txt_mod(vec, forward, rows), b.img_mod(vec, forward, rows)) for b in doubles]
+        double = torch.stack([torch.stack(pair, dim=1) for pair in pairs], dim=1)
+        single = torch.stack([b.modulation(vec, forward, rows) for b in singles], dim=1)
+        return Modulation(double, single, self.final_layer.modulation(vec, forward, rows))
 
     # Every step -----------------------------------------------------------------------------------------------------
 
-    def forward(self, xs: Sequence[Tensor], times: Sequence[float], prepared: Sequence[Prepared]) -> list[Tensor]:
+    def forward(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Noisy latents, each (C, h, w) of its own size, at each one's time -> noise - image, shaped alike, float32."""
-        patches = [patchify(x, PATCH).to(self.img_in.weight.dtype) for x in xs]
+        forward = Forward.over(samples)
+        prepared: list[Prepared] = [sample.prepared for sample in samples]
+        patches = [patchify(sample.x, PATCH).to(self.img_in.weight.dtype) for sample in samples]
         patches = [x if s.channels is None else torch.cat((x, s.channels), -1) for x, s in zip(patches, prepared)]
-        modulation = modulation_of(times, prepared, self.modulate)
-        x = run_streams(self.double_blocks, self.single_blocks, self.img_in(torch.cat(patches)), prepared, modulation)
-        targets = [s.target_tokens for s in prepared]
-        rows = None if len(modulation.final) == 1 else run_of_each(targets, x.device)
-        out = self.final_layer(x, modulation.final, rows).split(targets)
+        modulation = modulation_of(samples, self.modulate, forward)
+        rows = Rows(tuple(Span(i, len(x), True) for i, x in enumerate(patches)))
+        x = linear(self.img_in, torch.cat(patches), forward, rows)
+        x = run_streams(self.double_blocks, self.single_blocks, x, prepared, modulation, forward)
+        out = self.final_layer(x, modulation.final, forward, rows).split(rows.lengths)
         return [unpatchify(o, *s.grid, PATCH).float() for o, s in zip(out, prepared)]
 
 

@@ -46,11 +46,13 @@ from inkstream.families.flux2.text import (
 )
 from inkstream.families.flux2.writers import WRITER
 from inkstream.families.parts import decode, encode, load_tokenizer
+from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.flux import Prepared
+from inkstream.nn.forward import Sample
 from inkstream.nn.offload import where_it_computes
 from inkstream.nn.qwen3 import Qwen3
-from inkstream.types import Conditioning, InputError, Query, Spec
+from inkstream.types import Conditioning, InputError, Spec
 
 PROMPTS_KEPT = 16
 
@@ -185,14 +187,16 @@ class Flux2:
         latents = [self.encode_image(pixels.to(device).permute(2, 0, 1)[None].float() / 255)[0] for pixels in seen]
         return replace(cond, references=tuple(latents))
 
-    def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
+    def prepare(
+        self, cond: Conditioning, width: int, height: int, times: Sequence[float], around: Around = NOTHING
+    ) -> list[Prepared]:
         _, h, w = self.latent_shape(width, height)
         texts = cond.tokens.split(list(cond.lengths))
         reads_once = "references_once" in self.spec.abilities
-        return self.transformer.prepare(texts, h, w, cond.guidance, times, cond.references, reads_once)
+        return self.transformer.prepare(texts, h, w, cond.guidance, times, cond.references, reads_once, around)
 
-    def answer(self, queries: Sequence[Query], prepared: Sequence[Prepared]) -> list[Tensor]:
-        return self.transformer([q.x for q in queries], [q.t for q in queries], prepared)
+    def answer(self, samples: Sequence[Sample]) -> list[Tensor]:
+        return self.transformer(samples)
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         down = self.spec.vae.downscale

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.families.flux2.specs import Flux2Config
+from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.flux import (
     FREQUENCIES,
     DoubleBlock,
@@ -30,7 +31,8 @@ from inkstream.nn.flux import (
     run_streams,
     unpatchify,
 )
-from inkstream.nn.layers import run_of_each
+from inkstream.nn.forward import Forward, Rows, Sample, Span
+from inkstream.nn.linear import linear
 from inkstream.nn.rope import Rope, rope
 from inkstream.nn.stack import Blocks
 
@@ -73,27 +75,31 @@ class Flux2Transformer(nn.Module):
         times: Sequence[float] = (),
         references: Sequence[Tensor] = (),
         read_once: bool = False,
+        around: Around = NOTHING,
     ) -> list[Prepared]:
         """What no step changes of a picture, under each of several prompts.
 
         texts: the text encoder's states, each (L, joint_attention_dim); height, width of the latents; guidance: a
         number where the model was distilled with one, else None (InputError otherwise); times: those that will be
         asked; references: latents (C, h, w) of pictures to look at. read_once, for weights trained so (klein 9B KV):
-        references see each other alone, at time 0, so that all that steps need of them is computed here.
+        references see each other alone, at time 0, so that all that steps need of them is computed here. around: of the
+        picture.
         """
+        forward = Forward.ahead(around)
         weight = self.img_in.weight
         grid, grids = (height, width), [(r.shape[1], r.shape[2]) for r in references]
         lengths = [len(text) for text in texts]
-        embedded = self.txt_in(torch.cat(list(texts)).to(weight.dtype))
+        embedded = linear(self.txt_in, torch.cat(list(texts)).to(weight.dtype), forward, Rows.alone(sum(lengths)))
         patches = [patchify(r, 1).to(weight.dtype) for r in references]
-        seen = self.img_in(torch.cat(patches)) if patches else embedded[:0]
-        guided = embed_guidance(self.guidance_in, guidance)
+        rows = Rows.alone(sum(len(x) for x in patches))
+        seen = linear(self.img_in, torch.cat(patches), forward, rows) if patches else embedded[:0]
+        guided = embed_guidance(self.guidance_in, guidance, forward)
         embedding = weight.new_zeros(self.config.dim) if guided is None else guided[0]
         reference_rope = self._rope(reference_positions(grids))
-        memory = self._read(seen, reference_rope, embedding) if read_once and references else ()
+        memory = self._read(seen, reference_rope, embedding, forward) if read_once and references else ()
         seen, reference_rope = (seen[:0], reference_rope[:0]) if memory else (seen, reference_rope)
         target_rope = self._rope(plane(0, *grid, axes=4))
-        modulation = foresee(times, embedding, self.modulate)
+        modulation = foresee(times, embedding, self.modulate, forward)
         return [
             Prepared(
                 text=text,
@@ -107,23 +113,26 @@ class Flux2Transformer(nn.Module):
             for text in embedded.split(lengths)
         ]
 
-    def modulate(self, times: Sequence[float], embeddings: Tensor) -> Modulation:
-        """The modulation of every block at T times. embeddings: (T or 1, D), as `Prepared.embedding`."""
-        vec = self.time_in.numbers(times) + embeddings
-        double = torch.stack((self.double_stream_modulation_txt(vec), self.double_stream_modulation_img(vec)), 1)
+    def modulate(self, times: Sequence[float], embeddings: Tensor, forward: Forward, rows: Rows) -> Modulation:
+        """The modulation of every block at T times. embeddings: (T or 1, D), as `Prepared.embedding`; rows: whose each
+        time is."""
+        vec = self.time_in.numbers(times, forward, rows) + embeddings
+        text, picture = self.double_stream_modulation_txt, self.double_stream_modulation_img
+        double = torch.stack((text(vec, forward, rows), picture(vec, forward, rows)), 1)
+        single = self.single_stream_modulation(vec, forward, rows)
         return Modulation(
             double.unsqueeze(1).expand(-1, len(self.double_blocks), -1, -1, -1),
-            self.single_stream_modulation(vec).unsqueeze(1).expand(-1, len(self.single_blocks), -1, -1),
-            self.final_layer.modulation(vec),
+            single.unsqueeze(1).expand(-1, len(self.single_blocks), -1, -1),
+            self.final_layer.modulation(vec, forward, rows),
         )
 
-    def _read(self, references: Tensor, table: Rope, embedding: Tensor) -> list[KeysValues]:
+    def _read(self, references: Tensor, table: Rope, embedding: Tensor, forward: Forward) -> list[KeysValues]:
         """Keys and values of the references in every block, alone with each other. references: (R, D)"""
         nothing = references[:0]
         alone = Prepared(text=nothing, references=nothing, rope=table, grid=(1, len(references)), embedding=embedding)
         memory: list[KeysValues] = []
-        modulation = self.modulate([CLEAN], embedding.unsqueeze(0))
-        run_streams(self.double_blocks, self.single_blocks, references, [alone], modulation, record=memory)
+        modulation = self.modulate([CLEAN], embedding.unsqueeze(0), forward, Rows.alone(1))
+        run_streams(self.double_blocks, self.single_blocks, references, [alone], modulation, forward, memory)
         return memory
 
     def _rope(self, positions: Tensor) -> Rope:
@@ -131,14 +140,16 @@ class Flux2Transformer(nn.Module):
 
     # Every step -----------------------------------------------------------------------------------------------------
 
-    def forward(self, xs: Sequence[Tensor], times: Sequence[float], prepared: Sequence[Prepared]) -> list[Tensor]:
+    def forward(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Noisy latents, each (C, h, w) of its own size, at each one's time -> noise - image, shaped alike, float32."""
-        patches = torch.cat([patchify(x, 1) for x in xs]).to(self.img_in.weight.dtype)
-        modulation = modulation_of(times, prepared, self.modulate)
-        x = run_streams(self.double_blocks, self.single_blocks, self.img_in(patches), prepared, modulation)
-        targets = [s.target_tokens for s in prepared]
-        rows = None if len(modulation.final) == 1 else run_of_each(targets, x.device)
-        out = self.final_layer(x, modulation.final, rows).split(targets)
+        forward = Forward.over(samples)
+        prepared: list[Prepared] = [sample.prepared for sample in samples]
+        patches = [patchify(sample.x, 1) for sample in samples]
+        modulation = modulation_of(samples, self.modulate, forward)
+        rows = Rows(tuple(Span(i, len(x), True) for i, x in enumerate(patches)))
+        x = linear(self.img_in, torch.cat(patches).to(self.img_in.weight.dtype), forward, rows)
+        x = run_streams(self.double_blocks, self.single_blocks, x, prepared, modulation, forward)
+        out = self.final_layer(x, modulation.final, forward, rows).split(rows.lengths)
         return [unpatchify(o, *s.grid, 1).float() for o, s in zip(out, prepared)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from inkstream.families.parts import infer_qwen3
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.quant import full_weight
 from inkstream.nn.qwen3 import Layer, Past, Qwen3, rope
-from inkstream.nn.stack import run_blocks
+from inkstream.nn.stack import visits
 from inkstream.types import InputError
 from inkstream.weights.keymap import drop, rename
 
@@ -84,12 +85,9 @@ class KleinWriter(nn.Module):
             ids = torch.tensor(tokens, device=self.norm.weight.device)
             cos, sin = rope([known + len(tokens)], config.head_dim, config.rope_theta, ids.device)
 
-            def call(i: int, layer: Any, x: Tensor) -> Tensor:
-                x, past[i] = layer.extend(x, (cos[known:], sin[known:]), past[i])
-                return x
-
-            x = run_blocks(self.encoder.layers, self.encoder.embed_tokens(ids), call)
-            x = run_blocks(self.layers.values(), x, lambda i, layer, x: call(first + i, layer, x))
+            x = self.encoder.embed_tokens(ids)
+            for i, layer in chain(visits(self.encoder.layers), enumerate(self.layers.values(), first)):
+                x, past[i] = layer.extend(x, (cos[known:], sin[known:]), past[i])  # type: ignore[operator]
             known += len(tokens)
             return head(self.norm(x[-1]))
 

@@ -25,8 +25,10 @@ from inkstream.families.zimage.documents import documents
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE, PACKS
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
+from inkstream.nn.around import NOTHING, Around
+from inkstream.nn.forward import Sample
 from inkstream.nn.offload import where_it_computes
-from inkstream.types import Conditioning, Query, Spec
+from inkstream.types import Conditioning, Spec
 
 PROMPTS_KEPT = 64
 
@@ -120,15 +122,17 @@ class ZImage:
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
         return cond
 
-    def prepare(self, cond: Conditioning, width: int, height: int, times: Sequence[float]) -> list[Prepared]:
+    def prepare(
+        self, cond: Conditioning, width: int, height: int, times: Sequence[float], around: Around = NOTHING
+    ) -> list[Prepared]:
         _, h, w = self.latent_shape(width, height)
-        scales = self.transformer.scales([1 - t for t in dict.fromkeys(times)]) if times else {}
-        samples = self.transformer.prepare_all(cond.tokens.split(list(cond.lengths)), h, w)
+        scales = self.transformer.scales([1 - t for t in dict.fromkeys(times)], around) if times else {}
+        samples = self.transformer.prepare_all(cond.tokens.split(list(cond.lengths)), h, w, around)
         return [replace(sample, scales=scales) for sample in samples] if scales else samples
 
-    def answer(self, queries: Sequence[Query], prepared: Sequence[Prepared]) -> list[Tensor]:
-        xs, times = [q.x for q in queries], [1 - q.t for q in queries]
-        return [-image_minus_noise for image_minus_noise in self.transformer(xs, times, prepared)]
+    def answer(self, samples: Sequence[Sample]) -> list[Tensor]:
+        theirs = [replace(sample, t=1 - sample.t) for sample in samples]
+        return [-image_minus_noise for image_minus_noise in self.transformer(theirs)]
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
         down = self.spec.vae.downscale

@@ -11,7 +11,8 @@ t = 0 is noise and 1 the image, the output is image - noise; `family.py` turns t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import ClassVar, NamedTuple, cast
 
 import torch
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inkstream.families.zimage.specs import ZImageConfig
+from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.attention import attend
+from inkstream.nn.forward import ANY, PLAIN, Forward, Rows, Sample, Span, run_blocks
 from inkstream.nn.layers import SwiGLU, TimestepEmbedder, add_norm, rms_norm_into, run_of_each, scale_runs
+from inkstream.nn.linear import Chain, linear
 from inkstream.nn.quant import Rounded
 from inkstream.nn.rope import Rope, norm_rope, rope
-from inkstream.nn.stack import Blocks, run_blocks
+from inkstream.nn.stack import Blocks
 
 PAD_MULTIPLE = 32
 """Captions and pictures are each filled up to a multiple of this with a learned token, which is attended."""
@@ -53,18 +57,31 @@ class Prepared:
     clean: Tensor | None = None  # (target + references + context) booleans: which tokens are modulated as clean ones
     scales: Mapping[float, Scales] = field(default_factory=dict)  # by the model's time, for the times foreseen
 
+    def at(self, t: float) -> Prepared | None:
+        """For that time alone; None where it was not foreseen."""
+        return replace(self, scales={t: self.scales[t]}) if t in self.scales else None
+
     @property
     def target_tokens(self) -> int:
         """Tokens of the target picture, pads included."""
         return padded(self.grid[0] * self.grid[1])
 
 
-class Keep(NamedTuple):
-    """Of each sample the first counts[i] tokens, from starts[i]; rows: of their norms' weights, as in `Block`."""
+class Targets(NamedTuple):
+    """The tokens of the pictures being drawn alone."""
 
-    starts: Sequence[int]
-    counts: Sequence[int]
-    rows: Tensor | None
+    rows: Rows
+    which: Tensor | None  # (N,) each token's row of the norms' weights, as in `Block`
+
+
+class Layout(NamedTuple):
+    """How the tokens of some samples lie, and what each of them takes."""
+
+    rows: Rows
+    table: Rope
+    norms: Tensor  # (R, M, 4, D): what the times of these samples do to the norms
+    which: Tensor | None
+    targets: Targets
 
 
 class ZImageTransformer(nn.Module):
@@ -78,10 +95,10 @@ class ZImageTransformer(nn.Module):
         self.noise_refiner = Blocks(Block(c) for _ in range(c.n_refiner_layers))
         self.context_refiner = Blocks(Block(c, modulated=False) for _ in range(c.n_refiner_layers))
         self.t_embedder = TimestepEmbedder(min(c.dim, 256))
-        self.cap_embedder = nn.Sequential(nn.RMSNorm(c.cap_feat_dim, c.norm_eps), nn.Linear(c.cap_feat_dim, c.dim))
+        self.cap_embedder = Chain(nn.RMSNorm(c.cap_feat_dim, c.norm_eps), nn.Linear(c.cap_feat_dim, c.dim))
         if c.siglip_feat_dim is not None:
             norm = nn.RMSNorm(c.siglip_feat_dim, c.norm_eps)
-            self.siglip_embedder = nn.Sequential(norm, nn.Linear(c.siglip_feat_dim, c.dim))
+            self.siglip_embedder = Chain(norm, nn.Linear(c.siglip_feat_dim, c.dim))
             self.siglip_refiner = Blocks(Block(c, modulated=False) for _ in range(c.n_refiner_layers))
             self.siglip_pad_token = nn.Parameter(torch.zeros(1, c.dim))
         self.x_pad_token = nn.Parameter(torch.zeros(1, c.dim))
@@ -95,8 +112,10 @@ class ZImageTransformer(nn.Module):
         """caption: (L, cap_feat_dim) the text encoder's states; height, width of the latents, even."""
         return self.prepare_all([caption], height, width)[0]
 
-    def prepare_all(self, captions: Sequence[Tensor], height: int, width: int) -> list[Prepared]:
-        """As `prepare`, for many captions in one pass.
+    def prepare_all(
+        self, captions: Sequence[Tensor], height: int, width: int, around: Around = NOTHING
+    ) -> list[Prepared]:
+        """As `prepare`, for many captions of one picture in one pass.
 
         Caption token k stands at (1 + k, 0, 0) on the axes (sequence, row, column), the picture's patch (r, c) at
         (1 + padded caption, r, c), the picture's pads at 0.
@@ -107,7 +126,9 @@ class ZImageTransformer(nn.Module):
         picture_rope = {n: self._rope(with_pads(plane(n + 1, *grid))) for n in set(lengths)}
         whole = {n: Rope.cat([picture_rope[n], caption_rope[n]]) for n in set(lengths)}
         table = Rope.cat([caption_rope[n] for n in lengths])
-        context = self._refine(self.context_refiner, self._embed_caption(captions), table, lengths)
+        forward = Forward.ahead(around)
+        embedded = self._embed_caption(captions, forward)
+        context = self._refine("context_refiner", embedded, table, lengths, forward)
         return [Prepared(c, c[:0], whole[n], grid) for c, n in zip(context.split(lengths), lengths)]
 
     def prepare_omni(
@@ -117,6 +138,7 @@ class ZImageTransformer(nn.Module):
         siglip: Sequence[Tensor],
         height: int,
         width: int,
+        around: Around = NOTHING,
     ) -> Prepared:
         """Several pictures in one stream: caption segment i, then reference i and its SigLIP grid, the target last.
 
@@ -125,6 +147,7 @@ class ZImageTransformer(nn.Module):
         stands one past its segment, its SigLIP grid two past, stretched over the picture's latent cells.
         """
         p = self.config.patch_size
+        forward = Forward.ahead(around)
         grid = (height // p, width // p)
         caption_positions, picture_positions, siglip_positions, at = [], [], [], 1
         for i, segment in enumerate(captions):
@@ -139,25 +162,27 @@ class ZImageTransformer(nn.Module):
             elif i == len(references):
                 picture_positions.insert(0, with_pads(plane(at, *grid)))  # the target leads the packed order
             at += 2
-        embedded = self._embed_caption(captions)
+        embedded = self._embed_caption(captions, forward)
         caption_rope = self._rope(torch.cat(caption_positions))
-        context = [self._refine(self.context_refiner, embedded, caption_rope, [len(embedded)])]
+        context = [self._refine("context_refiner", embedded, caption_rope, [len(embedded)], forward)]
         context_rope = [caption_rope]
         if siglip:
             # The release flattens the grid with channels first; its weights were trained on that order of numbers.
             flat = [s.permute(2, 0, 1).reshape(-1, s.shape[-1]) for s in siglip]
-            features = torch.cat([fill(self.siglip_embedder(f), self.siglip_pad_token) for f in flat])
+            embed = self.siglip_embedder
+            features = torch.cat([fill(embed(f, forward, Rows.alone(len(f))), self.siglip_pad_token) for f in flat])
             # The target has no SigLIP features: a stretch of pads stands in its place, at position 0.
             features = torch.cat([features, self.siglip_pad_token.expand(PAD_MULTIPLE, -1)])
             siglip_rope = self._rope(torch.cat([*siglip_positions, torch.zeros(PAD_MULTIPLE, 3, dtype=torch.long)]))
-            context.append(self._refine(self.siglip_refiner, features, siglip_rope, [len(features)]))
+            context.append(self._refine("siglip_refiner", features, siglip_rope, [len(features)], forward))
             context_rope.append(siglip_rope)
         clean = [torch.zeros(padded(grid[0] * grid[1]), dtype=torch.bool)]
         clean += [torch.ones(padded(r.shape[-2] * r.shape[-1] // p**2), dtype=torch.bool) for r in references]
         clean += [torch.full((padded(len(s)),), i < len(references)) for i, s in enumerate(captions)]
         clean += [torch.ones(padded(s.shape[0] * s.shape[1]), dtype=torch.bool) for s in siglip]
         clean += [torch.zeros(PAD_MULTIPLE if siglip else 0, dtype=torch.bool)]
-        pictures = [fill(self.x_embedder(patchify(r, p)), self.x_pad_token) for r in references]
+        patches = [patchify(r, p) for r in references]
+        pictures = [fill(linear(self.x_embedder, x, forward, Rows.alone(len(x))), self.x_pad_token) for x in patches]
         return Prepared(
             context=torch.cat(context),
             references=torch.cat([embedded[:0], *pictures]),
@@ -166,84 +191,90 @@ class ZImageTransformer(nn.Module):
             clean=torch.cat(clean).to(embedded.device),
         )
 
-    def scales(self, times: Sequence[float]) -> dict[float, Scales]:
+    def scales(self, times: Sequence[float], around: Around = NOTHING) -> dict[float, Scales]:
         """The modulation of every block at each time, all in one pass. times: the model's own, 0 noise to 1 image."""
-        return {t: Scales(*both) for t, *both in zip(times, *self._scales(times))}
+        both = self._scales(times, Forward.ahead(around), Rows.alone(len(times)))
+        return {t: Scales(*each) for t, *each in zip(times, *both)}
 
-    def _scales(self, times: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Norm weights (T, M, 4, D) and final scales (T, D)."""
+    def _scales(self, times: Sequence[float], forward: Forward, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Norm weights (T, M, 4, D) and final scales (T, D). rows: whose each time is."""
         device = self.x_pad_token.device
         t = torch.tensor([t * self.config.t_scale for t in times], dtype=torch.float32, device=device)
-        c = self.t_embedder(t)
+        c = self.t_embedder(t, forward, rows)
         blocks = cast(list[Block], [*self.noise_refiner, *self.layers])
-        norms = torch.stack([block.norm_weights(c) for block in blocks], dim=1)
-        return norms, self.final_layer.scale(c)
+        norms = torch.stack([block.norm_weights(c, forward, rows) for block in blocks], dim=1)
+        return norms, self.final_layer.scale(c, forward, rows)
 
     # Every step -----------------------------------------------------------------------------------------------------
 
-    def forward(self, xs: Sequence[Tensor], times: Sequence[float], prepared: Sequence[Prepared]) -> list[Tensor]:
+    def forward(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Noisy latents, each (C, h, w) of its own size, at each one's time -> image - noise, shaped alike."""
         p = self.config.patch_size
-        norms, finals = self._modulation(times, prepared)
-        counts = [s.target_tokens + len(s.references) for s in prepared]  # of picture tokens
-        lengths = [n + len(s.context) for n, s in zip(counts, prepared)]
-        starts = [sum(lengths[:i]) for i in range(len(lengths))]
-
-        firsts = alike(xs, times, prepared)
-        chosen = list(dict.fromkeys(firsts))
-        patches = [patchify(xs[i], p).to(self.x_embedder.weight.dtype) for i in chosen]
-        embedded = self.x_embedder(torch.cat(patches)).split([len(t) for t in patches])
-        own = norms if len(norms) == 1 or len(chosen) == len(xs) else norms[chosen]
-        refined = self._refine_noise(embedded, [prepared[i] for i in chosen], own)
-        pictures = [refined[chosen.index(i)] for i in firsts]
-        x = torch.cat([t for picture, s in zip(pictures, prepared) for t in (picture, s.context)])
-        table = Rope.cat([s.rope for s in prepared])
-        targets = [s.target_tokens for s in prepared]
-        rows, target_rows = (rows_of(prepared, n, len(norms)) for n in (lengths, targets))
-        keep = Keep(starts, targets, target_rows)
+        forward = Forward.over(samples)
+        prepared: list[Prepared] = [sample.prepared for sample in samples]
+        norms, finals = self._modulation(samples, forward)
+        picture_layout, whole_layout = (cache(partial(lay, prepared, norms, whole)) for whole in (False, True))
         first, last = len(self.noise_refiner), len(self.layers) - 1
 
-        def call(i: int, block: nn.Module, x: Tensor) -> Tensor:
-            # Of the last block only the target's rows are read, so only they are computed.
-            return block(x, norms[:, first + i], rows, table, lengths, keep if i == last else None)
+        def call_refiner(i: int, block: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+            own = picture_layout(rows.samples)
+            return block(x, own.norms[:, i], own.which, own.table, rows.lengths, None, forward, rows)
 
-        x = run_blocks(self.layers, x, call)
-        x = self.final_layer(x, finals if target_rows is None else finals[target_rows])
+        def call_layer(i: int, block: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+            # Of the last block only the target's rows are read, so only they are computed.
+            own = whole_layout(rows.samples)
+            keep = own.targets if i == last else None
+            return block(x, own.norms[:, first + i], own.which, own.table, rows.lengths, keep, forward, rows)
+
+        firsts = alike(samples)
+        chosen = tuple(dict.fromkeys(firsts))
+        patches = [patchify(samples[i].x, p).to(self.x_embedder.weight.dtype) for i in chosen]
+        rows = Rows(tuple(Span(i, len(x), True) for i, x in zip(chosen, patches)))
+        embedded = linear(self.x_embedder, torch.cat(patches), forward, rows).split(rows.lengths)
+        filled = [t for e, i in zip(embedded, chosen) for t in (fill(e, self.x_pad_token), prepared[i].references)]
+        rows = picture_layout(chosen).rows
+        refined = run_blocks("noise_refiner", self.noise_refiner, torch.cat(filled), call_refiner, forward, rows)
+        pictures = dict(zip(chosen, refined.split(rows.lengths)))
+        x = torch.cat([t for i, s in zip(firsts, prepared) for t in (pictures[i], s.context)])
+        rows, _, _, _, targets = whole_layout(tuple(range(len(samples))))
+        x = run_blocks("layers", self.layers, x, call_layer, forward, rows, narrows=True)
+        x = self.final_layer(x, finals if targets.which is None else finals[targets.which], forward, targets.rows)
         return [
-            unpatchify(out[: s.grid[0] * s.grid[1]], *s.grid, p).float() for out, s in zip(x.split(targets), prepared)
+            unpatchify(out[: s.grid[0] * s.grid[1]], *s.grid, p).float()
+            for out, s in zip(x.split(targets.rows.lengths), prepared)
         ]
 
-    def _refine_noise(
-        self, embedded: Sequence[Tensor], prepared: Sequence[Prepared], norms: Tensor
-    ) -> tuple[Tensor, ...]:
-        """Picture tokens through the blocks that see no caption. embedded: of each sample's patches, (N, D)."""
-        counts = [s.target_tokens + len(s.references) for s in prepared]
-        x = torch.cat([t for e, s in zip(embedded, prepared) for t in (fill(e, self.x_pad_token), s.references)])
-        table = Rope.cat([s.rope[:n] for s, n in zip(prepared, counts)])
-        rows = rows_of(prepared, counts, len(norms))
-        x = run_blocks(self.noise_refiner, x, lambda i, block, x: block(x, norms[:, i], rows, table, counts))
-        return x.split(counts)
+    def _modulation(self, samples: Sequence[Sample], forward: Forward) -> tuple[Tensor, Tensor]:
+        """Norm weights (R, M, 4, D) and final scales (R, D): a row for each sample and behind them, if there are clean
+        tokens, one for each sample's; a single row where one time serves all."""
+        asked = [(sample.t, i) for i, sample in enumerate(samples)]
+        if any(sample.prepared.clean is not None for sample in samples):
+            asked += [(CLEAN, i) for i in range(len(samples))]
+        keys = [(t, samples[i].around.adapters) for t, i in asked]
+        if len(set(keys)) == 1:
+            asked, keys = asked[:1], keys[:1]
+        known = {key: s.scales[t] for key, (t, i) in zip(keys, asked) if t in (s := samples[i].prepared).scales}
+        missing = {key: at for key, at in zip(keys, asked) if key not in known}
+        if missing:
+            rows = Rows(tuple(Span(i, 1) for _, i in missing.values()))
+            computed = self._scales([t for t, _ in missing.values()], forward, rows)
+            if len(missing) == len(keys):  # as in training, where the gradient of rows picked one by one would be slow
+                return computed
+            known |= {key: Scales(*both) for key, *both in zip(missing, *computed)}
+        return torch.stack([known[key].norms for key in keys]), torch.stack([known[key].final for key in keys])
 
-    def _modulation(self, times: Sequence[float], prepared: Sequence[Prepared]) -> tuple[Tensor, Tensor]:
-        """Norm weights (R, M, 4, D) and final scales (R, D): a row for each sample and behind them CLEAN's if there are
-        clean tokens; a single row where one time serves all."""
-        times = [*times, CLEAN] if any(s.clean is not None for s in prepared) else times
-        times = times[:1] if len(set(times)) == 1 else times
-        known = {t: s.scales[t] for s in prepared for t in times if t in s.scales}
-        missing = [t for t in dict.fromkeys(times) if t not in known]
-        if len(missing) == len(times):  # as in training, where the gradient of rows picked one by one would be slow
-            return self._scales(times)
-        known.update(self.scales(missing) if missing else {})
-        return torch.stack([known[t].norms for t in times]), torch.stack([known[t].final for t in times])
+    def _embed_caption(self, segments: Sequence[Tensor], forward: Forward) -> Tensor:
+        dtype, embed = self.cap_pad_token.dtype, self.cap_embedder
+        states = [embed(s.to(dtype), forward, Rows.alone(len(s))) for s in segments]
+        return torch.cat([fill(s, self.cap_pad_token) for s in states])
 
-    def _embed_caption(self, segments: Sequence[Tensor]) -> Tensor:
-        dtype = self.cap_pad_token.dtype
-        return torch.cat([fill(self.cap_embedder(s.to(dtype)), self.cap_pad_token) for s in segments])
+    def _refine(self, stack: str, x: Tensor, table: Rope, lengths: Sequence[int], forward: Forward) -> Tensor:
+        """Tokens of one picture's captions, or of what else it is told, through blocks that no time modulates."""
 
-    def _refine(self, blocks: Blocks, x: Tensor, table: Rope, lengths: Sequence[int]) -> Tensor:
-        return run_blocks(
-            blocks, x, lambda i, block, x: block(x, cast(Block, block).norm_weights(None), None, table, lengths)
-        )
+        def call(i: int, block: nn.Module, x: Tensor, rows: Rows) -> Tensor:
+            return block(x, cast(Block, block).norm_weights(None), None, table, lengths, None, forward, rows)
+
+        return run_blocks(stack, getattr(self, stack), x, call, forward, Rows.alone(len(x)))
 
     def _rope(self, positions: Tensor) -> Rope:
         return rope(positions, self.config.axes_dims, self.config.rope_theta, self.x_pad_token.device)
@@ -255,7 +286,7 @@ class Block(nn.Module):
 
     apart = ("adaLN_modulation",)  # called ahead of the steps
     # What may be compiled or shared out: functions of tensors, and which of these have a row for each token.
-    regions: ClassVar = {"enter": (0, 2, 3), "leave": (0, 1, 3)}
+    regions: ClassVar = {"enter": (0, 2, 3, 5), "leave": (0, 1, 3, 5)}
     shares: ClassVar = {  # of several devices, as `nn.parallel.Shares`
         "attention.qkv": ("out", "heads", "heads", "heads"),
         "attention.out": ("in", "heads"),
@@ -274,9 +305,9 @@ class Block(nn.Module):
         self.attention_norm2 = nn.RMSNorm(dim)
         self.ffn_norm1 = nn.RMSNorm(dim)
         self.ffn_norm2 = nn.RMSNorm(dim)
-        self.adaLN_modulation = nn.Sequential(nn.Linear(min(dim, 256), 4 * dim)) if modulated else None
+        self.adaLN_modulation = Chain(nn.Linear(min(dim, 256), 4 * dim)) if modulated else None
 
-    def norm_weights(self, c: Tensor | None) -> Tensor:
+    def norm_weights(self, c: Tensor | None, forward: Forward = PLAIN, rows: Rows = ANY) -> Tensor:
         """Weights of the norms before and after attention, before and after the feed-forward, at each time.
 
         c: (T, 256) the embedded times -> (T, 4, D); None for a block without modulation -> (1, 4, D).
@@ -285,35 +316,43 @@ class Block(nn.Module):
         own = torch.stack([norm.weight for norm in norms])
         if self.adaLN_modulation is None or c is None:
             return own.unsqueeze(0)
-        scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(c).chunk(4, dim=-1)
+        scale_a, gate_a, scale_f, gate_f = self.adaLN_modulation(c, forward, rows).chunk(4, dim=-1)
         return own * torch.stack((1 + scale_a, gate_a.tanh(), 1 + scale_f, gate_f.tanh()), dim=1)
 
     def forward(
         self,
         x: Tensor,  # (N, D) packed
         weights: Tensor,  # (R, 4, D) of the norms
-        rows: Tensor | None,  # (N,) each token's row of weights; None: the tokens are R equal runs, a row each
+        which: Tensor | None,  # (N,) each token's row of weights; None: the tokens are R equal runs, a row each
         table: Rope,
-        lengths: Sequence[int],
-        keep: Keep | None = None,  # the tokens to compute
+        lengths: Sequence[int],  # of what attends to itself alone
+        keep: Targets | None = None,  # the tokens to compute
+        forward: Forward = PLAIN,
+        rows: Rows = ANY,
     ) -> Tensor:
-        q, k, v = self.enter(x, weights, rows, table)
+        q, k, v = self.enter(x, weights, which, table, forward, rows)
         counts = lengths
         if keep is not None:
-            x, q = (take(s, keep.starts, keep.counts) for s in (x, q))
-            rows, counts = keep.rows, keep.counts
-        return self.leave(x, attend(q, k, v, counts, lengths), weights, rows)
+            x, q = rows.targets_of(x), rows.targets_of(q)
+            rows, which, counts = keep.rows, keep.which, keep.rows.lengths
+        return self.leave(x, attend(q, k, v, counts, lengths), weights, which, forward, rows)
 
-    def enter(self, x: Tensor, weights: Tensor, rows: Tensor | None, table: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def enter(
+        self, x: Tensor, weights: Tensor, which: Tensor | None, table: Rope, forward: Forward, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (N, H, E)."""
-        normed = rms_norm_into([self.attention.qkv], x, weights[:, 0], self.eps, rows)
-        return self.attention.project(normed, table)
+        normed = rms_norm_into(forward.unadapted(self.attention.qkv), x, weights[:, 0], self.eps, which)
+        return self.attention.project(normed, table, forward, rows)
 
-    def leave(self, x: Tensor, seen: Tensor, weights: Tensor, rows: Tensor | None) -> Tensor:
+    def leave(
+        self, x: Tensor, seen: Tensor, weights: Tensor, which: Tensor | None, forward: Forward, rows: Rows
+    ) -> Tensor:
         """What comes out, of what came in and what attention saw. x: (N, D), seen: (N, H, E)."""
-        x = add_norm(x, self.attention.out(seen.flatten(1)), weights[:, 1], self.eps, rows)
-        normed = rms_norm_into([self.feed_forward.w1, self.feed_forward.w3], x, weights[:, 2], self.eps, rows)
-        return add_norm(x, self.feed_forward(normed), weights[:, 3], self.eps, rows)
+        attended = linear(self.attention.out, seen.flatten(1), forward, rows)
+        x = add_norm(x, attended, weights[:, 1], self.eps, which)
+        readers = forward.unadapted(self.feed_forward.w1, self.feed_forward.w3)
+        normed = rms_norm_into(readers, x, weights[:, 2], self.eps, which)
+        return add_norm(x, self.feed_forward(normed, forward, rows), weights[:, 3], self.eps, which)
 
 
 class Attention(nn.Module):
@@ -328,9 +367,9 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(dim // heads)
         self.k_norm = nn.RMSNorm(dim // heads)
 
-    def project(self, x: Tensor | Rounded, table: Rope) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor | Rounded, table: Rope, forward: Forward, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, each (N, H, E). x: (N, D)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(1)
+        q, k, v = linear(self.qkv, x, forward, rows).unflatten(-1, (3, self.heads, -1)).unbind(1)
         q = norm_rope(q, self.q_norm.weight, table, self.eps)
         return q, norm_rope(k, self.k_norm.weight, table, self.eps), v
 
@@ -341,14 +380,14 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, patch: int):
         super().__init__()
         self.linear = nn.Linear(dim, patch)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(min(dim, 256), dim))
+        self.adaLN_modulation = Chain(nn.SiLU(), nn.Linear(min(dim, 256), dim))
 
-    def scale(self, c: Tensor) -> Tensor:
+    def scale(self, c: Tensor, forward: Forward, rows: Rows) -> Tensor:
         """c: (T, 256) -> (T, D)."""
-        return 1 + self.adaLN_modulation(c)
+        return 1 + self.adaLN_modulation(c, forward, rows)
 
-    def forward(self, x: Tensor, scale: Tensor) -> Tensor:  # x: (N, D), scale: (R, D)
-        return self.linear(scale_runs(F.layer_norm(x, x.shape[-1:], eps=1e-6), scale))
+    def forward(self, x: Tensor, scale: Tensor, forward: Forward, rows: Rows) -> Tensor:  # x: (N, D), scale: (R, D)
+        return linear(self.linear, scale_runs(F.layer_norm(x, x.shape[-1:], eps=1e-6), scale), forward, rows)
 
 
 def padded(length: int) -> int:
@@ -362,37 +401,47 @@ def fill(x: Tensor, pad: Tensor) -> Tensor:
     return torch.cat([x, pad.expand(missing, -1)]) if missing else x
 
 
-def alike(xs: Sequence[Tensor], times: Sequence[float], prepared: Sequence[Prepared]) -> list[int]:
+def alike(samples: Sequence[Sample]) -> list[int]:
     """For each sample the first whose picture tokens are the same until captions join them, as guidance asks twice.
 
     Where they stand differs with the caption's length, which attention among themselves does not show: all are moved
     alike. Pads are not, they stand at the origin.
     """
-    if any(s.clean is not None or s.target_tokens > s.grid[0] * s.grid[1] for s in prepared):
-        return [*range(len(xs))]
-    keys = [(id(x), t) for x, t in zip(xs, times)]
-    return [keys.index(key) for key in keys]
+
+    def key(i: int, sample: Sample) -> object:
+        s: Prepared = sample.prepared
+        stays = s.clean is not None or s.target_tokens > s.grid[0] * s.grid[1]
+        return i if stays else (id(sample.x), sample.t, id(sample.around))
+
+    keys = [key(i, sample) for i, sample in enumerate(samples)]
+    return [keys.index(one) for one in keys]
+
+
+def lay(prepared: Sequence[Prepared], norms: Tensor, whole: bool, samples: tuple[int, ...]) -> Layout:
+    """The tokens of some samples of a forward: all of them, or without context. norms: as the forward has them."""
+    own = [prepared[i] for i in samples]
+    behind = [len(s.references) + (len(s.context) if whole else 0) for s in own]
+    spans = [(Span(i, s.target_tokens, True), Span(i, n)) for i, s, n in zip(samples, own, behind)]
+    rows = Rows(tuple(span for pair in spans for span in pair))
+    table = Rope.cat([s.rope if whole else s.rope[:n] for s, n in zip(own, rows.lengths)])
+    if len(norms) > 1 and len(own) < len(prepared):
+        norms = norms.unflatten(0, (-1, len(prepared)))[:, list(samples)].flatten(0, 1)
+    targets = Targets(rows.targets, rows_of(own, rows.targets.lengths, len(norms)))
+    return Layout(rows, table, norms, rows_of(own, rows.lengths, len(norms)), targets)
 
 
 def rows_of(prepared: Sequence[Prepared], counts: Sequence[int], rows: int) -> Tensor | None:
     """Which of the modulation's rows is each token's, of the first counts[i] tokens of every sample; None where the
     tokens are `rows` equal runs, one a row."""
-    clean = any(s.clean is not None for s in prepared)
-    if rows == 1 or (len(set(counts)) == 1 and not clean):
+    if rows == 1 or (len(set(counts)) == 1 and rows == len(counts)):
         return None
-    owner = run_of_each(counts, prepared[0].context.device)
-    if not clean:
+    device = prepared[0].context.device
+    owner = run_of_each(counts, device)
+    if rows == len(counts):
         return owner
-    masks = [owner.new_zeros(n, dtype=torch.bool) if s.clean is None else s.clean[:n] for s, n in zip(prepared, counts)]
-    return owner.masked_fill(torch.cat(masks), rows - 1)
-
-
-def take(x: Tensor, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-    """The first counts[i] rows from starts[i], end to end; starts[0] is 0."""
-    ends = [*starts[1:], len(x)]
-    sizes = [n for start, count, end in zip(starts, counts, ends) for n in (count, end - start - count)]
-    pieces = x.split(sizes)[::2]  # one split, not slices: the gradient of each slice would be as large as x
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    noisy = torch.zeros(max(counts), dtype=torch.bool, device=device)
+    clean = [(noisy if s.clean is None else s.clean)[:n] for s, n in zip(prepared, counts)]
+    return owner + len(counts) * torch.cat(clean)
 
 
 def patchify(x: Tensor, p: int) -> Tensor:

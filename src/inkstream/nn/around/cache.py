@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 POINTS = {"first-block": 1, "taylor": 2}
 """How many times each kind of cache foretells from."""
-in_use: ContextVar[StepCache | None] = ContextVar("in_use", default=None)
-"""The cache of the picture that the forward under way is for."""
 
 
 class Memory:
-    """What a stack's blocks added, up to number `until`, at the last times they were run, the newest last."""
+    """What a stack's blocks added to a picture's rows at the last times that they were run, the newest last."""
 
     def __init__(self, points: int):
-        self.until = 0
         self._added: deque[tuple[float, Tensor]] = deque(maxlen=points)
 
-    def keep(self, t: float, added: Tensor, until: int) -> None:
-        self.until = until
+    def keep(self, t: float, added: Tensor) -> None:
         others = [(s, tensor) for s, tensor in self._added if s != t]  # a solver may ask twice at one time
         self._added.clear()
         self._added.extend([*others, (t, added)])
@@ -49,55 +44,45 @@ class StepCache:
     def __init__(self, points: int, threshold: float):
         self.points = points
         self.threshold = threshold
-        self.skips = False  # in the forward under way
-        self.t = 0.0
+        self.skips: bool | None = None  # in the forward under way; None: its first block is not run yet
+        self._t = 0.0
         self._reference: Tensor | None = None  # what the first block added when all were last run
-        self._stacks: list[Memory] = []
-        self._entered = 0
+        self._stacks: dict[str, Memory] = {}
         self._prompts = 0
 
-    @contextmanager
-    def step(self, t: float, prompts: int = 1) -> Iterator[None]:
-        """Inside, one forward is run, at time t, under so many prompts.
+    def begin(self, t: float, prompts: int) -> None:
+        """A forward begins, at time t, under so many prompts of the picture.
 
-        Where these are others than before, as guidance begins or ends, nothing is taken over; nor where a forward
-        failed, since what is remembered is no longer of one.
+        Where these are others than before, as guidance begins or ends, nothing is taken over.
         """
         if prompts != self._prompts:
             self.forget()
-        self.t, self.skips, self._entered, self._prompts = t, False, 0, prompts
-        token = in_use.set(self)
-        try:
-            yield
-        except BaseException:
-            self.forget()
-            raise
-        finally:
-            in_use.reset(token)
+        self._t, self._prompts, self.skips = t, prompts, None
 
-    @property
-    def undecided(self) -> bool:
-        """Whether the forward has run no block yet."""
-        return self._entered == 0
+    def change(self, added: Tensor) -> Tensor:
+        """How much of what the first block adds is not as it was, as a share of it; without end where nothing is
+        remembered. One number, on the device."""
+        if self._reference is None:
+            return torch.full((), math.inf, device=added.device)
+        return ((added - self._reference).abs().mean() / self._reference.abs().mean()).float()
 
-    def next_stack(self) -> Memory:
-        """The memory of the stack that the forward comes to."""
-        if self._entered == len(self._stacks):
-            self._stacks.append(Memory(self.points))
-        self._entered += 1
-        return self._stacks[self._entered - 1]
-
-    def decide(self, added: Tensor) -> None:
-        """Whether this forward skips, from what its first block added."""
-        if self._reference is not None:
-            change = (added - self._reference).abs().mean() / self._reference.abs().mean()
-            self.skips = change.item() < self.threshold
+    def decide(self, change: float, added: Tensor) -> None:
+        """Whether this forward skips, by how much of what its first block added has changed."""
+        self.skips = change < self.threshold
         if not self.skips:
             self._reference = added
 
+    def keep(self, stack: str, added: Tensor) -> None:
+        """What the blocks of a stack added in this forward."""
+        self._stacks.setdefault(stack, Memory(self.points)).keep(self._t, added)
+
+    def foretell(self, stack: str) -> Tensor:
+        """What they would add in this forward."""
+        return self._stacks[stack].foretell(self._t)
+
     def forget(self) -> None:
         """Run all blocks the next time."""
-        self._reference, self._stacks = None, []
+        self._reference, self._stacks = None, {}
 
 
 def lagrange(times: Sequence[float], t: float) -> list[float]:
