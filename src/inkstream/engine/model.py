@@ -125,9 +125,17 @@ class Model:
 
     @torch.inference_mode()
     def start(
-        self, request: Request, cond: Conditioning, original: Original | None, noise: Tensor | None = None
+        self,
+        request: Request,
+        cond: Conditioning,
+        original: Original | None,
+        noise: Tensor | None = None,
+        around: Around = NOTHING,
     ) -> Run:
-        """One picture about to be drawn, waiting at its first query. `request` is complete."""
+        """One picture about to be drawn, waiting at its first query. `request` is complete.
+
+        around: what is done around its blocks, to which the request's step cache comes.
+        """
         shape = self.family.latent_shape(request.width, request.height)  # type: ignore[arg-type]
         generator = torch.Generator("cpu").manual_seed(request.seed)  # type: ignore[arg-type]
         if noise is None:
@@ -148,15 +156,10 @@ class Model:
         entries = cond if guided(request, self.spec) else cond[0]
         if self.spec.guides == "read":
             entries = replace(entries, guidance=request.guidance)
-        around = self.around(request)
+        if cached(request, self.spec):
+            around = replace(around, cache=StepCache(POINTS[request.cache], request.cache_threshold))
         prepared = self.family.prepare(entries, request.width, request.height, times, around)  # type: ignore[arg-type]
         return Run(request, solver, prepared, len(times), noise, around)
-
-    def around(self, request: Request) -> Around:
-        """What is done around the blocks of one picture of a complete request."""
-        if not cached(request, self.spec):
-            return NOTHING
-        return Around(StepCache(POINTS[request.cache], request.cache_threshold))
 
     def finish(self, run: Run, original: Original | None) -> Tensor:
         """Pixels (3, H, W) of a run that is done; outside a mask they are the original's own."""

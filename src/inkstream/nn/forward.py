@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -152,14 +152,12 @@ class Forward:
         if not any(products):
             return out
         assert len(rows) == len(x), f"{len(x)} rows are given to a layer, and {len(rows)} have an owner"
-        pieces = []
-        for _, run in groupby(rows.spans, lambda span: [id(product) for product in products[span.owner]]):
-            first, *others = run
-            start = sum(len(piece) for piece in pieces)
-            own = slice(start, start + first.length + sum(span.length for span in others))
-            pieces.append(out[own])
-            for product in products[first.owner]:
-                pieces[-1] = product(x[own], pieces[-1])
+        runs = [[*run] for _, run in groupby(rows.spans, lambda span: [id(one) for one in products[span.owner]])]
+        lengths = [sum(span.length for span in run) for run in runs]
+        pieces = [
+            reduce(lambda out, product, x=x: product(x, out), products[run[0].owner], out)
+            for run, x, out in zip(runs, x.split(lengths), out.split(lengths))
+        ]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def unadapted(self, *layers: nn.Module) -> Sequence[nn.Module]:

@@ -250,18 +250,17 @@ class ZImageTransformer(nn.Module):
         asked = [(sample.t, i) for i, sample in enumerate(samples)]
         if any(sample.prepared.clean is not None for sample in samples):
             asked += [(CLEAN, i) for i in range(len(samples))]
-        keys = [(t, samples[i].around.adapters) for t, i in asked]
-        if len(set(keys)) == 1:
-            asked, keys = asked[:1], keys[:1]
-        known = {key: s.scales[t] for key, (t, i) in zip(keys, asked) if t in (s := samples[i].prepared).scales}
-        missing = {key: at for key, at in zip(keys, asked) if key not in known}
-        if missing:
-            rows = Rows(tuple(Span(i, 1) for _, i in missing.values()))
-            computed = self._scales([t for t, _ in missing.values()], forward, rows)
-            if len(missing) == len(keys):  # as in training, where the gradient of rows picked one by one would be slow
-                return computed
-            known |= {key: Scales(*both) for key, *both in zip(missing, *computed)}
-        return torch.stack([known[key].norms for key in keys]), torch.stack([known[key].final for key in keys])
+        if len({(t, samples[i].around.adapters) for t, i in asked}) == 1:
+            asked = asked[:1]
+        own = [samples[i].prepared.scales.get(t) for t, i in asked]
+        if missing := [at for at, scales in zip(asked, own) if scales is None]:
+            times, owners = zip(*missing)
+            norms, finals = self._scales(times, forward, Rows(tuple(Span(i, 1) for i in owners)))
+            if len(missing) == len(asked):  # as in training, where the gradient of rows picked one by one would be slow
+                return norms, finals
+            computed = map(Scales, norms, finals)
+            own = [scales or next(computed) for scales in own]
+        return torch.stack([scales.norms for scales in own]), torch.stack([scales.final for scales in own])
 
     def _embed_caption(self, segments: Sequence[Tensor], forward: Forward) -> Tensor:
         dtype, embed = self.cap_pad_token.dtype, self.cap_embedder
