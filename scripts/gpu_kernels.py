@@ -230,17 +230,10 @@ def attention_cases() -> Iterator[tuple[str, Ways]]:
         q, k, v = (normal(sum(lengths), heads, width, seed=i) for i in range(3))
 
         def ways(q=q, k=k, v=v, lengths=lengths) -> Ways:
-            def by(backend: str) -> Callable[[], Any]:
-                def run() -> Any:
-                    attention.choose_attention(backend, DEVICE)
-                    try:
-                        return attention.attend(q, k, v, lengths, lengths)
-                    finally:
-                        attention.choose_attention("auto", DEVICE)
-
-                return run
-
-            return {backend: by(backend) for backend in there()}
+            return {
+                backend: lambda backend=backend: attention.attend(q, k, v, lengths, lengths, by=backend)
+                for backend in there()
+            }
 
         yield f"attention, {name}", ways()
 

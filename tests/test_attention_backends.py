@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from itertools import pairwise
 from types import ModuleType
@@ -9,18 +10,16 @@ from types import ModuleType
 import pytest
 import torch
 
+from inkstream.families.flux1.specs import DEV
+from inkstream.families.flux2.specs import KLEIN_BASE_4B
+from inkstream.families.zimage.model import ZImageTransformer
+from inkstream.families.zimage.specs import BASE
 from inkstream.nn import attention
 from inkstream.nn.attention import BACKENDS, attend, attend_evenly, attend_in_one_pass, backend_for, choose_attention
-from inkstream.types import InputError
+from inkstream.types import InputError, Request
 
 ALL = tuple(BACKENDS)
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_choice_stays():
-    yield
-    choose_attention("auto", CPU)
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_lengths: list[int], k_lengths: list[int]):
@@ -128,12 +127,25 @@ def test_the_fastest_that_is_there_is_taken_by_itself():
     assert backend_for(torch.bfloat16, 512, True, ALL) == "sdpa"
 
 
-def test_what_was_chosen_is_taken_wherever_it_can_be(monkeypatch):
-    monkeypatch.setattr(attention, "_chosen", "sage")
-    assert backend_for(torch.bfloat16, 128, True, ALL) == "sage"
-    assert backend_for(torch.bfloat16, 48, True, ALL) == "sdpa"
-    monkeypatch.setattr(attention, "_chosen", "flash2")
-    assert backend_for(torch.float16, 128, False, ALL) == "flash2"
+def test_what_was_chosen_is_taken_wherever_it_can_be():
+    assert backend_for(torch.bfloat16, 128, True, ALL, "sage") == "sage"
+    assert backend_for(torch.bfloat16, 48, True, ALL, "sage") == "sdpa"
+    assert backend_for(torch.float16, 128, False, ALL, "flash2") == "flash2"
+
+
+@pytest.mark.parametrize("spec", [BASE, DEV, KLEIN_BASE_4B], ids=lambda spec: spec.family)
+def test_a_choice_is_one_models_own_and_reaches_its_attention(build, spec, monkeypatch):
+    asked: list[str] = []
+    module = importlib.import_module("inkstream.nn.flux" if spec.family != "zimage" else ZImageTransformer.__module__)
+    monkeypatch.setattr(module, "attend", lambda *given, by: asked.append(by) or attend(*given, by=by))
+    with torch.no_grad():
+        chosen, other = build(spec.tiny), build(spec.tiny)
+    choose_attention(chosen.family.transformer, "sdpa", CPU)
+    wish = Request(prompt="a fox", width=32, height=32, steps=1, guidance=1.0)
+    for model, name in ((chosen, "sdpa"), (other, "auto")):
+        asked.clear()
+        model.sample(wish, model.encode(wish))
+        assert set(asked) == {name}
 
 
 @pytest.mark.parametrize(
@@ -147,10 +159,11 @@ def test_what_was_chosen_is_taken_wherever_it_can_be(monkeypatch):
     ],
 )
 def test_what_cannot_be_chosen_is_refused_with_what_it_needs(name, said):
-    choose_attention("sdpa", CPU)
+    transformer = torch.nn.Module()
+    choose_attention(transformer, "sdpa", CPU)
     with pytest.raises(InputError, match=said):
-        choose_attention(name, CPU)
-    assert attention._chosen == "sdpa"
+        choose_attention(transformer, name, CPU)
+    assert transformer.attention_by == "sdpa"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU whose backends could be compared")
@@ -160,8 +173,7 @@ def test_every_backend_on_this_gpu_gives_the_same_numbers(q_lengths, k_lengths):
     long = [[16 * n for n in lengths] for lengths in (q_lengths, k_lengths)]
     q, k, v = (normal(sum(n), 3, 128, seed=i).to(device, torch.bfloat16) for i, n in enumerate((*long, long[1])))
     for name in attention.backends_on(device):
-        choose_attention(name, device)
         with torch.inference_mode():
-            out = attend(q, k, v, *long)
+            out = attend(q, k, v, *long, by=name)
         apart = (out.double() - exact(q, k, v, *long)).norm() / exact(q, k, v, *long).norm()
         assert apart < (0.05 if name == "sage" else 0.01), name

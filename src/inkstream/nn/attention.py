@@ -1,6 +1,6 @@
 """Softmax attention over packed sequences: they lie end to end, of any length, and each attends to itself alone.
 
-`attend` is computed by torch, or on GPUs by whatever faster is there: see `BACKENDS` and `choose_attention`.
+`attend` is computed by torch, or on GPUs by whatever faster is there: see `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from importlib.util import find_spec
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inkstream.types import InputError
@@ -32,33 +32,37 @@ SAGE_WIDTHS = (64, 96, 128)
 LONG = 1024
 """Queries from which on a CPU is faster where each head's tokens lie together, by a third at 2000; before, slower."""
 
-_chosen = "auto"
 
+def choose_attention(transformer: nn.Module, name: str, device: torch.device) -> None:
+    """From now on a transformer's attention is computed by that backend, or by "auto", the fastest there is that gives
+    the same numbers.
 
-def choose_attention(name: str, device: torch.device) -> None:
-    """From now on `attend` is computed by that backend, or by "auto", the fastest there is that gives the same numbers.
-
-    Where the chosen one cannot (causal attention, float32, grouped queries, training) torch's own serves. InputError
-    where it is not known or not there.
+    Where the chosen one cannot (float32, training) torch's own serves. InputError where it is not known or not there.
     """
-    global _chosen
     if name not in ("auto", *BACKENDS):
         raise InputError(f"attention {name} is not known: take auto, {', '.join(BACKENDS)}")
     if name not in ("auto", *backends_on(device)):
         raise InputError(f"attention {name} is not there on {device}: {BACKENDS[name]}. Or take auto")
-    _chosen = name
+    transformer.attention_by = name  # type: ignore[assignment]
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int], causal: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lengths: Sequence[int],
+    k_lengths: Sequence[int],
+    causal: bool = False,
+    by: str = "auto",
 ) -> Tensor:
     """Attention within each sequence. q: (sum(q_lengths), H, E); k, v: (sum(k_lengths), G, E) -> like q.
 
-    Heads of k and v may be fewer (G divides H: grouped queries). Scale is 1 / sqrt(E).
+    Heads of k and v may be fewer (G divides H: grouped queries). Scale is 1 / sqrt(E). by: the backend, as in
+    `choose_attention`.
     """
     runs = [(n, len(list(run))) for n, run in groupby(zip(q_lengths, k_lengths, strict=True))]
     plain = causal or not q.is_cuda or torch.is_grad_enabled() or q.shape[1] != k.shape[1]
-    name = "sdpa" if plain else backend_for(q.dtype, q.shape[-1], len(runs) > 1, backends_on(q.device))
+    name = "sdpa" if plain else backend_for(q.dtype, q.shape[-1], len(runs) > 1, backends_on(q.device), by)
     if name in ("varlen", "flash2", "flash3"):
         return attend_in_one_pass(name, q, k, v, q_lengths, k_lengths)
     # Neighbours of equal length go together: a trainer sorts its batch for this.
@@ -110,13 +114,13 @@ def attend_in_one_pass(
     return out[0] if isinstance(out, tuple) else out  # older versions give more than was asked for
 
 
-def backend_for(dtype: torch.dtype, width: int, mixed: bool, there: Sequence[str]) -> str:
+def backend_for(dtype: torch.dtype, width: int, mixed: bool, there: Sequence[str], chosen: str = "auto") -> str:
     """Which computes heads of that width, sequences of several lengths if `mixed`, of those that are there."""
     if dtype not in (torch.float16, torch.bfloat16) or width > 256 or width % 8:
         return "sdpa"
-    if _chosen == "auto":
+    if chosen == "auto":
         return next(name for name in (FOR_MIXED if mixed else FOR_EQUAL) if name in there)
-    return "sdpa" if _chosen == "sage" and width not in SAGE_WIDTHS else _chosen
+    return "sdpa" if chosen == "sage" and width not in SAGE_WIDTHS else chosen
 
 
 @lru_cache

@@ -254,7 +254,7 @@ class DoubleBlock(nn.Module):
         text_qkv, picture_qkv = self.enter(streams, of_attention, batch.stream_which, batch.ropes, forward, rows)
         lengths = [each.lengths for each in rows]
         q, k, v = (weave(a.split(lengths[0]), b.split(lengths[1])) for a, b in zip(text_qkv, picture_qkv))
-        seen = attend_together(q, k, v, batch, remembered)
+        seen = attend_together(q, k, v, batch, remembered, forward.attention_by)
         pieces = seen.split([n for sample in zip(*lengths) for n in sample])
         seen_by = torch.cat(pieces[::2]), torch.cat(pieces[1::2])
         return self.leave(streams, seen_by, of_attention, of_mlp, batch.stream_which, forward, rows)
@@ -325,7 +325,7 @@ class SingleBlock(nn.Module):
     ) -> Tensor:
         which, rows = batch.woven_which, batch.woven
         q, k, v, hidden = self.enter(x, modulation, which, batch.rope, forward, rows)
-        seen = attend_together(q, k, v, batch, remembered, targets_only)
+        seen = attend_together(q, k, v, batch, remembered, forward.attention_by, targets_only)
         if targets_only:
             x, hidden, rows = rows.targets_of(x), rows.targets_of(hidden), rows.targets
             which = batch.which(rows)
@@ -479,12 +479,18 @@ def mlp(dim: int, hidden: int, gated: bool, bias: bool) -> Chain:
 
 
 def attend_together(
-    q: Tensor, k: Tensor, v: Tensor, batch: Packing, remembered: Sequence[KeysValues | None], targets_only: bool = False
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    batch: Packing,
+    remembered: Sequence[KeysValues | None],
+    by: str,
+    targets_only: bool = False,
 ) -> Tensor:
     """Attend within each sample and to what it remembers.
 
     q, k, v: (N, H, E), sample by sample -> (N, D), or the targets' rows of it. Remembered keys stand behind a sample's
-    own, wherever the release puts them: in attention the order of keys is nothing.
+    own, wherever the release puts them: in attention the order of keys is nothing. by: as in `attend`.
     """
     if batch.record is not None:
         batch.record.append((k, v.contiguous()))  # v may be a view, which would keep the whole projection alive
@@ -495,7 +501,7 @@ def attend_together(
         visible = [n if past is None else n + len(past) for n, past in zip(lengths, keys)]
     if targets_only:
         q, lengths = batch.woven.targets_of(q), batch.woven.targets.lengths
-    return attend(q, k, v, lengths, visible).flatten(1)
+    return attend(q, k, v, lengths, visible, by=by).flatten(1)
 
 
 def weave(*streams: Iterable[Tensor | None]) -> Tensor:

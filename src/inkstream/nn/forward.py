@@ -116,10 +116,11 @@ class Rows:
 class Forward:
     """One pass of a model over samples."""
 
-    def __init__(self, arounds: Sequence[Around] = (), times: Sequence[float] = ()):
-        """What is done around each sample, and its time."""
+    def __init__(self, arounds: Sequence[Around] = (), times: Sequence[float] = (), attention_by: str = "auto"):
+        """What is done around each sample, and its time; attention_by: as `attention.choose_attention` has it."""
         self.arounds = arounds
         self.times = times
+        self.attention_by = attention_by
         self.adapted = any(around.adapters for around in arounds)
         self.pictures: dict[StepCache, tuple[int, ...]] = {}  # those with a cache, and the samples of each
         for i, around in enumerate(arounds):
@@ -127,17 +128,17 @@ class Forward:
                 self.pictures[around.cache] = (*self.pictures.get(around.cache, ()), i)
 
     @staticmethod
-    def over(samples: Sequence[Sample]) -> Forward:
+    def over(samples: Sequence[Sample], attention_by: str = "auto") -> Forward:
         """Of a step; it begins one of each cache."""
-        forward = Forward([sample.around for sample in samples], [sample.t for sample in samples])
+        forward = Forward([sample.around for sample in samples], [sample.t for sample in samples], attention_by)
         for cache, own in forward.pictures.items():
             cache.begin(samples[own[0]].t, len(own))
         return forward
 
     @staticmethod
-    def ahead(around: Around) -> Forward:
+    def ahead(around: Around, attention_by: str = "auto") -> Forward:
         """Of what is computed before the first step, for one picture: its adapters matter there, and nothing else."""
-        return Forward([Around(adapters=around.adapters)])
+        return Forward([Around(adapters=around.adapters)], attention_by=attention_by)
 
     # Products ---------------------------------------------------------------------------------------------------------
 

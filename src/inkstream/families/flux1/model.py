@@ -43,6 +43,8 @@ THETA = 10_000.0
 class Flux1Transformer(nn.Module):
     """Predicts noise - image at a point of the path. Build it on meta; weights are assigned."""
 
+    attention_by = "auto"
+
     def __init__(self, config: Flux1Config):
         super().__init__()
         self.config = c = config
@@ -82,7 +84,7 @@ class Flux1Transformer(nn.Module):
         width) latents set behind the target's at every step (Fill, Canny, Depth); references: latents (C, h, w) of
         pictures to look at (Kontext); around: of the picture.
         """
-        forward = Forward.ahead(around)
+        forward = Forward.ahead(around, self.attention_by)
         dtype, device = self.img_in.weight.dtype, self.img_in.weight.device
         grid, grids = grid_of(height, width), [grid_of(*r.shape[1:]) for r in references]
         lengths = [len(text) for text in texts]
@@ -120,7 +122,7 @@ class Flux1Transformer(nn.Module):
 
     def forward(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Noisy latents, each (C, h, w) of its own size, at each one's time -> noise - image, shaped alike, float32."""
-        forward = Forward.over(samples)
+        forward = Forward.over(samples, self.attention_by)
         prepared: list[Prepared] = [sample.prepared for sample in samples]
         patches = [patchify(sample.x, PATCH).to(self.img_in.weight.dtype) for sample in samples]
         patches = [x if s.channels is None else torch.cat((x, s.channels), -1) for x, s in zip(patches, prepared)]

@@ -45,6 +45,8 @@ CLEAN = 0.0
 class Flux2Transformer(nn.Module):
     """Predicts noise - image at a point of the path. Build it on meta; weights are assigned."""
 
+    attention_by = "auto"
+
     def __init__(self, config: Flux2Config):
         super().__init__()
         self.config = c = config
@@ -85,7 +87,7 @@ class Flux2Transformer(nn.Module):
         references see each other alone, at time 0, so that all that steps need of them is computed here. around: of the
         picture.
         """
-        forward = Forward.ahead(around)
+        forward = Forward.ahead(around, self.attention_by)
         weight = self.img_in.weight
         grid, grids = (height, width), [(r.shape[1], r.shape[2]) for r in references]
         lengths = [len(text) for text in texts]
@@ -142,7 +144,7 @@ class Flux2Transformer(nn.Module):
 
     def forward(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Noisy latents, each (C, h, w) of its own size, at each one's time -> noise - image, shaped alike, float32."""
-        forward = Forward.over(samples)
+        forward = Forward.over(samples, self.attention_by)
         prepared: list[Prepared] = [sample.prepared for sample in samples]
         patches = [patchify(sample.x, 1) for sample in samples]
         modulation = modulation_of(samples, self.modulate, forward)

@@ -87,6 +87,8 @@ class Layout(NamedTuple):
 class ZImageTransformer(nn.Module):
     """Predicts image - noise at a point of the path. Build it on meta; weights are assigned."""
 
+    attention_by = "auto"
+
     def __init__(self, config: ZImageConfig):
         super().__init__()
         self.config = c = config
@@ -126,7 +128,7 @@ class ZImageTransformer(nn.Module):
         picture_rope = {n: self._rope(with_pads(plane(n + 1, *grid))) for n in set(lengths)}
         whole = {n: Rope.cat([picture_rope[n], caption_rope[n]]) for n in set(lengths)}
         table = Rope.cat([caption_rope[n] for n in lengths])
-        forward = Forward.ahead(around)
+        forward = Forward.ahead(around, self.attention_by)
         embedded = self._embed_caption(captions, forward)
         context = self._refine("context_refiner", embedded, table, lengths, forward)
         return [Prepared(c, c[:0], whole[n], grid) for c, n in zip(context.split(lengths), lengths)]
@@ -147,7 +149,7 @@ class ZImageTransformer(nn.Module):
         stands one past its segment, its SigLIP grid two past, stretched over the picture's latent cells.
         """
         p = self.config.patch_size
-        forward = Forward.ahead(around)
+        forward = Forward.ahead(around, self.attention_by)
         grid = (height // p, width // p)
         caption_positions, picture_positions, siglip_positions, at = [], [], [], 1
         for i, segment in enumerate(captions):
@@ -193,7 +195,7 @@ class ZImageTransformer(nn.Module):
 
     def scales(self, times: Sequence[float], around: Around = NOTHING) -> dict[float, Scales]:
         """The modulation of every block at each time, all in one pass. times: the model's own, 0 noise to 1 image."""
-        both = self._scales(times, Forward.ahead(around), Rows.alone(len(times)))
+        both = self._scales(times, Forward.ahead(around, self.attention_by), Rows.alone(len(times)))
         return {t: Scales(*each) for t, *each in zip(times, *both)}
 
     def _scales(self, times: Sequence[float], forward: Forward, rows: Rows) -> tuple[Tensor, Tensor]:
@@ -210,7 +212,7 @@ class ZImageTransformer(nn.Module):
     def forward(self, samples: Sequence[Sample]) -> list[Tensor]:
         """Noisy latents, each (C, h, w) of its own size, at each one's time -> image - noise, shaped alike."""
         p = self.config.patch_size
-        forward = Forward.over(samples)
+        forward = Forward.over(samples, self.attention_by)
         prepared: list[Prepared] = [sample.prepared for sample in samples]
         norms, finals = self._modulation(samples, forward)
         picture_layout, whole_layout = (cache(partial(lay, prepared, norms, whole)) for whole in (False, True))
@@ -334,7 +336,7 @@ class Block(nn.Module):
         if keep is not None:
             x, q = rows.targets_of(x), rows.targets_of(q)
             rows, which, counts = keep.rows, keep.which, keep.rows.lengths
-        return self.leave(x, attend(q, k, v, counts, lengths), weights, which, forward, rows)
+        return self.leave(x, attend(q, k, v, counts, lengths, by=forward.attention_by), weights, which, forward, rows)
 
     def enter(
         self, x: Tensor, weights: Tensor, which: Tensor | None, table: Rope, forward: Forward, rows: Rows
