@@ -159,6 +159,85 @@ def reads_of_the_surroundings(sources: Sources) -> list[str]:
     return found
 
 
+def circles(sources: Sources) -> list[str]:
+    """Modules that import each other, wherever in them; but for the front door, which loads its names on first use."""
+    pending = {
+        module: {target for target in imported_modules(sources, module) if layer(target) and target != module}
+        for module in sources
+        if layer(module)
+    }
+    while True:
+        imported = {target for targets in pending.values() for target in targets}
+        in_one = {m for m, targets in pending.items() if targets & pending.keys() and m in imported}
+        if len(in_one) == len(pending):
+            return sorted(pending)
+        pending = {module: targets & in_one for module, targets in pending.items() if module in in_one}
+
+
+REMEMBERED = {
+    "inkstream.nn.gpu: fused_devices": "emptied by whoever wants all to be computed plainly: tests, and a user's trial",
+}
+"""What a module may hold that changes, beside what `lru_cache` and `cache` remember of functions."""
+MUTABLE = {"list", "dict", "set", "bytearray", "deque", "defaultdict", "OrderedDict", "Counter", "WeakValueDictionary",
+           "WeakKeyDictionary", "local", "Lock", "RLock", "Condition", "Event", "Queue", "SimpleQueue",
+           "ContextVar"}  # fmt: skip
+CHANGES = {"append", "appendleft", "add", "update", "pop", "popleft", "popitem", "clear", "setdefault", "extend",
+           "insert", "remove", "discard", "sort", "reverse", "set", "put"}  # fmt: skip
+
+
+def state_of_modules(sources: Sources) -> list[str]:
+    """What modules remember between calls: names that functions bind anew or change, and whatever is made to be.
+
+    A table (SOLVERS) is named in capitals, and nobody changes it.
+    """
+    found = []
+    for module, source in sources.items():
+        tree = ast.parse(source)
+        bound = {name: value for node in tree.body for name, value in bindings(node)}
+        found += [f"{module}: {name}" for name, value in bound.items() if is_state(name, value)]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Global):
+                found += [f"{module}: {name}" for name in node.names]
+        for function in ast.walk(tree):
+            if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef):
+                own = names_of(function)
+                found += [f"{module}: {name}" for name in changed(function) if name in bound and name not in own]
+    return sorted({name for name in found if name not in REMEMBERED})
+
+
+def bindings(node: ast.stmt) -> Iterator[tuple[str, ast.expr | None]]:
+    """Names that a statement of a module binds, and to what."""
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    for target in targets:
+        if isinstance(target, ast.Name) and isinstance(node, ast.Assign | ast.AnnAssign):
+            yield target.id, node.value
+
+
+def is_state(name: str, value: ast.expr | None) -> bool:
+    if isinstance(value, ast.Call):
+        made = value.func.attr if isinstance(value.func, ast.Attribute) else getattr(value.func, "id", "")
+        return made in MUTABLE and (not name.isupper() or made not in ("dict", "list", "set"))
+    containers = ast.List | ast.Dict | ast.Set | ast.ListComp | ast.DictComp | ast.SetComp
+    return isinstance(value, containers) and name.lstrip("_").islower() and not name.startswith("__")
+
+
+def names_of(function: ast.FunctionDef | ast.AsyncFunctionDef) -> set[str]:
+    """What is a function's own: parameters, and what it binds."""
+    stored = {n.id for n in ast.walk(function) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    return stored | {n.arg for n in ast.walk(function) if isinstance(n, ast.arg)}
+
+
+def changed(function: ast.AST) -> Iterator[str]:
+    """Names whose value, not binding, is changed in a function."""
+    for node in ast.walk(function):
+        places: list[ast.expr] = []
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in CHANGES:
+            places = [node.func.value]
+        elif isinstance(node, ast.Subscript | ast.Attribute) and isinstance(node.ctx, ast.Store | ast.Del):
+            places = [node.value]
+        yield from (place.id for place in places if isinstance(place, ast.Name))
+
+
 def test_no_import_runs_back_up_the_layers():
     assert upward_arrows(read_sources()) == []
 
@@ -169,6 +248,18 @@ def test_families_do_not_import_each_other():
 
 def test_the_engine_names_no_family():
     assert families_named_by_the_engine(read_sources()) == []
+
+
+def test_no_modules_import_each_other():
+    assert circles(read_sources()) == []
+
+
+def test_no_module_remembers_anything_between_calls_but_what_is_declared():
+    sources = read_sources()
+    assert state_of_modules(sources) == []
+    for declared in REMEMBERED:
+        module, _, name = declared.partition(": ")
+        assert name in {bound for node in ast.parse(sources[module]).body for bound, _ in bindings(node)}
 
 
 def test_front_ends_types_and_the_table_of_models_are_imported_without_torch():
@@ -194,6 +285,13 @@ def test_nothing_below_the_engine_reads_the_environment_the_command_line_or_the_
         (arrows_between_families, "inkstream.families.flux1.model", "from inkstream.families.zimage import model"),
         (arrows_between_families, "inkstream.families.flux1.model", "from ..zimage.model import Block"),
         (families_named_by_the_engine, "inkstream.engine.model", 'if spec.family == "zimage": pass'),
+        (state_of_modules, "inkstream.nn.rope", "from contextvars import ContextVar\nX = ContextVar('x')"),
+        (state_of_modules, "inkstream.nn.rope", "chosen = 'auto'\ndef f(name):\n    global chosen\n    chosen = name"),
+        (state_of_modules, "inkstream.nn.rope", "KNOWN = {}\ndef f(name):\n    KNOWN[name] = 1"),
+        (state_of_modules, "inkstream.nn.rope", "KNOWN: list[int] = []\ndef f(n):\n    KNOWN.append(n)"),
+        (state_of_modules, "inkstream.nn.rope", "seen = set()"),
+        (state_of_modules, "inkstream.nn.rope", "LOCK = threading.Lock()"),
+        (state_of_modules, "inkstream.nn.rope", "class A:\n    pass\nX = A()\ndef f():\n    X.chosen = 1"),
         (reads_of_the_surroundings, "inkstream.nn.rope", "import os\nx = os.environ.get('X')"),
         (reads_of_the_surroundings, "inkstream.weights.files", "from time import time"),
     ],
@@ -203,6 +301,16 @@ def test_each_rule_catches_what_breaks_it(rule, module, source):
     others = dict.fromkeys(("inkstream", *(f"inkstream.{name}" for name in tree)), "")
     assert rule(others) == []
     assert len(rule({**others, module: source})) == 1
+
+
+def test_a_circle_is_found_and_who_only_imports_one_is_not_in_it():
+    sources = {"inkstream": "", "inkstream.nn": ""} | {
+        f"inkstream.nn.{name}": f"def f():\n    from inkstream.nn import {other}"
+        for name, other in (("a", "b"), ("b", "c"), ("c", "a"), ("d", "a"))
+    }
+    sources["inkstream.nn.c"] += "\nfrom inkstream.nn import e"
+    sources["inkstream.nn.e"] = "import torch"
+    assert circles(sources) == ["inkstream.nn.a", "inkstream.nn.b", "inkstream.nn.c"]
 
 
 @pytest.mark.parametrize(
