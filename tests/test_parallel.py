@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,7 +167,7 @@ def run(build: Callable[[Spec], Model], case: Case, crew: Crew | None = None) ->
     if crew is not None:
         crew.settle(Request.model_validate({"guidance": 4.0}), case.spec)
         crew.share(transformer)
-        crew.attach(model)
+        crew.attach(transformer)
     case.after(transformer)
     with torch.inference_mode():
         return [out.clone() for out in case.compute(model)]
@@ -285,7 +286,7 @@ def test_what_one_process_needs_is_foreseen_for_its_share(folder):
     request = complete(Request.model_validate(WISH), opened.source.spec)
 
     def foreseen(share: Callable[[Any], None]) -> int:
-        return Placing(replace(opened, share=share)).plans(request)[0].phases["steps"]
+        return Placing(replace(opened, crew=SimpleNamespace(share=share))).plans(request)[0].phases["steps"]  # type: ignore[arg-type]
 
     whole = foreseen(lambda transformer: None)
     assert foreseen(lambda transformer: share_layers(transformer, Group(0, 2))) < whole - 1_000_000  # weights

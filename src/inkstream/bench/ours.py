@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 
 import inkstream
 from inkstream.bench.child import Draw, Order, Setup, Stages, attend, to_bytes
+from inkstream.engine.install import Placement, install
 from inkstream.engine.loader import dtype_of, load
 from inkstream.engine.model import Model
-from inkstream.engine.ready import make_ready
 from inkstream.engine.sources import Unset, locate
 from inkstream.families import Part, family_of, parts_of
-from inkstream.nn.quant import place
 from inkstream.quant.pack import fits, pack
 from inkstream.quant.packed import Weight
 from inkstream.types import Request, Spec
@@ -50,19 +51,21 @@ def random_model(
     """A model of random weights, drawn where it computes; its prompts are read with Pocket's tokenizer."""
     family = family_of(spec.family)
     modules = {
-        name: random_part(part, getattr(spec, name), device, dtype_of(name, dtype, device), fp8)
+        name: random_part(
+            name, part, getattr(spec, name), Placement(device, dtype_of(name, dtype, device)), fp8, compiled
+        )
         for name, part in parts_of(spec).items()
     }
-    make_ready(modules, compiled)
     pocket = locate("pocket").tokenizers["tokenizer"]
     tokenizers = {name: read(pocket) for name, read in family.tokenizers.items()}
     return Model(family(spec, modules, tokenizers), device, dtype)
 
 
-def random_part(part: Part, config: object, device: torch.device, dtype: torch.dtype, fp8: bool) -> nn.Module:
+def random_part(name: str, part: Part, config: object, placement: Placement, fp8: bool, compiled: bool) -> nn.Module:
     """Matrices have a variance of one over their inputs, scales are one and biases zero."""
     with torch.device("meta"), Unset():
         module = part.build(config)
+    dtype, device = placement.dtype, placement.device
     state: dict[str, Weight] = {}
     for key, like in module.state_dict().items():
         if like.ndim < 2:
@@ -71,8 +74,7 @@ def random_part(part: Part, config: object, device: torch.device, dtype: torch.d
         weight = torch.randn(like.shape, dtype=dtype, device=device).mul_(like[0].numel() ** -0.5)
         packs = fp8 and any(matches(pattern, key) for pattern in part.packs) and fits("e4m3", tuple(like.shape))
         state[key] = pack("e4m3", weight, dynamic=True) if packs else weight
-    module.load_state_dict(place(module, state, dtype), strict=True, assign=True)
-    return module.eval().requires_grad_(False)
+    return install(name, module, nullcontext(state), placement, compiled=compiled)
 
 
 if __name__ == "__main__":

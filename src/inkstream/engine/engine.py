@@ -122,8 +122,6 @@ class Engine:
         self._placing = Placing(opened, self.memory, self.plan, least)
         plan = self._placing.choose(request)
         self._model = read_model(opened, plan, tell, self.compiled)
-        if self.crew:
-            self.crew.attach(self._model)
         if self._model.device.type == "cpu":
             keep_freed_memory()
         self._name = name
@@ -137,7 +135,7 @@ class Engine:
         note = self.crew.settle(request or Request.model_validate({"model": name}), opened.source.spec)
         if tell:
             tell(note)
-        return replace(opened, share=self.crew.share)
+        return replace(opened, crew=self.crew)
 
     def _is_ready(self, name: str, request: Request | None) -> bool:
         """Whether that model is loaded, and placed so that the request can be drawn."""

@@ -40,17 +40,14 @@ class NotRecordable(RuntimeError):
     """A computation waits for the device, or takes something from the host."""
 
 
-def replay_small(modules: Mapping[str, nn.Module]) -> None:
-    """From now on a model's transformer and its text encoder, if they are on a GPU, replay small forwards."""
-    transformer, text_encoder = modules["transformer"], modules["text_encoder"]
-    is_shared = getattr(transformer, "is_shared", False)  # with other processes, which it waits for
-    device = next(transformer.parameters()).device
-    if device.type == "cuda" and not is_shared and not comes_and_goes(transformer):
-        recordings = Recordings(partial(record, device))
-        transformer.forward = partial(forward_transformer, recordings, transformer.forward)
-    if isinstance(text_encoder, Qwen3) and next(text_encoder.parameters()).is_cuda and not comes_and_goes(text_encoder):
-        recordings = Recordings(partial(record, device))
-        text_encoder.forward = partial(forward_text_encoder, recordings, text_encoder.forward)
+def replay_small(part: str, module: nn.Module) -> None:
+    """From now on a model's transformer, or a text encoder of ours, replays small forwards, if it is on a GPU."""
+    kinds = {"transformer": forward_transformer, "text_encoder": forward_text_encoder}
+    known = part == "transformer" or isinstance(module, Qwen3)
+    is_shared = getattr(module, "is_shared", False)  # with other processes, which it waits for
+    device = next(module.parameters()).device
+    if known and not is_shared and device.type == "cuda" and not comes_and_goes(module):
+        module.forward = partial(kinds[part], Recordings(partial(record, device)), module.forward)
 
 
 def comes_and_goes(module: nn.Module) -> bool:

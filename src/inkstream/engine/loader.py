@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from inkstream.engine.install import Placement, install
 from inkstream.engine.licences import is_commercial_only
 from inkstream.engine.model import Model
-from inkstream.engine.placement import Place, Placed, copied, place_of
-from inkstream.engine.ready import make_ready
+from inkstream.engine.placement import Place, Sharing, place_of
 from inkstream.engine.sources import PREFIXES, Found, Progress, Source, encoder_of, locate, locate_writer
 from inkstream.families import Writer
 from inkstream.nn.offload import advise, is_mapped, mapped_ranges
-from inkstream.nn.quant import place as put_packed
 from inkstream.quant.packed import Weight, unpack
 from inkstream.types import InputError, Loading
 from inkstream.weights.files import read_state, strip_prefix
@@ -64,7 +63,7 @@ class Opened:
     device: torch.device
     dtype: torch.dtype
     numbers: Mapping[str, int]  # part -> how many its weights are
-    share: Callable[[nn.Module], None] = lambda transformer: None  # leaves it what is computed in this process
+    crew: Sharing | None = None  # who computes its transformer, if this process is not alone
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -100,11 +99,12 @@ def read_model(opened: Opened, plan: str, progress: Progress | None = None, comp
             opened.dtypes[part],
             partial(_tell, tell, part),
             place=place_of(plan, part),
-            share=opened.share if part == "transformer" else None,
+            part=part,
+            crew=opened.crew,
+            compiled=compiled,
         )
         for part, found in source.parts.items()
     }
-    make_ready(modules, compiled)
 
     def read_writer() -> Writer:
         writer: Any = read(locate_writer(source), device, opened.dtype, lambda done, total: None)
@@ -135,29 +135,29 @@ def read(
     progress: Callable[[int, int], None],
     packed: bool = True,
     place: Place = "resident",
-    share: Callable[[nn.Module], None] | None = None,
+    part: str = "",
+    crew: Sharing | None = None,
+    compiled: bool | None = None,
 ) -> nn.Module:
     """The part's module with its weights; progress is told the bytes done and in all.
 
-    packed: weights that are packed in the file stay so where a layer can hold them; otherwise they are unpacked. share:
-    takes from the module what is not for this process, before any of its weights is moved.
+    packed: weights that are packed in the file stay so where a layer can hold them; otherwise they are unpacked. The
+    rest is as in `install`.
     """
+    placement = Placement(device, dtype, place, found.rules)
+    return install(part, found.module, weights_of(found, dtype, packed), placement, crew, compiled, progress)
+
+
+@contextmanager
+def weights_of(found: Found, dtype: torch.dtype, packed: bool) -> Iterator[Mapping[str, Weight]]:
+    """A part's weights in our names, views of its files where they are there as they are to be."""
     wanted = found.module.state_dict().keys()
     raw = strip_prefix(read_state(found.path), PREFIXES)
     state = {key: weight for key, weight in translate(found.rules, raw).items() if key in wanted}
     if not packed:
         state = {key: weight if isinstance(weight, Tensor) else unpack(weight, dtype) for key, weight in state.items()}
-    module = found.module
-    module.load_state_dict(put_packed(module, state, dtype), strict=True, assign=True)
+    yield state
     let_go(raw)
-    del raw, state
-    unset = [key for key, tensor in chain(module.named_parameters(), module.named_buffers()) if tensor.is_meta]
-    assert not unset, f"no weights for {unset}"
-    module.eval().requires_grad_(False)
-    if share:
-        share(module)
-    Placed(module, place, device, dtype, copied(found, module)).settle(progress)
-    return module
 
 
 def let_go(state: Mapping[str, Weight]) -> None:

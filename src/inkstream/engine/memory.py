@@ -78,7 +78,7 @@ class Placing:
         if (key := (*asked, *texts)) not in self._known:
             opened = self.opened
             self._known[key] = plan_request(
-                opened.source, opened.tokenizers, request, opened.device, opened.dtypes, opened.share
+                opened.source, opened.tokenizers, request, opened.device, opened.dtypes, opened.crew
             )
         return self._known[key]
 

@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from inkstream.engine.loader import choose_device
-from inkstream.engine.model import Model
 from inkstream.engine.options import cached, guided
 from inkstream.engine.processes import count_processes
 from inkstream.nn.forward import Sample
@@ -157,15 +156,15 @@ class Crew:
             )
         (share_layers if self.way == "tensor" else share_tokens)(transformer, self._group)
 
-    def attach(self, model: Model) -> None:
-        """Let the halves of the crew answer a model's prompts, each its own."""
+    def attach(self, transformer: nn.Module) -> None:
+        """Let the halves of the crew answer prompts, each its own."""
         if self.way == "cfg":
-            model.family.answer = partial(self._answer, model.family.answer)  # type: ignore[method-assign]
+            transformer.forward = partial(self._answer, transformer.forward)
 
     # While it is drawn -----------------------------------------------------------------------------------------------
 
     def _answer(self, answer: Callable[..., list[Tensor]], samples: Sequence[Sample]) -> list[Tensor]:
-        """As `Family.answer`. What is asked of one prompt alone is answered by both halves."""
+        """As the transformer's own. What is asked of one prompt alone is answered by both halves."""
         if len(samples) == 1:
             return answer(samples)
         half = self._group.count

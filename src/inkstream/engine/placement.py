@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 
 from inkstream.engine.model import Model, Run, advance
 from inkstream.engine.peak import peak_of
-from inkstream.engine.sources import Found, Source, Unset
+from inkstream.engine.sources import Source, Unset
 from inkstream.nn.offload import Guest, Streamed, Weight, advise, is_number, read_at_home, visit_when_called, weights_of
 from inkstream.nn.quant import PackedEmbedding
 from inkstream.nn.quant import place as put_packed
 from inkstream.nn.stack import Blocks
 from inkstream.types import Request
-from inkstream.weights.keymap import becomes
+from inkstream.weights.keymap import Rule, becomes
 
 Place = Literal["resident", "visiting"]
 """On the device for good; or layer by layer, each while it is the one in hand."""
@@ -35,6 +35,18 @@ TABLES = (nn.Embedding, PackedEmbedding)
 
 BESIDE = 64 * 2**20
 """Bytes that on a CPU allocators keep of what was freed, and libraries take beside tensors; measured."""
+
+
+class Sharing(Protocol):
+    """Several processes that compute a transformer together."""
+
+    def share(self, transformer: nn.Module) -> None:
+        """Leave this process its share."""
+        ...
+
+    def attach(self, transformer: nn.Module) -> None:
+        """Let the processes answer samples, each its own."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -164,16 +176,17 @@ def pages_seen(guest: Guest) -> int:
 
 def plan_request(
     source: Source, tokenizers: Mapping[str, Any], request: Request, device: torch.device,
-    dtypes: Mapping[str, torch.dtype], share: Callable[[nn.Module], None] = lambda transformer: None,
+    dtypes: Mapping[str, torch.dtype], crew: Sharing | None = None,
 ) -> list[Plan]:  # fmt: skip
-    """All plans for a complete request, from the fastest to the most frugal. dtypes: what each part computes in; share:
+    """All plans for a complete request, from the fastest to the most frugal. dtypes: what each part computes in; crew:
     leaves the transformer what is computed in this process.
 
     Weights count as they are in the files or become on the device; what is computed with them is counted by doing it
     without data. What a driver or the process takes for itself is not in it.
     """
     modules = {part: at_home(source, part, dtypes[part]) for part in source.parts}
-    share(modules["transformer"])
+    if crew:
+        crew.share(modules["transformer"])
     weights = weigh(source, modules, device, dtypes)
     work = working(on_meta(source, modules, tokenizers, dtypes), request)
     return [add_up(name, phases, work, device) for name, phases in weights.items()]
@@ -192,7 +205,7 @@ def weigh(
     weights: dict[str, dict[str, int]] = {}
     for name in PLANS:
         placed = {
-            part: Placed(module, place_of(name, part), device, dtypes[part], copied(source.parts[part], module))
+            part: Placed(module, place_of(name, part), device, dtypes[part], copied(source.parts[part].rules, module))
             for part, module in modules.items()
         }
         always = sum(part.always for part in placed.values())
@@ -229,9 +242,9 @@ def at_home(source: Source, part: str, dtype: torch.dtype) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
-def copied(found: Found, module: nn.Module) -> list[str]:
-    """The names of weights that are put together of several in the files."""
-    return [key for key in module.state_dict() if len(becomes(found.rules, key, back=True)) > 1]
+def copied(rules: Sequence[Rule], module: nn.Module) -> list[str]:
+    """The names of weights that are put together of several in the files, whose layout these rules translate."""
+    return [key for key in module.state_dict() if len(becomes(rules, key, back=True)) > 1]
 
 
 def working(model: Model, request: Request) -> dict[str, int]:
