@@ -31,6 +31,8 @@ from inkstream.engine.placement import Placed
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE, TURBO
+from inkstream.nn.around import NOTHING, Around
+from inkstream.nn.around.adapters import Adapter
 from inkstream.nn.forward import Sample
 from inkstream.nn.parallel import Group, share_layers, share_tokens
 from inkstream.nn.quant import place
@@ -62,29 +64,45 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def forward(*sizes: tuple[int, int, int], times: tuple[float, ...] = (), looks: bool = False) -> Callable[[Model], Any]:
+def adapter(transformer: Any, seed: int) -> Around:
+    """A product of rank 1 beside that of every layer."""
+    products = {}
+    for name, layer in transformer.named_modules():
+        if isinstance(layer, torch.nn.Linear):
+            down, up = (normal(1, n, seed=seed + n) * 0.1 for n in (layer.in_features, layer.out_features))
+            products[name] = lambda x, out, down=down, up=up: out + (x @ down.T) @ up
+    return Around(adapters=(Adapter.of(transformer, products),))
+
+
+def forward(
+    *sizes: tuple[int, int, int], times: tuple[float, ...] = (), looks: bool = False, adapted: bool = False
+) -> Callable[[Model], Any]:
     """One forward of the transformer over several samples. sizes: tokens of the prompt, height and width of the latents
-    of each; looks: at a reference, which FLUX.2 reads once."""
+    of each; looks: at a reference, which FLUX.2 reads once; adapted: each by an adapter of its own."""
     times = times or (0.5,) * len(sizes)
 
     def compute(model: Model) -> list[Tensor]:
         transformer: Any = model.family.transformer  # type: ignore[attr-defined]
         config, prepared = transformer.config, []
+        arounds = [adapter(transformer, i) if adapted else NOTHING for i in range(len(sizes))]
         for i, (length, height, width) in enumerate(sizes):
             if model.spec.family == "zimage":
-                prepared.append(transformer.prepare(normal(length, config.cap_feat_dim, seed=i), height, width))
+                caption = normal(length, config.cap_feat_dim, seed=i)
+                prepared += transformer.prepare_all([caption], height, width, arounds[i])
                 continue
             text = [normal(length, config.joint_attention_dim, seed=i)]
             guidance = 3.5 if config.guidance_embeds else None
             if model.spec.family == "flux1":
                 pooled = [normal(config.pooled_projection_dim, seed=i)]
-                prepared += transformer.prepare(text, pooled, height, width, guidance)
+                prepared += transformer.prepare(text, pooled, height, width, guidance, around=arounds[i])
             else:
                 seen = [normal(config.in_channels, 3, 5, seed=9)] if looks else []
-                prepared += transformer.prepare(text, height, width, guidance, references=seen, read_once=looks)
+                prepared += transformer.prepare(
+                    text, height, width, guidance, references=seen, read_once=looks, around=arounds[i]
+                )
         channels = config.in_channels // (4 if model.spec.family == "flux1" else 1)
         xs = [normal(channels, height, width, seed=10 + i) for i, (_, height, width) in enumerate(sizes)]
-        return transformer([Sample(*each) for each in zip(xs, times, prepared)])
+        return transformer([Sample(*each) for each in zip(xs, times, prepared, arounds)])
 
     return compute
 
@@ -151,6 +169,9 @@ CASES = {
             ("flux2, guided", GUIDED_FLUX2, sample()),
         )
     },
+    "context z-image, adapted": Case("context", ZIMAGE, forward(*MIXED, times=TWICE, adapted=True)),
+    "context flux1, adapted": Case("context", FLUX1, forward(*MIXED, times=TWICE, adapted=True)),
+    "context flux2 that looks, adapted": Case("context", FLUX2, forward((5, 5, 3), looks=True, adapted=True)),
     "context flux2, streamed": Case("context", FLUX2, forward((5, 5, 3)), after=stream),
     "tensor flux2, streamed": Case("tensor", FLUX2, forward((5, 5, 3)), after=stream),
     "tensor flux2, q8_0": Case("tensor", FLUX2, forward((5, 5, 3)), before=packed("q8_0")),
