@@ -296,6 +296,7 @@ def test_the_door_changes_the_rows_of_each_owner_and_no_others():
     expected = torch.cat((own[:1], 2 * own[1:3], own[3:4] + 1, 2 * own[4:5] + 1, 2 * own[5:]))
     assert torch.equal(linear(layer, x, Forward([Around(), twice, more, both]), rows), expected)
     assert torch.equal(linear(layer, x, PLAIN, ANY), own)
+    assert linear(layer, x[:0], Forward([twice]), rows[:0]).shape == (0, 2)  # a process may have no row of a stream
     assert linear(nn.Linear(3, 2), x, Forward([Around(), twice, more, both]), rows).shape == own.shape
 
 

@@ -150,7 +150,7 @@ class Forward:
         if not self.adapted:
             return out
         products = [products_of(layer, around) for around in self.arounds]
-        if not any(products):
+        if not any(products) or len(out) == 0:
             return out
         assert len(rows) == len(x), f"{len(x)} rows are given to a layer, and {len(rows)} have an owner"
         runs = [[*run] for _, run in groupby(rows.spans, lambda span: [id(one) for one in products[span.owner]])]
@@ -219,11 +219,9 @@ def run_blocks(
             x = forward.add(stack, i, call(i, block, x, rows), rows)
         return x
 
-    return (
-        run_cached(stack, len(blocks) - narrows, through, x, forward, rows)
-        if forward.pictures
-        else through(x, 0, None, rows)
-    )
+    if forward.pictures:
+        return run_cached(stack, len(blocks) - narrows, through, x, forward, rows)
+    return through(x, 0, None, rows)
 
 
 def run_cached(
