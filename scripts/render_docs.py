@@ -16,7 +16,7 @@ from cyclopts import App, Argument
 from inkstream.bench.tables import fill
 from inkstream.cli import app
 from inkstream.cli.models import TELLING, in_a_word, list_models
-from inkstream.train.recipe import describe
+from inkstream.train.reading import describe
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"

@@ -21,7 +21,8 @@ from pathlib import Path
 from inkstream.cli import main
 from inkstream.train.checkpoint import list_checkpoints
 from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Saved, train
-from inkstream.train.recipe import Recipe, read_recipe
+from inkstream.train.reading import read_recipe
+from inkstream.train.recipe import Recipe
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "pocket" / "gpu"
 PIECES = ("vae", "base", "large")

@@ -27,7 +27,8 @@ from inkstream.train.learner import Learner
 from inkstream.train.loop import Finished, Graded, Preparing, Progress, Resumed, Saved, train
 from inkstream.train.objectives import mix
 from inkstream.train.plot import plot
-from inkstream.train.recipe import Optimiser, as_recipe, as_tables, as_toml, read_recipe
+from inkstream.train.reading import as_recipe, read_recipe
+from inkstream.train.recipe import Optimiser, as_tables, as_toml
 from inkstream.train.speed import ON_CPU, FlopCounterMode, count_flops, measure_peak
 from inkstream.train.tasks import TASKS
 from inkstream.types import InputError

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from inkstream.train.models import read_sizes, start
-from inkstream.train.recipe import Recipe, as_recipe, as_tables, describe, differences, read_recipe
+from inkstream.train.reading import as_recipe, describe, read_recipe
+from inkstream.train.recipe import Recipe, as_tables, differences
 from inkstream.types import InputError
 
 ROOT = Path(__file__).parent.parent

@@ -24,7 +24,8 @@ from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Resumed, 
 from inkstream.train.models import start
 from inkstream.train.objectives import autoencode, draw_times, flow_error, measure_latents, mix, shift_time
 from inkstream.train.parallel import ALONE
-from inkstream.train.recipe import Objective, as_recipe, as_tables, as_toml
+from inkstream.train.reading import as_recipe
+from inkstream.train.recipe import Objective, as_tables, as_toml
 from inkstream.train.tasks import Flow
 from inkstream.types import InputError, Request
 
@@ -103,7 +104,7 @@ SHARED = """
 import sys
 import torch.distributed
 from inkstream.train.loop import train
-from inkstream.train.recipe import read_recipe
+from inkstream.train.reading import read_recipe
 torch.distributed.init_process_group("gloo")
 for kind in ("ddp", "fsdp"):
     recipe = read_recipe(f"{sys.argv[1]}/{kind}.toml")

@@ -15,7 +15,7 @@ from inkstream.nn.forward import ANY, PLAIN
 from inkstream.train.loop import Preview, train
 from inkstream.train.objectives import TAUGHT_GUIDANCE, Batch, flow_error
 from inkstream.train.optim import is_block_matrix
-from inkstream.train.recipe import as_recipe
+from inkstream.train.reading import as_recipe
 from inkstream.types import Conditioning, InputError
 
 TRAINABLE = {

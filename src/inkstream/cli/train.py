@@ -20,7 +20,7 @@ def train(recipe: str, output: str | None, resume: bool, changes: list[str], jso
     from inkstream.cli.lines import print_json
     from inkstream.train.loop import Finished, Graded, HeldOut, Preview, Progress, Resumed, Saved
     from inkstream.train.loop import train as run
-    from inkstream.train.recipe import read_recipe
+    from inkstream.train.reading import read_recipe
 
     folder = Path(output) if output else Path("runs") / Path(recipe).stem
     words = ["inkstream", "train", recipe, *(["--output", output] if output else [])]

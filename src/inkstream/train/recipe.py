@@ -5,17 +5,12 @@ from __future__ import annotations
 
 import difflib
 import json
-import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from inkstream.types import InputError
-
-if TYPE_CHECKING:
-    from inkstream.train.tasks import Task
 
 T = TypeVar("T")
 Table = dict[str, Any]
@@ -155,70 +150,11 @@ TABLES: dict[str, type] = {"model": Model, "data": Data, "objective": Objective,
 """Those that every recipe has."""
 
 
-def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with changes like run.steps=50. InputError names key, value and what is allowed."""
-    try:
-        table = tomllib.loads(Path(path).read_text("utf-8"))
-    except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): give the path of a recipe") from error
-    except ValueError as error:  # TOML's and UTF-8's errors alike
-        raise InputError(f"{path} is no TOML: {error}") from error
-    for change in changes:
-        _change(table, change)
-    return as_recipe(table)
-
-
-def _change(table: Table, change: str) -> None:
-    """Set one key of nested tables. Its value is TOML's, or else a string without its quotes."""
-    name, sign, text = change.partition("=")
-    *tables, last = name.strip().split(".")
-    if not sign or not tables:
-        raise InputError(f"{change!r} changes nothing: write TABLE.KEY=VALUE, as in run.steps=50")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except ValueError:
-        value = text.strip()
-    for part in tables:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise InputError(f"{change!r} cannot be set: {part} is no table")
-    table[last] = value
-
-
-def as_recipe(table: Mapping[str, Any]) -> Recipe:
-    """A recipe from nested tables, as TOML or JSON gives them."""
-    objective = table.get("objective", {})
-    kind = objective.get("kind", Objective.kind) if isinstance(objective, Mapping) else Objective.kind
-    own = _task(kind).tables
-    kinds = {**TABLES, **own}
-    for name, content in table.items():
-        if name not in kinds:
-            raise InputError(f"[{name}] is no table of a recipe: {_nearest(name, kinds)}")
-        if not isinstance(content, Mapping):
-            raise InputError(f"{name} = {content!r} stands outside a table: a recipe has [{'], ['.join(kinds)}]")
-    parts = {name: read_table(kind, table.get(name, {}), name) for name, kind in TABLES.items()}
-    for name, kind in own.items():
-        default = parts["optimiser"] if kind is Optimiser else kind()
-        parts.setdefault("own", {})[name] = read_table(kind, table.get(name, {}), name, default)
-    recipe = Recipe(**parts)
-    _check(recipe)
-    return recipe
-
-
-def _task(kind: Any) -> type[Task]:
-    """The task of a kind of objective. InputError where there is none."""
-    from inkstream.train.tasks import TASKS  # which reads recipes
-
-    if not isinstance(kind, str) or kind not in TASKS:
-        raise InputError(f"[objective] kind = {kind!r}: take {' or '.join(TASKS)}")
-    return TASKS[kind]
-
-
 def as_tables(recipe: Recipe) -> dict[str, Table]:
     """The inverse of as_recipe, every key stated, as JSON has it."""
     tables = json.loads(json.dumps(asdict(recipe)))
     tables |= tables.pop("own")
-    return {name: {_spoken(key): value for key, value in table.items()} for name, table in tables.items()}
+    return {name: {spoken(key): value for key, value in table.items()} for name, table in tables.items()}
 
 
 def as_toml(table: Mapping[str, Any], prefix: str = "") -> str:
@@ -258,12 +194,12 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str, default: T |
 
     InputError names the key, its value and what is allowed.
     """
-    known = {_spoken(f.name): f for f in fields(kind)}  # type: ignore[arg-type]
+    known = {spoken(f.name): f for f in fields(kind)}  # type: ignore[arg-type]
     hints = get_type_hints(kind)
     values = {}
     for name, value in table.items():
         if name not in known:
-            raise InputError(f"[{where}] has no key {name}: {_nearest(name, known)}")
+            raise InputError(f"[{where}] has no key {name}: {nearest(name, known)}")
         values[known[name].name] = _value(value, hints[known[name].name], known[name], f"[{where}] {name}")
     return kind(**values) if default is None else replace(default, **values)  # type: ignore[type-var]
 
@@ -312,59 +248,11 @@ def _wanted(hint: Any) -> str:
     return f"give {words.get(hint, 'a table')}"
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str]) -> str:
     near = difflib.get_close_matches(name, list(known), 1)
     return f"did you mean {near[0]}?" if near else f"it takes {', '.join(known)}"
 
 
-def _spoken(name: str) -> str:
+def spoken(name: str) -> str:
     """A field's name as it stands in the file: `from` is a word of Python's."""
     return name.rstrip("_")
-
-
-def _check(recipe: Recipe) -> None:
-    """What no single key shows."""
-    model, data, objective, run = recipe.model, recipe.data, recipe.objective, recipe.run
-    learns = _task(objective.kind).learns
-    if any(name not in learns for name in model.train):
-        raise InputError(f"[model] train = {list(model.train)}: {objective.kind} takes {' or '.join(learns)}")
-    if len(model.train) > 1 and objective.kind == "autoencoder":
-        raise InputError(f"[model] train = {list(model.train)}: name one, the decoder is a part of the vae")
-    if model.from_ and (model.transformer or model.text_encoder):
-        raise InputError("[model] from goes on from given sizes: leave [model.transformer] and its like out")
-    if not data.sizes or any(side < 16 or side % 16 for size in data.sizes for side in size):
-        raise InputError(f"[data] sizes = {[list(s) for s in data.sizes]}: give multiples of 16, as in [[128, 128]]")
-    if objective.kind == "flow" and data.source == "scenes" and not data.count:
-        raise InputError("[data] count = 0 draws scenes anew, which flow cannot use: say how many to keep")
-    if not data.count and len(data.sizes) > 1:
-        raise InputError(f"[data] count = 0 draws one size alone, sizes are {len(data.sizes)}: leave one")
-    if objective.uniform + objective.high > 1:
-        both = f"uniform {objective.uniform} and high {objective.high}"
-        raise InputError(f"[objective] {both} are more than all: lower one")
-    if data.crop % 16:
-        raise InputError(f"[data] crop = {data.crop}: give a multiple of 16")
-    if run.batch % run.accumulate:
-        raise InputError(f"[run] batch {run.batch} does not fall into {run.accumulate} equal pieces: change one")
-
-
-def describe() -> str:
-    """Every key of a recipe as Markdown tables: what docs/training.md shows."""
-    from inkstream.train.tasks import TASKS
-
-    parts, tables = [], dict(TABLES)
-    for task in TASKS.values():
-        tables |= task.tables
-    for name, kind in tables.items():
-        rows = [f"| `{_spoken(f.name)}` | {_shown(f)} | {f.metadata['text']} |" for f in fields(kind)]
-        parts.append("\n".join([f"### [{name}]", kind.__doc__ or "", "", "| key | default | meaning |",
-                                "| --- | --- | --- |", *rows]))  # fmt: skip
-    return "\n\n".join(parts) + "\n"
-
-
-def _shown(key: Field[Any]) -> str:
-    default = {} if key.default is MISSING else key.default
-    if isinstance(default, tuple):
-        default = [list(v) if isinstance(v, tuple) else v for v in default]
-    text = str(default).lower() if isinstance(default, bool) else repr(default).replace("'", '"')
-    kind = get_args(key.type) if get_origin(key.type) is Literal else ()
-    return f"`{text}`" + (f" of {', '.join(kind)}" if kind else "")
