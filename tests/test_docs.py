@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -17,7 +18,11 @@ from inkstream.families import SPECS
 from inkstream.types import Request
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+
+LIFE = ROOT / "docs" / "life-of-a-request.md"
+NAMED = r"`(?:src/inkstream/)?([\w/]+\.py)(?::([\w.]+))?`"
+"""A file of the package, and mostly a function in it."""
 
 
 def renderer():
@@ -84,6 +89,29 @@ def test_links_to_our_own_files_lead_somewhere(page):
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)", prose):
         assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_the_life_of_a_request_names_files_and_functions_that_there_are():
+    steps = re.findall(r"^(\d+)\. (.*?)(?=^\d+\. |^## )", LIFE.read_text(), re.DOTALL | re.MULTILINE)
+    assert [int(number) for number, _ in steps] == [*range(1, 5), *range(1, 7), *range(7, 21)]  # A, B, and from there
+    assert [number for number, text in steps if not re.search(NAMED, text)] == []
+    assert [":".join(named) for named in re.findall(NAMED, LIFE.read_text()) if not is_there(*named)] == []
+    assert not is_there("engine/model.py", "Model.no_such_function")
+    assert not is_there("engine/no_such_file.py", "")
+
+
+def is_there(file: str, name: str) -> bool:
+    """Whether a file of the package defines a function or a class, or a class's function as `Class.function`."""
+    path = ROOT / "src" / "inkstream" / file
+    if not path.is_file():
+        return False
+    body: list[ast.stmt] = ast.parse(path.read_text()).body
+    for part in filter(None, name.split(".")):
+        found = next((node for node in body if getattr(node, "name", None) == part), None)
+        if found is None:
+            return False
+        body = getattr(found, "body", [])
+    return True
 
 
 def test_the_commands_shown_in_the_readme_are_understood():
