@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
+
+PICTURE = (-3, -2, -1)
+"""The dimensions of one."""
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float, normalization: float = 0.0) -> Tensor:
@@ -15,10 +20,14 @@ def guide(positive: Tensor, negative: Tensor, scale: float, normalization: float
     """
     guided = positive + (scale - 1) * (positive - negative)
     if normalization > 0:
-        cap = normalization * torch.linalg.vector_norm(positive, dim=(-3, -2, -1), keepdim=True)
-        norm = torch.linalg.vector_norm(guided, dim=(-3, -2, -1), keepdim=True)
+        cap, norm = normalization * _norm(positive), _norm(guided)
         guided = torch.where(norm > cap, guided * (cap / norm), guided)
     return guided
+
+
+def _norm(v: Tensor) -> Tensor:
+    """Of each sample: (..., C, h, w) -> (..., 1, 1, 1)."""
+    return cast(Tensor, torch.linalg.vector_norm(v, dim=PICTURE, keepdim=True))  # pyright: ignore[reportUnknownMemberType]
 
 
 def is_on(t: float, scale: float, truncation: float = 1.0, start: float = 1.0, stop: float = 0.0) -> bool:
