@@ -215,8 +215,8 @@ def test_only_gpus_that_multiply_8_bit_floats_are_given_such(launched, capabilit
         x, modulation = (torch.ones(shape, dtype=torch.bfloat16, device="cuda") for shape in ((32, 64), (1, 3, 64)))
         calls: dict[str, Callable[[], Any]] = {
             "norm": lambda: layers.rms_norm_into([reader], x, modulation[:, 0], 1e-5),
-            "activation": lambda: layers.silu_times(x, x, reader),
-            "modulation": lambda: flux.modulate(x, modulation, None, reader),
+            "activation": lambda: layers.silu_times(x, x, [reader]),
+            "modulation": lambda: flux.modulate(x, modulation, None, [reader]),
             "product": lambda: reader(x),
         }
         for name, call in calls.items():
