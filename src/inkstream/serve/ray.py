@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from inkstream.serve.limits import Settings
-from inkstream.serve.worker import Worker, make_engine, memory, read_pictures
+from inkstream.serve.worker import Worker, make_engine, memory, open_gate, read_pictures
 from inkstream.types import InputError
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class Engine:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.drawn = 0
         self.threads: list[threading.Thread] = []
+        self.free = open_gate()
         self.parts = Path(tempfile.mkdtemp(prefix="inkstream-"))
         self.trouble = ""
         try:
@@ -134,8 +135,11 @@ class Engine:
     async def tell(self, message: Mapping[str, Any]) -> list[dict[str, Any]]:
         """What it says to a message that is about no run: `load` or `describe`."""
         told: list[dict[str, Any]] = []
-        worker = Worker(self.engine, self.parts, lambda **one: told.append(one))
+        worker = Worker(self.engine, self.parts, lambda **one: told.append(one), self.free)
         if "load" in message:
+            if self._runs():
+                return []
+            self.free.clear()
             await asyncio.to_thread(worker.load, message["load"], message["source"])
         else:
             await asyncio.to_thread(worker.describe, message["describe"], message["source"])
@@ -149,7 +153,7 @@ class Engine:
         def say(**told: Any) -> None:
             loop.call_soon_threadsafe(letters.put_nowait, told)
 
-        worker = Worker(self.engine, self.parts, say)
+        worker = Worker(self.engine, self.parts, say, self.free)
         worker.live.add(message["draw"])
         thread = threading.Thread(target=worker.draw, args=(message,), daemon=True)
         thread.start()

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 FACTS = (
     "name", "family", "steps", "guidance", "shift", "guides", "shift_rule", "size", "multiple", "solver", "schedule",
-    "strength", "licence", "commercial", "title",
+    "strength", "licence", "commercial", "title", "writer",
 )  # fmt: skip
 """Fields of a Spec that the server wants to know."""
 THREADS = 256
@@ -58,18 +58,24 @@ class Voice:
 
 
 class Worker:
-    """An engine and the runs it has in hand."""
+    """An engine and the runs it has in hand.
 
-    def __init__(self, engine: Engine, parts: Path, say: Callable[..., None]):
+    free: cleared while a model is loaded ahead. Runs wait for it, since loading another model takes the first one out
+    of the engine's memory. Workers that share an engine share it.
+    """
+
+    def __init__(self, engine: Engine, parts: Path, say: Callable[..., None], free: threading.Event | None = None):
         self.engine = engine
         self.parts = parts
         self.say = say
+        self.free = free or open_gate()
         self.live: set[str] = set()
         self.cancelled: set[str] = set()
 
     def draw(self, message: Mapping[str, Any]) -> None:
         """Draw one request to its end, telling of every step; whatever happens, the last word is an end."""
         run = message["draw"]
+        self.free.wait()
         try:
             request = Request.model_validate(read_pictures(message["request"]))
             end = self._draw(run, request, message)
@@ -152,7 +158,7 @@ class Worker:
         }
 
     def load(self, name: str, source: str) -> None:
-        """Have a model ready before anybody asks for it."""
+        """Have a model ready before anybody asks for it. Nothing is drawn, and `free` was cleared before."""
         try:
             for event in self.engine.load(source):
                 self.say(event="loading", what=event.what, done=event.done_bytes, total=event.total_bytes)
@@ -162,6 +168,8 @@ class Worker:
         except Exception as error:
             report(error)
             self.say(event="unloadable", model=name, error=f"{type(error).__name__} in the engine, see the log")
+        finally:
+            self.free.set()
 
     def describe(self, name: str, source: str) -> None:
         """Say what a model that only its files know is, without reading its weights."""
@@ -176,6 +184,13 @@ class Worker:
         except Exception as error:
             report(error)
             self.say(event="unloadable", model=name, error=f"{type(error).__name__} in the engine, see the log")
+
+
+def open_gate() -> threading.Event:
+    """An event that is set."""
+    gate = threading.Event()
+    gate.set()
+    return gate
 
 
 def read_spec(facts: Mapping[str, Any]) -> Spec:
@@ -255,6 +270,21 @@ def listen(messages: queue.SimpleQueue[dict[str, Any]]) -> None:
     os._exit(0)
 
 
+def obey(worker: Worker, threads: ThreadPoolExecutor, message: Mapping[str, Any]) -> None:
+    """Begin what a message asks for. Called with the messages in their order."""
+    if "draw" in message:
+        worker.live.add(message["draw"])
+        threads.submit(worker.draw, message)
+    elif "cancel" in message:
+        worker.cancel(message["cancel"])
+    elif "load" in message:
+        if not worker.live:  # else there is a model ready, or will be
+            worker.free.clear()
+            threads.submit(worker.load, message["load"], message["source"])
+    elif "describe" in message:
+        threads.submit(worker.describe, message["describe"], message["source"])
+
+
 def main() -> None:
     """Serve whoever started this process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes our stdin
@@ -275,16 +305,7 @@ def main() -> None:
     threads = ThreadPoolExecutor(THREADS)  # used again: each new one would bring memory and helpers of its own along
     voice.say(event="ready", seconds=round(time.perf_counter() - began, 3), memory=memory())
     while True:
-        message = messages.get()
-        if "draw" in message:
-            worker.live.add(message["draw"])
-            threads.submit(worker.draw, message)
-        elif "cancel" in message:
-            worker.cancel(message["cancel"])
-        elif "load" in message:
-            threads.submit(worker.load, message["load"], message["source"])
-        elif "describe" in message:
-            threads.submit(worker.describe, message["describe"], message["source"])
+        obey(worker, threads, messages.get())
 
 
 if __name__ == "__main__":
