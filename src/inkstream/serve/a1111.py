@@ -20,11 +20,11 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
-    ModelWrapValidatorHandler,
     PrivateAttr,
     ValidationError,
     model_validator,
 )
+from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself has no such name before 2.11
 
 from inkstream.engine.foreign import (
     A1111_SCHEDULES,
