@@ -5,12 +5,16 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import inkstream
 from inkstream.engine.options import options
+from inkstream.engine.writing import written_out
 from inkstream.families import SPECS
+from inkstream.serve.limits import Settings
 from inkstream.serve.models import offer
 from inkstream.types import InputError, Request
 
@@ -141,7 +145,54 @@ def test_the_form_has_every_field_with_what_the_model_does_with_it(server):
     assert "heun" in fields["solver"]["choices"]
     assert (fields["reference"]["type"], fields["image"]["type"]) == ("pictures", "picture")
     assert fields["guidance"]["maximum"] == 100
-    assert fields["upsample"]["type"] == "boolean"
+    assert (fields["upsample"]["type"], fields["upsample"]["default"]) == ("boolean", True)  # its grammar writes
+
+
+def test_a_local_copy_of_a_model_that_writes_prompts_out_has_the_same_form(tmp_path, start_server, until):
+    folder = Path(inkstream.__file__).parent / str(SPECS["pocket"].folder)
+    served = start_server(Settings(tmp_path, models=("pocket", f"copy={folder}"), preload=False))
+    until(lambda: served.service.models["copy"].spec)
+    form, copied = (served.ask("GET", f"/v1/models/{name}/form")[2]["fields"] for name in ("pocket", "copy"))
+    assert [field for field in form if field["name"] == "upsample"] == [
+        field for field in copied if field["name"] == "upsample"
+    ]
+    body = {"prompt": "a dragon and a red heart", "seed": 3}
+    told = [served.ask("POST", "/v1/prompts", body | {"model": name})[2] for name in ("pocket", "copy")]
+    assert told[0] == told[1]
+    served.stop()
+
+
+def test_what_a_model_would_be_told_is_what_it_is_told(server):
+    body = {"prompt": "a dragon and a red heart", "negative_prompt": "blue", "seed": 3}
+    status, _, answer = server.ask("POST", "/v1/prompts", body)
+    request = Request.model_validate(body)
+    assert (status, answer["told"]) == (200, written_out(request, SPECS["pocket"]))
+    assert answer["told"].startswith("a ")
+    assert "red heart" in answer["told"]
+    assert "dragon" in answer["notes"][0]
+    job = server.ended(server.draw(**body))
+    assert answer["notes"] == [line for line in job["remarks"] if line in answer["notes"]]
+
+
+@pytest.mark.parametrize("asked", [{"upsample": False}, {"prompt": "a dragon", "upsample": False}])
+def test_a_prompt_that_is_not_written_out_is_told_as_it_is(server, asked):
+    body = {"prompt": "a red heart", **asked}
+    assert server.ask("POST", "/v1/prompts", body)[2] == {"told": body["prompt"], "notes": []}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param"),
+    [
+        ({"model": "gpt", "prompt": "x"}, 404, "model"),
+        ({"prompt": "x" * 40_000}, 400, "prompt"),
+        ({"negative_prompt": "x" * 40_000}, 400, "negative_prompt"),
+        ({"prompt": "x", "seed": -1}, 400, "seed"),
+        ({"prompt": "x", "steps": 3}, 400, "steps"),
+    ],
+)
+def test_a_prompt_that_cannot_be_written_out_is_refused(server, body, status, param):
+    answered, _, answer = server.ask("POST", "/v1/prompts", body)
+    assert (answered, answer["error"]["param"]) == (status, param)
 
 
 def test_models_are_offered_by_name_or_path_and_no_others(tmp_path):

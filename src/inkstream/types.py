@@ -57,7 +57,7 @@ class Request(BaseModel):
     upsample: bool | None = Field(
         None,
         description="Write the prompt out first, as the seed has it: by the model's language model, or by Pocket's "
-        "grammar, which is on unless it is turned off.",
+        "grammar, which is on unless it is turned off or a picture is started from.",
     )
     negative_prompt: str = Field("", description="What to keep out; needs guidance above 1.")
     model: str = Field("pocket", description="A model's name, a repository on the hub, or a local path.")

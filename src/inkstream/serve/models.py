@@ -14,6 +14,7 @@ from pydantic.fields import FieldInfo
 from inkstream.engine.licences import check_licence, is_commercial_only
 from inkstream.engine.metadata import PICTURE_FIELDS
 from inkstream.engine.options import options
+from inkstream.engine.writing import writes_out
 from inkstream.families import SPECS
 from inkstream.serve.errors import Refused
 from inkstream.serve.limits import Limits
@@ -126,14 +127,20 @@ def describe(model: Offered, created: float, loaded: bool) -> Model:
 
 def form(model: Offered, limits: Limits) -> Form:
     """The fields of a model's form: what each takes and does with this model."""
+    return Form(model=model.name, fields=list(_fields(spec_of(model), limits)))
+
+
+def spec_of(model: Offered) -> Spec:
+    """What a model is. Refused with 503 until the engine has said it."""
     if model.spec is None:
         raise Refused(503, f"the engine has not said yet what {model.name} is: try again", retry_after=2)
-    return Form(model=model.name, fields=list(_fields(model.spec, limits)))
+    return model.spec
 
 
 def _fields(spec: Spec, limits: Limits) -> Iterator[Field_]:
     table = options(spec)
-    own = {"width": spec.size[0], "height": spec.size[1]}
+    sides = {"width": spec.size[0], "height": spec.size[1]}
+    own = {**sides, "upsample": writes_out(Request.model_validate({}), spec)}
     most = {"count": limits.pictures, "steps": limits.steps}
     for name, field in Request.model_fields.items():
         if name == "model":
@@ -152,7 +159,7 @@ def _fields(spec: Spec, limits: Limits) -> Iterator[Field_]:
             default=own.get(name, list(default) if isinstance(default, tuple) else default),
             minimum=low,
             maximum=high,
-            step=spec.multiple if name in own else STEPS.get(name, 1 if kind == "integer" else None),
+            step=spec.multiple if name in sides else STEPS.get(name, 1 if kind == "integer" else None),
             choices=choices,
             group=GROUPS.get(name, "more"),  # type: ignore[arg-type]
             effect=option.effect,

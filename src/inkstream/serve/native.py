@@ -7,9 +7,11 @@ from typing import Annotated, Any
 from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Response
 
+from inkstream.engine import writing
 from inkstream.serve import schema
 from inkstream.serve.errors import Refused, answers
-from inkstream.serve.models import Offered, describe, form
+from inkstream.serve.limits import check
+from inkstream.serve.models import Offered, choose, describe, form, spec_of
 from inkstream.serve.service import EVENTS, Parts, Service, Who, stream
 from inkstream.serve.store import Job, Picture
 from inkstream.types import Request
@@ -126,6 +128,19 @@ async def get_model(parts: Parts, who: Who, name: ModelName) -> schema.Model:
 async def get_form(parts: Parts, who: Who, name: ModelName) -> schema.Form:
     """The options of a model: what each takes, and what the model does with it."""
     return form(find_model(parts, name), parts.settings.limits)
+
+
+@router.post("/v1/prompts", responses=answers(400, 404, 503), tags=["models"])
+async def write_prompt(parts: Parts, who: Who, body: schema.PromptBody) -> schema.PromptTold:
+    """What the model would be told of a prompt, and what it does not understand of it. Nothing is drawn."""
+    request, model = choose(parts.models, Request.model_validate(body.model_dump(exclude_unset=True)))
+    spec = spec_of(model)
+    check(request, spec, parts.settings.limits)
+
+    def write() -> schema.PromptTold:
+        return schema.PromptTold(told=writing.written_out(request, spec), notes=writing.notes(request, spec))
+
+    return await to_thread.run_sync(write)
 
 
 def find_job(parts: Service, who: Who, identity: str) -> Job:

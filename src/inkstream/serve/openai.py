@@ -26,7 +26,7 @@ from inkstream.serve import schema
 from inkstream.serve.errors import KINDS, Refused, answers, explain_invalid
 from inkstream.serve.gallery import FOREVER, find_picture
 from inkstream.serve.inputs import PREFIX
-from inkstream.serve.models import choose
+from inkstream.serve.models import choose, spec_of
 from inkstream.serve.native import Token
 from inkstream.serve.service import EVENT_STREAM, Parts, Service, Who
 from inkstream.serve.store import Job, Picture
@@ -363,10 +363,7 @@ def find_model(parts: Service, name: str | None) -> str | None:
 
 def find_spec(parts: Service, asked: Asked) -> Spec:
     """What the model is that is asked for. Refused with 503 until the engine has said it."""
-    _, model = choose(parts.models, to_request(asked))
-    if model.spec is None:
-        raise Refused(503, f"the engine has not said yet what {model.name} is: try again", retry_after=2)
-    return model.spec
+    return spec_of(choose(parts.models, to_request(asked))[1])
 
 
 def to_request(asked: Asked, **pictures: Any) -> Request:

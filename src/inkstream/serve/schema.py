@@ -41,6 +41,25 @@ class JobBody(Request):
     grid: Grid | None = Field(None, description="Draw one picture for each pair of values.")
 
 
+class PromptBody(BaseModel):
+    """A prompt, and what decides how a model writes it out. What is left out is as in a request."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field("pocket", max_length=200, description="One of /v1/models; the first when left out.")
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Other seeds give other words; 0 when left out.")
+    upsample: bool | None = Field(None, description="As in a request: null is the model's own habit.")
+
+
+class PromptTold(BaseModel):
+    """What a model would be told."""
+
+    told: str = Field(description="The prompt as the model's grammar writes it out; as given where it has none.")
+    notes: list[str] = Field(description="What the grammar did not understand, a line each.")
+
+
 class JobPatch(BaseModel):
     """Where in the queue a waiting job stands."""
 
