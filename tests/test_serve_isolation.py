@@ -15,14 +15,22 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 from PIL import Image
+from starlette.routing import WebSocketRoute
+from websockets.sync.client import connect
 
+from inkstream.serve.app import ROUTERS
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Settings
 
 TOKEN = "an idempotency key"
+CLIENT = "client"
+"""What both call themselves at ComfyUI's socket."""
+EMPTY = ("/comfyui/history/{id}", "/comfyui/object_info/{name}")
+"""Routes that say of nothing that it is nothing, as ComfyUI does."""
 SMALL = {"width": 32, "height": 32, "steps": 1, "model": "pocket"}
 BOBS = {**SMALL, "prompt": "bobswords", "seed": 424242, "note": "a1111"}
 """A job of bob's that waits. The note makes it one of those that A1111's routes are about."""
@@ -32,6 +40,29 @@ def picture(colour: str) -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), colour).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def graph(image: str = "") -> dict[str, Any]:
+    """ComfyUI's standard graph, from noise or from a picture."""
+    nodes: dict[str, tuple[str, dict[str, Any]]] = {
+        "1": ("CheckpointLoaderSimple", {"ckpt_name": "pocket"}),
+        "2": ("CLIPTextEncode", {"text": "x", "clip": ["1", 1]}),
+        "3": ("EmptyLatentImage", {"width": 32, "height": 32, "batch_size": 1}),
+        "4": ("KSampler", {"model": ["1", 0], "seed": 1, "steps": 1, "cfg": 1, "sampler_name": "euler",
+                           "scheduler": "simple", "positive": ["2", 0], "negative": ["2", 0],
+                           "latent_image": ["6" if image else "3", 0], "denoise": 0.5 if image else 1}),
+        "5": ("LoadImage", {"image": image}),
+        "6": ("VAEEncode", {"pixels": ["5", 0], "vae": ["1", 2]}),
+        "7": ("VAEDecode", {"samples": ["4", 0], "vae": ["1", 2]}),
+        "8": ("SaveImage", {"images": ["7", 0], "filename_prefix": ""}),
+    }  # fmt: skip
+    return {id: {"class_type": kind, "inputs": inputs} for id, (kind, inputs) in nodes.items()}
+
+
+def form(data: bytes) -> tuple[bytes, dict[str, str]]:
+    """A picture as ComfyUI's clients send it: body and headers."""
+    head = b'--x\r\nContent-Disposition: form-data; name="image"; filename="a.png"\r\nContent-Type: image/png\r\n\r\n'
+    return head + data + b"\r\n--x--\r\n", {"Content-Type": "multipart/form-data; boundary=x"}
 
 
 class World:
@@ -44,6 +75,9 @@ class World:
         self.served = start_server(Settings(folder, models=("pocket", "second=pocket")))
         self.sent = picture("teal")
         self.upload = self.bob("POST", "/v1/uploads", self.sent)["id"]
+        self.graphed = self.bob("POST", "/comfyui/prompt", {"prompt": graph(), "client_id": CLIENT})["prompt_id"]
+        while not self.bob("GET", f"/comfyui/history/{self.graphed}"):
+            time.sleep(0.1)
         drawn = self.bob("POST", "/v1/jobs", {**BOBS, "image": f"upload:{self.upload}", "count": 2})
         while (drawn := self.bob("GET", f"/v1/jobs/{drawn['id']}"))["ended"] is None:
             time.sleep(0.1)
@@ -57,7 +91,7 @@ class World:
         self.ask("root", "PATCH", "/v1/queue", {"paused": True})
         self.waiting = self.bob("POST", "/v1/jobs", BOBS, {"Idempotency-Key": TOKEN})["id"]
         self.marks = {
-            self.upload, self.drawn, self.waiting, "bobswords", "424242", "bob",
+            self.upload, self.graphed, self.drawn, self.waiting, "bobswords", "424242", "bob",
             *(word for one in drawn["pictures"] for word in (one["id"], one["sha256"])),
         }  # fmt: skip
 
@@ -98,6 +132,16 @@ class World:
             sent = {"Content-Type": "application/json", **self.keys[name], **(headers or {})}
             connection.request("POST", path, json.dumps(body), sent)
             return connection.getresponse().status
+
+    def socket(self, name: str) -> Any:
+        """ComfyUI's socket as that key's."""
+        return connect(f"ws://127.0.0.1:{self.served.port}/comfyui/ws?clientId={CLIENT}",
+                       additional_headers=self.keys[name])  # fmt: skip
+
+    def forget(self, job: str) -> None:
+        """What bob did for one case is taken back, so that all he has is as it was."""
+        with self.served.service.store._change() as db:
+            db.execute("DELETE FROM jobs WHERE id = ?", (job,))
 
     def waits_of(self, name: str) -> list[dict[str, Any]]:
         return self.ask(name, "GET", "/v1/queue")[1]["queued"]
@@ -221,9 +265,6 @@ def events_are_told_to_their_key_alone(world: World) -> None:
     bobs.close()
     for headers in ({}, {"Last-Event-ID": seen}):
         stream = world.served.events("/v1/events", {**world.keys["ann"], **headers})
-        store = world.served.service.store
-        with store._change() as db:
-            known = db.execute("SELECT max(number) FROM jobs").fetchone()[0]
         other = world.bob("POST", "/v1/jobs", BOBS)["id"]
         world.bob("DELETE", f"/v1/jobs/{other}")
         own = world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x"})[1]["id"]
@@ -238,8 +279,7 @@ def events_are_told_to_their_key_alone(world: World) -> None:
         numbers = [name.partition("-")[2] for name in names]
         assert len({len(number) for number in numbers}) == 1
         assert all(int(number, 16) > 2**32 for number in numbers)  # nothing is counted in the open
-        with store._change() as db:  # what bob did for this case is taken back
-            db.execute("DELETE FROM jobs WHERE number > ? AND key = 'bob'", (known,))
+        world.forget(other)
 
 
 @case("GET /v1/queue")
@@ -278,7 +318,7 @@ def a_search_finds_and_counts_ones_own(world: World) -> None:
 
 @case(
     "GET /v1/pictures/{id}", "PATCH /v1/pictures/{id}", "GET /v1/pictures/{id}/file", "GET /v1/pictures/{id}/thumbnail",
-    "GET /v1/images/{id}/file",
+    "GET /v1/images/{id}/file.{output_format}",
 )  # fmt: skip
 def a_picture_is_there_for_its_key_alone(world: World) -> None:
     tags = {"If-None-Match": ", ".join(f'"{mark}", "{mark}-256"' for mark in world.marks if len(mark) == 64)}
@@ -286,7 +326,12 @@ def a_picture_is_there_for_its_key_alone(world: World) -> None:
         world.refused("GET", f"/v1/pictures/{one}")
         for body in ({"favourite": False}, {"deleted": True}, {"deleted": False}):
             world.refused("PATCH", f"/v1/pictures/{one}", body)
-        for path in (f"/v1/pictures/{one}/file", f"/v1/pictures/{one}/thumbnail", f"/v1/images/{one}/file"):
+        for path in (
+            f"/v1/pictures/{one}/file",
+            f"/v1/pictures/{one}/thumbnail",
+            f"/v1/images/{one}/file.png",
+            f"/v1/images/{one}/file.webp",
+        ):
             world.refused("GET", path)
             world.refused("GET", path, headers=tags)  # not even word that it has not changed
 
@@ -311,6 +356,14 @@ def a_picture_of_anothers_recalls_what_it_carries_and_no_more(world: World) -> N
     status, found = world.ask("ann", "POST", "/sdapi/v1/png-info", {"image": encoded})
     assert status == 200
     assert world.upload not in json.dumps(found)
+
+
+@case("POST /v1/prompts")
+def what_a_prompt_becomes_is_the_same_for_everybody(world: World) -> None:
+    body = {"model": "pocket", "prompt": "a red heart and a dragon", "seed": 3}
+    status, told = world.ann("POST", "/v1/prompts", body)
+    assert status == 200
+    assert told == world.ask("bob", "POST", "/v1/prompts", body)[1]
 
 
 @case("POST /v1/images/generations")
@@ -368,22 +421,118 @@ def a_chosen_model_is_ones_own(world: World) -> None:
 
 
 @case(*(f"GET /sdapi/v1/{name}" for name in (
-    "samplers", "schedulers", "sd-models", "loras", "upscalers", "sd-vae", "hypernetworks", "prompt-styles",
-    "latent-upscale-modes", "embeddings", "cmd-flags",
-)))  # fmt: skip
+    "samplers", "schedulers", "sd-models", "loras", "upscalers", "sd-vae", "sd-modules", "hypernetworks",
+    "face-restorers", "realesrgan-models", "prompt-styles", "latent-upscale-modes", "embeddings", "scripts",
+    "script-info", "extensions", "cmd-flags",
+)), *(f"POST /sdapi/v1/refresh-{name}" for name in ("checkpoints", "loras", "vae")), "GET /comfyui/object_info",
+      "GET /comfyui/object_info/{name}")  # fmt: skip
 def lists_of_what_there_is_are_everybodys(world: World) -> None:
     for route in [route for route, function in CASES.items() if function is lists_of_what_there_is_are_everybodys]:
-        status, answer = world.ann("GET", route.partition(" ")[2])
+        method, _, path = route.replace("{name}", "LoadImage").partition(" ")
+        status, answer = world.ann(method, path)
         assert status == 200
-        assert answer == world.ask("bob", "GET", route.partition(" ")[2])[1]
+        assert answer == world.ask("bob", method, path)[1]
+    assert world.ann("GET", "/comfyui/object_info")[1]["LoadImage"]["input"]["required"]["image"] == [[]]
+
+
+@case("GET /sdapi/v1/memory")
+def memory_is_the_machines(world: World) -> None:
+    status, answer = world.ann("GET", "/sdapi/v1/memory")
+    assert (status, {*answer}) == (200, {"ram", "cuda"})
+
+
+@case("POST /sdapi/v1/skip")
+def a_drawing_of_anothers_is_not_there_to_skip(world: World) -> None:
+    assert world.ann("POST", "/sdapi/v1/skip") == (200, {})
+    assert world.ask("bob", "POST", "/sdapi/v1/skip")[0] == 400  # bob's waits
+
+
+@case("POST /sdapi/v1/interrogate", "POST /sdapi/v1/extra-single-image", "POST /sdapi/v1/extra-batch-images")
+def a_picture_of_anothers_cannot_be_sent_by_its_name(world: World) -> None:
+    for given in (f"upload:{world.upload}", world.upload, world.picture, f"/v1/pictures/{world.picture}/file"):
+        for path, body in (
+            ("extra-single-image", {"image": given}),
+            ("extra-batch-images", {"imageList": [{"data": given, "name": "x"}]}),
+            ("interrogate", {"image": given}),
+        ):
+            assert world.ann("POST", f"/sdapi/v1/{path}", body)[0] == 400
+    own = base64.b64encode(picture("red")).decode()
+    assert world.ann("POST", "/sdapi/v1/extra-single-image", {"image": own})[1]["image"] == own
+
+
+@case("POST /comfyui/prompt")
+def a_graph_loads_nothing_of_anothers_and_its_number_counts_nothing_of_anothers(world: World) -> None:
+    for given in (world.upload, f"upload:{world.upload}", world.picture, f"/v1/pictures/{world.picture}/file"):
+        assert world.ann("POST", "/comfyui/prompt", {"prompt": graph(given)})[0] == 400
+    own = world.ann("POST", "/comfyui/api/upload/image", *form(picture("red")))[1]["name"]
+    status, accepted = world.ann("POST", "/comfyui/prompt", {"prompt": graph(own)})
+    assert (status, accepted["number"]) == (200, 0)  # bob's that waits is not counted, nor those before
+    assert world.ann("POST", "/comfyui/prompt", {"prompt": graph()})[1]["number"] == 1
+    assert {job["id"] for job in world.waits_of("ann")} >= {accepted["prompt_id"]}
+
+
+@case("POST /comfyui/api/upload/image")
+def the_same_bytes_are_another_upload_for_another_key_of_comfyuis(world: World) -> None:
+    status, own = world.ann("POST", "/comfyui/api/upload/image", *form(world.sent))
+    assert status == 200
+    assert own["name"] != world.upload
+    assert world.ann("GET", f"/v1/uploads/{own['name']}") == (200, world.sent)
+
+
+@case("GET /comfyui/history/{id}")
+def a_history_is_there_for_its_key_alone(world: World) -> None:
+    assert world.graphed in world.bob("GET", f"/comfyui/history/{world.graphed}")
+    for job in (world.graphed, world.drawn, world.waiting, "j" + "0" * 20):
+        assert world.ann("GET", f"/comfyui/history/{job}") == (200, {})
+
+
+@case("GET /comfyui/view")
+def a_file_is_shown_to_its_key_alone(world: World) -> None:
+    for one in (world.picture, world.deleted):
+        for kind in ("output", "temp"):
+            world.refused("GET", f"/comfyui/view?filename={one}.png&type={kind}")
+    for path in (
+        "../inkstream.db",
+        "../keys.json",
+        f"../uploads/{world.upload}.png",
+        f"../pictures/{world.picture}.png",
+    ):
+        for query in (f"filename={path}", f"filename={world.picture}.png&subfolder={path}/.."):
+            assert world.ann("GET", f"/comfyui/view?{query}")[0] == 404
+
+
+@case("WS /comfyui/ws")
+def a_socket_tells_its_key_alone(world: World) -> None:
+    with world.socket("bob") as bobs, world.socket("ann") as anns:  # both call themselves the same
+        status = json.loads(bobs.recv(timeout=10))["data"]["status"]
+        assert status["exec_info"]["queue_remaining"] == len(world.waits_of("bob")) == 1
+        assert json.loads(anns.recv(timeout=10))["data"]["status"]["exec_info"]["queue_remaining"] == 0
+        accepted = {name: world.ask(name, "POST", "/comfyui/prompt", {"prompt": graph(), "client_id": CLIENT})[1]
+                    for name in ("bob", "ann")}  # fmt: skip
+        for name in ("bob", "ann"):
+            world.ask(name, "DELETE", f"/v1/jobs/{accepted[name]['prompt_id']}")
+        for name, socket in (("bob", bobs), ("ann", anns)):
+            kinds, prompts = [], set()
+            while kinds[-1:] != ["execution_interrupted"]:
+                message = json.loads(socket.recv(timeout=10))
+                kinds.append(message["type"])
+                prompts.add(message["data"]["prompt_id"])
+            assert prompts == {accepted[name]["prompt_id"]}
+        assert json.loads(anns.recv(timeout=10))["data"]["node"] is None
+        with pytest.raises(TimeoutError):
+            anns.recv(timeout=0.5)
+    world.forget(accepted["bob"]["prompt_id"])
 
 
 def routes_of(world: World) -> list[str]:
+    """Every operation of the document, and every socket, which the document has no words for."""
     paths = world.served.ask("GET", "/openapi.json")[2]["paths"]
-    return [f"{method.upper()} {path}" for path, operations in paths.items() for method in operations]
+    sockets = [f"WS {route.path}" for router in ROUTERS for route in router.routes
+               if isinstance(route, WebSocketRoute)]  # fmt: skip
+    return [f"{method.upper()} {path}" for path, operations in paths.items() for method in operations] + sockets
 
 
-def test_every_route_of_the_document_has_a_case(world):
+def test_every_route_has_a_case(world):
     assert {*routes_of(world)} == {*CASES}
 
 
@@ -397,21 +546,24 @@ def test_a_path_that_names_what_is_anothers_is_not_found_by_any_route(world):
         method, _, path = route.partition(" ")
         for identity in (world.drawn, world.waiting, world.picture, world.deleted, world.upload):
             body = None if method in ("GET", "DELETE") else {}
-            assert world.ann(method, path.replace("{id}", identity).replace("{name}", identity), body)[0] == 404
+            named = path.replace("{id}", identity).replace("{name}", identity).replace("{output_format}", "png")
+            nothing = (200, {}) if path in EMPTY else (404, {"error": ANY})
+            assert world.ann(method, named, body) == nothing
 
 
 def test_a_signed_link_ends_with_its_time_and_with_its_picture(world):
-    served, path = world.served, f"/v1/images/{world.picture}/file"
+    served, path = world.served, f"/v1/images/{world.picture}/file.png"
     link = served.service.jobs.signed(path)
     assert served.ask("GET", link)[2] == world.file
     assert served.ask("GET", served.service.jobs.signed(path, seconds=-1))[0] == 401
     signature = link.partition("?")[2]
-    for other in (f"/v1/images/{world.deleted}/file", f"/v1/pictures/{world.picture}/file", f"/v1/jobs/{world.drawn}",
+    for other in (f"/v1/images/{world.deleted}/file.png", f"/v1/images/{world.picture}/file.webp",
+                  f"/v1/pictures/{world.picture}/file", f"/v1/jobs/{world.drawn}",
                   "/v1/jobs", "/v1/pictures", "/v1/queue", "/metrics"):  # fmt: skip
         assert served.ask("GET", f"{other}?{signature}")[0] == 401
     for method in ("POST", "PATCH", "DELETE", "PUT"):
         assert served.ask(method, link)[0] == 401
-    assert served.ask("GET", served.service.jobs.signed(f"/v1/images/{world.deleted}/file"))[0] == 404
+    assert served.ask("GET", served.service.jobs.signed(f"/v1/images/{world.deleted}/file.png"))[0] == 404
     for other in (f"/v1/pictures/{world.deleted}", "/metrics"):  # even where one was made for such a path
         assert served.ask("GET", served.service.jobs.signed(other))[0] in (403, 404)
     world.bob("PATCH", f"/v1/pictures/{world.picture}", {"deleted": True})

@@ -111,15 +111,18 @@ class Guard:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        began = time.perf_counter()
         if scope["type"] == "websocket":
-            try:  # a browser lets any page open one, so the page is asked for as if something were changed
-                scope["caller"] = await self._who(Request({**scope, "type": "http", "method": "CONNECT"}))
+            # A browser lets any page open one, so the page is checked as if something were changed.
+            request = Request({**scope, "type": "http", "method": "CONNECT"})
+            try:
+                scope["caller"] = await self._who(request)
             except Refused as refusal:
+                self._note(request, scope, 403, time.perf_counter() - began)  # which servers make of this close
                 await send({"type": "websocket.close", "code": 1008, "reason": refusal.message})
                 return
             await self.app(scope, receive, send)
             return
-        began = time.perf_counter()
         request = Request(scope)
         status = 500
 

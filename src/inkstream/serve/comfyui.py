@@ -88,7 +88,7 @@ class Accepted(BaseModel):
     """A graph that will be drawn."""
 
     prompt_id: str
-    number: int
+    number: int = Field(description="Jobs of the same key that are begun before it.")
     node_errors: dict[str, JsonValue] = {}
 
 
@@ -130,7 +130,7 @@ async def draw_prompt(parts: Parts, who: Who, body: Prompt) -> Accepted:
     request, origin = read_graph(graph, body.client_id or "-", list(parts.models))
     request = await parts.take_pictures(who, request)
     job = parts.jobs.submit(who, request, note=origin.note())
-    return Accepted(prompt_id=job.id, number=job.number)
+    return Accepted(prompt_id=job.id, number=parts.jobs.tell(job).position or 0)
 
 
 @router.get("/history/{id}", responses=answers(400))
@@ -212,7 +212,8 @@ async def follow(socket: WebSocket, clientId: str = "") -> None:
     client = clientId or secrets.token_hex(16)
     with parts.jobs.feed.listen(key=who.scope) as listener:
         await socket.accept()
-        queue = {"exec_info": {"queue_remaining": len(parts.store.active())}}
+        remaining = sum(who.scope in (None, job.key) for job in parts.store.active())
+        queue = {"exec_info": {"queue_remaining": remaining}}
         await socket.send_json({"type": "status", "data": {"status": queue, "sid": client}})
 
         async def tell() -> None:
