@@ -1,12 +1,13 @@
-"""Every route of a server with keys, asked without a key and with headers that try to get around that.
+"""Every route of a server with keys, sockets too, asked without a key and with headers that try to get around that.
 
     python scripts/serve_headers.py --date 2026-11-29 [--record serve-headers]
 
 It is tried with the oldest packages that pyproject.toml allows, with the oldest of those it names beside the newest of
 those it does not, and with the newest of all: `uv` makes an environment of each, and this file runs in it (`--here`).
 The record has a row for each route, with what it answers to a key, and one for each case: how many routes gave which
-status. Each case is asked through a socket, with the very bytes, and of the application itself, which gets what no
-server lets through, too. An answer that should have been refused is named in `unguarded`, and the script ends with 1.
+status; a socket that opens gives 101. Each case is asked through a socket of the network, with the very bytes, and of
+the application itself, which gets what no server lets through, too. An answer that should have been refused is named in
+`unguarded`, and the script ends with 1.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ from typing import Any
 from urllib.parse import unquote
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDED = ("fastapi", "uvicorn", "python-multipart", "prometheus-client", "pydantic", "pillow", "numpy")
+NEEDED = ("fastapi", "uvicorn", "python-multipart", "prometheus-client", "websockets", "pydantic", "pillow",
+          "numpy")  # fmt: skip
 """Packages of pyproject.toml that the server imports; its engine, which it does not need here, wants more."""
-SHOWN = ("fastapi", "starlette", "uvicorn", "h11", "python-multipart", "pydantic")
+SHOWN = ("fastapi", "starlette", "uvicorn", "h11", "websockets", "python-multipart", "pydantic")
 RESOLUTIONS = {"oldest": "lowest", "oldest named": "lowest-direct", "newest": "highest"}
 """Environments -> what uv calls them."""
 IDLE = "import sys; sys.stdin.read()"
@@ -47,7 +49,10 @@ GOOD = "localhost"
 WAYS = {"socket": "", "scope": "", "scope below /studio": "/studio"}
 """Ways of asking, with the path that the application stands under."""
 Route = tuple[str, str]
-"""Method and path."""
+"""Method, WS where it is a socket that is opened, and path."""
+OPENS = (("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
+         ("Sec-WebSocket-Key", "aW5rc3RyZWFtIGFza3MhIQ=="))  # fmt: skip
+"""Headers with which a client opens a socket."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,12 @@ def routes(app: Any) -> list[Route]:
     from inkstream.serve.app import ROUTERS
 
     every = [*app.routes, *(route for router in ROUTERS for route in router.routes)]
-    found = {(method, route.path) for route in every if hasattr(route, "path") for method in route.methods}
+    found = {
+        (method, route.path)
+        for route in every
+        if hasattr(route, "path")
+        for method in getattr(route, "methods", ("WS",))
+    }
     found |= {("GET", "/nothing"), ("GET", "/v1"), ("GET", "/docs"), ("GET", "/studio"), ("OPTIONS", "/v1/jobs")}
     return sorted((method, re.sub(r"\{[^}]*\}", "x", path)) for method, path in found)
 
@@ -135,6 +145,8 @@ def is_open(path: str) -> bool:
 
 def guarded(case: Case, route: Route, status: int) -> bool:
     """Whether an answer without a key is one that gives nothing away."""
+    if route[0] == "WS":
+        return 400 <= status < 500
     if case.refused:
         return status in (400, 401)
     if is_open(unquote(case.target(route).partition("?")[0])):
@@ -145,24 +157,31 @@ def guarded(case: Case, route: Route, status: int) -> bool:
 async def ask(app: Any, route: Route, case: Case, root: str = "") -> int:
     """The status that the application gives, asked without a server. root: the path it stands under."""
     target, _, query = case.target(route).partition("?")
+    is_socket = route[0] == "WS"
+    kind = {"type": "websocket", "scheme": "ws", "subprotocols": []} if is_socket else {
+        "type": "http", "scheme": "http", "method": route[0]}  # fmt: skip
     scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": route[0], "scheme": "http",
+        **kind, "asgi": {"version": "3.0"}, "http_version": "1.1",
         "path": root + unquote(target), "raw_path": (root + target).encode(), "query_string": query.encode(),
         "root_path": root, "headers": [(name.lower().encode(), value.encode()) for name, value in case.headers],
         "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8400),
     }  # fmt: skip
     status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    body = iter([{"type": "http.request", "body": b"", "more_body": False}])
+    connect, leave = {"type": "websocket.connect"}, {"type": "websocket.disconnect", "code": 1005}
+    request, end = {"type": "http.request", "body": b"", "more_body": False}, {"type": "http.disconnect"}
+    messages = iter([connect if is_socket else request])
 
     async def receive() -> dict[str, Any]:
-        if message := next(body, None):
+        if message := next(messages, None):
             return message
         await asyncio.wait([status])
-        return {"type": "http.disconnect"}  # ends an answer that would last, as events do
+        return leave if is_socket else end  # ends an answer that would last, as events do
 
     async def send(message: Mapping[str, Any]) -> None:
         if message["type"] == "http.response.start":
             status.set_result(message["status"])
+        elif message["type"] in ("websocket.accept", "websocket.close") and not status.done():
+            status.set_result(101 if message["type"] == "websocket.accept" else 403)
 
     with suppress(Exception):  # a server would tell 500
         await asyncio.wait_for(app(scope, receive, send), 20)
@@ -172,9 +191,11 @@ async def ask(app: Any, route: Route, case: Case, root: str = "") -> int:
 def ask_socket(port: int, route: Route, case: Case) -> int:
     """The status that a server gives, asked with the very bytes."""
     protocol = "HTTP/1.1" if any(name == "Host" for name, _ in case.headers) else "HTTP/1.0"
-    lines = [f"{route[0]} {case.target(route)} {protocol}", *(f"{name}: {value}" for name, value in case.headers)]
+    more = OPENS if route[0] == "WS" else (("Connection", "close"), ("Content-Length", "0"))
+    method = route[0].replace("WS", "GET")
+    lines = [f"{method} {case.target(route)} {protocol}", *(f"{name}: {value}" for name, value in case.headers + more)]
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
-        connection.sendall("\r\n".join([*lines, "Connection: close", "Content-Length: 0", "", ""]).encode())
+        connection.sendall("\r\n".join([*lines, "", ""]).encode())
         with connection.makefile("rb") as answer:
             return int(answer.readline().split()[1])
 

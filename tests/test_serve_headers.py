@@ -44,6 +44,9 @@ def test_no_route_answers_without_a_key_whatever_the_headers(found, script):
 
 def test_every_route_takes_a_key(found):
     assert [route for route, status in found["routes"].items() if status == 401] == []
+    assert {route: status for route, status in found["routes"].items() if route.startswith("WS")} == {
+        "WS /comfyui/ws": 101
+    }
 
 
 def test_the_table_has_every_route_of_the_document(found, tmp_path):
@@ -62,11 +65,11 @@ def test_the_table_has_every_route_of_the_document(found, tmp_path):
 
 
 def test_an_answer_that_should_have_been_refused_is_named(script):
-    route = ("GET", "/v1/jobs")
-    for name in ("a good Host", "Host: x?", "target /studio/../...", "target http://evil.example/..."):
-        statuses = {way: {route: 200} for way in script.WAYS}
-        row = script.tell(name, script.CASES[name], statuses)
-        assert row["unguarded"] == [f"{way} GET /v1/jobs: 200" for way in script.WAYS]
+    for route, status in ((("GET", "/v1/jobs"), 200), (("WS", "/comfyui/ws"), 101)):
+        for name in ("a good Host", "Host: x?", "target /studio/../...", "target http://evil.example/..."):
+            statuses = {way: {route: status} for way in script.WAYS}
+            row = script.tell(name, script.CASES[name], statuses)
+            assert row["unguarded"] == [f"{way} {route[0]} {route[1]}: {status}" for way in script.WAYS]
 
 
 def test_the_record_has_every_case_and_every_route_with_the_oldest_and_the_newest_packages(found, script):
