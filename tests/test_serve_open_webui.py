@@ -276,6 +276,7 @@ def test_a_prompt_that_is_cancelled_ends_for_its_client_too(server, until):
 def test_a_page_of_another_site_opens_no_socket(server):
     with pytest.raises(InvalidStatus, match="403"):
         connect(f"ws://127.0.0.1:{server.port}/comfyui/ws", origin="http://elsewhere.example")
+    assert b'method="CONNECT"' in server.ask("GET", "/metrics")[2]  # it is counted among what was refused
     with connect(f"ws://127.0.0.1:{server.port}/comfyui/ws", origin=f"http://127.0.0.1:{server.port}") as socket:
         assert json.loads(socket.recv())["type"] == "status"
 
