@@ -226,14 +226,15 @@ def test_what_is_being_typed_counts_when_a_key_draws(served, page):
 
 def test_an_option_that_the_model_does_not_take_is_not_offered(page):
     assert page.locator("[data-field=cache]").count() == 1
-    for name in ("upsample", "reference"):
-        assert page.locator(f"[data-field={name}]").count() == 0
+    assert page.locator("[data-field=upsample]").count() == 1
+    assert page.locator("[data-field=reference]").count() == 0
     page.click("summary >> text=Start from pictures")
     assert page.locator("[data-field=image]").is_visible()
     assert not page.locator("[data-field=strength]").is_visible()  # it means nothing without a start picture
     page.fill("#field-steps", "5")
     page.select_option("#model", "turbo")
     page.wait_for_selector("#draw:not(:has([data-field=cache]))")
+    assert page.locator("[data-field=upsample]").count() == 0
     assert page.input_value("#field-steps") == "8"  # another model's number
     page.select_option("#model", "pocket")
     page.wait_for_selector("[data-field=cache]", state="attached")
@@ -253,6 +254,75 @@ def test_a_start_picture_is_kept_on_the_server_and_its_strength_is_offered(serve
     request = jobs(served)[0]["request"]
     assert request["image"].startswith("upload:")
     assert request["strength"] == 0.35
+
+
+def test_below_the_prompt_stands_what_the_model_reads_and_what_it_does_not_know(served, page):
+    page.fill("#prompt", "a red heart and a dragon")
+    page.fill("#field-seed", "3")
+    hint = page.locator("#told")
+    hint.get_by_text("It cannot draw: dragon").wait_for()
+    assert "For anything else take z-image-turbo." in hint.text_content()
+    body = {"model": "pocket", "prompt": "a red heart and a dragon", "seed": 3}
+    told = served.ask("POST", "/v1/prompts", body)[2]["told"]
+    assert page.text_content(".told-words") == f"The model reads: {told}"
+    assert page.get_attribute("#prompt", "aria-describedby") == "told"
+    assert complaints(page) == {"light": [], "dark": []}
+    page.fill("#field-seed", "")
+    hint.get_by_text("for one seed").wait_for()
+    page.fill("#prompt", "")
+    until(lambda: page.text_content("#told") == "")
+    page.fill("#prompt", "a dragon")
+    hint.get_by_text("dragon").first.wait_for()
+    page.uncheck("#field-upsample")  # then it is told as it is typed
+    until(lambda: page.text_content("#told") == "")
+    page.select_option("#model", "turbo")
+    page.wait_for_selector("#draw:not(:has([data-field=upsample]))")
+    assert page.text_content("#told") == ""
+
+
+def test_every_note_of_the_writer_is_said_in_both_languages(open_page):
+    page = open_page(locale="zh-CN")
+    page.wait_for_selector("#draw-now")
+    prompts = {
+        "a dragon": "画不了：dragon",
+        "nine red hearts": "最多画 5 个东西，而不是 9 个",
+        "a red heart, no heart": "要 heart 又不要它",
+        'the words "A" and "B"': "只写一段文字：略去 'B'",
+        'the word "ABCDEFGHIJ"': "'ABCDEFGHIJ' 有 10 个",
+        'the word "é"': "写不了 é",
+        "five large red squares and four large blue circles": "放不下",
+    }
+    for prompt, words in prompts.items():
+        page.fill("#prompt", prompt)
+        page.locator(".told-notes").get_by_text(words).wait_for()
+        assert "要画别的，请用 z-image-turbo。" in page.text_content(".told-notes")
+        told = page.text_content(".told-notes").lower()
+        assert "pocket draws" not in told
+        assert "inkstream" not in told
+
+
+def test_the_switch_shows_whether_the_prompt_will_be_written_out(served, page, tmp_path):
+    switch = page.locator("#field-upsample")
+    assert switch.is_checked()  # the model's own habit
+    ask_for(page, "written out by itself", seed=5)
+    page.wait_for_selector(".tile img[alt='written out by itself']")
+    request = jobs(served)[0]["request"]
+    assert "upsample" not in request
+    Image.new("RGB", (32, 32), "teal").save(tmp_path / "start.png")
+    page.click("summary >> text=Start from pictures")
+    with page.expect_file_chooser() as chooser:
+        page.locator("[data-field=image] button").click()
+    chooser.value.set_files(tmp_path / "start.png")
+    page.wait_for_selector("[data-field=image] img")
+    assert not switch.is_checked()  # a drawing from a picture is told what was typed
+    switch.check()
+    ask_for(page, "written out by wish", seed=5)
+    page.wait_for_selector(".tile img[alt='written out by wish']")
+    assert jobs(served)[0]["request"]["upsample"] is True
+    switch.uncheck()
+    ask_for(page, "told as typed", seed=5)
+    page.wait_for_selector(".tile img[alt='told as typed']")
+    assert "upsample" not in jobs(served)[0]["request"]
 
 
 def test_a_grid_is_one_job_and_its_sheet_names_rows_and_columns(served, page):

@@ -24,6 +24,9 @@ const SECTIONS = [
   ["finer", () => true],
 ];
 
+/** Fields that show what others say, too. */
+const FOLLOWS = { size: ["width", "height"], upsample: ["image"] };
+
 let form = null; // of the chosen model, by field
 let controls = new Map();
 
@@ -69,7 +72,7 @@ function add(name, field = form.get(name), make = null) {
   const made = make
     ? make()
     : name === "prompt"
-      ? promptControl(field)
+      ? promptControl(field, form)
       : PICTURES.includes(name)
         ? slots(field)
         : control(field);
@@ -81,8 +84,7 @@ function add(name, field = form.get(name), make = null) {
 function show(changed = "all") {
   for (const [name, made] of controls) {
     if (form.has(name)) made.element.hidden = !matters(form, name);
-    const concerned =
-      changed === "all" || changed === name || (name === "size" && ["width", "height"].includes(changed));
+    const concerned = changed === "all" || changed === name || FOLLOWS[name]?.includes(changed);
     if (concerned && !(changed !== "all" && made.element.contains(document.activeElement) && isTyping()))
       made.refresh();
   }

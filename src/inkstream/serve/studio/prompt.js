@@ -4,6 +4,7 @@ import { h, icon } from "./dom.js";
 import { titleOf } from "./fields.js";
 import { keep, recollect } from "./memory.js";
 import { menu } from "./menu.js";
+import { toldHint } from "./told.js";
 import { give, valueOf } from "./wish.js";
 import { t } from "./words.js";
 
@@ -18,13 +19,14 @@ export function remember(prompt) {
   if (text) keep("prompts", [text, ...history().filter((one) => one !== text)].slice(0, MOST));
 }
 
-/** The control. {element, refresh}. */
-export function promptControl(field) {
+/** The control, for the form of a model. {element, refresh}. */
+export function promptControl(field, form) {
   const area = h("textarea", {
     id: "prompt",
     rows: 4,
     placeholder: t("promptHere"),
     "aria-keyshortcuts": "Control+Enter",
+    "aria-describedby": "told",
   });
   const refresh = () => {
     if (area.value !== valueOf(field)) area.value = valueOf(field);
@@ -57,7 +59,8 @@ export function promptControl(field) {
     menu(button, () => chooser(field), t("noHistory")),
   );
   refresh();
-  return { element: h("div", { class: "field prompt", data: { field: "prompt" } }, head, area), refresh };
+  const hint = toldHint(form);
+  return { element: h("div", { class: "field prompt", data: { field: "prompt" } }, head, area, hint), refresh };
 }
 
 /** Past prompts, and a box that narrows them down. */

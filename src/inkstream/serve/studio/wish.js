@@ -15,6 +15,9 @@ const NEEDS = {
   cache_threshold: (value) => value("cache") !== "none",
 };
 
+/** Fields whose own value depends on others: no prompt is written out by itself where a picture is started from. */
+const OWN = { upsample: (field) => Boolean(field.default) && !state.shared.image };
+
 const state = { model: null, shared: {}, own: {}, grid: null, ...recollect("wish", {}) };
 
 let saving = 0;
@@ -37,18 +40,21 @@ export function chooseModel(name) {
 
 const drawer = (name) => (SHARED.has(name) ? state.shared : (state.own[state.model] ??= {}));
 
+/** The model's own value of a field. */
+const ownOf = (field) => OWN[field.name]?.(field) ?? field.default;
+
 /** A field's value: what was given, else the model's own. */
 export function valueOf(field) {
   const given = drawer(field.name)[field.name];
-  return given === undefined ? field.default : given;
+  return given === undefined ? ownOf(field) : given;
 }
 
 /** Whether a value was given that is not the model's own. */
-export const isGiven = (field) => !same(valueOf(field), field.default);
+export const isGiven = (field) => !same(valueOf(field), ownOf(field));
 
 /** Give a field a value; null, or the model's own, takes it back. */
 export function give(field, value) {
-  if (value === null || same(value, field.default)) delete drawer(field.name)[field.name];
+  if (value === null || same(value, ownOf(field))) delete drawer(field.name)[field.name];
   else drawer(field.name)[field.name] = value;
   changed(field.name);
 }
@@ -90,7 +96,7 @@ export function recall(made, form, { keepSeed = true } = {}) {
     const field = form.get(name);
     if (!field || field.effect !== "honours") {
       if (field && !same(value, field.default)) left.push(name);
-    } else if (!same(value, field.default) && (keepSeed || name !== "seed")) drawer(name)[name] = value;
+    } else if ((name in OWN || !same(value, field.default)) && (keepSeed || name !== "seed")) drawer(name)[name] = value;
   }
   changed("all");
   return left;

@@ -1,0 +1,82 @@
+// Below the prompt: what a model that writes prompts out would be told, and what it does not understand.
+
+import { post } from "./api.js";
+import { hear } from "./bus.js";
+import { h } from "./dom.js";
+import { chosenModel, valueOf } from "./wish.js";
+import { t } from "./words.js";
+
+const PAUSE = 400; // ms without a key pressed
+const DECIDES = ["prompt", "negative_prompt", "seed", "upsample"];
+const HEARD = new Set([...DECIDES, "image", "all"]);
+
+/** The server's notes -> their names here, in either language; others are shown as the server says them. */
+const NOTES = [
+  [/; it cannot draw: (?<words>.+)$/, "note.unknown"],
+  [/at most (?<most>\d+) things, not (?<count>\d+): the rest is left out$/, "note.many"],
+  [/^the prompt asks for (?<name>.+) and for none: it is drawn$/, "note.both"],
+  [/^pocket writes one text: (?<texts>.+) is left out$/, "note.texts"],
+  [/^pocket writes at most (?<most>\d+) characters, (?<text>.+) has (?<count>\d+)$/, "note.long"],
+  [/^pocket cannot write (?<letters>.+)$/, "note.letters"],
+  [/^so many things of these sizes do not fit/, "note.room"],
+  [/^for anything else: [^]+ -m (?<model>\S+)$/, "note.instead"],
+];
+
+let asked = 0;
+let waiting = 0;
+let fields = null; // of the chosen model
+const words = h("p", { class: "told-words" });
+const notes = h("ul", { class: "told-notes", "aria-live": "polite" });
+
+/** The hint, for the form of a model. */
+export function toldHint(form) {
+  fields = form;
+  clear();
+  ask();
+  return h("div", { id: "told" }, words, notes);
+}
+
+function clear() {
+  asked += 1;
+  words.replaceChildren();
+  notes.replaceChildren();
+}
+
+/** Ask the server, where the model writes the prompt out. An answer that comes too late is not shown. */
+async function ask() {
+  clearTimeout(waiting);
+  const body = { model: chosenModel() };
+  for (const name of DECIDES) if (fields.has(name)) body[name] = valueOf(fields.get(name));
+  if (!body.upsample || !fields.get("upsample").default || !body.prompt.trim()) {
+    clear();
+    return;
+  }
+  const own = ++asked;
+  try {
+    const answer = await post("/v1/prompts", body);
+    if (own === asked) show(body, answer);
+  } catch {
+    if (own === asked) clear(); // what is wrong is said when it is drawn
+  }
+}
+
+function show(body, { told, notes: lines }) {
+  const lead = t(body.seed === null ? "toldPerhaps" : "told");
+  words.replaceChildren(...(told === body.prompt ? [] : [h("span", {}, lead), " ", told]));
+  notes.replaceChildren(...lines.map((line) => h("li", {}, noteOf(line))));
+}
+
+/** A note in the reader's language. */
+function noteOf(line) {
+  for (const [pattern, name] of NOTES) {
+    const match = pattern.exec(line);
+    if (match) return t(name, match.groups);
+  }
+  return line;
+}
+
+hear("wish", (name) => {
+  if (!fields || !HEARD.has(name)) return;
+  clearTimeout(waiting);
+  waiting = setTimeout(ask, PAUSE);
+});
