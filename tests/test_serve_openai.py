@@ -182,7 +182,6 @@ def test_a_drawing_that_somebody_else_cancels_ends_with_an_error(client, server,
         ({"extra_body": {"width": 32}}, "width", "give size instead"),
         ({"extra_body": {"steps": 0}}, "steps", "greater"),
         ({"extra_body": {"steps": 51}}, "steps", "at most 50"),
-        ({"extra_body": {"upsample": True}}, None, "no language model"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_done_is_refused_by_its_name(client, fields, param, words):
