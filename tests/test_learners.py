@@ -191,7 +191,7 @@ def test_a_table_of_a_tasks_own_takes_from_the_optimiser_what_it_leaves_out(cach
     assert as_recipe(as_tables(wanted)) == wanted
     with pytest.raises(InputError, match=r"\[critic\] has no key lrr: did you mean lr\?"):
         as_recipe({"objective": {"kind": "duel"}, "critic": {"lrr": 1}})
-    with pytest.raises(InputError, match=r"\[critic\] is no table of a recipe"):
+    with pytest.raises(InputError, match=r"\[critic\] is not a table of a recipe"):
         as_recipe({"critic": {"lr": 1}})
 
 
@@ -324,7 +324,7 @@ def test_a_run_that_cannot_be_graded_says_so_before_its_first_step(tmp_path, cac
     with pytest.raises(InputError, match=r"\[run\] graded = 2 needs a grader: give `train` one, or set it to 0"):
         list(train(recipe(cache, run={"graded": 2}), tmp_path))
     alone = recipe(cache, run={"graded": 2}, objective={"kind": "autoencoder"})
-    with pytest.raises(InputError, match=r"\[run\] graded = 2 has nothing that autoencoder draws, or set it to 0"):
+    with pytest.raises(InputError, match=r"\[run\] graded = 2 cannot grade autoencoder: set it to 0"):
         list(train(alone, tmp_path, grade=lambda model: {}))
 
 

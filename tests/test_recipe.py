@@ -42,9 +42,9 @@ def test_a_whole_number_may_stand_for_a_fraction_but_not_the_other_way():
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({"runn": {}}, "[runn] is no table of a recipe: did you mean run?"),
-        ({"steps": 5}, "[steps] is no table of a recipe"),
-        ({"run": 5}, "run = 5 stands outside a table"),
+        ({"runn": {}}, "[runn] is not a table of a recipe: did you mean run?"),
+        ({"steps": 5}, "[steps] is not a table of a recipe"),
+        ({"run": 5}, "run = 5 is outside a table"),
         ({"run": {"stepz": 5}}, "[run] has no key stepz: did you mean steps?"),
         ({"run": {"colour": 5}}, "[run] has no key colour: it takes steps, batch"),
         ({"run": {"steps": "many"}}, "[run] steps = 'many': give a whole number"),
@@ -52,14 +52,14 @@ def test_a_whole_number_may_stand_for_a_fraction_but_not_the_other_way():
         ({"run": {"steps": 0}}, "[run] steps = 0 is out of range: give 1 or more"),
         ({"run": {"dtype": "fp8"}}, "[run] dtype = 'fp8': take fp32 or bf16"),
         ({"run": {"prompts": "a cat"}}, "[run] prompts = 'a cat': give a list, each a string"),
-        ({"run": {"batch": 10, "accumulate": 3}}, "batch 10 does not fall into 3 equal pieces"),
+        ({"run": {"batch": 10, "accumulate": 3}}, "batch = 10 is not a multiple of accumulate = 3"),
         ({"objective": {"dropout": 2}}, "[objective] dropout = 2 is out of range: give from 0 to 1"),
-        ({"objective": {"uniform": 0.6, "high": 0.6}}, "are more than all"),
+        ({"objective": {"uniform": 0.6, "high": 0.6}}, "add up to more than 1"),
         ({"optimiser": {"betas": [0.9]}}, "[optimiser] betas = [0.9]: give a list of 2, each a number"),
         ({"data": {"sizes": [[100, 128]]}}, "sizes = [[100, 128]]: give multiples of 16"),
         ({"data": {"sizes": [128, 128]}}, "[data] sizes = [128, 128]: give a list, each a list of 2"),
         ({"data": {"crop": 20}}, "crop = 20: give a multiple of 16"),
-        ({"data": {"count": 0}}, "count = 0 draws scenes anew, which flow cannot use"),
+        ({"data": {"count": 0}}, "count = 0 does not cache scenes, but flow needs cached scenes"),
         ({"model": {"train": ["vae"]}}, "train = ['vae']: flow takes transformer or text_encoder"),
         (
             {"model": {"train": ["transformer"]}, "objective": {"kind": "autoencoder"}},
@@ -67,9 +67,9 @@ def test_a_whole_number_may_stand_for_a_fraction_but_not_the_other_way():
         ),
         (
             {"model": {"train": ["vae", "vae.decoder"]}, "objective": {"kind": "autoencoder"}},
-            "train = ['vae', 'vae.decoder']: name one",
+            "train = ['vae', 'vae.decoder']: name only one",
         ),
-        ({"model": {"from": "x", "transformer": {"dim": 64}}}, "from goes on from given sizes"),
+        ({"model": {"from": "x", "transformer": {"dim": 64}}}, "from sets all sizes: remove [model.transformer]"),
     ],
 )
 def test_what_is_wrong_is_named_with_its_remedy(table, message):
@@ -96,11 +96,11 @@ def test_changes_set_single_keys_as_toml_or_as_plain_words(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("steps=50", "'steps=50' changes nothing: write TABLE.KEY=VALUE"),
-        ("run.steps", "'run.steps' changes nothing"),
+        ("steps=50", "'steps=50' is not a change: write TABLE.KEY=VALUE"),
+        ("run.steps", "'run.steps' is not a change"),
         ("run.stepz=50", "[run] has no key stepz: did you mean steps?"),
         ("run.steps=many", "[run] steps = 'many': give a whole number"),
-        ("run.batch.size=5", "'run.batch.size=5' cannot be set: batch is no table"),
+        ("run.batch.size=5", "'run.batch.size=5' cannot be set: batch is not a table"),
     ],
 )
 def test_a_change_that_cannot_be_made_is_named(tmp_path, change, message):
@@ -111,7 +111,7 @@ def test_a_change_that_cannot_be_made_is_named(tmp_path, change, message):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(None, "cannot be read"), ("steps = = 1", "is no TOML"), ("\xff", "is no TOML")]
+    ("text", "message"), [(None, "cannot be read"), ("steps = = 1", "is not valid TOML"), ("\xff", "is not valid TOML")]
 )
 def test_a_file_that_is_no_recipe_is_named(tmp_path, text, message):
     path = tmp_path / "r.toml"
@@ -149,9 +149,9 @@ def test_sizes_that_parts_share_follow_from_one_another_and_must_agree():
     assert begun.spec.transformer.cap_feat_dim == 48
     assert begun.spec.transformer.in_channels == 8
     assert begun.spec.text_encoder.vocab_size >= begun.tokenizers["tokenizer"].get_vocab_size()
-    with pytest.raises(InputError, match="in_channels is 16, the vae's latent_channels 8"):
+    with pytest.raises(InputError, match="in_channels is 16, the vae's latent_channels is 8"):
         start(as_recipe({"model": {**tiny, "transformer": {**tiny["transformer"], "in_channels": 16}}}))
-    with pytest.raises(InputError, match="the text encoder knows 99"):
+    with pytest.raises(InputError, match="is 99, but the tokenizer has"):
         start(as_recipe({"model": {**tiny, "text_encoder": {**tiny["text_encoder"], "vocab_size": 99}}}))
 
 

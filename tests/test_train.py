@@ -193,9 +193,9 @@ def test_what_a_resumed_run_cannot_go_on_from_is_named(tmp_path, cache):
     list(train(recipe(cache, run={"steps": 1}), tmp_path))
     with pytest.raises(InputError, match="holds a run already: add --resume"):
         list(train(recipe(cache), tmp_path))
-    with pytest.raises(InputError, match="is of another model than the recipe"):
+    with pytest.raises(InputError, match="the checkpoint's model is not the recipe's model"):
         list(train(recipe(cache, model={"train": ["transformer"]}), tmp_path, resume=True))
-    with pytest.raises(InputError, match="kind is not that of the checkpoint"):
+    with pytest.raises(InputError, match="kind differs from the checkpoint's"):
         list(train(recipe(cache, optimiser={"kind": "adamw"}), tmp_path, resume=True))
     (tmp_path / "checkpoints" / "step-00000001" / "state.json").write_text("{")
     with pytest.raises(InputError, match=r"state.json is damaged"):

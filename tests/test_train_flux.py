@@ -128,5 +128,5 @@ def test_a_published_folder_is_trained_on_with_captions_encoded_once(tmp_path, m
 def test_a_model_that_draws_beside_a_picture_says_what_a_recipe_lacks(tmp_path, make_folder):
     folder = make_folder(tmp_path / "fill", FILL.tiny)
     settings = as_recipe({"model": {"from": str(folder)}, "data": {"source": str(pictures(tmp_path / "pictures"))}})
-    with pytest.raises(InputError, match=r"fill draws beside a picture \(fill\), which no recipe shows it yet"):
+    with pytest.raises(InputError, match=r"fill needs an input picture \(fill\), which training cannot give"):
         list(train(settings, tmp_path / "run"))

@@ -1,1 +1,1 @@
-"""Training: a recipe, data as a function of a number, objectives, and one loop that any family's parts go through."""
+"""Training: a recipe, deterministic batches, objectives, and one training loop for the parts of every family."""

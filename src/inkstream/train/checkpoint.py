@@ -1,4 +1,4 @@
-"""Checkpoints: a folder for each, safetensors and JSON alone, that appears under its name only when it is whole."""
+"""Checkpoints: each one is a folder of safetensors and JSON files, and it gets its final name when it is complete."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from inkstream.weights.files import read_tensors, write_state
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that the next step depends on, beside the recipe: the data and the noise are functions of the step."""
+    """The state of a run after a step. Data and noise are functions of the step, so a checkpoint does not hold them."""
 
-    step: int  # steps done
-    weights: Mapping[str, Tensor]  # float32, `part.name`, of all learners
-    ema: Mapping[str, Tensor]  # of those that keep one
+    step: int  # number of steps done
+    weights: Mapping[str, Tensor]  # float32 weights of all learners, by `part.name`
+    ema: Mapping[str, Tensor]  # averaged weights of the learners that keep an average
     optimiser: Mapping[str, Tensor]
     recipe: Mapping[str, Any]
-    cpu_seconds: float = 0.0  # that the run has used; older checkpoints do not say
+    cpu_seconds: float = 0.0  # CPU time of the run so far; 0 in older checkpoints
 
 
 def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> Path:
-    """Write folder/step-N and remove all but the last `keep`. What is there before stays whole until this one is."""
+    """Write folder/step-N, then remove all checkpoints but the last `keep`. The write is atomic."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".step-*"):  # of a process that was killed
+    for left in folder.glob(".step-*"):  # left by a killed process
         shutil.rmtree(left, ignore_errors=True)
     path = folder / f"step-{saved.step:08d}"
     temporary = folder / f".{path.name}.{secrets.token_hex(4)}"
@@ -53,13 +53,13 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The whole ones, oldest first."""
+    """Return the paths of the complete checkpoints, oldest first."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
     return sorted(path for path in found if (path / "state.json").is_file())
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:
-    """The last checkpoint of a run. InputError where there is none."""
+    """Load the last checkpoint of a run. Raises InputError if there is none or it is damaged."""
     found = list_checkpoints(folder)
     if not found:
         raise InputError(f"{folder} holds no checkpoint: start without --resume")
@@ -68,13 +68,13 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         state = json.loads((path / "state.json").read_text("utf-8"))
         step, recipe, cpu_seconds = int(state["step"]), dict(state["recipe"]), float(state.get("cpu_seconds", 0))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}/state.json is damaged ({error}): remove {path} to go on from an older one") from error
+        raise InputError(f"{path}/state.json is damaged ({error}): remove {path} to resume an older one") from error
     tensors = {name: read_tensors(path / f"{name}.safetensors") for name in ("weights", "ema", "optimiser")}
     return Checkpoint(step, tensors["weights"], tensors["ema"], tensors["optimiser"], recipe, cpu_seconds)
 
 
 def _flush(path: Path) -> None:
-    """To the disk: a rename may otherwise outlive what it names."""
+    """Flush a file or folder to disk (fsync). Without it, a rename may survive a crash while the data is lost."""
     file = os.open(path, os.O_RDONLY)
     try:
         os.fsync(file)

@@ -1,4 +1,4 @@
-"""Batches as a function of their number: which samples, which captions, which crops. What is drawn once, is kept."""
+"""Batches are a function of seed and number: samples, captions and crops. Pictures, latents and tokens are cached."""
 
 from __future__ import annotations
 
@@ -23,13 +23,14 @@ from inkstream.train.pictures import Size, Source, draw_all
 from inkstream.types import Conditioning
 
 FORMAT = 1
-"""Of the caches; a new number makes them anew."""
+"""Version of the caches' format. A new number makes all caches invalid."""
 ENCODED_AT_ONCE = 32
+"""Pictures or captions in one encoder call."""
 
 
 @dataclass(frozen=True)
 class Preparing:
-    """Something is being made ready before the first step."""
+    """A progress message from the preparation before the first step."""
 
     what: str
     done: int = 0
@@ -38,18 +39,18 @@ class Preparing:
 
 @dataclass(frozen=True)
 class Captions:
-    """Tokens of all captions, one after the other; the last caption is the empty one."""
+    """Tokens of all captions, concatenated. The last caption is the empty one."""
 
     tokens: np.ndarray  # (T,) int32
-    ends: np.ndarray  # (E,) where each caption ends
-    firsts: np.ndarray  # (N + 1,) the first caption of each picture, and their number
+    ends: np.ndarray  # (E,) end of each caption in `tokens`
+    firsts: np.ndarray  # (N + 1,) index of each picture's first caption; the last item is the empty caption's index
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.ends, prepend=0)
 
     def span(self, index: int) -> slice:
-        """Where a caption's tokens lie among all."""
+        """Return the slice of `tokens` that holds one caption."""
         return slice(int(self.ends[index - 1]) if index else 0, int(self.ends[index]))
 
     def __getitem__(self, index: int) -> tuple[int, ...]:
@@ -58,11 +59,11 @@ class Captions:
 
 @dataclass(frozen=True)
 class States:
-    """What text encoders that do not learn make of all captions. A caption may have more states than tokens."""
+    """Cached outputs of frozen text encoders for all captions. A caption may have more states than tokens."""
 
-    bits: np.ndarray  # (T, D) bfloat16 as int16, one caption after the other, mapped from disk
-    ends: np.ndarray  # (E,) where each caption's states end
-    pooled: np.ndarray | None  # (E, P) float32, of families that read a vector of each prompt
+    bits: np.ndarray  # (T, D) bfloat16 stored as int16, all captions concatenated, memory-mapped
+    ends: np.ndarray  # (E,) end of each caption's states in `bits`
+    pooled: np.ndarray | None  # (E, P) float32 vector of each caption, in families that use a pooled vector
 
     def __getitem__(self, index: int) -> Conditioning:
         bits = self.bits[int(self.ends[index - 1]) if index else 0 : int(self.ends[index])]
@@ -76,32 +77,32 @@ class Samples:
     """Pictures of one size. images: (N, H, W, 3) uint8 pixels, or (N, C, h, w) float16 latents."""
 
     size: Size
-    indices: np.ndarray  # (N,) of the source's pictures
+    indices: np.ndarray  # (N,) index of each picture in the source
     images: np.ndarray
 
 
 @dataclass(frozen=True)
 class Place:
-    """What batch n consists of."""
+    """The contents of one batch, as indices."""
 
-    samples: int  # which of the sizes
-    rows: np.ndarray  # of its images
-    captions: np.ndarray  # of each
+    samples: int  # index of the size in Data.samples
+    rows: np.ndarray  # (B,) rows of that size's images
+    captions: np.ndarray  # (B,) caption of each image
 
 
 @dataclass(frozen=True)
 class Order:
-    """How batches are laid: every picture once an epoch, sorted by caption length within a pool of batches."""
+    """How batches are formed: each picture once an epoch, sorted by caption length inside a pool of batches."""
 
-    batch: int  # samples of the first size
-    pieces: int  # that every batch falls into
-    pool: int
+    batch: int  # batch size in samples of the first size
+    pieces: int  # equal pieces of a batch (gradient accumulation and processes)
+    pool: int  # batches in a pool
     seed: int
-    dropout: float
+    dropout: float  # share of captions replaced by the empty one
 
 
 class Data:
-    """All samples of a run. `place(n)` says what batch n is, `load` fetches it or a piece of it."""
+    """All samples of a run. `place(n)` returns the indices of batch n; `load` reads the batch or a piece of it."""
 
     def __init__(self, samples: Sequence[Samples], captions: Captions | None, order: Order, cond: States | None = None):
         self.samples = samples
@@ -115,11 +116,11 @@ class Data:
         return self._epoch(epoch)[at]
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Return the number of batches in an epoch."""
         return len(self._epoch(0))
 
     def load(self, place: Place, piece: slice = slice(None)) -> Batch:
-        """Latents in float32, or pixels in [-1, 1], with the tokens of their captions."""
+        """Return float32 latents, or pixels in [-1, 1], with the tokens or the encoded states of their captions."""
         images = torch.from_numpy(self.samples[place.samples].images[place.rows[piece]])
         images = as_pixels(images) if images.dtype == torch.uint8 else images.float()
         if self.captions is None:
@@ -130,20 +131,20 @@ class Data:
         return Batch(images, cond=Conditioning.pack([self.cond[i] for i in chosen]))
 
     def batch_size(self, samples: Samples) -> int:
-        """As many as hold the tokens of a batch of the first size, in equal pieces."""
+        """Return the batch size of a size: about as many tokens as a batch of the first size, in equal pieces."""
         first = self.samples[0].images[0].size
         wanted = self.order.batch * first // samples.images[0].size
         return max(wanted // self.order.pieces, 1) * self.order.pieces
 
     def _epoch(self, number: int) -> list[Place]:
-        """Every picture once, with one of its captions or none."""
+        """Return an epoch's batches, shuffled. Each picture occurs once, with one of its captions or the empty one."""
         rng = np.random.default_rng([self.order.seed, number])
         places = []
         for which, samples in enumerate(self.samples):
             size = self.batch_size(samples)
             rows = rng.permutation(len(samples.indices))
             chosen = self._choose(samples.indices[rows], rng)
-            if short := -len(rows) % size:  # the last batch is filled from the first
+            if short := -len(rows) % size:  # pad the last batch with the first rows
                 rows, chosen = np.resize(rows, len(rows) + short), np.resize(chosen, len(rows) + short)
             for start in range(0, len(rows), size * self.order.pool):
                 here = slice(start, start + size * self.order.pool)
@@ -154,7 +155,7 @@ class Data:
         return [places[i] for i in rng.permutation(len(places))]
 
     def _choose(self, pictures: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """A caption of each picture, or the empty one."""
+        """Draw one caption for each picture, or the empty caption with probability `dropout`."""
         if self.captions is None:
             return np.zeros(len(pictures), int)
         first, end = self.captions.firsts[pictures], self.captions.firsts[pictures + 1]
@@ -162,13 +163,14 @@ class Data:
         return np.where(rng.random(len(pictures)) < self.order.dropout, self.captions.firsts[-1], chosen)
 
     def _sorted(self, captions: np.ndarray) -> np.ndarray:
+        """Return the order that sorts captions by length."""
         if self.captions is None:
             return np.arange(len(captions))
         return np.argsort(self.captions.lengths[captions], kind="stable")
 
 
 class Endless:
-    """Pictures that are drawn for each batch and never again."""
+    """An endless source: every batch draws new pictures, and nothing is cached."""
 
     captions = None
     cond = None
@@ -187,12 +189,15 @@ class Endless:
 
 
 def as_pixels(images: Tensor) -> Tensor:
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float32 in [-1, 1]."""
+    """Convert (B, H, W, 3) uint8 to (B, 3, H, W) float32 in [-1, 1]."""
     return images.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def crop(pixels: Tensor, side: int, seeds: Sequence[int], tries: int = 3) -> Tensor:
-    """A square of each picture at a place drawn from its seed; one that shows a single colour is drawn again."""
+    """Cut a random square from each picture, by its seed. A square of almost one colour is drawn again.
+
+    pixels: (B, 3, H, W); seeds: one for each picture; tries: most draws. Returns (B, 3, side, side).
+    """
     height, width = pixels.shape[2:]
     side = min(side, height, width)
     cut = []
@@ -211,7 +216,7 @@ def crop(pixels: Tensor, side: int, seeds: Sequence[int], tries: int = 3) -> Ten
 
 
 def keep_pixels(source: Source, count: int, folder: Path, workers: int) -> Iterator[Preparing | list[Samples]]:
-    """Draw all pictures into files of uint8, or find them there. The last thing given is what was asked for."""
+    """Draw all pictures as uint8 into the cache, or read the cache. Yields Preparing messages, then the samples."""
     key = cache_key("pixels", source.key(), count)
     shapes = {size: (size[1], size[0], 3) for size in _sizes(source, count)}
 
@@ -224,8 +229,11 @@ def keep_pixels(source: Source, count: int, folder: Path, workers: int) -> Itera
 def keep_latents(
     source: Source, count: int, folder: Path, workers: int, family: Family, vae_key: str
 ) -> Iterator[Preparing | list[Samples]]:
-    """Draw and encode all pictures into files of float16, or find them there: the autoencoder's most likely latents,
-    shifted and scaled as the transformer wants them."""
+    """Draw and encode all pictures as float16 latents into the cache, or read the cache.
+
+    The latents are the autoencoder's means, shifted and scaled for the transformer. Yields Preparing messages, then the
+    samples.
+    """
     key = cache_key("latents", source.key(), count, vae_key)
     shapes = {size: family.latent_shape(*size) for size in _sizes(source, count)}
     device = next(family.vae.parameters()).device  # type: ignore[attr-defined]
@@ -244,7 +252,7 @@ def keep_latents(
 def keep_captions(
     source: Source, count: int, each: int, folder: Path, family: Family, words_key: str
 ) -> Iterator[Preparing | Captions]:
-    """Tokens of up to `each` captions of every picture, or find them there."""
+    """Tokenize up to `each` captions of each picture, or read the cache. Yields Preparing messages, then Captions."""
     path = folder / f"captions-{cache_key(source.key(), count, each, words_key)}.npz"
     if not path.is_file():
         tokens: list[tuple[int, ...]] = []
@@ -269,7 +277,7 @@ def keep_captions(
 def keep_states(
     source: Source, count: int, captions: Captions, folder: Path, family: Family, encoder_key: Any
 ) -> Iterator[Preparing | States]:
-    """The text encoders' states of all captions, or find them there."""
+    """Encode all captions with the text encoders, or read the cache. Yields Preparing messages, then States."""
     path = folder / f"states-{cache_key(source.key(), count, encoder_key)}"
     number = len(captions.ends)
     if not path.is_dir():
@@ -279,7 +287,7 @@ def keep_states(
         lengths: list[int] = []
         pooled: list[np.ndarray] = []
         try:
-            with (temporary / "tokens.bin").open("wb") as file:  # how many rows there will be, only the encoder knows
+            with (temporary / "tokens.bin").open("wb") as file:  # appended: the number of rows is unknown
                 for start in range(0, number, ENCODED_AT_ONCE):
                     some = range(start, min(start + ENCODED_AT_ONCE, number))
                     with torch.no_grad():
@@ -301,13 +309,13 @@ def keep_states(
 
 
 def cache_key(*parts: Any) -> str:
-    """A hash of all that a cache depends on."""
+    """Return a hash of everything that a cache depends on."""
     text = json.dumps([FORMAT, *parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def weights_key(state: dict[str, Tensor], config: Any) -> str:
-    """A hash of a part's weights and sizes."""
+    """Return a hash of a part's weights and config."""
     digest = hashlib.sha256(repr(config).encode())
     for name in sorted(state):
         digest.update(name.encode() + state[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -315,7 +323,7 @@ def weights_key(state: dict[str, Tensor], config: Any) -> str:
 
 
 def _sizes(source: Source, count: int) -> dict[Size, list[int]]:
-    """The pictures of each size, the sizes in the order they first come in."""
+    """Group the pictures' indices by size, in the order of each size's first picture."""
     found: dict[Size, list[int]] = {}
     for index in range(count):
         found.setdefault(source.size(index), []).append(index)
@@ -326,7 +334,7 @@ def _fill(
     source: Source, count: int, workers: int, files: dict[Size, np.ndarray],
     encode: Callable[[list[np.ndarray], Size], np.ndarray],
 ) -> Iterator[int]:  # fmt: skip
-    """Draw each size's pictures in order, some at once, into its file. Yields how many are done."""
+    """Draw and encode the pictures of each size in chunks and write them into its file. Yields the number done."""
     done = 0
     for size, indices in _sizes(source, count).items():
         waiting: list[np.ndarray] = []
@@ -344,7 +352,7 @@ def _kept(
     source: Source, count: int, folder: Path, shapes: dict[Size, tuple[int, ...]], dtype: Any, what: str,
     draw: Callable[[dict[Size, np.ndarray]], Iterator[int]],
 ) -> Iterator[Preparing | list[Samples]]:  # fmt: skip
-    """A folder of one array a size, made if it is not there; it appears when it is whole."""
+    """Read a cache folder with one array for each size, or build it. The folder is renamed into place when complete."""
     sizes = _sizes(source, count)
     names = {size: f"{size[0]}x{size[1]}.npy" for size in sizes}
     if not folder.is_dir():

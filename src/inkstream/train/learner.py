@@ -1,4 +1,4 @@
-"""What learns in a run, in float32, with its average, its optimisers and its rate; and how it takes a step."""
+"""A learner: modules with float32 weights, averaged weights (EMA), optimisers, a learning rate and a training step."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from inkstream.train.weights import Weights
 from inkstream.types import InputError
 
 Loss = Callable[[slice], Tensor]
-"""The mean loss of a piece of a step's batch."""
+"""Computes the mean loss of a piece of a step's batch."""
 
 
 class Learner:
-    """Modules that take their steps together: a student, or its critic.
+    """Modules that one set of optimisers trains together, for example a student or a critic.
 
-    modules: by name. A module under the name of a part of the model (`transformer`, `vae.decoder`) is exported in that
-    part's place, any other name is the learner's own; no two learners of a run share one. settings: of the optimiser,
-    those of the recipe if left out.
+    modules: modules by name. A module named like a part of the model (`transformer`, `vae.decoder`) replaces that part
+    in the export; a module with any other name is not exported. Names are unique in a run. settings: the optimiser's
+    settings; default: the recipe's.
     """
 
     def __init__(
@@ -59,13 +59,16 @@ class Learner:
         self.optimisers = make_optimiser(self.weights, self.settings)
 
     def rate(self, step: int) -> float:
-        """The share of the learning rates that step number `step` of the run takes, counted from 0."""
+        """Return the learning rate factor, 0 to 1, of a step of the run. step: counted from 0."""
         return rate(step, self.settings, self.run)
 
     def advance(self, step: int, loss: Loss) -> tuple[Tensor, Tensor]:
-        """Lower the loss once, as part of step number `step` of the run. The mean loss, the gradients' norm."""
+        """Do one optimiser step on the loss. Returns the mean loss and the gradient norm, both scalars.
+
+        step: the step of the run, counted from 0.
+        """
         set_rate(self.optimisers, self.rate(step), self.settings)
-        self.weights.forget()  # gradients of another learner's loss, which passed through here
+        self.weights.forget()  # zero gradients that another learner's loss left here
         pieces = self.run.accumulate * self.team.count
         total = torch.zeros((), device=self.device)
         for piece in range(self.team.rank, pieces, self.team.count):
@@ -82,16 +85,16 @@ class Learner:
         return self.team.sum(total) / self.team.count, norm
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Weights, their average and the optimisers' state, whole, for a Checkpoint; all processes must ask."""
+        """Return full weights, averaged weights and optimiser state for a Checkpoint. All processes must call it."""
         weights = self.weights.whole(self.weights.masters)
         return weights, self.weights.whole(self.ema), optimiser_state(self.optimisers, self.weights)
 
     def load(self, saved: Checkpoint) -> None:
-        """Go on from this learner's part of a checkpoint. InputError where it is of other settings."""
+        """Restore this learner's part of a checkpoint. Raises InputError if the optimiser's kind or `ema` differs."""
         names = self.weights.masters
         self.weights.load(saved.weights)
         if any(name in saved.ema for name in names) != bool(self.ema):
-            raise InputError("[optimiser] ema is on in one of recipe and checkpoint alone: put it back")
+            raise InputError("[optimiser] ema is on in only one of recipe and checkpoint: set ema as in the checkpoint")
         self.weights.fill(self.ema, saved.ema)
         own = {key: value for key, value in saved.optimiser.items() if key.partition(".")[2] in names}
         load_optimiser_state(self.optimisers, self.weights, own)

@@ -1,4 +1,4 @@
-"""The one loop: a recipe becomes messages, checkpoints, and in the end a model's folder."""
+"""The training loop: it follows a recipe, yields messages, writes checkpoints and at the end exports a model folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from inkstream.types import InputError
 
 @dataclass(frozen=True)
 class Resumed:
-    """The run goes on from a checkpoint. changed: keys of the recipe that are not as they were."""
+    """The run resumes from a checkpoint. changed: recipe keys whose values differ from the checkpoint's."""
 
     step: int
     changed: tuple[str, ...]
@@ -34,21 +34,22 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Progress:
-    """Step `step` of `steps` is done. Means since the last such message; what is measured and saved between counts not.
+    """Step `step` of `steps` is done. Values are means since the last Progress.
 
-    loss, norm, lr: of the task's first learner; others: the same of further ones, by their names.
+    Time for measuring, drawing and saving is not counted. loss, norm, lr: of the task's first learner; others: the same
+    values of the other learners, by name.
     """
 
     step: int
     steps: int
     loss: float
-    norm: float  # of the gradients, before clipping
-    lr: float
+    norm: float  # gradient norm before clipping
+    lr: float  # learning rate
     others: Mapping[str, Mapping[str, float]]
     images_per_second: float
-    gflops: float  # thousand million operations a second, of all processes: see count_flops
-    peak: float  # the share that is of what large matrix products reach
-    cpu_seconds: float  # that the run has used so far, those before it was resumed included
+    gflops: float  # GFLOP/s of all processes: see count_flops
+    peak: float  # gflops as a share of the measured speed of large matrix products
+    cpu_seconds: float  # CPU time of the run, including the time before a resume
     seconds_left: float
 
 
@@ -62,7 +63,7 @@ class Saved:
 
 @dataclass(frozen=True)
 class Preview:
-    """A sheet of pictures drawn with the averaged weights is on the disk."""
+    """A preview sheet, drawn with the averaged weights, is on the disk."""
 
     step: int
     path: Path
@@ -70,7 +71,7 @@ class Preview:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Errors of the averaged weights on samples that are not trained on, by what is measured."""
+    """Errors of the averaged weights on held-out samples, by the name of the measurement."""
 
     step: int
     values: Mapping[str, float]
@@ -78,7 +79,7 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class Graded:
-    """Shares of what prompts asked for that are there in pictures drawn with the averaged weights."""
+    """Grades of pictures drawn with the averaged weights: the share of requests that are met, by question."""
 
     step: int
     values: Mapping[str, float]
@@ -86,7 +87,7 @@ class Graded:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run stops. model: the exported folder, once all steps are done; `why` it stops before."""
+    """The run ends. model: the exported folder if all steps are done; why: the reason of an earlier end."""
 
     step: int
     model: Path | None
@@ -95,27 +96,27 @@ class Finished:
 
 Message = Preparing | Resumed | Progress | Saved | Preview | HeldOut | Graded | Finished
 Grade = Callable[[Model], Mapping[str, float]]
-"""Draws with a model and says what share of what was asked is there, by question; the first is the one to plot."""
+"""Draws with a model and returns the share of requests that the pictures meet, by question."""
 
 MEASURED = ("images_per_second", "gflops", "peak", "cpu_seconds")
 TELL_EVERY = 10.0
-"""Seconds without a message at most, where steps are slow."""
+"""Longest time in seconds between two Progress messages, if no step takes longer."""
 
 
 def train(
     recipe: Recipe, folder: Path | str, resume: bool = False, stop: Callable[[], bool] = lambda: False,
     grade: Grade | None = None,
 ) -> Iterator[Message]:  # fmt: skip
-    """Train as the recipe says, in a folder of the run's own.
+    """Train a recipe in the run's own folder and yield messages.
 
-    The folder gets recipe.toml, checkpoints/, metrics.jsonl, loss.png, previews/ and in the end model/. Closing the
-    iterator saves and ends; so does `stop`, asked after every step. Under torchrun all processes run this and the first
-    one speaks. `grade` is what [run] graded asks. InputError before the first step where the recipe cannot be followed
-    or the folder holds another run.
+    The folder gets recipe.toml, checkpoints/, metrics.jsonl, loss.png, previews/ and at the end model/. The run saves
+    and ends when the iterator is closed, or when `stop()`, called after each step, returns true. Under torchrun all
+    processes call this function and only the first yields messages. `grade` is the grader that [run] graded uses.
+    Raises InputError before the first step if the recipe is not valid or the folder holds another run.
     """
     folder = Path(folder).expanduser()
     if not resume and list_checkpoints(folder / "checkpoints"):
-        raise InputError(f"{folder} holds a run already: add --resume to go on, or name another folder")
+        raise InputError(f"{folder} holds a run already: add --resume to continue it, or name another folder")
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     device = choose_device(own_device(recipe.run.device) or None)
@@ -138,8 +139,8 @@ def _run(
     begun = start(recipe)
     task = TASKS[recipe.objective.kind](recipe, begun, device, team)
     if run.graded and (grade is None or task.model() is None):
-        why = "needs a grader: give `train` one" if grade is None else f"has nothing that {recipe.objective.kind} draws"
-        raise InputError(f"[run] graded = {run.graded} {why}, or set it to 0")
+        why = "needs a grader: give `train` one, or" if grade is None else f"cannot grade {recipe.objective.kind}:"
+        raise InputError(f"[run] graded = {run.graded} {why} set it to 0")
     training = Training(recipe, begun, task, device, team)
     yield from task.prepare()
     changed: tuple[str, ...] = ()
@@ -210,7 +211,7 @@ def _run(
 
 
 def _look(training: Training, metrics: Metrics, folder: Path, grade: Grade | None) -> Iterator[Message]:
-    """Measure, draw and grade with the averaged weights, where it is time to."""
+    """Measure, grade and preview the averaged weights at the steps where each is due."""
     run, step, task = training.recipe.run, training.step, training.task
 
     def due(every: int) -> bool:
@@ -244,7 +245,7 @@ def _look(training: Training, metrics: Metrics, folder: Path, grade: Grade | Non
 
 @dataclass(frozen=True)
 class Turn:
-    """A learner took a step. loss, norm: scalars, still on the device."""
+    """The result of one learner's step. loss, norm: scalars, still on the device."""
 
     learner: str
     loss: Tensor
@@ -253,7 +254,7 @@ class Turn:
 
 
 def means(turns: Sequence[Turn], step: int) -> dict[str, dict[str, float]]:
-    """By learner the mean loss and norm of its turns, and its last rate. InputError where a loss is not finite."""
+    """Return mean loss, mean norm and last learning rate of each learner. Raises InputError if a loss is not finite."""
     found = {}
     for name in dict.fromkeys(turn.learner for turn in turns):
         own = [turn for turn in turns if turn.learner == name]
@@ -265,7 +266,7 @@ def means(turns: Sequence[Turn], step: int) -> dict[str, dict[str, float]]:
 
 
 def keep_recipe(recipe: Recipe, folder: Path, step: int) -> None:
-    """Write every key that the run follows from this step on: recipe.toml, and recipe-N.toml where it changed."""
+    """Write all recipe keys to recipe.toml at step 0, or to recipe-N.toml if the recipe changed at step N."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"recipe-{step}.toml" if step else "recipe.toml")
     head = f"# What this run follows from step {step} on, with torch {torch.__version__}.\n\n"
@@ -286,11 +287,11 @@ class Training:
 
     @property
     def cpu_seconds(self) -> float:
-        """Processor time that the run has used; of several processes, the first one's times their number."""
+        """CPU time of the run in seconds. With several processes: the first process's time times their number."""
         return self._cpu_before + cpu_seconds() * self.team.count
 
     def advance(self) -> list[Turn]:
-        """One step: the turns of its learners, in their order."""
+        """Do one step: the turns of the learners, in the task's order."""
         turns = []
         for learner, loss in self.task.turns(self.step):
             seen = learner.advance(self.step, loss)
@@ -300,14 +301,14 @@ class Training:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """All modules compute with their averaged weights, where there are any, for as long as the context."""
+        """Context manager: modules use their averaged weights, if they have any."""
         with ExitStack() as stack:
             for learner in self.task.learners:
                 stack.enter_context(learner.weights.using(learner.ema))
             yield
 
     def save(self, folder: Path) -> Path:
-        """A checkpoint, by the first process of what all hold."""
+        """Save a checkpoint. All processes give their shards, and the first process writes."""
         whole: tuple[dict[str, Tensor], ...] = {}, {}, {}  # weights, their averages, optimisers' states
         for learner in self.task.learners:
             for tensors, own in zip(whole, learner.state()):
@@ -320,10 +321,10 @@ class Training:
         return path
 
     def resume(self, folder: Path) -> tuple[str, ...]:
-        """Go on from the last checkpoint. The keys of the recipe that are not as they were."""
+        """Restore the last checkpoint. Returns the recipe keys that changed. Raises InputError if the model differs."""
         saved = load_checkpoint(folder / "checkpoints")
         if saved.weights.keys() != {name for learner in self.task.learners for name in learner.weights.masters}:
-            raise InputError("the checkpoint is of another model than the recipe: name another folder")
+            raise InputError("the checkpoint's model is not the recipe's model: name another folder")
         for learner in self.task.learners:
             learner.load(saved)
         self.step = saved.step
@@ -331,7 +332,7 @@ class Training:
         return differences(as_tables(self.recipe), completed(saved.recipe))
 
     def export(self, folder: Path) -> Path:
-        """The averaged weights as a folder that `inkstream.load` takes."""
+        """Export the averaged weights as a folder that `inkstream.load` reads. Returns its path."""
         with self.averaged():
             spec = self.task.finish()
         states: dict[str, dict[str, Tensor]] = {name: {} for name in self.begun.modules}

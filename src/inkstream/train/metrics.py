@@ -1,4 +1,4 @@
-"""What a run tells of itself on the disk: metrics.jsonl, a line a message, and loss.png."""
+"""The metrics files of a run: metrics.jsonl, one line for each message, and loss.png."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inkstream.train.plot import plot
 
 
 class Metrics:
-    """Appends lines; those after the step that a run goes on from are forgotten. folder None writes nothing."""
+    """Appends lines to metrics.jsonl. A resume at step N removes the lines after N. folder None: nothing is written."""
 
     def __init__(self, folder: Path | None, step: int):
         self.path = None if folder is None else folder / "metrics.jsonl"
@@ -22,7 +22,7 @@ class Metrics:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if step and self.path.is_file():
             for line in self.path.read_text("utf-8").splitlines():
-                with suppress(ValueError):  # one that a kill cut short
+                with suppress(ValueError):  # a line cut off by a kill
                     self.lines.append(json.loads(line))
         self.lines = [line for line in self.lines if line["step"] <= step]
         self.path.write_text("".join(json.dumps(line) + "\n" for line in self.lines), "utf-8")
@@ -34,7 +34,7 @@ class Metrics:
                 file.write(json.dumps(line) + "\n")
 
     def draw(self) -> None:
-        """The curves of the losses, of batches and of what is held out, and those of what is graded."""
+        """Draw the curves of training losses, held-out losses and grades into loss.png."""
         if self.path is None:
             return
         losses: dict[str, list[tuple[int, float]]] = {}

@@ -1,4 +1,4 @@
-"""What a run starts from, new parts of given sizes or published ones, and the folder that comes out of it."""
+"""Builds or loads the parts that a run starts from, and exports the trained model as a folder."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from inkstream.weights.keymap import translate
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPENED_LATE = "final_layer.linear."
-"""Layers whose outputs start at zero: the first prediction is then no worse than the mean."""
+"""Layers with zero initial weights: the first prediction is then no worse than the mean."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run starts from. An autoencoder's has only `vae` among its modules and no tokenizers."""
+    """The parts that a run starts from. A run of an autoencoder has only the module `vae` and no tokenizers."""
 
     kind: type[Family]
     spec: Spec
     modules: dict[str, nn.Module]  # float32, on the CPU
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
-    words: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)  # of each tokenizer the files, by name
-    found: dict[str, Found] = field(default_factory=dict)  # of parts that were read from files
+    words: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)  # each tokenizer's files by name
+    found: dict[str, Found] = field(default_factory=dict)  # the parts that were read from files
 
     def family(self) -> Family:
         return self.kind(self.spec, self.modules, self.tokenizers)
 
 
 def start(recipe: Recipe) -> Start:
-    """Build or read the parts that the recipe names. InputError where sizes or files do not fit."""
+    """Build or read the parts that the recipe names. Raises InputError if sizes or files do not fit."""
     model = recipe.model
     alone = recipe.objective.kind == "autoencoder"
     found: dict[str, Found] = {}
@@ -100,12 +100,12 @@ def start(recipe: Recipe) -> Start:
 
 
 def _documents(shift: float | None) -> dict[str, dict[str, Any]]:
-    """What a folder would say of the shift."""
+    """Return the shift as the scheduler config of a model folder."""
     return {} if shift is None else {"scheduler/scheduler_config.json": {"shift": shift}}
 
 
 def read_sizes(part: Part, name: str, table: Mapping[str, Any], given: Mapping[str, Any]) -> Any:
-    """A part's config from a recipe's table. InputError names a size it does not have, or of another kind."""
+    """Return a part's config from a recipe's table. Raises InputError for an unknown size or a wrong type."""
     known = {f.name: f.default for f in fields(part.config)}
     values = dict(given)
     for key, value in table.items():
@@ -123,13 +123,14 @@ def read_sizes(part: Part, name: str, table: Mapping[str, Any], given: Mapping[s
 def _join(
     kind: type[Family], model: Model, configs: dict[str, Any], found: Mapping[str, Found], tokenizers: Mapping[str, Any]
 ) -> None:
-    """Sizes that parts share follow from one another where the recipe leaves them out, and must agree."""
+    """Fill in sizes that two parts share if the recipe leaves them out. Raises InputError if shared sizes differ."""
     for name, tokenizer in tokenizers.items():
         part, used = encoder_of(name), vocabulary_of(tokenizer)
         if part not in found and "vocab_size" not in getattr(model, part, {}):
             configs[part] = replace(configs[part], vocab_size=-(-used // 64) * 64)
         if configs[part].vocab_size < used:
-            raise InputError(f"the tokenizer has {used} tokens, the text encoder knows {configs[part].vocab_size}")
+            size = f"vocab_size of [model.{part}] is {configs[part].vocab_size}"
+            raise InputError(f"{size}, but the tokenizer has {used} tokens: set it to {used} or more")
     for ours, theirs in kind.joints:
         (a, own), (b, other) = ours.split("."), theirs.split(".")
         if b not in configs:
@@ -139,26 +140,27 @@ def _join(
             configs[a] = replace(configs[a], **{own: wanted})
         if getattr(configs[a], own) != wanted:
             got = getattr(configs[a], own)
-            raise InputError(f"[model.{a}] {own} is {got}, the {b}'s {other} {wanted}: make them one")
+            raise InputError(f"[model.{a}] {own} is {got}, the {b}'s {other} is {wanted}: make them equal")
 
 
 def build(part: Part, config: Any, seed: int) -> nn.Module:
-    """A new part with its first weights. InputError where nothing can be built at such sizes."""
+    """Build a new part with initial weights. Raises InputError if its sizes are not possible."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             module = part.build(config)
         except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
-            raise InputError(f"nothing can be built at the sizes {config} ({error})") from error
+            raise InputError(f"a model with the sizes {config} cannot be built ({error})") from error
         initialise(module)
     return module
 
 
 @torch.no_grad()
 def initialise(module: nn.Module) -> None:
-    """First weights, drawn from torch's generator: linear layers keep variance, modulation starts almost at none.
+    """Set initial weights, drawn from torch's generator.
 
-    Convolutions keep torch's own.
+    Linear layers keep the variance of their input. Modulation layers get a tenth of that standard deviation.
+    Convolutions keep torch's default initialisation.
     """
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
@@ -179,7 +181,10 @@ def initialise(module: nn.Module) -> None:
 
 
 def read_words(place: Path | str, name: str = "tokenizer") -> dict[str, bytes]:
-    """A tokenizer's files: Pocket's own, or those of a folder, or of the one of its name in it."""
+    """Return a tokenizer's files by name.
+
+    place: "pocket" for Pocket's own tokenizer, or a folder. If the folder has a subfolder `name`, that one is read.
+    """
     if place == "pocket":
         from inkstream.pocket.tokenizer import save_tokenizer
 
@@ -199,7 +204,7 @@ def words_as_tokenizer(read: Callable[[Path], Any], words: Mapping[str, bytes]) 
 
 
 def words_key(words: Mapping[str, Mapping[str, bytes]]) -> str:
-    """A hash of what the tokens depend on."""
+    """Return a hash of the tokenizer files that the tokens depend on."""
     names = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
     read = [files.get(name, b"") for files in words.values() for name in names]
     return hashlib.sha256(b"".join(read)).hexdigest()
@@ -213,14 +218,14 @@ def _scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
-# What comes out -----------------------------------------------------------------------------------------------------
+# Export -------------------------------------------------------------------------------------------------------------
 
 
 def export(begun: Start, spec: Spec, states: Mapping[str, Mapping[str, Tensor]], folder: Path, dtype: str) -> Path:
-    """Write the parts as a diffusers folder, which `inkstream.load` takes; an autoencoder alone as its folder `vae`.
+    """Write the model as a diffusers folder, which `inkstream.load` reads. A run of an autoencoder writes only `vae`.
 
-    states: of the parts that were trained, in our names; the others are as they were. The folder is replaced when the
-    new one is whole.
+    states: new weights of the trained parts, with inkstream's names; other parts keep their weights. An existing folder
+    is replaced when the new one is complete.
     """
     temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
     temporary.mkdir(parents=True)
@@ -260,7 +265,7 @@ def export(begun: Start, spec: Spec, states: Mapping[str, Mapping[str, Tensor]],
 
 
 def _unread(begun: Start, spec: Spec, name: str) -> dict[str, Tensor]:
-    """Weights that published files hold and the module leaves out: those that were there, or neutral ones."""
+    """Return weights that published files hold and the module does not use: the original ones, or neutral ones."""
     part = begun.kind.parts[name]
     if name in begun.found:
         found = begun.found[name]

@@ -1,4 +1,4 @@
-"""What is learnt: the velocity of the straight path, or to give a picture back."""
+"""Training objectives: flow matching (the velocity of the straight path) and autoencoder reconstruction."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from inkstream.types import Conditioning
 
 Prompts = Sequence[tuple[int, ...]]
 TAUGHT_GUIDANCE = 1.0
-"""What a model that reads its guidance is told while it learns: these are pictures as they are, not exaggerated."""
+"""Guidance value that a guidance-distilled model gets in training: training pictures have no guidance effect."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,15 @@ class Batch:
 
     images: Tensor
     prompts: Prompts = ()  # tokens of each caption, the template included
-    cond: Conditioning | None = None  # in their place, where the text encoder does not learn
+    cond: Conditioning | None = None  # cached states, used instead of prompts if the text encoder is frozen
 
 
 def draw_times(count: int, settings: Objective, generator: torch.Generator) -> Tensor:
-    """(count,) times in (0, 1), float32: logit-normal ones, even ones, and even ones at the noisy end, in shares."""
+    """Draw (count,) float32 times in (0, 1] from a mixture.
+
+    The mixture has logit-normal times, a share `uniform` of uniform times, and a share `high` of uniform times at the
+    noisy end.
+    """
     device = generator.device
     normal = torch.randn(count, generator=generator, device=device) * settings.std + settings.mean
     even = torch.rand(count, generator=generator, device=device)
@@ -44,14 +48,14 @@ def draw_times(count: int, settings: Objective, generator: torch.Generator) -> T
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Times moved to the noisy end as a schedule moves them: s t / (1 + (s - 1) t)."""
+    """Shift times to the noisy end, with the formula of the schedules: s t / (1 + (s - 1) t)."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def flow(family: Family, batch: Batch, t: Tensor, noise: Tensor, settings: Objective) -> Tensor:
-    """The error of the velocity of each sample, (B,): mean over a sample's own latents, so that sizes weigh alike.
+    """Return the velocity loss of each sample, (B,): the mean over a sample's latents, so all sizes have equal weight.
 
-    t: (B,); noise: like batch.images.
+    t: (B,); noise: same shape as batch.images.
     """
     error = flow_error(family, batch, t, noise)
     if settings.weight == "image":  # |image - estimate|^2 / max(t, floor)^2 = |v - estimate|^2 min(1, t / floor)^2
@@ -60,7 +64,7 @@ def flow(family: Family, batch: Batch, t: Tensor, noise: Tensor, settings: Objec
 
 
 def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
-    """The plain squared error of the velocity of each sample, (B,)."""
+    """Return the mean squared error of each sample's velocity, (B,), without a weight over time."""
     points = add_noise(batch.images, noise, t.view(-1, 1, 1, 1))
     cond = family.encode_tokens(batch.prompts) if batch.cond is None else batch.cond
     if family.spec.guides == "read":
@@ -73,9 +77,9 @@ def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor) -> Tensor
 
 
 def autoencode(vae: Autoencoder, pixels: Tensor, noise: Tensor, settings: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """The loss of each picture, (B,); the L1 part of it, (B,); and the reconstruction. pixels: (B, 3, H, W).
+    """Return each picture's loss, (B,), its L1 part, (B,), and the reconstruction. pixels: (B, 3, H, W).
 
-    Latents are neither shifted nor scaled here: `measure_latents` finds by how much, once the weights are done.
+    Latents are neither shifted nor scaled here: `measure_latents` measures shift and scale after training.
     """
     mean, log_variance = vae.encode_moments(pixels)
     latents = vae.normalize(mean + noise * (0.5 * log_variance).exp())
@@ -91,27 +95,27 @@ def autoencode(vae: Autoencoder, pixels: Tensor, noise: Tensor, settings: Object
 
 @torch.no_grad()
 def measure_latents(vae: Autoencoder, batches: Sequence[Tensor]) -> tuple[float, float]:
-    """(shift, scale) that make latents of mean 0 and variance 1. batches: pixels in [-1, 1]."""
+    """Return (shift, scale) that give the latents mean 0 and variance 1. batches: pixels in [-1, 1]."""
     latents = torch.cat([vae.encode_moments(pixels)[0].double().flatten() for pixels in batches])
     return latents.mean().item(), 1 / max(latents.std().item(), 1e-6)
 
 
 def held_out_times(count: int = 8) -> list[float]:
-    """Fixed times, in the middle of so many equal parts."""
+    """Return `count` fixed times: the midpoints of `count` equal intervals of [0, 1]."""
     return [(i + 0.5) / count for i in range(count)]
 
 
 def mix(*numbers: int) -> int:
-    """A seed from several numbers: neighbours give unlike ones (splitmix64's finaliser, one round each)."""
+    """Hash numbers into one seed with the finaliser of splitmix64: similar numbers give unrelated seeds."""
     state = 0
     for number in numbers:
         state = (state + number + 0x9E3779B97F4A7C15) & (2**64 - 1)
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
         state ^= state >> 31
-    return state >> 1  # a seed of torch's is below 2**63
+    return state >> 1  # torch's seeds are below 2**63
 
 
 def psnr(seen: Tensor, pixels: Tensor) -> float:
-    """Of pictures in [-1, 1], in decibels."""
+    """Return the PSNR in decibels of pictures in [-1, 1]."""
     return -10 * math.log10(max(F.mse_loss(seen.clamp(-1, 1), pixels).item() / 4, 1e-10))

@@ -1,4 +1,4 @@
-"""Muon beside AdamW, the schedule of their rates, and averaged weights."""
+"""Optimisers (Muon and AdamW), the learning rate schedule, and averaged weights (EMA)."""
 
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
@@ -16,13 +16,13 @@ from inkstream.train.weights import Weights
 from inkstream.types import InputError
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Coefficients of the quintic iteration (Jordan 2024, "Muon"): fast at small singular values, ends near 1 only."""
+"""Coefficients of the quintic iteration (Jordan 2024, "Muon"): small singular values grow fast, but end only near 1."""
 UPDATE_RMS = 0.2
-"""Of Muon's updates: as large as AdamW's usually are, so that both take like rates (arXiv 2502.16982, eq. 4)."""
+"""RMS of Muon's updates. It is AdamW's usual RMS, so both can use similar learning rates (arXiv 2502.16982, eq. 4)."""
 
 
 def make_optimiser(weights: Weights, settings: Optimiser) -> list[torch.optim.Optimizer]:
-    """AdamW over all weights, or Muon over the matrices inside blocks and AdamW over the rest."""
+    """Return AdamW for all weights, or Muon for the matrices inside blocks and AdamW for the rest."""
     names = [name for name, w in weights.live.items() if settings.kind == "muon" and is_block_matrix(name, w)]
     rest = {name: w for name, w in weights.masters.items() if name not in set(names)}
     decayed = [w for name, w in rest.items() if w.ndim >= 2 and not is_embedding(name)]
@@ -42,26 +42,26 @@ def make_optimiser(weights: Weights, settings: Optimiser) -> list[torch.optim.Op
 
 
 def is_block_matrix(name: str, weight: Tensor) -> bool:
-    """A matrix or convolution that stands in a numbered block and does not read the time."""
+    """Return whether a weight is a matrix or convolution in a numbered block, outside its modulation layers."""
     numbered = any(part.isdigit() for part in name.split(".")[:-2])
     return weight.ndim >= 2 and min(weight.shape[0], weight[0].numel()) > 1 and numbered and not reads_time(name)
 
 
 def reads_time(name: str) -> bool:
-    """A layer that makes modulation of the time."""
+    """Return whether a layer computes modulation from the time."""
     return any(word in name for word in ("adaLN", "img_mod", "txt_mod", "modulation"))
 
 
 def is_embedding(name: str) -> bool:
-    """Rows that are looked up, or stand for a token: decay would shrink those that are seldom seen."""
+    """Return whether a weight is an embedding. Weight decay would shrink the rows of rare tokens."""
     return "embed_tokens" in name or "pad_token" in name
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose matrices are made orthogonal before they are added: every direction moves alike.
+    """Nesterov momentum with orthogonalised updates: all directions of a matrix get an equal step.
 
-    Convolutions count as matrices of (out, in * height * width). whose: for each of params the weight that it may be a
-    process's part of; only whole matrices can be made orthogonal.
+    Convolutions count as (out, in * height * width) matrices. whose: the full weight of each parameter, which may be a
+    shard of it; shards are gathered, because only a full matrix can be orthogonalised.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class Muon(torch.optim.Optimizer):
             gradients = [p.grad for p in params]
             kept = [self.state[p]["momentum"] for p in params]
             torch._foreach_lerp_(kept, gradients, 1 - group["momentum"])
-            ahead = torch._foreach_lerp(gradients, kept, group["momentum"])  # Nesterov's
+            ahead = torch._foreach_lerp(gradients, kept, group["momentum"])  # Nesterov
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             whole_ones = [whole(update, self._whose[id(p)]) for p, update in zip(params, ahead)]
-            for some in alike(whole_ones):  # as many matrices of one shape as there are, in one product
+            for some in alike(whole_ones):  # matrices of equal shape are one batch
                 made = orthogonalise(torch.stack([whole_ones[i].flatten(1) for i in some]))
                 for i, matrix in zip(some, made):
                     scale = UPDATE_RMS * math.sqrt(max(matrix.shape))
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def alike(matrices: Sequence[Tensor]) -> list[list[int]]:
-    """The places of matrices of equal shape, together."""
+    """Group the indices of matrices of equal shape."""
     found: dict[torch.Size, list[int]] = {}
     for place, matrix in enumerate(matrices):
         found.setdefault(matrix.shape, []).append(place)
@@ -101,10 +101,10 @@ def alike(matrices: Sequence[Tensor]) -> list[list[int]]:
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices whose singular values are all about 1 (0.7 to 1.2 after 5 steps). matrices: (B, n, m).
+    """Return the nearest matrices with singular values near 1 (0.7 to 1.2 after 5 steps). matrices: (B, n, m).
 
-    The products are in bfloat16 where the device multiplies it faster than float32: the iteration corrects
-    its rounding.
+    The products are in bfloat16 if the device is faster with it than with float32: the iteration corrects rounding
+    errors.
     """
     a, b, c = NEWTON_SCHULZ
     x = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
@@ -118,19 +118,19 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def fast_bfloat16(device: torch.device) -> bool:
-    """Whether a device has units for products of bfloat16."""
+    """Return whether a device has hardware for bfloat16 products."""
     return device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()
 
 
 def rate(step: int, settings: Optimiser, run: Run) -> float:
-    """The share of the learning rate that step number `step`, counted from 0, takes."""
+    """Return the learning rate factor, 0 to 1, of a step: linear warmup, constant, linear decay. step: from 0."""
     rising = min(1.0, (step + 1) / max(settings.warmup, 1))
     falling = min(1.0, (run.steps - step) / max(settings.decay * run.steps, 1))
     return rising * falling
 
 
 def set_rate(optimisers: Sequence[torch.optim.Optimizer], share: float, settings: Optimiser) -> None:
-    """Set every group's rate to a share of its own."""
+    """Set the learning rate of all parameter groups to `share` of the optimiser's full rate."""
     for optimiser in optimisers:
         full = settings.lr_muon if isinstance(optimiser, Muon) else settings.lr
         for group in optimiser.param_groups:
@@ -138,7 +138,7 @@ def set_rate(optimisers: Sequence[torch.optim.Optimizer], share: float, settings
 
 
 def ema_decay(step: int, settings: Optimiser) -> float:
-    """Of step number `step`, counted from 0: the first steps are forgotten sooner."""
+    """Return the EMA decay of a step. It starts low, so the average forgets the first steps. step: from 0."""
     return min(settings.ema, (1 + step) / (10 + step))
 
 
@@ -149,7 +149,7 @@ def update_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -
 
 
 def optimiser_state(optimisers: Sequence[torch.optim.Optimizer], weights: Weights) -> dict[str, Tensor]:
-    """What the optimisers remember, whole, by `what.name of the weight`; all processes must ask."""
+    """Return the optimisers' state, unsharded, by `kind.weight name`. All processes must call it."""
     return {
         f"{what}.{name}": whole(value, weights.live[name])
         for name, master in weights.masters.items()
@@ -161,7 +161,7 @@ def optimiser_state(optimisers: Sequence[torch.optim.Optimizer], weights: Weight
 def load_optimiser_state(
     optimisers: Sequence[torch.optim.Optimizer], weights: Weights, state: Mapping[str, Tensor]
 ) -> None:
-    """Give back what optimiser_state took. InputError where it is another optimiser's."""
+    """Restore a state of `optimiser_state`. Raises InputError if it is of another optimiser."""
     owners = {id(p): optimiser for optimiser in optimisers for g in optimiser.param_groups for p in g["params"]}
     kinds = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum"}}
     for key, value in state.items():
@@ -169,7 +169,7 @@ def load_optimiser_state(
         master = weights.masters[name]
         owner = owners[id(master)]
         if what not in kinds[type(owner)]:
-            raise InputError("[optimiser] kind is not that of the checkpoint: put it back, or start from the weights")
+            raise InputError("[optimiser] kind differs from the checkpoint's: restore it, or start from the weights")
         part = cut(value, weights.live[name])
-        on_device = what != "step" or master.is_cuda  # counted where the fused kernel reads it
+        on_device = what != "step" or master.is_cuda  # the fused kernel reads `step` on its own device
         owner.state[master][what] = part.to(master.device if on_device else "cpu", copy=True)

@@ -1,7 +1,7 @@
-"""Several processes, one run: each computes a share of every batch. Started by torchrun; alone without it.
+"""Data parallel training: each process computes a piece of every batch. torchrun starts the processes.
 
-ddp: every process holds all weights and gradients are averaged. fsdp: the matrices inside blocks are shared out
-(`fully_shard`) and gathered when a block runs; what is outside blocks, and norms, is small and stays whole.
+ddp: each process holds all weights, and gradients are averaged. fsdp: the matrices inside blocks are sharded
+(`fully_shard`) and gathered when a block runs; norms and weights outside blocks are small and are not sharded.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 PATIENCE = timedelta(hours=12)
-"""How long processes wait for one that draws or encodes what is learnt from."""
+"""How long processes wait for the one that draws or encodes the training data."""
 BUCKET = 1 << 24
-"""Numbers that are averaged in one call."""
+"""Gradient values that are averaged in one call."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """The processes of a run, and which of them this one is."""
+    """The processes of a run, and the rank of this one."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes files and speaks."""
+        """Whether this process writes files and yields messages (rank 0)."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Until all are here."""
+        """Wait until all processes get here (barrier)."""
         if self.count > 1:
             dist.barrier()
 
     def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether the flag is up in any process: all must stop at the same step."""
+        """Return whether the flag is true in any process: all processes must stop at the same step."""
         if self.count == 1:
             return flag
         seen = torch.tensor(float(flag), device=device)
@@ -53,14 +53,14 @@ class Team:
         return bool(seen.item())
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         if self.count > 1:
             value = value.detach().clone()
             dist.all_reduce(value)
         return value
 
     def average(self, tensors: Sequence[Tensor]) -> None:
-        """Each becomes its mean over all processes, in place."""
+        """Replace each tensor by its mean over all processes, in place."""
         if self.count == 1:
             return
         for bucket in _buckets(tensors):
@@ -76,7 +76,7 @@ ALONE = Team()
 
 @contextmanager
 def join_team(device: torch.device) -> Iterator[Team]:
-    """The team that torchrun's environment names, for as long as the context; one process alone without it."""
+    """Context manager: the team of torchrun's environment variables, or a single process without them."""
     if "RANK" not in os.environ:
         yield ALONE
         return
@@ -93,20 +93,20 @@ def join_team(device: torch.device) -> Iterator[Team]:
 
 
 def own_device(name: str) -> str:
-    """The device of this process: of several GPUs the one of its number."""
+    """Return this process's device: with several GPUs, the one of its local rank."""
     number = os.environ.get("LOCAL_RANK")
     return f"cuda:{number}" if number and name in ("", "cuda") and torch.cuda.is_available() else name
 
 
 def blocks_of(module: nn.Module) -> list[nn.Module]:
-    """The blocks that a module is a stack of: the members of its own lists."""
+    """Return a module's blocks: the members of its direct ModuleLists."""
     return [block for child in module.children() if isinstance(child, nn.ModuleList) for block in child]
 
 
 def share_out(module: nn.Module, device: torch.device, team: Team, dtype: torch.dtype) -> None:
-    """Leave each process a part of the matrices inside blocks; they are computed with in dtype, kept in float32.
+    """Shard the matrices inside blocks over the processes (FSDP). dtype: of the computation; weights stay float32.
 
-    Norms stay whole: a block may read their weights when it is not being run.
+    Norms are not sharded: a block may read their weights when it is not running.
     """
     mesh = init_device_mesh(device.type, (team.count,))
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -117,12 +117,12 @@ def share_out(module: nn.Module, device: torch.device, team: Team, dtype: torch.
 
 
 def own_part(weight: Tensor) -> Tensor:
-    """What this process holds of a weight, sharing its memory."""
+    """Return this process's shard of a weight, as a view of its memory."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def whole(part: Tensor, weight: Tensor) -> Tensor:
-    """The whole of a tensor shared out as `weight` is, of which every process gives its part."""
+    """Gather a tensor that is sharded like `weight`. part: this process's shard. All processes must call it."""
     if not isinstance(weight, DTensor) or part.ndim == 0:
         return part
     shape, stride = weight.shape, weight.stride()
@@ -132,7 +132,7 @@ def whole(part: Tensor, weight: Tensor) -> Tensor:
 
 
 def cut(tensor: Tensor, weight: Tensor) -> Tensor:
-    """This process's part of a whole tensor: the inverse of `whole`."""
+    """Return this process's shard of a full tensor: the inverse of `whole`."""
     if not isinstance(weight, DTensor) or tensor.ndim == 0:
         return tensor
     mesh = weight.device_mesh
@@ -142,19 +142,19 @@ def cut(tensor: Tensor, weight: Tensor) -> Tensor:
 
 
 def checkpoint_blocks(module: nn.Module) -> None:
-    """Compute each block again in the backward pass instead of keeping what it computed."""
+    """Turn on gradient checkpointing: the backward pass computes each block again, and activations are not stored."""
     for block in blocks_of(module):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 def compile_blocks(module: nn.Module) -> None:
-    """Compile each block: minutes for the first steps, less for a process that finds them in torch's cache."""
+    """Compile each block with torch.compile. The first steps take minutes, or less with a filled torch cache."""
     for block in blocks_of(module):
         block.compile(dynamic=True)
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of tensors of one dtype of about BUCKET numbers."""
+    """Yield consecutive tensors of one dtype in buckets of about BUCKET values."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and (bucket[0].dtype != tensor.dtype or sum(t.numel() for t in bucket) > BUCKET):

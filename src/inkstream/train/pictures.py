@@ -1,4 +1,4 @@
-"""What is learnt from, as numbered pictures with captions. Torch-free, so that workers start at once."""
+"""Training data: numbered pictures with captions. The module does not import torch, so workers start fast."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ Split = Literal["train", "held_out"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 HELD_OUT_FROM = 1 << 40
-"""The number of the first scene that is held out: beyond all that are trained on."""
+"""Index of the first held-out scene. All training scenes have lower indices."""
 CHUNK = 64
-"""Pictures that a worker hands over at once."""
+"""Pictures that a worker returns in one message."""
 
 
 class Source(Protocol):
-    """Numbered pictures. Everything is a function of the number, and a source can be sent to another process."""
+    """Numbered pictures. All results are functions of the index, and a source can be pickled."""
 
     def size(self, index: int) -> Size:
-        """The width and height that picture `index` is drawn at."""
+        """Return width and height of a picture in pixels."""
         ...
 
     def picture(self, index: int) -> np.ndarray:
-        """(H, W, 3) uint8."""
+        """Return the picture, (H, W, 3) uint8."""
         ...
 
     def captions(self, index: int, count: int) -> list[str]:
-        """At least one and up to `count` captions; the first is the plain one."""
+        """Return 1 to `count` captions of a picture."""
         ...
 
     def key(self) -> Any:
-        """JSON that changes when the pictures do."""
+        """Return JSON-like data that changes when the pictures change. It is the cache key."""
         ...
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes of a grammar, drawn and described."""
+    """Scenes of a grammar with generated captions."""
 
     sizes: tuple[Size, ...]
     grammar: Grammar
@@ -85,18 +85,18 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures of a folder: captions stand in NAME.txt beside NAME.png, or in a .jsonl with `file_name` and `text`."""
+    """Pictures of a folder. NAME.txt beside NAME.png has the caption, or a .jsonl file with `file_name` and `text`."""
 
     files: tuple[str, ...]
     texts: tuple[tuple[str, ...], ...]
-    places: tuple[Size, ...]  # the size that each is brought to
-    stamps: tuple[tuple[int, int], ...]  # bytes and time of change
+    places: tuple[Size, ...]  # each picture's training size
+    stamps: tuple[tuple[int, int], ...]  # size in bytes and modification time in ns
 
     def size(self, index: int) -> Size:
         return self.places[index]
 
     def picture(self, index: int) -> np.ndarray:
-        """Scaled to cover its size, then cut to it around the middle."""
+        """Return the picture, scaled to cover its training size and cropped around the centre."""
         with Image.open(self.files[index]) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
         return np.array(ImageOps.fit(upright, self.places[index], Image.Resampling.LANCZOS))
@@ -112,16 +112,16 @@ class Folder:
 
 
 def open_source(data: recipes.Data, split: Split = "train", hold_out: bool = False) -> tuple[Source, int]:
-    """The pictures of a recipe and how many there are; 0 is no end. InputError where there are none.
+    """Return a recipe's pictures and their number; 0 means endless. Raises InputError if there are none.
 
-    hold_out: of a folder, one picture in twenty by the hash of its name is not trained on.
+    hold_out: hold out one picture in twenty of a folder, chosen by the hash of its name.
     """
     if data.source == "scenes":
         scenes = Scenes(
             data.sizes, Grammar.from_table(data.grammar), _wording(data.wording),
             data.first if split == "train" else HELD_OUT_FROM, split,
         )  # fmt: skip
-        scenes.picture(0)  # says at once what is wrong with a grammar
+        scenes.picture(0)  # raises now if the grammar is wrong
         return scenes, data.count
     folder = _open_folder(Path(data.source).expanduser(), data.sizes)
     chosen = [i for i, name in enumerate(folder.files) if not hold_out or _is_held_out(name) == (split == "held_out")]
@@ -132,7 +132,7 @@ def open_source(data: recipes.Data, split: Split = "train", hold_out: bool = Fal
 
 
 def draw_all(source: Source, indices: Sequence[int], workers: int) -> Iterator[np.ndarray]:
-    """The pictures of these numbers, in order, drawn by so many processes; 0 draws them here."""
+    """Yield the pictures of the indices, in order. workers: processes that draw; 0 draws in this process."""
     chunks = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
     draw = partial(_draw_chunk, source)
     if workers == 0 or len(chunks) < 2:
@@ -160,14 +160,14 @@ def _wording(table: dict[str, Any]) -> Wording:
 
 def _open_folder(root: Path, sizes: Sequence[Size]) -> Folder:
     if not root.is_dir():
-        raise InputError(f"[data] source = {str(root)!r} is no folder: give one that holds pictures, or scenes")
+        raise InputError(f"[data] source = {str(root)!r} is not a folder: give a folder of pictures, or scenes")
     listed = _listed(root)
     rows = []
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES):
         beside = path.with_suffix(".txt")
         text = [beside.read_text("utf-8").strip()] if beside.is_file() else listed.get(path.resolve(), [])
         if not text:
-            raise InputError(f"{path} has no caption: write it into {beside.name} beside it, or into a .jsonl")
+            raise InputError(f"{path} has no caption: write it into {beside.name} beside it, or into a .jsonl file")
         try:
             with Image.open(path) as image:
                 shape = ImageOps.exif_transpose(image).size if image.getexif() else image.size
@@ -176,12 +176,12 @@ def _open_folder(root: Path, sizes: Sequence[Size]) -> Folder:
         stat = path.stat()
         rows.append((str(path), tuple(text), nearest_size(shape, sizes), (stat.st_size, stat.st_mtime_ns)))
     if not rows:
-        raise InputError(f"{root} holds no picture ({', '.join(SUFFIXES)})")
+        raise InputError(f"{root} holds no picture: add {', '.join(SUFFIXES)} files")
     return Folder(*map(tuple, zip(*rows)))
 
 
 def _listed(root: Path) -> dict[Path, list[str]]:
-    """Captions of the folder's .jsonl files."""
+    """Return the captions in the folder's .jsonl files, by picture path."""
     found: dict[Path, list[str]] = {}
     for file in sorted(root.glob("*.jsonl")):
         for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
@@ -196,7 +196,10 @@ def _listed(root: Path) -> dict[Path, list[str]]:
 
 
 def nearest_size(shape: Size, sizes: Sequence[Size]) -> Size:
-    """Of the sizes the one of the nearest aspect; of those the largest that needs no enlarging, else the smallest."""
+    """Return the size with the nearest aspect ratio.
+
+    Among equal aspect ratios, it is the largest size that needs no upscaling, or else the smallest size.
+    """
 
     def distance(size: Size) -> float:
         return round(abs(np.log((size[0] / size[1]) / (shape[0] / shape[1]))), 3)
@@ -213,7 +216,7 @@ def _is_held_out(name: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _renderer() -> str:
-    """A hash of the code and the data that scenes are drawn and described by."""
+    """Return a hash of Pocket's code and data, which draw and describe scenes."""
     import inkstream.pocket
 
     digest = hashlib.sha256()

@@ -1,4 +1,4 @@
-"""The curves of a run as a picture."""
+"""Plots the curves of a run as a PNG."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from PIL import Image, ImageDraw
 WIDTH, HEIGHT, LEFT, BOTTOM, EDGE, RIGHT = 900, 420, 70, 36, 16, 210
 INKS = ((36, 84, 166), (200, 80, 30), (40, 130, 70), (130, 60, 150), (20, 150, 170), (150, 120, 20), (90, 90, 90))
 Curves = Mapping[str, Sequence[tuple[int, float]]]
-"""Points (step, value) by name."""
+"""Points (step, value) of each curve, by name."""
 
 
 def plot(losses: Curves, shares: Curves, path: Path) -> None:
-    """Write curves as a PNG: losses, above 0, on the logarithmic axis at the left, shares on one of percents."""
+    """Write curves as a PNG: positive losses on a logarithmic axis (left), shares on a percent axis (right)."""
     losses = {name: [(x, y) for x, y in points if y > 0 and math.isfinite(y)] for name, points in losses.items()}
     losses = {name: smoothed(points) for name, points in losses.items() if points}
     if not losses:
@@ -47,7 +47,7 @@ def plot(losses: Curves, shares: Curves, path: Path) -> None:
 
 
 def smoothed(points: Sequence[tuple[int, float]], most: int = 300) -> list[tuple[int, float]]:
-    """At most so many points: means of neighbours."""
+    """Reduce a curve to at most `most` points by means of neighbours."""
     size = -(-len(points) // most)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[-1][0], sum(y for _, y in group) / len(group)) for group in groups]

@@ -1,4 +1,4 @@
-"""Reads a recipe from a TOML file, with the tables that its task declares. InputError names what is wrong."""
+"""Reading of recipes: a TOML file becomes a Recipe, with the tables that its task declares."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from inkstream.types import InputError
 
 
 def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
-    """The recipe in a TOML file, with changes like run.steps=50. InputError names key, value and what is allowed."""
+    """Read a recipe from a TOML file and apply changes such as run.steps=50.
+
+    Raises InputError; the message names the key, the value and what is allowed.
+    """
     try:
         table = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): give the path of a recipe") from error
-    except ValueError as error:  # TOML's and UTF-8's errors alike
-        raise InputError(f"{path} is no TOML: {error}") from error
+    except ValueError as error:  # an error of TOML or UTF-8
+        raise InputError(f"{path} is not valid TOML: {error}") from error
     for change in changes:
         _change(table, change)
     return as_recipe(table)
 
 
 def _change(table: Table, change: str) -> None:
-    """Set one key of nested tables. Its value is TOML's, or else a string without its quotes."""
+    """Set one key of nested tables. The value is parsed as TOML; if that fails, it is a string without quotes."""
     name, sign, text = change.partition("=")
     *tables, last = name.strip().split(".")
     if not sign or not tables:
-        raise InputError(f"{change!r} changes nothing: write TABLE.KEY=VALUE, as in run.steps=50")
+        raise InputError(f"{change!r} is not a change: write TABLE.KEY=VALUE, as in run.steps=50")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except ValueError:
@@ -39,21 +42,21 @@ def _change(table: Table, change: str) -> None:
     for part in tables:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise InputError(f"{change!r} cannot be set: {part} is no table")
+            raise InputError(f"{change!r} cannot be set: {part} is not a table")
     table[last] = value
 
 
 def as_recipe(table: Mapping[str, Any]) -> Recipe:
-    """A recipe from nested tables, as TOML or JSON gives them."""
+    """Return a recipe from nested tables, as parsed from TOML or JSON."""
     objective = table.get("objective", {})
     kind = objective.get("kind", Objective.kind) if isinstance(objective, Mapping) else Objective.kind
     own = _task(kind).tables
     kinds = {**TABLES, **own}
     for name, content in table.items():
         if name not in kinds:
-            raise InputError(f"[{name}] is no table of a recipe: {nearest(name, kinds)}")
+            raise InputError(f"[{name}] is not a table of a recipe: {nearest(name, kinds)}")
         if not isinstance(content, Mapping):
-            raise InputError(f"{name} = {content!r} stands outside a table: a recipe has [{'], ['.join(kinds)}]")
+            raise InputError(f"{name} = {content!r} is outside a table: a recipe has [{'], ['.join(kinds)}]")
     parts = {name: read_table(kind, table.get(name, {}), name) for name, kind in TABLES.items()}
     for name, kind in own.items():
         default = parts["optimiser"] if kind is Optimiser else kind()
@@ -64,39 +67,39 @@ def as_recipe(table: Mapping[str, Any]) -> Recipe:
 
 
 def _task(kind: Any) -> type[Task]:
-    """The task of a kind of objective. InputError where there is none."""
+    """Return the task class of an objective's kind. Raises InputError for an unknown kind."""
     if not isinstance(kind, str) or kind not in TASKS:
         raise InputError(f"[objective] kind = {kind!r}: take {' or '.join(TASKS)}")
     return TASKS[kind]
 
 
 def _check(recipe: Recipe) -> None:
-    """What no single key shows."""
+    """Check rules that involve several keys. Raises InputError."""
     model, data, objective, run = recipe.model, recipe.data, recipe.objective, recipe.run
     learns = _task(objective.kind).learns
     if any(name not in learns for name in model.train):
         raise InputError(f"[model] train = {list(model.train)}: {objective.kind} takes {' or '.join(learns)}")
     if len(model.train) > 1 and objective.kind == "autoencoder":
-        raise InputError(f"[model] train = {list(model.train)}: name one, the decoder is a part of the vae")
+        raise InputError(f"[model] train = {list(model.train)}: name only one, vae contains vae.decoder")
     if model.from_ and (model.transformer or model.text_encoder):
-        raise InputError("[model] from goes on from given sizes: leave [model.transformer] and its like out")
+        raise InputError("[model] from sets all sizes: remove [model.transformer] and [model.text_encoder]")
     if not data.sizes or any(side < 16 or side % 16 for size in data.sizes for side in size):
         raise InputError(f"[data] sizes = {[list(s) for s in data.sizes]}: give multiples of 16, as in [[128, 128]]")
     if objective.kind == "flow" and data.source == "scenes" and not data.count:
-        raise InputError("[data] count = 0 draws scenes anew, which flow cannot use: say how many to keep")
+        raise InputError("[data] count = 0 does not cache scenes, but flow needs cached scenes: give their number")
     if not data.count and len(data.sizes) > 1:
-        raise InputError(f"[data] count = 0 draws one size alone, sizes are {len(data.sizes)}: leave one")
+        raise InputError(f"[data] count = 0 allows one size, but sizes has {len(data.sizes)}: keep one")
     if objective.uniform + objective.high > 1:
         both = f"uniform {objective.uniform} and high {objective.high}"
-        raise InputError(f"[objective] {both} are more than all: lower one")
+        raise InputError(f"[objective] {both} add up to more than 1: lower one")
     if data.crop % 16:
         raise InputError(f"[data] crop = {data.crop}: give a multiple of 16")
     if run.batch % run.accumulate:
-        raise InputError(f"[run] batch {run.batch} does not fall into {run.accumulate} equal pieces: change one")
+        raise InputError(f"[run] batch = {run.batch} is not a multiple of accumulate = {run.accumulate}: change one")
 
 
 def describe() -> str:
-    """Every key of a recipe as Markdown tables: what docs/training.md shows."""
+    """Return all recipe keys as Markdown tables, for docs/training.md."""
     parts, tables = [], dict(TABLES)
     for task in TASKS.values():
         tables |= task.tables

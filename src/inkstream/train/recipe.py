@@ -1,6 +1,6 @@
-"""A recipe is a TOML file read strictly into frozen tables: what is trained, on what, towards what, and how."""
+"""A recipe is a TOML file that describes a training run. It becomes frozen dataclasses; unknown keys are errors."""
 
-# ruff: noqa: RUF009 (a key is a field)
+# ruff: noqa: RUF009 (key() returns a field)
 from __future__ import annotations
 
 import difflib
@@ -17,7 +17,7 @@ Table = dict[str, Any]
 
 
 def key(default: Any, text: str, low: float | None = None, high: float | None = None) -> Any:
-    """A key of a table: its default, what it means, and the range of its numbers."""
+    """Return a dataclass field for a recipe key: default, meaning, and the lowest and highest allowed number."""
     metadata = {"text": text, "low": low, "high": high}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
@@ -26,139 +26,144 @@ def key(default: Any, text: str, low: float | None = None, high: float | None = 
 
 @dataclass(frozen=True)
 class Model:
-    """What is trained: published weights to go on from, or the sizes of a family's parts to start anew."""
+    """The model to train: existing weights, or the sizes of a new model's parts."""
 
-    name: str = key("", "What the exported model is called; the run's folder's name if empty.")
-    title: str = key("", "A line that says what the exported model is; that of what it starts from if empty.")
-    from_: str = key("", "Go on from these weights: a known model, OWNER/NAME, a folder or a file.")
-    family: str = key("zimage", "The family of a model that starts anew.")
+    name: str = key("", "Name of the exported model. If empty, the name of the run's folder.")
+    title: str = key("", "One-line description of the exported model. If empty, the starting model's title.")
+    from_: str = key("", "Starting weights: a known model, OWNER/NAME, a folder or a file. If empty, a new model.")
+    family: str = key("zimage", "Family of a new model.")
     train: tuple[str, ...] = key(
-        (), "What learns: transformer (if empty), text_encoder, both; under autoencoder vae (if empty) or vae.decoder."
+        (),
+        "Parts to train. flow: transformer (if empty), text_encoder, or both. autoencoder: vae (if empty) or "
+        "vae.decoder.",
     )
-    tokenizer: str = key("pocket", "Of a new model: a folder that holds tokenizer.json, or pocket's own.")
+    tokenizer: str = key("pocket", "Tokenizer of a new model: a folder with tokenizer.json, or pocket.")
     transformer: Table = key({}, "Sizes of a new transformer, named as in its config; or `from`, a folder or file.")
-    text_encoder: Table = key({}, "The same of the text encoder; its vocabulary is the tokenizer's if left out.")
-    vae: Table = key({}, "The same of the autoencoder.")
-    steps: int = key(0, "Steps the finished model is drawn with, in previews too; 0 is the family's own.", 0, 1000)
-    guidance: float = key(0.0, "Guidance the finished model is drawn with; 0 is the family's own.", 0, 100)
-    shift: float = key(0.0, "Shift the finished model is drawn with; 0 is the family's own.", 0, 100)
+    text_encoder: Table = key({}, "The same for the text encoder. The default vocab_size fits the tokenizer.")
+    vae: Table = key({}, "The same for the autoencoder.")
+    steps: int = key(0, "Default sampling steps of the exported model and previews; 0: the family's default.", 0, 1000)
+    guidance: float = key(0.0, "Default guidance of the exported model; 0: the family's default.", 0, 100)
+    shift: float = key(0.0, "Default time shift of the exported model; 0: the family's default.", 0, 100)
 
 
 @dataclass(frozen=True)
 class Data:
-    """What is learnt from."""
+    """The training data."""
 
-    source: str = key("scenes", "scenes, or a folder of pictures with captions beside them.")
+    source: str = key("scenes", "scenes, or a folder of pictures with captions.")
     sizes: tuple[tuple[int, int], ...] = key(
-        ((128, 128),), "Widths and heights in pixels: each picture takes the one nearest to its shape."
+        ((128, 128),), "Widths and heights in pixels. Each picture gets the size with the nearest aspect ratio."
     )
     count: int = key(
-        20_000, "How many scenes are drawn and kept; 0 draws new ones for every batch (autoencoder only).", 0
+        20_000, "Number of scenes that are drawn and cached; 0 draws new scenes for each batch (autoencoder only).", 0
     )
-    first: int = key(0, "The number of the first scene.", 0)
-    captions: int = key(4, "Captions kept of each scene, a random one of which is taken every time.", 1, 64)
-    crop: int = key(0, "Side in pixels of random crops (autoencoder only); 0 takes whole pictures.", 0)
-    cache: str = key("cache", "Folder where drawn scenes, latents and tokens are kept.")
-    workers: int = key(1, "Processes that draw scenes or open pictures; 0 does it in the training process.", 0, 256)
-    pool: int = key(16, "Batches among which samples are sorted so that those of one batch are of equal length.", 1)
-    grammar: Table = key({}, "Which scenes there are: see pocket's Grammar.")
-    wording: Table = key({}, "How scenes are described: see pocket's Wording.")
+    first: int = key(0, "Index of the first scene.", 0)
+    captions: int = key(4, "Captions of each scene. Each epoch uses a random one of them.", 1, 64)
+    crop: int = key(0, "Side of random crops in pixels (autoencoder only); 0 uses whole pictures.", 0)
+    cache: str = key("cache", "Folder of the cached pictures, latents, tokens and text encoder states.")
+    workers: int = key(1, "Processes that draw scenes or open pictures; 0 uses the training process.", 0, 256)
+    pool: int = key(16, "Batches in a pool. Samples are sorted by caption length inside a pool.", 1)
+    grammar: Table = key({}, "The distribution of scenes: see Grammar in `pocket/grammar.py`.")
+    wording: Table = key({}, "The kinds of captions: see Wording in `pocket/captions.py`.")
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Towards what."""
+    """The training objective."""
 
-    kind: str = key("flow", "flow trains a transformer on latents, autoencoder a vae.")
-    mean: float = key(0.0, "Of the logit of the time: above 0 trains noisier times more.", -10, 10)
-    std: float = key(1.0, "Of the logit of the time.", 0, 10)
-    uniform: float = key(0.1, "Share of samples whose time is drawn evenly from 0 to 1 instead.", 0, 1)
-    high: float = key(0.0, "Share of samples whose time is drawn evenly from `high_from` to 1 instead.", 0, 1)
-    high_from: float = key(0.94, "Where the noisy end begins.", 0, 1)
-    shift: float = key(1.0, "Time shift of the others; above 1 trains noisier times more.", 0.01, 100)
-    dropout: float = key(0.1, "Share of captions left empty, so that guidance can ask without one.", 0, 1)
+    kind: str = key("flow", "flow trains a transformer on latents, autoencoder trains a vae.")
+    mean: float = key(0.0, "Mean of the logit-normal times. Above 0, noisier times are more frequent.", -10, 10)
+    std: float = key(1.0, "Standard deviation of the times' logit.", 0, 10)
+    uniform: float = key(0.1, "Share of samples with times uniform in [0, 1] before the shift.", 0, 1)
+    high: float = key(0.0, "Share of samples with times uniform in [`high_from`, 1].", 0, 1)
+    high_from: float = key(0.94, "Lowest time of the `high` samples.", 0, 1)
+    shift: float = key(1.0, "Time shift of all samples but the `high` ones. Above 1, times are noisier.", 0.01, 100)
+    dropout: float = key(0.1, "Share of captions replaced by the empty one. Guidance needs this.", 0, 1)
     weight: Literal["velocity", "image"] = key(
-        "velocity", "Errors count as those of the velocity, or as those of the image over max(t, floor)."
+        "velocity", "Loss: squared error of the velocity, or squared error of the image divided by max(t, floor)^2."
     )
-    floor: float = key(0.4, "Of the times by which errors of the image are divided.", 0.001, 1)
-    gradient: float = key(0.1, "Autoencoder: weight of the error of neighbouring pixels' differences.", 0)
-    kl: float = key(1e-6, "Autoencoder: weight that draws the latents to a normal distribution.", 0)
+    floor: float = key(0.4, "Smallest divisor in the image loss.", 0.001, 1)
+    gradient: float = key(0.1, "Autoencoder: weight of the image gradient loss (differences of neighbour pixels).", 0)
+    kl: float = key(1e-6, "Autoencoder: weight of the KL loss to a normal distribution.", 0)
     noise: float = key(
-        0.0, "Autoencoder: most noise on normalized latents; from 0 to that over a batch, so that decoders mend.", 0
+        0.0,
+        "Autoencoder: highest noise level on normalized latents. Levels in a batch rise from 0 to it. The decoder "
+        "learns to correct noise.",
+        0,
     )
 
 
 @dataclass(frozen=True)
 class Optimiser:
-    """By which steps."""
+    """The optimiser."""
 
-    kind: Literal["adamw", "muon"] = key("adamw", "muon takes the matrices inside blocks, adamw the rest.")
+    kind: Literal["adamw", "muon"] = key("adamw", "adamw for all weights; or muon for the matrices inside blocks.")
     lr: float = key(1e-3, "Learning rate of adamw.", 0)
     lr_muon: float = key(1e-3, "Learning rate of muon.", 0)
-    betas: tuple[float, float] = key((0.9, 0.95), "Of adamw.")
-    momentum: float = key(0.95, "Of muon.", 0, 1)
-    weight_decay: float = key(0.01, "Of matrices; norms, biases and embeddings have none.", 0)
-    warmup: int = key(100, "Steps over which the rate rises from 0.", 0)
-    decay: float = key(0.3, "The last share of the steps, over which the rate falls to 0 in a line.", 0, 1)
-    clip: float = key(1.0, "Largest norm of all gradients together; 0 does not clip.", 0)
-    ema: float = key(0.999, "Decay of the averaged weights, which are what is exported; 0 keeps none.", 0, 1)
+    betas: tuple[float, float] = key((0.9, 0.95), "Betas of adamw.")
+    momentum: float = key(0.95, "Momentum of muon.", 0, 1)
+    weight_decay: float = key(0.01, "Weight decay of matrices; norms, biases and embeddings have no decay.", 0)
+    warmup: int = key(100, "Warmup steps: the learning rate rises linearly from 0.", 0)
+    decay: float = key(0.3, "Last share of the steps, in which the learning rate falls linearly to 0.", 0, 1)
+    clip: float = key(1.0, "Maximum total gradient norm; 0 does not clip.", 0)
+    ema: float = key(0.999, "Decay of the averaged weights (EMA), which are exported; 0 keeps no average.", 0, 1)
 
 
 @dataclass(frozen=True)
 class Run:
-    """How long, how much at once, where, and what is kept."""
+    """Length of the run, batch size, device, and what is saved and measured."""
 
-    steps: int = key(1000, "Steps of the optimiser in all.", 1)
-    batch: int = key(64, "Samples a step, of the first size; of larger sizes as many as hold as many tokens.", 1)
-    accumulate: int = key(1, "Pieces a batch is computed in, one after the other.", 1)
-    minutes: float = key(0.0, "Save and stop after so long, to go on with --resume; 0 is no limit.", 0)
-    until: int = key(0, "Save and stop after this step, to go on with --resume; 0 goes on to the end.", 0)
-    seed: int = key(0, "Of the first weights, the order of the data, and the noise.", 0)
-    device: str = key("", "cpu, cuda, cuda:N or mps; the best there is if empty.")
-    dtype: Literal["fp32", "bf16"] = key("fp32", "What is computed in; weights are kept in fp32 in any case.")
-    threads: int = key(0, "Threads of the processor; 0 leaves torch's choice.", 0)
-    compile: bool = key(False, "Compile each block: minutes at the start, faster after.")
-    checkpointing: bool = key(False, "Compute each block again in the backward pass instead of keeping it in memory.")
-    parallel: Literal["ddp", "fsdp"] = key("ddp", "Under torchrun: ddp copies the weights, fsdp shares them out.")
+    steps: int = key(1000, "Number of optimiser steps.", 1)
+    batch: int = key(64, "Batch size in samples of the first size. Other sizes get about as many tokens.", 1)
+    accumulate: int = key(1, "Gradient accumulation: pieces of a batch that are computed one after the other.", 1)
+    minutes: float = key(0.0, "Save and stop after this time. --resume continues. 0: no limit.", 0)
+    until: int = key(0, "Save and stop after this step. --resume continues. 0: no limit.", 0)
+    seed: int = key(0, "Seed of initial weights, data order and noise.", 0)
+    device: str = key("", "cpu, cuda, cuda:N or mps. If empty, the best available device.")
+    dtype: Literal["fp32", "bf16"] = key("fp32", "Data type of the computation. Master weights are always fp32.")
+    threads: int = key(0, "CPU threads; 0: torch's default.", 0)
+    compile: bool = key(False, "Compile each block with torch.compile: minutes at the start, faster steps.")
+    checkpointing: bool = key(False, "Gradient checkpointing: less memory, but the backward pass repeats blocks.")
+    parallel: Literal["ddp", "fsdp"] = key("ddp", "Under torchrun: ddp copies the weights, fsdp shards them.")
     log: int = key(10, "Steps between two lines of metrics.", 1)
     save: int = key(500, "Steps between two checkpoints.", 1)
-    keep: int = key(2, "How many checkpoints are kept.", 1)
-    held_out: int = key(0, "Steps between two measurements on what is not trained on; 0 takes none.", 0)
-    held_out_count: int = key(64, "Samples of such a measurement.", 1)
-    graded: int = key(0, "Steps between two gradings of pictures drawn with the averaged weights; 0 takes none.", 0)
-    graded_suite: str = key("pocket", "Whose prompts are graded: as `inkstream eval --suite` has it.")
-    graded_count: int = key(48, "Prompts of such a grading, spread evenly over the suite.", 1)
-    preview: int = key(0, "Steps between two sheets of pictures drawn with the averaged weights; 0 draws none.", 0)
-    prompts: tuple[str, ...] = key((), "What previews show; captions of held-out scenes if empty.")
-    preview_count: int = key(12, "Pictures on a sheet when no prompts are given.", 1, 256)
-    export: Literal["fp32", "bf16", "fp16"] = key("fp32", "Numbers of the exported weights.")
+    keep: int = key(2, "Number of checkpoints to keep.", 1)
+    held_out: int = key(0, "Steps between two measurements on held-out data; 0: none.", 0)
+    held_out_count: int = key(64, "Held-out samples.", 1)
+    graded: int = key(0, "Steps between two gradings of pictures of the averaged weights; 0: none.", 0)
+    graded_suite: str = key("pocket", "Prompt suite of the gradings, as in `inkstream eval --suite`.")
+    graded_count: int = key(48, "Prompts of a grading, spread evenly over the suite.", 1)
+    preview: int = key(0, "Steps between two preview sheets of the averaged weights; 0: none.", 0)
+    prompts: tuple[str, ...] = key((), "Prompts of previews. If empty, captions of held-out scenes.")
+    preview_count: int = key(12, "Pictures on a preview sheet if `prompts` is empty.", 1, 256)
+    export: Literal["fp32", "bf16", "fp16"] = key("fp32", "Data type of the exported weights.")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe. Equal recipes give equal runs."""
+    """A complete recipe. Equal recipes give equal runs."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
     optimiser: Optimiser = field(default_factory=Optimiser)
     run: Run = field(default_factory=Run)
-    own: Mapping[str, Any] = field(default_factory=dict)  # tables of the task's, by name
+    own: Mapping[str, Any] = field(default_factory=dict)  # the task's own tables by name
 
 
 TABLES: dict[str, type] = {"model": Model, "data": Data, "objective": Objective, "optimiser": Optimiser, "run": Run}
-"""Those that every recipe has."""
+"""The tables that every recipe has."""
 
 
 def as_tables(recipe: Recipe) -> dict[str, Table]:
-    """The inverse of as_recipe, every key stated, as JSON has it."""
+    """Return a recipe as JSON-like tables with all keys: the inverse of as_recipe."""
     tables = json.loads(json.dumps(asdict(recipe)))
     tables |= tables.pop("own")
     return {name: {spoken(key): value for key, value in table.items()} for name, table in tables.items()}
 
 
 def as_toml(table: Mapping[str, Any], prefix: str = "") -> str:
-    """Tables as TOML, which read_recipe takes."""
+    """Return tables as TOML, which read_recipe can read."""
     lines = [f"{name} = {_spelt(value)}" for name, value in table.items() if not isinstance(value, Mapping)]
     for name, value in table.items():
         if isinstance(value, Mapping):
@@ -167,18 +172,18 @@ def as_toml(table: Mapping[str, Any], prefix: str = "") -> str:
 
 
 def _spelt(value: Any) -> str:
-    """A value as TOML has it: as JSON does, but for one character."""
+    """Return a value as TOML. It equals JSON except for the character U+007F."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def completed(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of an older recipe with the keys that recipes have had since, at their defaults."""
+    """Return the tables of an older recipe with the defaults of newer keys added."""
     whole = {name: {**table, **tables.get(name, {})} for name, table in as_tables(Recipe()).items()}
     return {**tables, **whole}
 
 
 def differences(now: Mapping[str, Any], before: Mapping[str, Any], where: str = "") -> tuple[str, ...]:
-    """The keys at which two recipes, as tables, differ: `run.minutes`."""
+    """Return the keys that differ between two recipes, given as tables. A key looks like `run.minutes`."""
     found: list[str] = []
     for name in {**now, **before}:
         a, b = now.get(name), before.get(name)
@@ -190,9 +195,9 @@ def differences(now: Mapping[str, Any], before: Mapping[str, Any], where: str = 
 
 
 def read_table(kind: type[T], table: Mapping[str, Any], where: str, default: T | None = None) -> T:
-    """One table as a frozen dataclass; what it leaves out is as in `default`.
+    """Read one table into a frozen dataclass. Missing keys have the values of `default`.
 
-    InputError names the key, its value and what is allowed.
+    Raises InputError for a wrong key or value; the message names the key, the value and what is allowed.
     """
     known = {spoken(f.name): f for f in fields(kind)}  # type: ignore[arg-type]
     hints = get_type_hints(kind)
@@ -205,7 +210,7 @@ def read_table(kind: type[T], table: Mapping[str, Any], where: str, default: T |
 
 
 def _value(value: Any, hint: Any, key: Field[Any], where: str) -> Any:
-    """The value as its annotation wants it: an int may stand for a float, a list is a tuple."""
+    """Convert a value to its annotated type: an int becomes a float, a list becomes a tuple."""
     taken = _fit(value, hint)
     if taken is MISSING:
         raise InputError(f"{where} = {value!r}: {_wanted(hint)}")
@@ -254,5 +259,5 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def spoken(name: str) -> str:
-    """A field's name as it stands in the file: `from` is a word of Python's."""
+    """Return a field's name in the file, for example `from` for `from_`, because `from` is a Python keyword."""
     return name.rstrip("_")

@@ -1,4 +1,4 @@
-"""How much a run computes, how fast the device could, and the processor time that is used."""
+"""Measures a run's operations (FLOPs), the device's peak speed, and CPU time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from inkstream.train.tasks import Task
 
 COUNTED = 4
-"""Steps of which a sample each is counted: captions, and so samples, differ in length."""
+"""Steps of which one sample each is counted. Several are needed because captions differ in length."""
 
 
 def _attention(q: Any, k: Any, v: Any, *others: Any, **named: Any) -> int:
@@ -27,15 +27,15 @@ ON_CPU = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""What torch's counter does not know."""
+"""Formulas for operations that torch's counter does not know."""
 
 
 def count_flops(task: Task, step: int) -> float:
-    """Floating-point operations that a sample takes in all turns of a step, forward and backward.
+    """Return the floating-point operations of one sample in all turns of a step, forward and backward.
 
-    Those of matrix products, convolutions and attention, two for a multiplication with its addition; optimisers are
-    left out, what `checkpointing` computes again is counted. A mean over a sample of each of COUNTED steps; nothing is
-    changed.
+    Matrix products, convolutions and attention are counted, and a multiply-add counts as two operations. Recomputation
+    by `checkpointing` is counted, optimisers are not. The result is the mean over one sample of each of COUNTED steps.
+    Weights do not change.
     """
     total = 0
     for number in range(step, step + COUNTED):
@@ -49,18 +49,18 @@ def count_flops(task: Task, step: int) -> float:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype, rounds: int = 8) -> float:
-    """Floating-point operations a second of large matrix products on the device: the fastest of some."""
+    """Return FLOP/s of a large matrix product on the device: the fastest of `rounds` rounds."""
     side = 8192 if device.type == "cuda" else 1024
     generator = torch.Generator(device).manual_seed(0)
     matrix = torch.randn(side, side, generator=generator, device=device).to(dtype)
     fastest = float("inf")
     for _ in range(rounds):
         began = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()  # waits for the device
+        (matrix @ matrix)[0, 0].item()  # .item() waits for the device
         fastest = min(fastest, time.perf_counter() - began)
     return 2 * side**3 / fastest
 
 
 def cpu_seconds() -> float:
-    """Processor time of this process so far, and of its workers that have ended."""
+    """Return the CPU time in seconds of this process and of its workers that have ended."""
     return sum(os.times()[:4])

@@ -1,4 +1,4 @@
-"""What a run does at a step: velocities of latents, or pictures given back. The loop knows no more than this."""
+"""Tasks define what a training step does: flow matching or autoencoding. The training loop uses only this interface."""
 
 from __future__ import annotations
 
@@ -46,56 +46,56 @@ from inkstream.train.recipe import Recipe
 from inkstream.types import InputError, Request, Spec
 
 SALT_STEP, SALT_CROP, SALT_HELD_OUT = range(3)
-"""Keep apart what is drawn for different ends from one seed."""
+"""Salts: random numbers for different uses of one seed are independent."""
 T = TypeVar("T")
 
 
 class Task(Protocol):
-    """One kind of objective. Everything at a step is a function of the recipe, the step's number and the weights."""
+    """One kind of objective. Each step is a function of the recipe, the step number and the weights."""
 
     learns: ClassVar[tuple[str, ...]]
-    """What [model] train may name: parts, or modules inside one, the usual first."""
+    """Names that [model] train may hold: parts, or modules inside a part. The first is the default."""
     tables: ClassVar[Mapping[str, type]]
-    """Tables that a recipe has for this task alone, by name, as frozen dataclasses of `recipe.key`s.
+    """Recipe tables of this task only, by name, as frozen dataclasses of `recipe.key`s.
 
-    They are read into `recipe.own`. A table of the kind Optimiser takes what it leaves out from [optimiser].
+    They are read into `recipe.own`. Keys that a table of type Optimiser leaves out have the values of [optimiser].
     """
     learners: Sequence[Learner]
-    """All that learns, once prepared. The first has a turn at every step, and its loss is the run's."""
+    """All learners, set by `prepare`. The first has a turn at every step, and its loss is the run's loss."""
 
     def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team) -> None: ...
 
     def prepare(self) -> Iterator[Preparing]:
-        """Draw, encode and read what is learnt from; then make the learners."""
+        """Draw, encode and read the training data, then create the learners."""
         ...
 
     def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
-        """Who lowers which loss at that step, one after the other; a learner may have several turns, or none."""
+        """Return the step's (learner, loss) pairs, in order. A learner may have several turns, or none."""
         ...
 
     def samples(self, step: int) -> int:
-        """How many samples the batch of that step holds."""
+        """Return the batch size of a step in samples."""
         ...
 
     def measure(self) -> dict[str, float]:
-        """Errors on what is not trained on; the first is the one to plot."""
+        """Return errors on held-out data. The first one is plotted."""
         ...
 
     def sheet(self) -> Image.Image:
-        """What the weights can do, to look at."""
+        """Return a preview sheet of pictures drawn with the current weights."""
         ...
 
     def model(self) -> Model | None:
-        """What draws with the weights as they are now; None where the task trains nothing that does."""
+        """Return a model that draws with the current weights; None if the task trains no such model."""
         ...
 
     def finish(self) -> Spec:
-        """What the trained model is."""
+        """Return the spec of the trained model."""
         ...
 
 
 class Flow:
-    """A transformer, with or without its text encoder, learns velocities of latents."""
+    """Flow matching: trains a transformer, with or without its text encoder, to predict velocities of latents."""
 
     learns: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
     tables: ClassVar[Mapping[str, type]] = {}
@@ -108,7 +108,8 @@ class Flow:
         self.team = team
         self.learning = recipe.model.train or self.learns[:1]
         if missing := sorted(begun.spec.abilities & {"fill", "map"}):
-            raise InputError(f"{begun.spec.name} draws beside a picture ({missing[0]}), which no recipe shows it yet")
+            why = f"needs an input picture ({missing[0]}), which training cannot give"
+            raise InputError(f"{begun.spec.name} {why}: take another model")
         for name, module in begun.modules.items():
             whole = name in self.learning or name == "vae"
             module.to(device, torch.float32 if whole else DTYPES[recipe.run.dtype]).eval().requires_grad_(False)
@@ -116,7 +117,7 @@ class Flow:
 
     @property
     def _encoders(self) -> list[str]:
-        """The parts that read prompts."""
+        """The names of the text encoders."""
         return [name for name in self.begun.modules if name.startswith("text_encoder")]
 
     def prepare(self) -> Iterator[Preparing]:
@@ -129,7 +130,7 @@ class Flow:
             self.held_out = yield from in_turn(self.team, self._load("held_out", few))
         if self.data.cond is not None and not run.preview and not run.graded:
             for name in self._encoders:
-                self.begun.modules[name].to("cpu")  # all that it will be asked is known
+                self.begun.modules[name].to("cpu")  # all captions are encoded: free GPU memory
         self.learners = [model_learner(self.recipe, self.begun, self.learning, self.device, self.team)]
 
     def _load(self, split: Split, order: Order) -> Iterator[Any]:
@@ -158,8 +159,8 @@ class Flow:
         settings = self.recipe.objective
         generator = torch.Generator(self.device).manual_seed(mix(self.recipe.run.seed, SALT_STEP, step))
         shape = (len(place.rows), *self.data.samples[place.samples].images.shape[1:])
-        t = draw_times(shape[0], settings, generator)
-        noise = torch.randn(shape, generator=generator, device=self.device)  # of the whole batch, whoever asks
+        t = draw_times(shape[0], settings, generator)  # times and noise do not depend on the number of pieces
+        noise = torch.randn(shape, generator=generator, device=self.device)  # of the whole batch
         batch = self._move(self.data.load(place, piece))
         return flow(self.family, batch, t[piece], noise[piece], settings).mean()
 
@@ -172,7 +173,7 @@ class Flow:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The error of the velocity at fixed times, and the mean of them all."""
+        """Return the velocity's held-out error at fixed times, and the mean of these errors."""
         assert self.held_out is not None
         found = {}
         for t in held_out_times():
@@ -187,7 +188,7 @@ class Flow:
 
     @torch.no_grad()
     def sheet(self) -> Image.Image:
-        """The prompts, drawn by the engine as a user would have them drawn, picture i with seed i."""
+        """Draw the prompts with the inference engine and its default settings. Picture i has seed i."""
         run = self.recipe.run
         prompts = [self.family.tokens(prompt) for prompt in run.prompts]
         if not prompts:
@@ -204,7 +205,7 @@ class Flow:
         return tile(torch.stack(pictures))
 
     def model(self) -> Model:
-        """With a family of its own: one remembers the prompts that it has encoded, and a text encoder may learn."""
+        """Return a model with a new family object: a family caches encoded prompts, and the text encoder may change."""
         return Model(self.begun.family(), self.device, DTYPES[self.recipe.run.dtype])
 
     def finish(self) -> Spec:
@@ -212,7 +213,7 @@ class Flow:
 
 
 class Autoencoding:
-    """An autoencoder learns to give pictures back."""
+    """Trains an autoencoder to reconstruct pictures."""
 
     learns: ClassVar[tuple[str, ...]] = ("vae", "vae.decoder")
     tables: ClassVar[Mapping[str, type]] = {}
@@ -270,7 +271,7 @@ class Autoencoding:
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
-        """The mean difference and the PSNR of held-out pictures, whole."""
+        """Return the L1 error and the PSNR of held-out pictures, without crops."""
         assert self.held_out is not None
         found: list[tuple[float, float]] = []
         for number in range(len(self.held_out)):
@@ -282,7 +283,7 @@ class Autoencoding:
 
     @torch.no_grad()
     def sheet(self) -> Image.Image:
-        """Held-out pictures, and below each what is given back."""
+        """Return held-out pictures, each with its reconstruction below it."""
         assert self.held_out is not None
         pixels = self.held_out.load(self.held_out.place(0)).images[:8].to(self.device)
         return tile(torch.cat([pixels, self._again(pixels)]).cpu() / 2 + 0.5, len(pixels))
@@ -295,8 +296,7 @@ class Autoencoding:
         return self.vae.decode(self.vae.encode(pixels.to(dtype))).float()
 
     def finish(self) -> Spec:
-        """The latents' mean and spread, which training leaves open, are measured and written into the config; where the
-        decoder alone learnt, they are as they were."""
+        """Measure the latents' mean and spread and write them into the config. They stay if only the decoder learnt."""
         if self.learning != ("vae",):
             return self.begun.spec
         dtype = next(self.vae.parameters()).dtype
@@ -307,11 +307,11 @@ class Autoencoding:
 
 
 TASKS: dict[str, type[Task]] = {"flow": Flow, "autoencoder": Autoencoding}
-"""By [objective] kind."""
+"""Task classes by [objective] kind."""
 
 
 def model_learner(recipe: Recipe, begun: Start, names: Sequence[str], device: torch.device, team: Team) -> Learner:
-    """One learner of parts of the model, or of modules inside them."""
+    """Return one learner for parts of the model or modules inside them. names: as in [model] train."""
     parts = nn.ModuleDict(begun.modules)
     return Learner("model", {name: parts.get_submodule(name) for name in names}, recipe, device, team)
 
@@ -323,7 +323,7 @@ def order_of(recipe: Recipe, team: Team) -> Order:
 
 
 def pictures_of(recipe: Recipe, split: Split) -> tuple[Source, int]:
-    """The pictures of a split, and how many of them count."""
+    """Return the pictures of a split and the number to use."""
     source, count = open_source(recipe.data, split, hold_out=bool(recipe.run.held_out))
     if split == "held_out":
         count = recipe.run.held_out_count if recipe.data.source == "scenes" else min(recipe.run.held_out_count, count)
@@ -331,7 +331,10 @@ def pictures_of(recipe: Recipe, split: Split) -> tuple[Source, int]:
 
 
 def in_turn(team: Team, making: Iterator[Preparing | T]) -> Iterator[Any]:
-    """The last thing made; the first process makes it, the others then find it in the caches."""
+    """Run `making` in the first process, then in the others, which find the results in the caches.
+
+    Returns the last item that is not a Preparing.
+    """
     if not team.leads:
         team.wait()
     made = yield from last_of(making)
@@ -341,7 +344,7 @@ def in_turn(team: Team, making: Iterator[Preparing | T]) -> Iterator[Any]:
 
 
 def last_of(making: Iterator[Preparing | T]) -> Iterator[Any]:
-    """Pass messages on; the value is what comes that is none."""
+    """Yield the Preparing messages. Returns the last item that is not a Preparing."""
     made = None
     for made in making:
         if isinstance(made, Preparing):
@@ -350,7 +353,7 @@ def last_of(making: Iterator[Preparing | T]) -> Iterator[Any]:
 
 
 def tile(pixels: Tensor, columns: int = 0) -> Image.Image:
-    """(B, 3, H, W) in [0, 1] -> one picture."""
+    """Arrange pictures, (B, 3, H, W) in [0, 1], in a grid. columns: 0 chooses a number."""
     columns = columns or max(1, round(len(pixels) ** 0.5 * 1.3))
     rows = -(-len(pixels) // columns)
     height, width = pixels.shape[2:]

@@ -1,4 +1,4 @@
-"""What learns, in float32, beside the modules that compute with it: in bfloat16 perhaps, or shared out."""
+"""Float32 master weights of modules that compute in float32 or bfloat16 and may be sharded."""
 
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
@@ -14,9 +14,10 @@ from inkstream.train.parallel import ALONE, Team, cut, own_part, whole
 
 
 class Weights:
-    """`masters` are what the optimiser moves, by `part.name`: float32, of this process alone.
+    """Master weights, which the optimiser changes. `masters`: this process's float32 weights or shards, by `part.name`.
 
-    In float32 they share the memory of the modules' own weights; in bfloat16 those are copies, made by `publish`.
+    If modules compute in float32, the masters share the memory of their weights. If modules compute in bfloat16, their
+    weights are copies, which `publish` updates.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, team: Team = ALONE):
@@ -34,9 +35,9 @@ class Weights:
 
     @torch.no_grad()
     def collect(self, clip: float) -> Tensor:
-        """Hand the gradients to the masters: averaged over the team, their norm all together at most `clip`.
+        """Move the gradients to the masters, average them over the team, and clip their total norm to `clip`.
 
-        The norm before; 0 does not clip.
+        Returns the norm before clipping. clip = 0 does not clip.
         """
         for name, p in self.live.items():
             self.masters[name].grad = None if p.grad is None else own_part(p.grad).float()
@@ -59,31 +60,31 @@ class Weights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Let the modules have what the masters are now."""
+        """Copy the masters into the modules' weights and drop the masters' gradients."""
         if self._copied:
             torch._foreach_copy_(list(self._copied.values()), [self.masters[name] for name in self._copied])
         for master in self.masters.values():
             master.grad = None
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Tensors by name, like masters, put together from all processes; all must ask."""
+        """Gather the shards of tensors, named like the masters, from all processes. All processes must call it."""
         return {name: whole(tensor, self.live[name]) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take whole weights out of a state that holds them."""
+        """Load full weights from a state into the masters and the modules."""
         self.fill(self.masters, state)
         self.publish()
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
-        """Write whole tensors into this process's parts of them."""
+        """Copy full tensors of a state into this process's shards."""
         for name, tensor in tensors.items():
             tensor.copy_(cut(state[name], self.live[name]))
 
     @contextmanager
     def using(self, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-        """The modules compute with these, by name like masters, for as long as the context; none: as they are."""
+        """Context manager: modules use these tensors, named like the masters; if none, they keep their weights."""
         if not tensors:
             yield
             return
