@@ -1,1 +1,1 @@
-"""Pocket: pictures that the project renders itself, and the small Z-Image trained on them."""
+"""Pocket: pictures that inkstream renders itself, and the small Z-Image model trained on them."""

@@ -1,6 +1,7 @@
-"""Glyphs, emoji and shapes as alpha masks, so that drawing and grading need no fonts and no FreeType.
+"""The atlas: glyphs, emoji and shapes as alpha masks. Drawing and grading need no fonts and no FreeType.
 
-The atlas lies in the package as one sheet of glyphs a face, one of emoji and `atlas.json`; `build` makes it from fonts.
+The package holds one sheet of glyphs for each face, one sheet of emoji, and `atlas.json`. `build_atlas` makes them from
+fonts.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from PIL import Image, ImageDraw, ImageFont
 from inkstream.pocket.vocabulary import EMOJI, FACES, HANZI, HANZI_FACES, LATIN, SHAPES
 from inkstream.types import InputError
 
-EM = 96  # pixels of an em in the sheets
-CELL = 128  # of a glyph in its sheet, the pen at (ORIGIN, BASELINE)
+EM = 96  # pixels of one em in the sheets
+CELL = 128  # side of a glyph's cell in pixels; the pen is at (ORIGIN, BASELINE)
 ORIGIN, BASELINE = 10, 96
 EMOJI_CELL = 96
 SHAPE_CELL = 256
-PAD = 32  # clear pixels around every mask, so that a resampled edge fades out within it
+PAD = 32  # transparent pixels around each mask: resampled edges fade out inside the mask
 COLUMNS = 24
 
 _SANS = "/usr/share/fonts/truetype/dejavu/"
@@ -32,11 +33,11 @@ _CJK = "/usr/share/fonts/opentype/noto/"
 
 @dataclass(frozen=True)
 class Font:
-    """A file, the face inside it, and the Debian package that brings it."""
+    """A font file, the face in it, and the Debian package that contains it."""
 
     path: str
     package: str
-    face: str = ""  # its family name, where the file holds several
+    face: str = ""  # family name, if the file holds several faces
 
 
 LATIN_FONTS: dict[str, Font] = {
@@ -51,12 +52,12 @@ HANZI_FONTS: dict[str, Font] = {
     "serif": Font(_CJK + "NotoSerifCJK-Bold.ttc", "fonts-noto-cjk", "Noto Serif CJK SC"),
 }
 EMOJI_FONT = Font("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "fonts-noto-color-emoji")
-EMOJI_STRIKE = 109  # the one size that the font holds
+EMOJI_STRIKE = 109  # the only size in the font
 
 
 @dataclass(frozen=True)
 class Glyph:
-    """A mask, cropped to its ink and padded by PAD; `left` to `height` place the ink by the pen, in em, y down."""
+    """A mask, cropped to its ink and padded by PAD. left ... height: the ink's box relative to the pen, em, y down."""
 
     mask: Image.Image  # L
     left: float
@@ -68,17 +69,17 @@ class Glyph:
 
 @dataclass(frozen=True, eq=False)
 class Atlas:
-    """The sheets, and the pen's advance of every glyph in em."""
+    """The sheets, and each glyph's advance in em."""
 
-    faces: Mapping[str, Image.Image]  # L, one cell a glyph in the order of `glyphs`
+    faces: Mapping[str, Image.Image]  # L; one cell for each glyph, in the order of `glyphs`
     glyphs: Mapping[str, str]  # face -> its characters
     advances: Mapping[str, Mapping[str, float]]
-    emoji_sheet: Image.Image  # RGBA, one cell an emoji in the order of EMOJI
+    emoji_sheet: Image.Image  # RGBA; one cell for each emoji, in the order of EMOJI
 
 
 @lru_cache(maxsize=4096)
 def glyph(atlas: Atlas, face: str, char: str) -> Glyph:
-    """One character in one face. KeyError where the face has none."""
+    """Return a character's glyph in a face. Raises KeyError if the face does not have the character."""
     advance = atlas.advances[face][char]
     cell = atlas.faces[face].crop(_cell(atlas.glyphs[face].index(char), CELL))
     left, top, right, bottom = box = cell.getbbox() or (ORIGIN, BASELINE, ORIGIN + 1, BASELINE + 1)
@@ -90,14 +91,14 @@ def glyph(atlas: Atlas, face: str, char: str) -> Glyph:
 
 @lru_cache(maxsize=256)
 def emoji(atlas: Atlas, name: str) -> Image.Image:
-    """A sprite, RGBA, its longer side EMOJI_CELL, padded by PAD. ValueError for an unknown name."""
+    """Return an emoji as RGBA; its longer side is EMOJI_CELL, padded by PAD. Raises ValueError for an unknown name."""
     sprite = atlas.emoji_sheet.crop(_cell(list(EMOJI).index(name), EMOJI_CELL))
     return _padded(sprite.crop(sprite.getchannel("A").getbbox()))
 
 
 @lru_cache(maxsize=1)
 def shapes() -> dict[str, Image.Image]:
-    """Name -> mask (L), its longer side SHAPE_CELL, padded by PAD."""
+    """Return the masks (L) of all shapes by name; the longer side is SHAPE_CELL, padded by PAD."""
     return {name: _shape(name) for name in SHAPES}
 
 
@@ -114,7 +115,7 @@ def _padded(image: Image.Image) -> Image.Image:
 
 @lru_cache(maxsize=4)
 def load_atlas(folder: Path = Path(__file__).parent / "atlas") -> Atlas:
-    """The atlas that lies in a folder: the package's own, unless told. InputError where there is none."""
+    """Load the atlas of a folder; default: the package's atlas. Raises InputError if there is none."""
     try:
         table = json.loads((folder / "atlas.json").read_text("utf-8"))
         faces = {face: Image.open(folder / f"{face}.png").convert("L") for face in table["glyphs"]}
@@ -126,10 +127,10 @@ def load_atlas(folder: Path = Path(__file__).parent / "atlas") -> Atlas:
 
 
 def build_atlas(folder: Path, fonts: Path | None = None) -> None:
-    """Draw every glyph and emoji of the vocabulary into sheets.
+    """Draw all glyphs and emoji of the vocabulary into sheets.
 
-    `fonts` is a folder that holds the font files under their own names; without it they are looked for where Debian
-    puts them. InputError names the package that brings a missing one.
+    fonts: a folder with the font files under their own names; default: Debian's paths. Raises InputError for a missing
+    font; the message names its package.
     """
     folder.mkdir(parents=True, exist_ok=True)
     glyphs, advances = {}, {}
@@ -156,7 +157,7 @@ def _open(font: Font, size: int, fonts: Path | None) -> ImageFont.FreeTypeFont:
     path = Path(font.path) if fonts is None else fonts / Path(font.path).name
     if not path.is_file():
         raise InputError(f"{path} is missing: apt-get install {font.package}, or give the folder that holds it")
-    data = path.read_bytes()  # by its path, Pillow would take another file of that name where this one is broken
+    data = path.read_bytes()  # given a path of a broken file, Pillow opens another file of that name
     for index in range(40):
         try:
             opened = ImageFont.truetype(io.BytesIO(data), size, index=index, layout_engine=ImageFont.Layout.BASIC)
@@ -181,7 +182,7 @@ def _emoji_sheet(font: ImageFont.FreeTypeFont) -> Image.Image:
 
 
 def _shape(name: str) -> Image.Image:
-    """Drawn at four times the size and reduced."""
+    """Draw a shape's mask at four times its size and reduce it."""
     n = SHAPE_CELL * 4
     image = Image.new("L", (n, n))
     draw = ImageDraw.Draw(image)

@@ -1,6 +1,6 @@
-"""A scene in words: dense, short or tag-like, in English or Chinese, with quotes around what is written.
+"""Captions of scenes: dense, short or tag-like, in English or Chinese. Written text is in quotes.
 
-Without a generator the wording is the plain one that suites use; with one, it varies as users' wordings do.
+Without a random generator, the wording is the plain wording of the suites. With one, the wording varies.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ STATES: dict[Style, frozenset[str]] = {
     "short": frozenset(),
     "tags": frozenset({"background", "place", "writing colour"}),
 }
-"""What a caption of each style states beyond things, their colours and number, relations and the written text."""
+"""Facts that a caption of each style states, in addition to things, colours, numbers, relations and written text."""
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 WORDS = frozenset(
@@ -40,23 +40,23 @@ WORDS = frozenset(
     is thin to top upper with word words writing written above below middle half side two three four five
     """.split()  # noqa: SIM905
 )
-"""Every English word of a caption, outside quotes, that is no name of a thing or colour."""
+"""All English words of captions, outside quotes, that are not names of things or colours."""
 
 
 @dataclass(frozen=True)
 class Wording:
-    """Shares of styles and languages among captions. A recipe's [captions] table sets them."""
+    """Shares of styles and languages in captions. A recipe's [data.wording] table sets them."""
 
     dense: float = 0.7
-    partial: float = 0.0  # dense captions that leave out some of background, sizes, places and the look of text
+    partial: float = 0.0  # dense captions without some of: background, sizes, places, look of text
     short: float = 0.2
     tags: float = 0.1
-    english: float = 0.6
-    plain: float = 0.5  # that a caption has the wording of the suites
+    english: float = 0.6  # share of English captions; the others are Chinese
+    plain: float = 0.5  # share of captions with the plain wording of the suites
 
 
 def draw_caption(scene: Scene, wording: Wording, rng: Random) -> str:
-    """One of the many captions of a scene."""
+    """Draw a random caption of a scene."""
     shares = (wording.dense, wording.partial, wording.short, wording.tags)
     form = rng.choices(("dense", "partial", "short", "tags"), shares)[0]
     style: Style = "dense" if form == "partial" else form
@@ -69,10 +69,9 @@ def caption(
     scene: Scene, style: Style = "dense", language: Language = "en", rng: Random | None = None,
     stated: frozenset[str] | None = None,
 ) -> str:  # fmt: skip
-    """A scene in words. Without a generator, always the same ones.
+    """Return a caption of a scene. Without a generator, it is always the same.
 
-    stated: which facts it states beyond things, their colours and number, relations and the text; those of the style
-    if None.
+    stated: facts to state in addition to things, colours, numbers, relations and text; None: the facts of the style.
     """
     stated = STATES[style] if stated is None else stated
     if language == "zh":
@@ -86,7 +85,7 @@ def caption(
 
 
 def _one(rng: Random | None, wordings: Sequence[T]) -> T:
-    """The first, or one at random."""
+    """Return a random wording, or the first one without a generator."""
     return rng.choice(wordings) if rng else wordings[0]
 
 
@@ -140,7 +139,7 @@ def _adjectives(thing: Thing, stated: frozenset[str]) -> str:
 
 def _english_thing(thing: Thing, style: Style, stated: frozenset[str], rng: Random | None, placed: bool = True) -> str:
     noun = with_article(thing.name)
-    article = noun.startswith(("a ", "an "))  # grapes and cherries have none
+    article = noun.startswith(("a ", "an "))  # "grapes" and "cherries" have no article
     noun = _adjectives(thing, stated) + (noun.partition(" ")[2] if article else noun)
     placed = placed and "place" in stated
     if style == "tags":

@@ -1,4 +1,4 @@
-"""Twelve colours with names, and how far apart two colours look."""
+"""Twelve named colours, and the conversion to CIE Lab for colour distances."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "gray": (136, 138, 142),
     "white": (252, 252, 252),
 }
-"""sRGB. Any two are at least 38 apart in Lab, so that the nearest name is no matter of taste."""
+"""sRGB values. Any two colours are at least 38 apart in Lab, so the nearest name is unambiguous."""
 
 _XYZ = np.array(
     [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750], [0.0193339, 0.1191920, 0.9503041]]
@@ -36,7 +36,7 @@ def _linear_light() -> NDArray[np.float32]:
 
 
 def lab(rgb: ArrayLike) -> NDArray[np.float32]:
-    """CIE Lab (D65) of sRGB values in 0..255. rgb: (..., 3) -> (..., 3) float32."""
+    """Convert sRGB values in 0..255 to CIE Lab (D65). rgb: (..., 3). Returns (..., 3) float32."""
     light = _linear_light()[np.clip(np.rint(np.asarray(rgb)), 0, 255).astype(np.uint8)]
     xyz = light @ (_XYZ / _WHITE[:, None]).T.astype(np.float32)
     f = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
@@ -44,7 +44,7 @@ def lab(rgb: ArrayLike) -> NDArray[np.float32]:
 
 
 def nearest_colour(rgb: ArrayLike) -> str:
-    """The name of the colour nearest in Lab. rgb: (3,) in 0..255."""
+    """Return the name of the nearest colour in Lab. rgb: (3,) in 0..255."""
     names = list(COLOURS)
     return names[int(np.linalg.norm(_palette() - lab(rgb), axis=-1).argmin())]
 

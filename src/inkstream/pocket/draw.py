@@ -1,4 +1,4 @@
-"""A scene as pixels: masks from the atlas, resampled to sub-pixel places and composed with Pillow."""
+"""Draws scenes: masks of the atlas are resampled at sub-pixel positions and composed with Pillow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inkstream.pocket.scenes import BASELINE, SPACE, TRACKING, Background, Scene
 
 
 def render(scene: Scene, width: int, height: int | None = None, atlas: Atlas | None = None) -> Image.Image:
-    """The picture of a scene, RGB. Places are shares of width and height, sizes of the shorter side."""
+    """Draw a scene as RGB. Positions are shares of width and height; sizes are shares of the shorter side."""
     height = height or width
     atlas = atlas or load_atlas()
     picture = _ground(scene.background, width, height).copy()
@@ -70,7 +70,7 @@ def _stamp(
     picture: Image.Image, mask: Image.Image, left: float, top: float, across: float, down: float,
     colour: tuple[int, int, int] | None,
 ) -> None:  # fmt: skip
-    """Put a padded mask's inside with its corner at (left, top); `across`, `down`: picture pixels a mask pixel."""
+    """Paste a padded mask with its inner corner at (left, top). across, down: picture pixels per mask pixel."""
     right, bottom = left + (mask.width - 2 * PAD) * across, top + (mask.height - 2 * PAD) * down
     x0, y0, x1, y1 = math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom)
     box = (

@@ -1,4 +1,4 @@
-"""Which scenes there are and how often: a Grammar is data that a recipe sets, `sample` draws a scene from it."""
+"""A Grammar is a distribution of scenes, which a recipe sets. `sample` draws a scene from it."""
 
 from __future__ import annotations
 
@@ -41,46 +41,46 @@ _SHAPES = tuple(SHAPES)
 
 @dataclass(frozen=True)
 class Grammar:
-    """Which scenes there are and how often. A recipe's [grammar] table sets the fields that it wants otherwise."""
+    """The distribution of scenes. A recipe's [data.grammar] table changes the defaults."""
 
-    # Shares of the kinds; they need not sum to 1.
+    # Shares of the kinds. Their sum need not be 1.
     things: float = 0.35
     relation: float = 0.12
     count: float = 0.08
     emoji: float = 0.15
     text: float = 0.30
 
-    objects: tuple[int, int] = (1, 4)  # things in a scene of kind things; in one of kind emoji at most 2
-    counts: tuple[int, int] = (2, 5)
-    shapes: int = len(SHAPES)  # the first so many
-    emojis: int = len(EMOJI)
-    emoji_among_things: float = 0.15  # that a thing of another kind of scene is an emoji
+    objects: tuple[int, int] = (1, 4)  # number of things in a scene of kind things; kind emoji has at most 2
+    counts: tuple[int, int] = (2, 5)  # number of things in a scene of kind count
+    shapes: int = len(SHAPES)  # the first N shapes are used
+    emojis: int = len(EMOJI)  # the first N emoji are used
+    emoji_among_things: float = 0.15  # share of emoji among the things of other kinds of scene
     colours: tuple[str, ...] = tuple(COLOURS)
     sizes: tuple[Size, ...] = ("small", "medium", "large")
 
     flat: float = 0.6
     gradient: float = 0.2
     split: float = 0.2
-    white: float = 0.3  # of flat grounds; the others share the rest
+    white: float = 0.3  # share of white among flat backgrounds; the other colours share the rest
     grounds: tuple[str, ...] = tuple(COLOURS)
 
-    english: float = 0.6  # of text
+    english: float = 0.6  # share of English text
     letters: tuple[int, int] = (1, 10)
-    spelt: float = 0.35  # of English text: letters or digits at random, so that words are not learnt by heart
-    capitals: float = 0.7  # of words: all capitals; the others are capitalised or lower case
-    hanzi: int = 200  # the first so many
+    spelt: float = 0.35  # share of random letters or digits in English text, so the model does not memorise words
+    capitals: float = 0.7  # share of words in all capitals; others are capitalised or lower case
+    hanzi: int = 200  # the first N characters are used
     characters: tuple[int, int] = (1, 4)
-    shuffled: float = 0.4  # of Chinese text: characters at random, each as often as the others
+    shuffled: float = 0.4  # share of random characters, uniformly drawn, in Chinese text
     faces: tuple[str, ...] = tuple(FACES)
     em: tuple[float, float] = (0.1, 0.5)
-    beside_text: float = 0.4  # that something stands beside the text
-    second_line: float = 0.1  # that there is a second line, in another colour or script
+    beside_text: float = 0.4  # share of texts with things beside them
+    second_line: float = 0.1  # share of texts with a second line in another colour or script
 
-    tidy: bool = False  # places, sides and ems from a grid of sixteenths, so that a dense caption tells all of a scene
+    tidy: bool = False  # positions, sides and ems are on a grid of sixteenths: a dense caption then describes all
 
     @staticmethod
     def from_table(table: Mapping[str, Any]) -> Grammar:
-        """A recipe's table as a Grammar. InputError names an unknown field or value."""
+        """Return a Grammar from a recipe's table. Raises InputError for an unknown field or a wrong value."""
         known = {field.name: field.default for field in fields(Grammar)}
         words = {"colours": COLOURS, "grounds": COLOURS, "faces": FACES, "sizes": SIDES}
         values = {}
@@ -98,7 +98,7 @@ class Grammar:
 
 
 def _like(value: Any, default: Any) -> bool:
-    """Whether a value can stand where the default stands; a share may be written as 0 or 1."""
+    """Return whether a value has the type of the default. An integer is accepted for a float."""
     if isinstance(default, str | bool):
         return type(value) is type(default)
     return isinstance(value, (int, float) if isinstance(default, float) else int) and not isinstance(value, bool)
@@ -111,10 +111,10 @@ def _list_like(value: Any, default: tuple[Any, ...]) -> bool:
 
 
 def sample(grammar: Grammar, seed: int, split: Split = "train", kind: Kind | None = None) -> Scene:
-    """Scene number `seed` of a grammar; the same number always gives the same scene.
+    """Return scene number `seed` of a grammar. Equal numbers give equal scenes.
 
-    `train` never gives what is held out, `held_out` only scenes that hold such a thing. InputError where the grammar
-    has no such scene.
+    Split `train` gives only scenes without held-out things or texts; `held_out` gives only scenes with them. Raises
+    InputError if the grammar has no such scene.
     """
     rng = Random(seed)
     if kind is None:
@@ -134,7 +134,7 @@ def _belongs(scene: Scene, split: Split) -> bool:
     return split == "any" or is_held_out(scene)
 
 
-# Builders: each returns a scene of its kind, or None where what it drew does not fit.
+# Builders. Each returns a scene of its kind, or None if the drawn items do not fit.
 
 
 def _things(rng: Random, grammar: Grammar) -> Scene | None:
@@ -204,17 +204,17 @@ def _text(rng: Random, grammar: Grammar) -> Scene | None:
         things = found
     spans = [(w.y - w.em / 2, w.y + w.em / 2) for w in writings]
     spans += [(t.y - t.side / 2, t.y + t.side / 2) for t in things]
-    for i, (top, bottom) in enumerate(spans[: len(writings)]):  # a line of text has its rows to itself
+    for i, (top, bottom) in enumerate(spans[: len(writings)]):  # a line of text shares its rows with nothing
         if any(top - GAP < lower and upper < bottom + GAP for upper, lower in spans[i + 1 :]):
             return None
     return Scene("text", ground, things, tuple(writings))
 
 
-DICE = {2: (3, 5), 3: (2, 4, 6), 4: (0, 2, 6, 8), 5: (0, 2, 4, 6, 8)}  # cells of so many things, as on a die
+DICE = {2: (3, 5), 3: (2, 4, 6), 4: (0, 2, 6, 8), 5: (0, 2, 4, 6, 8)}  # N -> cells of N things, like the dots of a die
 TIDY_STEPS = (1 / 2, 3 / 8, 1 / 4, 1 / 8)
-"""From glyph to glyph of a tidy line, as shares of the picture's shorter side, the larger first.
+"""Distances between glyphs of a tidy line, as shares of the picture's shorter side, in descending order.
 
-Only the two smaller ones may fill the whole width."""
+Only lines with the two smaller distances may fill the whole width."""
 TIDY_SIDES: dict[Size, float] = {"small": 0.171875, "medium": 0.25, "large": 0.40625}
 
 _BUILDERS = {"things": _things, "relation": _relation, "count": _count, "emoji": _emoji, "text": _text}
@@ -229,7 +229,7 @@ def _background(rng: Random, grammar: Grammar) -> Background:
 
 
 def _size(rng: Random, grammar: Grammar, count: int) -> Size:
-    """Of one among `count` things: large only if there are few."""
+    """Draw a thing's size. Things are large only if `count` is small."""
     weights: dict[Size, float] = {"small": 3, "medium": 4, "large": 4 if count == 1 else 2 if count == 2 else 0.001}
     return rng.choices(grammar.sizes, [weights[size] for size in grammar.sizes])[0]
 
@@ -242,7 +242,7 @@ def _lay_out(
     rng: Random, grammar: Grammar, ground: Background, cells: Sequence[int], sizes: Sequence[Size],
     emoji: float | None = None, alike: bool = False, taken: Iterable[str] = (),
 ) -> tuple[Thing, ...] | None:  # fmt: skip
-    """Things in these cells of the grid, apart from one another and from the edge; None where they do not fit."""
+    """Place things in cells of the grid, with gaps between them and to the edge. Returns None if they do not fit."""
     things: list[Thing] = []
     emoji = grammar.emoji_among_things if emoji is None else emoji
     for cell, size in zip(cells, sizes):
@@ -251,7 +251,7 @@ def _lay_out(
         else:
             name, colour = _name(rng, grammar, ground, emoji, taken)
             if colour is None and size == "small":
-                size = "medium"  # an emoji needs room to be told from others
+                size = "medium"  # small emoji cannot be told apart
             side = TIDY_SIDES[size] if grammar.tidy else round(rng.uniform(*SIDES[size]), 3)
         if not alike and any((name, colour) == (other.name, other.colour) for other in things):
             return None
@@ -266,7 +266,7 @@ def _lay_out(
 
 
 def _coordinate(rng: Random, grammar: Grammar, cell: int, side: float) -> float:
-    """Near the middle of a third, well inside it, and such that the thing keeps clear of the edge."""
+    """Draw a coordinate near the middle of a third of the picture and away from the picture's edge."""
     if grammar.tidy:
         return on_grid(cell, side)
     x = (2 * cell + 1) / 6 + rng.uniform(-0.05, 0.05)
@@ -275,7 +275,7 @@ def _coordinate(rng: Random, grammar: Grammar, cell: int, side: float) -> float:
 
 
 def on_grid(cell: int, side: float) -> float:
-    """The sixteenth nearest to the middle of a third at which something of this side keeps clear of the edge."""
+    """Return the centre on the grid of sixteenths for a cell. A thing with this side keeps the margin to the edge."""
     inset = max(3, math.ceil(16 * (MARGIN + side / 2))) / 16
     return (inset, 0.5, 1 - inset)[cell]
 
@@ -293,9 +293,9 @@ def _name(
 
 
 def stretch(scene: Scene, width: float, height: float) -> Scene:
-    """A scene of a square picture in a picture of this shape: what stands by an edge keeps its distance from the edge.
+    """Adapt a scene of a square picture to another aspect ratio. Things keep their distance to the nearest edge.
 
-    Sides and sizes of letters are shares of the shorter side, so they stay as they are.
+    Sides and font sizes are shares of the shorter side and do not change.
     """
     shorter = min(width, height)
 
@@ -310,13 +310,13 @@ def stretch(scene: Scene, width: float, height: float) -> Scene:
 
 @lru_cache(maxsize=1024)
 def emoji_on(ground: tuple[str, ...], first: int) -> tuple[str, ...]:
-    """Those of the first so many emoji that can be seen on a ground of these colours."""
+    """Return the visible emoji on a background of these colours, among the `first` first emoji."""
     return tuple(name for name in list(EMOJI)[:first] if not any(name in HIDING[colour] for colour in ground))
 
 
 @lru_cache(maxsize=1024)
 def colours_on(ground: Background, text: bool = False) -> tuple[str, ...]:
-    """The colours that can be told from every part of a background; those of text want another lightness, too."""
+    """Return the colours that differ enough from all parts of a background. Text also needs a different lightness."""
     rgb = np.array([COLOURS[name] for name in ground.colours], np.float32)
     share = np.linspace(0, 1, 9 if ground.kind == "gradient" else len(rgb))[:, None]
     parts = lab(rgb[0] + (rgb[-1] - rgb[0]) * share)  # (parts, 3)
@@ -350,14 +350,13 @@ def _writing(
 
 
 def tidy_writing(text: str, face: str, colour: str, row: int, largest: float) -> Writing | None:
-    """A line whose glyphs stand in cells of a grid of eighths of the picture, or of sixteenths where there are many.
+    """Return a line of text with glyphs on a regular grid, or None if it does not fit. Rows are quarters of the height.
 
-    An eighth of 128 pixels is one column of the transformer's patches, so a glyph looks the same to the transformer
-    wherever the glyph stands. The grid needs glyphs of even widths: Hanzi, or the face mono. The quarters of the
-    height are the rows.
+    The distance of glyphs is one of TIDY_STEPS. An eighth of 128 pixels is one column of the transformer's patches, so
+    a glyph looks the same to the transformer in every cell. The grid needs glyphs of equal width: Hanzi, or face mono.
     """
     pitch = line_width("一" if script_of(text) == "hanzi" else "0", face) + TRACKING  # em
-    width = line_width(text, face) / pitch  # in steps
+    width = line_width(text, face) / pitch  # in grid steps
     long = max(width, len(text))
     room = {step: 1 if step <= 1 / 4 else 3 / 4 for step in TIDY_STEPS}
     fitting = [step for step in TIDY_STEPS if step / pitch <= largest and step * long <= room[step]]

@@ -1,4 +1,4 @@
-"""A scene is what a picture shows, as data: the truth that is drawn, described and graded."""
+"""A scene describes a picture as data. It is the ground truth for drawing, captions and grading."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ PLACES = (
     "top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right",
 )  # fmt: skip
 SIDES: dict[Size, tuple[float, float]] = {"small": (0.16, 0.18), "medium": (0.24, 0.27), "large": (0.40, 0.46)}
-"""Of a thing's longer side, as a share of the picture's shorter one."""
+"""Range of a thing's longer side, as a share of the picture's shorter side."""
 
-MARGIN = 0.045  # of the picture, free of things and text
-GAP = 0.055  # between two things
-TRACKING = 0.04  # em between two glyphs
-BASELINE = 0.82  # em from the top of a line
-SPACE = 0.4  # em
+MARGIN = 0.045  # empty border, as a share of the picture
+GAP = 0.055  # smallest gap between two things, as a share of the picture
+TRACKING = 0.04  # space between two glyphs in em
+BASELINE = 0.82  # distance of the baseline from the top of a line in em
+SPACE = 0.4  # width of a space in em
 
 
 @dataclass(frozen=True)
 class Background:
-    """One colour, or two that fade or meet: from top to bottom, or `across` from left to right."""
+    """A flat background, a gradient, or a split. Two colours go from top to bottom, or left to right if `across`."""
 
     kind: Literal["flat", "gradient", "split"]
     colours: tuple[str, ...]
@@ -40,14 +40,14 @@ class Background:
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape in a colour, or an emoji in its own. x, y: its centre as shares of width and height."""
+    """A shape with a colour, or an emoji (colour None). x, y: centre as shares of width and height."""
 
     name: str
     colour: str | None
     size: Size
     x: float
     y: float
-    side: float  # the longer one, as a share of the picture's shorter side
+    side: float  # longer side, as a share of the picture's shorter side
 
     @property
     def place(self) -> str:
@@ -56,7 +56,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Writing:
-    """One line of text. x, y: its centre as shares of width and height; em: as a share of the shorter side."""
+    """One line of text. x, y: centre as shares of width and height; em: font size as a share of the shorter side."""
 
     text: str
     face: str
@@ -76,7 +76,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `kind` is what it is about; `relation` is that of the first thing to the second."""
+    """The contents of a picture. relation: the position of the first thing relative to the second."""
 
     kind: Kind
     background: Background
@@ -89,7 +89,7 @@ class Scene:
 
     @staticmethod
     def from_json(table: Mapping[str, Any]) -> Scene:
-        """The inverse of to_json. InputError names what is missing or unknown."""
+        """Return a scene from a table: the inverse of to_json. Raises InputError for missing or unknown keys."""
         try:
             ground = table["background"]
             return Scene(
@@ -104,32 +104,36 @@ class Scene:
 
 
 def place_of(x: float, y: float) -> str:
-    """Where on a 3 x 3 grid a point lies."""
+    """Return the name of the 3 x 3 grid cell that holds a point."""
     return PLACES[min(int(y * 3), 2) * 3 + min(int(x * 3), 2)]
 
 
 def script_of(text: str) -> Literal["latin", "hanzi"]:
-    """hanzi if any character of the text is."""
+    """Return "hanzi" if the text has a Chinese character, else "latin"."""
     return "hanzi" if any("\u4e00" <= char <= "\u9fff" for char in text) else "latin"
 
 
 def relation_holds(relation: str, point: tuple[float, float], other: tuple[float, float]) -> bool:
-    """Whether a point (x, y) stands so to another: by a tenth of the picture, and further that way than any other."""
+    """Return whether a relation holds between two points (x, y).
+
+    The distance in the relation's direction must be more than a tenth of the picture and more than 0.9 times the larger
+    of both distances.
+    """
     dx, dy = other[0] - point[0], other[1] - point[1]
     ahead = {"left of": dx, "right of": -dx, "above": dy, "below": -dy}[relation]
     return ahead > 0.1 and ahead > 0.9 * max(abs(dx), abs(dy))
 
 
 def line_width(text: str, face: str) -> float:
-    """Of a line, in em."""
+    """Return the width of a line of text in em."""
     advances = load_atlas().advances[face]
     return sum(advances[c] if c != " " else SPACE for c in text) + TRACKING * (len(text) - 1)
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether a scene holds a pair of attributes or a string that no run may train on.
+    """Return whether a scene contains a held-out pair of attributes or a held-out string.
 
-    Of scenes of text the string decides whether they may be used to test; to train, nothing in them may be held out.
+    No run trains on such a scene. A scene of kind text is used as a test scene only if its string is held out.
     """
     return any(is_held_out_thing(thing) for thing in scene.things) or any(
         is_held_out_text(writing.text) for writing in scene.writings
@@ -137,12 +141,12 @@ def is_held_out(scene: Scene) -> bool:
 
 
 def is_held_out_thing(thing: Thing) -> bool:
-    """One in twenty pairs of shape and colour, and of emoji and place."""
+    """Return whether a thing is held out: one in twenty pairs of shape and colour, or of emoji and place."""
     return _one_in_twenty(f"{thing.name}/{thing.colour or thing.place}")
 
 
 def is_held_out_text(text: str) -> bool:
-    """One in twenty strings, whatever their case and spacing."""
+    """Return whether a string is held out: one in twenty, independent of case and spaces."""
     return _one_in_twenty("text/" + "".join(text.casefold().split()))
 
 

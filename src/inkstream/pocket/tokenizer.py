@@ -1,12 +1,12 @@
-"""Pocket's tokenizer: one token a glyph, so that the model sees spelling; the words of captions are one token, too.
+"""Pocket's tokenizer: each glyph of quoted text is one token, so the model sees spelling; caption words are one token.
 
-Three rules, all of them in tokenizer.json, where any reader of such files follows them:
-1. Between quotes (" ", “ ”, 「 」) every glyph is a token of its own: what is to be written is spelt out.
-2. Elsewhere a listed word is one token: English ones in lower case or capitalised, with the space before them, and
-   Chinese ones. So captions keep to 64 tokens, the chat template included. Other words are spelt out.
-3. A glyph that is not listed is its UTF-8 bytes.
+It has three rules. tokenizer.json holds all of them, so every reader of that format follows them:
+1. Between quotes (" ", “ ”, 「 」) each glyph is one token: text to be written is spelt out.
+2. Elsewhere a listed word is one token: English words in lower case or capitalised, with the space before them, and
+   Chinese words. Captions then have at most 64 tokens, including the chat template. Other words are spelt out.
+3. A glyph that is not listed becomes its UTF-8 bytes.
 
-The model is byte-level BPE without merges whose whole pieces are looked up first (`ignore_merges`), as in Llama 3.
+The model is byte-level BPE without merges. It looks up whole pieces first (`ignore_merges`), as in Llama 3.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from inkstream.pocket.vocabulary import (
 )
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
-"""Qwen's, as far as Z-Image's prompts need them; the first pads."""
+"""Qwen's special tokens that Z-Image's prompts need. The first one is the padding token."""
 
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
@@ -43,7 +43,7 @@ CHAT_TEMPLATE = (
     "{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}"
     "{%- endif %}"
 )
-"""Qwen3's, as far as plain messages go through it."""
+"""The part of Qwen3's chat template that handles plain messages."""
 
 PUNCTUATION = "，。！？：；、“”「」《》（）…—·‘’"
 CHINESE_WORDS = (
@@ -51,30 +51,30 @@ CHINESE_WORDS = (
     "三个", "四个", "五个", "小的", "大的", "左边", "右边", "上面", "下面", "上方", "下方", "左侧", "右侧", "中间",
     "左上角", "右上角", "左下角", "右下角",
 )  # fmt: skip
-"""Words of captions that are no names."""
+"""Chinese caption words that are not names."""
 
-# A quoted string, isolated whole; then in such a piece, known by the quote at its end, every glyph.
+# First a quoted string is isolated. Then each glyph of that piece is isolated; the quote at its end identifies it.
 _QUOTED = r'"[^"\n]*"|“[^”\n]*”|「[^」\n]*」'
 _GLYPH_OF_QUOTED = r'[\s\S](?=[\s\S]*["”」]\z)|["”」]\z'
-# Elsewhere an English word with the space before it. What is no token falls back to its bytes, which are its letters.
+# Outside quotes: an English word with the space before it. Unlisted words fall back to bytes, which are their letters.
 _ENGLISH_WORD = r" ?[A-Za-z][a-z]+(?![A-Za-z])| [a-z](?![A-Za-z])"
 
 
 def english_words() -> tuple[str, ...]:
-    """The English words that are one token outside quotes, in alphabetical order, lower case."""
+    """Return the English words that are one token outside quotes, in lower case, sorted."""
     names = [*SHAPES, *EMOJI]
     phrases = [*names, *map(plural, names), *map(with_article, names), *captions.WORDS, *COLOURS]
     return tuple(sorted({word for phrase in phrases for word in phrase.split()}))
 
 
 def chinese_words() -> tuple[str, ...]:
-    """The Chinese words that are one token outside quotes, longest first."""
+    """Return the Chinese words that are one token outside quotes, longest first."""
     found = {*CHINESE_WORDS, *SHAPES.values(), *CHINESE_EMOJI.values(), *CHINESE_COLOURS.values(), *FACES.values()}
     return tuple(sorted((word for word in found if len(word) > 1), key=lambda word: (-len(word), word)))
 
 
 def vocabulary() -> dict[str, int]:
-    """Token -> number: specials, the 256 bytes, other glyphs, words. Tokens are written as byte-level BPE does."""
+    """Return token -> number for special tokens, 256 bytes, glyphs and words, in byte-level BPE spelling."""
     hanzi = {*HANZI, *"一二三四五六七八九十两个有是在的和从到", *"".join([*chinese_words(), *CHINESE_EMOJI.values()])}
     english = [form for word in english_words() for form in (f" {word}", word, word.capitalize())]
     pieces = [*sorted(hanzi.union(MEASURES.values())), *PUNCTUATION, *english, *chinese_words(), "user", "assistant"]
@@ -88,7 +88,7 @@ def _as_bytes(piece: str) -> str:
 
 @lru_cache(maxsize=1)
 def build_tokenizer() -> Tokenizer:
-    """The tokenizer, made from the vocabulary of scenes and captions."""
+    """Build the tokenizer from the vocabulary of scenes and captions."""
     piece = "|".join([_ENGLISH_WORD, *chinese_words(), r"[\s\S]"])
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary(), merges=[], ignore_merges=True))
     tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
@@ -106,7 +106,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json, as transformers and our own loader read them."""
+    """Write tokenizer.json and tokenizer_config.json, for transformers and inkstream's loader."""
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer().save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {

@@ -1,7 +1,7 @@
-"""A prompt as people write it, read by the grammar of scenes: what it asks for, what it leaves open, what is not known.
+"""Parses a user's prompt with the grammar of scenes, in English or Chinese.
 
-English and Chinese. Reading is in two steps: words become typed tokens by the longest name in `wishes.toml` and
-`vocabulary.toml`, then one pass over the tokens puts numbers, sizes, colours and places to things.
+The parser has two steps. The lexer splits the prompt into typed tokens by the longest match in `wishes.toml` and
+`vocabulary.toml`. Then one pass over the tokens assigns numbers, sizes, colours and places to things.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ from inkstream.pocket.vocabulary import (
 
 
 class Token(NamedTuple):
-    """One name of a prompt. kind: thing, colour, size, place, relation, number, text, end, unknown or of [words]."""
+    """A token of a prompt. said: its words in the prompt.
+
+    kind: thing, colour, size, place, relation, number, times, text, end, colon, unknown, or a key of [words].
+    """
 
     kind: str
     value: Any
@@ -37,7 +40,7 @@ class Token(NamedTuple):
 
 @dataclass
 class WishedThing:
-    """A thing that a prompt asks for. None is left open."""
+    """A thing that a prompt asks for. None: the prompt does not say."""
 
     name: str
     number: int = 1
@@ -48,7 +51,7 @@ class WishedThing:
 
 @dataclass
 class WishedText:
-    """Text that a prompt asks for. place: top, middle or bottom."""
+    """A text that a prompt asks for. place: top, middle or bottom."""
 
     text: str
     colour: str | None = None
@@ -57,25 +60,25 @@ class WishedText:
 
 @dataclass
 class Wish:
-    """What a prompt asks for."""
+    """The parsed contents of a prompt."""
 
     things: list[WishedThing] = field(default_factory=list)
     texts: list[WishedText] = field(default_factory=list)
-    relation: str | None = None  # of things[0] to things[1]; "beside" is left of or right of
+    relation: str | None = None  # position of things[0] relative to things[1]; "beside" means left of or right of
     ground: str | None = None  # flat, gradient or split
     ground_colours: list[str] = field(default_factory=list)
     across: bool | None = None
-    without: set[str] = field(default_factory=set)  # names and colours that must not be there
-    unknown: list[str] = field(default_factory=list)  # words that were not understood, as they stand in the prompt
+    without: set[str] = field(default_factory=set)  # names and colours that must not appear
+    unknown: list[str] = field(default_factory=list)  # words that were not understood, as in the prompt
 
     @property
     def empty(self) -> bool:
-        """Whether nothing was understood."""
+        """Whether the parser found no thing, text or background."""
         return not (self.things or self.texts or self.ground_colours)
 
 
 def read_wish(prompt: str) -> Wish:
-    """What a prompt asks for, as far as Pocket can draw it."""
+    """Parse a prompt."""
     return _Reader(list(tokens_of(prompt))).read()
 
 
@@ -102,9 +105,9 @@ _END = re.compile(r"[,.;!?/|，。；！？、\n]")
 
 
 def tokens_of(prompt: str) -> Iterator[Token]:
-    """The typed tokens of a prompt, in order."""
+    """Yield the typed tokens of a prompt, in order."""
     at = 0
-    quiet = prompt.upper() != prompt  # capitals stand out
+    quiet = prompt.upper() != prompt  # not all capitals: a word in capitals is then text
     while at < len(prompt):
         if found := _QUOTED.match(prompt, at):
             text = next(group for group in found.groups() if group is not None).strip()
@@ -147,13 +150,13 @@ def tokens_of(prompt: str) -> Iterator[Token]:
 
 
 def _hanzi_to_write(prompt: str, at: int) -> re.Match[str] | None:
-    """'写着面馆' and 'write 面馆', but not '写着红色的“面馆”'."""
+    """Match unquoted Chinese text: '写着面馆' and 'write 面馆', but not '写着红色的“面馆”'."""
     found = _WRITE_HANZI.match(prompt, at)
     return None if found is None or _chinese(found[1])[0].kind in ("colour", "size", "letters") else found
 
 
 def _spelt(prompt: str, at: int, quiet: bool) -> re.Match[str] | None:
-    """'the letter A' and 'number 47', but not 'letters in red'."""
+    """Match unquoted text: 'the letter A' and 'number 47', but not 'letters in red'."""
     found = _SPELT.match(prompt, at)
     if found is None or (found[1].lower() in _english_names() and not (quiet and found[1].isupper())):
         return None
@@ -161,13 +164,13 @@ def _spelt(prompt: str, at: int, quiet: bool) -> re.Match[str] | None:
 
 
 def _rgb(code: str) -> tuple[int, ...]:
-    """'#F60' or '#FF6600' -> (255, 102, 0)."""
+    """Convert '#F60' or '#FF6600' to (255, 102, 0)."""
     digits = code[1:] if len(code) == 7 else "".join(digit * 2 for digit in code[1:])
     return tuple(int(digits[i : i + 2], 16) for i in (0, 2, 4))
 
 
 def _words_from(prompt: str, at: int) -> list[re.Match[str]]:
-    """The words that stand one after the other from here, at most as many as the longest name has."""
+    """Return the next consecutive words, at most 5, which is the length of the longest name."""
     found = []
     while (word := _WORD.match(prompt, at)) and len(found) < 5:
         found.append(word)
@@ -178,7 +181,7 @@ def _words_from(prompt: str, at: int) -> list[re.Match[str]]:
 
 
 def _english(words: list[re.Match[str]]) -> tuple[Token, int]:
-    """The longest known name that begins here, and of how many words it is."""
+    """Return the token of the longest known name at the start, and its number of words. Typing errors are corrected."""
     names = _english_names()
     for length in range(len(words), 0, -1):
         said = " ".join(word[0] for word in words[:length])
@@ -191,7 +194,7 @@ def _english(words: list[re.Match[str]]) -> tuple[Token, int]:
 
 
 def _chinese(text: str) -> tuple[Token, int]:
-    """The longest known name that the text begins with, and its length."""
+    """Return the token of the longest known name at the start of the text, and its length."""
     names = _chinese_names()
     for length in range(min(len(text), 8), 0, -1):
         if (kind_value := names.get(text[:length])) is not None:
@@ -210,7 +213,7 @@ def _table() -> Mapping[str, Any]:
 
 
 def _kinds() -> Iterator[tuple[str, Any, list[str], list[str]]]:
-    """Kind, value, English names, Chinese names."""
+    """Yield (kind, value, English names, Chinese names)."""
     table = _table()
     for name, own in {**SHAPES, **CHINESE_EMOJI}.items():
         english, chinese = _names(table["things"].get(name, ""))
@@ -230,7 +233,7 @@ def _kinds() -> Iterator[tuple[str, Any, list[str], list[str]]]:
 
 
 def _names(line: str) -> tuple[list[str], list[str]]:
-    """'upper_left left_top|左上 左上方' -> the English and the Chinese names."""
+    """Split 'upper_left left_top|左上 左上方' into English names and Chinese names."""
     english, _, chinese = line.partition("|")
     return [name.replace("_", " ") for name in english.split()], chinese.split()
 
@@ -246,7 +249,7 @@ def _english_names() -> dict[str, tuple[str, Any]]:
 
 @lru_cache(maxsize=1)
 def _long_names() -> tuple[str, ...]:
-    """Single words that a mistyped word may be near to."""
+    """Return the names that typing errors are corrected to."""
     kinds = ("thing", "colour", "size", "background", "place", "relation")
     return tuple(name for name, (kind, _) in _english_names().items() if kind in kinds and len(name) > 3)
 
@@ -264,11 +267,11 @@ def _chinese_names() -> dict[str, tuple[str, Any]]:
 
 @lru_cache(maxsize=1)
 def _glyphs() -> dict[str, str]:
-    """Emoji, as they are typed -> name."""
+    """Return emoji character -> name."""
     return {glyph: name for name, glyph in EMOJI.items()}
 
 
-# From tokens to a wish
+# Parser: from tokens to a Wish
 
 
 _INVERSE = {
@@ -280,18 +283,18 @@ _SIDES = {"left": "left of", "right": "right of", "top": "above", "bottom": "bel
 
 
 class _Reader:
-    """One pass over the tokens. `pending` are attributes whose thing has not come yet, `last` is what came last."""
+    """One-pass parser. pending: attributes of the next thing or text; last: the last thing or text."""
 
     def __init__(self, tokens: list[Token]):
         self.tokens = [token for token in tokens if token.kind != "ignored" or token.said in ("在", "位于")]
         self.wish = Wish()
         self.pending: dict[str, Any] = {}
         self.last: WishedThing | WishedText | None = None
-        self.fresh = True  # nothing of this clause has come yet
+        self.fresh = True  # no thing or text in this clause yet
         self.relation: str | None = None
-        self.fronted: str | None = None  # 'below the star is a ring': a relation that came before both things
-        self.ground: bool = False  # the next colours are the background's
-        self.colour: str | None = None  # 'white on black': of all things that have none of their own
+        self.fronted: str | None = None  # 'below the star is a ring': a relation before both things
+        self.ground: bool = False  # the next colours belong to the background
+        self.colour: str | None = None  # 'white on black': default colour of all things
         self.negated = False
 
     def read(self) -> Wish:
@@ -310,7 +313,7 @@ class _Reader:
         return self.wish
 
     def _take_unknown_hanzi(self) -> None:
-        """'新年快乐，红色的字': Hanzi that name nothing are the text, where the prompt speaks of characters."""
+        """'新年快乐，红色的字': unknown Chinese words are the text if the prompt mentions characters."""
         spoken = any(token.kind == "letters" for token in self.tokens)
         hanzi = [word for word in self.wish.unknown if _HANZI.fullmatch(word)]
         if spoken and len(hanzi) == 1 and not self.wish.texts:
@@ -318,7 +321,7 @@ class _Reader:
             self.wish.texts.append(WishedText(hanzi[0], self.pending.get("colour") or self.colour))
 
     def _next(self, at: int, *passed: str) -> str:
-        """The kind of the next token that is none of these kinds."""
+        """Return the kind of the next token, without the kinds in `passed`."""
         return next((t.kind for t in self.tokens[at + 1 :] if t.kind not in passed and t.kind != "ignored"), "end")
 
     def _ignored(self, at: int, token: Token) -> None: ...
@@ -339,14 +342,14 @@ class _Reader:
         self.pending["number"] = token.value
 
     def _times(self, at: int, token: Token) -> None:
-        """'star x3', '3x star'."""
+        """'star x3' or '3x star': a number."""
         if isinstance(self.last, WishedThing) and self._next(at) != "thing":
             self.last.number = token.value
         else:
             self.pending["number"] = token.value
 
     def _collective(self, at: int, token: Token) -> None:
-        """'three shapes: ...': the number is that of what is listed."""
+        """'three shapes: ...': the number counts the list that follows, so it is ignored."""
         self.pending.pop("number", None)
 
     def _spelt(self, at: int, token: Token) -> None: ...
@@ -367,7 +370,7 @@ class _Reader:
             self.pending["size"] = token.value
 
     def _on(self, at: int, token: Token) -> None:
-        """'on white', 'against a blue background'; 'on the left' is a place."""
+        """'on white', 'against a blue background': the next colour is the background's. 'on the left' is a place."""
         after = [t.kind for t in self.tokens[at + 1 :] if t.kind not in ("number", "ignored", "size")]
         if after[:1] == ["colour"] and after[1:2] != ["thing"]:
             self.ground = True
@@ -382,12 +385,12 @@ class _Reader:
         self.fresh = False
 
     def _paper(self, at: int, token: Token) -> None:
-        """'a red poster'."""
+        """'a red poster': the colour is the background's."""
         if "colour" in self.pending and not self.wish.ground_colours:
             self._paint(self.pending.pop("colour"))
 
     def _pronoun(self, at: int, token: Token) -> None:
-        """'a star above it': the relation is that of the second thing to the first."""
+        """'a star above it': the relation goes from the second thing to the first."""
         if self.relation and len(self.wish.things) == 2:
             self.wish.relation = _INVERSE[self.relation]
 
@@ -442,7 +445,7 @@ class _Reader:
             self.pending["place"] = token.value
 
     def _is_relation(self, at: int, token: Token) -> bool:
-        """圆形在方块的左边: two things of a clause, 在 between them, and then a side."""
+        """Return whether a place is a relation: 圆形在方块的左边 has two things, 在 between them, and then a side."""
         clause: list[Token] = []
         for before in self.tokens[:at]:
             clause = [] if before.kind == "end" else [*clause, before]
@@ -452,7 +455,7 @@ class _Reader:
         return both and token.value in _SIDES
 
     def _leads(self, at: int, token: Token) -> bool:
-        """三角形右侧有一个菱形: a side between the thing it belongs to and the thing that is there."""
+        """Return whether a place is a relation of the last thing to the next: 三角形右侧有一个菱形."""
         follows = self._next(at, "number", "size", "colour") == "thing"
         chinese = _HANZI.match(token.said) is not None
         return chinese and follows and token.value in _SIDES and at > 0 and self.tokens[at - 1].kind == "thing"
@@ -471,7 +474,7 @@ class _Reader:
             self.wish.relation = self.relation
 
     def _letters(self, at: int, token: Token) -> None:
-        """'in red letters', 'blue text': the colour is the text's."""
+        """'in red letters', 'blue text': the colour belongs to the text."""
         colour = self.pending.pop("colour", None)
         if colour and self.wish.texts and self._next(at) != "text":
             self.wish.texts[-1].colour = colour
@@ -492,11 +495,11 @@ class _Reader:
             self.pending = {}
             return
         if token.said.lower() == "plus" and self.last is not None and not self.pending:
-            return  # 'a star plus a ring'
+            return  # 'a star plus a ring': "plus" is not a cross here
         again = at > 0 and self.tokens[at - 1].kind == "thing"
         known = isinstance(self.last, WishedThing) and self.last.name == token.value
         if again and known and not self.pending and token.said not in _glyphs():
-            return  # 'a crescent moon' says it twice
+            return  # 'a crescent moon' is one thing
         given = dict(self.pending)
         if token.value not in SHAPES:
             given.pop("colour", None)

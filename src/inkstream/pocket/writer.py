@@ -1,7 +1,7 @@
-"""Pocket's prompt writer: what a prompt leaves open is filled in from the seed, in the words that Pocket knows best.
+"""Pocket's prompt writer: it rewrites a prompt as a dense caption and draws missing details from the seed.
 
-The part that Z-Image's prompt enhancer plays for the published models. There is no language model: a prompt is read by
-the grammar of scenes (`wishes.py`), a scene is made of it, and the scene's dense caption is what Pocket is told.
+It has the role of Z-Image's prompt enhancer, but uses no language model. `wishes.py` parses the prompt, the writer
+composes a scene from it, and the model gets the scene's dense caption.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from inkstream.pocket.wishes import Wish, WishedText, WishedThing, read_wish, to
 KNOWN = "pocket knows shapes, emoji, words and colours"
 MOST_THINGS = 5
 LEAST_GAP = 0.01
-"""Between things whose places and sizes are all asked for, so that more cannot be had."""
+"""Smallest gap between things, used if the larger GAP gave no scene: the prompt may set all places and sizes."""
 MOST_LETTERS, MOST_HANZI = 8, 4
 
 
 @dataclass(frozen=True)
 class Written:
-    """A prompt written out. prompt: what the model is told; scene: the picture it should give, None if nothing was
-    understood; notes: a line each about what was not understood or is beyond Pocket."""
+    """A rewritten prompt. prompt: the model's input; scene: the intended picture, or None if there is none; notes: one
+    line for each request that was not understood or cannot be drawn."""
 
     prompt: str
     scene: Scene | None
@@ -36,9 +36,9 @@ class Written:
 
 
 def write(prompt: str, seed: int, negative: str = "") -> Written:
-    """The prompt as Pocket is to be told it. The same prompt and seed always give the same words.
+    """Rewrite a prompt for Pocket. Equal prompts and seeds give equal results.
 
-    negative: what must not be there; nothing of it is chosen where the prompt leaves a choice.
+    negative: names and colours that the writer does not choose by itself.
     """
     wish = read_wish(prompt)
     wish.without |= {token.value for token in tokens_of(negative) if token.kind in ("thing", "colour")}
@@ -50,7 +50,7 @@ def write(prompt: str, seed: int, negative: str = "") -> Written:
         scene = _compose(wish, rng, GAP if attempt < 300 else LEAST_GAP)
         if scene is not None:
             return Written(caption(scene), scene, tuple(notes))
-    return Written(prompt, None, (*notes, "so many things of these sizes do not fit beside one another: ask for less"))
+    return Written(prompt, None, (*notes, "the things do not fit into one picture: ask for fewer or smaller ones"))
 
 
 def _notes(wish: Wish) -> list[str]:
@@ -58,10 +58,10 @@ def _notes(wish: Wish) -> list[str]:
     if wish.unknown:
         notes.append(f"{KNOWN}; it cannot draw: {', '.join(wish.unknown)}")
     if (count := sum(thing.number for thing in wish.things)) > MOST_THINGS:
-        notes.append(f"pocket draws at most {MOST_THINGS} things, not {count}: the rest is left out")
+        notes.append(f"pocket draws at most {MOST_THINGS} things, not {count}: the others are left out")
     for thing in wish.things:
         if thing.name in wish.without:
-            notes.append(f"the prompt asks for {thing.name} and for none: it is drawn")
+            notes.append(f"the prompt asks for {thing.name} and also excludes it: it is drawn")
     if len(wish.texts) > 1:
         notes.append(f"pocket writes one text: {', '.join(repr(text.text) for text in wish.texts[1:])} is left out")
     for text in wish.texts[:1]:
@@ -74,7 +74,7 @@ def _notes(wish: Wish) -> list[str]:
 
 
 def _compose(wish: Wish, rng: Random, gap: float) -> Scene | None:
-    """A scene of what is wished; None where what was drawn by lot does not fit."""
+    """Compose a scene from a wish. Returns None if the random choices do not fit."""
     wished = [thing for thing in wish.things for _ in range(thing.number)][:MOST_THINGS]
     text = next((text for text in wish.texts if _writable(text)), None)
     ground = _ground(wish, wished, text, rng)
@@ -115,7 +115,7 @@ def _sides(relation: str | None) -> tuple[str, ...]:
 
 
 def _ground(wish: Wish, wished: Sequence[WishedThing], text: WishedText | None, rng: Random) -> Background:
-    """The background asked for, or a flat one on which all that is asked for can be seen."""
+    """Return the requested background, or a random flat one on which all requested items are visible."""
     across = rng.random() < 0.5 if wish.across is None else wish.across
     if wish.ground_colours:
         colours = list(wish.ground_colours)
@@ -152,7 +152,7 @@ _PAIRS = {"left of": (3, 5), "right of": (5, 3), "above": (1, 7), "below": (7, 1
 def _cells(
     wish: Wish, wished: Sequence[WishedThing], alike: bool, pair: bool, writing: Writing | None, rng: Random
 ) -> list[int] | None:  # fmt: skip
-    """A cell of the 3 x 3 grid for each thing: the one asked for, or a free one."""
+    """Return a cell of the 3 x 3 grid for each thing: the requested cell or a free one. None if there are too few."""
     row = None if writing is None else int(writing.y * 4) - 1
     if alike and not any(thing.place for thing in wished) and row is None:
         return list(DICE[len(wished)])
@@ -162,7 +162,7 @@ def _cells(
         return _two_groups(rng.choice(_sides(wish.relation)), [thing.number for thing in wish.things], rng)
     free = [cell for cell in range(9) if row is None or cell // 3 != row]
     if len(wished) == 1 and row is None and rng.random() < 0.4:
-        free = [4]  # a single thing stands in the middle more often
+        free = [4]  # a single thing is in the middle more often
     asked = [PLACES.index(thing.place) if thing.place else None for thing in wished]
     if len(set(asked) - {None}) < sum(place is not None for place in asked):
         asked = [place if place not in asked[:i] else None for i, place in enumerate(asked)]
@@ -174,7 +174,7 @@ def _cells(
 
 
 def _two_groups(relation: str, numbers: Sequence[int], rng: Random) -> list[int] | None:
-    """Cells of a line of things on one side of the picture, and of another line on the other side."""
+    """Return the cells of two groups of things, each in a line on opposite sides of the picture."""
     first = 0 if relation in ("left of", "above") else 2
     lines = [rng.sample(range(3), number) if number <= 3 else None for number in numbers]
     if None in lines:
@@ -189,7 +189,7 @@ def _things(
 ) -> tuple[Thing, ...] | None:  # fmt: skip
     things: list[Thing] = []
     for thing, cell in zip(wished, cells):
-        if things and thing is wished[len(things) - 1]:  # one more of the same
+        if things and thing is wished[len(things) - 1]:  # same kind of thing again
             colour, size = things[-1].colour, things[-1].size
         else:
             colour, size = _colour(wish, thing, ground, [*taken, *(t.colour or "" for t in things)], rng), thing.size
@@ -215,6 +215,6 @@ def _size(count: int, name: str, rng: Random) -> Size:
 
 
 def _apart(writing: Writing, things: Sequence[Thing], gap: float) -> bool:
-    """Whether a line of text has its rows to itself."""
+    """Return whether no thing shares the rows of the text."""
     top, bottom = writing.y - writing.em / 2, writing.y + writing.em / 2
     return all(t.y + t.side / 2 < top - gap or t.y - t.side / 2 > bottom + gap for t in things)
