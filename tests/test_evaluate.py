@@ -96,7 +96,7 @@ def test_a_file_is_read_a_case_a_line(tmp_path, pocket):
     ("line", "said"),
     [
         ("not json", "line 2: "),
-        ("[1]", "no JSON object"),
+        ("[1]", "not a JSON object"),
         ("{}", "prompt is missing"),
         ('{"prompt": " "}', "prompt ' '"),
         ('{"prompt": 3}', "prompt 3"),

@@ -1,1 +1,1 @@
-"""Graders: what a picture shows, told from its pixels alone, and how far that is what was asked for."""
+"""Graders: they recognise a picture's contents from its pixels only and compare them with the prompt's scene."""

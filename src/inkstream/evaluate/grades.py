@@ -1,4 +1,4 @@
-"""How far a picture shows a scene: graded by what is seen and read in it, against what the scene asks for."""
+"""Grades a picture against a scene: the recognised things and texts are compared with the scene's."""
 
 from __future__ import annotations
 
@@ -17,43 +17,43 @@ from inkstream.pocket.scenes import PLACES, Scene, Thing, Writing, relation_hold
 
 ALL = STATES["dense"]
 SLACK = 0.03
-"""Of the picture: a thing this far outside its place still counts as there."""
+"""Tolerance of places, as a share of the picture: a thing may be this far outside its cell."""
 
 FOLDED = str.maketrans({"l": "I"})
-"""What looks the same in a face and is therefore the same to a grader, whichever was asked for or read."""
+"""Characters that look the same in a face. The grader treats them as equal."""
 
 
 @dataclass(frozen=True)
 class Marks:
-    """What a picture got right; None where the scene does not ask for it, or the caption did not state it."""
+    """Grades of a picture. None: the scene does not contain it, or the caption did not state it."""
 
     background: bool | None = None
-    objects: float | None = None  # share of the scene's things that are there under their name
-    colours: float | None = None  # share of the scene's shapes that are there under their name and in their colour
-    object_and_colour: bool | None = None  # all things right, name and colour, and nothing beside them
-    places: float | None = None  # share of the scene's things that are there and where they should be
-    count: bool | None = None  # exactly so many of that name, in scenes of kind count
+    objects: float | None = None  # share of the scene's things that are present
+    colours: float | None = None  # share of the scene's shapes that are present with the right colour
+    object_and_colour: bool | None = None  # all things have the right name and colour, and there are no others
+    places: float | None = None  # share of the scene's things that are present at the right place
+    count: bool | None = None  # the number of things is exact; only for kind count
     relation: bool | None = None
-    text_exact: bool | None = None  # every writing as it should be, and no other
+    text_exact: bool | None = None  # all texts are exact, and there are no others
     characters: float | None = None  # 1 - min(edit distance, length) / length
     ned: float | None = None  # 1 - edit distance / the longer of the two lengths
-    script: str | None = None  # latin or hanzi, and length in characters, of the first writing
-    length: int | None = None
+    script: str | None = None  # script of the first text: latin or hanzi
+    length: int | None = None  # length of the first text in characters
 
 
 def grade(
     picture: Image.Image | NDArray[np.uint8], scene: Scene, stated: frozenset[str] = ALL, open_colour: bool = False
 ) -> Marks:
-    """The marks of a picture, (H, W, 3) uint8 if an array, for a scene.
+    """Grade a picture, an image or (H, W, 3) uint8, against a scene.
 
-    `stated` is what the caption said beyond things, relations and text: a value of captions.STATES. With `open_colour`
-    it said no colours of things. Text too small to be read (LEGIBLE) is not graded.
+    stated: facts that the caption states in addition to things, relations and text: a value of captions.STATES.
+    open_colour: the caption states no colours of things. Text that is too small to read (LEGIBLE) is not graded.
     """
     seen = see(picture)
     lines = lines_of(seen) if scene.writings else []
     read = {id(region) for line in lines for region in line.regions}
     things = things_of(seen, [r for r in seen.regions if id(r) not in read]) if scene.things else []
-    if scene.writings:  # what is like nothing may be a letter gone wrong: that is for the reader to mark
+    if scene.writings:  # an unknown thing may be a wrong letter, which the text grades count
         things = [thing for thing in things if thing.name]
     background = seen.background == scene.background if "background" in stated else None
     exact, characters, ned = _text_marks(lines, _legible(scene, seen.side))
@@ -84,7 +84,7 @@ def grade(
 
 
 def _pair(wanted: Sequence[Thing], seen: Sequence[SeenThing]) -> list[tuple[Thing, SeenThing | None]]:
-    """Each thing with one of its name, if there is one left: rather in its colour, rather at its place."""
+    """Match each wanted thing with a seen thing of equal name, or None. Equal colour is preferred, then equal place."""
     choices = sorted(
         (thing.colour != other.colour, not _is_at(other, thing.place), i, j)
         for i, thing in enumerate(wanted)
@@ -104,9 +104,9 @@ def _is_at(thing: SeenThing, place: str) -> bool:
 
 
 def _relation_is_right(scene: Scene, things: Sequence[SeenThing]) -> bool:
-    """Whether both things are there and whatever could be the first stands so to whatever could be the second.
+    """Return whether both things are present and the relation holds for all candidates of the first and the second.
 
-    Their names tell which they are; their colours too, where both have one name.
+    Candidates have the thing's name. If both things have equal names, candidates also have the thing's colour.
     """
     first, second = scene.things
     alike = first.name == second.name
@@ -123,7 +123,7 @@ def _count_is_right(scene: Scene, things: Sequence[SeenThing]) -> bool:
 
 
 def _share(right: Iterable[bool]) -> float | None:
-    """Of the true ones; None of nothing."""
+    """Return the share of true values, or None if there are no values."""
     values = list(right)
     return sum(values) / len(values) if values else None
 
@@ -136,7 +136,7 @@ def _legible(scene: Scene, side: int) -> list[Writing]:
 
 
 def _text_marks(lines: Sequence[Line], writings: Sequence[Writing]) -> tuple[bool | None, float | None, float | None]:
-    """Exact, character accuracy, NED of the lines read against what should be written, in whatever order."""
+    """Compare lines with the wanted texts, in any order. Returns (exact, character accuracy, NED)."""
     if not writings:
         return None, None, None
     wanted, found = [fold(w.text) for w in writings], [fold(line.text) for line in lines]
@@ -154,12 +154,12 @@ def _text_marks(lines: Sequence[Line], writings: Sequence[Writing]) -> tuple[boo
 
 
 def fold(text: str) -> str:
-    """A text with what looks the same made the same: l and I, and runs of spaces."""
+    """Normalise a text: l becomes I, and runs of spaces become one space."""
     return " ".join(text.translate(FOLDED).split())
 
 
 def edit_distance(a: str, b: str) -> int:
-    """Levenshtein's: the fewest characters put in, left out or changed to make one of the other."""
+    """Return the Levenshtein distance: the fewest insertions, deletions and replacements of characters."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a):
         above, row = row, [i + 1]

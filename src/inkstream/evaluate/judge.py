@@ -1,4 +1,4 @@
-"""Whole evaluations: a suite as drawn, as it is in truth, as the autoencoder keeps it, and drawn in other settings."""
+"""Evaluations of a suite: drawn pictures, true pictures, autoencoder reconstructions, and sweeps of settings."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from inkstream.pocket.draw import render
 from inkstream.types import Event, InputError, Loading
 
 Show = Callable[[Event], None]
-Cases = Mapping[int, Case]  # by their numbers in the suite
+Cases = Mapping[int, Case]  # cases by their numbers in the suite
 
 STEPS = (2, 4, 8, 16, 50)
 GUIDANCE = (1.0, 2.0, 3.0, 4.5, 6.0)
 MOST_LOSSES = 64
-"""Scenes of the held-out loss: its noise is averaged over 8 times each."""
+"""Most scenes of the held-out loss. Each scene is measured at 8 times."""
 
 
 def judge(path: Path, number: int, seed: int, case: Case, ocr: bool = False) -> Judged:
-    """What the picture at `path` shows of what case `number` asks for, by our graders where it has a scene.
+    """Judge the picture at `path` for case `number`. inkstream's graders judge it if the case has a scene.
 
-    ocr: ask the second reader too, where it has a text. InputError where the extra is not installed.
+    ocr: also use the second reader if the case has a text. Raises InputError if the extra `ocr` is not installed.
     """
     picture = open_picture(path)
     marks = None if case.scene is None else grade(picture, case.scene, case.stated, case.open_colour)
@@ -44,7 +44,7 @@ def judge(path: Path, number: int, seed: int, case: Case, ocr: bool = False) -> 
 def judge_drawings(
     model: Model, cases: Cases, jobs: Sequence[Job], folder: Path, ocr: bool, show: Show
 ) -> tuple[list[Judged], list[Row]]:
-    """Draw what is not in the folder yet and judge it all; the rows are the shares and the model's measures."""
+    """Draw the jobs that are not in the folder and judge all. The rows are shares and measures of the model."""
     for step in draw(model, jobs, folder):
         show(step)
     judged = []
@@ -65,7 +65,7 @@ def judge_drawings(
 
 
 def grade_drawings(model: Model, cases: Cases) -> dict[str, float]:
-    """The shares over all pictures, one of each case, by question. The pictures are not kept."""
+    """Draw and judge one picture of each case. Returns shares by question. The pictures are not kept."""
     jobs = plan(model, cases, Settings(seeds=1))
     with TemporaryDirectory() as folder:
         for _ in draw(model, jobs, Path(folder)):
@@ -77,14 +77,14 @@ def grade_drawings(model: Model, cases: Cases) -> dict[str, float]:
 def judge_truths(
     model: Model, cases: Cases, jobs: Sequence[Job], folder: Path, ocr: bool, show: Show
 ) -> tuple[list[Judged], list[Row]]:
-    """Judge the true pictures and what the model's autoencoder makes of them, the ceiling of what it can draw.
+    """Judge the true pictures and their autoencoder reconstructions, which are the upper limit of the model.
 
-    One of each case that has a scene, all written to the folder; what is returned as judged are the reconstructions.
-    InputError where no case has a scene.
+    Each case with a scene has one picture of each kind, written to the folder. Returns the judged reconstructions and
+    the rows of both kinds. Raises InputError if no case has a scene.
     """
     known = [job for job in _first_of_each(jobs) if cases[job.case].scene is not None]
     if not known:
-        raise InputError("no prompt of this suite has a scene, so there is nothing true to judge: take suite pocket")
+        raise InputError("no prompt of this suite has a scene, so there is no true picture: take suite pocket")
     kinds = ("truth", "reconstruction")
     judged: dict[str, list[Judged]] = {kind: [] for kind in kinds}
     noise: list[float] = []
@@ -105,7 +105,7 @@ def judge_truths(
 
 
 def judge_sweep(model: Model, cases: Cases, settings: Settings, folder: Path, show: Show) -> list[Row]:
-    """The shares over all pictures at each of STEPS and, where the model guides, of GUIDANCE; a seed of each prompt."""
+    """Judge one seed of each prompt at each number of STEPS and, if the model has guidance, at each of GUIDANCE."""
     points = [(f"{steps} steps", replace(settings, seeds=1, steps=steps)) for steps in STEPS]
     if "guidance" in model.spec.abilities:
         points += [(f"guidance {scale:g}", replace(settings, seeds=1, guidance=scale)) for scale in GUIDANCE]
@@ -118,7 +118,7 @@ def judge_sweep(model: Model, cases: Cases, settings: Settings, folder: Path, sh
 
 
 def measure_loss(model: Model, cases: Cases, jobs: Sequence[Job], show: Show) -> list[Row]:
-    """The held-out loss over the true pictures of at most MOST_LOSSES cases: its mean, and each time's."""
+    """Measure the held-out loss on true pictures of at most MOST_LOSSES cases: the mean and the loss at each time."""
     known = [job for job in _first_of_each(jobs) if cases[job.case].scene is not None]
     chosen = known[:: max(1, -(-len(known) // MOST_LOSSES))]
     if not chosen:
@@ -132,13 +132,13 @@ def measure_loss(model: Model, cases: Cases, jobs: Sequence[Job], show: Show) ->
 
 @torch.inference_mode()
 def reconstruct(model: Model, picture: Image.Image) -> Image.Image:
-    """What a model's autoencoder makes of a picture whose sides are multiples of the model's."""
+    """Return the autoencoder's reconstruction of a picture. Its sides must be multiples of the model's unit."""
     pixels = to_pixels(picture, *picture.size)[None].to(model.device)
     return to_image(model.family.decode(model.family.encode_image(pixels))[0])
 
 
 def _first_of_each(jobs: Iterable[Job]) -> list[Job]:
-    """The job of the first seed of each case."""
+    """Return the job of each case's first seed."""
     first: dict[int, Job] = {}
     for job in jobs:
         first.setdefault(job.case, job)
@@ -146,7 +146,7 @@ def _first_of_each(jobs: Iterable[Job]) -> list[Job]:
 
 
 def _truths(cases: Cases, jobs: Iterable[Job]) -> Iterator[Image.Image]:
-    """The true pictures of jobs whose cases have scenes, at their sizes."""
+    """Yield the true pictures of jobs, at their sizes. All cases must have scenes."""
     for job in jobs:
         scene = cases[job.case].scene
         assert scene is not None

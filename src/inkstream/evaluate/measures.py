@@ -1,4 +1,4 @@
-"""Numbers about a model as a whole: held-out loss, a Frechet distance, how much seeds differ."""
+"""Measures of a model: held-out loss, Frechet distance, diversity over seeds, PSNR."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from inkstream.flow import add_noise
 from inkstream.nn.forward import Sample
 
 SIGMAS = (0.05, 0.2, 0.35, 0.5, 0.65, 0.8, 0.92, 0.98)
-"""Times of the held-out loss. Two lie near 1, where a picture's layout is decided."""
+"""Times of the held-out loss. Two are near 1, where a picture's layout is decided."""
 
-SIDE = 64  # of the picture that features are taken of
+SIDE = 64  # side of the pictures that features are computed from, in pixels
 WIDTHS = (3, 32, 64, 64)
 SEED = 20_260_101
 
@@ -30,10 +30,10 @@ SEED = 20_260_101
 def held_out_loss(
     model: Model, pictures: Iterable[Image.Image], prompts: Iterable[str], seed: int = 0
 ) -> dict[float, float]:
-    """Mean squared error of the velocity at each of SIGMAS, over pictures with their prompts.
+    """Return the mean squared error of the velocity at each of SIGMAS, over pictures with prompts.
 
-    The noise of a picture is its own, drawn on the CPU, the same at every time and in every run. All sizes are those
-    of the pictures, which must be multiples of the model's.
+    Each picture has its own noise, drawn on the CPU, equal at all times and in all runs. The pictures' sides must be
+    multiples of the model's unit.
     """
     losses: dict[float, list[float]] = {sigma: [] for sigma in SIGMAS}
 
@@ -55,12 +55,13 @@ def held_out_loss(
 
 
 def features(pictures: Iterable[Image.Image]) -> Tensor:
-    """What a fixed random network sees in pictures. (N, 16, 64) float32: 4 x 4 patches of 64 features each.
+    """Compute features with a fixed random network. Returns (N, 16, 64) float32: 4 x 4 patches of 64 features.
 
-    Three 5 x 5 convolutions of stride 2 with ReLU (widths 32, 64, 64), weights normal with variance 2 / fan-in from a
-    seeded generator, over the picture at 64 x 64 in [-1, 1]; then means of 2 x 2. Random filters keep colours, edges
-    and their places; that suffices to tell how far two sets of pictures are apart (Heusel et al. 2017, with the
-    trained network replaced), and needs no download. Distances compare only with others by the same filters.
+    The network has three 5 x 5 convolutions of stride 2 with ReLU between them (widths 32, 64, 64) and a 2 x 2 average
+    pooling. Its weights are normal with variance 2 / fan-in, from a seeded generator. Its input is the picture at
+    64 x 64 in [-1, 1]. Random filters keep colours, edges and their positions. This is enough to measure the distance
+    of two sets of pictures (Heusel et al. 2017, with another network) and needs no download. Distances are comparable
+    only with distances of the same filters.
     """
     seen = [torch.zeros(0, 16, WIDTHS[-1])]
     waiting = iter(pictures)
@@ -74,12 +75,12 @@ def features(pictures: Iterable[Image.Image]) -> Tensor:
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Between the Gaussians that fit two sets of vectors. a: (N, D), b: (M, D), each of two vectors or more."""
+    """Return the Frechet distance of Gaussians fitted to two sets of vectors. a: (N, D), b: (M, D); N, M >= 2."""
     return frechet_of_gaussians(_mean_and_covariance(a), _mean_and_covariance(b))
 
 
 def frechet_of_gaussians(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> float:
-    """|m - n|^2 + tr(A + B - 2 (A B)^(1/2)) of two means (D,) and covariances (D, D). Dowson and Landau 1982."""
+    """Return |m - n|^2 + tr(A + B - 2 (A B)^(1/2)) for means (D,) and covariances (D, D). Dowson and Landau 1982."""
     (m, cov_a), (n, cov_b) = ([t.double() for t in pair] for pair in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -89,10 +90,10 @@ def frechet_of_gaussians(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> 
 
 
 def diversity(seen: Tensor, groups: Sequence[int]) -> float | None:
-    """How far pictures of one prompt are apart, as a share of how far those of different prompts are.
+    """Return the mean distance of pictures of one prompt, divided by that of pictures of different prompts.
 
-    seen: (N, P, D) `features`; groups: the prompt of each. 0 where seeds make no difference; None where no prompt has
-    two pictures or all are of one.
+    seen: (N, P, D) `features`; groups: the prompt of each picture. The result is 0 if seeds make no difference, and
+    None if no prompt has two pictures or all pictures have one prompt.
     """
     flat = seen.flatten(1).double()
     apart = torch.cdist(flat, flat, compute_mode="donot_use_mm_for_euclid_dist")
@@ -106,7 +107,7 @@ def diversity(seen: Tensor, groups: Sequence[int]) -> float | None:
 
 
 def psnr(picture: Image.Image, other: Image.Image) -> float:
-    """Peak signal to noise ratio of two pictures of one size, in dB; infinite where they are the same."""
+    """Return the peak signal-to-noise ratio of two pictures of equal size, in dB; infinite for equal pictures."""
     a, b = (to_pixels(p, *picture.size) for p in (picture, other))
     error = float(F.mse_loss(a, b))
     return math.inf if error == 0 else -10 * math.log10(error)

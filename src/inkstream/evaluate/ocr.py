@@ -1,4 +1,4 @@
-"""A second reader of written text, independent of ours: rapidocr, from the extra `ocr`. For reports, not rewards."""
+"""A second text reader, independent of inkstream's: rapidocr, from the extra `ocr`. It is for reports, not rewards."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from PIL import Image
 
 from inkstream.types import InputError
 
-LEAST = 512  # pixels of the shorter side: smaller pictures are enlarged, for it was made for photographs
+LEAST = 512  # pixels of the shorter side; smaller pictures are enlarged, because rapidocr is made for photographs
 ALIKE = str.maketrans({"0": "o", "1": "l", "i": "l", "|": "l"})
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What was read, and how far it is what was to be written, up to case, spaces and look-alikes such as 0 and O."""
+    """The lines read, and their match with the wanted text, without case, spaces and look-alikes such as 0 and O."""
 
     lines: tuple[str, ...]
     exact: bool
-    ned: float  # 1 - edit distance / length of the longer one, the mean of the lines weighted by their length
+    ned: float  # 1 - edit distance / longer length; mean over the lines, weighted by length
 
 
 def read(picture: Image.Image, wanted: str) -> Reading:
-    """Read a picture and compare. wanted: lines with line ends between them. InputError without the extra."""
+    """Read a picture and compare it with the wanted lines, separated by "\\n". Raises InputError without the extra."""
     return compare(lines_of(picture), wanted.split("\n"))
 
 
 def lines_of(picture: Image.Image) -> tuple[str, ...]:
-    """The lines that rapidocr finds, in its order."""
+    """Return the lines that rapidocr finds, in its order."""
     scale = max(1.0, LEAST / min(picture.size))
     size = round(picture.width * scale), round(picture.height * scale)
     pixels = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-    return tuple(open_reader()(np.ascontiguousarray(pixels[..., ::-1])).txts or ())  # it takes BGR
+    return tuple(open_reader()(np.ascontiguousarray(pixels[..., ::-1])).txts or ())  # rapidocr takes BGR
 
 
 def compare(lines: Sequence[str], wanted: Sequence[str]) -> Reading:
-    """How far lines that were read are those wanted; each is compared with the line, or all lines, nearest to it."""
+    """Compare the lines read with the wanted ones. Each wanted line is compared with its nearest line, or all lines."""
     found = [*map(fold, lines), fold("".join(lines))]
     right, total, exact = 0.0, 0, True
     for line in map(fold, wanted):
@@ -51,12 +51,12 @@ def compare(lines: Sequence[str], wanted: Sequence[str]) -> Reading:
 
 
 def fold(text: str) -> str:
-    """Text without case and spaces, look-alikes made the same."""
+    """Normalise a text: no case, no spaces, look-alikes are equal."""
     return "".join(unicodedata.normalize("NFKC", text).casefold().split()).translate(ALIKE)
 
 
 def distance(a: str, b: str) -> int:
-    """Insertions, deletions and replacements that make one text the other (Levenshtein)."""
+    """Return the Levenshtein distance: the fewest insertions, deletions and replacements."""
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
@@ -67,7 +67,7 @@ def distance(a: str, b: str) -> int:
 
 @lru_cache(maxsize=1)
 def open_reader() -> Any:
-    """rapidocr's engine, its models in memory. InputError where the extra is not installed."""
+    """Load rapidocr with its models, once. Raises InputError if the extra is not installed."""
     try:
         from rapidocr import RapidOCR
     except ImportError as error:

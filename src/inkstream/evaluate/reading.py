@@ -1,7 +1,7 @@
-"""Written text read from a picture alone: cut into glyphs, each told by its likeness to the atlas' own.
+"""Reads text in pictures: it splits the ink into glyphs and matches each with the templates of the atlas.
 
-The reader knows the faces and the alphabet, never what was to be written. A line is one colour; its glyphs agree on an
-em and a baseline, which is what tells an O from an o. It reads what is LEGIBLE pixels an em or more.
+The reader knows the faces and the alphabet, but not the wanted text. A line has one colour. Its glyphs agree on an em
+and a baseline, which distinguishes an O from an o. The reader needs at least LEGIBLE pixels an em.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from inkstream.pocket.scenes import SPACE, TRACKING
 from inkstream.pocket.vocabulary import EMOJI
 
 UNKNOWN = "\ufffd"
-"""Stands for ink that is like no glyph."""
+"""Character for ink that matches no glyph."""
 
 LEGIBLE = {"latin": 9.0, "hanzi": 16.0}
-"""Pixels an em from which a script can be read."""
+"""Smallest readable font size of each script, in pixels an em."""
 
 N = 24  # side of a template
 LEVELS = (9, 12, 16, 22, 30, 42, 60)  # pixels an em at which the templates are drawn
-PLAIN = 0.6  # likeness from which ink is taken for the glyph that it is likest to
-OTHER_FACE = 0.04  # likeness that a glyph of another face than the line's must make up for
-EM_SLACK = 0.1  # of a glyph's size, and of its place over the baseline in em, that cost a twentieth of likeness
-SPECK = 0.002  # share of a line's ink that may be left unexplained
-FRAGMENT = 0.75  # what it is worth not to read a part of a line as one of its own
-LEAST = 0.06  # of the shorter side: what is smaller is no line
-MANY = 0.012  # likeness that each further glyph of a line must bring
-KEPT = 10  # of the likest glyphs of each face
+PLAIN = 0.6  # smallest likeness at which ink is read as its best matching glyph
+OTHER_FACE = 0.04  # penalty in likeness for a glyph of another face than the line's
+EM_SLACK = 0.1  # deviation of a glyph's size, or of its baseline in em, with a penalty of 0.05 in likeness
+SPECK = 0.002  # smallest share of a line's ink that a glyph must have
+FRAGMENT = 0.75  # likeness of an unreadable part of a line, when parts are compared with the joined line
+LEAST = 0.06  # smallest extent of a line, as a share of the picture's shorter side
+MANY = 0.012  # penalty for each glyph of a line
+KEPT = 10  # number of best glyphs that are kept for each face
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line as read. box: left, top, right, bottom as shares of width and height; likeness: mean over its ink."""
+    """A line of text. box: left, top, right, bottom as shares of width and height; likeness: mean over its ink."""
 
     text: str
     box: tuple[float, float, float, float]
@@ -49,23 +49,23 @@ class Line:
 
 
 def read(picture: Image.Image | NDArray[np.uint8]) -> list[tuple[str, tuple[float, float, float, float]]]:
-    """The lines of text in a picture, from top to bottom: text, (left, top, right, bottom) as shares of the picture."""
+    """Return the lines of a picture from top to bottom: text, (left, top, right, bottom) as shares of the picture."""
     return [(line.text, line.box) for line in lines_of(see(picture))]
 
 
 def lines_of(seen: Seen) -> list[Line]:
-    """The lines of text among what stands before the background, from top to bottom."""
+    """Return the lines of text in the foreground, from top to bottom."""
     found = []
     for layer, colour in _layers(seen):
         found += _partition(seen, _rows(layer), colour)
     return sorted(found, key=lambda line: (line.box[1], line.box[0]))
 
 
-# Where lines may be
+# Finding lines
 
 
 def _layers(seen: Seen) -> list[tuple[list[Region], Floats]]:
-    """Regions of one colour each, thin ones also where ground shines through."""
+    """Group regions by colour. Thin regions also match if their colour is mixed with the background."""
     layers: list[tuple[list[Region], Floats]] = []
     for region in sorted(seen.regions, key=lambda r: -len(r.rows)):
         own, ground = seen.pixels[region.rows, region.columns], seen.ground[region.rows, region.columns]
@@ -86,7 +86,7 @@ def _layers(seen: Seen) -> list[tuple[list[Region], Floats]]:
 
 
 def _rows(layer: Sequence[Region]) -> list[list[Region]]:
-    """Regions whose rows overlap, from top to bottom."""
+    """Group regions with overlapping pixel rows, from top to bottom."""
     rows: list[list[Region]] = []
     for region in sorted(layer, key=lambda r: r.top):
         if rows and region.top < max(r.bottom for r in rows[-1]):
@@ -97,7 +97,7 @@ def _rows(layer: Sequence[Region]) -> list[list[Region]]:
 
 
 def _partition(seen: Seen, rows: Sequence[list[Region]], colour: Floats) -> list[Line]:
-    """Rows of ink as lines; rows close to one another are one line where that reads as well (二, i)."""
+    """Read rows of ink as lines. Close rows become one line if it reads about as well as its parts (二, i)."""
     alone = [_line(seen, row, colour) for row in rows]
     area = [sum(len(r.rows) for r in row) for row in rows]
     lines: list[Line] = []
@@ -120,7 +120,7 @@ def _partition(seen: Seen, rows: Sequence[list[Region]], colour: Floats) -> list
 
 
 def _line(seen: Seen, regions: Sequence[Region], colour: Floats) -> Line | None:
-    """These regions as a line, unless they are likelier to be things or parts of one."""
+    """Read regions as a line. Returns None if they are not readable or match things better."""
     left, top, right, bottom = bounds_of(regions)
     height, width = seen.pixels.shape[:2]
     if max(right - left, bottom - top) < LEAST * seen.side:
@@ -142,7 +142,7 @@ def _line(seen: Seen, regions: Sequence[Region], colour: Floats) -> Line | None:
 
 
 def _ink(seen: Seen, regions: Sequence[Region], colour: Floats, box: tuple[int, int, int, int]) -> Floats:
-    """How far each pixel of a box, and of two more around it, is of this colour and no longer ground. (h, w) in 0..1"""
+    """Return the ink of a box and 2 pixels around it: 0 is background, 1 is the colour. (h, w) float32."""
     left, top, right, bottom = box
     near = np.zeros((bottom - top + 4, right - left + 4), bool)
     for region in regions:
@@ -164,7 +164,7 @@ def _ink(seen: Seen, regions: Sequence[Region], colour: Floats, box: tuple[int, 
 
 
 def _read_ink(ink: Floats) -> tuple[str, float, float] | None:
-    """The text of a line's ink, its likeness, and the share of the ink that is like a glyph. ink: (h, w)"""
+    """Read a line. ink: (h, w). Returns the text, its likeness, and the share of ink in known glyphs; or None."""
     height = ink.shape[0] - 4
     cuts, owner = _cuts(ink)
     spans, box, mass, pictures = _segments(ink, owner, cuts, _spans(cuts, height))
@@ -195,7 +195,7 @@ def _read_ink(ink: Floats) -> tuple[str, float, float] | None:
 def _spell(
     path: Sequence[tuple[int, int, float]], em: float, box: Floats, mass: Floats, table: Table
 ) -> tuple[str, float, float]:
-    """Spans with their glyphs as text, with a space where the pen skips one."""
+    """Join the glyphs of spans to a text, with a space at each wide gap. Returns text, likeness, share of known ink."""
     text, pen, known, likeness = "", None, 0.0, 0.0
     for span, g, value in path:
         if value < PLAIN:
@@ -211,7 +211,8 @@ def _spell(
 
 @dataclass(frozen=True)
 class Cut:
-    """Where a glyph may end (before column `end`, in piece `before`) and the next begin (at `start`, in `after`)."""
+    """A possible glyph boundary: a glyph ends before column `end` in piece `before`, the next starts at column `start`
+    in piece `after`."""
 
     end: int
     start: int
@@ -220,7 +221,7 @@ class Cut:
 
 
 def _cuts(ink: Floats) -> tuple[list[Cut], NDArray[np.intp]]:
-    """Cuts between pieces of ink and, where it is thin, within them; and the piece that each pixel belongs to."""
+    """Return the cuts, between pieces of ink and at thin columns inside pieces, and the piece of each pixel."""
     height, width = ink.shape[0] - 4, ink.shape[1]
     owner = np.full(ink.shape, -1)
     blank = np.concatenate([[True], ink.sum(0) < 0.3, [True]])
@@ -246,7 +247,7 @@ def _cuts(ink: Floats) -> tuple[list[Cut], NDArray[np.intp]]:
 
 
 def _parts(ink: Floats) -> list[NDArray[np.bool_]]:
-    """Ink without a blank column, as the parts of it that stand apart although their columns overlap (LJ), in order."""
+    """Split ink without a blank column into separate parts, in order. Their columns may overlap a little (LJ)."""
     regions = regions_of(ink > 0.4)
     groups: list[list[Region]] = []
     for region in sorted(regions, key=lambda r: r.left):
@@ -264,14 +265,14 @@ def _parts(ink: Floats) -> list[NDArray[np.bool_]]:
     for i, group in enumerate(groups):
         for region in group:
             owner[region.rows + 1, region.columns + 1] = i
-    for _ in range(3):  # faint pixels go with what they touch
+    for _ in range(3):  # faint pixels join the part that they touch
         beside = [owner[:-2, 1:-1], owner[2:, 1:-1], owner[1:-1, :-2], owner[1:-1, 2:]]
         owner[1:-1, 1:-1] = np.where(owner[1:-1, 1:-1] < 0, np.max(beside, axis=0), owner[1:-1, 1:-1])
     return [owner[1:-1, 1:-1] == i for i in range(len(groups))]
 
 
 def _spans(cuts: Sequence[Cut], height: int) -> list[tuple[int, int]]:
-    """Pairs of cuts between which a glyph may lie: not too wide, but for a whole piece."""
+    """Return pairs of cuts that may enclose a glyph. A span has a maximum width, unless it is a whole piece."""
     return [
         (a, b)
         for a in range(len(cuts) - 1)
@@ -281,12 +282,12 @@ def _spans(cuts: Sequence[Cut], height: int) -> list[tuple[int, int]]:
 
 
 def _best_path(spans: Sequence[tuple[int, int]], count: int, value: Floats, mass: Floats) -> tuple[float, list[int]]:
-    """The spans that together explain a line best: likeness weighted by ink."""
+    """Find the spans with the best total of likeness times ink, by dynamic programming. Returns total and spans."""
     gain = np.where(mass < SPECK, 0, np.maximum(value, PLAIN) * mass - MANY).tolist()
     best, back = [0.0] * count, [(k - 1, -1) for k in range(count)]
     s = 0
     for a in range(count):
-        if a and best[a - 1] > best[a]:  # what is left out gains nothing
+        if a and best[a - 1] > best[a]:  # skipped ink scores 0
             best[a], back[a] = best[a - 1], (a - 1, -1)
         while s < len(spans) and spans[s][0] == a:
             b = spans[s][1]
@@ -302,7 +303,7 @@ def _best_path(spans: Sequence[tuple[int, int]], count: int, value: Floats, mass
 
 
 def _guesses(score: Floats, em: Floats, baseline: Floats, mass: Floats) -> list[tuple[float, float]]:
-    """The (em, baseline) on which most ink agrees."""
+    """Return up to 4 pairs (em, baseline) that most ink agrees on."""
     weight = (np.maximum(score - PLAIN, 0) * mass[:, None]).ravel()
     if not weight.any():
         return []
@@ -324,7 +325,7 @@ def _guesses(score: Floats, em: Floats, baseline: Floats, mass: Floats) -> list[
 def _segments(
     ink: Floats, owner: NDArray[np.intp], cuts: Sequence[Cut], spans: Sequence[tuple[int, int]]
 ) -> tuple[list[tuple[int, int]], Floats, Floats, Floats]:
-    """The spans that hold ink, its boxes in pixels (S, 4), its share of all (S,), and how a template would show it."""
+    """Return the S spans with ink, their boxes in pixels (S, 4), shares of ink (S,), and pictures (S, N N)."""
     kept, boxes, masses, pictures = [], [], [], []
     total = float(ink.sum())
     for a, b in spans:
@@ -345,7 +346,7 @@ def _segments(
 
 
 def _box_of(ink: Floats) -> tuple[float, float, float, float] | None:
-    """Where ink begins and ends, to parts of a pixel, as its edge covers parts; None where there is hardly any."""
+    """Return the box of ink with sub-pixel precision, from partly covered edge pixels. None if there is too little."""
     down, across = ink.max(1), ink.max(0)
     rows, columns = np.flatnonzero(down > 0.25), np.flatnonzero(across > 0.25)
     if not len(rows) or not len(columns):
@@ -362,7 +363,7 @@ def _ends(cover: Floats, first: int, last: int) -> tuple[float, float]:
 
 
 def _square(ink: Floats, box: tuple[float, float, float, float]) -> Floats:
-    """The box in the middle of a square with a little room around it, at N x N."""
+    """Resample a box, centred in a square with a small border, to N x N."""
     half = max(box[2] - box[0], box[3] - box[1]) * 0.55 + 0.25
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     pad = int(half) + 3
@@ -373,20 +374,20 @@ def _square(ink: Floats, box: tuple[float, float, float, float]) -> Floats:
 
 
 def _standard(pictures: Floats) -> Floats:
-    """Each of mean 0 and length 1, so that products are correlations. pictures: (S, N N)"""
+    """Normalise pictures to mean 0 and norm 1: their products are then correlations. pictures: (S, N N)."""
     pictures = pictures - pictures.mean(1, keepdims=True)
     return pictures / np.maximum(np.linalg.norm(pictures, axis=1, keepdims=True), 1e-6)
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Every glyph of every face: how it looks, and in em its longer side and where its ink lies by the pen."""
+    """The templates of all G glyphs of all faces, with their metrics in em relative to the pen, each (G,)."""
 
     faces: tuple[str, ...]
-    chars: str  # G of them
-    face: NDArray[np.intp]  # (G,), the others too
+    chars: str  # G characters
+    face: NDArray[np.intp]  # (G,) index of the face
     pictures: Floats  # (G, N N)
-    size: Floats
+    size: Floats  # longer side of the ink
     bottom: Floats
     left: Floats
     right: Floats
@@ -395,7 +396,7 @@ class Table:
 
 @lru_cache(maxsize=len(LEVELS))
 def _table(level: int) -> Table:
-    """Drawn at so many pixels an em, as coarse as the picture that is read."""
+    """Return the templates at `level` pixels an em, the resolution of the line that is read."""
     atlas = load_atlas()
     faces = tuple(atlas.glyphs)
     of = [(i, char, glyph(atlas, face, char)) for i, face in enumerate(faces) for char in atlas.glyphs[face]]
@@ -404,7 +405,7 @@ def _table(level: int) -> Table:
         inner = found.mask.width - 2 * PAD, found.mask.height - 2 * PAD
         across, down = found.width * level, found.height * level  # pixels
         size = int(across) + 3, int(down) + 3
-        x, y = inner[0] / across, inner[1] / down  # of the mask, a pixel
+        x, y = inner[0] / across, inner[1] / down  # mask pixels per pixel
         box = (PAD - x, PAD - y, PAD + (size[0] - 1) * x, PAD + (size[1] - 1) * y)
         drawn = found.mask.resize(size, Image.Resampling.BOX, box)
         ink = np.asarray(drawn).astype(np.float32) / np.float32(255)
@@ -419,5 +420,5 @@ def _table(level: int) -> Table:
 
 
 def _level(height: float) -> int:
-    """Of a line whose ink is so many pixels high."""
+    """Return the best level of LEVELS for a line with ink of this height in pixels."""
     return min(LEVELS, key=lambda level: abs(np.log(level * 0.82 / height)))

@@ -1,4 +1,4 @@
-"""What is told of judged pictures: shares with their intervals, a table, a record, a contact sheet."""
+"""Reports of judged pictures: shares with confidence intervals, a table, a record, a contact sheet."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ QUESTIONS: dict[str, str] = {
     "count": "count",
     "text_exact": "text exact",
 }
-"""Fields of Marks that are right or wrong -> how the table calls them."""
+"""Graded fields of Marks -> their names in the table."""
 
-Z = 1.959964  # of the normal distribution, for 95%
+Z = 1.959964  # quantile of the normal distribution for a 95% interval
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One picture of a suite: of case number `case`, the `seed`th, and what was found in it."""
+    """A judged picture of a suite: picture number `seed` of case number `case`."""
 
     path: Path
     case: int
     seed: int
     group: str
-    marks: Marks | None = None  # by our graders, where the case has a scene
-    reading: Reading | None = None  # by the second reader, where it was asked
+    marks: Marks | None = None  # grades, if the case has a scene
+    reading: Reading | None = None  # result of the second reader, if it was used
 
     @property
     def right(self) -> bool | None:
-        """Whether all that the prompt asked for is there; None where nothing can tell."""
+        """Whether the picture meets the whole prompt; None if nothing could be judged."""
         if self.marks is not None:
             answers = [getattr(self.marks, name) for name in QUESTIONS]
             return all(answer == 1 for answer in answers if answer is not None)
@@ -51,7 +51,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Row:
-    """One number: of what, over which pictures, its 95% interval where it is a share, and of how many pictures."""
+    """One result. low, high: its 95% interval if it is a share; pictures: the number of pictures."""
 
     of: str  # drawn, truth, reconstruction, or a setting of a sweep
     measure: str
@@ -63,7 +63,7 @@ class Row:
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
-    """The 95% interval of a share of `count` trials. Wilson 1927; it holds near 0 and 1, too."""
+    """Return the 95% interval of a share of `count` trials. Wilson 1927; it is also valid near 0 and 1."""
     if not count:
         return 0.0, 1.0
     middle = share + Z**2 / (2 * count)
@@ -73,7 +73,7 @@ def wilson(share: float, count: int) -> tuple[float, float]:
 
 
 def shares(judged: Sequence[Judged], of: str = "drawn") -> list[Row]:
-    """Every share that the pictures' marks and readings give; questions that were not asked are left out."""
+    """Return all shares of the pictures' grades and readings. Questions without a picture are left out."""
     groups = list(dict.fromkeys(picture.group for picture in judged))
     rows = [_share(of, "all right", "all", [(j.right, 1) for j in judged])]
     rows += [_share(of, "all right", group, [(j.right, 1) for j in judged if j.group == group]) for group in groups]
@@ -102,7 +102,7 @@ LENGTHS: dict[str, Callable[[str | None, int | None], bool]] = {
 
 
 def _share(of: str, measure: str, group: str, found: Iterable[tuple[float | bool | None, int | None]]) -> Row:
-    """The mean of what was asked, weighted; its interval is that of so many pictures."""
+    """Return the weighted mean of the values that are not None. The interval is for the number of these values."""
     asked = [(float(value), weight or 1) for value, weight in found if value is not None]
     total = sum(weight for _, weight in asked)
     share = sum(value * weight for value, weight in asked) / max(total, 1)
@@ -114,7 +114,7 @@ def _share(of: str, measure: str, group: str, found: Iterable[tuple[float | bool
 
 
 def table(rows: Sequence[Row]) -> list[str]:
-    """Rows as lines: a block for each thing measured, shares in percent with their interval."""
+    """Format rows as lines: one block for each value of `of`, shares in percent with their intervals."""
     lines: list[str] = []
     width = max((len(_label(row)) for row in rows), default=0)
     for of in dict.fromkeys(row.of for row in rows):
@@ -129,7 +129,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def matrix(rows: Sequence[Row], measures: Sequence[str]) -> list[str]:
-    """A sweep as lines: a line for each setting, a column for each measure over all pictures."""
+    """Format a sweep as lines: one line for each setting, one column for each measure over all pictures."""
     shown = [name for name in measures if any(row.measure == name for row in rows)]
     found = {(row.of, row.measure): row for row in rows if row.group == "all"}
     settings = list(dict.fromkeys(row.of for row in rows))
@@ -155,7 +155,7 @@ def _cell(row: Row | None) -> str:
 
 
 def record(name: str, date: str, command: str, ran: Mapping[str, Any], rows: Sequence[Row], folder: Path) -> Path:
-    """Write FOLDER/NAME.json as `bench.records` does; its first row tells how the suite was run."""
+    """Write FOLDER/NAME.json in the format of `bench.records`. Its first row says how the suite was run."""
     flat = [{key: value for key, value in asdict(row).items() if value is not None} for row in rows]
     return write_record(name, date, command, {}, [{"of": "run", **ran}, *flat], folder)
 
@@ -166,9 +166,9 @@ TILES = 120
 
 
 def write_sheet(judged: Sequence[Judged], prompts: Mapping[int, str], path: Path) -> None:
-    """Write the contact sheet of at most TILES of the pictures, evenly spread; prompts are those of the cases.
+    """Write a contact sheet of at most TILES pictures, evenly spread. prompts: the prompt of each case.
 
-    Framed green where right and red where wrong, each with its mark and its prompt.
+    A right picture has a green frame, a wrong one a red frame. Each has its mark and its prompt.
     """
     most = min(TILES, len(judged))
     chosen = [judged[(2 * i + 1) * len(judged) // (2 * most)] for i in range(most)]

@@ -1,4 +1,4 @@
-"""Draw a suite: every prompt with every seed, many pictures in one packed batch; what is on disk is not drawn again."""
+"""Draws a suite: each prompt with each seed, in packed batches. Pictures that are on disk are not drawn again."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from inkstream.types import InputError, Request, Spec, Step
 T = TypeVar("T")
 
 ROOM = 8192
-"""Tokens of 16 x 16 pixels in one packed batch, both prompts of guidance counted."""
+"""Most tokens (16 x 16 pixels) in one packed batch. A picture with guidance counts twice."""
 MOST = 32
-"""Pictures in one packed batch."""
+"""Most pictures in one packed batch."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a suite is drawn. A field left None takes the model's own."""
+    """How a suite is drawn. None: the model's default."""
 
     seeds: int = 2
     steps: int | None = None
@@ -38,13 +38,13 @@ class Settings:
     height: int | None = None
 
     def fields(self) -> dict[str, Any]:
-        """Those fields of a Request that are set."""
+        """Return the fields that are set, as fields of a Request."""
         return {name: value for name, value in asdict(self).items() if name != "seeds" and value is not None}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to draw: of case number `case`, the `seed`th; `request` is complete."""
+    """A picture to draw: picture number `seed` of case number `case`. request: a complete request."""
 
     case: int
     seed: int
@@ -55,7 +55,7 @@ class Job:
 
 
 def plan(model: Model, cases: Mapping[int, Case], settings: Settings) -> list[Job]:
-    """The pictures of these numbered cases, in order; each has a seed of its own, the same in every run."""
+    """Return the jobs of cases, in order. Each job has its own seed, equal in every run."""
     jobs = []
     for number, case in cases.items():
         own: dict[str, Any] = {
@@ -68,10 +68,10 @@ def plan(model: Model, cases: Mapping[int, Case], settings: Settings) -> list[Jo
 
 
 def draw(model: Model, jobs: Sequence[Job], folder: Path) -> Iterator[Step]:
-    """Draw the jobs that are not in the folder yet; a Step is told after each step of a batch.
+    """Draw the jobs that are not in the folder. Yields a Step after each step of a batch.
 
-    A batch's pictures are written, each whole, as soon as it is done; closing the iterator loses only the batch under
-    way. In a Step, `index` is the batch's last picture and `count` all of them, those drawn before included.
+    Pictures are written, each atomically, when their batch is done. Closing the iterator loses only the current batch.
+    In a Step, `index` is the batch's last picture and `count` is the number of all jobs, including earlier pictures.
     """
     todo = [job for job in jobs if not job.path(folder).exists()]
     drawn = len(jobs) - len(todo)
@@ -94,7 +94,7 @@ def draw(model: Model, jobs: Sequence[Job], folder: Path) -> Iterator[Step]:
 
 
 def pack(items: Iterable[T], need: Callable[[T], int]) -> Iterator[list[T]]:
-    """Items in their order, as many together as ROOM and MOST allow; one that needs more than ROOM goes alone."""
+    """Pack items, in order, into batches within ROOM and MOST. An item that needs more than ROOM is a batch alone."""
     batch: list[T] = []
     taken = 0
     for item in items:
@@ -108,20 +108,20 @@ def pack(items: Iterable[T], need: Callable[[T], int]) -> Iterator[list[T]]:
 
 
 def tokens(request: Request, spec: Spec) -> int:
-    """How much of ROOM a complete request takes."""
+    """Return the tokens of a complete request, as counted by ROOM."""
     assert request.width is not None
     assert request.height is not None
     return (request.width // 16) * (request.height // 16) * (2 if guided(request, spec) else 1)
 
 
 def open_picture(path: Path) -> Image.Image:
-    """A picture that was drawn, RGB."""
+    """Open a picture as RGB."""
     with Image.open(path) as picture:
         return picture.convert("RGB")
 
 
 def claim(folder: Path, name: str, model: str, cases: Sequence[Case], settings: Settings) -> None:
-    """Mark a folder as holding this evaluation. InputError where it holds another, whose pictures would be mixed in."""
+    """Mark a folder as the folder of this evaluation. Raises InputError if it holds pictures of another one."""
     ours = {"suite": name, "cases": digest(cases), "model": model, "weights": weights_of(model), **asdict(settings)}
     path = folder / "run.json"
     if path.exists():
@@ -130,7 +130,7 @@ def claim(folder: Path, name: str, model: str, cases: Sequence[Case], settings: 
         except ValueError as error:
             raise InputError(f"{path} cannot be read ({error}): give another --output, or remove the folder") from error
         for key, value in ours.items():
-            # more seeds only add pictures, so they may differ
+            # `seeds` may differ: more seeds only add pictures
             if key != "seeds" and theirs.get(key) != value:
                 raise InputError(
                     f"{folder} holds an evaluation with {key} {theirs.get(key)}, not {value}: "
@@ -141,7 +141,7 @@ def claim(folder: Path, name: str, model: str, cases: Sequence[Case], settings: 
 
 
 def weights_of(model: str) -> str | None:
-    """A hash of a local model's files' names, sizes and times; None for one that is known by name."""
+    """Return a hash of a local model's file names, sizes and times; None for a model that is not local."""
     path = Path(model).expanduser()
     if not path.exists():
         return None

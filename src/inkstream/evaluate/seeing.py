@@ -1,4 +1,4 @@
-"""From pixels to a background and the things before it: no model, only colours, regions and templates."""
+"""Recognises a picture's background and things by colours, regions and templates, without a model."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from inkstream.pocket.vocabulary import EMOJI, SHAPES
 Floats = NDArray[np.float32]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-FAR = 14.0  # in Lab: a pixel this far from the background is not of it
-NEAR = 0.035  # of the shorter side: regions this close are parts of one thing
-LEAST = 0.09  # of the shorter side: what is smaller is a speck
-KNOWN = 0.7  # likeness from which a thing counts as the template that it is likest to
-SURE = 0.95  # likeness below which a hidden part is looked for
+FAR = 14.0  # smallest Lab distance of a foreground pixel from the background
+NEAR = 0.035  # largest gap between parts of one thing, as a share of the shorter side
+LEAST = 0.09  # smallest extent of a thing, as a share of the shorter side
+KNOWN = 0.7  # smallest likeness at which a thing gets the name of its best template
+SURE = 0.95  # below this likeness, emoji with invisible parts are tried
 N = 32  # side of a template
-LEVELS = (10, 14, 20, 28, 40)  # pixels of a thing's longer side at which templates are drawn
-BLURS = (0.0, 1.0, 2.0)  # pixels by which they are blurred, as models' pictures are
-AROUND = 1.125  # of a template to the thing in it
+LEVELS = (10, 14, 20, 28, 40)  # resolutions of templates: pixels of a thing's longer side
+BLURS = (0.0, 1.0, 2.0)  # blur of templates in pixels, because models' pictures are blurred
+AROUND = 1.125  # side of a template divided by the longer side of its thing
 NAMES = (*SHAPES, *EMOJI)
 
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """Connected pixels that are not background: their box in pixels, right and bottom outside, and which they are."""
+    """Connected foreground pixels: their box in pixels (right and bottom exclusive), and their rows and columns."""
 
     left: int
     top: int
@@ -46,7 +46,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Seen:
-    """A picture taken apart. pixels, ground: (H, W, 3) float32 in 0..255, the ground without what stands before it."""
+    """A segmented picture. pixels, ground: (H, W, 3) float32 in 0..255; ground: the background without foreground."""
 
     pixels: Floats
     ground: Floats
@@ -60,10 +60,10 @@ class Seen:
 
 @dataclass(frozen=True)
 class SeenThing:
-    """A thing as seen: `name` None if it is like nothing known; x, y: its centre as shares of width and height."""
+    """A recognised thing. name: None if it matches no template; x, y: centre as shares of width and height."""
 
     name: str | None
-    colour: str | None  # of a shape, or of what is like nothing
+    colour: str | None  # None for an emoji
     size: Size
     x: float
     y: float
@@ -75,17 +75,17 @@ class SeenThing:
 
 
 def see(picture: Image.Image | NDArray[np.uint8]) -> Seen:
-    """Take a picture apart into its background and the connected regions before it."""
+    """Segment a picture into its background and connected foreground regions."""
     pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture).astype(np.float32)
     background, ground, seam = _background(pixels)
     far = np.linalg.norm(lab(pixels) - lab(ground), axis=-1) > FAR
-    if seam is not None:  # where two colours meet, a pixel of either or of their mixture is ground
+    if seam is not None:  # at the seam of a split, both colours and their mixtures are background
         far &= ~seam
     return Seen(pixels, ground, background, tuple(regions_of(far)))
 
 
 def things_of(seen: Seen, regions: Sequence[Region] | None = None) -> list[SeenThing]:
-    """What stands before the background, likest first; parts that nearly touch are one thing if they look like one."""
+    """Return the things in the foreground, highest likeness first. Parts with small gaps may be one thing."""
     things: list[SeenThing] = []
     for group in _together(seen.regions if regions is None else regions, NEAR * seen.side):
         if _extent(group) >= LEAST * seen.side:
@@ -97,7 +97,7 @@ def things_of(seen: Seen, regions: Sequence[Region] | None = None) -> list[SeenT
 
 
 def _background(pixels: Floats) -> tuple[Background, Floats, NDArray[np.bool_] | None]:
-    """The simplest of one colour, a gradient or a split that explains the edge; its pixels; its seam if any."""
+    """Fit a flat, gradient or split background to the picture's border. Returns it, its pixels, and a split's seam."""
     height, width, _ = pixels.shape
     depth = max(2, round(0.03 * min(height, width)))
     edge = np.ones((height, width), bool)
@@ -111,7 +111,7 @@ def _background(pixels: Floats) -> tuple[Background, Floats, NDArray[np.bool_] |
 
     flat = np.median(colours, axis=0)
     best, lowest = (Background("flat", (nearest_colour(flat),)), np.broadcast_to(flat, pixels.shape), None), cost(flat)
-    lowest -= 2.5  # the simpler explanation unless the other is clearly better
+    lowest -= 2.5  # flat is preferred unless another kind is clearly better
     for across in (False, True):
         place = ((columns + 0.5) / width if across else (rows + 0.5) / height).astype(np.float32)
         length = width if across else height
@@ -132,7 +132,7 @@ def _background(pixels: Floats) -> tuple[Background, Floats, NDArray[np.bool_] |
 
 
 def _line(place: Floats, colours: Floats) -> tuple[Floats, Floats]:
-    """Colour as a line in place, by least squares, twice, the second time without what is far off the first."""
+    """Fit colour as a linear function of place by least squares. The second of two rounds leaves out outliers."""
     weight = np.ones(len(place), np.float32)
     start = slope = np.zeros(3, np.float32)
     for _ in range(2):
@@ -147,7 +147,7 @@ def _line(place: Floats, colours: Floats) -> tuple[Floats, Floats]:
 
 
 def _seam(pixels: Floats, first: Floats, second: Floats, across: bool) -> NDArray[np.bool_]:
-    """Pixels near the middle that are a mixture of both colours."""
+    """Return the pixels near the middle that are mixtures of both colours."""
     length = pixels.shape[1] if across else pixels.shape[0]
     near = np.flatnonzero(abs((np.arange(length) + 0.5) / length - 0.5) < 0.03)
     band = pixels[:, near] if across else pixels[near]
@@ -162,7 +162,7 @@ def _seam(pixels: Floats, first: Floats, second: Floats, across: bool) -> NDArra
 
 
 def regions_of(mask: NDArray[np.bool_]) -> list[Region]:
-    """The 8-connected regions of a mask of three pixels or more: runs of each row, joined where they touch."""
+    """Return the 8-connected regions of a mask with at least 3 pixels, by union-find over the runs of each row."""
     padded = np.pad(mask, ((0, 0), (1, 1))).astype(np.int8)
     steps = np.diff(padded, axis=1)
     row, start = np.nonzero(steps == 1)
@@ -212,7 +212,7 @@ def _extent(regions: Sequence[Region]) -> int:
 
 
 def _together(regions: Sequence[Region], near: float) -> list[list[Region]]:
-    """Groups of regions whose boxes are within `near` pixels of one another, directly or through others."""
+    """Group regions whose boxes are at most `near` pixels apart, directly or through other regions."""
     groups: list[list[Region]] = []
     for region in sorted(regions, key=lambda r: -len(r.rows)):
         close = [g for g in groups if any(apart(region, other) <= near for other in g)]
@@ -221,7 +221,7 @@ def _together(regions: Sequence[Region], near: float) -> list[list[Region]]:
 
 
 def apart(a: Region, b: Region) -> float:
-    """Between two boxes, the larger of the gaps along the axes; negative where they overlap."""
+    """Return the distance of two boxes: the larger gap of both axes; negative if they overlap."""
     return max(a.left - b.right, b.left - a.right, a.top - b.bottom, b.top - a.bottom)
 
 
@@ -229,7 +229,7 @@ def apart(a: Region, b: Region) -> float:
 
 
 def _recognise_group(seen: Seen, group: Sequence[Region]) -> list[SeenThing]:
-    """A group of regions as one thing, or as several if a halo or a narrow gap joined them."""
+    """Recognise a group of regions as one thing, or as several things that a halo or a narrow gap joined."""
     best = [_recognise(seen, group)]
     if best[0].likeness >= SURE:
         return best
@@ -247,7 +247,7 @@ def _worst(things: Sequence[SeenThing]) -> float:
 
 
 def _without_halo(seen: Seen, group: Sequence[Region]) -> list[Region]:
-    """The regions that are left of a group without the pixels that are far nearer to the ground than most."""
+    """Return the regions of a group without its faint pixels, which are much closer to the background than most."""
     rows, columns = (np.concatenate([getattr(r, axis) for r in group]) for axis in ("rows", "columns"))
     away = np.linalg.norm(lab(seen.pixels[rows, columns]) - lab(seen.ground[rows, columns]), axis=-1)
     mask = np.zeros(seen.pixels.shape[:2], bool)
@@ -270,7 +270,7 @@ def _recognise(seen: Seen, group: Sequence[Region]) -> SeenThing:
     away, below = _cut_out(seen, cover, box)
     likeness = np.max([_likenesses(colour, away, below, _templates(_level(box), blur)) for blur in BLURS], axis=0)
     best = int(likeness.argmax())
-    if likeness[best] < SURE:  # perhaps an emoji of which some part cannot be told from the ground
+    if likeness[best] < SURE:  # maybe an emoji with parts in the background's colour
         ground = seen.ground[rows, columns].mean(0)
         for emoji_index in np.argsort(-likeness[len(SHAPES) :])[:8] + len(SHAPES):
             fitted = _fit(int(emoji_index), ground, tight) if likeness[emoji_index] > 0.5 * KNOWN else None
@@ -288,7 +288,7 @@ def _recognise(seen: Seen, group: Sequence[Region]) -> SeenThing:
 
 
 def _bounds(cover: Floats, left: int, top: int) -> Box:
-    """Where a thing begins and ends, to parts of a pixel, as its edge covers parts. cover: (h, w), from (left, top)"""
+    """Return a thing's box with sub-pixel precision, from partly covered edge pixels. cover: (h, w) at (left, top)."""
     bottom, right = top + cover.shape[0], left + cover.shape[1]
     return (
         left + 1 - float(cover[:, 0].max()), top + 1 - float(cover[0].max()),
@@ -297,14 +297,14 @@ def _bounds(cover: Floats, left: int, top: int) -> Box:
 
 
 def _square(left: float, top: float, right: float, bottom: float) -> Box:
-    """The square around a box's centre, AROUND times its longer side."""
+    """Return the square around a box's centre. Its side is AROUND times the box's longer side."""
     half = max(right - left, bottom - top) * AROUND / 2
     x, y = (left + right) / 2, (top + bottom) / 2
     return x - half, y - half, x + half, y + half
 
 
 def _cut(array: Floats, box: Box) -> Floats:
-    """A square of a picture at N x N, its edge repeated outside. array: (H, W) or (H, W, 3) float32."""
+    """Resample a square of a picture to N x N. Outside, edge pixels repeat. array: (H, W) or (H, W, 3) float32."""
     height, width = array.shape[:2]
     x0, y0, x1, y1 = math.floor(box[0]) - 2, math.floor(box[1]) - 2, math.ceil(box[2]) + 2, math.ceil(box[3]) + 2
     rows, columns = np.clip(np.arange(y0, y1), 0, height - 1), np.clip(np.arange(x0, x1), 0, width - 1)
@@ -320,17 +320,17 @@ def _resized(array: Floats, size: tuple[int, int], how: Image.Resampling, box: B
 
 
 def _cut_out(seen: Seen, cover: Floats, box: Box) -> tuple[Floats, Floats]:
-    """What a square of the picture adds to the ground, and the ground in it, both (N N, 3)."""
+    """Return the difference of a square of the picture to the background, and the background, both (N N, 3)."""
     ground = _cut(seen.ground, box)
     away = (_cut(seen.pixels, box) - ground) * (_cut(cover, box) > 0.02)[..., None]
     return away.reshape(-1, 3), ground.reshape(-1, 3)
 
 
 def _likenesses(colour: Floats, away: Floats, ground: Floats, table: Templates) -> Floats:
-    """How like each of NAMES a square of the picture is, at most 1: shapes in the colour seen, emoji in their own.
+    """Return the likeness of a square of the picture to each of NAMES, at most 1. Shapes have the seen colour.
 
-    A template adds alpha (paint - ground) to the ground; likeness is 2 <a, b> / (|a|^2 + |b|^2) of what it adds and of
-    what is seen, 1 only for equal pictures; multiplied out, so that no template is made.
+    A template adds a = alpha (paint - ground) to the background. The picture adds b. The likeness is
+    2 <a, b> / (|a|^2 + |b|^2), which is 1 only for equal pictures. The product is expanded, so a is never computed.
     """
     shape, sprite = table.alpha[: len(SHAPES)], table.alpha[len(SHAPES) :]
     inner = shape @ (away * (colour - ground)).sum(-1)
@@ -341,13 +341,13 @@ def _likenesses(colour: Floats, away: Floats, ground: Floats, table: Templates) 
 
 
 def _likeness_of_emoji(index: int, away: Floats, ground: Floats, table: Templates) -> float:
-    """The same for one emoji alone."""
+    """Return the likeness, as in `_likenesses`, of one emoji."""
     adds = table.paint[index - len(SHAPES)].reshape(-1, 3) - table.alpha[index][:, None] * ground
     return float(2 * (adds * away).sum() / ((adds**2).sum() + (away**2).sum() + 1e-6))
 
 
 def _fit(index: int, ground: Floats, bounds: Box) -> Box | None:
-    """The square in which an emoji must stand for what can be seen of it on this ground to fill these bounds."""
+    """Return the square of an emoji whose visible part on this ground fills the bounds; None if too little shows."""
     table = _templates(LEVELS[-1])
     alpha = table.alpha[index].reshape(N, N)
     pixels = table.paint[index - len(SHAPES)].reshape(N, N, 3) + (1 - alpha[..., None]) * ground
@@ -364,17 +364,17 @@ def _fit(index: int, ground: Floats, bounds: Box) -> Box | None:
 
 @dataclass(frozen=True, eq=False)
 class Templates:
-    """What each template adds to the ground, in the terms of `_likenesses`."""
+    """The templates of S shapes and E emoji, in the terms of `_likenesses`."""
 
-    alpha: Floats  # (S + E, N N), of NAMES
-    paint: Floats  # (E, 3 N N), of emoji alone: colour alpha
-    crossed: Floats  # (E, 3 N N): paint alpha
+    alpha: Floats  # (S + E, N N), in the order of NAMES
+    paint: Floats  # (E, 3 N N), only emoji: colour times alpha
+    crossed: Floats  # (E, 3 N N): paint times alpha
     squared: Floats  # (E,): |paint|^2
 
 
 @lru_cache(maxsize=len(LEVELS) * len(BLURS))
 def _templates(level: int, blur: float = 0.0) -> Templates:
-    """As coarse as things are whose longer side is so many pixels, blurred by so many of them."""
+    """Return the templates at a resolution. level: pixels of a thing's longer side; blur: sigma in such pixels."""
     atlas = load_atlas()
     sprites = [np.asarray(emoji(atlas, name), np.float32) for name in EMOJI]
     masks = [np.asarray(shapes()[name], np.float32) for name in SHAPES] + [sprite[..., 3] for sprite in sprites]
@@ -388,20 +388,20 @@ def _templates(level: int, blur: float = 0.0) -> Templates:
 
 
 def _template(padded: Floats, level: int) -> Floats:
-    """A padded mask at N x N, by way of `level` pixels. padded: (h, w) or (h, w, 3)"""
+    """Resample a padded mask to `level` pixels, then to N x N. padded: (h, w) or (h, w, 3)."""
     height, width = padded.shape[0] - 2 * PAD, padded.shape[1] - 2 * PAD
     pixel = max(height, width) / level
     more = max(0, math.ceil(3 * pixel) - PAD)
     padded = np.pad(padded, ((more, more), (more, more), (0, 0))[: padded.ndim])
     size = math.ceil(width / pixel) + 4, math.ceil(height / pixel) + 4
-    left, top = (2 + (size[0] - 4 - width / pixel) / 2), (2 + (size[1] - 4 - height / pixel) / 2)  # clear pixels
+    left, top = (2 + (size[0] - 4 - width / pixel) / 2), (2 + (size[1] - 4 - height / pixel) / 2)  # transparent pixels
     x, y = PAD + more - left * pixel, PAD + more - top * pixel
     drawn = _resized(padded, size, Image.Resampling.BOX, (x, y, x + size[0] * pixel, y + size[1] * pixel))
     return _cut(drawn, _square(left, top, left + width / pixel, top + height / pixel))
 
 
 def _blurred(pictures: Floats, sigma: float) -> Floats:
-    """Gaussian blur along both axes, nothing beyond the edge. pictures: (P, N, N) or (P, N, N, 3)"""
+    """Apply a Gaussian blur along both axes, with zeros outside. pictures: (P, N, N) or (P, N, N, 3)."""
     reach = math.ceil(3 * sigma)
     weights = np.exp(-(np.arange(-reach, reach + 1, dtype=np.float32) ** 2) / (2 * sigma**2))
     for axis in (1, 2):
@@ -413,6 +413,6 @@ def _blurred(pictures: Floats, sigma: float) -> Floats:
 
 
 def _level(box: Box) -> int:
-    """Of templates for a thing in this square."""
+    """Return the best level of LEVELS for a thing in this square."""
     side = (box[2] - box[0]) / AROUND
     return min(LEVELS, key=lambda level: abs(math.log(level / side)))

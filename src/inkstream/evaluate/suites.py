@@ -1,4 +1,4 @@
-"""Suites of prompts: Pocket's, of scenes that no run trains on, and a user's own, one JSON object a line."""
+"""Suites of prompts: Pocket's suites of held-out scenes, and files with one JSON object a line."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ from inkstream.pocket.scenes import Kind, Scene
 from inkstream.types import InputError, Request
 
 FACTS: tuple[str, ...] = tuple(sorted(frozenset().union(*STATES.values())))
-"""What a prompt may state beyond things, their colours and number, relations and the written text."""
+"""Facts that a prompt may state in addition to things, their colours and number, relations and written text."""
 
 FIRST_SEED = 5_000_000
-"""Scene numbers of suites begin here."""
+"""First scene number of the suites."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One prompt, and what is known of the picture that it asks for. Sizes left None are the model's own."""
+    """A prompt, and the known facts about its picture. width, height: None is the model's default."""
 
     prompt: str
-    group: str = "prompts"  # what its results are counted under
-    scene: Scene | None = None  # the truth, where there is one to grade by
-    stated: frozenset[str] = STATES["dense"]  # of FACTS: what the prompt says of the scene
-    open_colour: bool = False  # the prompt leaves the colours of its shapes open
-    text: str | None = None  # to be written; several lines where there is a line end
+    group: str = "prompts"  # group of its results in reports
+    scene: Scene | None = None  # ground truth for the graders
+    stated: frozenset[str] = STATES["dense"]  # facts of FACTS that the prompt states
+    open_colour: bool = False  # the prompt does not state the colours of its shapes
+    text: str | None = None  # text to be written; "\\n" separates lines
     width: int | None = None
     height: int | None = None
 
 
 @dataclass(frozen=True)
 class Stratum:
-    """So many prompts of one group: scenes of one kind from a grammar of their own."""
+    """A group of `count` prompts: scenes of one kind."""
 
     group: str
     kind: Kind
     count: int
-    english: float | None = None  # of written text; None leaves the grammar's
-    length: tuple[int, int] | None = None  # of its words or of its Chinese strings
+    english: float | None = None  # share of English text; None: the grammar's share
+    length: tuple[int, int] | None = None  # range of text lengths in characters
 
 
 POCKET: tuple[Stratum, ...] = (
@@ -66,11 +66,11 @@ TEXT: tuple[Stratum, ...] = (
     *(Stratum(f"Chinese {n}", "text", 20, 0.0, (n, n)) for n in (1, 2, 3, 4)),
 )
 SUITES: dict[str, tuple[Stratum, ...]] = {"pocket": POCKET, "text": TEXT}
-"""Beside these there is `people`: 300 prompts as people type them, written without knowing how prompts are read."""
+"""Generated suites. Suite `people` is a file: 300 prompts as users type them, written without knowing the parser."""
 
 
 def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
-    """The cases of a suite, by its name or the path of a .jsonl file. InputError where it is neither."""
+    """Return the cases of a suite, given its name or the path of a .jsonl file. Raises InputError if it is neither."""
     if name in SUITES:
         return list(held_out_cases(SUITES[name], grammar or Grammar()))
     if name == "people":
@@ -82,9 +82,9 @@ def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
 
 
 def held_out_cases(strata: Sequence[Stratum], grammar: Grammar) -> Iterator[Case]:
-    """Scenes with attributes or text that training never shows, in the plain dense wording, one of three in Chinese.
+    """Yield cases of held-out scenes, which training never shows, with plain dense captions. One in three is Chinese.
 
-    Lengths of text come equally often; a string comes again only where there are no others.
+    Text lengths are equally frequent. A string is repeated only if there are too few others.
     """
     for place, stratum in enumerate(strata):
         used: Counter[Scene | str] = Counter()
@@ -100,12 +100,12 @@ def held_out_cases(strata: Sequence[Stratum], grammar: Grammar) -> Iterator[Case
 
 
 def _key(scene: Scene) -> Scene | str:
-    """What no two scenes of a suite should share."""
+    """Return the key of a scene. Two scenes of a suite should have different keys."""
     return scene.writings[0].text.casefold() if scene.writings else scene
 
 
 def _narrowed(grammar: Grammar, stratum: Stratum, number: int) -> Grammar:
-    """The grammar for scene `number` of a stratum: of text, half the strings are no words, so that there are enough."""
+    """Return the grammar for scene `number` of a stratum. Half of its texts are random strings: there are few words."""
     if stratum.english is None or stratum.length is None:
         return grammar
     low, high = stratum.length
@@ -117,9 +117,9 @@ def _narrowed(grammar: Grammar, stratum: Stratum, number: int) -> Grammar:
 
 
 def read_suite(path: Path) -> list[Case]:
-    """Cases from a file of one JSON object a line: prompt, and where known the other fields of a Case.
+    """Read cases from a file with one JSON object a line: prompt, and optionally the other fields of a Case.
 
-    InputError names the line and what is wrong in it.
+    Raises InputError; the message names the line and the error in it.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
@@ -130,22 +130,22 @@ def read_suite(path: Path) -> list[Case]:
         if line.strip():
             try:
                 cases.append(_case(json.loads(line)))
-            except ValueError as error:  # an InputError, one of JSON and one of pydantic are all ValueErrors
+            except ValueError as error:  # InputError and the errors of JSON and pydantic are ValueErrors
                 reason = str(error) if isinstance(error, InputError | json.JSONDecodeError) else _first_line(error)
                 raise InputError(f"{path}, line {number}: {reason}") from error
     if not cases:
-        raise InputError(f'{path} holds no prompt: write one a line, as {{"prompt": "a red circle"}}')
+        raise InputError(f'{path} holds no prompt: write one on each line, as {{"prompt": "a red circle"}}')
     return cases
 
 
 def thin(cases: Sequence[Case], limit: int | None) -> dict[int, Case]:
-    """At most `limit` cases, evenly spread over them all, by their numbers in the suite."""
+    """Return at most `limit` cases, evenly spread over all, by their numbers in the suite."""
     most = len(cases) if limit is None else min(limit, len(cases))
     return {(number := (2 * i + 1) * len(cases) // (2 * most)): cases[number] for i in range(most)}
 
 
 def digest(cases: Sequence[Case]) -> str:
-    """A hash by which two suites of the same cases are known."""
+    """Return a hash of the cases. Suites with equal cases have equal hashes."""
     tables = [{**asdict(case), "stated": sorted(case.stated)} for case in cases]
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -153,23 +153,23 @@ def digest(cases: Sequence[Case]) -> str:
 def _case(table: Any) -> Case:
     known = ("prompt", "group", "scene", "stated", "open_colour", "text", "width", "height")
     if not isinstance(table, dict):
-        raise InputError('it is no JSON object: write it as {"prompt": "a red circle"}')
+        raise InputError('not a JSON object: write it as {"prompt": "a red circle"}')
     for name in table:
         if name not in known:
             raise InputError(f"{name!r} is not known: a prompt takes {', '.join(known)}")
     for name in ("prompt", "group", "text"):
         if name in table and not (isinstance(table[name], str) and table[name].strip()):
-            raise InputError(f"{name} {table[name]!r} is no text: write some, or leave it out")
+            raise InputError(f"{name} {table[name]!r} is not a text: write some, or leave it out")
     if "prompt" not in table:
         raise InputError("prompt is missing: say what to draw")
     sizes = {name: table[name] for name in ("width", "height") if name in table}
-    Request(prompt=table["prompt"], **sizes)  # refuses what no request may hold
+    Request(prompt=table["prompt"], **sizes)  # raises for values that no request may have
     stated = table.get("stated", sorted(STATES["dense"]))
     if not isinstance(stated, list) or any(fact not in FACTS for fact in stated):
         raise InputError(f"stated {stated!r} is not known: give a list of {', '.join(FACTS)}")
     open_colour = table.get("open_colour", False)
     if not isinstance(open_colour, bool):
-        raise InputError(f"open_colour {open_colour!r} is neither true nor false")
+        raise InputError(f"open_colour {open_colour!r} is not a boolean: give true or false")
     scene = _scene(table["scene"]) if "scene" in table else None
     text = table.get("text")
     if text is None and scene is not None:
@@ -187,7 +187,7 @@ def _scene(table: Any) -> Scene:
 
 
 def _first_line(error: ValueError) -> str:
-    """What pydantic found first, as `width 7: Input should be ...`."""
+    """Return pydantic's first error, as `width 7: Input should be ...`."""
     errors = getattr(error, "errors", None)
     if errors is None:
         return str(error)
