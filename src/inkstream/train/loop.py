@@ -269,7 +269,7 @@ def keep_recipe(recipe: Recipe, folder: Path, step: int) -> None:
     """Write all recipe keys to recipe.toml at step 0, or to recipe-N.toml if the recipe changed at step N."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"recipe-{step}.toml" if step else "recipe.toml")
-    head = f"# What this run follows from step {step} on, with torch {torch.__version__}.\n\n"
+    head = f"# The recipe of this run from step {step} on, with torch {torch.__version__}.\n\n"
     path.write_text(head + as_toml(as_tables(recipe)) + "\n", "utf-8")
 
 

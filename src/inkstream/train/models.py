@@ -130,7 +130,7 @@ def _join(
             configs[part] = replace(configs[part], vocab_size=-(-used // 64) * 64)
         if configs[part].vocab_size < used:
             size = f"vocab_size of [model.{part}] is {configs[part].vocab_size}"
-            raise InputError(f"{size}, but the tokenizer has {used} tokens: set it to {used} or more")
+            raise InputError(f"{size}, but the tokenizer has {used} tokens: raise it, or take another tokenizer")
     for ours, theirs in kind.joints:
         (a, own), (b, other) = ours.split("."), theirs.split(".")
         if b not in configs:

@@ -80,7 +80,7 @@ def join_team(device: torch.device) -> Iterator[Team]:
     if "RANK" not in os.environ:
         yield ALONE
         return
-    if dist.is_initialized():  # by a script that trains more than once
+    if dist.is_initialized():  # a script trains more than once
         yield Team(dist.get_rank(), dist.get_world_size())
         return
     if device.type == "cuda":

@@ -97,7 +97,7 @@ class Objective:
 class Optimiser:
     """The optimiser."""
 
-    kind: Literal["adamw", "muon"] = key("adamw", "adamw for all weights; or muon for the matrices inside blocks.")
+    kind: Literal["adamw", "muon"] = key("adamw", "muon trains matrices inside blocks, and adamw all others.")
     lr: float = key(1e-3, "Learning rate of adamw.", 0)
     lr_muon: float = key(1e-3, "Learning rate of muon.", 0)
     betas: tuple[float, float] = key((0.9, 0.95), "Betas of adamw.")
@@ -116,7 +116,7 @@ class Run:
     steps: int = key(1000, "Number of optimiser steps.", 1)
     batch: int = key(64, "Batch size in samples of the first size. Other sizes get about as many tokens.", 1)
     accumulate: int = key(1, "Gradient accumulation: pieces of a batch that are computed one after the other.", 1)
-    minutes: float = key(0.0, "Save and stop after this time. --resume continues. 0: no limit.", 0)
+    minutes: float = key(0.0, "Save and stop after this many minutes. --resume continues. 0: no limit.", 0)
     until: int = key(0, "Save and stop after this step. --resume continues. 0: no limit.", 0)
     seed: int = key(0, "Seed of initial weights, data order and noise.", 0)
     device: str = key("", "cpu, cuda, cuda:N or mps. If empty, the best available device.")
