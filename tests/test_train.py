@@ -20,7 +20,7 @@ import inkstream
 from inkstream.cli import main
 from inkstream.families.zimage.specs import BASE
 from inkstream.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
-from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Resumed, Saved, train
+from inkstream.train.loop import Finished, HeldOut, Preview, Progress, Resumed, Saved, export_last, train
 from inkstream.train.models import start
 from inkstream.train.objectives import autoencode, draw_times, flow_error, measure_latents, mix, shift_time
 from inkstream.train.parallel import ALONE
@@ -215,6 +215,21 @@ def test_a_run_that_is_closed_or_out_of_time_saves_and_goes_on(tmp_path, cache):
     assert last == Finished(5, None, "stopped")
     first = next(m for m in train(endless, tmp_path, resume=True) if isinstance(m, Resumed))
     assert first == Resumed(5, ())
+
+
+def test_the_last_checkpoint_is_exported_as_the_end_of_the_run_would_be(tmp_path, cache):
+    whole = recipe(cache)
+    list(train(whole, tmp_path))
+    at_the_end = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "model").rglob("*") if p.is_file()}
+    for path in at_the_end:
+        (tmp_path / path).unlink()
+    step, model = export_last(whole, tmp_path)
+    assert step == whole.run.steps
+    assert {p.relative_to(tmp_path): p.read_bytes() for p in model.rglob("*") if p.is_file()} == at_the_end
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        export_last(whole, tmp_path / "nothing")
+    with pytest.raises(InputError, match="at the end of its run"):
+        export_last(recipe(cache, objective={"kind": "autoencoder"}), tmp_path)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_before_it_is_saved(tmp_path, cache):

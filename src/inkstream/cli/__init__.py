@@ -163,6 +163,9 @@ def train(
         str | None, Parameter(alias="-o", show_default=False, help="Folder of the run; runs/NAME of the recipe if not.")
     ] = None,
     resume: Annotated[bool, Parameter(show_default=False, help="Go on from the folder's last checkpoint.")] = False,
+    export: Annotated[
+        bool, Parameter(show_default=False, help="Write the model of the last checkpoint and train no further.")
+    ] = False,
     set_: Annotated[
         list[str] | None,
         Parameter(name="--set", negative=(), show_default=False, help="Change a key of the recipe: run.steps=50."),
@@ -172,7 +175,7 @@ def train(
     """Train a model as a recipe says."""
     from inkstream.cli.train import train
 
-    return train(recipe, output, resume, set_ or [], json)
+    return train(recipe, output, resume, export, set_ or [], json)
 
 
 def run() -> NoReturn:

@@ -15,10 +15,10 @@ EVERY = 10.0
 """Seconds between lines of what is made ready, where there is no terminal."""
 
 
-def train(recipe: str, output: str | None, resume: bool, changes: list[str], json: bool) -> int:
+def train(recipe: str, output: str | None, resume: bool, only_export: bool, changes: list[str], json: bool) -> int:
     """Follow the recipe. The exit code: 130 where it was interrupted, after saving."""
     from inkstream.cli.lines import print_json
-    from inkstream.train.loop import Finished, Graded, HeldOut, Preview, Progress, Resumed, Saved
+    from inkstream.train.loop import Finished, Graded, HeldOut, Preview, Progress, Resumed, Saved, export_last
     from inkstream.train.loop import train as run
     from inkstream.train.reading import read_recipe
 
@@ -29,6 +29,10 @@ def train(recipe: str, output: str | None, resume: bool, changes: list[str], jso
     last: Any = None
     told = 0.0
     wanted = read_recipe(recipe, changes)
+    if only_export:
+        step, model = export_last(wanted, folder)
+        print_json({"folder": str(folder), "step": step, "model": str(model)}) if json else print(model)
+        return 0
     with Terminal() as terminal, stopped:
         for message in run(wanted, folder, resume, lambda: stopped.asked, _grader(wanted.run)):
             if isinstance(message, Progress):

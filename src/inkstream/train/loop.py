@@ -129,6 +129,25 @@ def train(
                 pass
 
 
+def export_last(recipe: Recipe, folder: Path | str) -> tuple[int, Path]:
+    """Write the averaged weights of a run's last checkpoint as folder/model; train no further.
+
+    Returns the step of the checkpoint and the folder of the model. Raises InputError where there is no checkpoint, or
+    where the recipe trains an autoencoder: its latents are measured at the end of the run.
+    """
+    folder = Path(folder).expanduser()
+    if recipe.objective.kind == "autoencoder":
+        raise InputError("an autoencoder is exported at the end of its run: lower run.steps to end it sooner")
+    saved = load_checkpoint(folder / "checkpoints")
+    begun = start(recipe)
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in begun.modules}
+    for key, tensor in (saved.ema or saved.weights).items():
+        part, _, name = key.partition(".")
+        if part in states:
+            states[part][name] = tensor
+    return saved.step, export(begun, begun.spec, states, folder / "model", recipe.run.export)
+
+
 def _run(
     recipe: Recipe, folder: Path, resume: bool, stop: Callable[[], bool], grade: Grade | None, device: torch.device,
     team: Team,
