@@ -49,7 +49,7 @@ def test_the_tools_take_the_fields_of_a_request(here):
     tools = {tool.name: tool for tool in talk(here, lambda client: client.list_tools()).tools}
     assert set(tools) == {"generate", "edit", "list_models"}
     fields = tools["generate"].input_schema["properties"]
-    assert fields["steps"]["description"] == "Steps of the solver."
+    assert fields["steps"]["description"] == "Number of solver steps."
     assert tools["edit"].input_schema["properties"].keys() - fields.keys() == {"image", "mask", "strength", "reference"}
 
 

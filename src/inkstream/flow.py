@@ -9,15 +9,15 @@ if TYPE_CHECKING:
 
 
 def add_noise(image: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-    """The point at time t of the straight path from image to noise. t broadcasts against both."""
+    """Return the point at time t on the straight path from image to noise. t broadcasts against both tensors."""
     return (1 - t) * image + t * noise
 
 
 def to_image(x: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-    """The clean image that velocity v at point x, time t, points at."""
+    """Return the clean image that the velocity v at point x and time t points to."""
     return x - t * v
 
 
 def to_noise(x: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-    """The pure noise that velocity v at point x, time t, comes from."""
+    """Return the pure noise that the velocity v at point x and time t points away from."""
     return x + (1 - t) * v

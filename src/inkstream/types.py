@@ -1,4 +1,4 @@
-"""The nouns that cross layers: Request, Spec, Conditioning, Query, Event. Importable without torch."""
+"""Data types that all layers share: Request, Spec, Conditioning, Query, Event. Importing them does not need torch."""
 
 from __future__ import annotations
 
@@ -17,20 +17,27 @@ if TYPE_CHECKING:
 
 SolverName = Literal["euler", "heun", "dpmpp_2m", "res_multistep", "res_2s", "ralston_2s", "euler_ancestral", "lcm"]
 GuidanceKind = Literal["twice", "read", "none"]
-"""Two predictions a step, with the prompt and without; a number that the model reads; or neither."""
+"""How a model is guided.
+
+twice: classifier-free guidance with two predictions a step, one for the prompt and one for the negative prompt.
+read: the guidance scale is an input of the model (distilled guidance). none: the model has no guidance.
+"""
 ShiftRule = Literal["fixed", "dynamic", "empirical"]
-"""How the shift that suits a size follows: it does not; FLUX.1's rule; FLUX.2's."""
+"""How the time shift depends on the picture's size. fixed: not at all; dynamic: FLUX.1's rule; empirical: FLUX.2's."""
 CacheKind = Literal["none", "first-block", "taylor"]
-"""What stands in for blocks that a step leaves out: nothing does; what they added last; its course over the steps."""
+"""Step cache: what replaces the output of blocks that a step skips.
+
+none: no block is skipped. first-block: the residual of the last full step. taylor: the same residual, extrapolated.
+"""
 ScheduleName = Literal["simple", "sgm_uniform", "normal", "beta", "beta57", "linear_quadratic", "bong_tangent"]
 
 
 class InputError(ValueError):
-    """What the user gave cannot be done. The message is one line that names the value and the remedy."""
+    """The user's input is invalid or cannot be used. The message is one line that names the value and the remedy."""
 
 
 def _picture_to_text(value: Any) -> Any:
-    """A path stays a path; a PIL image or encoded bytes become a data URL, so that a Request is always JSON."""
+    """Turn a PIL image or encoded bytes into a data URL, so that a Request is always JSON. A path stays a path."""
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "save") and hasattr(value, "mode"):  # a PIL image, without importing PIL
@@ -46,9 +53,9 @@ Picture = Annotated[str, BeforeValidator(_picture_to_text)]
 
 
 class Request(BaseModel):
-    """One wish: what to draw, how, and from what. A field left None takes the model's own default.
+    """One drawing request: the prompt, the settings and the input pictures. None means the model's own default.
 
-    The fields, with their descriptions, are the CLI's flags, the HTTP body and the metadata in the picture.
+    The fields and their descriptions define the CLI's flags, the HTTP body and the metadata in the picture.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -56,55 +63,62 @@ class Request(BaseModel):
     prompt: str = Field("", description="What to draw, in plain words.")
     upsample: bool | None = Field(
         None,
-        description="Write the prompt out first, as the seed has it: by the model's language model, or by Pocket's "
-        "grammar, which is on unless it is turned off or a picture is started from.",
+        description="Expand the prompt before drawing; the seed chooses the words. The model's language model does "
+        "this; for Pocket, a grammar does it, which is on by default unless the request starts from a picture.",
     )
-    negative_prompt: str = Field("", description="What to keep out; needs guidance above 1.")
+    negative_prompt: str = Field("", description="What not to draw; works only with guidance above 1.")
     model: str = Field("pocket", description="A model's name, a repository on the hub, or a local path.")
     width: int | None = Field(None, ge=16, le=8192, description="Width in pixels, a multiple of 16.")
     height: int | None = Field(None, ge=16, le=8192, description="Height in pixels, a multiple of 16.")
-    steps: int | None = Field(None, ge=1, le=1000, description="Steps of the solver.")
+    steps: int | None = Field(None, ge=1, le=1000, description="Number of solver steps.")
     guidance: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="Classifier-free guidance scale; 1 is off."
     )
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the first picture; drawn when left out.")
-    count: int = Field(1, ge=1, le=10_000, description="How many pictures; picture i has seed + i.")
-    solver: SolverName | None = Field(None, description="How the flow is integrated.")
-    schedule: ScheduleName | None = Field(None, description="How the noise levels are spaced.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the first picture; random if not given.")
+    count: int = Field(1, ge=1, le=10_000, description="Number of pictures; picture i has seed + i.")
+    solver: SolverName | None = Field(None, description="Method that integrates the flow.")
+    schedule: ScheduleName | None = Field(None, description="Spacing of the noise levels.")
     shift: float | None = Field(
-        None, gt=0, le=100, allow_inf_nan=False, description="Time shift; above 1 spends more steps on layout."
+        None, gt=0, le=100, allow_inf_nan=False, description="Time shift; above 1 gives more steps to the layout."
     )
     cfg_normalization: float = Field(
         0.0,
         ge=0,
         le=10,
         allow_inf_nan=False,
-        description="Cap the guided prediction's norm at this multiple of the unguided one's; 0 is off.",
+        description="Limit the guided prediction's norm to this multiple of the unguided prediction's norm; 0 is off.",
     )
-    cfg_truncation: float = Field(1.0, ge=0, le=1, description="Guidance stops once 1 - t exceeds this; 1 never stops.")
+    cfg_truncation: float = Field(
+        1.0, ge=0, le=1, description="Guidance is off while 1 - t is above this; 1 never turns it off."
+    )
     guidance_from: float = Field(1.0, ge=0, le=1, description="Guidance is on for times t at or below this.")
     guidance_until: float = Field(0.0, ge=0, le=1, description="Guidance is on for times t at or above this.")
-    cache: CacheKind = Field("none", description="What steps that are like the last ones take over from them.")
+    cache: CacheKind = Field("none", description="Step cache: how a step reuses the results of earlier, similar steps.")
     cache_threshold: float = Field(
         0.1,
         ge=0,
         le=10,
         allow_inf_nan=False,
-        description="How much the first block's answer may change, as a share of it, before all are run again.",
+        description="Relative change of the first block's residual at which all blocks run again.",
     )
     image: Picture | None = Field(None, description="Picture to start from.")
     strength: float | None = Field(
-        None, ge=0, le=1, description="How far from the start picture: 0 keeps it, 1 ignores it."
+        None, ge=0, le=1, description="How much the start picture is changed: 0 keeps it, 1 ignores it."
     )
-    mask: Picture | None = Field(None, description="Picture whose white part is repainted; black is kept exactly.")
+    mask: Picture | None = Field(
+        None, description="Picture whose white part is repainted; the black part is kept exactly."
+    )
     reference: tuple[Picture, ...] = Field(
-        (), max_length=10, description="Picture to draw from, as 'image 1' in the prompt; give it again for more."
+        (), max_length=10, description="Reference picture, called 'image 1' in the prompt; repeat the option for more."
     )
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One known model: what it is, where its files are, how it likes to be run. Variants are `replace(TURBO, ...)`."""
+    """One known model: its architecture, where its files are, its default settings.
+
+    Variants are written as `replace(TURBO, ...)`.
+    """
 
     name: str
     family: str  # a key of families.FAMILIES
@@ -112,49 +126,50 @@ class Spec:
     text_encoder: Any
     vae: Any
     steps: int
-    guidance: float  # standard scale: 1 is off; of kind `read`, the number that the model was taught with
-    shift: float  # of rule `fixed`
+    guidance: float  # standard scale, 1 is off; with guides `read`, the value that the model was trained with
+    shift: float  # used with shift_rule `fixed`
     text_encoder_2: Any = None
-    image_encoder: Any = None  # of models that read pictures as they read text, with what makes its states text
-    image_embedder: Any = None
+    image_encoder: Any = None  # encodes reference pictures, for models that read them as they read text
+    image_embedder: Any = None  # maps the image encoder's states to the text encoder's width
     guides: GuidanceKind = "twice"
     shift_rule: ShiftRule = "fixed"
-    size: tuple[int, int] = (1024, 1024)  # width, height when the request names none
-    multiple: int = 16  # pixels; every side is a multiple of it
+    size: tuple[int, int] = (1024, 1024)  # default width and height in pixels
+    multiple: int = 16  # pixels; the width and the height must be multiples of it
     solver: SolverName = "euler"
     schedule: ScheduleName = "simple"
     strength: float = 0.6
-    abilities: frozenset[str] = frozenset()  # of: guidance, image, mask, references, references_once, fill, map,
+    abilities: frozenset[str] = frozenset()  # any of: guidance, image, mask, references, references_once, fill, map,
     # json (prompts), upsample, upsample_references
-    writer: str = ""  # a key of engine.writing.WRITERS: prompts are written out by a grammar
-    repo: str | None = None  # on the hub
-    folder: str | None = None  # inside the package, of a model that ships with it
+    writer: str = ""  # a key of engine.writing.WRITERS, the grammar that expands prompts; empty: no grammar
+    repo: str | None = None  # repository on the Hugging Face hub
+    folder: str | None = None  # folder inside the package, for a model that ships with it
     download_bytes: int | None = None
     licence: str = "unknown"
-    commercial: bool = False  # whether the licence lets a business draw with it, and sell what it draws
+    commercial: bool = False  # True if the licence lets a business use the model and sell its pictures
     title: str = ""
-    tiny: Spec | None = field(default=None, repr=False, compare=False)  # the same at 2 blocks of width 64
+    tiny: Spec | None = field(default=None, repr=False, compare=False)  # the same model with 2 blocks of width 64
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """All that a model is told. Entry 0 is the prompt, entry 1 (if any) the negative one; the rest is for both.
+    """All conditions of a picture. Entry 0 is the prompt; entry 1, if there is one, is the negative prompt.
 
-    tokens: (sum(lengths), D) the text encoder's states, one prompt after the other, no padding.
+    tokens: (sum(lengths), D), the text encoder's states, packed one prompt after the other, without padding.
+    The fields guidance, references and beside hold for all entries.
     """
 
     tokens: Tensor
     lengths: tuple[int, ...]
-    pooled: Tensor | None = None  # (len(lengths), P), a vector of each prompt, of families that read one
-    guidance: float | None = None  # of models that read it
-    references: tuple[Tensor, ...] = ()  # latents (C, h, w) of pictures to look at
-    beside: Tensor | None = None  # (C', h, w) channels that stand beside the noise at every step
+    pooled: Tensor | None = None  # (len(lengths), P), one pooled vector for each prompt, for families that use it
+    guidance: float | None = None  # guidance scale, for models that take it as an input
+    references: tuple[Tensor, ...] = ()  # latents (C, h, w) of the reference pictures
+    beside: Tensor | None = None  # (C', h, w), channels concatenated to the noisy latents at every step
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> Conditioning:
-        """Entry `index` alone."""
+        """Return a Conditioning with only the entry `index`."""
         index = range(len(self.lengths))[index]
         start = sum(self.lengths[:index])
         length = self.lengths[index]
@@ -163,7 +178,7 @@ class Conditioning:
 
     @staticmethod
     def pack(entries: Sequence[Conditioning]) -> Conditioning:
-        """Prompts of one request; what is for all of them is the first one's."""
+        """Pack the prompts of one request. The fields that hold for all entries come from the first one."""
         import torch
 
         vectors = [e.pooled for e in entries if e.pooled is not None]
@@ -176,19 +191,20 @@ class Conditioning:
 
 
 class Query(NamedTuple):
-    """A point where a solver needs the velocity. x: any shape, float32; t: the time, from 1 (noise) to 0."""
+    """A point where a solver needs the velocity. x: float32, any shape. t: the time, from 1 (noise) to 0 (image)."""
 
     x: Tensor
     t: float
 
 
 Solver = Generator[Query, "Tensor", "Tensor"]
-"""Yields the points where it needs the velocity, is sent the answers, returns the result. It owns no model."""
+"""A generator. It yields the points where it needs the velocity, receives the velocities through `send`, and returns
+the final x. It has no reference to a model."""
 
 
 @dataclass(frozen=True)
 class Queued:
-    """Accepted; `position` requests are ahead."""
+    """The request is accepted and waits; `position` requests are ahead of it."""
 
     request: Request
     position: int = 0
@@ -196,9 +212,10 @@ class Queued:
 
 @dataclass(frozen=True)
 class Loading:
-    """Something is being made ready before the first step: a download, weights, a prompt being encoded.
+    """The request is being prepared: a download, loading of weights, or encoding of the prompt.
 
-    text: of a prompt that is being written out, what it says so far; the last one is drawn. note: a line to tell.
+    text: while a prompt is being expanded, the text so far; the last text is the one that is drawn.
+    note: one line to show to the user.
     """
 
     what: str
@@ -210,20 +227,23 @@ class Loading:
 
 @dataclass(frozen=True)
 class Step:
-    """Step `step` of `steps` of picture `index` of `count` is done. `preview` is a small RGB picture, if asked for."""
+    """Step `step` of `steps` of picture `index` of `count` is done.
+
+    preview: a small RGB picture, if previews are on.
+    """
 
     step: int
     steps: int
     index: int
     count: int
     t: float
-    seconds: float  # this step took
+    seconds: float  # duration of this step
     preview: Image | None = None
 
 
 @dataclass(frozen=True)
 class Done:
-    """Picture `index` of `count`, with the complete Request that draws it alone."""
+    """Picture `index` of `count` is finished. `request` is the complete Request that draws only this picture."""
 
     image: Image
     request: Request
@@ -234,7 +254,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """The request cannot go on. `kind` is `input` (the user can mend it) or `internal`."""
+    """The request failed. `kind` is `input` (the user can fix it) or `internal` (an error in this program)."""
 
     error: str
     kind: Literal["input", "internal"] = "internal"
@@ -245,14 +265,14 @@ Event = Queued | Loading | Step | Done | Failed
 
 @dataclass(frozen=True)
 class Result:
-    """What `Engine.generate` returns: pictures, and for each the complete Request that draws it alone."""
+    """The result of `Engine.generate`: the pictures, and for each the complete Request that draws only this picture."""
 
     images: list[Image]
     requests: list[Request]
 
     @staticmethod
     def of(events: Iterable[Event]) -> Result:
-        """All pictures of a request's events. InputError if they end with Failed."""
+        """Collect all pictures from a request's events. Raises InputError if a Failed event comes."""
         result = Result([], [])
         for event in events:
             if isinstance(event, Done):
