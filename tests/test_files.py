@@ -148,14 +148,14 @@ def test_a_name_in_two_shards_is_refused(sharded):
 
 def test_an_index_cannot_point_outside_its_folder(sharded):
     edit_index(sharded, lambda index: index.update(w0="../other.safetensors"))
-    with pytest.raises(InputError, match=r"index\.json is no index"):
+    with pytest.raises(InputError, match=r"index\.json is not an index"):
         read_state(sharded)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'])
 def test_a_broken_index_is_named(sharded, text):
     (sharded / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json is no index"):
+    with pytest.raises(InputError, match=r"model\.safetensors\.index\.json is not an index"):
         read_header(sharded)
 
 
@@ -198,8 +198,8 @@ F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         (b"", "cut short"),
         (b"abc", "cut short"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "git lfs pull"),
-        (b"<!DOCTYPE html><html>not found</html>", "no safetensors file"),
-        (damaged({"x": F32}, b"1234"), r"cut short, 73 of 77 bytes"),
+        (b"<!DOCTYPE html><html>not found</html>", "not a safetensors file"),
+        (damaged({"x": F32}, b"1234"), r"cut short, it has 73 of 77 bytes"),
         (damaged(b'{"x": '), "damaged"),
         (damaged(b"\xff\xfe"), "damaged"),
         (damaged(b"[]"), "damaged"),
@@ -233,7 +233,7 @@ def test_no_bytes_whatever_raise_anything_else(tmp_path_factory, content):
 
 def test_what_is_not_there_or_not_safetensors_is_named(tmp_path):
     (tmp_path / "x.onnx").write_bytes(b"ONNX")
-    for name, said in (("y.safetensors", "missing"), ("x.onnx", "no safetensors or GGUF file"), ("", "holds no")):
+    for name, said in (("y.safetensors", "missing"), ("x.onnx", "not a safetensors or GGUF file"), ("", "holds no")):
         with pytest.raises(InputError, match=said):
             read_header(tmp_path / name)
 
@@ -266,5 +266,5 @@ def test_a_prefix_is_taken_off_and_other_keys_stay():
 
 
 def test_a_key_with_and_without_its_prefix_is_refused():
-    with pytest.raises(InputError, match=r"p\.a is there with and without its prefix"):
+    with pytest.raises(InputError, match=r"p\.a occurs with and without the prefix"):
         strip_prefix({"p.a": torch.ones(1), "a": torch.ones(1)}, ["p."])

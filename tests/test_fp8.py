@@ -135,13 +135,13 @@ def test_activations_are_packed_too_where_a_file_asks_for_it(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "metadata", "said"),
     [
-        ({W: Q}, listed(format="mxfp8"), "packed as mxfp8 in float8_e4m3fn, which is not read here"),
+        ({W: Q}, listed(format="mxfp8"), "packed as mxfp8 in float8_e4m3fn, which is not supported"),
         ({W: I8, NAME + "weight_scale": SCALE}, listed(**SAYS_FP8), "float8_e4m3fn in int8"),
         ({W: Q, NAME + "weight_scale": torch.ones(3)}, {}, r"scales of \(3,\) for 160 rows"),
         ({W: Q, NAME + "weight_scale": torch.ones(ROWS, 5)}, {}, "256 columns, which its scales do not divide"),
         ({W: Q, NAME + "comfy_quant": torch.zeros(3, dtype=torch.uint8)}, {}, "cannot be read"),
         ({W: Q}, {"_quantization_metadata": '{"layers": [1]}'}, "cannot be read"),
-        ({W: NIBBLES, NAME + "weight_scale_2": SCALE}, {}, "lacks scales"),
+        ({W: NIBBLES, NAME + "weight_scale_2": SCALE}, {}, "lacks matching scales"),
         (
             {W: NIBBLES, NAME + "weight_scale": BLOCKS, NAME + "weight_scale_2": SCALE},
             listed(format="nvfp4"), "scales of NVFP4, 4096 were expected",
@@ -182,7 +182,7 @@ def test_what_is_written_is_read_again(tmp_path, name, dynamic):
 
 
 def test_formats_of_gguf_are_not_written_to_safetensors(tmp_path):
-    with pytest.raises(InputError, match=r"packed as q8_0, which is not written to safetensors: ask for a --quant"):
+    with pytest.raises(InputError, match=r"packed as q8_0, which is not written to safetensors: add --quant"):
         write_state(tmp_path / "x.safetensors", {W: pack("q8_0", normal(4, 256))})
     assert not list(tmp_path.iterdir())
 

@@ -99,21 +99,22 @@ def test_a_file_is_what_its_bytes_say(tmp_path, version):
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b"", "cut short or no GGUF file"),
-        (b"version https://git-lfs", "pointer of git-lfs"),
-        (b"safetensors?", "cut short or no GGUF file"),
-        (file_of([], [], b"", version=1), "GGUF of version 1: 2 and 3 are read"),
+        (b"", "cut short or not a GGUF file"),
+        (b"version https://git-lfs", "git-lfs pointer"),
+        (b"safetensors?", "cut short or not a GGUF file"),
+        (file_of([], [], b"", version=1), "GGUF of version 1: take a file of version 2 or 3"),
         (file_of([], [], b"", version=3 << 24), "version 50331648"),
-        (file_of([], [tensor("x", (256,), 20, 0)], bytes(256)), "x as IQ4_NL, a format that is not read: take a Q8_0"),
+        (file_of([], [tensor("x", (256,), 20, 0)], bytes(256)), "x as IQ4_NL, which is not supported: take a Q8_0"),
         (file_of([], [tensor("x", (256,), 99, 0)], bytes(256)), "x as number 99"),
-        (file_of([], [tensor("x", (33,), 8, 0)], bytes(256)), "blocks of 32 do not fill"),
-        (file_of([], [tensor("x", (4,), 0, 0)] * 2, bytes(256)), "x is there twice"),
-        (file_of([], [tensor("x", (4,), 0, 3)], bytes(256)), "lies askew"),
+        (file_of([], [tensor("x", (33,), 8, 0)], bytes(256)), "not divisible into blocks of 32"),
+        (file_of([], [tensor("x", (4,), 0, 0)] * 2, bytes(256)), "x occurs twice"),
+        (file_of([], [tensor("x", (4,), 0, 3)], bytes(256)), "offset of 3, which is not a multiple of 8"),
         (file_of([], [tensor("x", (4,) * 9, 0, 0)], bytes(256)), "9 axes"),
-        (file_of([value("a", 77, b"")], [], b""), "a value of type 77"),
+        (file_of([value("a", 77, b"")], [], b""), "unknown type 77"),
         (file_of([value("general.alignment", 4, bytes(4))], [], b""), "alignment of 0"),
         (
-            file_of([VALUES[-1]], [tensor("flat", (63,), 0, 0)], bytes(252)), r"flat is \(63,\), and was \(2, 4, 8\)"
+            file_of([VALUES[-1]], [tensor("flat", (63,), 0, 0)], bytes(252)),
+            r"flat is \(63,\), which does not match its original shape \(2, 4, 8\)"
         ),
         (WHOLE[:-1], "cut short"),
     ],

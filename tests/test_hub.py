@@ -334,7 +334,7 @@ def test_the_token_goes_to_the_official_host_alone(monkeypatch, endpoint, sent):
 def test_a_disk_without_room_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     hub.check_space(REPO, 1000)
-    with pytest.raises(hub.InputError, match=r"takes 1000000000\.0 GB and .* free: make room, or set HF_HOME"):
+    with pytest.raises(hub.InputError, match=r"needs 1000000000\.0 GB and .* free: make room, or set HF_HOME"):
         hub.check_space(REPO, 10**18)
 
 

@@ -112,7 +112,7 @@ def test_what_is_packed_can_be_packed_anew_and_written_in_the_other_layout(wide,
     direct, again = convert(wide, tmp_path / "a", quant="q8_0"), convert(diffusers, tmp_path / "b", quant="q8_0")
     one, other = (unpack(read_state(list_weights(f)[0])["layers.0.attention.qkv.weight"]) for f in (direct, again))
     assert 0 < (one - other).abs().max() < 0.03
-    with pytest.raises(InputError, match="packed as q8_0, which is not written to safetensors: ask for a --quant"):
+    with pytest.raises(InputError, match="packed as q8_0, which is not written to safetensors: add --quant"):
         convert(direct, tmp_path / "c", "native")
     back = read_state(list_weights(convert(direct, tmp_path / "d", quant="bf16"))[0])
     assert torch.equal(back["layers.0.attention.qkv.weight"], one.bfloat16())

@@ -1,1 +1,1 @@
-"""Bytes <-> state dicts: files, key tables, the hub. Nothing here knows a module."""
+"""Read and write state dicts: weight files, key tables, the hub. This package does not know the model modules."""

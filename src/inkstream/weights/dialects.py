@@ -1,8 +1,8 @@
-"""How safetensors files spell packed weights: each as a tensor of numbers with others of scales and marks beside it.
+"""Packed weights in safetensors files: a tensor of numbers, with tensors of scales and format marks next to it.
 
-Read are plain fp8; fp8 with `scale_weight` (ComfyUI's earlier files); what `comfy_quant` or the header's
-`_quantization_metadata` names: fp8, int8 and NVFP4; NVFP4 by NVIDIA's Model Optimizer. Written is the metadata's, which
-ComfyUI reads too, with two formats of our own, nf4 and int4.
+Formats that can be read: plain fp8; fp8 with `scale_weight` (ComfyUI's earlier files); fp8, int8 and NVFP4 as named by
+`comfy_quant` or by the header's `_quantization_metadata`; NVFP4 by NVIDIA's Model Optimizer. Files are written with
+`_quantization_metadata`, which ComfyUI reads too, and with two formats of our own, nf4 and int4.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from inkstream.quant.packed import Packed, Weight
 from inkstream.types import InputError
 
 METADATA = "_quantization_metadata"
-"""Where a header says how layers are packed: {"format_version": "1.0", "layers": {name: {"format": ...}}}."""
+"""Header key that holds the packing of each layer: {"format_version": "1.0", "layers": {name: {"format": ...}}}."""
 
 MARK = ".comfy_quant"
-"""Ending of small tensors that say the same of one layer."""
+"""Suffix of the small tensors that hold the same information for one layer (the format marks)."""
 
 SCALES = (".scale_weight", ".weight_scale")
 IGNORED = (".scale_input", ".input_scale", MARK)
-"""Of activations, which are packed by their own range here."""
+"""Suffixes of tensors that are not used. Scales of activations are not needed: their range is measured at run time."""
 
 FORMATS = {
     "float8_e4m3fn": "e4m3",
@@ -35,7 +35,7 @@ FORMATS = {
     "nf4": "nf4",
     "int4": "int4",
 }
-"""As these files call them -> as `quant` does. The last two are in files written here."""
+"""Format name in these files -> format name in `quant`. Only files written here use the last two."""
 
 _NAMES = {ours: theirs for theirs, ours in FORMATS.items()}
 _STORED = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
@@ -43,10 +43,10 @@ _BY_DTYPE = {dtype: name for name, dtype in _STORED.items()}
 
 
 def gather(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Weight]:
-    """A state dict as it lies in a file -> the same with packed weights as one, and without what was beside them.
+    """Replace the tensors of each packed weight in a file's state dict by one Packed, and drop its scales and marks.
 
-    Works on meta tensors too, but needs the marks' own bytes. InputError where a weight is packed in a way that is not
-    read here; names that are not understood stay.
+    Works on meta tensors too, but the marks must have their data. Keys that are not known stay as they are. Raises
+    InputError if a weight is packed in a way that is not supported.
     """
     said = _layers(state, metadata)
     fast = any(key.endswith("scaled_fp8") and tensor.numel() == 2 for key, tensor in state.items())
@@ -66,17 +66,17 @@ def gather(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
 
 
 def spell(name: str, weight: Weight) -> tuple[dict[str, Tensor], dict[str, dict[str, Any]]]:
-    """One weight as tensors of a file, and what the header's metadata says of its layer.
+    """Return the tensors that store one weight in a file, and the entry of its layer in the header's metadata.
 
-    InputError where these files have no way to hold it.
+    Raises InputError if safetensors files cannot hold the weight's format.
     """
     if isinstance(weight, Tensor):
         return {name: weight}, {}
     if not is_spelt(weight):
-        raise InputError(f"{name} is packed as {weight.format}, which is not written to safetensors: ask for a --quant")
+        raise InputError(f"{name} is packed as {weight.format}, which is not written to safetensors: add --quant KIND")
     layer = name.removesuffix(".weight")
     says: dict[str, Any] = {"format": _NAMES[weight.format]}
-    if not weight.dynamic or weight.format == "e4m3":  # without it ComfyUI packs activations by a scale of 1
+    if not weight.dynamic or weight.format == "e4m3":  # without this key ComfyUI packs activations with a scale of 1
         says["full_precision_matrix_mult"] = True
     if weight.dynamic:
         says["activations"] = "dynamic"
@@ -88,12 +88,15 @@ def spell(name: str, weight: Weight) -> tuple[dict[str, Tensor], dict[str, dict[
 
 
 def is_spelt(weight: Weight) -> bool:
-    """Whether safetensors files have a way to hold it, as written here: nothing of GGUF's, and not NVFP4."""
+    """Return whether a safetensors file written here can hold the weight: GGUF's formats and NVFP4 are not possible."""
     return isinstance(weight, Tensor) or (weight.format in _NAMES and len(weight.scales) < 2)
 
 
 def _layers(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, Any]]:
-    """What the file says of its layers. Names in the metadata may lack the prefix that all tensors carry."""
+    """Return layer -> its packing, from the header and the marks.
+
+    Layer names in the metadata may lack the prefix that all tensors have.
+    """
     said: dict[str, Any] = {}
     try:
         listed = json.loads(metadata.get(METADATA, "{}")).get("layers", {})
@@ -104,16 +107,19 @@ def _layers(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Mapping
             if key.endswith(MARK):
                 said[key.removesuffix(MARK)] = json.loads(bytes(tensor.tolist()).rstrip(b"\0"))
         if not all(isinstance(entry, dict) for entry in said.values()):
-            raise TypeError("an entry is no object")
+            raise TypeError("an entry is not an object")
     except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        raise InputError(f"what the file says of how its layers are packed cannot be read ({error})") from error
+        raise InputError(f"the file's quantisation metadata cannot be read ({error}): download it again") from error
     return said
 
 
 def _pack(
     layer: str, tensor: Tensor, beside: Mapping[str, Tensor], said: Mapping[str, Any] | None, fast: bool
 ) -> Packed | None:
-    """The weight as a Packed; None where it is an ordinary tensor. fast: the whole file asks for products in fp8."""
+    """Return the weight as a Packed; None if it is an ordinary tensor.
+
+    fast: the file's `scaled_fp8` mark asks for matrix products in fp8 for all layers.
+    """
     scale = next((beside[name] for name in SCALES if name in beside), None)
     form = _format(layer, tensor, scale, ".weight_scale_2" in beside, said)
     if form is None:
@@ -123,18 +129,22 @@ def _pack(
     scales: list[Tensor] = [] if scale is None else [scale]
     if form.startswith("nvfp4"):
         if scale is None or ".weight_scale_2" not in beside or columns % 16:
-            raise InputError(f"{layer} is packed as NVFP4 and lacks scales that fit it: download the file again")
+            raise InputError(f"{layer} is packed as NVFP4 and lacks matching scales: download the file again")
         blocks = _unswizzle(layer, scale, rows, columns // 16) if form == "nvfp4" else scale
         scales = [blocks, beside[".weight_scale_2"]]
     scales = [_shaped(layer, each, rows) for each in scales]
     if any(columns % each.shape[1] for each in scales):
-        raise InputError(f"{layer} has {columns} columns, which its scales do not divide: download the file again")
+        raise InputError(
+            f"{layer} has {columns} columns, which its scales do not divide evenly: download the file again"
+        )
     rotated, dynamic = 0, fast or form == "int8"
     if said is not None:
         dynamic = said.get("activations") == "dynamic" or not said.get("full_precision_matrix_mult")
         rotated = int(said.get("convrot_groupsize", 256)) if said.get("convrot") else 0
     if rotated and (rotated not in (4, 16, 64, 256, 1024) or columns % rotated):
-        raise InputError(f"{layer} is turned in runs of {rotated}, which is not read here: take another file")
+        raise InputError(
+            f"{layer} has {columns} columns rotated in runs of {rotated}, which is not supported: take another file"
+        )
     dynamic = dynamic and form in ("e4m3", "int8")
     return Packed(form, tensor.view(torch.uint8), (rows, columns), tuple(scales), rotated, dynamic)
 
@@ -142,14 +152,14 @@ def _pack(
 def _format(
     layer: str, tensor: Tensor, scale: Tensor | None, has_second: bool, said: Mapping[str, Any] | None
 ) -> str | None:
-    """How a weight is packed; None where it is not. InputError where in a way that is not read here."""
+    """Return the format of a packed weight; None if it is not packed. Raises InputError if it is not supported."""
     if tensor.dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         return None
     if said is not None:
         form = FORMATS.get(str(said.get("format")))
         if form is None or tensor.dtype != _STORED.get(form, torch.uint8):
             kind = f"{said.get('format')} in {str(tensor.dtype).removeprefix('torch.')}"
-            raise InputError(f"{layer} is packed as {kind}, which is not read here: take another file of the model")
+            raise InputError(f"{layer} is packed as {kind}, which is not supported: take another file of the model")
         return form
     if tensor.dtype == torch.uint8:
         return "nvfp4_low" if has_second else None
@@ -157,7 +167,7 @@ def _format(
 
 
 def _shaped(layer: str, scale: Tensor, rows: int) -> Tensor:
-    """(), (1,), (rows,) or (rows, groups) -> (1 or rows, groups)."""
+    """Bring scales of shape (), (1,), (rows,) or (rows, groups) to the shape (1 or rows, groups)."""
     if scale.numel() == 1:
         return scale.reshape(1, 1)
     if scale.ndim in (1, 2) and len(scale) == rows:
@@ -166,13 +176,15 @@ def _shaped(layer: str, scale: Tensor, rows: int) -> Tensor:
 
 
 def _unswizzle(layer: str, scale: Tensor, rows: int, columns: int) -> Tensor:
-    """Scales as ComfyUI stores them, in tiles of 128 x 4 for the tensor cores -> (rows, columns).
+    """Reorder scales from ComfyUI's tiles of 128 x 4, made for the tensor cores, to (rows, columns).
 
-    Inside a tile the scale of (row, column) is at row % 32 * 16 + row // 32 * 4 + column.
+    Within a tile the scale of (row, column) is at the position row % 32 * 16 + row // 32 * 4 + column.
     """
     high, wide = -(-rows // 128), -(-columns // 4)
     if scale.numel() != high * wide * 512:
-        raise InputError(f"{layer} has {scale.numel()} scales of NVFP4, {high * wide * 512} were expected")
+        raise InputError(
+            f"{layer} has {scale.numel()} scales of NVFP4, {high * wide * 512} were expected: download the file again"
+        )
     if scale.is_meta:
         return scale.new_empty(rows, columns)
     tiles = scale.reshape(-1).view(torch.uint8).view(high, wide, 32, 4, 4)

@@ -1,4 +1,4 @@
-"""State dicts from safetensors and GGUF files, memory-mapped, and back to them. Nothing is ever unpickled."""
+"""Read state dicts from memory-mapped safetensors and GGUF files, and write safetensors. Nothing is ever unpickled."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from inkstream.types import InputError
 from inkstream.weights import dialects, gguf
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-"""Endings of files that run code when they are opened."""
+"""Suffixes of pickle files, which can run code when they are opened."""
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,27 +40,27 @@ DTYPES = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SUFFIXES = (".safetensors", ".gguf")
-"""Endings of files that hold weights, the preferred first."""
+"""Suffixes of weight files that can be read, in order of preference."""
 
 _LONGEST_MARK = 4096
-"""Bytes of a tensor that says how another is packed, at most."""
+"""Largest size in bytes of a format mark, the small tensor that holds the packing of another tensor."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it holds. Weights are on meta: a name, a shape, a dtype or format, no data."""
+    """The header of a file. Weights are on meta: they have a name, a shape and a dtype or format, but no data."""
 
     tensors: dict[str, Weight]
     metadata: dict[str, str]
 
 
 def read_header(path: Path | str) -> Header:
-    """The header of a file, or of a folder's shards together; no weight is read.
+    """Read the header of a file, or the merged headers of a folder's shards. No weight is read.
 
-    InputError, naming the file, where one is missing, cut short, damaged, packed in a way that is not read, or is a
-    pickle.
+    Raises InputError, which names the file, if a file is missing, cut short, damaged or a pickle, or if a weight is
+    packed in a way that is not supported.
     """
     files, index = weight_files(path)
     if files[0].suffix == ".gguf":
@@ -69,15 +69,15 @@ def read_header(path: Path | str) -> Header:
     raw, metadata = _read_raw_header(path, files)
     for name, file in index.items():
         if name not in raw:
-            raise InputError(f"{Path(path)}: the index says {file} holds {name}, which it does not: download it again")
+            raise InputError(f"{Path(path)}: the index lists {name} in {file}, which lacks it: download it again")
     return Header(_gather(path, raw, metadata), metadata)
 
 
 def read_state(path: Path | str, only: Collection[str] | None = None) -> dict[str, Weight]:
-    """The weights of a file, or of a folder's shards together, as views of the mapped files: nothing is copied.
+    """Read the weights of a file or of a folder's shards as views of the memory-mapped files; nothing is copied.
 
-    only: the names to read; all without it. Packed weights stay so. Memory is taken as they are touched, and is the
-    file's own pages. Errors as `read_header`.
+    only: the names to read; all if it is None. Packed weights stay packed. A weight's pages are loaded when it is first
+    used, and they are shared with the system's file cache. Raises InputError as `read_header` does.
     """
     files, _ = weight_files(path)
     if files[0].suffix == ".gguf":
@@ -88,14 +88,15 @@ def read_state(path: Path | str, only: Collection[str] | None = None) -> dict[st
 
 
 def read_tensors(path: Path | str) -> dict[str, Tensor]:
-    """As `read_state`, of safetensors files alone, and each tensor as it lies there."""
+    """Read safetensors files like `read_state`, but return each tensor as it is stored, without making a Packed."""
     return _merge((file, _read_one(file)) for file in weight_files(path)[0])
 
 
 def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
-    """The files behind a path, and what its index says: tensor name -> file name (empty without one).
+    """Return the weight files of a path, and its index as tensor name -> file name (empty if there is no index).
 
-    A folder's `*.index.json` names its shards; without one every safetensors file in it counts, or every GGUF file.
+    A folder's `*.index.json` lists its shards. Without an index, all safetensors files in the folder are taken, or all
+    GGUF files if there is no safetensors file.
     """
     path = Path(path)
     if path.suffix in PICKLES:
@@ -104,7 +105,7 @@ def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
         if not path.is_file():
             raise InputError(f"{path} is missing: check the path, or download it again")
         if path.suffix not in SUFFIXES:
-            raise InputError(f"{path} is no safetensors or GGUF file, the only kinds that are read")
+            raise InputError(f"{path} is not a safetensors or GGUF file: give a file of one of these two kinds")
         return [path], {}
     indexes = sorted(path.glob("*.safetensors.index.json"))
     if len(indexes) > 1:
@@ -127,20 +128,20 @@ def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
 
 
 def list_weights(folder: Path, deep: bool = False) -> list[Path]:
-    """The files that may hold weights in a folder, safetensors first. deep: in folders inside it, too."""
+    """List the weight files in a folder, safetensors first. deep: also search the folders inside it."""
     return [file for suffix in SUFFIXES for file in sorted(folder.glob(f"**/*{suffix}" if deep else f"*{suffix}"))]
 
 
 def strip_prefix(state: Mapping[str, T], prefixes: Sequence[str]) -> dict[str, T]:
-    """The state dict without the first of the prefixes that any of its keys carries; other keys stay as they are.
+    """Remove from all keys the first of the prefixes that any key has. Keys without that prefix do not change.
 
-    InputError where two keys would become one.
+    Raises InputError if two keys get the same name.
     """
     prefix = next((p for p in prefixes if any(key.startswith(p) for key in state)), "")
     stripped = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
     if len(stripped) < len(state):
         twice = [key for key in state if key.startswith(prefix) and key.removeprefix(prefix) in state]
-        raise InputError(f"{few(twice)} is there with and without its prefix {prefix}: remove one of the two")
+        raise InputError(f"{few(twice)} occurs with and without the prefix {prefix}: remove one of the two")
     return stripped
 
 
@@ -153,9 +154,9 @@ def write_state(
 ) -> list[Path]:
     """Write a state dict as safetensors, one weight at a time, and return the files written.
 
-    A file appears under its name only when it is whole. Above `shard_bytes` the state is cut, in its own order, into
-    `NAME-00001-of-0000N.safetensors` beside an index `NAME.safetensors.index.json`. progress: told the bytes of each
-    weight once written. InputError where one is packed in a way that safetensors files do not know.
+    A file gets its final name only when it is complete. A state above `shard_bytes` is split in its own order into
+    `NAME-00001-of-0000N.safetensors`, with an index `NAME.safetensors.index.json`. progress: called with the size in
+    bytes of each written weight. Raises InputError if safetensors files cannot hold a weight's format.
     """
     path = Path(path)
     shards: list[dict[str, Weight]] = [{}]
@@ -193,8 +194,10 @@ def write_stream(
     metadata: Mapping[str, str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write one safetensors file: `plan` says, on meta if you like, what it will hold, `weights` brings it, one after
-    the other in any order, so that only one need be there at a time. ValueError where the two differ.
+    """Write one safetensors file, with only one weight in memory at a time.
+
+    plan: name -> weight of the file, which may be on meta. weights: the same names with their data, in any order.
+    progress: called with the size in bytes of each written weight. Raises ValueError if plan and weights differ.
     """
     spelt = {name: dialects.spell(name, weight) for name, weight in plan.items()}
     layers = {layer: says for _, said in spelt.values() for layer, says in said.items()}
@@ -202,14 +205,14 @@ def write_stream(
     if layers:
         header["__metadata__"][dialects.METADATA] = json.dumps({"format_version": "1.0", "layers": layers})
     offset = 0
-    # The largest dtypes first, so that every tensor starts at a multiple of its own.
+    # Larger dtypes come first, so that each tensor's offset is a multiple of its element size.
     tensors = [item for parts, _ in spelt.values() for item in parts.items()]
     for name, tensor in sorted(tensors, key=lambda item: -item[1].element_size()):
         end = offset + tensor.nbytes
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 64)  # so that mapped tensors start where vector units like it
+    text += b" " * (-(8 + len(text)) % 64)  # pad to 64 bytes, so that mapped tensors are aligned for vector units
     with whole_file(path) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         start = file.tell()
@@ -236,13 +239,16 @@ def _gather(path: Path | str, raw: Mapping[str, Tensor], metadata: Mapping[str, 
 
 
 def _read_raw_header(path: Path | str, files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Every tensor as it lies in its file, on meta but for marks; what the headers say, shards' layers together."""
+    """Return the tensors as stored, on meta except the format marks, and the headers' metadata.
+
+    The quantisation metadata of all shards is merged.
+    """
     headers = [(file, _read_one_header(file)) for file in files]
     raw = _merge((file, tensors) for file, (tensors, _) in headers)
     metadata = {key: value for _, (_, said) in headers for key, value in said.items()}
     if len(headers) > 1 and dialects.METADATA in metadata:
         layers = {}
-        with suppress(ValueError, KeyError, TypeError):  # what cannot be read is told by whoever needs it
+        with suppress(ValueError, KeyError, TypeError):  # `dialects.gather` reports metadata that cannot be read
             for _, (_, said) in headers:
                 layers |= json.loads(said.get(dialects.METADATA, '{"layers": {}}'))["layers"]
             metadata[dialects.METADATA] = json.dumps({"format_version": "1.0", "layers": layers})
@@ -255,7 +261,7 @@ def _merge(states: Iterable[tuple[Path, Mapping[str, T]]]) -> dict[str, T]:
     for file, state in states:
         for name in state:
             if name in origin:
-                raise InputError(f"{name} is in both {origin[name]} and {file.name}: keep one of the two")
+                raise InputError(f"{name} is in both {origin[name]} and {file.name}: keep only one of the two")
         merged.update(state)
         origin.update(dict.fromkeys(state, file))
     return merged
@@ -265,14 +271,14 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         index = json.loads(path.read_text("utf-8"))["weight_map"]
         if any(Path(file).name != file for file in index.values()):
-            raise ValueError("a shard lies elsewhere")
+            raise ValueError("a shard is in another folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path} is no index of shards ({error}): download it again") from error
+        raise InputError(f"{path} is not an index of shards ({error}): download it again") from error
     return index
 
 
 def _read_one(path: Path, only: Collection[str] | None = None) -> dict[str, Tensor]:
-    """only: names to read, each with what may say how it is packed."""
+    """Read the tensors of one file. only: the names to read; the scales and marks of each name are read too."""
     _read_one_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -285,9 +291,9 @@ def _read_one(path: Path, only: Collection[str] | None = None) -> dict[str, Tens
 
 
 def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The eight bytes of a length, that much JSON, and the data, which must end with the file.
+    """Read the header of one file: 8 bytes with the JSON's length, the JSON, then the data up to the end of the file.
 
-    Tensors on meta, but for the few bytes that say how others are packed; and the metadata.
+    Returns the tensors, on meta except the format marks, and the metadata.
     """
     if path.suffix in PICKLES:
         raise InputError(f"{path} is a pickle, which can run code when opened: convert it to safetensors first")
@@ -296,10 +302,10 @@ def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with path.open("rb") as file:
             start = file.read(8)
             if start == b"version ":
-                raise InputError(f"{path} is a pointer of git-lfs, not the weights: run `git lfs pull`")
+                raise InputError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             length = int.from_bytes(start, "little")
             if len(start) < 8 or 8 + length > size:
-                raise InputError(f"{path} is cut short or no safetensors file: download it again")
+                raise InputError(f"{path} is cut short or not a safetensors file: download it again")
             data = json.loads(file.read(length))
             marks = {
                 name: _read_mark(file, 8 + length + entry["data_offsets"][0], *entry["shape"])
@@ -309,7 +315,9 @@ def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = data.pop("__metadata__", {})
         foreign = {entry["dtype"] for entry in data.values()} - DTYPES.keys()
         if foreign:
-            raise InputError(f"{path} holds numbers of type {few(sorted(foreign))}, which are not read here")
+            raise InputError(
+                f"{path} holds numbers of type {few(sorted(foreign))}, which are not supported: take another file"
+            )
         tensors = {name: _tensor(entry) for name, entry in data.items()} | marks
         ends = [entry["data_offsets"][1] for entry in data.values()]
     except OSError as error:
@@ -317,16 +325,16 @@ def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged or no safetensors file ({error}): download it again") from error
+        raise InputError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
     whole = 8 + length + max(ends, default=0)
     if size < whole:
-        raise InputError(f"{path} is cut short, {size:,} of {whole:,} bytes: download it again")
+        raise InputError(f"{path} is cut short, it has {size:,} of {whole:,} bytes: download it again")
     return tensors, metadata
 
 
 def _read_mark(file: BinaryIO, start: int, size: int) -> Tensor:
     if size > _LONGEST_MARK:
-        raise ValueError(f"a mark of {size} bytes")
+        raise ValueError(f"a format mark has {size} bytes, the limit is {_LONGEST_MARK}")
     file.seek(start)
     return torch.tensor(list(file.read(size)), dtype=torch.uint8)
 
@@ -341,7 +349,7 @@ def _tensor(entry: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes it at the end, or is gone where the end is not reached."""
+    """Yield a temporary path in the same folder. It is renamed to `path` at the end, or removed if an error occurs."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         yield temporary
@@ -352,5 +360,5 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def few(names: Sequence[str], count: int = 3) -> str:
-    """The first of many names, and how many more there are."""
+    """Return the first `count` names as text, and the number of the others."""
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

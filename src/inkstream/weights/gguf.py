@@ -1,4 +1,4 @@
-"""GGUF files: named values, then tensors in ggml's formats, mapped from disk and left packed."""
+"""Read and write GGUF files: named values, then tensors in ggml's formats, memory-mapped and left packed."""
 
 from __future__ import annotations
 
@@ -32,45 +32,46 @@ OTHERS = {
     9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
     22: "IQ2_S", 23: "IQ4_XS", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
 }  # fmt: skip
-"""ggml's numbers for tensor types: ordinary tensors, packed ones, and those that are not read."""
+"""ggml's numbers for tensor types: PLAIN are ordinary tensors, PACKED are packed ones, OTHERS are not supported."""
 
 FILE_TYPES = {
     "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9,
     "q2_k": 10, "q3_k": 12, "q4_k": 14, "q5_k": 16, "q6_k": 18,
 }  # fmt: skip
-"""What `general.file_type` calls a file whose weights are mostly of a format."""
+"""Value of `general.file_type` for a file that has most of its weights in the format."""
 
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
-"""Values that say which shape a tensor had before it was flattened to fill blocks."""
+"""Prefix of the values that hold a tensor's shape before it was flattened to fill blocks."""
 
 _SIMPLE = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _SHORT = 16
-"""Longer lists, such as a tokenizer's words, are passed over."""
+"""Longest list that is read, in entries. Longer lists, such as a tokenizer's words, are skipped."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies."""
+    """Shape, type and position of a tensor in a file."""
 
     shape: tuple[int, ...]
-    kind: int  # of PLAIN or PACKED
-    start: int  # in the file
-    size: int
+    kind: int  # a key of PLAIN or PACKED
+    start: int  # offset in the file, in bytes
+    size: int  # in bytes
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file says of itself."""
+    """The header of a file: its named values and the position of each tensor."""
 
     values: dict[str, Any]
     entries: dict[str, Entry]
 
 
 def read_gguf(path: Path, only: Collection[str] | None = None, on_meta: bool = False) -> dict[str, Weight]:
-    """The tensors of a file, or those named in `only`, as views of the mapped file; on meta without it.
+    """Return a file's tensors as views of the memory-mapped file, or on meta without data if `on_meta` is true.
 
-    InputError, naming the file, where it is cut short, damaged, or holds a format that is not read.
+    only: the names to read; all if it is None. Raises InputError, which names the file, if the file is cut short or
+    damaged, or if it holds a format that is not supported.
     """
     entries = read_contents(path).entries
     if on_meta:
@@ -84,19 +85,19 @@ def read_gguf(path: Path, only: Collection[str] | None = None, on_meta: bool = F
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """A file's short values, as text. InputError as `read_gguf`."""
+    """Return a file's values as text, without long lists. Raises InputError as `read_gguf` does."""
     return {name: str(value) for name, value in read_contents(path).values.items() if value is not None}
 
 
 def read_contents(path: Path) -> Contents:
-    """The values and the places of the tensors, checked against the file's size. Errors as of `read_gguf`."""
+    """Return the values and the tensors' positions, checked against the file's size. Raises as `read_gguf` does."""
     try:
         with path.open("rb") as file:
             start = file.read(8)
             if start == b"version ":
-                raise InputError(f"{path} is a pointer of git-lfs, not the weights: run `git lfs pull`")
+                raise InputError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
             if start[:4] != MAGIC or len(start) < 8:
-                raise InputError(f"{path} is cut short or no GGUF file: download it again")
+                raise InputError(f"{path} is cut short or not a GGUF file: download it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 return _parse(path, data)
     except OSError as error:
@@ -108,7 +109,7 @@ def read_contents(path: Path) -> Contents:
 
 
 class _Cursor:
-    """Reads a file's header from front to back. struct.error where it ends early."""
+    """Reads a file's header from start to end. Raises struct.error or ValueError if the header ends early."""
 
     def __init__(self, data: mmap.mmap):
         self.data, self.at = data, 4
@@ -130,7 +131,7 @@ class _Cursor:
         return self.data[start : start + length].decode("utf-8")
 
     def value(self, kind: int) -> Any:
-        """A value; None for a long list."""
+        """Read a value. Returns None for a list of more than _SHORT entries."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
@@ -150,7 +151,9 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
     cursor = _Cursor(data)
     version = cursor.number("I")
     if version not in (2, 3):
-        raise InputError(f"{path} is GGUF of version {version}: 2 and 3 are read, in little-endian order")
+        raise InputError(
+            f"{path} is GGUF of version {version}: take a file of version 2 or 3 in little-endian byte order"
+        )
     tensors, count = cursor.number("Q"), cursor.number("Q")
     values: dict[str, Any] = {}
     for _ in range(count):
@@ -164,14 +167,14 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
         name = cursor.text()
         axes = cursor.number("I")
         if axes > 8 or name in found:
-            raise ValueError(f"{name} is there twice" if name in found else f"{name} has {axes} axes")
+            raise ValueError(f"{name} occurs twice" if name in found else f"{name} has {axes} axes")
         shape = tuple(cursor.number("Q") for _ in range(axes))[::-1]
         found[name] = (shape, cursor.number("I"), cursor.number("Q"))
     begin = -(-cursor.at // alignment) * alignment
     entries = {name: _entry(path, name, *place, begin, values) for name, place in found.items()}
     whole = max((entry.start + entry.size for entry in entries.values()), default=0)
     if len(data) < whole:
-        raise InputError(f"{path} is cut short, {len(data):,} of {whole:,} bytes: download it again")
+        raise InputError(f"{path} is cut short, it has {len(data):,} of {whole:,} bytes: download it again")
     return Contents(values, entries)
 
 
@@ -180,27 +183,27 @@ def _entry(
 ) -> Entry:
     if kind not in PLAIN and kind not in PACKED:
         title = OTHERS.get(kind, f"number {kind}")
-        raise InputError(f"{path} holds {name} as {title}, a format that is not read: take a Q8_0, Q6_K or Q4_K file")
+        raise InputError(f"{path} holds {name} as {title}, which is not supported: take a Q8_0, Q6_K or Q4_K file")
     if offset % 8:
-        raise ValueError(f"{name} lies askew")
+        raise ValueError(f"{name} has an offset of {offset}, which is not a multiple of 8")
     count = math.prod(shape)
     if kind in PLAIN:
         size = count * PLAIN[kind].itemsize
     else:
         form = FORMATS[PACKED[kind]]
         if not shape or shape[-1] % form.numbers:
-            raise ValueError(f"{name} is {shape}, which blocks of {form.numbers} do not fill")
+            raise ValueError(f"{name} is {shape}, and its rows are not divisible into blocks of {form.numbers}")
         size = count // form.numbers * form.bytes
     original = values.get(ORIGINAL_SHAPE + name)
     if original is not None:
         if not isinstance(original, tuple) or math.prod(original) != count:
-            raise ValueError(f"{name} is {shape}, and was {original}")
+            raise ValueError(f"{name} is {shape}, which does not match its original shape {original}")
         shape = original
     return Entry(shape, kind, begin + offset, size)
 
 
 def _weight(raw: Tensor, entry: Entry) -> Weight:
-    """raw: its bytes."""
+    """Return a weight as a view of its bytes. raw: (bytes,) uint8."""
     if entry.kind in PLAIN:
         return raw.view(PLAIN[entry.kind]).view(entry.shape)
     name = PACKED[entry.kind]
@@ -210,7 +213,7 @@ def _weight(raw: Tensor, entry: Entry) -> Weight:
 
 def _known(table: Mapping[int, str], kind: int) -> str:
     if kind not in table:
-        raise ValueError(f"a value of type {kind}")
+        raise ValueError(f"a value has the unknown type {kind}")
     return table[kind]
 
 
@@ -224,9 +227,11 @@ def write_gguf(
     values: Mapping[str, str | int],
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a file: `plan` says on meta what it will hold, `weights` brings it, one after the other in any order.
+    """Write a file one weight at a time.
 
-    progress: told the bytes of each weight once written. ValueError where the two differ, or a format is not GGUF's.
+    plan: name -> weight of the file, which may be on meta. weights: the same names with their data, in any order.
+    progress: called with the size in bytes of each written weight. Raises ValueError if plan and weights differ, or if
+    GGUF has no type for a format.
     """
     header = bytearray(MAGIC + struct.pack("<IQQ", VERSION, len(plan), len(values)))
     for name, value in values.items():
@@ -259,7 +264,7 @@ def write_gguf(
 
 
 def is_held(weight: Weight) -> bool:
-    """Whether GGUF has a type for it."""
+    """Return whether GGUF has a type for the weight's format or dtype."""
     return _format(weight) in (*PLAIN.values(), *PACKED.values())
 
 

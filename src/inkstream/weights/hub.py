@@ -1,5 +1,7 @@
-"""Repositories on the Hugging Face hub, as local folders. Cache, mirror and offline mode are huggingface_hub's own
-(HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE)."""
+"""Download repositories of the Hugging Face hub into local folders.
+
+The cache, the mirror and the offline mode are those of huggingface_hub: HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE.
+"""
 
 from __future__ import annotations
 
@@ -35,14 +37,14 @@ from inkstream.types import InputError
 from inkstream.weights.transfer import transfer
 
 OFFICIAL = "huggingface.co"
-"""The only host that is ever sent the user's token."""
+"""The only host that receives the user's token."""
 
 LARGE = 1 << 24
-"""Bytes from which on a file is worth going on with in the middle."""
+"""Size in bytes from which an interrupted download of a file is resumed."""
 
 
 class Offer(NamedTuple):
-    """What a download would be: bytes not here yet, bytes in all, and the licence the repository states."""
+    """Size of a download in bytes, missing and total, and the licence that the repository states."""
 
     missing: int
     total: int
@@ -50,9 +52,9 @@ class Offer(NamedTuple):
 
 
 def cached(repo: str, patterns: Sequence[str]) -> Path | None:
-    """The repository's folder in the cache, if all its files that match are there. Asks nobody.
+    """Return the repository's folder in the cache if it holds all matching files, else None. Uses no network.
 
-    Where the cache has no list of the repository's files, what is there counts as all only if nobody can be asked.
+    If the cache has no list of the repository's files, the cached files count as complete only in offline mode.
     """
     try:
         folder = Path(snapshot_download(repo, allow_patterns=list(patterns), local_files_only=True))
@@ -64,13 +66,13 @@ def cached(repo: str, patterns: Sequence[str]) -> Path | None:
 
 
 def cached_file(repo: str, name: str) -> Path | None:
-    """One file of a repository, if it is in the cache. Asks nobody."""
+    """Return the path of one file of a repository if it is in the cache, else None. Uses no network."""
     path = try_to_load_from_cache(repo, name)
     return Path(path) if isinstance(path, str) else None
 
 
 def offer(repo: str, patterns: Sequence[str]) -> Offer:
-    """Ask the hub what a download of the files that match would be. InputError as `fetch`."""
+    """Ask the hub for the size and the licence of the matching files. Raises InputError as `fetch` does."""
     try:
         info, sizes, missing = _ask(repo, patterns)
     except Exception as error:  # the network has many ways to fail
@@ -80,11 +82,12 @@ def offer(repo: str, patterns: Sequence[str]) -> Offer:
 
 
 def fetch(repo: str, patterns: Sequence[str], progress: Callable[[int], None] | None = None) -> Path:
-    """Download the files that match into the cache and return their folder; a complete one there is taken as it is.
+    """Download the matching files into the cache and return their folder. A complete cached folder is used as it is.
 
-    What has come is not fetched again, not even when the process was ended in the middle of a large file. progress:
-    told how many of the bytes that `offer` calls missing are here; what it raises ends the download. InputError, one
-    line with the remedy, where the repository is not there or gated, the hub cannot be reached, or the disk is full.
+    A later call resumes an interrupted download, also in the middle of a large file. progress: called with the number
+    of bytes received so far, out of those that `offer` calls missing; an exception that it raises ends the download.
+    Raises InputError, one line with the remedy, if the repository does not exist or is gated, if the hub cannot be
+    reached, or if the disk is full.
     """
     folder = cached(repo, patterns)
     if folder is not None:
@@ -102,26 +105,27 @@ def fetch(repo: str, patterns: Sequence[str], progress: Callable[[int], None] | 
 
 
 def token() -> bool | None:
-    """None lets huggingface_hub send the token it finds; False keeps it back from a mirror."""
+    """Return the `token` argument for huggingface_hub: None sends the user's token, False (for a mirror) sends none."""
     endpoint = urlsplit(constants.ENDPOINT)
     return None if (endpoint.scheme, endpoint.hostname) == ("https", OFFICIAL) else False
 
 
 def check_space(repo: str, needed: int) -> None:
-    """InputError where the cache's disk has no room for so many bytes."""
+    """Raise InputError if the cache's disk has fewer than `needed` bytes free."""
     folder = Path(constants.HF_HUB_CACHE)
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise InputError(
-            f"{repo} takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
+            f"{repo} needs {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: "
             "make room, or set HF_HOME to a folder on another disk"
         )
 
 
 def _ask(repo: str, patterns: Sequence[str]) -> tuple[ModelInfo, dict[str, int], dict[str, int]]:
-    """What the hub says of a repository; sizes of the files that match; and of those that are not in the cache."""
+    """Return the hub's information on a repository, the sizes of the matching files, and the sizes of those that are
+    not in the cache. Sizes are name -> bytes."""
     info = HfApi(token=token()).model_info(repo, files_metadata=True)
     files = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     sizes = {name: files[name] for name in filter_repo_objects(files, allow_patterns=list(patterns))}
@@ -134,7 +138,7 @@ def _ask(repo: str, patterns: Sequence[str]) -> tuple[ModelInfo, dict[str, int],
 
 
 def _counter(progress: Callable[[int], None]) -> Callable[[int], None]:
-    """Adds up what several threads tell it, and tells the sum."""
+    """Return a function that several threads call with byte counts. It passes the sum to `progress`."""
     total, lock = 0, threading.Lock()
 
     def count(size: int) -> None:
@@ -152,7 +156,7 @@ class _Silent(tqdm):
 
 
 def _explain(repo: str, error: Exception) -> NoReturn:
-    """The same failure as one line with its remedy."""
+    """Raise an InputError that states the failure and its remedy in one line. An InputError is raised unchanged."""
     where = constants.ENDPOINT
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     chain: list[BaseException] = [error]
@@ -165,9 +169,9 @@ def _explain(repo: str, error: Exception) -> NoReturn:
     if met(InputError):
         raise error
     if met(HFValidationError):
-        text = f"{repo} is no repository's name: it reads OWNER/NAME"
+        text = f"{repo} is not a valid repository name: write it as OWNER/NAME"
     elif met(OfflineModeIsEnabled):
-        text = f"{repo} is not whole in the cache and HF_HUB_OFFLINE is set: unset it once, or give a local path"
+        text = f"{repo} is not complete in the cache and HF_HUB_OFFLINE is set: unset it once, or give a local path"
     elif met(GatedRepoError):
         text = f"{repo} is gated: accept its terms at {where}/{repo}, then log in with `hf auth login`"
     elif met(RepositoryNotFoundError):
@@ -177,5 +181,5 @@ def _explain(repo: str, error: Exception) -> NoReturn:
     elif met(HfHubHTTPError):
         text = f"{where} refused {repo} ({reason}): try again later"
     else:
-        text = f"{repo} could not be fetched from {where} ({reason}): check the connection and try again"
+        text = f"{repo} could not be downloaded from {where} ({reason}): check the connection and try again"
     raise InputError(text) from error

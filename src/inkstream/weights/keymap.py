@@ -1,8 +1,8 @@
-"""Key tables: how a published layout names, splits and orders the weights that our modules hold.
+"""Key tables translate the weight names of a published layout into the names of our modules, and back.
 
-A table is a sequence of rules; `translate` applies it, towards our names or back. A pattern is a dotted prefix of a key
-that ends at a segment boundary, `{}` standing for one segment; the rest of the key (`.weight`) is carried along. Keys
-that no rule names keep their name, so that an unknown one is met, and named, by whoever checks the result.
+A table is a sequence of rules; `translate` applies it in either direction. A pattern is a dotted prefix of a key that
+ends at a segment boundary. `{}` matches one segment. The rest of the key (such as `.weight`) is kept. A key that no
+rule matches keeps its name, so the strict check of the result reports it.
 """
 
 from __future__ import annotations
@@ -21,56 +21,61 @@ Shape = Literal["same", "swap", "row", "conv1x1"]
 
 @dataclass(frozen=True)
 class Rule:
-    """Tensors under the patterns `theirs` are, one after the other along the rows, those under `ours`.
+    """The tensors of the patterns `theirs`, concatenated along the rows, equal the concatenated tensors of `ours`.
 
-    One side has one pattern. No `ours`: the keys are dropped on the way in and not written on the way back.
+    At least one side has exactly one pattern. An empty `ours` means: these keys are dropped when a file is read, and
+    not written back.
     """
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
     shape: Shape = "same"
-    heights: tuple[int, ...] = ()  # of the row blocks, in proportion to each other; empty: all are equal
+    heights: tuple[int, ...] = ()  # relative heights of the row blocks; empty: all blocks have the same height
 
 
 def rename(theirs: str, ours: str, swap: bool = False, row: bool = False, conv1x1: bool = False) -> Rule:
-    """The same tensor under another name.
+    """Return a rule that renames a tensor.
 
-    swap: its two row halves change places. row: theirs may be (D,), ours is (1, D), and so it is written.
-    conv1x1: theirs is the weight of a 1x1 convolution (O, I, 1, 1), ours of a linear layer (O, I); biases pass.
+    swap: the two halves of the rows change places. row: their tensor is (D,) or (1, D), ours is (1, D) and is written
+    as (1, D). conv1x1: their tensor is the weight of a 1x1 convolution (O, I, 1, 1), ours is the weight of a linear
+    layer (O, I); biases do not change.
     """
     shape: Shape = "swap" if swap else "row" if row else "conv1x1" if conv1x1 else "same"
     return Rule((theirs,), (ours,), shape)
 
 
 def fuse(*theirs: str, ours: str, heights: Sequence[int] = ()) -> Rule:
-    """Several of theirs are one of ours, row blocks in this order: of equal height, or of these proportions."""
+    """Return a rule that joins several of their tensors along the rows, in this order, into one of ours.
+
+    heights: relative heights of the row blocks; all blocks have the same height if it is empty.
+    """
     return Rule(theirs, (ours,), heights=tuple(heights))
 
 
 def split(theirs: str, ours: Sequence[str]) -> Rule:
-    """One of theirs is several of ours, row blocks of equal height in this order."""
+    """Return a rule that splits one of their tensors into several of ours: row blocks of equal height, in order."""
     return Rule((theirs,), tuple(ours))
 
 
 def drop(theirs: str) -> Rule:
-    """Theirs has what nothing here reads."""
+    """Return a rule that ignores their tensor, because nothing here uses it."""
     return Rule((theirs,), ())
 
 
 def translate(rules: Sequence[Rule], state: Mapping[str, Weight], back: bool = False) -> dict[str, Weight]:
-    """State dict in their names -> in ours; with `back`, from ours to theirs. Works on meta tensors too.
+    """Translate a state dict from their names to ours; with `back`, from ours to theirs. Works on meta tensors too.
 
-    Renaming and splitting give views; fusing and swapping copy; packed weights stay so. InputError where a fused tensor
-    lacks a part, where parts do not fit each other, and where two keys would become one.
+    Renaming and splitting return views; fusing and swapping copy; packed weights stay packed. Raises InputError if a
+    part of a fused tensor is missing, if the shapes of the parts do not match, or if two keys get the same name.
     """
     out: dict[str, Weight] = {}
-    origin: dict[str, str] = {}  # our key -> the one it came from; of a fused one, the first part met
-    gathered: dict[str, dict[str, Weight | None]] = {}  # a fused key -> its parts, in their order
-    heights: dict[str, tuple[int, ...]] = {}  # a fused key -> its parts' proportions
+    origin: dict[str, str] = {}  # our key -> the key it came from; for a fused key, the first part found
+    gathered: dict[str, dict[str, Weight | None]] = {}  # fused key -> its parts, in order
+    heights: dict[str, tuple[int, ...]] = {}  # fused key -> the relative heights of its parts
 
     def put(name: str, tensor: Weight, key: str) -> None:
         if name in origin:
-            raise InputError(f"{origin[name]} and {key} are both {name}: keep one of the two")
+            raise InputError(f"{origin[name]} and {key} are both {name}: keep only one of the two")
         out[name], origin[name] = tensor, key
 
     for key, tensor in state.items():
@@ -86,7 +91,7 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Weight], back: bool = F
         if len(sources) > 1:
             (name,) = targets
             if name not in gathered:
-                put(name, tensor, key)  # holds its place in the order until all parts are there
+                put(name, tensor, key)  # a placeholder keeps the position in the order until all parts are found
                 gathered[name], heights[name] = dict.fromkeys(sources), rule.heights or (1,) * len(sources)
             gathered[name][key] = tensor
         elif len(targets) > 1:
@@ -100,7 +105,7 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Weight], back: bool = F
 
 
 def becomes(rules: Sequence[Rule], key: str, back: bool = False) -> list[str]:
-    """The names that `translate` gives to what lies under a key, in part or whole; none where it is dropped."""
+    """Return the names that `translate` gives to a key's tensor or to its parts; empty if the key is dropped."""
     hit = _find(rules, key, back)
     if hit is None:
         return [key]
@@ -109,31 +114,37 @@ def becomes(rules: Sequence[Rule], key: str, back: bool = False) -> list[str]:
 
 
 def matches(pattern: str, key: str) -> bool:
-    """Whether a pattern of a key table names a key."""
+    """Return whether a pattern of a key table matches a key."""
     return _compiled(pattern).fullmatch(key) is not None
 
 
 def _fuse(name: str, parts: Mapping[str, Weight | None], heights: Sequence[int]) -> Weight:
     missing = [key for key, part in parts.items() if part is None]
     if missing:
-        raise InputError(f"{name} is made of {len(parts)} parts and {', '.join(missing)} is missing")
+        raise InputError(
+            f"{name} is made of {len(parts)} parts and {', '.join(missing)} is missing: take a complete file"
+        )
     tensors = [part for part in parts.values() if part is not None]
-    # What every part's shape would be at a height of one; None where it cannot be cut so.
+    # The shape of each part divided by its relative height; None if the rows are not divisible by the height.
     units = {
         None if part.ndim == 0 or len(part) % height else (len(part) // height, *part.shape[1:])
         for part, height in zip(tensors, heights)
     }
     if len(units) > 1 or None in units:
         shapes = ", ".join(f"{key} {tuple(part.shape)}" for key, part in zip(parts, tensors))
-        raise InputError(f"{name} is made of parts that are not of {_proportions(heights)}: {shapes}")
+        raise InputError(
+            f"{name} is made of parts that are not of {_proportions(heights)}: {shapes}; take another file"
+        )
     return join(tensors)
 
 
 def _cut(key: str, tensor: Weight, heights: Sequence[int]) -> tuple[Weight, ...]:
-    """Views of heights in these proportions."""
+    """Cut a tensor along the rows into views with these relative heights."""
     if tensor.ndim == 0 or len(tensor) % sum(heights):
         shape = tuple(tensor.shape)
-        raise InputError(f"{key} is {shape}: {len(heights)} parts of {_proportions(heights)} were expected")
+        raise InputError(
+            f"{key} is {shape}: {len(heights)} parts of {_proportions(heights)} were expected; take another file"
+        )
     return cut(tensor, [len(tensor) // sum(heights) * height for height in heights])
 
 
@@ -156,7 +167,7 @@ def _reshape(key: str, tensor: Weight, shape: Shape, back: bool) -> Weight:
 
 
 def _find(rules: Sequence[Rule], key: str, back: bool) -> tuple[Rule, tuple[str, ...], str] | None:
-    """The first rule that names the key, the words in its braces and what is carried."""
+    """Return the first rule that matches the key, the segments that `{}` matched, and the rest of the key."""
     for rule in rules:
         for pattern in rule.ours if back else rule.theirs:
             if match := _compiled(pattern).fullmatch(key):

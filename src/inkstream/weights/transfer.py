@@ -1,6 +1,7 @@
-"""Large files of a repository, several at a time, each kept as far as it came: a later run goes on from there.
+"""Download large files of a repository in parallel. A later run resumes a file that was interrupted.
 
-huggingface_hub starts a file anew in each process. What is whole here lies where its cache wants it.
+huggingface_hub itself starts such a file again in each new process. A complete file is stored where its cache expects
+the file.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, get_session, h
 CONNECTIONS = 4
 CHUNK = 1 << 20
 ATTEMPTS = 5
-"""Failures in a row, without a byte between them, after which a file is given up."""
+"""Number of consecutive failures without any new byte after which the download of a file fails."""
 
 
 def transfer(repo: str, commit: str, names: Sequence[str], token: bool | None, progress: Callable[[int], None]) -> None:
-    """Bring files into huggingface_hub's cache as blobs. progress: told of more bytes here, from any thread.
+    """Download files into huggingface_hub's cache as blobs.
 
-    Raises what the first file to fail raised; what came is kept, also where the process is ended.
+    progress: called from any thread with the number of new bytes. Raises the exception of the first file that fails.
+    Received bytes are kept, also when the process is killed.
     """
     waiting, failed, stop = list(reversed(names)), [], threading.Event()
 
@@ -35,11 +37,12 @@ def transfer(repo: str, commit: str, names: Sequence[str], token: bool | None, p
         try:
             while waiting and not stop.is_set():
                 _fetch(repo, commit, waiting.pop(), token, progress, stop)
-        except BaseException as error:  # carried to the caller's thread
+        except BaseException as error:  # raised again in the caller's thread
             failed.append(error)
             stop.set()
 
-    # Not a thread pool: the interpreter would wait for its threads, and Ctrl-C end with the last file.
+    # Daemon threads instead of a thread pool: the interpreter waits for a pool's threads, so Ctrl-C would take effect
+    # only after the last file.
     threads = [threading.Thread(target=work, daemon=True) for _ in names[:CONNECTIONS]]
     try:
         for thread in threads:
@@ -55,14 +58,14 @@ def transfer(repo: str, commit: str, names: Sequence[str], token: bool | None, p
 def _fetch(
     repo: str, commit: str, name: str, token: bool | None, progress: Callable[[int], None], stop: threading.Event
 ) -> None:
-    """One file into the cache, trying again where the connection breaks."""
+    """Download one file into the cache, with retries after connection errors."""
     url = hf_hub_url(repo, name, revision=commit)
-    seen = 0  # bytes that progress knows of
+    seen = 0  # bytes reported to `progress`
     failures = 0
     while not stop.is_set():
         before = seen
         try:
-            file = get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # links in it expire
+            file = get_hf_file_metadata(url, token=token, timeout=constants.HF_HUB_ETAG_TIMEOUT)  # its links expire
             blob, lock = _places(repo, file)
             with WeakFileLock(lock):
                 if blob.exists():
@@ -83,7 +86,7 @@ def _fetch(
             problem: Exception = error
         except OSError:
             raise
-        except Exception as error:  # the HTTP library's own, for all that a connection can do
+        except Exception as error:  # the HTTP library's own exceptions for all kinds of connection errors
             problem = error
         failures = 1 if seen > before else failures + 1
         if failures == ATTEMPTS:
@@ -92,14 +95,14 @@ def _fetch(
 
 
 def _receive(file: HfFileMetadata, partial: Path, token: bool | None) -> Iterator[int]:
-    """Append to a partial file what it lacks, yielding its size."""
+    """Append the missing bytes to a partial file. Yields its size in bytes after each chunk."""
     partial.parent.mkdir(parents=True, exist_ok=True)
     with partial.open("ab") as out:
         size = out.tell()
         yield size
         if size == file.size:
             return
-        # Links elsewhere are signed, and no business of the token's.
+        # Links to other hosts are signed and need no token, so the token is not sent there.
         own = urlsplit(file.location).netloc == urlsplit(constants.ENDPOINT).netloc
         headers = build_hf_headers(token=token if own else False)
         headers |= {"Accept-Encoding": "identity", "Range": f"bytes={size}-"}
@@ -108,7 +111,7 @@ def _receive(file: HfFileMetadata, partial: Path, token: bool | None) -> Iterato
             "GET", file.location, headers=headers, timeout=timeout, follow_redirects=True
         ) as response:
             hf_raise_for_status(response)
-            if response.status_code != 206 and size:  # the server sends it all again
+            if response.status_code != 206 and size:  # the server ignored the range and sends the whole file
                 out.truncate(0)
                 size = 0
             for chunk in response.iter_bytes(CHUNK):
@@ -118,21 +121,24 @@ def _receive(file: HfFileMetadata, partial: Path, token: bool | None) -> Iterato
 
 
 def _check(partial: Path, file: HfFileMetadata, name: str) -> None:
-    """Large files are named by their SHA-256; one that is another, or longer, is thrown away."""
+    """Check a file's size, and its SHA-256 if the etag is one. A longer or different file is removed.
+
+    Raises EOFError if the file is incomplete or wrong.
+    """
     size = partial.stat().st_size
     if file.size is not None and size < file.size:
-        raise EOFError(f"{name} ended at {size:,} of {file.size:,} bytes")
+        raise EOFError(f"{name} ended after {size:,} of {file.size:,} bytes")
     right = file.size in (None, size)
     if right and re.fullmatch(r"[0-9a-f]{64}", file.etag or ""):
         with partial.open("rb") as data:
             right = hashlib.file_digest(data, "sha256").hexdigest() == file.etag
     if not right:
         partial.unlink()
-        raise EOFError(f"{name} was damaged on the way")
+        raise EOFError(f"{name} was damaged during the download")
 
 
 def _places(repo: str, file: HfFileMetadata) -> tuple[Path, Path]:
-    """Where huggingface_hub looks for a file's blob, and the lock it holds meanwhile."""
+    """Return the path of a file's blob in huggingface_hub's cache, and the path of the lock that it uses."""
     cache, folder = Path(constants.HF_HUB_CACHE), repo_folder_name(repo_id=repo, repo_type="model")
     lock = cache / ".locks" / folder / f"{file.etag}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
