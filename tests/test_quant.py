@@ -185,7 +185,7 @@ def test_what_is_packed_in_different_ways_is_joined_in_full():
 def test_rows_that_share_blocks_are_not_taken_apart():
     flat = Packed("q8_0", pack("q8_0", normal(1, 64)).data, (4, 16))
     assert unpack(flat).shape == (4, 16)
-    with pytest.raises(InputError, match="cannot be taken apart"):
+    with pytest.raises(InputError, match="cannot be separated"):
         cut(flat, [2, 2])
     assert not takes_packed(nn.Linear(16, 4), "weight", flat)
 

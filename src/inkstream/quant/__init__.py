@@ -1,4 +1,4 @@
-"""Number formats: weights in fewer bits. Pure functions over tensors that know no file and no module."""
+"""Number formats for quantised weights. Pure functions over tensors; they do not know files or model modules."""
 
 from typing import Literal
 
@@ -7,4 +7,4 @@ QuantName = Literal[
     "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0", "q3_k", "q2_k",
     "bf16", "fp16",
 ]  # fmt: skip
-"""What a model's weights can be packed as; those with a q are GGUF's. Importable without torch."""
+"""Formats that `--quant` offers. Names that begin with q are GGUF's formats. Importing this needs no torch."""

@@ -1,8 +1,9 @@
-"""The block formats of GGUF files: how their bytes are numbers. Equal to ggml's own dequantisation, bit for bit.
+"""Dequantise the block formats of GGUF files. The results equal those of ggml bit for bit.
 
-A block holds 32 or 256 numbers of one row: a scale or two in float16, for the larger ones small scales of sub-blocks,
-and the numbers as integers of 2 to 8 bits, often cut in a low and a high part that lie apart.
-Every function here takes blocks (N, bytes) uint8 and gives (N, numbers) float32.
+A block holds 32 or 256 numbers of one row. It has one or two float16 scales. A block of 256 also has small integer
+scales for its sub-blocks. The numbers are integers of 2 to 8 bits, often stored as a low part and a high part in
+different places. The docstrings list the fields of a block with their sizes in bytes.
+Every `unpack_` function takes blocks (N, bytes) uint8 and returns (N, numbers) float32.
 """
 
 from __future__ import annotations
@@ -14,32 +15,32 @@ from torch import Tensor
 
 
 def unpack_q8_0(b: Tensor) -> Tensor:
-    """scale 2, integers 32."""
+    """Block: scale 2, integers 32."""
     return b[:, 2:].view(torch.int8).float().mul_(half(b, 0))
 
 
 def unpack_q4_0(b: Tensor) -> Tensor:
-    """scale 2, nibbles 16."""
+    """Block: scale 2, nibbles 16."""
     return nibbles(b[:, 2:]).float().sub_(8).mul_(half(b, 0))
 
 
 def unpack_q4_1(b: Tensor) -> Tensor:
-    """scale 2, minimum 2, nibbles 16."""
+    """Block: scale 2, minimum 2, nibbles 16."""
     return nibbles(b[:, 4:]).float().mul_(half(b, 0)).add_(half(b, 2))
 
 
 def unpack_q5_0(b: Tensor) -> Tensor:
-    """scale 2, fifth bits 4, nibbles 16."""
+    """Block: scale 2, fifth bits 4, nibbles 16."""
     return (nibbles(b[:, 6:]) | (bits(b[:, 2:6]) << 4)).float().sub_(16).mul_(half(b, 0))
 
 
 def unpack_q5_1(b: Tensor) -> Tensor:
-    """scale 2, minimum 2, fifth bits 4, nibbles 16."""
+    """Block: scale 2, minimum 2, fifth bits 4, nibbles 16."""
     return (nibbles(b[:, 8:]) | (bits(b[:, 4:8]) << 4)).float().mul_(half(b, 0)).add_(half(b, 2))
 
 
 def unpack_q2_k(b: Tensor) -> Tensor:
-    """16 sub-blocks: 4-bit scales and minima 16, pairs of bits 64, scale of scales 2, of minima 2."""
+    """Block of 16 sub-blocks: 4-bit scales and minima 16, pairs of bits 64, scale of scales 2, scale of minima 2."""
     scales = half(b, 80) * (b[:, :16] & 15).float()
     minima = half(b, 82) * (b[:, :16] >> 4).float()
     q = planes(b[:, 16:80].unflatten(1, (2, 32)), (0, 2, 4, 6), 3)  # (N, 2, 4, 32)
@@ -47,31 +48,32 @@ def unpack_q2_k(b: Tensor) -> Tensor:
 
 
 def unpack_q3_k(b: Tensor) -> Tensor:
-    """16 sub-blocks: third bits 32, pairs of bits 64, 6-bit scales 12, scale of scales 2."""
+    """Block of 16 sub-blocks: third bits 32, pairs of bits 64, 6-bit scales 12, scale of scales 2."""
     low, high = b[:, 96:104], b[:, 104:108]
     small = torch.cat((low & 15, low >> 4), 1) | (planes(high, (0, 2, 4, 6), 3).flatten(1) << 4)
     scales = half(b, 108) * small.float().sub_(32)
     q = planes(b[:, 32:96].unflatten(1, (2, 32)), (0, 2, 4, 6), 3).reshape(-1, 16, 16)
-    missing = planes(b[:, :32], range(8), 1).reshape(-1, 16, 16) ^ 1  # a bit that is not set takes 4 away
+    missing = planes(b[:, :32], range(8), 1).reshape(-1, 16, 16) ^ 1  # a bit that is not set subtracts 4
     return (q.float() - (missing << 2).float()).mul_(scales.unsqueeze(-1)).flatten(1)
 
 
 def unpack_q4_k(b: Tensor) -> Tensor:
-    """8 sub-blocks: scale of scales 2, of minima 2, 6-bit scales and minima 12, nibbles 128."""
+    """Block of 8 sub-blocks: scale of scales 2, scale of minima 2, 6-bit scales and minima 12, nibbles 128."""
     scales, minima = small_scales(b)
     q = planes(b[:, 16:].unflatten(1, (4, 32)), (0, 4), 15)  # (N, 4, 2, 32)
     return affine(q.flatten(1, 2), scales, minima)
 
 
 def unpack_q5_k(b: Tensor) -> Tensor:
-    """8 sub-blocks: scale of scales 2, of minima 2, 6-bit scales and minima 12, fifth bits 32, nibbles 128."""
+    """Block of 8 sub-blocks: scale of scales 2, scale of minima 2, 6-bit scales and minima 12, fifth bits 32,
+    nibbles 128."""
     scales, minima = small_scales(b)
     q = planes(b[:, 48:].unflatten(1, (4, 32)), (0, 4), 15).flatten(1, 2)  # (N, 8, 32)
     return affine(q | (planes(b[:, 16:48], range(8), 1) << 4), scales, minima)
 
 
 def unpack_q6_k(b: Tensor) -> Tensor:
-    """16 sub-blocks: nibbles 128, pairs of bits 64, scales 16, scale of scales 2."""
+    """Block of 16 sub-blocks: nibbles 128, pairs of bits 64, scales 16, scale of scales 2."""
     low = planes(b[:, :128].unflatten(1, (2, 64)), (0, 4), 15)  # (N, 2, 2, 64)
     high = planes(b[:, 128:192].unflatten(1, (2, 32)), (0, 2, 4, 6), 3)  # (N, 2, 4, 32)
     q = low.flatten(1) | (high.flatten(1) << 4)
@@ -80,27 +82,27 @@ def unpack_q6_k(b: Tensor) -> Tensor:
 
 
 def half(b: Tensor, at: int) -> Tensor:
-    """The float16 at that byte of each block. -> (N, 1) float32"""
+    """Read the float16 at byte `at` of each block. -> (N, 1) float32"""
     return b[:, at : at + 2].view(torch.float16).float()
 
 
 def nibbles(q: Tensor) -> Tensor:
-    """The low halves of all bytes, then the high ones. (N, w) -> (N, 2w)"""
+    """Return the low 4 bits of all bytes, then the high 4 bits of all bytes. (N, w) -> (N, 2w)"""
     return torch.cat((q & 15, q >> 4), 1)
 
 
 def bits(q: Tensor) -> Tensor:
-    """The bits of each byte, the lowest first. (N, w) -> (N, 8w)"""
+    """Return the bits of each byte, lowest bit first. (N, w) -> (N, 8w)"""
     return torch.stack([(q >> i) & 1 for i in range(8)], -1).flatten(1)
 
 
 def planes(q: Tensor, shifts: Sequence[int], mask: int) -> Tensor:
-    """The same bytes seen at several shifts. (..., w) -> (..., shifts, w)"""
+    """Shift the bytes right by each of `shifts` and apply the mask. (..., w) -> (..., shifts, w)"""
     return torch.stack([(q >> shift) & mask for shift in shifts], -2)
 
 
 def small_scales(b: Tensor) -> tuple[Tensor, Tensor]:
-    """Scales and minima of the 8 sub-blocks of Q4_K and Q5_K, each (N, 8) float32."""
+    """Return the scales and minima of the 8 sub-blocks of Q4_K and Q5_K, each (N, 8) float32."""
     first, second, both = b[:, 4:8], b[:, 8:12], b[:, 12:16]
     scales = torch.cat((first & 63, (both & 15) | ((first >> 2) & 48)), 1)
     minima = torch.cat((second & 63, (both >> 4) | ((second >> 2) & 48)), 1)
@@ -108,5 +110,5 @@ def small_scales(b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def affine(q: Tensor, scales: Tensor, minima: Tensor) -> Tensor:
-    """q * scale - minimum of each sub-block. q: (N, S, n); scales, minima: (N, S) -> (N, S * n)"""
+    """Return q * scale - minimum for each sub-block. q: (N, S, n); scales, minima: (N, S) -> (N, S * n)"""
     return q.float().mul_(scales.unsqueeze(-1)).sub_(minima.unsqueeze(-1)).flatten(1)

@@ -1,5 +1,7 @@
-"""Weights into fewer bits: the inverse of `packed.unpack`, as near as the format allows. Row by row, so that a large
-weight takes little memory besides itself."""
+"""Quantise weights: the approximate inverse of `packed.unpack`.
+
+Weights are packed a few rows at a time, so a large weight needs little extra memory.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +21,12 @@ Grouped = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def pack(name: str, weight: Tensor, dynamic: bool = False) -> Packed:
-    """A weight of two axes in a format of `FORMATS`, on its own device. ValueError where `fits` says no."""
+    """Pack a matrix (rows, columns) into a format of `FORMATS`, on the matrix's device.
+
+    dynamic: sets `Packed.dynamic`. Raises ValueError if `fits` returns False.
+    """
     if not fits(name, tuple(weight.shape)):
-        raise ValueError(f"a weight of {tuple(weight.shape)} does not fit {name}")
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} does not fit {name}")
     form = FORMATS[name]
     rows, columns = weight.shape
     width = columns // form.numbers * form.bytes
@@ -42,7 +47,10 @@ def pack(name: str, weight: Tensor, dynamic: bool = False) -> Packed:
 
 
 def fits(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a weight of that shape can be packed so: it has two axes, and whole blocks or groups fill its rows."""
+    """Return whether a weight of this shape can be packed in the format.
+
+    It must have two axes, and its rows must be divisible into whole blocks or groups.
+    """
     form = FORMATS[name]
     return (name in BLOCKS or name in GROUPS) and len(shape) == 2 and shape[1] % max(form.numbers, form.group or 1) == 0
 
@@ -54,11 +62,11 @@ def _scales_on_meta(name: str, rows: int, columns: int) -> tuple[Tensor, ...]:
     return (torch.empty(rows, columns // (FORMATS[name].group or columns), dtype=dtype, device="meta"),)
 
 
-# A scale of its own for each row or group ----------------------------------------------------------------------------
+# Formats with one scale for each row or group ------------------------------------------------------------------------
 
 
 def pack_float(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The largest number of a row becomes the format's largest."""
+    """Scale each row so that its largest magnitude becomes the format's largest number."""
     scale = _nonzero(x.abs().amax(1, keepdim=True) / torch.finfo(dtype).max)
     return (x / scale).to(dtype).view(torch.uint8), scale
 
@@ -69,7 +77,7 @@ def pack_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_nf4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of the 16 values."""
+    """Round each scaled number to the nearest of the 16 values of NF4."""
     scale = _nonzero(x.abs().amax(1, keepdim=True).half().float())
     table = torch.tensor(NF4, device=x.device)
     q = torch.bucketize(x / scale, (table[1:] + table[:-1]) / 2)
@@ -77,25 +85,25 @@ def pack_nf4(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pack_int4(x: Tensor) -> tuple[Tensor, Tensor]:
-    """-8 to 7, the number of the largest magnitude being -8 times the scale, which may be negative."""
+    """Round to -8 ... 7 times the scale. The number of the largest magnitude becomes -8, so scales may be negative."""
     scale = _nonzero((_extreme(x) / -8).half().float())
     q = (x / scale).round_().clamp_(-8, 7) + 8
     return _pair_up(q), scale.half()
 
 
 def _pair_up(q: Tensor) -> Tensor:
-    """Two numbers of 0 to 15 a byte, the first in its high half. (N, n) -> (N, n / 2)"""
+    """Store two numbers of 0 to 15 in one byte, the first in the high half. (N, n) -> (N, n / 2)"""
     q = q.to(torch.uint8)
     return (q[:, ::2] << 4) | q[:, 1::2]
 
 
 def _nonzero(scale: Tensor) -> Tensor:
-    """Rows of zeros have any scale but zero."""
+    """Replace scales of zero, which rows of zeros have, by one."""
     return torch.where(scale == 0, 1.0, scale)
 
 
 def _extreme(x: Tensor) -> Tensor:
-    """The number of the largest magnitude, with its sign. (..., n) -> (..., 1)"""
+    """Return the number of the largest magnitude, with its sign. (..., n) -> (..., 1)"""
     return x.gather(-1, x.abs().argmax(-1, keepdim=True))
 
 
@@ -107,19 +115,19 @@ GROUPS: dict[str, Grouped] = {
     "int4": pack_int4,
 }
 
-# Blocks of 32, as ggml's own quantisation ----------------------------------------------------------------------------
+# Blocks of 32, with the same results as ggml's quantisation ----------------------------------------------------------
 
 
 def pack_q8_0(x: Tensor) -> Tensor:
     scale = x.abs().amax(1, keepdim=True) / 127
     scaled = x * _inverse(scale)
     size = scaled.abs()
-    q = scaled.sign() * (size.floor() + (2 * (size - size.floor())).floor())  # halves away from zero
+    q = scaled.sign() * (size.floor() + (2 * (size - size.floor())).floor())  # round halves away from zero
     return torch.cat((_half(scale), q.to(torch.int8).view(torch.uint8)), 1)
 
 
 def pack_signed(x: Tensor, bits: int) -> Tensor:
-    """Q4_0, Q5_0: the number of the largest magnitude is the lowest integer times the scale."""
+    """Pack Q4_0 or Q5_0. The number of the largest magnitude becomes the lowest integer."""
     middle = 1 << (bits - 1)
     scale = _extreme(x) / -middle
     q = (x * _inverse(scale) + (middle + 0.5)).trunc_().clamp_(0, 2 * middle - 1).to(torch.uint8)
@@ -127,7 +135,7 @@ def pack_signed(x: Tensor, bits: int) -> Tensor:
 
 
 def pack_affine(x: Tensor, bits: int) -> Tensor:
-    """Q4_1, Q5_1: a scale and a minimum."""
+    """Pack Q4_1 or Q5_1. Each block has a scale and a minimum."""
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
     most = (1 << bits) - 1
     scale = (high - low) / most
@@ -136,7 +144,10 @@ def pack_affine(x: Tensor, bits: int) -> Tensor:
 
 
 def _fifth_bits(q: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """(N, 32) -> (N, 4), the first number's bit the lowest of the first byte; nothing of 4-bit numbers."""
+    """Collect the fifth bits: (N, 32) -> (N, 4). The first number's bit is the lowest bit of the first byte.
+
+    Returns an empty tuple for 4-bit numbers.
+    """
     if bits == 4:
         return ()
     place = torch.arange(8, dtype=torch.uint8, device=q.device)
@@ -144,13 +155,13 @@ def _fifth_bits(q: Tensor, bits: int) -> tuple[Tensor, ...]:
 
 
 def _halves(q: Tensor) -> Tensor:
-    """The first half of the numbers in the low halves of the bytes. (N, n) -> (N, n / 2)"""
+    """Store the first half of the numbers in the low 4 bits, the second half in the high 4. (N, n) -> (N, n / 2)"""
     low, high = q.chunk(2, 1)
     return low | (high << 4)
 
 
 def _half(x: Tensor) -> Tensor:
-    """(N, 1) -> (N, 2), the bytes of its float16."""
+    """Return the bytes of a number as float16. (N, 1) -> (N, 2)"""
     return x.half().view(torch.uint8)
 
 
@@ -158,7 +169,7 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale == 0, 0.0, 1 / scale)
 
 
-# Blocks of 256 with scales of scales ---------------------------------------------------------------------------------
+# Blocks of 256, whose sub-blocks' scales are scaled integers ---------------------------------------------------------
 
 
 def pack_q4_k(x: Tensor) -> Tensor:
@@ -202,9 +213,10 @@ def pack_q6_k(x: Tensor) -> Tensor:
 
 
 def fit_affine(x: Tensor, most: int, rounds: int = 4) -> tuple[Tensor, Tensor]:
-    """Scales and minima, each (N, S), neither negative, with which integers of 0 to `most` come near x (N, S, n).
+    """Fit non-negative scales and minima (N, S), so that integers 0 ... `most` approximate x (N, S, n).
 
-    From the range of the numbers on, integers and the line through them are chosen in turn; the best is kept.
+    The start is the range of the numbers. Each round rounds to integers, then fits scale and minimum to them by least
+    squares. The pair with the smallest squared error is returned.
     """
     minimum = (-x.amin(-1)).clamp_(min=0)
     scale = (x.amax(-1) + minimum) / most
@@ -219,14 +231,17 @@ def fit_affine(x: Tensor, most: int, rounds: int = 4) -> tuple[Tensor, Tensor]:
         spread = (q * q).mean(-1) - mean_q * mean_q
         slope = ((q * x).mean(-1) - mean_q * mean_x) / spread
         offset = slope * mean_q - mean_x
-        alone = (q * x).sum(-1) / (q * q).sum(-1)  # the line through the origin, where the other would not pass below
+        alone = (q * x).sum(-1) / (q * q).sum(-1)  # the fit with a minimum of 0, for a negative offset
         scale = torch.where(offset < 0, alone, slope).nan_to_num_(0, 0, 0).clamp_(min=0)
         minimum = offset.nan_to_num_(0, 0, 0).clamp_(min=0)
     return best, best_minimum
 
 
 def fit_symmetric(x: Tensor, low: int, high: int, rounds: int = 4) -> Tensor:
-    """Scales (N, S), of either sign, with which integers of low to high come near x (N, S, n). Chosen as above."""
+    """Fit scales (N, S) of either sign, so that integers low ... high approximate x (N, S, n).
+
+    The method is that of `fit_affine`.
+    """
     scale = _extreme(x).squeeze(-1) / low
     best, least = scale, torch.full_like(scale, torch.inf)
     for _ in range(rounds):
@@ -238,7 +253,7 @@ def fit_symmetric(x: Tensor, low: int, high: int, rounds: int = 4) -> Tensor:
 
 
 def _affine_blocks(x: Tensor, most: int, most_scale: int) -> tuple[Tensor, Tensor]:
-    """The 16 bytes of scales of Q4_K and Q5_K, and the integers. x: (N, 8, 32) -> (N, 16), (N, 8, 32)"""
+    """Return the 16 bytes of scales of Q4_K and Q5_K, and the integers. x: (N, 8, 32) -> (N, 16), (N, 8, 32)"""
     d, dmin, small, smallest = _shrink(*fit_affine(x, most), most_scale)
     q = _affine_integers(x, d * small, dmin * smallest, most)
     s, m = small.to(torch.uint8), smallest.to(torch.uint8)
@@ -249,14 +264,17 @@ def _affine_blocks(x: Tensor, most: int, most_scale: int) -> tuple[Tensor, Tenso
 
 
 def _shrink(scale: Tensor, minimum: Tensor, most: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scales and minima as small integers and what scales them: two of (N, 1), then two of (N, S)."""
+    """Quantise scales and minima to small integers.
+
+    Returns the scale of the scales and the scale of the minima, each (N, 1), then both integers, each (N, S).
+    """
     d, dmin = ((values.amax(1, keepdim=True) / most).half().float() for values in (scale, minimum))
     small, smallest = ((v * _inverse(top)).round_().clamp_(0, most) for v, top in ((scale, d), (minimum, dmin)))
     return d, dmin, small, smallest
 
 
 def _symmetric_scales(scale: Tensor, low: int, high: int) -> tuple[Tensor, Tensor]:
-    """What scales the scales (N, 1), and they themselves as integers (N, S)."""
+    """Quantise scales. Returns the scale of the scales (N, 1) and the scales as integers (N, S)."""
     d = (_extreme(scale) / low).half().float()
     return d, (scale * _inverse(d)).round_().clamp_(low, high)
 
@@ -267,25 +285,28 @@ def _affine_integers(x: Tensor, scale: Tensor, minimum: Tensor, most: int) -> Te
 
 
 def _integers(x: Tensor, scale: Tensor, low: int, high: int) -> Tensor:
-    """Two's complement: adding 4 or 32 to them makes them what the format holds."""
+    """Round to integers, returned as uint8 in two's complement. The format stores these integers plus 4 or plus 32."""
     q = (x * _inverse(scale).unsqueeze(-1)).round_().clamp_(low, high)
     return q.to(torch.int8).view(torch.uint8)
 
 
 def _nibbles(q: Tensor) -> Tensor:
-    """Neighbouring sub-blocks share bytes, the first in the low halves. (N, 8, 32) -> (N, 128)"""
+    """Store pairs of neighbouring sub-blocks in the same bytes, the first one in the low halves.
+
+    (N, 8, 32) -> (N, 128)
+    """
     pairs = q.view(-1, 4, 2, 32)
     return (pairs[:, :, 0] | (pairs[:, :, 1] << 4)).flatten(1)
 
 
 def _pairs_of_bits(q: Tensor) -> Tensor:
-    """Of each half of 128, four runs of 32 share 32 bytes. (N, 16, 16) -> (N, 64)"""
+    """Store the four runs of 32 numbers of each half block of 128 in the same 32 bytes. (N, 16, 16) -> (N, 64)"""
     runs = q.reshape(-1, 2, 4, 32)
     return (runs[:, :, 0] | (runs[:, :, 1] << 2) | (runs[:, :, 2] << 4) | (runs[:, :, 3] << 6)).flatten(1)
 
 
 def _stack_bits(q: Tensor, mask: int) -> Tensor:
-    """Bit i of byte j is number j of run i. (N, 8, 32) -> (N, 32)"""
+    """Store number j of run i in bit i of byte j. (N, 8, 32) -> (N, 32)"""
     place = torch.arange(8, dtype=torch.uint8, device=q.device).unsqueeze(1)
     return ((q & mask) << place).sum(1, dtype=torch.uint8)
 

@@ -1,4 +1,4 @@
-"""`Packed`: a weight as its file holds it, a few bits a number, and what it is in full."""
+"""`Packed` is a quantised weight as its file stores it. `unpack` dequantises it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from inkstream.quant import ggml, small
 from inkstream.types import InputError
 
 CHUNK = 1 << 19
-"""Numbers unpacked at a time, on a CPU about what its caches hold; devices that work in parallel take more."""
+"""Numbers unpacked at a time on a CPU: about as many as fit its caches. Other devices take 16 times as many."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How bytes are numbers."""
+    """A number format: the size of its blocks and the function that dequantises them."""
 
-    numbers: int  # of a block
-    bytes: int  # of a block
+    numbers: int  # numbers in a block
+    bytes: int  # bytes of a block
     unpack: Callable[[Tensor], Tensor]  # blocks (N, bytes) uint8 -> (N, numbers) float32
-    group: int = 0  # numbers of a row that share a scale beside them, as it is written here; 0: the whole row
+    group: int = 0  # numbers of a row that share one scale of `Packed.scales` when packed here; 0: the whole row
 
 
 FORMATS: dict[str, Format] = {
@@ -47,21 +47,21 @@ FORMATS: dict[str, Format] = {
     "nvfp4": Format(2, 1, small.unpack_fp4, 16),
     "nvfp4_low": Format(2, 1, small.unpack_fp4_low, 16),
 }
-"""Name -> format. Those whose names begin with q are GGUF's; the others have scales beside them."""
+"""Name -> format. Names that begin with q are GGUF's formats; the others have their scales in separate tensors."""
 
 GGUF = tuple(name for name in FORMATS if name.startswith("q"))
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A weight of `shape` in a format. It answers to what a key table asks of a tensor: shape, length, rows."""
+    """A weight of `shape` in a packed format. It has the methods of a tensor that key tables use."""
 
     format: str  # a key of FORMATS
     data: Tensor  # (rows, bytes of a row) uint8; rows is shape[0], or 1 where a block spans rows
     shape: tuple[int, ...]
-    scales: tuple[Tensor, ...] = ()  # each (rows or 1, groups of a row or 1), float; their product scales the numbers
-    rotated: int = 0  # runs of so many numbers of a row were turned by a Hadamard matrix before they were packed
-    dynamic: bool = False  # what it is multiplied with may be packed too, where the hardware multiplies such numbers
+    scales: tuple[Tensor, ...] = ()  # each (rows or 1, groups of a row or 1), float; numbers are scaled by the product
+    rotated: int = 0  # length of the runs of a row that were rotated by a Hadamard matrix before packing; 0: none
+    dynamic: bool = False  # activations may be quantised at run time too, if the hardware can multiply the format
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -91,7 +91,7 @@ WeightT = TypeVar("WeightT", Tensor, Packed)
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight in full, computed in float32 and rounded to dtype; on its own device."""
+    """Dequantise a weight in float32 and round it to `dtype`, on the weight's device."""
     if packed.is_meta:
         return torch.empty(packed.shape, dtype=dtype, device="meta")
     form = FORMATS[packed.format]
@@ -111,11 +111,14 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def cut(weight: Weight, heights: Sequence[int]) -> tuple[Weight, ...]:
-    """The weight's rows in blocks of these heights, as views."""
+    """Cut a weight along the rows into blocks of these heights. Returns views.
+
+    Raises InputError if a block of the format spans several rows.
+    """
     if isinstance(weight, Tensor):
         return weight.split(list(heights))
     if len(weight.data) != len(weight):
-        raise InputError(f"rows of {weight.shape} packed as {weight.format} cannot be taken apart: take another file")
+        raise InputError(f"rows of {weight.shape} packed as {weight.format} cannot be separated: take another file")
     data = weight.data.split(list(heights))
     scales = [[s] * len(heights) if len(s) == 1 else s.split(list(heights)) for s in weight.scales]
     return tuple(
@@ -125,7 +128,7 @@ def cut(weight: Weight, heights: Sequence[int]) -> tuple[Weight, ...]:
 
 
 def join(weights: Sequence[Weight]) -> Weight:
-    """One after the other along the rows. Packed ones stay so where all are alike; else all are unpacked."""
+    """Concatenate weights along the rows. They stay packed if all are packed alike; otherwise all are unpacked."""
     first = weights[0]
     rows = sum(len(weight) for weight in weights)
     packed = [weight for weight in weights if isinstance(weight, Packed)]
@@ -142,14 +145,14 @@ def join(weights: Sequence[Weight]) -> Weight:
 
 
 def take_rows(weight: WeightT, runs: Sequence[tuple[int, int]]) -> WeightT:
-    """These runs of rows, end to end; a view where there is one. runs: start and stop of each, ascending."""
+    """Return these runs of rows, concatenated; a view if there is one run. runs: (start, stop) of each, ascending."""
     ends = [0, *(end for run in runs for end in run), len(weight)]
     pieces = cut(weight, [b - a for a, b in pairwise(ends)])[1::2]
     return pieces[0] if len(pieces) == 1 else join(pieces)  # type: ignore[return-value]
 
 
 def take_columns(weight: WeightT, runs: Sequence[tuple[int, int]]) -> WeightT:
-    """These runs of columns, in the same way. InputError where a packed weight cannot be cut there."""
+    """Return these runs of columns, concatenated. Raises InputError if a packed weight cannot be cut there."""
     if isinstance(weight, Tensor):
         pieces = [weight[:, start:stop] for start, stop in runs]
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
@@ -158,12 +161,12 @@ def take_columns(weight: WeightT, runs: Sequence[tuple[int, int]]) -> WeightT:
     unit = math.lcm(form.numbers, *groups, weight.rotated or 1)
     if any(end % unit for run in runs for end in run):
         raise InputError(
-            f"weights packed as {weight.format} are cut at multiples of {unit} columns, not at "
+            f"weights packed as {weight.format} can be cut only at multiples of {unit} columns, not at "
             f"{' and '.join(f'{a} to {b}' for a, b in runs)}: take the bf16 file"
         )
 
     def take(tensor: Tensor) -> Tensor:
-        """Of its columns, of whatever width, those that stand for the runs."""
+        """Return the columns that belong to the runs. The tensor may be narrower than the weight."""
         return torch.cat([tensor[:, a * tensor.shape[1] // width : b * tensor.shape[1] // width] for a, b in runs], 1)
 
     scales = tuple(take(scale) if scale.shape[1] > 1 else scale for scale in weight.scales)
@@ -171,7 +174,7 @@ def take_columns(weight: WeightT, runs: Sequence[tuple[int, int]]) -> WeightT:
 
 
 def _likeness(weight: Weight) -> tuple[object, ...]:
-    """Weights that share it are joined by their bytes alone."""
+    """Return a key. Packed weights with equal keys can be joined by concatenating their bytes."""
     if isinstance(weight, Tensor):
         return ()
     scales = tuple((scale.shape[1], scale.dtype) for scale in weight.scales)
@@ -180,14 +183,14 @@ def _likeness(weight: Weight) -> tuple[object, ...]:
 
 
 def _cat(tensors: Sequence[Tensor], rows: int) -> Tensor:
-    """torch.cat, but on meta, where it would import torch's tracer, which takes longer than to read all headers."""
+    """Concatenate along the rows. On meta this avoids torch.cat, which would import torch's tracer, a slow import."""
     if tensors[0].is_meta:
         return tensors[0].new_empty(rows, *tensors[0].shape[1:])
     return torch.cat(list(tensors))
 
 
 def _product(scales: Sequence[Tensor]) -> Tensor | None:
-    """All scales as one, (rows or 1, groups or 1) float32."""
+    """Return the product of all scales, (rows or 1, groups or 1) float32; None if there are no scales."""
     product = None
     for scale in scales:
         product = scale.float() if product is None else product * scale.float()

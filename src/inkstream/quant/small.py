@@ -1,6 +1,7 @@
-"""Formats without blocks: 8-bit and 4-bit numbers whose scales lie beside them.
+"""Dequantise formats without blocks: 8-bit and 4-bit numbers with their scales in separate tensors.
 
-Functions take bytes (N, 1) uint8 and give the one or two numbers of each, (N, 1 or 2) float32, before scaling.
+The `unpack_` functions take bytes (N, 1) uint8 and return the one or two numbers of each byte, (N, 1 or 2) float32,
+not yet scaled.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ NF4 = (
 """Quantiles of the normal distribution (QLoRA, arXiv 2305.14314, appendix E)."""
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
-"""4-bit floats: a sign, two bits of exponent, one of mantissa."""
+"""Values of 4-bit floats: one sign bit, two bits of exponent, one bit of mantissa."""
 
 INT4 = tuple(float(i - 8) for i in range(16))
 
@@ -26,11 +27,12 @@ INT4 = tuple(float(i - 8) for i in range(16))
 def unpack_e4m3(b: Tensor) -> Tensor:
     if b.is_cuda:
         return b.view(torch.float8_e4m3fn).float()
-    return _e4m3_table(b.device).index_select(0, b.flatten().int()).unsqueeze(1)  # a cast is slow there, or none at all
+    # A lookup table, because the cast is slow or missing on other devices.
+    return _e4m3_table(b.device).index_select(0, b.flatten().int()).unsqueeze(1)
 
 
 def unpack_e5m2(b: Tensor) -> Tensor:
-    return (b.to(torch.int16) << 8).view(torch.float16).float()  # it is the upper half of a float16
+    return (b.to(torch.int16) << 8).view(torch.float16).float()  # e5m2 is the upper byte of a float16
 
 
 def unpack_int8(b: Tensor) -> Tensor:
@@ -46,18 +48,21 @@ def unpack_int4(b: Tensor) -> Tensor:
 
 
 def unpack_fp4(b: Tensor) -> Tensor:
-    """NVFP4 as ComfyUI writes it: the high half of a byte is the first number."""
+    """Unpack NVFP4 as ComfyUI writes it: the high half of a byte is the first number."""
     return _look_up(b, E2M1, low_first=False)
 
 
 def unpack_fp4_low(b: Tensor) -> Tensor:
-    """NVFP4 as NVIDIA's Model Optimizer writes it: the low half of a byte is the first number."""
+    """Unpack NVFP4 as NVIDIA's Model Optimizer writes it: the low half of a byte is the first number."""
     return _look_up(b, E2M1, low_first=True)
 
 
 @lru_cache
 def hadamard(size: int, device: torch.device) -> Tensor:
-    """The regular Hadamard matrix of a size that is a power of 4, orthonormal and symmetric: its own inverse."""
+    """Return the regular Hadamard matrix (size, size). It is orthonormal and symmetric, so it is its own inverse.
+
+    size: a power of 4.
+    """
     with torch.inference_mode(False):
         seed = 1 - 2 * torch.eye(4).flip(0)
         matrix = torch.ones(1, 1)
@@ -67,18 +72,18 @@ def hadamard(size: int, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
-    """Turn each run of `size` numbers of every row by the Hadamard matrix. x: (..., D) -> the same"""
+    """Multiply each run of `size` numbers of every row by the Hadamard matrix. x: (..., D) -> (..., D)"""
     return (x.unflatten(-1, (-1, size)) @ hadamard(size, x.device).to(x.dtype)).flatten(-2)
 
 
 def _look_up(b: Tensor, table: tuple[float, ...], low_first: bool) -> Tensor:
-    """Two numbers a byte. (N, 1) -> (N, 2)"""
+    """Look up the two numbers of each byte. (N, 1) -> (N, 2)"""
     return _pairs(table, low_first, b.device).index_select(0, b.flatten().int())
 
 
 @lru_cache
 def _pairs(table: tuple[float, ...], low_first: bool, device: torch.device) -> Tensor:
-    """The two numbers of every byte. -> (256, 2)"""
+    """Return the lookup table of the two numbers of every byte. -> (256, 2)"""
     with torch.inference_mode(False):
         values = torch.tensor(table)
         pairs = torch.stack((values.repeat_interleave(16), values.repeat(16)), 1)
