@@ -1,4 +1,5 @@
-"""Classifier-free guidance in the standard scale: 1 is the prompt alone, above 1 leads away from the negative one."""
+"""Classifier-free guidance with the standard scale: 1 uses only the prompt, above 1 moves away from the negative
+prompt."""
 
 from __future__ import annotations
 
@@ -12,11 +13,11 @@ PICTURE = (-3, -2, -1)
 
 
 def guide(positive: Tensor, negative: Tensor, scale: float, normalization: float = 0.0) -> Tensor:
-    """positive + (scale - 1) (positive - negative), capped in norm if `normalization` is above 0.
+    """Return positive + (scale - 1) (positive - negative), with a limited norm if `normalization` is above 0.
 
-    positive, negative: (..., C, h, w) velocities of the two prompts. A sample whose norm exceeds `normalization` times
-    its positive one's is scaled down to that; samples are the leading dimensions, each on its own. Z-Image's published
-    code writes the same with `guidance_scale` = scale - 1.
+    positive, negative: (..., C, h, w), the velocities of the two prompts. The norm of each sample is limited to
+    `normalization` times the norm of its positive velocity; a larger sample is scaled down. The leading dimensions are
+    the samples. Z-Image's published code computes the same with `guidance_scale` = scale - 1.
     """
     guided = positive + (scale - 1) * (positive - negative)
     if normalization > 0:
@@ -31,10 +32,10 @@ def _norm(v: Tensor) -> Tensor:
 
 
 def is_on(t: float, scale: float, truncation: float = 1.0, start: float = 1.0, stop: float = 0.0) -> bool:
-    """Whether guidance acts at time t, so that the negative prompt must be evaluated.
+    """Return whether guidance is on at time t, so that the negative prompt must be evaluated.
 
-    Only a scale above 1 guides: 0, which Turbo's model card asks for, and 1 both mean the prompt alone, and nothing
-    between them leads towards the negative prompt. It acts for stop <= t <= start, and no more once 1 - t exceeds
-    `truncation`.
+    Guidance is on only for a scale above 1, for stop <= t <= start, and while 1 - t is not above `truncation`. All
+    scales from 0 to 1 use only the prompt: Turbo's model card asks for 0, and a scale between 0 and 1 must not move
+    towards the negative prompt.
     """
     return scale > 1 and stop <= t <= start and 1 - t <= truncation

@@ -1,8 +1,8 @@
-"""Noise schedules: how many times from 1 (noise) to 0 (picture) a solver visits, and where. Plain floats, no torch.
+"""Noise schedules: the times from 1 (noise) to 0 (picture) at which a solver steps. Plain floats, without torch.
 
-Each schedule is `(steps, shift) -> times`, strictly decreasing, ending at exactly 0.0: steps + 1 numbers, save `beta`
-and `beta57`, which drop duplicates and so may take fewer steps. "Table" below means the 1000 training times
-`shifted(k / 1000, shift)`, k from 1, on which ComfyUI defines most of them.
+Each schedule is `(steps, shift) -> times`. The times decrease strictly and end at exactly 0.0. There are steps + 1
+times, but `beta` and `beta57` drop duplicates and so may have fewer. "Table" below means the 1000 training times
+`shifted(k / 1000, shift)`, k = 1 ... 1000. ComfyUI defines most schedules on this table.
 """
 
 from __future__ import annotations
@@ -18,30 +18,33 @@ TABLE = 1000
 
 
 def shifted(t: float, shift: float) -> float:
-    """The time t moved towards the noise: s t / (1 + (s - 1) t). Keeps 0 and 1; a shift of 1 changes nothing.
+    """Shift the time t towards the noise: s t / (1 + (s - 1) t), with s the shift.
 
-    Source: Esser et al. 2024 (arXiv 2403.03206), equation 23.
+    The times 0 and 1 do not change, and a shift of 1 changes nothing. Source: Esser et al. 2024 (arXiv 2403.03206),
+    equation 23.
     """
     return shift * t / (shift * t + (1 - t))
 
 
 def dynamic_shift(tokens: int, few: int = 256, many: int = 4096, few_mu: float = 0.5, many_mu: float = 1.15) -> float:
-    """The shift for a picture of that many image tokens: exp(mu), mu linear through (few, few_mu) and (many, many_mu).
+    """Return FLUX.1's shift exp(mu) for a number of image tokens.
 
-    Source: FLUX.1's sampling. Its e^mu / (e^mu + 1/t - 1) is `shifted(t, e^mu)`.
+    mu is the line through (few, few_mu) and (many, many_mu). Source: FLUX.1's sampling, whose e^mu / (e^mu + 1/t - 1)
+    equals `shifted(t, e^mu)`.
     """
     return math.exp(few_mu + (many_mu - few_mu) * (tokens - few) / (many - few))
 
 
 def empirical_shift(tokens: int, steps: int) -> float:
-    """FLUX.2's shift for a picture of that many image tokens, references not counted: exp(`empirical_mu`)."""
+    """Return FLUX.2's shift exp(`empirical_mu`). tokens: image tokens of the picture, without reference pictures."""
     return math.exp(empirical_mu(tokens, steps))
 
 
 def empirical_mu(tokens: int, steps: int) -> float:
-    """Linear in the tokens for 10 steps and for 200, and on the line through both for others.
+    """Return FLUX.2's mu. It is linear in the tokens for 10 and for 200 steps, and linear in the steps between them.
 
-    Above 4300 tokens it is that for 200 steps: there it falls by about 1, as released. Source: FLUX.2's sampling.
+    Above 4300 tokens the value for 200 steps is used. So mu drops by about 1 there, as in the released code. Source:
+    FLUX.2's sampling.
     """
     ten, two_hundred = 8.73809524e-05 * tokens + 1.89833333, 1.6927e-4 * tokens + 0.45666666
     if tokens > 4300:
@@ -50,45 +53,47 @@ def empirical_mu(tokens: int, steps: int) -> float:
 
 
 def simple(steps: int, shift: float) -> list[float]:
-    """Evenly spaced, then shifted: the grid of Z-Image's own code.
+    """Space the times evenly, then shift them, as Z-Image's own code does.
 
-    ComfyUI reads it off the table: the same where steps divides 1000 (such as 8), else up to 1/1000 later, unshifted.
+    ComfyUI takes the times from the table. They are the same if steps divides 1000 (such as 8). Otherwise they differ
+    by up to 1/1000 before the shift.
     """
     return [shifted(1 - i / steps, shift) for i in range(steps)] + [0.0]
 
 
 def sgm_uniform(steps: int, shift: float) -> list[float]:
-    """Evenly spaced from 1 towards the table's last time, that end left out, then shifted.
+    """Space the times evenly from 1 to the table's last time, without that end, then shift them.
 
-    The end is itself a shifted time (ComfyUI applies the shift twice there); kept, so that numbers agree.
+    The end is already a shifted time, so the shift is applied twice there. ComfyUI does the same, and the numbers
+    agree with it.
     """
     end = shifted(1 / TABLE, shift)
     return [shifted(1 + (end - 1) * i / steps, shift) for i in range(steps)] + [0.0]
 
 
 def normal(steps: int, shift: float) -> list[float]:
-    """As `sgm_uniform`, but the end is visited: the last step starts there."""
+    """Like `sgm_uniform`, but with the end: the last step starts there."""
     end = shifted(1 / TABLE, shift)
     return [shifted(1 + (end - 1) * i / max(steps - 1, 1), shift) for i in range(steps)] + [0.0]
 
 
 def beta(steps: int, shift: float) -> list[float]:
-    """Table times at quantiles of Beta(0.6, 0.6): dense at both ends. Duplicates are dropped: then fewer steps.
+    """Take the table's times at quantiles of Beta(0.6, 0.6), which are dense at both ends.
 
-    Source: Lee et al. 2024 (arXiv 2407.12173).
+    Duplicates are dropped, so there may be fewer steps. Source: Lee et al. 2024 (arXiv 2407.12173).
     """
     return _beta_quantiles(steps, shift, 0.6, 0.6)
 
 
 def beta57(steps: int, shift: float) -> list[float]:
-    """As `beta`, with Beta(0.5, 0.7): denser near the picture. Source: RES4LYF."""
+    """Like `beta`, with Beta(0.5, 0.7), which is denser near the picture. Source: RES4LYF."""
     return _beta_quantiles(steps, shift, 0.5, 0.7)
 
 
 def linear_quadratic(steps: int, shift: float) -> list[float]:
-    """Half of the steps go linearly over the first 1/40 of the way, the rest quadratically. `shift` is not used.
+    """Cover the first 1/40 of the way linearly with half of the steps, then the rest quadratically.
 
-    Source: Mochi 1 (Genmo), threshold 0.025.
+    `shift` is not used. Source: Mochi 1 (Genmo), threshold 0.025.
     """
     if steps == 1:
         return [1.0, 0.0]
@@ -99,13 +104,13 @@ def linear_quadratic(steps: int, shift: float) -> list[float]:
 
 
 def bong_tangent(steps: int, shift: float) -> list[float]:
-    """Two arcs of an arctangent, 1 to 1/2 and 1/2 to 0, joined at 0.6 of the way. `shift` is not used.
+    """Join two arctangent curves, from 1 to 1/2 and from 1/2 to 0, at 0.6 of the steps. `shift` is not used.
 
-    Source: RES4LYF, slopes 0.2 and pivots 0.6. One step, which it does not define, is [1, 0].
+    Source: RES4LYF, slopes 0.2 and pivots 0.6. RES4LYF does not define one step; here it is [1, 0].
     """
     if steps == 1:
         return [1.0, 0.0]
-    points = steps + 2  # the joint is counted twice
+    points = steps + 2  # both curves contain the joint
     joint = int(points * 0.6)
     slope = 0.2 * 40 / points
     falling = [math.atan(slope * (joint - i)) for i in range(joint)]
@@ -127,13 +132,14 @@ SCHEDULES: dict[ScheduleName, Callable[[int, float], list[float]]] = {
 
 
 def _beta_quantiles(steps: int, shift: float, a: float, b: float) -> list[float]:
-    """The table entries nearest to the quantiles 1, 1 - 1/n, ... 1/n of Beta(a, b), each once, then 0.
+    """Return the table's times nearest to the quantiles 1, 1 - 1/n, ... 1/n of Beta(a, b), without duplicates, then 0.
 
-    The nearest entry is the number of half-way marks between entries whose probability is at most the quantile's: the
-    distribution is evaluated, never inverted. The 1e-12 rounds an exact half up, as rounding to even does at 499.5.
+    The distribution function is evaluated at the midpoints between neighbouring entries. The index of the nearest
+    entry is the number of midpoints with a probability of at most the quantile's, so no inverse is needed. Adding 1e-12
+    rounds an exact half up, as rounding to even does at 499.5.
     """
     marks = _marks(a, b)
-    picks = dict.fromkeys(bisect_right(marks, 1 - i / steps + 1e-12) for i in range(steps))  # in order, each once
+    picks = dict.fromkeys(bisect_right(marks, 1 - i / steps + 1e-12) for i in range(steps))  # no duplicates
     return [shifted((k + 1) / TABLE, shift) for k in picks] + [0.0]
 
 
@@ -143,10 +149,10 @@ def _marks(a: float, b: float) -> list[float]:
 
 
 def beta_cdf(x: float, a: float, b: float) -> float:
-    """The regularised incomplete beta function I_x(a, b), to about 1e-14, for x in [0, 1].
+    """Return the regularised incomplete beta function I_x(a, b) for x in [0, 1], accurate to about 1e-14.
 
-    Source: the integrand's binomial series, integrated term by term; by symmetry x is at most 1/2, so each term is
-    less than half the one before.
+    The method is the binomial series of the integrand, integrated term by term. Symmetry reduces x to at most 1/2, so
+    each term is less than half of the previous one.
     """
     if x > 0.5:
         return 1 - beta_cdf(1 - x, b, a)

@@ -1,11 +1,11 @@
-"""Solvers of the flow, as generators: each yields the points where it needs the velocity and is sent the answer.
+"""Solvers of the flow, as generators: a solver yields the points where it needs the velocity and is sent the velocity.
 
-All have the form `name(x, ts, generator=None)`. x: any shape, floating; ts: times from at most 1, strictly decreasing,
-down to any time >= 0; a step down to 0 lands on the image that the last velocity points at, so the velocity is never
-asked for at 0. `generator`, on the CPU, gives the stochastic ones their noise; the others ignore it.
+All solvers have the form `name(x, ts, generator=None)`. x: floating point, any shape. ts: strictly decreasing times,
+from at most 1 down to any time >= 0. A step to 0 returns the image that the last velocity points to, so no solver needs
+the velocity at 0. generator: a CPU generator for the noise of the stochastic solvers; the others ignore it.
 
-In the formulas D is the image the velocity points at, `flow.to_image(x, v, t)`, and l = -ln t: there the flow is
-dx/dl = D - x, whose solution over a step of h, while D stays the same, is e^-h x + (1 - e^-h) D.
+In the formulas D is the image that the velocity points to, `flow.to_image(x, v, t)`, and l = -ln t. In l the flow is
+dx/dl = D - x. For a constant D, its solution after a step of h is e^-h x + (1 - e^-h) D.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from inkstream.types import Query, Solver, SolverName
 
 
 class MakeSolver(Protocol):
-    """What every solver is called like."""
+    """The signature of all solvers."""
 
     def __call__(self, x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver: ...
 
 
 def euler(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
-    """First order: one model call a step. Exact wherever D is constant, whatever the step."""
+    """First order, one model call per step. Exact for steps of any size if D is constant."""
     for t, s in pairwise(ts):
         v = yield Query(x, t)
         x = x + (s - t) * v
@@ -37,7 +37,10 @@ def euler(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = No
 
 
 def heun(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
-    """Second order, the trapezoidal rule: two model calls a step, the last one Euler's. Karras et al. 2022, alg. 1."""
+    """Second order, the trapezoidal rule, two model calls per step.
+
+    The step to 0 is an Euler step. Source: Karras et al. 2022, algorithm 1.
+    """
     for t, s in pairwise(ts):
         v = yield Query(x, t)
         if s > 0:
@@ -48,9 +51,9 @@ def heun(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = Non
 
 
 def ralston_2s(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
-    """Second order with the least error bound: two calls a step, the second at 2/3 of it, weights 1/4 and 3/4.
+    """Second order with the smallest error bound, two model calls per step: at its start and at 2/3 of it.
 
-    The last step, to 0, is Euler's. Source: Ralston 1962.
+    Their weights are 1/4 and 3/4. The step to 0 is an Euler step. Source: Ralston 1962.
     """
     for t, s in pairwise(ts):
         v = yield Query(x, t)
@@ -62,12 +65,13 @@ def ralston_2s(x: Tensor, ts: Sequence[float], generator: torch.Generator | None
 
 
 def dpmpp_2m(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
-    """Second order from the step before: one call a step. DPM-Solver++(2M), Lu et al. 2022 (arXiv 2211.01095), alg. 2.
+    """Second-order multistep method with one model call per step: DPM-Solver++(2M).
 
-    Written in l = -ln t, as ComfyUI does for flow models; the half-logSNR ln((1 - t) / t) of the paper weighs the two
-    images a little differently. The first step and the one to 0 are Euler's.
+    Source: Lu et al. 2022 (arXiv 2211.01095), algorithm 2. It is computed in l = -ln t, as in ComfyUI for flow models.
+    The paper's half-logSNR ln((1 - t) / t) gives the two images slightly different weights. The first step and the step
+    to 0 are Euler steps.
     """
-    before = None  # t and D of the step before
+    before = None  # t and D of the previous step
     for t, s in pairwise(ts):
         v = yield Query(x, t)
         image = to_image(x, v, t)
@@ -82,12 +86,12 @@ def dpmpp_2m(x: Tensor, ts: Sequence[float], generator: torch.Generator | None =
 
 
 def res_multistep(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
-    """Second order from the step before: one call a step. Exponential multistep, exact where D is linear in l.
+    """Second-order exponential multistep method with one model call per step. Exact if D is linear in l.
 
-    The first step and the one to 0 are Euler's. Source: Zhang et al. 2023, "Improved order analysis and design of
+    The first step and the step to 0 are Euler steps. Source: Zhang et al. 2023, "Improved order analysis and design of
     exponential integrators for diffusion models sampling" (arXiv 2308.02157), the multistep form.
     """
-    before = None  # t and D of the step before
+    before = None  # t and D of the previous step
     for t, s in pairwise(ts):
         v = yield Query(x, t)
         image = to_image(x, v, t)
@@ -103,9 +107,9 @@ def res_multistep(x: Tensor, ts: Sequence[float], generator: torch.Generator | N
 
 
 def res_2s(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
-    """Second order: two calls a step, the second half-way in l. Exponential Runge-Kutta with c2 = 1/2.
+    """Second-order exponential Runge-Kutta method, c2 = 1/2, two model calls per step: the second at half of it in l.
 
-    The step to 0 is Euler's. Source: Zhang et al. 2023 (arXiv 2308.02157), RES single-step order 2.
+    The step to 0 is an Euler step. Source: Zhang et al. 2023 (arXiv 2308.02157), RES single-step order 2.
     """
     for t, s in pairwise(ts):
         v = yield Query(x, t)
@@ -122,10 +126,11 @@ def res_2s(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = N
 
 
 def euler_ancestral(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
-    """Euler to below the step's end, then fresh noise up to it: one call a step, stochastic, for straight paths.
+    """Stochastic Euler method for straight paths, one model call per step.
 
-    It goes down to d = s * s / t, then scales the image part from 1 - d to 1 - s and adds the noise that is missing.
-    Source: k-diffusion's ancestral sampler with eta 1, in ComfyUI's rectified-flow form.
+    A step goes below its end s, down to d = s * s / t. Then it scales the image part from 1 - d to 1 - s and adds new
+    noise to reach the noise level s. Source: k-diffusion's ancestral sampler with eta 1, in ComfyUI's rectified-flow
+    form.
     """
     for t, s in pairwise(ts):
         v = yield Query(x, t)
@@ -138,9 +143,10 @@ def euler_ancestral(x: Tensor, ts: Sequence[float], generator: torch.Generator |
 
 
 def lcm(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
-    """To the image and back to the next time with fresh noise: one call a step, stochastic; for consistency models.
+    """Stochastic sampler for consistency models, one model call per step.
 
-    Source: Song et al. 2023 (arXiv 2303.01469), algorithm 1.
+    A step goes to the image, then adds new noise up to the next time. Source: Song et al. 2023 (arXiv 2303.01469),
+    algorithm 1.
     """
     for t, s in pairwise(ts):
         v = yield Query(x, t)
@@ -163,7 +169,7 @@ SOLVERS: dict[SolverName, MakeSolver] = {
 
 
 def drive(solver: Solver, velocity: Callable[[Tensor, float], Tensor]) -> Tensor:
-    """Run one solver against a velocity v(x, t) and return its result."""
+    """Run a solver with the velocity function v(x, t) and return its result."""
     try:
         query = next(solver)
         while True:
@@ -173,7 +179,7 @@ def drive(solver: Solver, velocity: Callable[[Tensor, float], Tensor]) -> Tensor
 
 
 def times_asked(name: SolverName, ts: Sequence[float]) -> list[float]:
-    """The time of each model evaluation that the solver makes over ts, in order. Its length is their number."""
+    """Return the times of all model evaluations that a solver makes over ts, in order."""
     asked: list[float] = []
 
     def velocity(x: Tensor, t: float) -> Tensor:
@@ -185,16 +191,19 @@ def times_asked(name: SolverName, ts: Sequence[float]) -> list[float]:
 
 
 def phi1(h: float) -> float:
-    """(1 - e^-h) / h: the mean of e^-u over u from 0 to h. h > 0."""
+    """Return (1 - e^-h) / h for h > 0, the mean of e^-u for u from 0 to h."""
     return -math.expm1(-h) / h
 
 
 def phi2(h: float) -> float:
-    """(1 - phi1(h)) / h; below 1e-3 by its series, where the difference would lose digits. h > 0."""
+    """Return (1 - phi1(h)) / h for h > 0. Below 1e-3 its series is used, because the difference would lose digits."""
     return (1 - phi1(h)) / h if h > 1e-3 else 1 / 2 - h / 6 + h * h / 24
 
 
 def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Standard noise drawn on the CPU in float32, so that a seed means the same on every device, then moved to x's."""
-    noise = torch.randn(x.shape, generator=generator, pin_memory=x.is_cuda)  # so that nobody waits for the copy
+    """Draw standard normal noise of x's shape on the CPU in float32, then move it to x's device and dtype.
+
+    So the same seed gives the same noise on all devices.
+    """
+    noise = torch.randn(x.shape, generator=generator, pin_memory=x.is_cuda)  # pinned, so that the copy needs no host wait
     return noise.to(x.device, x.dtype, non_blocking=x.is_cuda)
