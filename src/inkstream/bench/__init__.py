@@ -1,1 +1,1 @@
-"""Timed runs, ours beside peers."""
+"""Benchmarks: timed runs of inkstream and of peers, which are other implementations."""

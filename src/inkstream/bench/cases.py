@@ -1,4 +1,4 @@
-"""What is timed, as data: a model at a size, drawn in a way, by us and by others. No torch."""
+"""Benchmark cases as data: the model, the settings and the contenders. Importing this needs no torch."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from inkstream.nn.config import Qwen3Config, VAEConfig
 from inkstream.types import InputError, Spec
 
 Weights = Literal["package", "folder", "memory"]
-"""Pocket's own; random ones in a folder, which all contenders read, so that their pictures can be compared; or random
-ones that each draws for itself, where the model is large."""
+"""Source of the weights.
+
+package: Pocket's own weights. folder: random weights in a folder that all contenders read, so their pictures can be
+compared. memory: random weights that each contender draws for itself, for large models.
+"""
 WORDS = 2048
-"""Of Pocket's tokenizer, which all random models read their prompts with."""
+"""Vocabulary size of Pocket's tokenizer, which all random models use."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to time. The first contender is us; others are timed beside it, in turn."""
+    """One benchmark case. The first contender is inkstream; all contenders draw in turn."""
 
     name: str
     spec: Spec
@@ -32,18 +35,18 @@ class Case:
     device: str = "cpu"
     dtype: str = "fp32"
     weights: Weights = "folder"
-    contenders: tuple[str, ...] = ("ours", "diffusers")  # of CONTENDERS
+    contenders: tuple[str, ...] = ("ours", "diffusers")  # keys of CONTENDERS
     warm: int = 1
     repeats: int = 5
 
     @property
     def evaluations(self) -> int:
-        """How often the transformer is asked for one picture."""
+        """Number of transformer evaluations for one picture."""
         return self.steps * (2 if self.guidance > 1 and self.spec.guides == "twice" else 1)
 
     @property
     def home(self) -> tuple[object, ...]:
-        """What a contender must open; cases that share it are drawn by the same processes."""
+        """The model that a contender must open. Cases with equal homes are drawn by the same processes."""
         return (self.spec.name, self.device, self.dtype, self.weights)
 
 
@@ -55,7 +58,7 @@ CONTENDERS: Mapping[str, Mapping[str, str]] = {
     "diffusers compiled": {"by": "diffusers", "compiled": "blocks"},
     "sd.cpp": {"by": "sd"},
 }
-"""Who draws, and what each is told beside the case."""
+"""Contender -> the program that draws (`by`) and its options."""
 
 _TINY = replace(
     TURBO,
@@ -99,8 +102,8 @@ CASES: Mapping[str, Case] = {
         replace(_GPU, name="klein-1024", spec=KLEIN_4B, steps=4),
     )
 }
-"""Every case by name. On the CPU they are small; on a GPU they are of the published sizes, Base of Turbo's, whose
-architecture it shares."""
+"""All cases by name. CPU cases are small; GPU cases have the published sizes. base-1024 uses Turbo's spec, because Base
+has the same architecture."""
 GROUPS: Mapping[str, tuple[str, ...]] = {
     group: tuple(name for name, case in CASES.items() if case.device == device)
     for group, device in (("cpu", "cpu"), ("gpu", "cuda"))
@@ -108,7 +111,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 
 def find(names: Sequence[str]) -> list[Case]:
-    """Cases by name, or all of a group. InputError names one that is not known."""
+    """Return the cases of these names; a group's name stands for all its cases. Raises InputError for an unknown
+    name."""
     chosen = dict.fromkeys(name for given in names for name in GROUPS.get(given, (given,)))
     for name in chosen:
         if name not in CASES:
@@ -117,7 +121,7 @@ def find(names: Sequence[str]) -> list[Case]:
 
 
 def rehearsed(case: Case) -> Case:
-    """The same at 2 blocks of width 64 and 64 pixels on the CPU: all that a GPU would be asked, in seconds."""
+    """Return the case with 2 blocks of width 64, at 64 pixels, on the CPU, to test a GPU case in seconds."""
     tiny = case.spec.tiny or case.spec
     spec = replace(tiny, name=case.spec.name, text_encoder=replace(tiny.text_encoder, vocab_size=WORDS))
     return replace(

@@ -1,4 +1,4 @@
-"""A contender's side: a process that reads a line of JSON for each picture it is to draw, and answers with one."""
+"""The contender's process. It reads one line of JSON for each order to draw and answers with one line of JSON."""
 
 from __future__ import annotations
 
@@ -20,8 +20,11 @@ from inkstream.weights.files import write_state
 
 @dataclass(frozen=True)
 class Setup:
-    """What a contender is to open. how: as in `cases.CONTENDERS`; folder: the model's documents, and its weights if
-    the case is of weights in a folder."""
+    """The model that a contender must open.
+
+    how: an entry of `cases.CONTENDERS`. folder: the model's JSON files, and its weights if the case has them in a
+    folder.
+    """
 
     case: Case
     how: dict[str, str]
@@ -38,12 +41,15 @@ class Setup:
 
 @dataclass(frozen=True)
 class Order:
-    """Draw this. number: of the prompt, which no picture before it had; noise: of the picture's start."""
+    """An order to draw the pictures of a case once.
+
+    number: makes the prompt different from all earlier ones. `noise` gives the noise to start from.
+    """
 
     case: Case
     number: int
-    warm: bool = False  # a few steps will do
-    save: str | None = None  # where to write the pixels
+    warm: bool = False  # a warm-up run: at most 2 steps
+    save: str | None = None  # path of the file for the pixels
 
     @property
     def steps(self) -> int:
@@ -51,7 +57,7 @@ class Order:
 
     @property
     def prompt(self) -> str:
-        """Always of the same length."""
+        """The prompt. It has the same length for all numbers up to 99999."""
         return f"a red fox by the river at dawn, mist over the reeds, take {self.number:05d}"
 
     @property
@@ -59,16 +65,16 @@ class Order:
         return f"blurry, take {self.number:05d}"
 
     def noise(self, shape: tuple[int, ...]) -> Tensor:
-        """(count, C, h, w)"""
+        """Return the start noise, (count, C, h, w), with seed 0. shape: (C, h, w)."""
         return torch.randn(self.case.count, *shape, generator=torch.Generator().manual_seed(0))
 
 
 Draw = Callable[[Order, "Stages"], Tensor]
-"""Draws an order's pictures, telling each stage that is done -> pixels (count, 3, H, W) in uint8, on the CPU."""
+"""Draws an order's pictures and calls `Stages.done` after each stage -> pixels (count, 3, H, W) uint8, on the CPU."""
 
 
 class Stages:
-    """Seconds of the stages of one picture; the clock stands still until the device has done what it was told."""
+    """Measures the seconds of each stage of an order. The device is synchronised before each reading of the clock."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -76,7 +82,7 @@ class Stages:
         self._last = self._now()
 
     def done(self, name: str) -> None:
-        """The stage of that name ends here."""
+        """Store the time of the stage that ends now under this name."""
         now = self._now()
         self.seconds[name], self._last = now - self._last, now
 
@@ -87,12 +93,12 @@ class Stages:
 
 
 def attend(open_contender: Callable[[Setup], tuple[Draw, dict[str, str]]]) -> None:
-    """Open what the command line says, tell versions, and answer orders until there are no more.
+    """Open the model that the command line names, print the versions, then answer orders until stdin ends.
 
-    open_contender: returns what draws, and the versions of what it draws with.
+    open_contender: returns the function that draws, and the versions of its packages.
     """
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not stand between the answers
+    os.dup2(2, 1)  # prints of libraries go to stderr, so that stdout has only answers
     given = json.loads(sys.argv[1])
     torch.set_num_threads(given["threads"])
     setup = Setup(case_of(given), given["how"], Path(given["folder"]))
@@ -105,7 +111,7 @@ def attend(open_contender: Callable[[Setup], tuple[Draw, dict[str, str]]]) -> No
 
 
 def answer(order: Order, draw: Draw, device: torch.device) -> dict[str, Any]:
-    """One picture drawn and timed: seconds of each stage, and the most memory that there was."""
+    """Draw and time one order. Returns the seconds of each stage and the peak memory in bytes."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     with torch.inference_mode():
@@ -122,7 +128,10 @@ def case_of(given: dict[str, Any]) -> Case:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most that torch reserved on a GPU; on the CPU the most that the process has held so far."""
+    """Return the peak memory in bytes: torch's reserved memory on a GPU, on the CPU the process's resident memory.
+
+    Returns None on Windows without a GPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved()
     if sys.platform == "win32":
@@ -134,5 +143,5 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def to_bytes(pixels: Tensor) -> Tensor:
-    """Pixels in [0, 1], of any type and device, as bytes on the CPU."""
+    """Convert pixels in [0, 1], of any dtype and device, to uint8 on the CPU."""
     return pixels.float().mul(255).round_().clamp_(0, 255).to(torch.uint8).cpu()

@@ -1,4 +1,4 @@
-"""Us as a contender: `python -m inkstream.bench.ours`, started by `inkstream bench`."""
+"""inkstream as a contender. `inkstream bench` starts it as `python -m inkstream.bench.ours`."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def open_ours(setup: Setup) -> tuple[Draw, dict[str, str]]:
 def random_model(
     spec: Spec, device: torch.device, dtype: torch.dtype, fp8: bool = False, compiled: bool = False
 ) -> Model:
-    """A model of random weights, drawn where it computes; its prompts are read with Pocket's tokenizer."""
+    """Build a model with random weights directly on its device, with Pocket's tokenizer."""
     family = family_of(spec.family)
     modules = {
         name: random_part(
@@ -62,7 +62,8 @@ def random_model(
 
 
 def random_part(name: str, part: Part, config: object, placement: Placement, fp8: bool, compiled: bool) -> nn.Module:
-    """Matrices have a variance of one over their inputs, scales are one and biases zero."""
+    """Build one part with random weights. Matrices have a variance of 1 / (number of inputs), scales are one and
+    biases are zero."""
     with torch.device("meta"), Unset():
         module = part.build(config)
     dtype, device = placement.dtype, placement.device

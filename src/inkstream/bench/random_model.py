@@ -1,4 +1,4 @@
-"""Models of random weights in a folder, at any size, for what does not depend on their values: time and memory."""
+"""Write models with random weights, of any size, to measure time and memory, which do not depend on the values."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from inkstream.types import Spec
 from inkstream.weights.files import write_stream
 
 BUFFER = 1 << 24
-"""So many normal numbers are drawn once, and every matrix is cut from them."""
+"""Number of normal random numbers that are drawn once. All matrices are filled from them."""
 
 
 def write_random(
     spec: Spec, folder: Path, dtype: torch.dtype = torch.bfloat16, seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Path:  # fmt: skip
-    """Write a model of random weights that `load` takes, with Pocket's tokenizer, one weight in memory at a time.
+    """Write a model of random weights that `load` can read, with Pocket's tokenizer. One weight is in memory at a time.
 
-    Names are ours, so that nothing is put together when it is read. Matrices have a variance of one over their inputs,
-    scales are one and biases zero, so that numbers stay finite through any depth. progress: told the bytes of each.
+    Weights have our names, so loading fuses nothing. Matrices have a variance of 1 / (number of inputs), scales are one
+    and biases are zero, so numbers stay finite at any depth. progress: called with the bytes of each written weight.
     """
     write_documents(spec, folder)
     numbers = torch.randn(BUFFER, generator=torch.Generator().manual_seed(seed))
@@ -40,7 +40,7 @@ def write_random(
 
 
 def write_documents(spec: Spec, folder: Path) -> Path:
-    """Write all but the weights: the JSON files of a published folder, and Pocket's tokenizer."""
+    """Write a model's folder without the weights: the JSON files of a published folder, and Pocket's tokenizer."""
     folder.mkdir(parents=True)
     for name, content in family_of(spec.family).documents(spec).items():
         (folder / name).parent.mkdir(exist_ok=True)

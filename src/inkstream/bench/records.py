@@ -1,4 +1,5 @@
-"""Results of timed runs as JSON files, each with the machine it ran on, from which the docs' tables are rendered."""
+"""Records: benchmark results as JSON files, with the machine that they ran on. The docs' tables are rendered from
+them."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ RECORDS = Path("benchmarks/records")
 
 
 def machine() -> dict[str, Any]:
-    """What the times depend on: processor, its usable cores, torch's threads and version, the accelerator if any."""
+    """Return the facts that times depend on: processor, usable cores, torch's threads, accelerator, versions."""
     return {
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -31,7 +32,7 @@ def machine() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name as Linux gives it, elsewhere what Python knows."""
+    """Return the processor's name: from /proc/cpuinfo on Linux, elsewhere from Python's `platform`."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():
@@ -48,8 +49,10 @@ def write_record(
     rows: Sequence[Mapping[str, Any]],
     folder: Path = RECORDS,
 ) -> Path:
-    """Write NAME.json: what ran (`command`), when, on what machine, beside which `peers` (name -> version), and the
-    measurements, one flat row each."""
+    """Write NAME.json and return its path.
+
+    It holds the command, the date, the machine, the peers (name -> version) and the measurements as flat rows.
+    """
     record = {
         "name": name,
         "date": date,
@@ -65,5 +68,5 @@ def write_record(
 
 
 def read_record(name: str, folder: Path = RECORDS) -> dict[str, Any]:
-    """The record of that name."""
+    """Return the record of this name."""
     return json.loads((folder / f"{name}.json").read_text())

@@ -1,4 +1,4 @@
-"""Wall time of calls, and rivals timed turn by turn in one process, where the machine's moods hit all alike."""
+"""Measure the wall time of calls. Contenders take turns in one process, so the machine's load affects all equally."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from time import perf_counter
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one contender over its repeats."""
+    """Median, smallest and largest time of one contender, in seconds."""
 
     median: float
     least: float
@@ -19,7 +19,7 @@ class Times:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two contenders and `ratio`, the median of ours over the median of theirs: below 1, ours is faster."""
+    """Times of two contenders. `ratio` is the median of ours divided by that of theirs; below 1, ours is faster."""
 
     ours: Times
     theirs: Times
@@ -27,20 +27,23 @@ class Comparison:
 
 
 def median_seconds(fn: Callable[[], object], warmup: int = 1, repeats: int = 5) -> float:
-    """The median wall time of fn(). It must have finished its work when it returns: on a GPU, copy the result back."""
+    """Return the median wall time of fn() in seconds.
+
+    fn must have finished its work when it returns. On a GPU it must copy the result back to the host.
+    """
     for _ in range(warmup):
         fn()
     return median(_seconds(fn) for _ in range(repeats))
 
 
 def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Comparison:
-    """Time the two in turn, A B A B, after warming both up. The same rule for their work as in `median_seconds`."""
+    """Time two functions in turn, A B A B, after a warm-up of both. Both must follow the rule of `median_seconds`."""
     times = take_turns({"ours": ours, "theirs": theirs}, repeats, warmup)
     return Comparison(times["ours"], times["theirs"], times["ours"].median / times["theirs"].median)
 
 
 def take_turns(contenders: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 1) -> dict[str, Times]:
-    """As `compare`, for any number of contenders by name."""
+    """Like `compare`, for any number of contenders by name."""
     for _ in range(warmup):
         for call in contenders.values():
             call()

@@ -1,4 +1,4 @@
-"""Tables of the docs, rendered from the records: what a page says of a measurement is what was measured."""
+"""Render the docs' tables from the records, so that the pages show the measured numbers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from inkstream.bench.records import RECORDS, read_record
 Row = Mapping[str, Any]
 Cell = Callable[[Row], str]
 PLACE = re.compile(r"(<!-- record ([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-"""Where a page shows a record: between these two comments."""
+"""The place of a record in a page: between these two comments."""
 
 
 def fill(page: str, folder: Path = RECORDS) -> str:
-    """A page with the tables of the records that it names."""
+    """Return a page with the tables of all records that it names."""
     return PLACE.sub(lambda found: found[1] + "\n" + shown(found[2], folder) + "\n" + found[3], page)
 
 
 def shown(name: str, folder: Path = RECORDS) -> str:
-    """One record: on what it was measured, its table, and the command that measures it again."""
+    """Render one record: the machine, the versions, the date, the command that measures it, and the table."""
     if not (folder / f"{name}.json").exists():
         return "Not measured yet.\n"
     record = read_record(name, folder)
@@ -39,11 +39,11 @@ def shown(name: str, folder: Path = RECORDS) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Cells: of a row that lacks the field, or has nothing in it, an empty one ---------------------------------------------
+# Cells: a cell is empty if the row lacks the field or the field is None -----------------------------------------------
 
 
 def field(name: str, form: str = "", unit: str = "", scale: float = 1) -> Cell:
-    """What a row has under a name: as it is, or a number times `scale` in a format."""
+    """Return a cell that shows a field of the row: as it is, or times `scale` in the format `form`."""
 
     def cell(row: Row) -> str:
         if (value := row.get(name)) is None:
@@ -82,18 +82,18 @@ def computes(row: Row) -> str:
 
 
 Columns = tuple[Mapping[str, Cell], Mapping[str, Cell]]
-"""Of words, and of numbers, which stand to the right."""
+"""Columns of text, aligned left, and columns of numbers, aligned right."""
 
 PLANS: Columns = (
-    {"Model": field("model"), "Plan": field("plan"), "Computes in": computes},
+    {"Model": field("model"), "Plan": field("plan"), "Dtype": computes},
     {
         "Pixels": field("pixels"),
-        "Foreseen": gibibytes("foreseen"),
+        "Predicted": gibibytes("foreseen"),
         "Measured": gibibytes("measured"),
         "Ratio": foretold,
         "Load": field("load", ".1f", " s"),
         "Evaluation": field("evaluation", ".1f", " s"),
-        "In all": field("seconds", ".1f", " s"),
+        "Total": field("seconds", ".1f", " s"),
     },
 )
 TABLES: Mapping[str, Columns] = {
@@ -104,25 +104,25 @@ TABLES: Mapping[str, Columns] = {
         {
             "Peak": gibibytes("peak"),
             "Seconds": field("seconds", ".0f"),
-            "Of the processor": field("cpu_seconds", ".0f"),
+            "CPU seconds": field("cpu_seconds", ".0f"),
             "Written": gibibytes("bytes"),
         },
     ),
     "quant-pocket": (
         {"`--quant`": field("kind")},
         {
-            "So packed": percent("share"),
-            "Bits a number": field("bits", ".2f"),
+            "In this format": percent("share"),
+            "Bits per number": field("bits", ".2f"),
             "Files": field("megabytes", ".1f", " MB"),
             "PSNR, median": field("psnr_median", ".1f", " dB"),
-            "9 of 10 above": field("psnr_tenth", ".1f", " dB"),
-            "One evaluation": field("one_evaluation", ".1%"),
+            "PSNR, 10th percentile": field("psnr_tenth", ".1f", " dB"),
+            "Evaluation error": field("one_evaluation", ".1%"),
             "All right": percent("all_right"),
-            "Things right": percent("objects"),
-            "Relation": percent("relation"),
-            "Count": percent("count"),
-            "Product, 3840": field("product_3840", ".2%"),
-            "Product, 10240": field("product_10240", ".2%"),
+            "Objects right": percent("objects"),
+            "Relations right": percent("relation"),
+            "Counts right": percent("count"),
+            "Product error, 3840 rows": field("product_3840", ".2%"),
+            "Product error, 10240 rows": field("product_10240", ".2%"),
         },
     ),
     "quant-speed": (
@@ -136,7 +136,7 @@ TABLES: Mapping[str, Columns] = {
         },
     ),
     "batching": (
-        {"What": field("what"), "": field("note")},
+        {"Measured": field("what"), "": field("note")},
         {
             "Together": field("together", ".4g"),
             "One by one": field("one_by_one", ".4g"),
@@ -147,8 +147,8 @@ TABLES: Mapping[str, Columns] = {
         {
             "Case": field("case"),
             "Picture": picture,
-            "Asked": field("evaluations", "", " times"),
-            "By": field("contender"),
+            "Evaluations": field("evaluations"),
+            "Contender": field("contender"),
         },
         {
             "Ratio": field("ratio", ".2f"),
@@ -162,17 +162,17 @@ TABLES: Mapping[str, Columns] = {
     "cache-": (
         {"Setting": field("setting")},
         {
-            "Times as fast": field("speed_up", ".2f"),
+            "Speed-up": field("speed_up", ".2f"),
             "Block rows computed": percent("blocks"),
             "PSNR, median": field("psnr_median", ".1f", " dB"),
-            "least": field("psnr_least", ".1f", " dB"),
+            "PSNR, least": field("psnr_least", ".1f", " dB"),
             "All right": percent("all_right"),
-            "Things right": percent("objects"),
+            "Objects right": percent("objects"),
         },
     ),
     "start-": (
-        {"Piece": field("stage")},
-        {"Seconds": field("seconds", ".2f"), "Of the processor": field("cpu_seconds", ".2f")},
+        {"Stage": field("stage")},
+        {"Seconds": field("seconds", ".2f"), "CPU seconds": field("cpu_seconds", ".2f")},
     ),
     "profile-": (
         {"Case": field("case")},
@@ -185,11 +185,11 @@ TABLES: Mapping[str, Columns] = {
         },
     ),
     "kernels-": (
-        {"Piece": field("case"), "Way": field("way")},
+        {"Operation": field("case"), "Method": field("way")},
         {
             "Milliseconds": field("milliseconds", ".3f"),
             "Ratio": field("ratio", ".2f"),
-            "Apart": field("apart", ".1e"),
+            "Difference": field("apart", ".1e"),
         },
     ),
     "serve-faults": (
@@ -198,9 +198,9 @@ TABLES: Mapping[str, Columns] = {
             "Jobs": field("jobs"),
             "Clients": field("clients"),
             "Rounds": field("rounds"),
-            "Engine killed": field("engine_kills", "", " times"),
-            "Server killed": field("server_kills", "", " times"),
-            "While drawing": field("at_work", "", " of these"),
+            "Engine kills": field("engine_kills"),
+            "Server kills": field("server_kills"),
+            "Kills while drawing": field("at_work"),
             "Pictures": field("pictures"),
             "Lost, doubled or damaged": field("problems"),
         },
@@ -211,8 +211,8 @@ TABLES: Mapping[str, Columns] = {
             "Median": median_of_unit,
             "95th percentile": field("p95", ".3g"),
             "Most": field("most", ".3g"),
-            "Of": field("samples"),
+            "Samples": field("samples"),
         },
     ),
 }
-"""How the name of a record begins -> its table."""
+"""Prefix of a record's name -> the columns of its table."""

@@ -1,4 +1,4 @@
-"""Contenders in processes of their own, drawing in turn, so that the machine's moods hit all alike."""
+"""Run contenders in separate processes that draw in turn, so that the machine's load affects all equally."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ COMMANDS: Mapping[str, Sequence[str]] = {
     "diffusers": (str(PEERS / "with_diffusers.py"),),
     "sd": (str(PEERS / "with_sd.py"),),
 }
-"""What Python runs for each kind of contender."""
+"""Arguments of Python for each kind of contender."""
 LEFT_OUT = 3
-"""The exit code of a contender that is not installed, or has no way to draw the case."""
+"""Exit code of a contender that is not installed or cannot draw the case."""
 APART = 2
-"""Steps of 1/255 that pictures of the same weights and noise may differ by."""
+"""Largest allowed difference between pictures of the same weights and noise, in steps of 1/255."""
 
 
 class Contender:
-    """A process that draws. It is ended when the block it is used in ends."""
+    """A process that draws. A context manager; the process is killed at the end of the `with` block."""
 
     def __init__(self, name: str, given: Mapping[str, Any]):
         how = CONTENDERS[name]
         self.name = name
         self.versions: dict[str, str] = {}
         self.trouble: str | None = None
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, it is closed with the process
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed in __exit__
         self._process = subprocess.Popen(
             [sys.executable, *COMMANDS[how["by"]], json.dumps({**given, "how": how})],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
@@ -59,23 +59,23 @@ class Contender:
         self._process.wait()
         for file in (self._process.stdin, self._process.stdout, self._errors):
             assert file is not None
-            with suppress(BrokenPipeError):  # what it was told last may not have been read
+            with suppress(BrokenPipeError):  # the process may have ended before it read its last order
                 file.close()
 
     def opened(self) -> bool:
-        """Wait until it is ready; False where it is not, and then `trouble` says why."""
+        """Wait until the process is ready. Returns False if it failed; `trouble` then holds the reason."""
         answer = self._read()
         self.versions = answer.get("versions", {})
         return self.trouble is None
 
     def draw(self, order: Mapping[str, Any]) -> dict[str, Any]:
-        """Its answer to an order; empty where it failed."""
+        """Send an order and return the answer; an empty dict if the process failed."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended, which reading will tell
+            pass  # the process has ended; `_read` reports that
         return self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class Contender:
         code = self._process.wait()
         self._errors.seek(0)
         said = [line.strip() for line in self._errors if line.strip()]
-        self.trouble = said[-1] if said else f"it ended with {code}"
+        self.trouble = said[-1] if said else f"the process ended with exit code {code}"
         if code != LEFT_OUT:
             self.trouble = f"failed: {self.trouble}"
         return {}
@@ -93,11 +93,11 @@ class Contender:
 
 @dataclass
 class Drawn:
-    """What one contender's pictures of a case took, each."""
+    """Measurements of one contender for one case."""
 
-    seconds: list[dict[str, float]] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)  # stage -> seconds, for each timed order
     peak_bytes: int | None = None
-    first: float = 0.0  # seconds of the first of all, with whatever is compiled on the way
+    first: float = 0.0  # seconds of the very first order, including compilation
 
     @property
     def whole(self) -> list[float]:
@@ -108,10 +108,10 @@ def run_cases(
     cases: Sequence[Case], threads: int, say: Callable[[str], None], rehearse: bool = False, repeats: int | None = None,
     until: float | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """The rows of a record, as they are measured: one for each case and contender.
+    """Measure the cases. Yields the rows of a record as they are measured, one for each case and contender.
 
-    say: told who is left out, and why. repeats: of each case, else its own. until: on the clock of `time.monotonic`; a
-    case that has not begun by then is left out.
+    say: called with a line for each contender or case that is left out, with the reason. repeats: replaces the repeats
+    of each case if given. until: a time of `time.monotonic`; a case that has not started by then is left out.
     """
     numbers = itertools.count(1)
     for _, together in itertools.groupby(cases, key=lambda case: case.home):
@@ -128,14 +128,14 @@ def run_cases(
                     say(f"{case.name}: {contender.name} is left out: {contender.trouble}")
             for one in group:
                 if until is not None and time.monotonic() > until:
-                    say(f"{one.name} is left out: there is no time left")
+                    say(f"{one.name} is left out: the time limit is reached")
                     continue
                 able = [contender for contender in ready if contender.name in one.contenders]
                 yield from run_case(one, able, numbers, Path(scratch), rehearse, repeats, say)
 
 
 def prepare(case: Case, scratch: Path) -> Path:
-    """A folder of the model's documents, with weights where contenders are to read them."""
+    """Write the model's folder: its JSON files, and its weights if the contenders read them from there."""
     if case.weights == "package":
         return scratch
     if case.weights == "memory":
@@ -148,7 +148,7 @@ def run_case(
     case: Case, contenders: Sequence[Contender], numbers: Iterator[int], scratch: Path, rehearse: bool,
     repeats: int | None, say: Callable[[str], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Warm all up, compare their pictures where they read the same weights, then let them draw in turn."""
+    """Measure one case: warm up, compare the pictures if all contenders read the same weights, then draw in turn."""
     name, case = case.name, rehearsed(case) if rehearse else case
     found = {contender.name: Drawn() for contender in contenders}
 
@@ -183,26 +183,33 @@ def run_case(
 
 
 def differences(pictures: Mapping[str, Path]) -> dict[str, float]:
-    """How far each picture is from the first, at most, in steps of 1/255. InputError where that is not the same
-    picture, or none at all."""
+    """Return the largest difference of each picture from the first, in steps of 1/255.
+
+    Raises InputError if a difference is above APART, or if the first picture is almost uniform.
+    """
     pixels = {who: read_state(path)["pixels"] for who, path in pictures.items()}
     if not pixels:
         return {}
     ours, *_ = pixels.values()
     assert isinstance(ours, torch.Tensor)
     if ours.float().std() < 5:
-        raise InputError("the pictures are flat fields: their weights are no good to compare with")
+        raise InputError("the pictures are flat, so they cannot be compared: use other random weights")
     apart = {who: (other.int() - ours.int()).abs().max().item() for who, other in pixels.items()}  # type: ignore[union-attr]
     for who, steps in apart.items():
         if steps > APART:
-            raise InputError(f"the picture of {who} is {steps}/255 from ours: it does not do the same")
+            raise InputError(
+                f"the picture of {who} is {steps}/255 from ours, the limit is {APART}/255: check its settings"
+            )
     return apart
 
 
 def as_row(
     name: str, case: Case, contender: Contender, drawn: Drawn, base: float | None, apart: float | None
 ) -> dict[str, Any]:
-    """A flat row of a record. ratio: of its median over the first peer's."""
+    """Return a flat row of a record.
+
+    Its ratio is the contender's median divided by `base`, the first peer's median in seconds.
+    """
     whole = drawn.whole
     middle = median(whole)
     stages = {f"{stage}_median": round(median(s[stage] for s in drawn.seconds), 5) for stage in drawn.seconds[0]}
@@ -232,7 +239,7 @@ def as_row(
 
 
 def describe(row: Mapping[str, Any]) -> str:
-    """A row as a line, the ratio first."""
+    """Format a row as one line that begins with the ratio."""
     stages = ", ".join(f"{stage} {row[f'{stage}_median']:.3f}" for stage in ("prompt", "steps", "pixels")
                        if f"{stage}_median" in row)  # fmt: skip
     ratio = "      -" if row["ratio"] is None else f"{row['ratio']:7.3f}"

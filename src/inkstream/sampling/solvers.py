@@ -205,5 +205,5 @@ def _noise_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
 
     So the same seed gives the same noise on all devices.
     """
-    noise = torch.randn(x.shape, generator=generator, pin_memory=x.is_cuda)  # pinned, so that the copy needs no host wait
+    noise = torch.randn(x.shape, generator=generator, pin_memory=x.is_cuda)  # pinned: the copy does not block
     return noise.to(x.device, x.dtype, non_blocking=x.is_cuda)
