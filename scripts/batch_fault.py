@@ -1,10 +1,10 @@
-"""An ordeal for `inkstream batch`: it is killed in the middle, run again, and then all is looked at.
+"""Fault test of `inkstream batch`: kill the command while it draws, run it again, then check all results.
 
     python scripts/batch_fault.py [--rows 200] [--kills 1] [--ray] [--engines 1] [--model pocket] [--seed 0]
 
-Killed is the command itself, with SIGKILL, at a random moment between its first picture and its last. In the end every
-row must be in the manifest exactly once, with a file that is what its line says and that carries its row's prompt, and
-nothing else may lie in the folder. One JSON document is printed; the exit code is 1 where something was wrong.
+The command gets SIGKILL at a random moment between its first picture and its last. At the end every row must be in the
+manifest exactly once. The file of each row must match its manifest line and contain the row's prompt. The folder must
+hold no other files. The script prints one JSON document; the exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 1800.0
-"""Seconds after which an ordeal has failed."""
+"""Time limit of a fault test in seconds."""
 DRAW = ("-W", "64", "-H", "64", "--steps", "8")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "black", "white")
 
 
 def ordeal(folder: Path, rows: int, kills: int, words: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """The whole of it, in an empty folder. words: what the command is given beside file and folder."""
+    """Run the fault test in an empty folder. words: the command's other arguments, after the file and the folder."""
     dice = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     prompts, out = folder / "prompts.txt", folder / "pictures"
@@ -61,13 +61,13 @@ def ordeal(folder: Path, rows: int, kills: int, words: Sequence[str], seed: int 
 
 
 def lines_of(out: Path) -> int:
-    """Whole lines of the manifest."""
+    """Return the number of complete lines in the manifest."""
     path = out / "manifest.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def examine(out: Path, prompts: Sequence[str]) -> list[str]:
-    """What is not as it should be."""
+    """Check the manifest and the files. Returns one line for each problem."""
     from inkstream.engine.metadata import read_request
 
     problems = []
@@ -80,13 +80,13 @@ def examine(out: Path, prompts: Sequence[str]) -> list[str]:
         line = next(line for line in lines if line["row"] == row)
         path = out / line.get("file", "nothing")
         if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != line["sha256"]:
-            problems.append(f"row {row}: its picture is not what its line says: {line}")
+            problems.append(f"row {row}: the picture does not match its manifest line: {line}")
             continue
         request = read_request(path).request
         if (request.prompt, request.seed) != (prompt, line["seed"]):
             problems.append(f"row {row}: {path.name} is a picture of {request.prompt!r}")
     known = {line.get("file") for line in lines} | {"manifest.jsonl", ".lock"}
-    problems += [f"{path.name} is no row's" for path in out.iterdir() if path.name not in known]
+    problems += [f"{path.name} belongs to no row" for path in out.iterdir() if path.name not in known]
     return problems
 
 

@@ -1,10 +1,10 @@
-"""Time eight mixed requests drawn at once beside one after another, and a small one that arrives behind a long one.
+"""Benchmark batching: eight mixed requests together and one by one, and a small request that arrives after a long one.
 
     python scripts/bench_batching.py --date 2026-11-21 [--repeats 5] [--rounds 2] [--record batching-cpu]
 
-One engine draws both ways in turn, in one process, with Pocket, on the CPU. Before anything is timed, every picture
-drawn with others is compared with the one drawn alone. The small request arrives at every second step of the long
-one; one by one means behind a lock that lets in one request at a time.
+One engine in one process draws with Pocket on the CPU, both ways in turn. Before the timing, each picture drawn
+together with others is compared with the same picture drawn alone. The small request arrives after every second step of
+the long one. "One by one" uses a lock that admits one request at a time.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ MIXED = [
 LONG = Request(prompt="three yellow stars on a black background", width=192, height=192, steps=16, guidance=4.0, seed=0)
 SMALL = Request(prompt="a red circle", width=64, height=64, steps=4, guidance=1.0, seed=0)
 LEAST = 40.0
-"""Decibels between a picture drawn with others and the same drawn alone, under which nothing is timed."""
+"""Smallest PSNR in dB between a picture drawn together with others and the same picture drawn alone. Below it the
+benchmark stops."""
 
 
 def main() -> None:
@@ -59,23 +60,23 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--date", required=True, help="the day, for the record")
+    parser.add_argument("--date", required=True, help="date of the record")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5, help="of the eight requests, each way")
-    parser.add_argument("--rounds", type=int, default=2, help="of the long request, for each moment and each way")
+    parser.add_argument("--repeats", type=int, default=5, help="repeats of the eight requests, for each way")
+    parser.add_argument("--rounds", type=int, default=2, help="repeats of the long request, for each moment and way")
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
     return parser.parse_args()
 
 
 def time_eight(engine: Engine, repeats: int) -> list[dict[str, object]]:
-    """Both ways in turn, after their pictures were compared."""
+    """Compare the pictures of both ways, then time both ways in turn."""
     requests = [Request(seed=i, **fields) for i, fields in enumerate(MIXED)]
     pairs = list(zip(one_by_one(engine, requests), at_once(engine, requests)))
     decibels = [apart(a, b) for a, b in pairs]
     if min(decibels) < LEAST:
-        raise SystemExit(f"a picture drawn with others is another one: {min(decibels):.1f} dB")
+        raise SystemExit(f"a picture drawn together with others differs too much: PSNR {min(decibels):.1f} dB")
     same = sum(a.tobytes() == b.tobytes() for a, b in pairs)
-    note = f"pictures as drawn alone: {same} of {len(pairs)} in every byte, the least {min(decibels):.0f} dB"
+    note = f"{same} of {len(pairs)} pictures are equal to those drawn alone, the least PSNR is {min(decibels):.0f} dB"
     wall: dict[str, list[float]] = {"together": [], "one_by_one": []}
     busy: dict[str, list[float]] = {"together": [], "one_by_one": []}
     for _ in range(repeats):
@@ -90,10 +91,10 @@ def time_eight(engine: Engine, repeats: int) -> list[dict[str, object]]:
     return [
         row("eight mixed requests, seconds", **{way: median(times) for way, times in wall.items()}, note=note),
         row(
-            "their seconds of the processor", **{way: median(times) for way, times in busy.items()},
+            "CPU seconds of the eight", **{way: median(times) for way, times in busy.items()},
             note=f"medians of {repeats}, in turn",
         ),
-        row("their forwards", **made),
+        row("transformer forwards of the eight", **made),
     ]  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def at_once(engine: Engine, requests: Sequence[Request]) -> list[Image.Image]:
 
 
 def forwards(engine: Engine, draw: Callable[[], object]) -> int:
-    """How many forwards of the transformer something takes."""
+    """Count the transformer's forwards while `draw` runs."""
     made: list[int] = []
     hook = engine.model.family.transformer.register_forward_hook(lambda *_: made.append(1))  # type: ignore[attr-defined]
     try:
@@ -118,13 +119,13 @@ def forwards(engine: Engine, draw: Callable[[], object]) -> int:
 
 
 def apart(one: Image.Image, other: Image.Image) -> float:
-    """Decibels between two pictures; infinite where every pixel is the same."""
+    """Return the PSNR of two pictures in dB; infinite if all pixels are equal."""
     error = np.mean((np.asarray(one, float) - np.asarray(other, float)) ** 2)
     return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
 
 
 def time_small(engine: Engine, rounds: int) -> list[dict[str, object]]:
-    """Seconds from the small request to its picture behind the long one, either way, and those of the long one."""
+    """Time a small request that arrives while a long one is drawn, both ways. The long one's time is measured too."""
     assert LONG.steps is not None
     alone: list[float] = []
     small: dict[str, list[float]] = {"together": [], "one_by_one": []}
@@ -136,11 +137,11 @@ def time_small(engine: Engine, rounds: int) -> list[dict[str, object]]:
                 seconds = behind(engine, step, one_at_a_time)
                 small[way].append(seconds[0])
                 long[way].append(seconds[1])
-    note = f"{len(alone)} of them; alone it takes {median(alone):.3g} s"
+    note = f"{len(alone)} samples; alone it takes {median(alone):.3g} s"
     return [
-        row("a small request behind a long one, median seconds", **{w: median(s) for w, s in small.items()}, note=note),
+        row("a small request during a long one, median seconds", **{w: median(s) for w, s in small.items()}, note=note),
         row("the same, 95th percentile", **{way: percentile_95(times) for way, times in small.items()}),
-        row("the long one, median seconds", **{way: median(times) for way, times in long.items()}),
+        row("the long request, median seconds", **{way: median(times) for way, times in long.items()}),
     ]
 
 
@@ -149,7 +150,7 @@ def percentile_95(times: Sequence[float]) -> float:
 
 
 def behind(engine: Engine, step: int, one_at_a_time: AbstractContextManager[object]) -> tuple[float, float]:
-    """Seconds of the small request, which arrives after that step of the long one, and of the long one."""
+    """Return the seconds of the small and of the long request. The small one arrives after that step of the other."""
     arrives = threading.Event()
 
     def draw_long() -> None:
@@ -175,7 +176,7 @@ def timed(draw: Callable[[], object]) -> float:
 
 
 def row(what: str, together: float, one_by_one: float, note: str = "") -> dict[str, object]:
-    """One measurement; it is printed, too."""
+    """Return one measurement as a row and print it."""
     measured = {
         "what": what,
         "together": round(together, 4),

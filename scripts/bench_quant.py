@@ -1,11 +1,11 @@
-"""Time one evaluation of Z-Image's transformer in each way of packing weights, beside float32, at its real width.
+"""Time one evaluation of Z-Image's transformer with weights in each packed format and in float32, at its real width.
 
     python scripts/bench_quant.py --date 2026-11-21 [--kind w8a8 ...] [--repeats 5] [--record quant-speed-cpu]
 
-Four layers and both refiners, 512 pixels and a prompt of 64 tokens, on the CPU. All layers share the random weights of
-one, which no cache holds, so that memory holds every contender at once; float32's are packed for MKL, as they are in a
-model that stays. They take turns; `ratio` is the median of a
-kind over that of float32.
+The model has four layers and both refiners. It runs on the CPU at 512 pixels with a prompt of 64 tokens. All layers
+share the random weights of one layer, so all contenders fit in memory together; one layer is larger than the CPU's
+caches. The float32 weights are prepacked for MKL, as in a resident model. Contenders take turns; `ratio` is the median
+of a format divided by that of float32.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FULL = "fp32"
 FLOAT32 = Quant((), dtype=torch.float32)
 KINDS = ("bf16", "w8a8", "int8", "fp8", "q8_0", "q4_k", "nf4")
 TIME = 0.5
-"""Where on the path the evaluation is."""
+"""The time t of the evaluation."""
 
 
 def main() -> None:
@@ -79,11 +79,11 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--date", required=True, help="the day, for the record")
-    parser.add_argument("--kind", action="append", choices=QUANTS, help=f"which; {', '.join(KINDS)} when left out")
+    parser.add_argument("--date", required=True, help="date of the record")
+    parser.add_argument("--kind", action="append", choices=QUANTS, help=f"a format; default: {', '.join(KINDS)}")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--pixels", type=int, default=512, help="side of the picture")
-    parser.add_argument("--tokens", type=int, default=64, help="of the prompt")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the prompt")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
@@ -91,7 +91,10 @@ def parse() -> argparse.Namespace:
 
 
 def random_weights(config: ZImageConfig, generator: torch.Generator) -> dict[str, Tensor]:
-    """Matrices with a variance of one over their inputs, norms of one, no biases; all blocks have those of one."""
+    """Draw random weights. All blocks share the weights of one.
+
+    Matrices have a variance of 1 / (number of inputs), norms are one and biases are zero.
+    """
     with torch.device("meta"):
         shapes = {name: weight.shape for name, weight in ZImageTransformer(config).state_dict().items()}
     drawn: dict[str, Tensor] = {}
@@ -109,10 +112,13 @@ def random_weights(config: ZImageConfig, generator: torch.Generator) -> dict[str
 def evaluation(
     config: ZImageConfig, weights: dict[str, Tensor], kind: str, x: Tensor, caption: Tensor
 ) -> Callable[[], Tensor]:
-    """One evaluation by a model whose weights are packed so, its prompt prepared; bf16 computes in it, too."""
+    """Return a function that runs one evaluation with weights of this kind. The prompt is prepared before.
+
+    Kind bf16 also computes in bfloat16.
+    """
     quant = FLOAT32 if kind == FULL else QUANTS[kind]
     dtype = quant.dtype or torch.float32
-    made: dict[int, Weight] = {}  # blocks share theirs, so they are packed once
+    made: dict[int, Weight] = {}  # blocks share their weights, so each weight is packed once
     for name, weight in weights.items():
         if id(weight) not in made:
             packs = weight.ndim == 2 and any(matches(pattern, name) for pattern in PACKS) and quant.formats

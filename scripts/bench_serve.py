@@ -1,12 +1,13 @@
-"""Measure the server under load, with Pocket: what it adds to a picture, what sharing forwards gives, what it keeps.
+"""Benchmark the server with Pocket: its latency per picture, the gain of shared forwards, and its memory.
 
     python scripts/bench_serve.py --date 2026-11-21 [--samples 60] [--burst 24] [--repeats 3] [--jobs 1000]
         [--record serve-cpu]
 
-One: pictures are asked for one at a time, over OpenAI's route and as jobs whose events are followed; the engine says
-with each how long it drew, and what the client waited beyond that is the server's. Two: a burst of mixed jobs at once,
-on a server that draws one at a time and on one that draws four, in turn. Three: many small jobs on one server, and the
-memory of its two processes on the way. Linux: it finds the engine in /proc.
+1. Latency: a client requests one picture at a time, over OpenAI's route and as a job with its events. The engine
+   reports how long it drew; the rest of the client's wait is the server's latency.
+2. Throughput: a burst of mixed jobs on a server that draws four at once and on one that draws one at a time, in turn.
+3. Memory: many small jobs on one server, while the memory of its two processes is measured.
+The script needs Linux, because it finds the engine's process in /proc.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ MIXED = [
 ]
 TINY = {"prompt": "a red circle", "width": 32, "height": 32, "steps": 1, "guidance": 1.0}
 EVERY = 10
-"""Memory is noted so many times."""
+"""Number of memory measurements."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--date", default="", help="the day, for the record")
-    parser.add_argument("--samples", type=int, default=60, help="pictures asked for one at a time, either way")
-    parser.add_argument("--burst", type=int, default=24, help="jobs at once")
-    parser.add_argument("--repeats", type=int, default=3, help="bursts on either server")
-    parser.add_argument("--jobs", type=int, default=1000, help="small jobs, for the memory")
+    parser.add_argument("--date", default="", help="date of the record")
+    parser.add_argument("--samples", type=int, default=60, help="pictures of the latency test, for each route")
+    parser.add_argument("--burst", type=int, default=24, help="jobs of a burst")
+    parser.add_argument("--repeats", type=int, default=3, help="bursts on each server")
+    parser.add_argument("--jobs", type=int, default=1000, help="small jobs of the memory test")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
     options = parser.parse_args()
@@ -63,7 +64,7 @@ def main() -> None:
 
 @contextmanager
 def serving(slots: int) -> Iterator[Server]:
-    """A server that draws so many jobs at once, with its model loaded."""
+    """Start a server that draws `slots` jobs at once, and wait until its model is loaded."""
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder) / "data", ("--slots", str(slots), "--queue", "1000"))
         server.start()
@@ -80,15 +81,15 @@ def serving(slots: int) -> Iterator[Server]:
 def is_ready(server: Server) -> bool:
     try:
         return server.ask("GET", "/healthz")["model"] == "pocket"
-    except Exception:  # it does not listen yet
+    except Exception:  # the server does not listen yet
         return False
 
 
-# What it adds to a picture ------------------------------------------------------------------------------------------
+# Latency ------------------------------------------------------------------------------------------------------------
 
 
 def time_waits(server: Server, samples: int) -> list[dict[str, Any]]:
-    """Milliseconds that a client waits beyond the drawing, over each way in, in turn."""
+    """Measure the milliseconds that a client waits in addition to the drawing, over both routes in turn."""
     waits: dict[str, list[float]] = {"POST /v1/images/generations": [], "POST /v1/jobs, then its events": []}
     drawn: list[float] = []
     openai = http.client.HTTPConnection("127.0.0.1", server.port)
@@ -102,8 +103,8 @@ def time_waits(server: Server, samples: int) -> list[dict[str, Any]]:
             measured.append(1000 * (time.perf_counter() - began - picture["seconds"]))
             drawn.append(1000 * picture["seconds"])
     openai.close()
-    note = f"the picture itself took {median(drawn):.0f} ms"
-    return [row(way, "ms beyond the drawing", measured, note) for way, measured in waits.items()]
+    note = f"the drawing itself took {median(drawn):.0f} ms"
+    return [row(way, "ms in addition to the drawing", measured, note) for way, measured in waits.items()]
 
 
 def generate(connection: http.client.HTTPConnection, body: dict[str, Any]) -> dict[str, Any]:
@@ -116,7 +117,7 @@ def generate(connection: http.client.HTTPConnection, body: dict[str, Any]) -> di
 
 
 def follow(server: Server, fields: dict[str, Any]) -> dict[str, Any]:
-    """A job from its acceptance to its end, as its events tell."""
+    """Send a job, follow its events until it ends, and return the data of its last event."""
     job = server.ask("POST", "/v1/jobs", fields)
     connection = http.client.HTTPConnection("127.0.0.1", server.port)
     connection.request("GET", f"/v1/jobs/{job['id']}/events")
@@ -130,22 +131,22 @@ def follow(server: Server, fields: dict[str, Any]) -> dict[str, Any]:
             break
     connection.close()
     if name != "succeeded":
-        raise SystemExit(f"{job['id']} has {name or 'no end'}")
+        raise SystemExit(f"job {job['id']} did not succeed: {name or 'its events stopped'}")
     return json.loads(value)
 
 
-# What sharing forwards gives ----------------------------------------------------------------------------------------
+# Throughput ---------------------------------------------------------------------------------------------------------
 
 
 def time_bursts(server: Server, lone: Server, burst: int, repeats: int) -> list[dict[str, Any]]:
-    """Seconds until a burst of mixed jobs is drawn, four at once and one at a time, in turn."""
+    """Measure the seconds until a burst of mixed jobs is drawn, four at once and one at a time, in turn."""
     ways = {"four at once": server, "one at a time": lone}
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, one in ways.items():
             times[way].append(time_burst(one, burst))
     ratio = median(times["one at a time"]) / median(times["four at once"])
-    notes = {"four at once": f"{ratio:.2f} times as many pictures in a second", "one at a time": "--slots 1"}
+    notes = {"four at once": f"{ratio:.2f} times as many pictures per second", "one at a time": "--slots 1"}
     return [row(f"{burst} mixed jobs, {way}", "s", times[way], notes[way]) for way in ways]
 
 
@@ -162,11 +163,11 @@ def wait_until_drawn(server: Server) -> None:
         time.sleep(0.05)
 
 
-# What it keeps ------------------------------------------------------------------------------------------------------
+# Memory -------------------------------------------------------------------------------------------------------------
 
 
 def watch_memory(server: Server, jobs: int) -> list[dict[str, Any]]:
-    """MiB of both processes while small jobs are drawn."""
+    """Measure the memory of both processes in MiB while small jobs are drawn."""
     (engine,) = server.engines()
     assert server.process is not None
     processes = {"server": server.process.pid, "engine": engine}
@@ -178,7 +179,7 @@ def watch_memory(server: Server, jobs: int) -> list[dict[str, Any]]:
         for name, process in processes.items():
             seen[name].append(resident(process))
     if server.engines() != [engine]:
-        raise SystemExit("the engine died meanwhile")
+        raise SystemExit("the engine died during the test")
     return [
         row(f"memory of the {name}, {jobs:,} jobs", "MiB", sizes, f"after each tenth: {', '.join(map(whole, sizes))}")
         for name, sizes in seen.items()
@@ -186,7 +187,7 @@ def watch_memory(server: Server, jobs: int) -> list[dict[str, Any]]:
 
 
 def resident(process: int) -> float:
-    """MiB of a process that are in memory."""
+    """Return the resident memory of a process in MiB."""
     return int(Path(f"/proc/{process}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
@@ -199,7 +200,7 @@ def percentile_95(measured: Sequence[float]) -> float:
 
 
 def row(what: str, unit: str, measured: Sequence[float], note: str) -> dict[str, Any]:
-    """One measurement; it is printed, too."""
+    """Return one measurement as a row and print it."""
     found = {
         "what": what,
         "unit": unit,

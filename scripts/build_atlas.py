@@ -1,8 +1,8 @@
-"""Draw the atlas of glyphs and emoji that scenes are made of, from fonts. Only training ever needs to do this anew.
+"""Draw the atlas of glyphs and emoji for Pocket's scenes from fonts. It is part of the package already.
 
     python scripts/build_atlas.py [FOLDER] [--fonts FOLDER]
 
-docs/pocket.md names the fonts, the Debian packages that bring them and their licences.
+Only new training data needs a new atlas. docs/pocket.md lists the fonts, their Debian packages and their licences.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ OURS = Path(__file__).parent.parent / "src" / "inkstream" / "pocket" / "atlas"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, default=OURS, help="where to write; else into the package")
-    parser.add_argument("--fonts", type=Path, help="a folder that holds the font files; else where Debian puts them")
+    parser.add_argument("folder", nargs="?", type=Path, default=OURS, help="output folder; default: in the package")
+    parser.add_argument("--fonts", type=Path, help="folder of the font files; default: Debian's folders")
     options = parser.parse_args()
     try:
         build_atlas(options.folder, options.fonts)

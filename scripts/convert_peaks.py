@@ -1,10 +1,10 @@
-"""Measure the memory and time that packing a model's weights takes.
+"""Measure the memory and the time to pack a model's weights.
 
     python scripts/convert_peaks.py --date 2026-11-21 MODEL [--kind q4_k ...] [--folder FOLDER] [--record convert-cpu]
 
-MODEL: a folder or a name, or random:NAME for random weights at a known model's full size. Each kind is written by an
-`inkstream convert` of its own and removed again; `peak` is the most memory that the process had, pages of the mapped
-files included.
+MODEL: a folder or a name, or random:NAME for random weights with a known model's full size. A separate process of
+`inkstream convert` writes each kind; its files are removed afterwards. `peak` is the process's peak resident memory,
+including pages of memory-mapped files.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from inkstream.families import SPECS
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", metavar="MODEL")
-    parser.add_argument("--date", default="", help="the day, for the record")
-    parser.add_argument("--kind", action="append", choices=QUANTS, help="which kinds; fp8, q8_0, q4_k when left out")
-    parser.add_argument("--folder", type=Path, help="where to write, with room for the largest")
+    parser.add_argument("--date", default="", help="date of the record")
+    parser.add_argument("--kind", action="append", choices=QUANTS, help="a format; default: fp8, q8_0, q4_k")
+    parser.add_argument("--folder", type=Path, help="folder for the files, with space for the largest model")
     parser.add_argument("--record", help="name of the record to write")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -46,13 +46,13 @@ def main() -> None:
 
 
 def convert(model: str, place: Path, kind: str) -> dict[str, Any]:
-    """Seconds, seconds of the processor, the peak in bytes, and the bytes that were written."""
+    """Convert a model. Returns wall seconds, CPU seconds, peak memory in bytes, and the files' size in bytes."""
     words = [sys.executable, "-m", "inkstream", "convert", model, str(place), "--quant", kind]
     began = time.perf_counter()
     child = os.posix_spawn(words[0], words, os.environ)
     _, status, used = os.wait4(child, 0)
     if status:
-        sys.exit(f"{shlex.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
+        sys.exit(f"{shlex.join(words)} failed with exit code {os.waitstatus_to_exitcode(status)}")
     written = sum(path.stat().st_size for path in place.rglob("*") if path.is_file())
     shutil.rmtree(place)
     return {

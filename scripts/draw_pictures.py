@@ -1,4 +1,4 @@
-"""Draw docs/pictures/pocket.png, the README's picture, with the model that ships:
+"""Draw docs/pictures/pocket.png, the README's picture, with the model in the package.
 
 python scripts/draw_pictures.py
 """
@@ -30,7 +30,7 @@ COLUMNS, GAP = 6, 4
 
 
 def draw() -> Image.Image:
-    """All prompts side by side, picture i with seed i."""
+    """Draw all prompts into one grid. Picture i has seed i."""
     engine = inkstream.Engine("cpu")
     pictures = [engine.generate(inkstream.Request(prompt=p, seed=i)).images[0] for i, p in enumerate(PROMPTS)]
     width, height = pictures[0].size

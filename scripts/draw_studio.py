@@ -1,8 +1,8 @@
-"""Draw docs/pictures/studio-*.png: the studio on a real server, in a real browser, at a desk and on a phone.
+"""Take the screenshots docs/pictures/studio-*.png: a real server and a real browser, in desktop and in phone size.
 
     python scripts/draw_studio.py [FOLDER]
 
-FOLDER keeps the server's data: what was drawn there before is not drawn again.
+FOLDER keeps the server's data, so that a second run does not draw the same pictures again.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ MORE = (
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run")
 DESK, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 800}
 GRID = 202_611
-"""Seed of the grid, by which its pictures are found."""
+"""Seed of the grid. The gallery's search finds the grid's pictures by it."""
 MOST = 200_000
-"""Bytes of a picture in the documentation."""
+"""Largest size in bytes of a picture in the documentation."""
 
 
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """A running server's address."""
+    """Run a server in a thread and yield its address."""
     app = build(Settings(folder, models=("pocket",)))
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
@@ -76,7 +76,7 @@ def ask(address: str, body: Any = None, method: str = "GET") -> Any:
 
 
 def fill(address: str) -> None:
-    """Draw what the gallery and the sheet show, where it is not there yet."""
+    """Draw the pictures of the gallery and of the grid that the server does not have yet."""
     here = {job["note"] for job in ask(f"{address}/v1/jobs?limit=500")["jobs"]}
     axes = {"x": {"field": "steps", "values": [2, 4, 8, 16]}, "y": {"field": "guidance", "values": [1, 4, 7]}}
     jobs: list[dict[str, Any]] = [{"prompt": PROMPTS[0], "seed": GRID, "note": "grid", "grid": axes}]
@@ -99,7 +99,7 @@ def open_page(browser: Any, address: str, size: dict[str, int], scheme: str, loc
 
 
 def shoot(page: Page, name: str) -> None:
-    """Keep what is seen, when it has come to rest; in 256 colours where all of them take too much."""
+    """Save a screenshot after animations have ended. A file above MOST bytes is reduced to 256 colours."""
     page.wait_for_timeout(700)
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     path = PICTURES / f"studio-{name}.png"
@@ -143,7 +143,7 @@ def draw_dialogs(browser: Any, address: str) -> None:
     page.wait_for_selector(".sheet-grid img")
     shoot(page, "grid")
     page.keyboard.press("Escape")
-    for i in (4, 7):  # newest first: 16 steps and 2, of guidance 4
+    for i in (4, 7):  # newest first: the pictures with 16 and with 2 steps, both with guidance 4
         tiles.nth(i).click(modifiers=["Control"])
     page.get_by_role("button", name="Compare").click()
     shoot(page, "compare")
@@ -160,7 +160,7 @@ def draw_phone(browser: Any, address: str) -> None:
 
 
 def main() -> None:
-    chromium = shutil.which("chromium") or sys.exit("there is no chromium: apt-get install chromium")
+    chromium = shutil.which("chromium") or sys.exit("chromium is not installed: apt-get install chromium")
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp())
     PICTURES.mkdir(exist_ok=True)
     with serve(folder) as address, sync_playwright() as p:

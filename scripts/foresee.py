@@ -1,10 +1,10 @@
-"""Render src/inkstream/engine/foreseen.json: what every known model takes, in every precision, under every plan.
+"""Write src/inkstream/engine/foreseen.json: the predicted memory of every model, in every precision and plan.
 
     python scripts/foresee.py [MODEL ...]
 
-For each at its own size, in bytes by phase, on a GPU (computing in bfloat16) and on a CPU (in float32), with the
-multiplications of each phase and the bytes that are streamed for one evaluation. Nothing is downloaded or allocated;
-models named are rendered anew, others stay.
+The table has the bytes of each phase at the model's default size, on a GPU (computing in bfloat16) and on a CPU (in
+float32), the floating-point operations of each phase, and the bytes that are streamed for one evaluation. The script
+downloads and allocates no weights. With MODEL names it updates only these models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from inkstream.types import Request, Spec
 TABLE = Path(inkstream.engine.__file__).with_name("foreseen.json")
 PRECISIONS = ("bf16", "fp8", "w8a8", "q8_0", "q6_k", "q5_k", "q4_k", "nf4")
 TOKENS = {"zimage": 128, "flux1": 77 + 512, "flux2": 512}
-"""Of a prompt as many are."""
+"""Family -> tokens of a typical prompt."""
 COMPUTES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
@@ -65,7 +65,7 @@ def foresee(spec: Spec) -> dict[str, Any]:
 
 
 def count_products(spec: Spec, request: Request) -> dict[str, int]:
-    """Floating point operations of each phase, two for a product and its sum."""
+    """Count the floating-point operations of each phase. A multiplication and an addition count as two."""
     model = build(as_source(spec, "bf16"), dict.fromkeys(parts_of(spec), torch.float32))
     counts = {}
     for phase, compute in phases(model, request).items():
@@ -76,7 +76,7 @@ def count_products(spec: Spec, request: Request) -> dict[str, int]:
 
 
 class Undecided(TorchDispatchMode):
-    """Tensors without data say no, where somebody asks whether he may leave something out."""
+    """Makes tensors without data return False when code reads a value to decide whether it can skip a computation."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return False if func is torch.ops.aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
@@ -90,7 +90,7 @@ def build(source: Source, dtypes: dict[str, torch.dtype]) -> Model:
 
 
 def as_source(spec: Spec, precision: str) -> Source:
-    """The model as files of that precision would hold it, on meta."""
+    """Return the model on meta, with weights as files of this precision hold them."""
     family, quant = family_of(spec.family), QUANTS[precision]
     parts = {}
     for name, part in parts_of(spec).items():

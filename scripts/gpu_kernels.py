@@ -1,12 +1,11 @@
-"""Check and time what makes a GPU fast, piece by piece: fused kernels, attention, a block, a recorded forward.
+"""Test and time the GPU optimisations one by one: fused kernels, attention, a block, a recorded forward.
 
     python scripts/gpu_kernels.py --date 2026-11-21     # about four minutes; writes benchmarks/records/kernels-gpu.json
     python scripts/gpu_kernels.py --rehearse            # the same at tiny size on the CPU; writes no record
 
-First the kernels' own tests run, compiled for this GPU. Then each piece is timed in every way there is of computing it:
-plain, by torch's operations one by one; fused, by our kernels; compiled, by torch.compile; and so on. Sizes are those
-of Z-Image-Turbo. How far what a way computes is from what the plain one does, relative to its norm, stands beside its
-time.
+First the tests of the kernels run, compiled for this GPU. Then each operation is timed with every available method:
+plain (torch's operations one by one), fused (our kernels), compiled (torch.compile), and so on. Sizes are those of
+Z-Image-Turbo. Next to its time, each method shows its relative difference in norm from the plain method.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ DTYPE = torch.float32 if REHEARSE else torch.bfloat16
 TOKENS = [8] if REHEARSE else [4096 + 128, 1024 + 128]  # pictures of 1024 and 512 pixels, a prompt of 128 tokens
 EPS = 1e-5
 FLUSH = 128 * 2**20
-"""Bytes written between runs, so that none finds its input in a cache."""
+"""Bytes written between runs to flush the GPU's caches."""
 
 Ways = dict[str, Callable[[], Any]]
 
@@ -71,16 +70,16 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--date", required=not REHEARSE, help="the day, for the record")
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU, writing nothing")
+    parser.add_argument("--date", required=not REHEARSE, help="date of the record")
+    parser.add_argument("--rehearse", action="store_true", help="tiny size, on the CPU, without a record")
     parser.add_argument("--repeats", type=int, default=1 if REHEARSE else 30)
     return parser.parse_args()
 
 
 def check_kernels() -> None:
-    """The kernels' tests, and those of the attention backends; stops here if one fails."""
+    """Run the tests of the kernels and of the attention backends. Raises CalledProcessError if one fails."""
     files = [str(ROOT / "tests" / name) for name in ("fused_cases.py", "test_attention_backends.py")]
-    chosen = ["-k", "activation"] if REHEARSE else []  # all of them are run by the suite
+    chosen = ["-k", "activation"] if REHEARSE else []  # the test suite runs all of them
     command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", *files, *chosen]
     subprocess.run(command, check=True, cwd=ROOT)
 
@@ -99,7 +98,10 @@ def there() -> Sequence[str]:
 
 
 def time_ways(case: str, ways: Ways, repeats: int) -> list[dict[str, Any]]:
-    """A row for each way; the first is what the others are compared with. A way that fails says so and is left out."""
+    """Time each method and return one row for each. The first method is the reference for the others.
+
+    A method that raises an exception is printed and left out.
+    """
     rows: list[dict[str, Any]] = []
     exact = None
     for way, run in ways.items():
@@ -122,7 +124,7 @@ def time_ways(case: str, ways: Ways, repeats: int) -> list[dict[str, Any]]:
 
 
 def once(run: Callable[[], Any]) -> float:
-    """Seconds of one run, on a GPU between events with the caches cold."""
+    """Return the seconds of one run. On a GPU the caches are flushed first and CUDA events measure the time."""
     if DEVICE.type == "cpu":
         began = time.perf_counter()
         run()
@@ -140,7 +142,7 @@ flush = torch.empty(1 if REHEARSE else FLUSH, dtype=torch.uint8, device=DEVICE)
 
 
 def as_tensor(out: Any) -> Tensor:
-    """What a way computed, as numbers: rows of 8 bits are multiplied out."""
+    """Return a method's result as one tensor. Rows in 8 bits are dequantised."""
     if isinstance(out, quant.Rounded):
         return out.numbers.float() * out.scale
     return torch.cat([o.flatten() for o in out]) if isinstance(out, list | tuple) else out
@@ -160,7 +162,7 @@ def kernels(on: bool) -> Iterator[None]:
 
 
 def ways_of(compute: Callable[[], Any]) -> Ways:
-    """Plain, fused and compiled. A compiler is given the plain operations."""
+    """Return the methods plain, fused and compiled. The compiled method compiles the plain operations."""
     compiled = torch.compile(lambda: compute(), backend="eager" if REHEARSE else "inductor", dynamic=False)
 
     def switched(on: bool) -> Callable[[], Any]:
@@ -223,7 +225,7 @@ def plainly(compute: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def attention_cases() -> Iterator[tuple[str, Ways]]:
-    """One picture, and eight of several sizes in one batch."""
+    """Time attention for one picture, and for eight pictures of different sizes in one batch."""
     small, large = (8, 4) if REHEARSE else (4224, 1152)
     heads, width = CONFIG.n_heads, CONFIG.dim // CONFIG.n_heads
     for name, lengths in (("one sequence", [small]), ("eight of three lengths", [small, large, large // 2, large] * 2)):
@@ -239,7 +241,7 @@ def attention_cases() -> Iterator[tuple[str, Ways]]:
 
 
 def block_cases(tokens: int) -> Iterator[tuple[str, Ways]]:
-    """One block of Z-Image, as each of its 30 layers."""
+    """Time one block of Z-Image, which has 30 such layers."""
     x, table = normal(tokens, CONFIG.dim), table_of(tokens)
     plain, compiled = random(Block(CONFIG)), random(Block(CONFIG))
     weights = plain.norm_weights(normal(1, min(CONFIG.dim, 256)))
@@ -260,7 +262,7 @@ def compile_block(block: Block) -> None:
 
 
 def forward_cases() -> Iterator[tuple[str, Ways]]:
-    """A whole transformer of eight layers at the sizes where a GPU may wait for Python."""
+    """Time a transformer of eight layers at small sizes, where a GPU may wait for Python."""
     model = random(ZImageTransformer(replace(CONFIG, n_layers=min(8, CONFIG.n_layers))))
     for cells in [4] if REHEARSE else [32, 64, 128]:
         scales = model.scales([0.5])
@@ -281,7 +283,7 @@ def forward_cases() -> Iterator[tuple[str, Ways]]:
 
 
 def rerun(compute: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-    """In a graph's place, where there is none."""
+    """Replace `record` on the CPU, which has no CUDA graphs: `replay` computes again."""
     outputs = compute()
 
     def replay() -> None:
@@ -307,7 +309,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def random(model: nn.Module) -> Any:
-    """With weights of a size that keeps numbers in range."""
+    """Set random weights whose scale keeps the numbers in range."""
     model = model.to(DEVICE, DTYPE).eval().requires_grad_(False)
     generator = torch.Generator(DEVICE).manual_seed(0)
     for name, weight in model.named_parameters():
@@ -319,7 +321,7 @@ def random(model: nn.Module) -> Any:
 
 
 def packed(module: nn.Module) -> Any:
-    """The module with its matrices in 8-bit floats, to be multiplied as such."""
+    """Return the module with its matrices in fp8, for fp8 matrix products."""
     if isinstance(module, nn.Linear):
         holder = nn.Sequential(module)
         return packed(holder)[0]

@@ -1,8 +1,9 @@
-"""Make a deeper model of a trained one: `python scripts/grow_pocket.py FROM TO --layers 16 [--tokenizer pocket]`.
+"""Make a trained model deeper: `python scripts/grow_pocket.py FROM TO --layers 16 [--tokenizer pocket]`.
 
-New layers stand between the old ones. A new layer is a copy of the layer before it whose two output norms are zero, so
-the grown model draws exactly what the old one drew, and training opens the new layers. With `--tokenizer pocket` the
-model takes the tokenizer of this code: rows of the embedding follow their tokens, and new tokens get new rows.
+New layers are inserted between the old ones. A new layer is a copy of the layer before it, but its two output norms are
+zero. So the new model draws exactly the same pictures as the old one, and training changes the new layers from there.
+`--tokenizer pocket` replaces the tokenizer by that of this code: the embedding's rows follow their tokens, and new
+tokens get new rows.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ EMBEDDING = "embed_tokens.weight"
 
 
 def deepen(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The weights of a transformer with so many layers; the old ones stand evenly among them."""
+    """Return the weights of a transformer with `layers` layers. The old layers are spread evenly among them."""
     old = 1 + max(int(found[1]) for key in state if (found := re.match(r"layers\.(\d+)\.", key)))
     if layers < old:
-        raise SystemExit(f"--layers {layers}: the model has {old} layers already")
+        raise SystemExit(f"--layers {layers}: the model already has {old} layers, give a larger number")
     grown = {key: tensor for key, tensor in state.items() if not key.startswith("layers.")}
     before = -1
     for place in range(layers):
@@ -42,7 +43,7 @@ def deepen(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
 
 
 def move_embedding(rows: Tensor, old: dict[str, int], new: dict[str, int]) -> Tensor:
-    """Rows (V, D) of the old tokenizer's tokens in the new one's order; rows of new tokens are drawn at random."""
+    """Reorder embedding rows (V, D) from the old tokenizer's tokens to the new one's. New tokens get random rows."""
     torch.manual_seed(0)
     moved = torch.randn(-(-len(new) // 64) * 64, rows.shape[1]) * rows.float().std()
     for token, number in new.items():
@@ -52,13 +53,13 @@ def move_embedding(rows: Tensor, old: dict[str, int], new: dict[str, int]) -> Te
 
 
 def tokens(folder: Path) -> dict[str, int]:
-    """Token -> number of a tokenizer.json."""
+    """Read token -> id from a folder's tokenizer.json."""
     table = json.loads((folder / "tokenizer.json").read_text("utf-8"))
     return table["model"]["vocab"] | {token["content"]: token["id"] for token in table["added_tokens"]}
 
 
 def change(folder: Path, name: str, **sizes: int) -> None:
-    """Write sizes into a part's config.json."""
+    """Set sizes in the config.json of a part."""
     path = folder / name / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text("utf-8")) | sizes, indent=2) + "\n", "utf-8")
 
@@ -67,11 +68,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--layers", type=int, help="of the transformer; as many as it has if left out")
-    parser.add_argument("--tokenizer", choices=("pocket",), help="take the tokenizer of this code")
+    parser.add_argument("--layers", type=int, help="new number of transformer layers; default: no change")
+    parser.add_argument("--tokenizer", choices=("pocket",), help="use the tokenizer of this code")
     given = parser.parse_args()
     if given.target.exists():
-        raise SystemExit(f"{given.target} is there already: name another folder")
+        raise SystemExit(f"{given.target} already exists: give another folder")
     shutil.copytree(given.source, given.target)
     if given.layers:
         (file,) = (given.target / "transformer").glob("*.safetensors")

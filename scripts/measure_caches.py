@@ -1,9 +1,9 @@
-"""What step caches and guidance intervals save on Pocket, and how far the pictures drift from those drawn in full.
+"""Measure the speed-up of step caches and guidance intervals with Pocket, and the change of the pictures.
 
     python scripts/measure_caches.py --date 2026-11-21 [--prompts 40] [--steps 32] [--record cache-cpu]
 
-Every prompt is drawn in every setting in turn, in one process and on one thread; a setting's ratio is the median over
-the prompts of its CPU seconds over those of the picture drawn in full in the same turn.
+One process draws every prompt with every setting in turn, on one thread. The speed-up of a setting is the median over
+the prompts of the full drawing's CPU seconds divided by the setting's CPU seconds, measured in the same turn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Found:
-    """Of one setting, over the prompts."""
+    """Measurements of one setting, one entry for each prompt."""
 
     ratios: list[float] = field(default_factory=list)
     blocks: list[float] = field(default_factory=list)
@@ -56,7 +56,7 @@ class Found:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--date", required=True, help="the day, for the record")
+    parser.add_argument("--date", required=True, help="date of the record")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
@@ -83,10 +83,10 @@ def main() -> None:
 def draw_in_turn(
     model: inkstream.Model, number: int, case: Case, steps: int, calls: list[int], found: dict[str, Found]
 ) -> None:
-    """One prompt in every setting; what is found goes to each."""
+    """Draw one prompt with every setting and append the measurements to `found`."""
     first = Request(prompt=case.prompt, seed=1000 * number, steps=steps)
     cond = model.encode(first)
-    model.sample(first.model_copy(update={"steps": 2}), cond)  # warm
+    model.sample(first.model_copy(update={"steps": 2}), cond)  # warm-up
     drawn, seconds, work = {}, {}, {}
     for name, fields in SETTINGS.items():
         request = first.model_copy(update=fields)

@@ -1,9 +1,9 @@
-"""Where the seconds of `inkstream generate` with Pocket go, the whole process, from its start to its end.
+"""Measure the stages of `inkstream generate` with Pocket, from the start of the process to its end.
 
     python scripts/measure_start.py --date 2026-11-21 [--repeats 5] [--record start-cpu]
 
-One process runs the command as users do; another goes through the same in pieces and times each. Seconds of the
-processor count what a busy machine does not stretch; both are given.
+One process runs the command as users do. Another runs the same stages one by one and times each. Both wall seconds and
+CPU seconds are measured; load on the machine changes CPU seconds less.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMPT = "a red circle"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--date", default="", help="the day, for the record")
+    parser.add_argument("--date", default="", help="date of the record")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
@@ -41,13 +41,13 @@ def main() -> None:
         rows.append({"stage": stage, "seconds": round(wall, 3), "cpu_seconds": round(cpu, 3), "repeats": len(rounds)})
         print(rows[-1])
     if options.record:
-        from inkstream.bench.records import write_record  # not at the top: the pieces begin before torch is imported
+        from inkstream.bench.records import write_record  # not at the top, because it imports torch
 
         print(write_record(options.record, options.date, shlex.join(["python", *sys.argv]), {}, rows))
 
 
 def one_round(threads: int) -> dict[str, tuple[float, float]]:
-    """Stage -> (wall seconds, seconds of the processor)."""
+    """Measure once. Returns stage -> (wall seconds, CPU seconds)."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     pieces = run([sys.executable, __file__, "--in-pieces"], environment)[0]
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +58,7 @@ def one_round(threads: int) -> dict[str, tuple[float, float]]:
 
 
 def run(words: list[str], environment: dict[str, str]) -> tuple[str, float, float]:
-    """What a command prints, its wall seconds and those of the processor."""
+    """Run a command. Returns its stdout, its wall seconds and its CPU seconds."""
     began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(words, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -66,7 +66,7 @@ def run(words: list[str], environment: dict[str, str]) -> tuple[str, float, floa
 
 
 def in_pieces() -> dict[str, tuple[float, float]]:
-    """The same picture, drawn piece by piece."""
+    """Draw the same picture stage by stage and time each stage."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     stages: dict[str, tuple[float, float]] = {}
     last = time.perf_counter(), time.process_time()

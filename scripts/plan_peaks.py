@@ -1,10 +1,10 @@
-"""Measure the memory and time of every plan on a model, beside what was foreseen.
+"""Measure the memory and the time of a model under every plan, and compare the memory with the prediction.
 
     python scripts/plan_peaks.py --date 2026-11-21 --record plans-cpu MODEL [MODEL ...] [--pixels 512] [--steps 2]
 
-MODEL: anything `load` takes, or random:NAME for random weights at a known model's full size. Each plan runs in a
-process of its own: on a GPU its peak is what torch allocated, on the CPU how far the process grew beyond what a drawing
-with Pocket had already made of it.
+MODEL: anything that `load` takes, or random:NAME for random weights with a known model's full size. Each plan runs in a
+separate process. On a GPU the peak is the memory that torch allocated. On the CPU it is the growth of the process after
+a first drawing with Pocket.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--date", default="", help="the day, for the record")
+    parser.add_argument("--date", default="", help="date of the record")
     parser.add_argument("--record", help="name of the record to write")
     parser.add_argument("--pixels", type=int, default=512, help="side of the picture")
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device")
-    parser.add_argument("--dtype", action="append", help="bf16, fp32; more than once for several")
-    parser.add_argument("--plan", action="append", choices=PLANS, help="all of them when left out")
+    parser.add_argument("--dtype", action="append", help="bf16 or fp32; repeat the option for both")
+    parser.add_argument("--plan", action="append", choices=PLANS, help="a plan; default: all plans")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -72,12 +72,12 @@ def run_child(model: str, plan: str, dtype: str | None, options: argparse.Namesp
     words += [f"--{name}={value}" for name, value in (("device", options.device), ("dtype", dtype)) if value]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        return {"error": f"ended with {done.returncode}"}
+        return {"error": f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """One drawing under one plan: seconds, and bytes foreseen and measured."""
+    """Draw once under one plan. Returns seconds, predicted bytes and measured bytes."""
     (model,), (plan,), dtype = options.models, options.plan, (options.dtype or [None])[0]
     pixels = {"width": options.pixels, "height": options.pixels, "steps": options.steps}
     draw(Engine(options.device), Request(prompt="a red circle", width=64, height=64, steps=1, seed=1))
@@ -99,7 +99,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def draw(engine: Engine, request: Request) -> dict[str, float]:
-    """Seconds until the model is loaded, of the median evaluation, and of all."""
+    """Draw and return the seconds of loading, of the median evaluation, and in total."""
     began = time.perf_counter()
     for _ in engine.load(request.model, request):
         pass
@@ -117,7 +117,7 @@ def draw(engine: Engine, request: Request) -> dict[str, float]:
 
 
 def reset_peak(on_gpu: bool) -> int:
-    """Forget the peak there was, and return the bytes taken now."""
+    """Reset the peak and return the bytes in use before the drawing: 0 on a GPU."""
     if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -127,7 +127,7 @@ def reset_peak(on_gpu: bool) -> int:
 
 
 def peak(on_gpu: bool) -> int:
-    """The most bytes taken since the last reset: by torch on a GPU, else by the process."""
+    """Return the peak memory in bytes since the last reset: torch's on a GPU, otherwise the process's."""
     if on_gpu:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()

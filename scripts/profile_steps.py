@@ -1,10 +1,10 @@
-"""What the steps of a picture spend their time on, by torch's profiler, for cases of `inkstream bench`.
+"""Profile the steps of a picture with torch's profiler, for cases of `inkstream bench`.
 
     python scripts/profile_steps.py tiny medium real-width --date 2026-11-21 [--repeats 3] [--record profile-cpu]
 
-Models have random weights. Every operation counts for itself, without those it calls; what is left of the time is
-Python, torch and the profiler between operations, or on a GPU the time in which it waits. Seconds are those of runs
-without the profiler.
+Models have random weights. The time of an operation excludes the operations that it calls. The rest of the time,
+between operations, is Python, torch and the profiler on a CPU, and idle time on a GPU. The seconds are measured without
+the profiler.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ATTENTION = ("attention", "flash", "fmha")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="+", choices=CASES, metavar="CASE")
-    parser.add_argument("--date", default="", help="the day, for the record")
+    parser.add_argument("--date", default="", help="date of the record")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
@@ -50,7 +50,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure(case: Case, repeats: int) -> Mapping[str, float]:
-    """Seconds of the steps, and the share of each kind of work."""
+    """Return the seconds of the steps and the share of each kind of work."""
     device = torch.device(case.device)
     model = random_model(case.spec, device, DTYPES[case.dtype])
     wish = {name: getattr(case, name) for name in ("width", "height", "guidance", "count", "steps")}
@@ -65,7 +65,7 @@ def measure(case: Case, repeats: int) -> Mapping[str, float]:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    for _ in range(2):  # what is met again may be recorded
+    for _ in range(2):  # warm-up; a GPU records the forward as a CUDA graph
         draw()
     seconds = median(draw() for _ in range(repeats))
     on_gpu = device.type == "cuda"
@@ -80,7 +80,7 @@ def measure(case: Case, repeats: int) -> Mapping[str, float]:
 
 
 def kind_of(operation: str) -> str:
-    """Products of matrices, attention, or a pass over memory. operation: a name as the profiler has it."""
+    """Classify an operation by the profiler's name for it: `products` of matrices, `attention`, or memory `passes`."""
     name = operation.lower()
     if any(word in name for word in ATTENTION):
         return "attention"

@@ -1,10 +1,10 @@
-"""What each way of packing weights costs: Pocket's pictures judged and beside those of its full weights, and how far a
-matrix product is off at the widths of Z-Image.
+"""Measure the quality loss of each packed format: Pocket's pictures, graded and compared with those of the full
+weights, and the error of matrix products with Z-Image's widths.
 
     python scripts/quant_quality.py --date 2026-11-21 [--kind q4_k ...] [--prompts 60] [--record quant-pocket-cpu]
 
-A row of each kind: the graders' shares, the PSNR of its pictures, the error of one evaluation, what is packed. Pictures
-stay in --folder and are not drawn again.
+A row for each format has the grades, the PSNR of the pictures, the error of one evaluation, and the share of packed
+numbers. Pictures stay in --folder and are not drawn again.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ from inkstream.quant.pack import pack
 from inkstream.quant.packed import Packed
 from inkstream.weights.files import read_state
 
-FULL = "fp32"  # Pocket as it ships
+FULL = "fp32"  # Pocket's own weights
 MEASURES = {"all_right": "all right", "objects": "objects", "object_and_colour": "object and colour",
             "relation": "relation", "count": "count"}  # fmt: skip
-"""Columns of a row -> the shares they are."""
+"""Column of a row -> measure of the graders."""
 FIRST = 8
-"""Jobs whose first evaluation is compared."""
+"""Number of jobs whose first evaluation is compared."""
 WIDTHS = ((3840, 3840), (10_240, 3840))
-"""Rows and columns of the matrices."""
+"""Rows and columns of the random matrices."""
 TOKENS = 256
 
 
@@ -74,10 +74,10 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--date", required=True, help="the day, for the record")
-    parser.add_argument("--kind", action="append", choices=QUANTS, help="which kinds; all of them when left out")
-    parser.add_argument("--prompts", type=int, default=60, help="of the suite, evenly spread, a picture of each")
-    parser.add_argument("--folder", type=Path, default=Path("evaluation/quant"), help="for models and pictures")
+    parser.add_argument("--date", required=True, help="date of the record")
+    parser.add_argument("--kind", action="append", choices=QUANTS, help="a format; default: all formats")
+    parser.add_argument("--prompts", type=int, default=60, help="number of prompts, evenly spread over the suite")
+    parser.add_argument("--folder", type=Path, default=Path("evaluation/quant"), help="folder for models and pictures")
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
     return parser.parse_args()
 
@@ -89,7 +89,7 @@ def picture_row(
     kind: str, name: str | Path, model: Model, reference: Model, cases: Mapping[int, Case], jobs: Sequence[Job],
     folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Draw and judge all jobs; PSNR in dB beside the pictures of the full weights, which are drawn first."""
+    """Draw and grade all jobs. PSNR in dB is relative to the pictures of the full weights, which are drawn first."""
     for _ in draw(model, jobs, folder / kind):
         pass
     judged = [judge(job.path(folder / kind), job.case, job.seed, cases[job.case]) for job in jobs]
@@ -99,19 +99,21 @@ def picture_row(
     if kind == FULL:
         return row
     apart = [psnr(open_picture(job.path(folder / FULL)), open_picture(job.path(folder / kind))) for job in jobs]
-    ranked = sorted(min(value, 99.0) for value in apart)  # so that it is finite where pictures are the same
+    ranked = sorted(min(value, 99.0) for value in apart)  # equal pictures have an infinite PSNR
     errors = [relative(first_answer(model, job), first_answer(reference, job)) for job in jobs[:FIRST]]
     return row | {
         "psnr_median": round(median(ranked), 2),
-        "psnr_tenth": round(ranked[len(ranked) // 10], 2),  # nine of ten pictures are nearer
+        "psnr_tenth": round(ranked[len(ranked) // 10], 2),  # nine of ten pictures have a higher PSNR
         "one_evaluation": float(f"{sum(errors) / len(errors):.3g}"),
     }
 
 
 @torch.inference_mode()
 def first_answer(model: Model, job: Job) -> Tensor:
-    """The velocity at the first point of a job's path, of its prompt alone: what both the encoder and the transformer
-    were rounded to shows in it."""
+    """Return the velocity at a job's first point, for the prompt without guidance.
+
+    It contains the rounding errors of both the text encoder and the transformer.
+    """
     run = model.start(job.request, model.encode(job.request), None)
     assert run.query is not None
     (velocity,) = model.family.answer(run.samples()[:1])
@@ -124,8 +126,11 @@ def relative(x: Tensor, true: Tensor) -> float:
 
 
 def packed_shares(place: Path, quant: Quant) -> dict[str, float]:
-    """Of the numbers of transformer and text encoder, the share in the format asked for, in the next wider one, and in
-    full; bits a number over all of them; MB of their files."""
+    """Describe the packed files of the transformer and the text encoder.
+
+    Returns the share of numbers in the requested format, their share in the next wider formats, the mean bits per
+    number, and the files' size in MB.
+    """
     every = [path for path in place.rglob("*") if path.suffix in (".safetensors", ".gguf")]
     files = [path for path in every if path.parent.name != "vae"]
     numbers: Counter[str] = Counter()
@@ -151,7 +156,7 @@ def packed_shares(place: Path, quant: Quant) -> dict[str, float]:
 
 @torch.inference_mode()
 def product_error(quant: Quant, shape: tuple[int, int]) -> float:
-    """The relative error of a product of normal numbers with a normal matrix, packed so."""
+    """Return the relative error of a product of normal random numbers with a normal random matrix in this format."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(shape, generator=generator)
     x = torch.randn(TOKENS, shape[1], generator=generator)

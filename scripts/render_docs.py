@@ -1,5 +1,7 @@
-"""Render docs/cli.md from the command line itself, the keys in docs/training.md from the recipe, the table in
-docs/models.md from the known models, and those of what was measured, on every page, from the records.
+"""Render the generated parts of the docs.
+
+docs/cli.md comes from the command line, the keys in docs/training.md from the recipe, the table in docs/models.md from
+the known models, and the tables of measurements on all pages from the records.
 
     python scripts/render_docs.py
 """
@@ -25,21 +27,21 @@ KEYS = "## Keys\n\n"
 KNOWN = "## Known models\n\n"
 HEAD = """# The command line
 
-Rendered from the code by `scripts/render_docs.py`; a test keeps it true.
+`scripts/render_docs.py` renders this page from the code. A test checks that it is up to date.
 
-Results go to stdout, talk to stderr. The exit code is 0 when all is done, 2 where what was asked cannot be done (one
-line says why, and what to do instead), 1 for an error of ours, 130 when interrupted: pictures that were finished stay.
-Every command takes `--help`, and `--debug` for the traceback of an error.
+Results go to stdout, messages to stderr. The exit code is 0 for success, 2 if the request cannot be done (one line
+gives the reason and the remedy), 1 for an internal error, and 130 after an interrupt (finished pictures are kept).
+Every command has `--help`, and `--debug`, which shows the traceback of an error.
 """
 
 
 def render() -> str:
-    """The whole page."""
+    """Return the page docs/cli.md."""
     return "\n".join([HEAD, *(line for name in commands() for line in section(name))])
 
 
 def commands(parent: App = app, before: str = "") -> list[str]:
-    """Names of the commands that do something, without flags such as --help, in the order they were written."""
+    """Return the names of all commands that can be run, without flags such as --help, in the order of the code."""
     found = []
     for name in parent:
         if not name.startswith("-"):
@@ -49,12 +51,12 @@ def commands(parent: App = app, before: str = "") -> list[str]:
 
 
 def find(command: str) -> App:
-    """The command of a name such as `generate` or `serve keys add`."""
+    """Return the command of a name such as `generate` or `serve keys add`."""
     return reduce(lambda parent, name: parent[name], command.split(), app)
 
 
 def arguments(command: str) -> list[Argument]:
-    """What a command takes, in the order of its help."""
+    """Return the arguments of a command, in the order of its help."""
     every = find(command).assemble_argument_collection(default_parameter=app.default_parameter, parse_docstring=True)
     return [argument for argument in every if argument.parse and argument.show]
 
@@ -81,7 +83,7 @@ def row(argument: Argument) -> tuple[str, str, str, str]:
 
 
 def takes(hint: Any) -> str:
-    """What kind of value an option takes, in words."""
+    """Return the type of an option's value in words."""
     if get_origin(hint) is Literal:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     if hint is not None and get_args(hint):
@@ -90,7 +92,7 @@ def takes(hint: Any) -> str:
 
 
 def models() -> str:
-    """A row for each known model."""
+    """Return a table with a row for each known model."""
     heads = ["Model", "Licence", "Commercial use", *(name.replace("_", " ") for name in TELLING)]
     rows = [
         [
@@ -105,7 +107,7 @@ def models() -> str:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown."""
+    """Return a Markdown table."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, ["---"] * len(heads), *rows))
 
 

@@ -1,12 +1,12 @@
-"""An ordeal for the server: clients ask for pictures while its engine and it itself are killed, again and again.
+"""Fault test of the server: clients request pictures while the engine and the server are killed again and again.
 
     python scripts/serve_faults.py --date 2026-11-21 [--kills 1000] [--each 20] [--clients 8] [--seed 0]
         [--record serve-faults-cpu]
 
-The kills come in rounds of `--each`, every round in a new folder. A round ends with a look at everything: each accepted
-job has ended exactly once, each picture opens and is what its record says, and nothing else lies in the folder. Then
-the record is written. The same command goes on behind the rounds that are in the record, so it may be interrupted.
-Linux: it finds the engine as the server's child in /proc.
+A round has `--each` kills and uses a new folder. At its end everything is checked: each accepted job has ended exactly
+once, each picture can be opened and matches its record, and the folder holds no other files. Then the record is
+written. The same command continues after the rounds that are in the record, so it can be interrupted. The script needs
+Linux, because it finds the engine as the server's child process in /proc.
 """
 
 from __future__ import annotations
@@ -40,28 +40,28 @@ from PIL import Image
 
 REQUEST = {"prompt": "a red circle", "model": "pocket", "width": 64, "height": 64, "steps": 4, "count": 2}
 AHEAD = 2
-"""Jobs that a client has waiting, as long as there are kills to come."""
+"""Jobs that a client keeps waiting while kills are still to come."""
 ANY = 0.7
-"""Share of the kills that come at any moment; the rest come in the middle of the drawing, which is waited for."""
+"""Share of the kills at a random moment. For the rest, the test waits until a job is being drawn."""
 SERVERS = 0.3
-"""Share of the kills that hit the server; the rest hit its engine."""
+"""Share of the kills that hit the server. The rest hit the engine."""
 DRAWN = "SELECT count(*) FROM pictures"
 RUNNING = "SELECT count(*) FROM jobs WHERE state = 'running'"
 DYING = "SELECT count(*) FROM jobs WHERE state IN ('queued', 'running') AND deaths > 3"
-"""Jobs that are about to be given up, as they should be, for the engines that died over them."""
+"""Jobs that the server will soon fail, as it should, because too many engines died while drawing them."""
 START = 3.0
-"""Seconds that an engine takes to start, about."""
+"""Approximate start time of an engine in seconds."""
 PATIENCE = 900.0
-"""Seconds after which an ordeal has failed."""
+"""Time limit in seconds for each wait."""
 
 
 class Down(Exception):
-    """The server did not answer, or not to the end."""
+    """The server did not answer, or its answer was incomplete."""
 
 
 @dataclass
 class Server:
-    """A server in a process of its own, in its folder, drawing with Pocket."""
+    """A server in a separate process. Its data are in `folder`; it draws with Pocket."""
 
     folder: Path
     options: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Start it, on the port it always has."""
+        """Start the server. Each start uses the same port."""
         if not self.port:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
@@ -79,19 +79,19 @@ class Server:
             self.process = subprocess.Popen([sys.executable, "-m", "inkstream", *words], stdout=log, stderr=log)
 
     def stop(self) -> None:
-        """End it as Ctrl-C does."""
+        """Stop the server cleanly with SIGTERM, and wait for its end."""
         assert self.process is not None
         self.process.terminate()
         self.process.wait(30)
 
     def kill(self) -> None:
-        """End it as a power cut would."""
+        """Kill the server with SIGKILL, as in a power cut."""
         assert self.process is not None
         self.process.kill()
         self.process.wait()
 
     def engines(self) -> list[int]:
-        """The processes that draw for it: one, or for a moment none."""
+        """Return the ids of the server's engine processes: one, or none during a restart."""
         assert self.process is not None
         pid = self.process.pid
         try:
@@ -101,7 +101,7 @@ class Server:
             return []
 
     def kill_engine(self) -> bool:
-        """End the engine in the same way; whether there was one."""
+        """Kill the engine with SIGKILL. Returns whether there was an engine."""
         engines = self.engines()
         for engine in engines:
             with suppress(ProcessLookupError):
@@ -109,7 +109,7 @@ class Server:
         return bool(engines)
 
     def ask(self, method: str, path: str, body: Any = None, token: str = "") -> Any:
-        """The answer's JSON, or its bytes. Down where there is none."""
+        """Send a request. Returns the answer's JSON, or its bytes. Raises Down if there is no answer."""
         headers = {"Content-Type": "application/json"} | ({"Idempotency-Key": token} if token else {})
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}", data, headers, method=method)
@@ -124,20 +124,20 @@ class Server:
 
 
 class Ordeal:
-    """A server, what its clients know of it, and what becomes of both."""
+    """One round of the fault test: the server, its clients and the problems found."""
 
     def __init__(self, folder: Path, seed: int | str):
         self.server = Server(folder)
         self.seed = seed
-        self.accepted: dict[str, str] = {}  # idempotency key -> job
-        self.ended: dict[str, dict[str, Any]] = {}  # job -> as it was first seen ended
+        self.accepted: dict[str, str] = {}  # idempotency key -> job id
+        self.ended: dict[str, dict[str, Any]] = {}  # job id -> the job when a client first saw its end
         self.problems: list[str] = []
         self.over = threading.Event()  # no more kills will come
 
     def client(self, number: int) -> None:
-        """Ask for pictures as long as there are kills to come, as often as it takes, and wait until all have ended."""
+        """Send jobs, with retries, until the last kill, then wait until all of them have ended."""
         dice = random.Random(f"{self.seed}-{number}")
-        mine: list[str] = []  # jobs that have not been seen ended
+        mine: list[str] = []  # jobs whose end this client has not seen yet
         for job in itertools.count():
             while len(mine) >= AHEAD or (self.over.is_set() and mine):
                 with suppress(Down):
@@ -159,7 +159,7 @@ class Ordeal:
             time.sleep(dice.uniform(0, 0.5))
 
     def run(self, clients: int, engine_kills: int, server_kills: int) -> dict[str, Any]:
-        """The whole ordeal. What is returned sums it up; `problems` is empty if it was passed."""
+        """Run the round. Returns its sums; `problems` is empty if all checks passed."""
         began = time.monotonic()
         self.server.folder.mkdir(parents=True)
         self.server.start()
@@ -171,9 +171,9 @@ class Ordeal:
         dice.shuffle(kills)
         at_work = 0
         for kill in kills:
-            if dice.random() < ANY:  # at any moment, of a start too
+            if dice.random() < ANY:  # at a random moment, which may be during a start
                 time.sleep(dice.uniform(0, START))
-            else:  # in the middle of the drawing
+            else:  # while a picture is being drawn
                 before = self._count(DRAWN)
                 self._wait_for(lambda before=before: self._count(DRAWN) > before)
                 time.sleep(dice.uniform(0, 0.4))
@@ -188,7 +188,7 @@ class Ordeal:
         for thread in threads:
             thread.join(PATIENCE)
             if thread.is_alive():
-                self.problems.append("a client still waits")
+                self.problems.append("a client still waits for its jobs")
         self.examine()
         self.server.stop()
         return {
@@ -203,18 +203,18 @@ class Ordeal:
         }
 
     def examine(self) -> None:
-        """Everything that was promised, against what is there."""
+        """Compare all promises of the server with its answers and its files. Problems go to `problems`."""
         expect = self.problems.append
         jobs = len(self.accepted)
         if len(set(self.accepted.values())) != jobs:
-            expect(f"{jobs} jobs were asked for, {len(set(self.accepted.values()))} are there")
+            expect(f"{jobs} jobs were accepted, {len(set(self.accepted.values()))} exist")
         files = set()
         for token, identity in self.accepted.items():
             job = self.server.ask("GET", f"/v1/jobs/{identity}")
             if self.ended.get(identity) != job:
-                expect(f"{identity} has changed after its end")
+                expect(f"job {identity} changed after its end")
             if job["state"] != "succeeded":
-                expect(f"{identity} has {job['state']}: {job['error']}")
+                expect(f"job {identity} is {job['state']}: {job['error']}")
             if [picture["index"] for picture in job["pictures"]] != list(range(REQUEST["count"])):  # type: ignore[call-overload]
                 expect(f"{identity} has pictures {[picture['index'] for picture in job['pictures']]}")
             first = job["request"]["seed"]
@@ -230,10 +230,10 @@ class Ordeal:
                 told = (picture["sha256"], picture["bytes"], (picture["width"], picture["height"]), picture["seed"])
                 found = (hashlib.sha256(data).hexdigest(), len(data), image.size, record["seed"])
                 if told != found or picture["seed"] != first + picture["index"]:
-                    expect(f"{picture['id']} is not what its record says: {told} {found}")
+                    expect(f"picture {picture['id']} does not match its record: {told} {found}")
         there = {file.stem for file in self.server.folder.glob("pictures/*/*")}
         if there != files:
-            expect(f"{len(there ^ files)} files do not belong to a picture, or are missing")
+            expect(f"{len(there ^ files)} files belong to no picture or are missing")
         if rest := list((self.server.folder / "parts").iterdir()):
             expect(f"{len(rest)} half-written files are left")
         with sqlite3.connect(self.server.folder / "inkstream.db") as db:
@@ -241,7 +241,7 @@ class Ordeal:
             damage = db.execute("PRAGMA integrity_check").fetchone()[0]
         db.close()
         if states != {"succeeded": jobs}:
-            expect(f"the history has {states}")
+            expect(f"the history has the states {states}")
         if damage != "ok":
             expect(f"the database is damaged: {damage}")
 
@@ -257,7 +257,7 @@ class Ordeal:
             time.sleep(0.02)
 
     def _count(self, sql: str) -> int:
-        """What a query counts, read behind the server's back, who may be dead."""
+        """Return the count of a query. It reads the database directly, because the server may be down."""
         try:
             with closing(sqlite3.connect(f"file:{self.server.folder}/inkstream.db?mode=ro", uri=True)) as db:
                 return db.execute(sql).fetchone()[0]
@@ -266,7 +266,10 @@ class Ordeal:
 
 
 def endure(kills: int, each: int, clients: int, seed: int, done: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Rounds until there were so many kills: after each, the sums of all of them. done: those of earlier ones."""
+    """Run rounds until there were `kills` kills. Yields the sums of all rounds after each one.
+
+    done: the sums of earlier rounds, from the record.
+    """
     while (before := done.get("engine_kills", 0) + done.get("server_kills", 0)) < kills:
         number = done.get("rounds", 0)
         each = min(each, kills - before)
@@ -281,13 +284,13 @@ def endure(kills: int, each: int, clients: int, seed: int, done: dict[str, Any])
 
 
 if __name__ == "__main__":
-    from inkstream.bench.records import read_record, write_record  # not at the top: it imports torch
+    from inkstream.bench.records import read_record, write_record  # not at the top, because it imports torch
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, number in {"kills": 1000, "each": 20, "clients": 8, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=number)
-    parser.add_argument("--date", default="", help="the day, for the record")
-    parser.add_argument("--record", help="write benchmarks/records/NAME.json, and go on behind what it has")
+    parser.add_argument("--date", default="", help="date of the record")
+    parser.add_argument("--record", help="write benchmarks/records/NAME.json, and continue after its rounds")
     asked = parser.parse_args()
     command, row = shlex.join(["python", *sys.argv]), dict[str, Any]()
     if asked.record:

@@ -42,12 +42,12 @@ NEEDED = ("fastapi", "uvicorn", "python-multipart", "prometheus-client", "websoc
 """Packages of pyproject.toml that the server imports; its engine, which it does not need here, wants more."""
 SHOWN = ("fastapi", "starlette", "uvicorn", "h11", "websockets", "python-multipart", "pydantic")
 RESOLUTIONS = {"oldest": "lowest", "oldest named": "lowest-direct", "newest": "highest"}
-"""Environments -> what uv calls them."""
+"""Environment -> its name in uv's option `--resolution`."""
 IDLE = "import sys; sys.stdin.read()"
-"""The engine: a process that waits."""
+"""Replaces the engine by a process that only waits."""
 GOOD = "localhost"
 WAYS = {"socket": "", "scope": "", "scope below /studio": "/studio"}
-"""Ways of asking, with the path that the application stands under."""
+"""Way to send a request -> root path of the application."""
 Route = tuple[str, str]
 """Method, WS where it is a socket that is opened, and path."""
 OPENS = (("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Version", "13"),
@@ -57,25 +57,25 @@ OPENS = (("Connection", "Upgrade"), ("Upgrade", "websocket"), ("Sec-WebSocket-Ve
 
 @dataclass(frozen=True)
 class Case:
-    """One way to ask without a key."""
+    """One kind of request without a key."""
 
     headers: tuple[tuple[str, str], ...] = (("Host", GOOD),)
-    before: str = ""  # of the path, in the request's target
-    after: str = ""
-    refused: bool = False  # at open paths too
+    before: str = ""  # text before the path in the request's target
+    after: str = ""  # text after the path
+    refused: bool = False  # the server must refuse the request, at open paths too
 
     def target(self, route: Route) -> str:
-        """What is asked for."""
+        """Return the request's target."""
         return self.before + route[1] + self.after
 
 
 def host(*names: str) -> Case:
-    """Host headers that are to be refused."""
+    """Return a case with Host headers that the server must refuse."""
     return Case(tuple(("Host", name) for name in names), refused=True)
 
 
 def beside(name: str, value: str) -> Case:
-    """A header beside a good Host."""
+    """Return a case with a good Host and one more header."""
     return Case((("Host", GOOD), (name, value)))
 
 
@@ -124,7 +124,7 @@ CASES: dict[str, Case] = {
 
 
 def routes(app: Any) -> list[Route]:
-    """Every route of the application, those that are in no document too; parameters are `x`. And paths of none."""
+    """Return all routes of the application, also undocumented ones, with `x` for parameters, and some unknown paths."""
     from inkstream.serve.app import ROUTERS
 
     every = [*app.routes, *(route for router in ROUTERS for route in router.routes)]
@@ -139,7 +139,7 @@ def routes(app: Any) -> list[Route]:
 
 
 def is_open(path: str) -> bool:
-    """Whether a path needs no key, as the README of the server has it, not as its code does."""
+    """Return whether a path needs no key. This follows the server's documentation and is independent of its code."""
     return path in ("/", "/healthz", "/readyz", "/openapi.json") or path.startswith("/studio/")
 
 
@@ -155,7 +155,7 @@ def guarded(case: Case, route: Route, status: int) -> bool:
 
 
 async def ask(app: Any, route: Route, case: Case, root: str = "") -> int:
-    """The status that the application gives, asked without a server. root: the path it stands under."""
+    """Call the application without a server and return the status. root: the application's root path."""
     target, _, query = case.target(route).partition("?")
     is_socket = route[0] == "WS"
     kind = {"type": "websocket", "scheme": "ws", "subprotocols": []} if is_socket else {
@@ -183,13 +183,13 @@ async def ask(app: Any, route: Route, case: Case, root: str = "") -> int:
         elif message["type"] in ("websocket.accept", "websocket.close") and not status.done():
             status.set_result(101 if message["type"] == "websocket.accept" else 403)
 
-    with suppress(Exception):  # a server would tell 500
+    with suppress(Exception):  # a server would answer 500
         await asyncio.wait_for(app(scope, receive, send), 20)
     return status.result() if status.done() else 500
 
 
 def ask_socket(port: int, route: Route, case: Case) -> int:
-    """The status that a server gives, asked with the very bytes."""
+    """Send the raw bytes of a request to a server and return the status."""
     protocol = "HTTP/1.1" if any(name == "Host" for name, _ in case.headers) else "HTTP/1.0"
     more = OPENS if route[0] == "WS" else (("Connection", "close"), ("Content-Length", "0"))
     method = route[0].replace("WS", "GET")
@@ -201,7 +201,7 @@ def ask_socket(port: int, route: Route, case: Case) -> int:
 
 
 def try_all(app: Any, port: int) -> list[dict[str, Any]]:
-    """A row for each case. app: of a server that listens at the port, and has keys."""
+    """Run all cases and return a row for each. app: the application of the server at `port`, which has keys."""
     every = routes(app)
     rows = []
     for name, case in CASES.items():
@@ -216,7 +216,7 @@ async def _ask_all(app: Any, every: Iterable[Route], case: Case, root: str) -> d
 
 
 def tell(name: str, case: Case, found: Mapping[str, Mapping[Route, int]]) -> dict[str, Any]:
-    """The row of one case: of the routes that need a key and those that do not, how many gave which status."""
+    """Return the row of one case: the number of routes for each status, for routes with and without a key."""
 
     def count(way: str, wanted: bool) -> str:
         numbers = Counter(status for route, status in found[way].items() if is_open(route[1]) == wanted)
@@ -235,7 +235,7 @@ def tell(name: str, case: Case, found: Mapping[str, Mapping[Route, int]]) -> dic
 
 
 def run_here() -> dict[str, Any]:
-    """All of it with the packages that are installed: versions, routes and rows."""
+    """Run the whole test with the installed packages. Returns versions, routes and rows."""
     import uvicorn
 
     from inkstream.serve.app import build
@@ -243,7 +243,7 @@ def run_here() -> dict[str, Any]:
     from inkstream.serve.limits import Settings
     from inkstream.serve.process import EngineProcess
 
-    logging.disable()  # of what is refused
+    logging.disable()  # no log lines for refused requests
     with tempfile.TemporaryDirectory() as folder:
         key = add_key(Path(folder) / "keys.json", "root", 0.0, admin=True)
         engine = partial(EngineProcess, command=(sys.executable, "-c", IDLE))
@@ -267,13 +267,13 @@ def run_here() -> dict[str, Any]:
 
 
 def requirements() -> list[str]:
-    """What pyproject.toml says of the packages that the server imports."""
+    """Return the requirements in pyproject.toml for the packages that the server imports."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     return [line for line in project["dependencies"] if re.split(r"[<>=]", line)[0] in NEEDED]
 
 
 def run_in(resolution: str, folder: Path) -> dict[str, Any]:
-    """The same in an environment of its own, made in the folder."""
+    """Make an environment in the folder and run the test in it."""
     python = folder / "bin" / "python"
     uv = {**os.environ, "UV_FIND_LINKS": os.environ.get("PIP_FIND_LINKS", "")}
     subprocess.run(["uv", "venv", "-q", "--python", sys.executable, folder], check=True, env=uv)
@@ -286,17 +286,17 @@ def run_in(resolution: str, folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--date", help="of the record")
+    parser.add_argument("--date", help="date of the record")
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
-    parser.add_argument("--here", action="store_true", help="only with what is installed; JSON on stdout")
+    parser.add_argument("--here", action="store_true", help="run only with the installed packages; prints JSON")
     args = parser.parse_args()
     if args.here:
         print(json.dumps(run_here()))
         return 0
     if args.record and not args.date:
-        parser.error("--record wants a --date")
+        parser.error("--record needs --date")
     if shutil.which("uv") is None:
-        parser.error("uv is not here, and pip cannot choose the oldest packages: pip install uv")
+        parser.error("uv is not installed, and pip cannot choose the oldest packages: pip install uv")
     rows, peers, problems = [], {}, 0
     reached: dict[str, dict[str, int]] = {}
     for name, resolution in RESOLUTIONS.items():
@@ -307,7 +307,7 @@ def main() -> int:
         for route, status in found["routes"].items():
             reached.setdefault(route, {})[name] = status
         wrong = [f"{row['case']}: {line}" for row in found["rows"] for line in row["unguarded"]]
-        wrong += [f"{route} does not take the key" for route, status in found["routes"].items() if status == 401]
+        wrong += [f"{route} refuses the valid key" for route, status in found["routes"].items() if status == 401]
         problems += len(wrong)
         print(f"{name} ({peers[name]}): {len(found['routes'])} routes, {len(CASES)} cases, {len(wrong)} unguarded")
         print("".join(f"  {line}\n" for line in wrong[:50]), end="")

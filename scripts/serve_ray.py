@@ -1,9 +1,9 @@
-"""The server on Ray Serve, tried on this machine: two engines behind one address, and one of them is killed.
+"""Test the server on Ray Serve on this machine: two engines behind one address, and one of them can be killed.
 
     python scripts/serve_ray.py [--jobs 24] [--kill] [--model pocket]
 
-Jobs go in over HTTP. In the end every job has succeeded, every picture is served and is what its record says, and more
-than one engine has drawn. One JSON document is printed; the exit code is 1 where something was wrong.
+Jobs are sent over HTTP. At the end every job must have succeeded, every picture must be served and match its record,
+and more than one engine must have drawn. The script prints one JSON document; the exit code is 1 if a check failed.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 PATIENCE = 600.0
-"""Seconds after which a try has failed."""
+"""Time limit in seconds for each wait."""
 REQUEST = {"prompt": "a red circle", "width": 64, "height": 64, "steps": 8}
 
 
 class Server:
-    """What is asked over HTTP."""
+    """HTTP access to the server."""
 
     def __init__(self, port: int):
         self.address = f"http://127.0.0.1:{port}"
@@ -41,7 +41,7 @@ class Server:
 
 
 def attempt(folder: Path, jobs: int, kill: bool, model: str) -> dict[str, Any]:
-    """The whole of it."""
+    """Run the test. Returns its results; `problems` is empty if all checks passed."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
     from ray import serve
@@ -85,7 +85,7 @@ def attempt(folder: Path, jobs: int, kill: bool, model: str) -> dict[str, Any]:
             continue
         picture = job["pictures"][0]
         if hashlib.sha256(server.ask("GET", picture["url"])).hexdigest() != picture["sha256"]:
-            problems.append(f"the picture of job {number} is not what its record says")
+            problems.append(f"the picture of job {number} does not match its record")
     drawn = {engine: said["drawn"] for engine, said in greet(handle).items()}
     if not (killed and sum(drawn.values()) < jobs) and sum(count > 0 for count in drawn.values()) < 2:
         problems.append("only one engine has drawn")
@@ -94,7 +94,7 @@ def attempt(folder: Path, jobs: int, kill: bool, model: str) -> dict[str, Any]:
         problems.append(f"the events of a cancelled job were {told}")
     state = leave(server, port)
     if state != "cancelled":
-        problems.append(f"the job of a client that left is {state}")
+        problems.append(f"the job of a client that disconnected is {state}")
     wait_until(lambda: not any(said["runs"] for said in greet(handle).values()))
     total = server.ask("GET", "/v1/pictures")["total"]
     if total != jobs:
@@ -115,13 +115,13 @@ def attempt(folder: Path, jobs: int, kill: bool, model: str) -> dict[str, Any]:
 
 
 def greet(handle: Any) -> dict[str, Any]:
-    """What each engine says of itself; whichever is asked answers."""
+    """Return engine -> its status. Ray chooses which engine answers a call, so there are many calls."""
     said = [handle.hello.remote().result() for _ in range(30)]
     return {one["engine"].rpartition(":")[2]: one for one in said}
 
 
 def follow_and_cancel(server: Server) -> list[str]:
-    """The events of a job that is cancelled once it is being drawn."""
+    """Cancel a job after three steps and return the names of its events."""
     job = server.ask("POST", "/v1/jobs", REQUEST | {"steps": 200})["id"]
     told = []
     with urllib.request.urlopen(f"{server.address}/v1/jobs/{job}/events", timeout=60) as events:
@@ -134,7 +134,7 @@ def follow_and_cancel(server: Server) -> list[str]:
 
 
 def leave(server: Server, port: int) -> str:
-    """What becomes of a job whose client waits for its pictures and goes away."""
+    """Return the final state of a job whose client disconnects before its pictures are drawn."""
     body = json.dumps({"prompt": "a circle", "size": "64x64", "steps": 200}).encode()
     head = f"POST /v1/images/generations HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
     with socket.create_connection(("127.0.0.1", port)) as connection:
@@ -159,7 +159,7 @@ def wait_until(condition: Any) -> None:
         except OSError:
             pass
         if time.monotonic() > end:
-            raise TimeoutError("it did not come to be")
+            raise TimeoutError(f"the condition was not met within {PATIENCE:.0f} s")
         time.sleep(0.2)
 
 

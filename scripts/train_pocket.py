@@ -1,14 +1,14 @@
-"""Train Pocket on a large GPU in pieces of under nine minutes, one command each, in this order:
+"""Train Pocket on a large GPU in stages of less than nine minutes. Run the commands in this order:
 
     python scripts/train_pocket.py vae      # 1. the autoencoder
     python scripts/train_pocket.py base     # 2. the transformer and its text encoder at 128 x 128
     python scripts/train_pocket.py large    # 3. the same at 256 x 256
     python scripts/train_pocket.py score    # 4. inkstream eval, with its record and contact sheet
 
-A piece measures its own speed for half a minute and then takes as many steps as its time holds, so that the rate has
-fallen to 0 when it ends. Given again, a piece goes on from its checkpoint with as much time once more. Recipes are in
-recipes/pocket/gpu, runs in runs/gpu; copy runs/gpu/large/model to src/inkstream/pocket/weights to ship it.
---rehearse does all of it at a thousandth of the size, on any machine.
+A stage measures its speed for half a minute. Then it sets the number of steps so that its time limit is used and the
+learning rate reaches 0 at the end. If the command runs again, the stage resumes from its checkpoint and gets the same
+time once more. Recipes are in recipes/pocket/gpu, runs in runs/gpu. To ship the model, copy runs/gpu/large/model to
+src/inkstream/pocket/weights. --rehearse runs a stage at a thousandth of its size, on any machine.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from inkstream.train.recipe import Recipe
 RECIPES = Path(__file__).parent.parent / "recipes" / "pocket" / "gpu"
 PIECES = ("vae", "base", "large")
 MEASURED = 30.0
-"""Seconds of steps from which a piece tells its speed."""
+"""Seconds of training from which the speed is measured."""
 LAST = 25.0
-"""Seconds kept for the last look, the checkpoint and the model's folder."""
+"""Seconds reserved for the last evaluation, the checkpoint and the model's folder."""
 ENDLESS = 10**7
 
 
 def run(recipe: Recipe, folder: Path, seconds: float) -> None:
-    """Train for so long, what is made ready before the first step included; go on from a checkpoint if there is one."""
+    """Train for `seconds`, including the preparation before the first step. A checkpoint is resumed if there is one."""
     began = time.monotonic()
     open_end = replace(recipe, run=replace(recipe.run, steps=ENDLESS))
     first: Progress | None = None
@@ -44,10 +44,10 @@ def run(recipe: Recipe, folder: Path, seconds: float) -> None:
         now = time.monotonic()
         if isinstance(message, Progress):
             if first is None:
-                first, started = message, now  # what compiles is over
+                first, started = message, now  # compilation is finished
             elif now - started >= min(MEASURED, seconds / 10):
                 rate = (message.step - first.step) / (now - started)
-                left = seconds - (now - began) - min(LAST, seconds / 10) - (started - began) * 0.25  # starts again
+                left = seconds - (now - began) - min(LAST, seconds / 10) - (started - began) * 0.25  # a second start
                 steps = message.step + max(int(rate * left), 1)
                 print(f"{rate:.2f} steps/s, ready after {started - began:.0f} s: {steps:.0f} steps in all", flush=True)
                 break
@@ -60,7 +60,7 @@ def run(recipe: Recipe, folder: Path, seconds: float) -> None:
 
 
 def rehearsed(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe at a thousandth: as many pictures, few steps of few samples, on what there is."""
+    """Return the recipe at a thousandth of its size: few pictures, few steps, small batches, float32."""
     some = replace(recipe.run, batch=4, log=2, save=10, held_out=10, held_out_count=4, preview=10, preview_count=2,
                    compile=False, dtype="fp32")  # fmt: skip
     data = replace(recipe.data, count=max(recipe.data.count // 1000, 16), workers=1, cache=str(folder / "cache"))

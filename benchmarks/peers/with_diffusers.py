@@ -1,4 +1,4 @@
-"""diffusers as a contender of `inkstream bench`, which starts it where it is installed."""
+"""diffusers as a contender of `inkstream bench`. It exits with LEFT_OUT if diffusers is not installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_diffusers(setup: Setup) -> tuple[Draw, dict[str, str]]:
     pipeline.set_progress_bar_config(disable=True)
     if "compiled" in setup.how:
         torch._dynamo.config.recompile_limit = 64
-        backend = "inductor" if setup.device.type == "cuda" else "eager"  # on a CPU it is only rehearsed
+        backend = "inductor" if setup.device.type == "cuda" else "eager"  # the CPU is used only to rehearse
         pipeline.transformer.compile_repeated_blocks(fullgraph=True, backend=backend)
     draw = {"zimage": draw_zimage, "flux2": draw_klein}[family]
     versions = {"diffusers": diffusers.__version__, "transformers": transformers.__version__}
@@ -47,7 +47,7 @@ def read_pipeline(kind: type, setup: Setup) -> object:
 
 
 def random_pipeline(kind: type, setup: Setup) -> object:
-    """Built where it computes, as its own classes set their weights out; speed does not depend on them."""
+    """Build the pipeline on its device, with the initial weights of its classes. Speed does not depend on them."""
     import diffusers
     import transformers
 
@@ -68,7 +68,7 @@ def random_pipeline(kind: type, setup: Setup) -> object:
 
 
 def tokenizer_in(folder: Path) -> object:
-    """Pocket's, whatever the pipeline's own kind."""
+    """Return Pocket's tokenizer, which is used for all pipelines."""
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")

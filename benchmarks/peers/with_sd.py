@@ -1,6 +1,6 @@
-"""stable-diffusion.cpp as a contender of `inkstream bench`: its program runs once a picture and tells its own times.
+"""stable-diffusion.cpp as a contender of `inkstream bench`. Its program runs once for each order and prints its times.
 
-It reads the published weights, so the model must have been downloaded; its loading is not counted.
+It reads the published weights, so the model must be downloaded first. Its loading time is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STAGES = {
     "steps": r"sampling completed, taking ([\d.]+) ?(ms|s)",
     "pixels": r"decode_first_stage completed, taking ([\d.]+) ?(ms|s)",
 }
-"""Stage -> how the program tells that it is done."""
+"""Stage -> pattern of the log line that ends it."""
 
 
 def open_sd(setup: Setup) -> tuple[Draw, dict[str, str]]:
@@ -64,11 +64,11 @@ def draw(program: str, files: dict[str, Path], order: Order, stages: Stages) -> 
 
 
 def times_told(log: str) -> dict[str, float]:
-    """Seconds of each stage, from what the program prints; of several pictures, their sum."""
+    """Return the seconds of each stage from the program's log. The times of several pictures are added."""
     found = {stage: re.findall(pattern, log) for stage, pattern in STAGES.items()}
     if not all(found.values()):
         missing = ", ".join(stage for stage, times in found.items() if not times)
-        raise RuntimeError(f"sd.cpp told no time of: {missing}")
+        raise RuntimeError(f"the log of sd.cpp has no time of: {missing}")
     return {
         stage: sum(float(value) / (1000 if unit == "ms" else 1) for value, unit in times)
         for stage, times in found.items()

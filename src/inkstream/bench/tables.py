@@ -28,7 +28,7 @@ def shown(name: str, folder: Path = RECORDS) -> str:
     machine = record["machine"]
     on = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
     beside = ", ".join(f"{peer} {version}" for peer, version in record["peers"].items())
-    facts = f"{on}, torch {machine['torch']}" + (f", beside {beside}" if beside else "")
+    facts = f"{on}, torch {machine['torch']}" + (f", compared with {beside}" if beside else "")
     words, numbers = next(columns for prefix, columns in TABLES.items() if name.startswith(prefix))
     table = [
         [*words, *numbers],
