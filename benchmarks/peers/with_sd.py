@@ -36,7 +36,7 @@ def open_sd(setup: Setup) -> tuple[Draw, dict[str, str]]:
     if program is None:
         leave("neither sd-cli nor sd is installed")
     if spec.repo is None or not cached(spec.repo, ["*.safetensors"]):
-        leave(f"it needs the published weights: inkstream generate -m {spec.name}")
+        leave(f"sd.cpp needs the published weights: run inkstream generate -m {spec.name}")
     parts = locate(spec.name).parts
     files = {
         "--diffusion-model": parts["transformer"].path, "--llm": parts["text_encoder"].path, "--vae": parts["vae"].path

@@ -75,7 +75,7 @@ def offer(repo: str, patterns: Sequence[str]) -> Offer:
     """Ask the hub for the size and the licence of the matching files. Raises InputError as `fetch` does."""
     try:
         info, sizes, missing = _ask(repo, patterns)
-    except Exception as error:  # the network has many ways to fail
+    except Exception as error:  # network errors have many types
         _explain(repo, error)
     licence = info.card_data.get("license") if info.card_data is not None else None
     return Offer(sum(missing.values()), sum(sizes.values()), licence)
@@ -100,7 +100,7 @@ def fetch(repo: str, patterns: Sequence[str], progress: Callable[[int], None] | 
         folder = Path(snapshot_download(repo, allow_patterns=list(patterns), token=token(), tqdm_class=_Silent))
         count(sum(size for name, size in missing.items() if name not in large))
         return folder
-    except Exception as error:  # the network has many ways to fail
+    except Exception as error:  # network errors have many types
         _explain(repo, error)
 
 
