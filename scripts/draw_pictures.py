@@ -13,19 +13,20 @@ import inkstream
 
 PICTURE = Path(__file__).parent.parent / "docs" / "pictures" / "pocket.png"
 PROMPTS = (
-    "a large red heart on the left, a small blue star at the bottom right, on a white background",
-    "a red square above a blue circle, on a white background",
-    "five small purple circles, on a yellow background",
-    "a yellow star in the center, on a gradient from blue top to purple bottom",
-    "a green rectangle to the left of an orange heart, on a white background",
-    "a large purple ring in the center, on a cyan background",
-    "a split background, green left and yellow right, a large black square in the center",
-    "三个红色的爱心，白色背景",
-    "four black crosses, on an orange background",
-    "a green triangle at the top, a brown drop at the bottom, on a white background",
-    "a white crescent at the top right, a yellow star at the bottom left, on a black background",
-    "two pumpkins, on a white background",
+    "a red circle",
+    "一只猫",
+    "three hearts",
+    "five blue stars",
+    "a purple moon on black",
+    'a sign that says "OPEN"',
+    "红色圆形，黄色背景",
+    "a dog under a tree",
+    "a big green triangle",
+    "a red square to the left of a blue ring",
+    "两颗黄色的星星",
+    "a pumpkin on a white background",
 )
+"""Prompts as people type them. Picture i has seed i, and none is chosen."""
 COLUMNS, GAP = 6, 4
 
 

@@ -38,7 +38,7 @@ def test_the_same_noise_gives_the_same_picture(guidance):
             prompt, height=128, width=128, num_inference_steps=16, guidance_scale=guidance - 1, negative_prompt="",
             latents=noise.clone(), output_type="pt",
         ).images  # fmt: skip
-        request = Request(prompt=prompt, guidance=guidance)
+        request = Request(upsample=False, prompt=prompt, guidance=guidance)
         assert request.model == "pocket"
         own = ours.decode(ours.sample(request, ours.encode(request), noise))
         pictures_agree(own, picture, theirs, guidance)

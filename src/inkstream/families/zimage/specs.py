@@ -111,7 +111,7 @@ POCKET = replace(
     name="pocket",
     title="Pocket: a small Z-Image that ships with inkstream; it draws flat shapes, emoji and short words",
     transformer=ZImageConfig(
-        dim=192, n_layers=8, n_refiner_layers=1, n_heads=3, cap_feat_dim=192, axes_dims=(16, 24, 24)
+        dim=192, n_layers=16, n_refiner_layers=1, n_heads=3, cap_feat_dim=192, axes_dims=(16, 24, 24)
     ),
     text_encoder=Qwen3Config(
         vocab_size=2048,
