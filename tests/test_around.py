@@ -283,7 +283,7 @@ def test_the_weights_of_an_adapter_learn_while_the_models_own_stay(model):
 
 
 def test_an_adapter_for_another_model_is_refused(model):
-    with pytest.raises(InputError, match=r"an adapter changes layers\.7\.nothing, which is no layer of this model"):
+    with pytest.raises(InputError, match=r"an adapter changes layers\.7\.nothing, which is not a layer of this model"):
         Adapter.of(model.family.transformer, {"layers.7.nothing": lambda x, out: out})  # type: ignore[attr-defined]
 
 

@@ -152,10 +152,10 @@ def test_a_choice_is_one_models_own_and_reaches_its_attention(build, spec, monke
     ("name", "said"),
     [
         ("flash9", "attention flash9 is not known: take auto, sdpa, varlen, flash2, flash3, sage"),
-        ("flash2", "attention flash2 is not there on cpu: .*`pip install flash-attn`.* Or take auto"),
-        ("flash3", "attention flash3 is not there on cpu: .*flash_attn_interface, built from its sources"),
-        ("varlen", "attention varlen is not there on cpu: .*torch 2.10"),
-        ("sage", "attention sage is not there on cpu: .*`pip install sageattention`"),
+        ("flash2", "attention flash2 is not available on cpu: .*`pip install flash-attn`.* Or take auto"),
+        ("flash3", "attention flash3 is not available on cpu: .*flash_attn_interface, built from its sources"),
+        ("varlen", "attention varlen is not available on cpu: .*torch 2.10"),
+        ("sage", "attention sage is not available on cpu: .*`pip install sageattention`"),
     ],
 )
 def test_what_cannot_be_chosen_is_refused_with_what_it_needs(name, said):

@@ -473,11 +473,11 @@ def test_reading_once_differs_from_reading_at_every_step_and_without_references_
 
 def test_a_guidance_that_is_not_read_and_one_that_is_missing_are_refused():
     text, pooled = torch.randn(1, 4, 24), torch.randn(1, 20)
-    with pytest.raises(InputError, match=r"given None: give a number, such as 3\.5"):
+    with pytest.raises(InputError, match=r"guidance is None.*: give a number, such as 3\.5"):
         build(TINY1).prepare(text, pooled, 4, 4)
-    with pytest.raises(InputError, match=r"given None: give a number, such as 3\.5"):
+    with pytest.raises(InputError, match=r"guidance is None.*: give a number, such as 3\.5"):
         build(TINY2).prepare(text, 4, 4)
-    with pytest.raises(InputError, match=r"guidance 4\.0 is given to a model that reads none: give None"):
+    with pytest.raises(InputError, match=r"guidance 4\.0 is given, but this model takes none: give None"):
         build(KLEIN).prepare(text, 4, 4, 4.0)
 
 

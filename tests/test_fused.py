@@ -56,7 +56,7 @@ def test_kernels_are_not_asked_for_on_the_cpu_nor_in_training():
 def test_where_the_kernels_do_not_work_it_is_said_once_and_the_plain_path_serves():
     """Without the interpreter nothing here is a GPU, so Triton fails to launch."""
     gpu.find_kernels.cache_clear()
-    with pytest.warns(UserWarning, match="fused kernels do not work here and are left out"):
+    with pytest.warns(UserWarning, match="fused kernels fail here and are not used"):
         assert gpu.find_kernels(torch.device("cpu")) is None
     assert gpu.find_kernels(torch.device("cpu")) is None
     gpu.find_kernels.cache_clear()

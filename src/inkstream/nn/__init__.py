@@ -1,1 +1,1 @@
-"""Blocks: attention, norms, the text encoder, the autoencoder. Nothing here knows a model family."""
+"""Building blocks: attention, norms, the text encoder, the autoencoder. None depends on a model family."""

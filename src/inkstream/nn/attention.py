@@ -1,6 +1,6 @@
-"""Softmax attention over packed sequences: they lie end to end, of any length, and each attends to itself alone.
+"""Softmax attention over packed sequences of any length. Each sequence attends only to itself.
 
-`attend` is computed by torch, or on GPUs by whatever faster is there: see `BACKENDS`.
+`attend` runs torch's attention, or on GPUs a faster backend that is installed: see `BACKENDS`.
 """
 
 from __future__ import annotations
@@ -18,31 +18,31 @@ from torch.nn import functional as F
 from inkstream.types import InputError
 
 BACKENDS = {
-    "sdpa": "torch's own",
-    "varlen": "torch's for sequences of any length in one pass: needs torch 2.10 or newer and a GPU of Ampere or newer",
+    "sdpa": "torch's scaled dot-product attention",
+    "varlen": "torch's variable-length attention: needs torch 2.10 or newer and a GPU of Ampere or newer",
     "flash2": "FlashAttention 2: needs `pip install flash-attn` and a GPU of Ampere or newer",
     "flash3": "FlashAttention 3: needs its flash_attn_interface, built from its sources, and a GPU of Hopper",
     "sage": "SageAttention: needs `pip install sageattention` and a GPU of Ampere or newer; rounds to 8 bits",
 }
-"""What may compute attention, and what it needs; only the last gives other numbers than the first."""
+"""The attention backends and what each needs. Only sage gives other numbers than sdpa."""
 FOR_EQUAL = ("flash3", "sdpa")
 FOR_MIXED = ("flash3", "flash2", "varlen", "sdpa")
-"""Which is taken first of those that are there, where nobody chose: for sequences of one length, and of several."""
+"""The order of preference of "auto": for sequences of one length, and of several lengths."""
 SAGE_WIDTHS = (64, 96, 128)
 LONG = 1024
-"""Queries from which on a CPU is faster where each head's tokens lie together, by a third at 2000; before, slower."""
+"""Queries from which each head's tokens are made contiguous on a CPU: a third faster at 2000, slower for fewer."""
 
 
 def choose_attention(transformer: nn.Module, name: str, device: torch.device) -> None:
-    """From now on a transformer's attention is computed by that backend, or by "auto", the fastest there is that gives
-    the same numbers.
+    """Sets the attention backend of a transformer. "auto": the fastest one here that gives the same numbers.
 
-    Where the chosen one cannot (float32, training) torch's own serves. InputError where it is not known or not there.
+    torch's attention runs where the chosen backend cannot (float32, training). Raises InputError for an unknown backend
+    or one that is not available.
     """
     if name not in ("auto", *BACKENDS):
         raise InputError(f"attention {name} is not known: take auto, {', '.join(BACKENDS)}")
     if name not in ("auto", *backends_on(device)):
-        raise InputError(f"attention {name} is not there on {device}: {BACKENDS[name]}. Or take auto")
+        raise InputError(f"attention {name} is not available on {device}: {BACKENDS[name]}. Or take auto")
     transformer.attention_by = name  # type: ignore[assignment]
 
 
@@ -57,15 +57,15 @@ def attend(
 ) -> Tensor:
     """Attention within each sequence. q: (sum(q_lengths), H, E); k, v: (sum(k_lengths), G, E) -> like q.
 
-    Heads of k and v may be fewer (G divides H: grouped queries). Scale is 1 / sqrt(E). by: the backend, as in
-    `choose_attention`.
+    k and v may have fewer heads than q: G divides H (grouped-query attention). The scale is 1 / sqrt(E). by: the
+    backend, as in `choose_attention`.
     """
     runs = [(n, len(list(run))) for n, run in groupby(zip(q_lengths, k_lengths, strict=True))]
     plain = causal or not q.is_cuda or torch.is_grad_enabled() or q.shape[1] != k.shape[1]
     name = "sdpa" if plain else backend_for(q.dtype, q.shape[-1], len(runs) > 1, backends_on(q.device), by)
     if name in ("varlen", "flash2", "flash3"):
         return attend_in_one_pass(name, q, k, v, q_lengths, k_lengths)
-    # Neighbours of equal length go together: a trainer sorts its batch for this.
+    # Neighbours of equal length run as one batch. A trainer sorts its samples by length for this.
     queries, keys = [n * b for (n, _), b in runs], [n * b for (_, n), b in runs]
     parts = [
         attend_evenly(name, some_q, some_k, some_v, b, causal)
@@ -75,7 +75,7 @@ def attend(
 
 
 def attend_evenly(name: str, q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:
-    """`attend` for b sequences of one length each way."""
+    """`attend` for b sequences with equal q lengths and equal k lengths."""
     q, k, v = (s.unflatten(0, (b, -1)) for s in (q, k, v))  # (B, L, H, E)
     if name == "sage":
         from sageattention import sageattn  # pyright: ignore[reportMissingImports]
@@ -85,7 +85,7 @@ def attend_evenly(name: str, q: Tensor, k: Tensor, v: Tensor, b: int, causal: bo
     if q.device.type == "cpu" and q.shape[2] >= LONG:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     grouped = q.shape[1] != k.shape[1]
-    # The backward pass of torch's bfloat16 attention on a CPU takes four times as long as that of its float32 one.
+    # On a CPU, torch's bfloat16 attention takes four times as long in its backward pass as the float32 one.
     dtype = q.dtype
     if q.device.type == "cpu" and torch.is_grad_enabled():
         q, k, v = q.float(), k.float(), v.float()
@@ -96,7 +96,7 @@ def attend_evenly(name: str, q: Tensor, k: Tensor, v: Tensor, b: int, causal: bo
 def attend_in_one_pass(
     name: str, q: Tensor, k: Tensor, v: Tensor, q_lengths: Sequence[int], k_lengths: Sequence[int]
 ) -> Tensor:
-    """`attend` by a kernel that is told where sequences end."""
+    """`attend` by a variable-length kernel: one call for sequences of all lengths."""
     ends = ends_of(q_lengths, q.device), ends_of(k_lengths, q.device)
     longest = max(q_lengths), max(k_lengths)
     if name == "varlen":
@@ -111,11 +111,11 @@ def attend_in_one_pass(
         from flash_attn_interface import flash_attn_varlen_func  # pyright: ignore[reportMissingImports]
 
         out = flash_attn_varlen_func(q, k, v, *ends, *longest)
-    return out[0] if isinstance(out, tuple) else out  # older versions give more than was asked for
+    return out[0] if isinstance(out, tuple) else out  # older versions return more values
 
 
 def backend_for(dtype: torch.dtype, width: int, mixed: bool, there: Sequence[str], chosen: str = "auto") -> str:
-    """Which computes heads of that width, sequences of several lengths if `mixed`, of those that are there."""
+    """The backend to use, out of `there`. width: of a head; mixed: the sequences have several lengths."""
     if dtype not in (torch.float16, torch.bfloat16) or width > 256 or width % 8:
         return "sdpa"
     if chosen == "auto":
@@ -125,7 +125,7 @@ def backend_for(dtype: torch.dtype, width: int, mixed: bool, there: Sequence[str
 
 @lru_cache
 def backends_on(device: torch.device) -> tuple[str, ...]:
-    """Which may be chosen on a device: those that are there and work."""
+    """The backends that are installed and work on a device."""
     if device.type != "cuda":
         return ("sdpa",)
     capability = torch.cuda.get_device_capability(device)
@@ -140,8 +140,10 @@ def backends_on(device: torch.device) -> tuple[str, ...]:
 
 
 def works(name: str, device: torch.device) -> bool:
-    """Whether a backend that is there computes anything. A warning says so where it does not: packages are built for
-    one torch and for some GPUs."""
+    """Runs a backend once. If it fails, warns and returns False.
+
+    A package is built for one version of torch and for some GPUs.
+    """
     q = torch.zeros(2, 1, 64, dtype=torch.float16, device=device)
     try:
         if name == "sage":
@@ -152,13 +154,13 @@ def works(name: str, device: torch.device) -> bool:
         raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        warnings.warn(f"attention {name} does not work here and is left out ({reason}): install it anew", stacklevel=2)
+        warnings.warn(f"attention {name} fails here and is not used ({reason}): reinstall it", stacklevel=2)
         return False
     return True
 
 
 def ends_of(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Where sequences end, 0 first: (len(lengths) + 1,) int32. Made on the device, so that nothing waits for it."""
+    """Cumulative sequence lengths, 0 first: (len(lengths) + 1,) int32. Made on the device, so there is no host sync."""
     recorded = torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
     return _ends(tuple(lengths), device) if recorded else _remembered_ends(tuple(lengths), device)
 

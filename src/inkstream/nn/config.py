@@ -1,4 +1,4 @@
-"""Sizes of the parts that families share, as frozen data importable without torch. Names are the published configs'."""
+"""Configs of the parts that families share, as frozen data without torch. Names are those of the published configs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ C = TypeVar("C")
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """The Qwen3 text encoder; defaults are Qwen3-4B, Z-Image's."""
+    """The Qwen3 text encoder. Defaults: Qwen3-4B, which Z-Image uses."""
 
     vocab_size: int = 151_936
     hidden_size: int = 2560
@@ -25,13 +25,13 @@ class Qwen3Config:
 
     @property
     def joined_size(self) -> int:
-        """The width of three states joined, which is what FLUX.2 reads."""
+        """The width of three hidden states concatenated, which is FLUX.2's text input."""
         return 3 * self.hidden_size
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The convolutional autoencoder (AutoencoderKL); defaults are FLUX.1's, which Z-Image uses."""
+    """The convolutional autoencoder (AutoencoderKL). Defaults: FLUX.1's, which Z-Image uses too."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -45,24 +45,24 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent cell, along one side."""
+        """Pixels per latent cell along one side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
     @property
     def patch_channels(self) -> int:
-        """Numbers of two by two cells, which are a patch of FLUX.1's."""
+        """Numbers in a FLUX.1 patch, which is 2 x 2 latent cells."""
         return 4 * self.latent_channels
 
 
 @dataclass(frozen=True)
 class Flux2VAEConfig:
-    """FLUX.2's autoencoder (AutoencoderKLFlux2). Its small decoder differs in `decoder_block_out_channels` alone."""
+    """FLUX.2's autoencoder (AutoencoderKLFlux2). Its small decoder differs only in `decoder_block_out_channels`."""
 
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 32
     block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
-    decoder_block_out_channels: tuple[int, ...] | None = None  # None: as the encoder's
+    decoder_block_out_channels: tuple[int, ...] | None = None  # None: the encoder's
     layers_per_block: int = 2
     norm_num_groups: int = 32
     mid_block_add_attention: bool = True
@@ -72,18 +72,18 @@ class Flux2VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent cell, along one side; a cell is two by two of the convolutions'."""
+        """Pixels per latent cell along one side. A cell packs 2 x 2 cells of the convolutions."""
         return 2 ** len(self.block_out_channels)
 
     @property
     def packed_channels(self) -> int:
-        """Channels of the latents that the transformer sees."""
+        """Channels of the packed latents, which are the transformer's input."""
         return 4 * self.latent_channels
 
 
 @dataclass(frozen=True)
 class MistralConfig:
-    """Mistral's language model; defaults are Mistral-Small-3.2-24B's, FLUX.2 dev's text encoder."""
+    """Mistral's language model. Defaults: Mistral-Small-3.2-24B, FLUX.2 dev's text encoder."""
 
     vocab_size: int = 131_072
     hidden_size: int = 5120
@@ -97,13 +97,13 @@ class MistralConfig:
 
     @property
     def joined_size(self) -> int:
-        """The width of three states joined, which is what FLUX.2 reads."""
+        """The width of three hidden states concatenated, which is FLUX.2's text input."""
         return 3 * self.hidden_size
 
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """CLIP's text model; defaults are CLIP ViT-L/14's, FLUX.1's."""
+    """CLIP's text model. Defaults: CLIP ViT-L/14, which FLUX.1 uses."""
 
     vocab_size: int = 49_408
     hidden_size: int = 768
@@ -113,12 +113,12 @@ class CLIPTextConfig:
     max_position_embeddings: int = 77
     hidden_act: str = "quick_gelu"
     layer_norm_eps: float = 1e-5
-    eos_token_id: int = 2  # 2: the state of a prompt is at its largest token, as in files older than the fix
+    eos_token_id: int = 2  # 2 marks files older than transformers' fix: the pooled state is at the largest token id
 
 
 @dataclass(frozen=True)
 class T5Config:
-    """T5 1.1's encoder; defaults are T5-v1.1-XXL's, FLUX.1's."""
+    """T5 1.1's encoder. Defaults: T5-v1.1-XXL, which FLUX.1 uses."""
 
     vocab_size: int = 32_128
     d_model: int = 4096
@@ -133,8 +133,8 @@ class T5Config:
 
 
 def read_config(kind: type[C], data: Mapping[str, Any]) -> C:
-    """A config from a published config.json: known names are taken, others ignored, lists become tuples."""
-    for inner in ("text_config", "rope_parameters"):  # of a model that also sees; of transformers 5
+    """Reads a config from a published config.json: takes known names, ignores others, turns lists into tuples."""
+    for inner in ("text_config", "rope_parameters"):  # nested by vision-language models; by transformers 5
         if isinstance(data.get(inner), Mapping):
             data = {**data[inner], **data}
     names = {f.name for f in fields(kind)}  # type: ignore[arg-type]

@@ -1,9 +1,9 @@
-"""What FLUX.1 and FLUX.2 share: blocks of two streams, then blocks of one, over a packed batch.
+"""Shared parts of FLUX.1 and FLUX.2: double-stream blocks, then single-stream blocks, over a packed batch.
 
-Text and picture meet in attention: first in blocks where each has weights of its own, then in blocks that treat all
-tokens alike and run attention and MLP side by side. Tokens of several samples lie end to end and each sample attends to
-itself alone. What a time does to a block is handed in (`Modulation`): FLUX.1 computes it per block, FLUX.2 once for all
-blocks of a kind. Module names are those of the single-file releases.
+Text and picture tokens attend together. Double blocks have separate weights for text and picture. Single blocks treat
+all tokens alike and run attention and MLP in parallel. Tokens of several samples lie end to end. Each sample attends
+only to itself. The caller passes the modulation by time (`Modulation`): FLUX.1 computes it per block, FLUX.2 once for
+all blocks of a kind. Module names are those of the single-file releases.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ EPS = 1e-6
 FREQUENCIES = 256
 QKV = ("heads", "heads", "heads")
 KeysValues = tuple[Tensor, Tensor]
-"""Of some tokens, in one block: turned keys and values, each (L, H, E)."""
+"""Keys, with rotary embedding, and values of some tokens in one block, each (L, H, E)."""
 
 
 @dataclass(frozen=True)
 class Modulation:
-    """What a time does to the network, in R rows: one a sample, or one that serves all.
+    """The modulation of all blocks by time, in R rows: one per sample, or one for all samples.
 
-    double: (R, blocks, 2, 6, D), of the text and of the picture, before and after attention and then the MLP: shift,
-    scale, gate of each. single: (R, blocks, 3, D), shift, scale, gate. final: (R, 2, D), shift, scale.
+    double: (R, blocks, 2, 6, D). Axis 2: text, picture. Axis 3: shift, scale, gate of attention, then of the MLP.
+    single: (R, blocks, 3, D): shift, scale, gate. final: (R, 2, D): shift, scale.
     """
 
     double: Tensor
@@ -48,37 +48,37 @@ class Modulation:
     final: Tensor
 
     def row(self, index: int) -> Modulation:
-        """One row alone."""
+        """The modulation with only one row."""
         rows = slice(index, index + 1)
         return Modulation(self.double[rows], self.single[rows], self.final[rows])
 
     def of(self, samples: Sequence[int]) -> Modulation:
-        """Those of some samples; the single row that serves all, if it does."""
+        """The rows of some samples, or the single row if it is for all samples."""
         if len(self.final) in (1, len(samples)):
             return self
         return Modulation.cat([self.row(i) for i in samples])
 
     @staticmethod
     def cat(rows: Sequence[Modulation]) -> Modulation:
-        """The rows of several."""
+        """Concatenates the rows of several modulations."""
         return Modulation(*(torch.cat([getattr(m, name) for m in rows]) for name in ("double", "single", "final")))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What no step changes of one sample. Token order: text, target picture, references."""
+    """The parts of one sample that are constant over its steps. Token order: text, target picture, references."""
 
     text: Tensor  # (T, D) embedded prompt
-    references: Tensor  # (R, D) embedded reference pictures that take part in every step
-    rope: Rope  # of all tokens
+    references: Tensor  # (R, D) embedded reference pictures that run in every step
+    rope: Rope  # rotary table of all tokens
     grid: tuple[int, int]  # rows and columns of the target's patches
-    embedding: Tensor  # (D,) of guidance and pooled text; every time's embedding is added to it
-    channels: Tensor | None = None  # (rows * columns, C') features set behind the target's own at every step
-    memory: Sequence[KeysValues] = ()  # of each block, of references that were read once, before the first step
-    modulation: Mapping[float, Modulation] = field(default_factory=dict)  # of one row, by time, for those foreseen
+    embedding: Tensor  # (D,) of guidance and pooled text; the time embedding is added to it
+    channels: Tensor | None = None  # (rows * columns, C') features appended to the target's channels at every step
+    memory: Sequence[KeysValues] = ()  # KV cache by block, of references that are read once, before the first step
+    modulation: Mapping[float, Modulation] = field(default_factory=dict)  # one row for each foreseen time
 
     def at(self, t: float) -> Prepared | None:
-        """For that time alone; None where it was not foreseen."""
+        """This sample for time t alone, or None if t was not foreseen."""
         return replace(self, modulation={t: self.modulation[t]}) if t in self.modulation else None
 
     @property
@@ -88,12 +88,11 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Packing:
-    """How the tokens of some samples of a forward lie, what was seen before them, and where what they show is recorded,
-    if anywhere."""
+    """The layout of the tokens of some samples of a forward, with their KV caches. record: collects keys and values."""
 
     texts: Rows
-    pictures: Rows  # of each the target, then its references
-    rope: Rope  # sample by sample
+    pictures: Rows  # for each sample the target, then its references
+    rope: Rope  # in sample order
     memories: list[Sequence[KeysValues]]
     modulation: Modulation
     record: list[KeysValues] | None = None
@@ -105,7 +104,7 @@ class Packing:
         record: list[KeysValues] | None,
         samples: tuple[int, ...],
     ) -> Packing:
-        """prepared, modulation: of all samples of the forward."""
+        """Builds the packing of `samples`. prepared, modulation: for all samples of the forward."""
         own = [(i, prepared[i]) for i in samples]
         texts = Rows(tuple(Span(i, len(s.text)) for i, s in own))
         pairs = [(Span(i, s.target_tokens, True), Span(i, len(s.references))) for i, s in own]
@@ -115,18 +114,17 @@ class Packing:
 
     @cached_property
     def streams(self) -> Rows:
-        """All texts, then all pictures."""
+        """The layout for double blocks: all texts, then all pictures."""
         return Rows(self.texts.spans + self.pictures.spans)
 
     @cached_property
     def woven(self) -> Rows:
-        """Sample by sample."""
+        """The layout for single blocks: sample by sample, text before pictures."""
         pairs = zip(self.texts.spans, self.pictures.spans[::2], self.pictures.spans[1::2])
         return Rows(tuple(span for sample in pairs for span in sample))
 
     def which(self, rows: Rows) -> Tensor | None:
-        """The modulation's row for each token, where each sample's lie end to end; None where one serves all, or all
-        have as many."""
+        """The modulation row of each token. None: one row for all, or all samples have equally many tokens."""
         alike = len(self.modulation.final) == 1 or len(set(rows.lengths)) == 1
         return None if alike else run_of_each(rows.lengths, self.rope.cos.device)
 
@@ -142,31 +140,33 @@ class Packing:
 
     @cached_property
     def ropes(self) -> tuple[Rope, Rope]:
-        """Of the texts of all samples, and of their pictures."""
+        """The rotary tables of all texts, and of all pictures."""
         lengths = [n for sample in zip(self.texts.lengths, self.pictures.lengths) for n in sample]
         cos, sin = self.rope.cos.split(lengths), self.rope.sin.split(lengths)
         pieces = [Rope(*piece) for piece in zip(cos, sin)]
         return Rope.cat(pieces[::2]), Rope.cat(pieces[1::2])
 
     def remembered(self, block: int) -> list[KeysValues | None]:
-        """What each sample saw in that block before, if anything. Double blocks count first, single ones on from them.
-        Empty where no sample has a memory."""
+        """The KV cache of each sample in a block, or None. Empty where no sample has one.
+
+        Block numbers count double blocks first, then single blocks.
+        """
         return [m[block] if m else None for m in self.memories] if any(self.memories) else []
 
 
 Modulate = Callable[[Sequence[float], Tensor, Forward, Rows], Modulation]
-"""T times and the embeddings (T or 1, D) to add to theirs -> T rows; whose each is stands behind them."""
+"""(T times, (T or 1, D) embeddings to add to theirs, forward, rows) -> T rows; rows tells the sample of each."""
 
 
 def foresee(times: Sequence[float], embedding: Tensor, modulate: Modulate, forward: Forward) -> dict[float, Modulation]:
-    """The modulation at each of the times, all in one pass. embedding: (D,)"""
+    """Computes the modulation at all these times in one pass. embedding: (D,)"""
     times = list(dict.fromkeys(times))
     rows = modulate(times, embedding.unsqueeze(0), forward, Rows.alone(len(times))) if times else None
     return {t: rows.row(i) for i, t in enumerate(times)} if rows else {}
 
 
 def modulation_of(samples: Sequence[Sample], modulate: Modulate, forward: Forward) -> Modulation:
-    """A row for each sample, or a single one where all share it: as foreseen, or else computed."""
+    """One modulation row for each sample, or a single shared row: as foreseen, else computed."""
     known = [s.prepared.modulation[s.t] for s in samples if s.t in s.prepared.modulation]
     if len(known) < len(samples):
         rows = Rows(tuple(Span(i, 1) for i in range(len(samples))))
@@ -183,9 +183,9 @@ def run_streams(
     forward: Forward,
     record: list[KeysValues] | None = None,
 ) -> Tensor:
-    """All blocks over a batch. targets: (M, D) embedded patches of the target pictures -> (M, D).
+    """Runs all blocks over a batch. targets: (M, D) embedded patches of the target pictures -> (M, D).
 
-    record: takes what each block saw of all tokens; made of references alone, it is a `Prepared.memory`.
+    record: collects each block's keys and values of all tokens. A record of references alone is a `Prepared.memory`.
     """
 
     @cache
@@ -200,7 +200,7 @@ def run_streams(
         return block(x, own.modulation.double[:, i], own, own.remembered(i), forward)
 
     def call_single(i: int, block: nn.Module, x: Tensor, rows: Rows) -> Tensor:
-        # Of the last block only the targets' rows are read, so only they go through its second half.
+        # Only the target rows of the last block are read, so only they run through its second half.
         own = pack(rows.samples)
         return block(x, own.modulation.single[:, i], own, own.remembered(first + i), forward, i == last)
 
@@ -213,14 +213,14 @@ def run_streams(
 
 
 class DoubleBlock(nn.Module):
-    """Text and picture, each with weights of its own, attend together."""
+    """Joint attention of text and picture, each with its own weights."""
 
-    apart = ("img_mod", "txt_mod")  # called ahead of the steps
-    # What may be compiled or shared out: functions of tensors, and which of these have a row for each token.
+    apart = ("img_mod", "txt_mod")  # called before the steps
+    # Functions of tensors, to compile or to share out; the numbers are the arguments with a row for each token.
     regions: ClassVar = {"enter": (0, 2, 3, 5), "leave": (0, 1, 4, 6)}
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
-        """gated: the MLP is a SwiGLU, else a GELU. modulated: the block owns the weights of its modulation."""
+        """gated: the MLP is a SwiGLU, else a GELU. modulated: the block has its own modulation weights."""
         super().__init__()
         if modulated:
             self.img_mod = Modulator(dim, 6, bias)
@@ -229,7 +229,7 @@ class DoubleBlock(nn.Module):
         self.txt_attn = StreamAttention(dim, heads, bias)
         self.img_mlp = mlp(dim, hidden, gated, bias)
         self.txt_mlp = mlp(dim, hidden, gated, bias)
-        self.shares = {  # of several devices, as `nn.parallel.Shares`
+        self.shares = {  # for tensor parallelism, as `nn.parallel.Shares`
             f"{stream}_{layer}": parts
             for stream in ("img", "txt")
             for layer, parts in (
@@ -278,14 +278,14 @@ class DoubleBlock(nn.Module):
     def leave(
         self,
         streams: Sequence[Tensor],
-        seen: Sequence[Tensor],  # by each stream, (L, D)
+        seen: Sequence[Tensor],  # attention output of each stream, (L, D)
         of_attention: Tensor,
         of_mlp: Tensor,
         which: Sequence[Tensor | None],
         forward: Forward,
         rows: Sequence[Rows],
     ) -> Tensor:
-        """What comes out, text before picture: (N, D)."""
+        """The block's output, text before picture: (N, D)."""
         out = []
         for i, (attention, mlp) in enumerate(((self.txt_attn, self.txt_mlp), (self.img_attn, self.img_mlp))):
             attended = linear(attention.proj, seen[i], forward, rows[i])
@@ -296,13 +296,13 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """All tokens alike: attention and MLP side by side, from one linear layer and into one."""
+    """Attention and MLP in parallel over all tokens, with one input layer and one output layer for both."""
 
     apart = ("modulation",)
     regions: ClassVar = {"enter": (0, 2, 3, 5), "leave": (0, 1, 2, 4, 6)}
 
     def __init__(self, dim: int, heads: int, hidden: int, gated: bool, bias: bool, modulated: bool):
-        """As of `DoubleBlock`."""
+        """Arguments as in `DoubleBlock`."""
         super().__init__()
         self.heads = heads
         self.width = dim // heads
@@ -321,7 +321,7 @@ class SingleBlock(nn.Module):
         batch: Packing,
         remembered: Sequence[KeysValues | None],
         forward: Forward,
-        targets_only: bool = False,  # whose rows are computed
+        targets_only: bool = False,  # compute only the targets' rows
     ) -> Tensor:
         which, rows = batch.woven_which, batch.woven
         q, k, v, hidden = self.enter(x, modulation, which, batch.rope, forward, rows)
@@ -334,7 +334,7 @@ class SingleBlock(nn.Module):
     def enter(
         self, x: Tensor, modulation: Tensor, which: Tensor | None, table: Rope, forward: Forward, rows: Rows
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys and values, each (N, H, E), and what the activation is given: (N, F)."""
+        """Queries, keys and values, each (N, H, E), and the input of the activation, (N, F)."""
         width = 3 * self.heads * self.width
         normed = modulate(x, modulation, which, forward.unadapted(self.linear1))
         both = linear(self.linear1, normed, forward, rows)
@@ -352,13 +352,13 @@ class SingleBlock(nn.Module):
         forward: Forward,
         rows: Rows,
     ) -> Tensor:
-        """What comes out, of what came in and what attention saw."""
+        """The block's output, from its input x and the attention's output seen."""
         out = linear(self.linear2, torch.cat((seen, self.activation(hidden)), dim=-1), forward, rows)
         return add_gated(x, out, modulation, which)
 
 
 class FinalLayer(nn.Module):
-    """Modulated norm, projection to patches."""
+    """Modulated norm, then projection to patches."""
 
     def __init__(self, dim: int, out: int, bias: bool):
         super().__init__()
@@ -370,13 +370,13 @@ class FinalLayer(nn.Module):
         return self.adaLN_modulation(vec, forward, rows).unflatten(-1, (2, -1))
 
     def forward(self, x: Tensor, modulation: Tensor, forward: Forward, rows: Rows) -> Tensor:
-        """x: (N, D), each sample's rows end to end; modulation: (R, 2, D), a row for each sample, or one for all."""
+        """x: (N, D), each sample's rows end to end. modulation: (R, 2, D), a row for each sample, or one for all."""
         which = None if len(modulation) == 1 else run_of_each(rows.lengths, x.device)
         return linear(self.linear, modulate(x, modulation, which, forward.unadapted(self.linear)), forward, rows)
 
 
 class StreamAttention(nn.Module):
-    """What one stream brings to the common attention, and takes from it."""
+    """The projections of one stream into the joint attention and out of it."""
 
     def __init__(self, dim: int, heads: int, bias: bool):
         super().__init__()
@@ -386,13 +386,13 @@ class StreamAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias)
 
     def project(self, x: Tensor | Rounded, table: Rope, forward: Forward, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (L, D) -> normed and turned q and k, and v, each (L, H, E)."""
+        """x: (L, D) -> q and k, after norm and rotation, and v, each (L, H, E)."""
         q, k, v = linear(self.qkv, x, forward, rows).unflatten(-1, (3, self.heads, -1)).unbind(1)
         return *self.norm(q, k, table), v
 
 
 class QKNorm(nn.Module):
-    """Root-mean-square norms of queries and keys, over a head's width, before these are turned."""
+    """RMS norms of queries and keys over each head's features, then rotary embedding."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -404,7 +404,7 @@ class QKNorm(nn.Module):
 
 
 class Scale(nn.Module):
-    """The weight of a root-mean-square norm, by the name that the releases give it."""
+    """The weight of an RMS norm, under the name in the releases."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -412,7 +412,7 @@ class Scale(nn.Module):
 
 
 class Modulator(nn.Module):
-    """The embedded time to shifts, scales and gates. vec: (T, D) -> (T, parts, D)."""
+    """Time embedding to shifts, scales and gates. vec: (T, D) -> (T, parts, D)."""
 
     def __init__(self, dim: int, parts: int, bias: bool):
         super().__init__()
@@ -424,7 +424,7 @@ class Modulator(nn.Module):
 
 
 class Embedder(nn.Module):
-    """Two linear layers around a SiLU: of times, guidance and pooled text."""
+    """Two linear layers around a SiLU, for times, guidance and pooled text."""
 
     def __init__(self, width: int, dim: int, bias: bool):
         super().__init__()
@@ -436,7 +436,7 @@ class Embedder(nn.Module):
         return linear(self.out_layer, F.silu(hidden), forward, rows)
 
     def numbers(self, values: Sequence[float], forward: Forward, rows: Rows) -> Tensor:
-        """Times or guidance, as sinusoids of a thousand times each, cosines first. -> (T, D)"""
+        """Embeds times or guidance: sinusoids of 1000 * value, cosines first, through the layers. -> (T, D)"""
         half = FREQUENCIES // 2
         device = self.in_layer.weight.device
         thousandths = torch.tensor([1000 * value for value in values], dtype=torch.float32, device=device)
@@ -454,18 +454,21 @@ class SwiGLU(nn.Module):
 
 
 def embed_guidance(embedder: Embedder | None, guidance: float | None, forward: Forward) -> Tensor | None:
-    """(1, D), or None where the model reads no guidance. InputError where it lacks what it reads, or is given more."""
+    """Returns (1, D), or None for a model without guidance.
+
+    Raises InputError if the guidance is missing, or is given to a model without guidance.
+    """
     if embedder is None:
         if guidance is not None:
-            raise InputError(f"guidance {guidance} is given to a model that reads none: give None")
+            raise InputError(f"guidance {guidance} is given, but this model takes none: give None")
         return None
     if guidance is None:
-        raise InputError("this model reads a guidance and is given None: give a number, such as 3.5")
+        raise InputError("guidance is None, but this model needs one: give a number, such as 3.5")
     return embedder.numbers([guidance], forward, Rows.alone(1))
 
 
 def hidden_of(gated: bool) -> tuple[str, ...]:
-    """What an activation is given, as `nn.parallel.Shares` has it."""
+    """The parts of an activation's input, as in `nn.parallel.Shares`."""
     return ("hidden", "hidden") if gated else ("hidden",)
 
 
@@ -487,13 +490,13 @@ def attend_together(
     by: str,
     targets_only: bool = False,
 ) -> Tensor:
-    """Attend within each sample and to what it remembers.
+    """Attention within each sample and to its KV cache.
 
-    q, k, v: (N, H, E), sample by sample -> (N, D), or the targets' rows of it. Remembered keys stand behind a sample's
-    own, wherever the release puts them: in attention the order of keys is nothing. by: as in `attend`.
+    q, k, v: (N, H, E), sample by sample -> (N, D), or only the targets' rows. Cached keys come after a sample's own
+    keys. The releases may order them otherwise, but the order of keys does not change attention. by: as in `attend`.
     """
     if batch.record is not None:
-        batch.record.append((k, v.contiguous()))  # v may be a view, which would keep the whole projection alive
+        batch.record.append((k, v.contiguous()))  # v may be a view that would keep the whole projection alive
     lengths = visible = batch.woven.lengths
     if remembered:
         keys, values = ([None if kv is None else kv[i] for kv in remembered] for i in (0, 1))
@@ -505,13 +508,16 @@ def attend_together(
 
 
 def weave(*streams: Iterable[Tensor | None]) -> Tensor:
-    """Sample by sample, what each stream holds of it. A stream: for each sample a tensor (L, ...), or nothing."""
+    """Interleaves streams sample by sample. A stream has for each sample a tensor (L, ...), or None."""
     return torch.cat([piece for sample in zip(*streams, strict=True) for piece in sample if piece is not None])
 
 
 def modulate(x: Tensor, modulation: Tensor, which: Tensor | None, readers: Sequence[nn.Module]) -> Tensor | Rounded:
-    """Layer norm, scaled and shifted. x: (N, D); modulation: (R, 2 or 3, D), shift, scale; which: of R is each token's,
-    as `Packing.which`; readers: the layers it is for, which may take it in 8 bits at once."""
+    """Layer norm, then scale and shift. x: (N, D); modulation: (R, 2 or 3, D): shift, scale.
+
+    which: the row of each token, as from `Packing.which`. readers: the layers that take the result; it is rounded to 8
+    bits if all of them multiply 8-bit floats.
+    """
     shift, scale = modulation[:, 0], modulation[:, 1]
     if fused := kernels_for(x):
         if all_multiply_fp8(readers, x):
@@ -522,12 +528,12 @@ def modulate(x: Tensor, modulation: Tensor, which: Tensor | None, readers: Seque
 
 
 def add_gated(x: Tensor, out: Tensor, modulation: Tensor, which: Tensor | None) -> Tensor:
-    """x + gate * out. x, out: (N, D); modulation: (R, 3, D), the gate last; which as in `modulate`."""
+    """x + gate * out. x, out: (N, D); modulation: (R, 3, D), the gate last; which: as in `modulate`."""
     return torch.addcmul(x, spread(modulation[:, 2], which, len(x)), out)
 
 
 def spread(values: Tensor, which: Tensor | None, count: int) -> Tensor:
-    """A row for each of `count` tokens. values: (R, D) -> (count, D); a single row serves as it is."""
+    """A row for each of `count` tokens. values: (R, D) -> (count, D); a single row is returned as it is."""
     if which is not None:
         return values.index_select(0, which)
     if len(values) == 1:
@@ -536,7 +542,7 @@ def spread(values: Tensor, which: Tensor | None, count: int) -> Tensor:
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
-    """(C, h, w) -> (h/p * w/p, C*p*p): patches row by row, inside one channel, row, column fastest."""
+    """(C, h, w) -> (h/p * w/p, C*p*p): patches row by row; within a patch channel, row, column, with column fastest."""
     c, h, w = x.shape
     return x.reshape(c, h // p, p, w // p, p).permute(1, 3, 0, 2, 4).reshape(-1, c * p * p)
 
@@ -547,7 +553,7 @@ def unpatchify(x: Tensor, rows: int, columns: int, p: int) -> Tensor:
 
 
 def plane(at: int, rows: int, columns: int, axes: int) -> Tensor:
-    """Positions (at, r, c, 0 ...), row by row. -> (rows * columns, axes)"""
+    """Positions (at, r, c, 0 ...) for all r and c, row by row. -> (rows * columns, axes)"""
     positions = torch.zeros(rows, columns, axes, dtype=torch.long)
     positions[..., 0] = at
     positions[..., 1] = torch.arange(rows)[:, None]

@@ -1,7 +1,7 @@
-"""A forward as a value: the samples that it answers, how their tokens lie, and what is done around the blocks of each.
+"""A forward as a value: its samples, the layout of their tokens, and the additions around the blocks of each sample.
 
-A model makes a `Forward` of the samples that it is given and hands it on: to `run_blocks`, the one loop over a stack,
-and to `linear`, the one door to a product. Nothing of it is reached in another way.
+A model makes a `Forward` of its samples and passes it to `run_blocks`, the one loop over a stack, and to `linear`, the
+one function for linear layers. No global state is involved.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from inkstream.nn.stack import Blocks, visits
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One entry of a forward: a point of a picture's path, under one of its prompts.
+    """One entry of a forward: a point on a picture's path, with one of its prompts.
 
-    x: (C, h, w) float32; prepared: what no step changes, made by the family for this picture and `around`. Its
-    `at(t)` is the same for that time alone, or None where the time was not foreseen: what a recording needs.
+    x: (C, h, w) float32. prepared: what is constant over the steps, made by the family for this picture and `around`.
+    `prepared.at(t)` returns it for time t alone, as a CUDA graph recording needs it, or None if t was not foreseen.
     """
 
     x: Tensor
@@ -36,53 +36,53 @@ class Sample:
 
 
 class Span(NamedTuple):
-    """Rows that lie end to end."""
+    """Consecutive rows of one sample."""
 
-    owner: int  # their sample, by its place in the forward
+    owner: int  # the sample's index in the forward
     length: int
-    target: bool = False  # they are of the picture being drawn
+    target: bool = False  # the rows belong to the picture being drawn
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How rows of tokens lie. A model says it in spans, so that nothing waits for a device."""
+    """The layout of rows of tokens. Models describe it in spans on the host, so there is no host sync."""
 
     spans: tuple[Span, ...] = ()
 
     @staticmethod
     def alone(count: int) -> Rows:
-        """So many rows of the one sample that there is."""
+        """The layout of this number of rows of a single sample."""
         return Rows((Span(0, count),))
 
     @cached_property
     def samples(self) -> tuple[int, ...]:
-        """Those that have rows, in the order in which they come."""
+        """The samples that have rows, in the order in which they come."""
         return tuple(dict.fromkeys(span.owner for span in self.spans))
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Rows of each of them, where each one's lie end to end."""
+        """The row count of each sample, if each sample's rows are consecutive."""
         return [sum(span.length for span in own) for _, own in groupby(self.spans, lambda span: span.owner)]
 
     @cached_property
     def targets(self) -> Rows:
-        """Those of the pictures being drawn alone."""
+        """The rows of the pictures being drawn."""
         return Rows(tuple(span for span in self.spans if span.target))
 
     def targets_of(self, x: Tensor) -> Tensor:
-        """These rows of x. x: (N, ...)"""
+        """Selects the target rows of x. x: (N, ...)"""
         return self._choose(x, [span.target for span in self.spans])
 
     def of(self, samples: Container[int]) -> Rows:
-        """Those of some samples alone."""
+        """The layout of the rows of some samples."""
         return Rows(tuple(span for span in self.spans if span.owner in samples))
 
     def take(self, x: Tensor, samples: Container[int]) -> Tensor:
-        """These rows of x. x: (N, ...)"""
+        """Selects the rows of some samples from x. x: (N, ...)"""
         return self._choose(x, [span.owner in samples for span in self.spans])
 
     def join(self, parts: Mapping[tuple[int, ...], Tensor]) -> Tensor:
-        """All rows, of parts that have those of some samples each: the inverse of `take`."""
+        """All rows, from parts that each hold the rows of some samples: the inverse of `take`."""
         if len(parts) == 1:
             return next(iter(parts.values()))
         pieces = {}
@@ -95,7 +95,7 @@ class Rows:
         return sum(span.length for span in self.spans)
 
     def __getitem__(self, index: slice) -> Rows:
-        """Those of a range."""
+        """The layout of a range of rows."""
         start, stop, _ = index.indices(len(self))
         spans, at = [], 0
         for span in self.spans:
@@ -107,7 +107,7 @@ class Rows:
     def _choose(self, x: Tensor, wanted: Sequence[bool]) -> Tensor:
         if all(wanted):
             return x
-        # One split, not slices: the gradient of each slice would be as large as x.
+        # One split instead of slices: the gradient of each slice would be as large as x.
         pieces = x.split([span.length for span in self.spans])
         chosen = [piece for piece, want in zip(pieces, wanted) if want]
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
@@ -117,19 +117,19 @@ class Forward:
     """One pass of a model over samples."""
 
     def __init__(self, arounds: Sequence[Around] = (), times: Sequence[float] = (), attention_by: str = "auto"):
-        """What is done around each sample, and its time; attention_by: as `attention.choose_attention` has it."""
+        """arounds, times: of each sample; attention_by: the backend, as in `attention.choose_attention`."""
         self.arounds = arounds
         self.times = times
         self.attention_by = attention_by
         self.adapted = any(around.adapters for around in arounds)
-        self.pictures: dict[StepCache, tuple[int, ...]] = {}  # those with a cache, and the samples of each
+        self.pictures: dict[StepCache, tuple[int, ...]] = {}  # each step cache, and the samples of its picture
         for i, around in enumerate(arounds):
             if around.cache is not None:
                 self.pictures[around.cache] = (*self.pictures.get(around.cache, ()), i)
 
     @staticmethod
     def over(samples: Sequence[Sample], attention_by: str = "auto") -> Forward:
-        """Of a step; it begins one of each cache."""
+        """The forward of a step. It calls `begin` on each step cache."""
         forward = Forward([sample.around for sample in samples], [sample.t for sample in samples], attention_by)
         for cache, own in forward.pictures.items():
             cache.begin(samples[own[0]].t, len(own))
@@ -137,22 +137,22 @@ class Forward:
 
     @staticmethod
     def ahead(around: Around, attention_by: str = "auto") -> Forward:
-        """Of what is computed before the first step, for one picture: its adapters matter there, and nothing else."""
+        """The forward of what one picture computes before its first step, where only its adapters count."""
         return Forward([Around(adapters=around.adapters)], attention_by=attention_by)
 
-    # Products ---------------------------------------------------------------------------------------------------------
+    # Linear layers ----------------------------------------------------------------------------------------------------
 
     def adapt(self, layer: nn.Module, x: Any, out: Tensor, rows: Rows) -> Tensor:
-        """What a layer gives, as the adapters of each row's sample change it. x: (N, I), out: (N, O) -> (N, O).
+        """A layer's output, changed by the adapters of each row's sample. x: (N, I), out: (N, O) -> (N, O).
 
-        x is in full where a layer is adapted: see `unadapted`.
+        x has full precision where a layer is adapted: see `unadapted`.
         """
         if not self.adapted:
             return out
         products = [products_of(layer, around) for around in self.arounds]
         if not any(products) or len(out) == 0:
             return out
-        assert len(rows) == len(x), f"{len(x)} rows are given to a layer, and {len(rows)} have an owner"
+        assert len(rows) == len(x), f"a layer got {len(x)} rows, but {len(rows)} rows have an owner"
         runs = [[*run] for _, run in groupby(rows.spans, lambda span: [id(one) for one in products[span.owner]])]
         lengths = [sum(span.length for span in run) for run in runs]
         pieces = [
@@ -162,15 +162,17 @@ class Forward:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def unadapted(self, *layers: nn.Module) -> Sequence[nn.Module]:
-        """The layers, where what they are given may be rounded for them; none where one of them needs it in full."""
+        """Returns the layers if their input may be rounded for them; () if an adapter of one needs full precision."""
         adapts = self.adapted and any(products_of(layer, around) for layer in layers for around in self.arounds)
         return () if adapts else layers
 
     # Blocks -----------------------------------------------------------------------------------------------------------
 
     def add(self, stack: str, index: int, x: Tensor, rows: Rows) -> Tensor:
-        """What comes out of a block, with the residuals of each picture added to its rows. x: (N, D) of rows, or of
-        their targets."""
+        """Adds the residuals of each picture to its rows of a block's output.
+
+        x: (N, D), all rows or only the target rows.
+        """
         if not any(self.arounds[i].residuals for i in rows.samples):
             return x
         spans = rows.spans if len(x) == len(rows) else rows.targets.spans
@@ -182,8 +184,7 @@ class Forward:
         return torch.cat(pieces)
 
     def decide(self, added: Tensor, rows: Rows) -> None:
-        """Let each picture with a cache decide by what the first block added to its rows. The device is waited for
-        once."""
+        """Lets each step cache decide from the first block's residual, with one host sync for all."""
         own = {cache: rows.take(added, samples) for cache, samples in self.pictures.items()}
         changes = torch.stack([cache.change(picture) for cache, picture in own.items()]).tolist()
         for (cache, picture), change in zip(own.items(), changes):
@@ -191,11 +192,11 @@ class Forward:
 
 
 PLAIN, ANY = Forward(), Rows()
-"""Of products that nothing is done around, wherever their rows lie."""
+"""A forward and rows for layers without adapters, where the layout of the rows does not matter."""
 
 
 def products_of(layer: nn.Module, around: Around) -> list[Product]:
-    """What the adapters of a sample do to a layer, in their order."""
+    """The changes that a sample's adapters make to a layer, in their order."""
     return [adapter.products[layer] for adapter in around.adapters if layer in adapter.products]
 
 
@@ -208,10 +209,10 @@ def run_blocks(
     rows: Rows,
     narrows: bool = False,
 ) -> Tensor:
-    """Send x through the blocks of a stack in order. x: (N, D), whose rows lie as `rows` says.
+    """Runs x through the blocks of a stack in order. x: (N, D), with the layout `rows`.
 
-    call: (index, block, x, rows) gives a block what else it takes. narrows: of the last block come the rows of targets
-    alone.
+    call: (index, block, x, rows) calls a block with its other arguments. narrows: the last block returns only the
+    target rows.
     """
 
     def through(x: Tensor, start: int, stop: int | None, rows: Rows) -> Tensor:
@@ -232,10 +233,10 @@ def run_cached(
     forward: Forward,
     rows: Rows,
 ) -> Tensor:
-    """As `run_blocks`, where pictures have caches: those that skip sit out the blocks between the first and `until`.
+    """`run_blocks` with step caches: samples that skip leave out the blocks between the first and `until`.
 
-    A block that narrows is never left out: what it adds cannot be told row by row. through: (x, start, stop, rows)
-    sends rows through some of the blocks.
+    A block that narrows is never skipped, since its input and output rows differ and leave no residual per row.
+    through: (x, start, stop, rows) runs rows through some of the blocks.
     """
     start = 0
     if any(cache.skips is None for cache in forward.pictures):

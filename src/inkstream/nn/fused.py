@@ -1,9 +1,9 @@
-"""Triton kernels that make one pass over memory of several. Each rounds where the plain operations round.
+"""Triton kernels that fuse several passes over memory into one. Each rounds where the plain operations round.
 
-Nobody calls these but the plain functions they stand in for, which ask `gpu.kernels_for`. They record no gradients.
-Rows are tokens; every program works on a whole row, so that its norm or its range is known before it is written. With
-`into`, an 8-bit float type, a row is written as such numbers beside what they are multiplied by, which is what the
-products of `quant` take. Pictures have their channels last.
+Only the plain functions that they replace call them, after asking `gpu.kernels_for`. They record no gradients. Rows are
+tokens, and a program works on a whole row, so that its norm or range is known before it is written. With `into`, an
+8-bit float type, a row is written in that type beside its scale, as input for the 8-bit products of `quant`. Pictures
+are channels last.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import triton.language as tl
 from torch import Tensor
 
 PER_THREAD = 16
-"""Numbers of a row that a thread works on, until there are MOST_WARPS of 32 threads."""
+"""Numbers of a row per thread, until there are MOST_WARPS of 32 threads."""
 MOST_WARPS = 16
 PIECE = 1024
-"""Positions of a picture whose moments are taken by one program, at most, TILE at a time."""
+"""The most positions of a picture whose moments one program computes, TILE at a time."""
 TILE = 32
 CHANNELS = 128
-"""Channels that a program works on, at most."""
+"""The most channels that a program works on."""
 LEAST_RANGE = tl.constexpr(1e-30)
-"""As in `quant`: no row is divided by zero."""
+"""The smallest range of a row, as in `quant`, so that no row is divided by zero."""
 
 Rows = Tensor | tuple[Tensor, Tensor]
-"""A tensor (N, D); or its numbers and, (N, 1), what each row of them is multiplied by."""
+"""A tensor (N, D); or 8-bit numbers (N, D) and the scale of each row (N, 1)."""
 
 
 def rms_norm(
@@ -38,8 +38,10 @@ def rms_norm(
     add: Tensor | None = None,
     into: torch.dtype | None = None,
 ) -> Rows:
-    """add + weight * x / rms(x). x, add: (N, D); weight: (D,) or (R, D); rows: (N,) which of them is each token's, None
-    where the tokens are R equal runs."""
+    """add + weight * x / rms(x). x, add: (N, D); weight: (D,) or (R, D).
+
+    rows: (N,), the weight row of each token; None: the tokens are R equal runs.
+    """
     return _norm(x, weight.reshape(-1, x.shape[-1]), None, rows, add, eps, into)
 
 
@@ -51,15 +53,15 @@ def modulated_norm(
     rows: Tensor | None = None,
     into: torch.dtype | None = None,
 ) -> Rows:
-    """shift + (1 + scale) * layer_norm(x). x: (N, D); shift, scale: (R, D); rows as in `rms_norm`."""
+    """shift + (1 + scale) * layer_norm(x). x: (N, D); shift, scale: (R, D); rows: as in `rms_norm`."""
     return _norm(x, scale, shift, rows, None, eps, into)
 
 
 def norm_rope(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float, halves: bool = False) -> Tensor:
-    """Each head's features RMS-normed, then turned in pairs. x: (N, H, E), its tokens and heads at any stride.
+    """RMS norm of each head's features, then rotation in pairs. x: (N, H, E), its tokens and heads at any stride.
 
-    Pairs are (2i, 2i + 1), and cos and sin (N, 1, E) as in `rope.Rope`; with halves (i, i + E / 2), and the two
-    (N, 1, E / 2).
+    Pairs are (2i, 2i + 1), and cos and sin are (N, 1, E), as in `rope.Rope`. With halves, pairs are (i, i + E / 2), and
+    cos and sin are (N, 1, E / 2).
     """
     count, heads, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -86,7 +88,7 @@ def swiglu(gate: Tensor, up: Tensor, into: torch.dtype | None = None) -> Rows:
 
 
 def round_rows(x: Tensor, into: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Each row of x (N, D) scaled to the range of an 8-bit float type and rounded to it."""
+    """Scales each row of x (N, D) to the range of an 8-bit float type and rounds it to that type."""
     out, scales = _room(x, into)
     count, width = x.shape
     block = triton.next_power_of_2(width)
@@ -100,7 +102,7 @@ def round_rows(x: Tensor, into: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and variance of each channel over pieces of a picture, and the share of its positions in each piece.
+    """Mean and variance of each channel over K pieces of a picture, and the share of the positions in each piece.
 
     x: (B, L, C), contiguous -> two of (K, B, C) float32, and (K,) that sum to 1.
     """
@@ -120,7 +122,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
-    """shift + x * scale, and that through SiLU if asked for. x: (B, L, C), contiguous; scale, shift: (B, C) float32."""
+    """shift + x * scale, then SiLU if asked for. x: (B, L, C), contiguous; scale, shift: (B, C) float32."""
     batch, positions, channels = x.shape
     out = torch.empty_like(x)
     block = min(CHANNELS, triton.next_power_of_2(channels))
@@ -133,23 +135,23 @@ def scale_shift(x: Tensor, scale: Tensor, shift: Tensor, silu: bool) -> Tensor:
 
 
 def try_out(device: torch.device) -> None:
-    """Raises what Triton raises where it cannot build or run kernels."""
+    """Runs a kernel once. Raises what Triton raises where it cannot build or run kernels."""
     swiglu(torch.ones(1, 16, device=device), torch.ones(1, 16, device=device))
 
 
 def most(into: torch.dtype | None) -> float:
-    """The largest number of a type; types of more than 8 bits, which tests ask for, stand for e4m3."""
+    """The largest number of an 8-bit type. Wider types, which tests use, get the largest number of e4m3."""
     return torch.finfo(into if into is not None and into.itemsize == 1 else torch.float8_e4m3fn).max
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], size: int, *args: Any, **constants: Any) -> None:
-    """Run a kernel whose programs work on `size` numbers each, on the device of the first of its arguments.
+    """Runs a kernel whose programs work on `size` numbers each, on the device of its first argument.
 
-    A product and its sum may be rounded once, as in torch's own kernels. Versions of Triton differ in this where it is
-    not said, and warn.
+    Fused multiply-add is allowed, as in torch's kernels. Versions of Triton differ in its default, and some warn if it
+    is not set.
     """
     warps = max(1, min(MOST_WARPS, size // (32 * PER_THREAD)))
-    with torch.cuda.device_of(args[0]):  # Triton launches on the current one
+    with torch.cuda.device_of(args[0]):  # Triton launches on the current device
         kernel[grid](*args, **constants, num_warps=warps, enable_fp_fusion=True)
 
 
@@ -176,14 +178,14 @@ def _norm(
 
 
 def _room(x: Tensor, into: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """Where rows like x's are written, and the factor of each if they are rounded."""
+    """Allocates the output rows, shaped like x, and the scale of each row if they are rounded."""
     out = torch.empty(x.shape, dtype=into or x.dtype, device=x.device)
     return out, None if into is None else torch.empty(len(x), 1, dtype=torch.float32, device=x.device)
 
 
 # Kernels ------------------------------------------------------------------------------------------------------------
-# Pointers that are None leave their operation out. `run` tokens share a row of weights. Strides are of rows, and
-# offsets of rows are 64 bits wide: large batches have more numbers than 32 bits count.
+# A pointer that is None leaves its operation out. `run` tokens share a row of weights. Strides are in rows. Row offsets
+# are 64 bits wide, since large batches have more numbers than 32 bits count.
 
 
 @triton.jit
@@ -236,7 +238,7 @@ def _round(x, out, scales, x_stride, width, most, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write(values, out, scales, token, column, inside, width, most):
-    """A row as it is, or with `scales` rounded to the range of what `out` is of."""
+    """Writes a row: as it is, or with `scales`, scaled to the range of the 8-bit type of `out` and rounded."""
     if scales is not None:
         values = values.to(tl.float32)
         scale = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST_RANGE) / most
@@ -262,10 +264,10 @@ def _norm_rope(
     else:
         partner = column ^ 1
         angle = token * WIDTH + column
-        sign = 1.0  # it is in the table
+        sign = 1.0  # the table holds the sign
     start = x + token * x_stride + head * head_stride
     values = tl.load(start + column, mask=inside, other=0.0).to(tl.float32)
-    partners = tl.load(start + partner, mask=inside, other=0.0).to(tl.float32)  # the same lines again, from the cache
+    partners = tl.load(start + partner, mask=inside, other=0.0).to(tl.float32)  # the same cache lines again
     inverse = tl.rsqrt(tl.sum(values * values, axis=1) / WIDTH + eps)[:, None]
     factor = tl.load(weight + column, mask=column < WIDTH, other=0.0).to(tl.float32)
     partners_factor = tl.load(weight + partner, mask=column < WIDTH, other=0.0).to(tl.float32)
@@ -281,7 +283,7 @@ def _norm_rope(
 def _moments(
     x, means, variances, positions, channels, PIECE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Tile by tile, each in two passes, joined as Chan, Golub and LeVeque do (1979)."""
+    """Computes moments tile by tile, each in two passes, and merges them (Chan, Golub and LeVeque, 1979)."""
     piece, sample = tl.program_id(0), tl.program_id(1)
     channel = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     mean = tl.zeros([BLOCK], tl.float32)

@@ -1,4 +1,4 @@
-"""Where kernels of our own stand in for plain operations: `kernels_for` finds `nn/fused.py` if it can serve."""
+"""The choice between fused kernels and plain operations: `kernels_for` returns `nn/fused.py` where it can run."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 fused_devices = {"cuda"}
-"""Types of devices whose tensors the fused kernels take. Emptied, all is computed plainly."""
+"""Device types whose tensors go to the fused kernels. If the set is empty, all operations are plain."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST = (8, 0)
-"""The compute capability that Triton supports from."""
+"""The oldest compute capability that Triton supports."""
 
 
 def kernels_for(x: Tensor) -> ModuleType | None:
-    """`nn.fused` where its kernels take x, else None: in training, on other devices, without Triton, and inside a
-    compiler, which joins operations by itself."""
+    """Returns `nn.fused` where its kernels take x, else None.
+
+    None: in training, on other devices, without Triton, and inside a compiler, which fuses operations itself.
+    """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     return find_kernels(x.device) if x.device.type in fused_devices and x.dtype in DTYPES else None
@@ -26,9 +28,9 @@ def kernels_for(x: Tensor) -> ModuleType | None:
 
 @lru_cache
 def find_kernels(device: torch.device) -> ModuleType | None:
-    """`nn.fused`, tried out on the device; None where Triton is not installed or does not work, the latter told once.
+    """Returns `nn.fused` after a trial run on the device; None where Triton is missing or fails.
 
-    Triton takes a second to import, which only a GPU's work is worth.
+    A failure gives one warning. Importing Triton takes a second, so it is imported only for a GPU.
     """
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST:
         return None
@@ -38,8 +40,8 @@ def find_kernels(device: torch.device) -> ModuleType | None:
         fused.try_out(device)
     except ImportError:
         return None
-    except Exception as error:  # most often there is no C compiler, which Triton builds its launchers with
+    except Exception as error:  # the usual cause: no C compiler, which Triton needs to build its launchers
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        warnings.warn(f"fused kernels do not work here and are left out ({reason}): install gcc", stacklevel=2)
+        warnings.warn(f"fused kernels fail here and are not used ({reason}): install gcc", stacklevel=2)
         return None
     return fused

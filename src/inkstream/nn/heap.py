@@ -1,4 +1,4 @@
-"""Memory that was given back stays in the process for what is computed next."""
+"""Settings of glibc's heap: freed memory stays in the process for the next computation."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ import sys
 from typing import Any
 
 LARGE = 32 * 2**20
-"""Bytes from which a block is the system's own, taken from it and given back each time: the most that glibc takes."""
+"""Bytes from which glibc maps each block on its own and unmaps it when freed: the most that glibc accepts."""
 KEPT = 128 * 2**20
-"""Bytes of free memory that stay."""
+"""Bytes of free memory that the process keeps."""
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, in one heap for all threads, since many take turns in drawing. Only glibc
-    can be told.
+    """Tells glibc to keep freed memory, in one heap for all threads. Other C libraries have no such setting.
 
-    Otherwise it returns a forward's memory as soon as it is free, and the system clears every page of it again for the
-    next: a sixth of the time of a forward of 1500 tokens of Pocket.
+    One heap, because many threads take turns in drawing. By default glibc returns a forward's memory to the system at
+    once, and the system clears every page again for the next forward. That took a sixth of the time of a forward of
+    1500 tokens of Pocket.
     """
     if mallopt := _of_glibc("mallopt"):
         for parameter, value in ((-3, LARGE), (-1, KEPT), (-8, 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD, M_ARENA_MAX
@@ -25,7 +25,7 @@ def keep_freed_memory() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """Let the system have what is free now: a few milliseconds, and what is computed next takes it anew."""
+    """Returns free memory to the system. It takes a few milliseconds; the next computation allocates anew."""
     if malloc_trim := _of_glibc("malloc_trim"):
         malloc_trim(0)
 

@@ -17,10 +17,10 @@ from inkstream.nn.quant import E4M3, Rounded, all_multiply_fp8, all_multiply_int
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) -> Tensor:
-    """Root-mean-square norm over the last axis, its variance in float32. x: (..., D).
+    """RMS norm over the last axis, with its variance in float32. x: (..., D).
 
-    weight: (D,), or for tokens (L, D) that differ in it (R, D): `rows`, (L,), says which is each token's, or as in
-    `scale_runs`.
+    weight: (D,), or (R, D) where tokens have different weights; x is then (L, D). `rows`, (L,), is the weight row of
+    each token; None: R equal runs, as in `scale_runs`.
     """
     if x.ndim == 2 and (fused := kernels_for(x)):
         return fused.rms_norm(x, weight, eps, rows)
@@ -36,7 +36,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None) 
 def rms_norm_into(
     readers: Sequence[nn.Module], x: Tensor, weight: Tensor, eps: float, rows: Tensor | None = None
 ) -> Tensor | Rounded:
-    """As `rms_norm` of tokens, for the layers that read it: in 8 bits at once where all of them multiply such."""
+    """`rms_norm` of tokens for the layers `readers`: rounded to 8 bits if all of them multiply 8-bit numbers."""
     if all_multiply_fp8(readers, x) and (fused := kernels_for(x)):
         return Rounded(x.dtype, *fused.rms_norm(x, weight, eps, rows, into=E4M3))
     normed = rms_norm(x, weight, eps, rows)
@@ -51,7 +51,7 @@ def add_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float, rows: Tensor | No
 
 
 def silu_times(gate: Tensor, up: Tensor, readers: Sequence[nn.Module] = ()) -> Tensor | Rounded:
-    """silu(gate) * up, both (L, D); for the layers that read it, as in `rms_norm_into`."""
+    """silu(gate) * up, both (L, D). readers: the layers that take the result, as in `rms_norm_into`."""
     if fused := kernels_for(gate):
         if all_multiply_fp8(readers, gate):
             return Rounded(gate.dtype, *fused.swiglu(gate, up, into=E4M3))
@@ -62,13 +62,15 @@ def silu_times(gate: Tensor, up: Tensor, readers: Sequence[nn.Module] = ()) -> T
 
 
 def is_plain_cpu(x: Tensor) -> bool:
-    """Whether operations on x run one by one, in float32 on the CPU, where each pass over memory costs: a compiler
-    joins them by itself, a GPU has kernels of its own."""
+    """Whether x is float32 on the CPU, outside a compiler, where each pass over memory costs time.
+
+    A compiler fuses operations itself, and a GPU has its own fused kernels.
+    """
     return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
 
 
 class ScaledNorm(torch.autograd.Function):
-    """`rms_norm` and its gradient in fewer passes over memory, which is what the CPU waits for. x: (L, D)."""
+    """`rms_norm` and its gradient in fewer passes over memory, which is the bottleneck on a CPU. x: (L, D)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
@@ -81,18 +83,18 @@ class ScaledNorm(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         normed, inverse, weight = ctx.saved_tensors
         product = (gradient * normed).unflatten(0, (len(weight), -1))  # (R, L / R, D)
-        along = torch.bmm(product, weight.unsqueeze(-1)).flatten(0, 1)  # of each token, along what was normed
+        along = torch.bmm(product, weight.unsqueeze(-1)).flatten(0, 1)  # each token's gradient along its normed input
         scaled = scale_runs(gradient, weight)
         return scaled.addcmul_(normed, along, value=-1 / normed.shape[-1]).mul_(inverse), product.sum(1), None
 
 
 def run_of_each(lengths: Sequence[int], device: torch.device) -> Tensor:
-    """Which run each token is in, for runs of these lengths. (sum(lengths),); nothing waits for the device."""
+    """The run number of each token, for runs of these lengths. (sum(lengths),). No host sync."""
     return torch.cat([torch.full((n,), i, device=device) for i, n in enumerate(lengths)])
 
 
 def scale_runs(x: Tensor, scale: Tensor) -> Tensor:
-    """x: (L, D) times scale: (R, D), a row for each of R equal runs of x's rows: R is 1, L, or in between."""
+    """Scales R equal runs of x's rows. x: (L, D), scale: (R, D), one row a run; R divides L."""
     return (x.unflatten(0, (len(scale), -1)) * scale.unsqueeze(1)).flatten(0, 1)
 
 
@@ -111,7 +113,7 @@ class SwiGLU(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """Sinusoids of a time, cosines first, through two linear layers. t: (T,) -> (T, dim)."""
+    """Sinusoidal time embedding, cosines first, through two linear layers. t: (T,) -> (T, dim)."""
 
     FREQUENCIES = 256
 

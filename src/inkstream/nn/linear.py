@@ -1,4 +1,4 @@
-"""The one door to the products of a transformer, whose layers may be plain, packed, prepacked or shared."""
+"""The one function for linear layers of a transformer, whose weights may be plain, packed, prepacked or shared out."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from inkstream.nn.quant import Rounded
 
 
 def linear(layer: nn.Module, x: Tensor | Rounded, forward: Forward, rows: Rows) -> Tensor:
-    """The layer's product, as the adapters of each row's sample change it. x: (N, I) -> (N, O).
+    """The layer's output, changed by the adapters of each row's sample. x: (N, I) -> (N, O).
 
-    Of a layer whose inputs are shared with other processes (`parallel.share_layers`), the sum of what all give.
+    If the layer's inputs are shared with other processes (`parallel.share_layers`), the outputs are all-reduced.
     """
     out = forward.adapt(layer, x, layer(x), rows)
-    group = layer.__dict__.get("group")  # getattr of a module takes as long to find nothing as a small product
+    group = layer.__dict__.get("group")  # a failing getattr of a module takes as long as a small product
     return out if group is None else group.sum(out)
 
 
 class Chain(nn.Sequential):
-    """As nn.Sequential, its products through the door."""
+    """Like nn.Sequential, with its linear layers called by `linear`."""
 
     def forward(  # type: ignore[override]
         self, x: Tensor | Rounded, forward: Forward, rows: Rows

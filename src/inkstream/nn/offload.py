@@ -1,7 +1,7 @@
-"""Weights that live at home, in host memory or in a mapped file, and visit the device while their module runs.
+"""Offloading: weights live in host memory or in a mapped file and are copied to the device while their module runs.
 
-Two uses of one thing: a part of a model that is parked between its uses, and a stack of blocks of which only the one
-that runs, and the next, are on the device.
+It has two uses. A part of a model is parked between its uses. A stack of blocks is streamed, with only the running
+block and the next one on the device.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 
 ALIGNED = 256
-"""Bytes: where vector units and copy engines like a tensor to start."""
+"""The alignment of tensors in bytes, which suits vector units and copy engines."""
 
 
 @dataclass(frozen=True, eq=False)
 class Weight:
-    """One tensor of a module: whose it is, under which name, and where it lives.
+    """One tensor of a module: its owner, its name there, and `home`, the tensor that stays in host memory.
 
-    mapped: it is a view of a mapped file, so that its pages can be dropped and read again.
+    mapped: home is a view of a mapped file, so its pages can be dropped and read again.
     """
 
     owner: nn.Module
@@ -35,7 +35,7 @@ class Weight:
     mapped: bool
 
     def put(self, tensor: Tensor) -> None:
-        """Let the module compute with another tensor of the same shape."""
+        """Lets the module compute with another tensor of the same shape."""
         if self.name in self.owner._parameters:
             self.owner._parameters[self.name] = nn.Parameter(tensor, requires_grad=False)
         else:
@@ -43,12 +43,16 @@ class Weight:
 
 
 class Guest:
-    """A module whose large weights visit the device. Those that are on it already, in the right type, are used where
-    they are."""
+    """A module whose large weights are copied to the device for each run.
+
+    Weights that are already on the device in the right dtype stay there.
+    """
 
     def __init__(self, module: nn.Module, device: torch.device, dtype: torch.dtype, without: Sequence[str] = ()):
-        """dtype: what floating weights become on the way; packed bytes stay what they are. without: modules inside
-        that are left out. So are vectors: they are on the device for good, small as they are."""
+        """dtype: the dtype of floating-point weights on the device; packed bytes keep theirs.
+
+        without: inner modules to leave out. Vectors are left out too: they are small and stay on the device.
+        """
         weights = [weight for weight in weights_of(module, without) if weight.home.ndim > 1]
         types = {weight: dtype if is_number(weight.home) else weight.home.dtype for weight in weights}
         self.module = module
@@ -63,20 +67,20 @@ class Guest:
         self.starts, self.nbytes = ends[:-1], ends[-1]
 
     def views(self, room: Tensor) -> list[Tensor]:
-        """The visiting tensors inside a flat uint8 tensor of at least `nbytes`, not yet filled."""
+        """Unfilled tensors for the copied weights, inside a flat uint8 tensor of at least `nbytes`."""
         return [
             room[start : start + weight.home.numel() * kind.itemsize].view(kind).view(weight.home.shape)
             for start, weight, kind in zip(self.starts, self.away, self.types)
         ]
 
     def fill(self, views: Sequence[Tensor]) -> None:
-        """Copy what lives at home."""
+        """Copies the weights from host memory into the views."""
         for view, weight in zip(views, self.away):
             view.copy_(weight.home)
 
     @contextmanager
     def visit(self, views: Sequence[Tensor]) -> Iterator[None]:
-        """The module computes with these tensors; afterwards its own may leave memory."""
+        """Inside, the module computes with these tensors. Afterwards the pages of its mapped weights may be dropped."""
         for view, weight in zip(views, self.away):
             weight.put(view)
         try:
@@ -89,18 +93,18 @@ class Guest:
                     advise(weight.home, "MADV_DONTNEED")
 
     def expect(self) -> None:
-        """Let the system read ahead what is in mapped files."""
+        """Tells the system to read ahead the weights that are in mapped files."""
         for weight in (*self.away, *self.here):
             if weight.mapped:
                 advise(weight.home, "MADV_WILLNEED")
 
 
 class Streamed:
-    """A stack of blocks of which each is on the device only while it is the one in hand.
+    """A stack of blocks, each of which is on the device only while it runs.
 
-    On a GPU a thread brings the next one meanwhile, through pinned memory and a second stream. On the CPU copying would
-    only take time from computing, so there the system is told to read ahead. Modules that a block names in `apart` are
-    called by others than the block, and so they are to visit on their own.
+    A GPU uses double buffering: a thread copies the next block through pinned memory on a second CUDA stream while one
+    block computes. On the CPU a copying thread would take time from computing, so the system is told to read ahead
+    instead. Modules named in a block's `apart` are called outside the block, so they are copied on their own.
     """
 
     def __init__(self, blocks: nn.ModuleList, device: torch.device, dtype: torch.dtype):
@@ -115,11 +119,11 @@ class Streamed:
 
     @property
     def nbytes(self) -> int:
-        """On the device while they run."""
+        """Bytes on the device while the blocks run."""
         return self.rooms * self.room_bytes
 
     def visits(self, which: slice = slice(None)) -> Iterator[nn.Module]:
-        """The blocks in order, or some of them; the others stay at home."""
+        """The blocks in order, or some of them. The others stay in host memory."""
         guests = self.guests[which]
         return self._on_gpu(guests) if guests and self.device.type == "cuda" else self._in_turn(guests)
 
@@ -138,14 +142,14 @@ class Streamed:
         rooms = [empty(self.room_bytes, self.device) for _ in range(self.rooms)]
         pinned = [empty(self.room_bytes, self.device, pinned=True) for _ in range(self.rooms)]
         arrived, computed = ([torch.cuda.Event() for _ in range(self.rooms)] for _ in range(2))
-        copying.wait_stream(computing)  # the rooms may be memory that is still being computed with
+        copying.wait_stream(computing)  # the rooms may reuse memory that earlier kernels still read
 
         def bring(index: int) -> list[Tensor]:
             guest, slot = guests[index], index % self.rooms
-            arrived[slot].synchronize()  # until then the pinned room is being read
+            arrived[slot].synchronize()  # until then an earlier copy reads the pinned room
             guest.fill(guest.views(pinned[slot]))
             with torch.cuda.stream(copying):
-                copying.wait_event(computed[slot])  # until then the room on the device is
+                copying.wait_event(computed[slot])  # until then an earlier block uses the device room
                 rooms[slot][: guest.nbytes].copy_(pinned[slot][: guest.nbytes], non_blocking=True)
                 arrived[slot].record(copying)
             return guest.views(rooms[slot])
@@ -162,12 +166,12 @@ class Streamed:
                         yield guest.module
                     computed[index % self.rooms].record(computing)
         finally:
-            computing.wait_stream(copying)  # where this ends early a copy is under way, and the rooms are freed
+            computing.wait_stream(copying)  # after an early exit a copy may still run, and the rooms are freed here
 
 
 @contextmanager
 def park(guest: Guest) -> Iterator[None]:
-    """A part of a model is on the device inside, and at home outside."""
+    """Inside, a part of a model is on the device; outside, it is in host memory."""
     views = guest.views(empty(guest.nbytes, guest.device))
     guest.fill(views)
     with guest.visit(views):
@@ -175,26 +179,26 @@ def park(guest: Guest) -> Iterator[None]:
 
 
 def visit_when_called(guest: Guest) -> None:
-    """From now on the module's weights are on the device only during its own forward."""
+    """Keeps the module's weights on the device only during its own forward, by hooks."""
     inside = ExitStack()
     guest.module.register_forward_pre_hook(lambda *_: inside.enter_context(park(guest)) and None)
     guest.module.register_forward_hook(lambda *_: inside.close(), always_call=True)
 
 
 def where_it_computes(module: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Device and dtype that a module computes in; its matrices may be elsewhere and of other types, vectors are not."""
+    """The device and dtype that a module computes in, read from a vector: matrices may differ in both."""
     return next((p.device, p.dtype) for p in module.parameters() if p.ndim == 1 and p.is_floating_point())
 
 
 def read_at_home(table: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """From now on an embedding gives rows on the device, and its table stays where it is."""
+    """Keeps an embedding's table where it is and returns its rows on the device, by hooks."""
     home = next(tensor.device for tensor in chain(table.parameters(), table.buffers()))
     table.register_forward_pre_hook(lambda _, args: (args[0].to(home),))
     table.register_forward_hook(lambda _, args, rows: rows.to(device, dtype))
 
 
 def weights_of(module: nn.Module, without: Sequence[str] = ()) -> Iterator[Weight]:
-    """All tensors of a module but those of these modules inside."""
+    """All tensors of a module, except those of the inner modules named in `without`."""
     ranges = mapped_ranges()
     for prefix, owner in module.named_modules():
         if not any(prefix == name or prefix.startswith(f"{name}.") for name in without):
@@ -204,18 +208,18 @@ def weights_of(module: nn.Module, without: Sequence[str] = ()) -> Iterator[Weigh
 
 
 def is_number(tensor: Tensor) -> bool:
-    """Whether a tensor is of numbers to compute with, not of packed bytes."""
+    """Whether a tensor holds floating-point numbers, not packed bytes."""
     return tensor.is_floating_point()
 
 
 def empty(size: int, device: torch.device, pinned: bool = False) -> Tensor:
-    """Room for so many bytes. No inference tensor, so that it may become a parameter's."""
+    """A buffer of so many bytes. It is not an inference tensor, so that it can become a parameter."""
     with torch.inference_mode(False):
         return torch.empty(size, dtype=torch.uint8, device="cpu" if pinned else device, pin_memory=pinned)
 
 
 def mapped_ranges() -> list[tuple[int, int]]:
-    """Where files are mapped into this process's memory; nothing where the system does not say (all but Linux)."""
+    """The address ranges of memory-mapped files in this process. Empty on systems other than Linux."""
     maps = Path("/proc/self/maps")
     if not maps.exists():
         return []
@@ -229,13 +233,13 @@ def mapped_ranges() -> list[tuple[int, int]]:
 
 
 def is_mapped(tensor: Tensor, ranges: Sequence[tuple[int, int]]) -> bool:
-    """Whether a tensor is a view of what lies in one of these ranges."""
+    """Whether a tensor lies inside one of these address ranges."""
     start = tensor.data_ptr()
     return start > 0 and any(low <= start and start + tensor.nbytes <= high for low, high in ranges)
 
 
 def advise(tensor: Tensor, advice: str) -> None:
-    """Tell the system about the whole pages inside a tensor, which must be a view of a mapped file."""
+    """Calls madvise for the whole pages inside a tensor, which must be a view of a mapped file."""
     page = mmap.PAGESIZE
     low = -(-tensor.data_ptr() // page) * page
     high = (tensor.data_ptr() + tensor.nbytes) // page * page

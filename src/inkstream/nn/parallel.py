@@ -1,12 +1,13 @@
-"""One transformer on several devices: around its blocks, each process computes a share and tells the others.
+"""One transformer on several devices: each process computes a share of every block and exchanges results.
 
-`share_tokens`: every process has all weights. Before and behind attention each has a run of the tokens, in attention a
-run of the heads (DeepSpeed-Ulysses, arXiv 2309.14509); where numbers do not divide evenly, runs differ by one.
-`share_layers`: every process has a run of each block's heads and of its feed-forward's features, with the weights of
-these alone, and what blocks add is summed over all (Megatron-LM, arXiv 1909.08053).
+`share_tokens`: sequence parallelism. Every process has all weights. Before and after attention it has a run of the
+tokens; in attention it has a run of the heads (DeepSpeed-Ulysses, arXiv 2309.14509). Runs differ by one where the
+numbers do not divide evenly.
+`share_layers`: tensor parallelism. Every process has a run of each block's heads and feed-forward features, and only
+their weights. The block outputs are all-reduced (Megatron-LM, arXiv 1909.08053).
 
-Blocks know of neither. They say which of what their regions take has a row for each token (`regions`), and what the
-outputs or inputs of their layers are (`shares`).
+Blocks contain no code for either. They declare which arguments of their regions have a row per token (`regions`), and
+what the outputs or inputs of their layers are (`shares`).
 """
 
 from __future__ import annotations
@@ -27,17 +28,20 @@ from inkstream.nn.stack import Blocks
 from inkstream.quant.packed import take_columns, take_rows
 
 Shares = Mapping[str, tuple[str, ...]]
-"""Of a block: a layer's name -> "out" or "in", whether its outputs or its inputs are shared out, and of what these are,
-one after the other: "heads", of all of them, or "hidden", features of a width of their own."""
+"""A block's layers: name -> "out" or "in" (its outputs or its inputs are shared out), then the parts of that side in
+order. "heads": the features of all heads. "hidden": features of a width of their own."""
 UNIT = 256
-"""Features that stay together, if there are many: kernels like it, and packed weights are cut between blocks only."""
+"""Features that stay together, if there are many.
+
+Kernels prefer such sizes, and packed weights can only be cut between their blocks.
+"""
 FEWEST_UNITS = 4
-"""For each process, so that their shares differ by less than a quarter."""
+"""The fewest units per process, so that the shares differ by less than a quarter."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How many of something each process has, run after run, and which run is this one's."""
+    """How many of something each process has, in runs by rank, and this process's rank."""
 
     sizes: Sequence[int]
     rank: int
@@ -54,28 +58,28 @@ class Share:
 
 @dataclass(frozen=True)
 class Group:
-    """The processes that compute one forward together, of which this is number `rank`.
+    """The processes that compute one forward together. This process has number `rank`.
 
-    Everything here is done by all of them, with tensors of the same shapes. Tensors on meta are not sent: what comes
-    back is of the shapes that it would be.
+    All processes call each method together, with tensors of the same shapes. Tensors on meta are not sent; the result
+    has the right shape only.
     """
 
     rank: int
     count: int
-    members: dist.ProcessGroup | None = None  # None: all there are
+    members: dist.ProcessGroup | None = None  # None: all processes
 
     def share(self, total: int) -> Share:
-        """So many, as evenly as they go."""
+        """Divides a total as evenly as possible."""
         return Share([total // self.count + (i < total % self.count) for i in range(self.count)], self.rank)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of what all give, in the same memory."""
+        """All-reduce: the sum of all processes' x, in place."""
         if not x.is_meta:
             dist.all_reduce(x, group=self.members)
         return x
 
     def exchange(self, pieces: Sequence[Tensor], sizes: Sequence[int]) -> Sequence[Tensor]:
-        """Give each process one of the pieces; what each gives back, flat and of these sizes."""
+        """All-to-all: sends each process one piece, and returns the flat pieces of these sizes that they sent."""
         given = torch.cat([piece.reshape(-1) for piece in pieces])
         taken = given.new_empty(sum(sizes))
         if not given.is_meta:
@@ -83,7 +87,7 @@ class Group:
         return taken.split(list(sizes))
 
     def gather(self, rows: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-        """Every process's rows. rows: (sizes[rank], D); they are sent as if all had as many as the one with most."""
+        """All-gather: every process's rows. rows: (sizes[rank], D), padded to the largest size for sending."""
         most = max(sizes)
         if len(rows) < most:
             rows = torch.cat((rows, rows.new_empty(most - len(rows), *rows.shape[1:])))
@@ -94,7 +98,7 @@ class Group:
 
 
 def heads_of(module: nn.Module) -> int:
-    """The heads of a transformer's attention."""
+    """The number of heads of a transformer's attention."""
     return next(heads for layer in module.modules() if isinstance(heads := getattr(layer, "heads", None), int))
 
 
@@ -102,7 +106,7 @@ def heads_of(module: nn.Module) -> int:
 
 
 def share_tokens(module: nn.Module, group: Group) -> None:
-    """From now on the processes of a group share the tokens of each block of a transformer."""
+    """Lets the processes of a group share the tokens of each block of a transformer from now on."""
     module.is_shared = True  # type: ignore[assignment]
     for stack in module.modules():
         if isinstance(stack, Blocks):
@@ -114,10 +118,10 @@ def share_tokens(module: nn.Module, group: Group) -> None:
 class OwnTokens:
     """A block's two regions, on the tokens of this process.
 
-    What goes into `enter` and comes out of `leave` is of all tokens. Between them are queries, keys and values of all
-    tokens and of this process's heads, so that whatever attention does with sequences, or remembers, is as ever. What
-    a block carries past its attention stays where it was computed: the numbers of its rows go along in its stead,
-    and those that arrive at `leave` say which rows it goes on with.
+    The input of `enter` and the output of `leave` have all tokens. Between them, queries, keys and values have all
+    tokens and only this process's heads, so attention and its caches work as on one device. What a block carries past
+    its attention stays on the process that computed it. A column of its row numbers takes its place in the block, and
+    `leave` finds the rows to use by the numbers that it receives.
     """
 
     def __init__(self, block: Any, group: Group):
@@ -129,8 +133,7 @@ class OwnTokens:
         self._carried: Carried | None = None
 
     def enter(self, *given: Any) -> Any:
-        """As the block's own, whose results are queries, keys, values and what is carried; of each stream, if there are
-        several."""
+        """The block's `enter`. Its result is (queries, keys, values, *carried), or a list of those, one a stream."""
         streams = [self.group.share(len(x)) for x in listed(given[0])]
         results = self._enter(*self._own(given, "enter", streams))
         if isinstance(results, list):
@@ -141,7 +144,7 @@ class OwnTokens:
         return *self._to_heads((q, k, v), tokens), *(torch.arange(sum(tokens.sizes))[:, None] for _ in rest)
 
     def leave(self, *given: Any) -> Tensor:
-        """As the block's own, which is given what came in, what attention saw, and more."""
+        """The block's `leave`. given: the block's input, the attention's output, and more."""
         streams = [self.group.share(len(x)) for x in listed(given[0])]
         if self._carried is not None:
             streams = [self._carried.kept(next(one for one in given if is_numbers(one)))]
@@ -150,12 +153,12 @@ class OwnTokens:
         own[1] = seen if isinstance(given[1], list | tuple) else seen[0]
         out = self._leave(*own)
         self._carried = None
-        sizes = list(zip(*(stream.sizes for stream in streams)))  # of each process, of each stream
+        sizes = list(zip(*(stream.sizes for stream in streams)))  # by process, then by stream
         pieces = [rows.split(each) for rows, each in zip(self.group.gather(out, [*map(sum, sizes)]), sizes)]
         return torch.cat([piece for stream in zip(*pieces) for piece in stream])
 
     def _own(self, given: Sequence[Any], region: str, streams: Sequence[Share]) -> list[Any]:
-        """What a region is given, of this process's tokens."""
+        """The arguments of a region, cut to this process's tokens."""
         per_token = self._regions[region]
         modulation: Tensor = next(one for i, one in enumerate(given) if i not in per_token)
 
@@ -163,7 +166,7 @@ class OwnTokens:
             if is_numbers(one):
                 assert self._carried is not None
                 return self._carried.rows(one[stream.own])
-            if one is None and len(modulation) > 1:  # tokens of as many equal runs, each with a row of it
+            if one is None and len(modulation) > 1:  # the tokens are equal runs, one for each row of modulation
                 one = run_of_each([sum(stream.sizes) // len(modulation)] * len(modulation), modulation.device)
             return None if one is None else one[stream.own]
 
@@ -174,7 +177,7 @@ class OwnTokens:
         return own
 
     def _to_heads(self, projected: Sequence[Tensor], tokens: Share) -> Sequence[Tensor]:
-        """Own tokens of all heads -> all tokens of own heads. projected: queries, keys and values, each (L, H, E)."""
+        """All-to-all: own tokens of all heads -> all tokens of own heads. projected: q, k and v, each (L, H, E)."""
         stacked = torch.stack(list(projected))
         three, _, heads, width = stacked.shape
         self._heads = self.group.share(heads)
@@ -185,7 +188,7 @@ class OwnTokens:
         return torch.cat([t.view(three, n, *shape) for t, n in zip(taken, tokens.sizes)], dim=1).unbind()
 
     def _to_tokens(self, seen: Tensor, tokens: Share) -> Tensor:
-        """All tokens of own heads -> own tokens of all heads. seen: (L, H, E) or (L, D), and so is what comes back."""
+        """All-to-all: all tokens of own heads -> own tokens of all heads. seen and the result: (L, H, E) or (L, D)."""
         flat = seen.flatten(1)
         widths = [heads * flat.shape[1] // self._heads.count for heads in self._heads.sizes]
         taken = self.group.exchange(flat.split(list(tokens.sizes)), [tokens.count * width for width in widths])
@@ -195,30 +198,30 @@ class OwnTokens:
 
 @dataclass(frozen=True)
 class Carried:
-    """What a block carries past its attention, of this process's tokens."""
+    """What a block carries past its attention, for this process's tokens."""
 
     own: Tensor  # (L, F)
     tokens: Share
 
     def kept(self, numbers: Tensor) -> Share:
-        """Rows of these numbers, each with the process that has it. numbers: (M, 1), ascending."""
+        """How many of the rows with these numbers each process has. numbers: (M, 1), ascending."""
         ends = torch.searchsorted(numbers.flatten(), torch.tensor([*accumulate(self.tokens.sizes)])).tolist()
         return Share([end - start for start, end in zip([0, *ends], ends)], self.tokens.rank)
 
     def rows(self, numbers: Tensor) -> Tensor:
-        """Those rows. numbers: (M, 1), all of this process's tokens."""
+        """The rows with these numbers. numbers: (M, 1), all among this process's tokens."""
         if len(numbers) == len(self.own):
             return self.own
         return self.own[(numbers.flatten() - self.tokens.own.start).to(self.own.device)]
 
 
 def listed(one: Any) -> Sequence[Any]:
-    """Of each stream of tokens, where there are several, else of the one."""
+    """One item for each stream of tokens: the list itself, or a list of the single item."""
     return one if isinstance(one, list | tuple) else [one]
 
 
 def is_numbers(one: Any) -> bool:
-    """Whether it stands for what is carried: a column of row numbers. On the CPU: nothing waits for the device."""
+    """Whether an argument is a column of row numbers, in place of what is carried. It is on the CPU: no host sync."""
     return isinstance(one, Tensor) and one.dtype == torch.int64 and one.ndim == 2
 
 
@@ -226,10 +229,10 @@ def is_numbers(one: Any) -> bool:
 
 
 def share_layers(module: nn.Module, group: Group) -> None:
-    """Leave this process its share of the layers of each block of a transformer; all of them add up what blocks add.
+    """Leaves this process its share of the layers of each block of a transformer; block outputs are all-reduced.
 
-    Weights are cut where they are, so that of those in a mapped file only the share is read. InputError where packed
-    weights cannot be cut there.
+    Weights are cut in place, so that only the share of a mapped file is read. Raises InputError where packed weights
+    cannot be cut at the boundary.
     """
     module.is_shared = True  # type: ignore[assignment]
     for stack in module.modules():
@@ -239,7 +242,7 @@ def share_layers(module: nn.Module, group: Group) -> None:
 
 
 def share_block(block: Any, group: Group) -> None:
-    """The same for one block, which tells of its layers in `shares`."""
+    """`share_layers` for one block, which declares its layers in `shares`."""
     heads = heads_of(block)
     shares: Shares = block.shares
     for name, (side, *parts) in shares.items():
@@ -263,7 +266,7 @@ def share_block(block: Any, group: Group) -> None:
 
 
 def unit_of(features: int, processes: int) -> int:
-    """How many of so many features stay together: a power of two that divides them."""
+    """How many features stay together: a power of two that divides their number."""
     unit = math.gcd(features, UNIT)
     while unit > 1 and features // unit < FEWEST_UNITS * processes:
         unit //= 2
@@ -271,7 +274,7 @@ def unit_of(features: int, processes: int) -> int:
 
 
 def cut_outputs(layer: Any, runs: Sequence[tuple[int, int]]) -> nn.Module:
-    """The layer, giving these runs of its outputs alone."""
+    """Cuts the layer to these runs of its outputs."""
     bias = None if layer.bias is None else frozen(take_rows(layer.bias, runs))
     if isinstance(layer, PackedLinear):
         return PackedLinear(take_rows(layer.packed, runs), bias, layer.dtype)
@@ -281,7 +284,7 @@ def cut_outputs(layer: Any, runs: Sequence[tuple[int, int]]) -> nn.Module:
 
 
 def cut_inputs(layer: Any, runs: Sequence[tuple[int, int]]) -> nn.Module:
-    """The layer, taking these runs of its inputs alone."""
+    """Cuts the layer to these runs of its inputs."""
     if isinstance(layer, PackedLinear):
         return PackedLinear(take_columns(layer.packed, runs), layer.bias, layer.dtype)
     layer.weight = frozen(take_columns(layer.weight, runs))
@@ -290,7 +293,7 @@ def cut_inputs(layer: Any, runs: Sequence[tuple[int, int]]) -> nn.Module:
 
 
 def sum_outputs(layer: Any, group: Group) -> nn.Module:
-    """The layer, whose outputs `linear` sums over all processes. Its bias is in that once."""
+    """Marks the layer for an all-reduce of its outputs in `linear`. Only rank 0 keeps the bias, so it is added once."""
     if group.rank:
         layer.bias = None
     layer.group = group

@@ -1,4 +1,4 @@
-"""Layers that hold their weight packed: unpacked when they are used, or multiplied as they are where hardware can."""
+"""Layers with packed (quantised) weights: dequantised at use, or multiplied in 8 bits where the hardware can."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from inkstream.quant.small import rotate
 E4M3 = torch.float8_e4m3fn
 E4M3_MOST = torch.finfo(E4M3).max
 FEWEST_ROWS = 17
-"""`torch._int_mm` on GPUs takes no fewer."""
+"""The fewest rows that `torch._int_mm` takes on GPUs."""
 
 
 class Rounded(NamedTuple):
-    """Rows of 8-bit numbers, as whoever computed them left them for a `PackedLinear` that multiplies such."""
+    """Rows already rounded to 8 bits, for a `PackedLinear` that multiplies 8-bit numbers."""
 
-    dtype: torch.dtype  # of what they stand for, and of the products
+    dtype: torch.dtype  # of the original rows and of the product
     numbers: Tensor  # (N, I) e4m3 or int8
-    scale: Tensor  # (N, 1) float32, what each row is multiplied by
+    scale: Tensor  # (N, 1) float32, the factor of each row
 
 
 @dataclass(frozen=True)
 class Outline:
-    """What is known of a weight that is not there in full."""
+    """Shape, dtype and device of a weight that is not stored in full."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,18 +39,18 @@ class Outline:
 
 
 class PackedWeight(nn.Module):
-    """A packed weight as buffers, so that it moves between devices and is saved as a module's own."""
+    """A packed weight stored as buffers, so that it moves between devices and is saved with its module."""
 
     data: Tensor
 
     def __init__(self, packed: Packed, dtype: torch.dtype):
-        """dtype: what it is unpacked to where nobody says otherwise."""
+        """dtype: the default dtype to dequantise to."""
         super().__init__()
         self.dtype = dtype
         self._like = replace(packed, data=torch.empty(0), scales=())
         self.register_buffer("data", packed.data)
         self._scales = [scale.dtype for scale in packed.scales]
-        for i, scale in enumerate(packed.scales):  # as bytes: nobody rounds them with the module's other numbers
+        for i, scale in enumerate(packed.scales):  # stored as bytes, so that Module.to(dtype) does not round them
             self.register_buffer(f"scale_{i}", scale.contiguous().view(torch.uint8))
 
     @property
@@ -60,7 +60,7 @@ class PackedWeight(nn.Module):
 
     @property
     def weight(self) -> Outline:
-        """For those who ask a layer where it is and what it computes in."""
+        """Shape, dtype and device, for callers that read these from `layer.weight`."""
         return Outline(self._like.shape, self.dtype, self.data.device)
 
     def extra_repr(self) -> str:
@@ -68,7 +68,7 @@ class PackedWeight(nn.Module):
 
 
 class PackedLinear(PackedWeight):
-    """As nn.Linear, computing in the dtype of what comes in."""
+    """Like nn.Linear, with a packed weight. It computes in the dtype of its input."""
 
     def __init__(self, packed: Packed, bias: nn.Parameter | None, dtype: torch.dtype):
         super().__init__(packed, dtype)
@@ -88,7 +88,7 @@ class PackedLinear(PackedWeight):
 
 
 class PackedEmbedding(PackedWeight):
-    """As nn.Embedding; only the rows asked for are unpacked."""
+    """Like nn.Embedding, with a packed weight. Only the rows that are looked up are dequantised."""
 
     def forward(self, ids: Tensor) -> Tensor:  # integers (...) -> (..., D)
         packed, at = self.packed, ids.flatten()
@@ -98,12 +98,12 @@ class PackedEmbedding(PackedWeight):
 
 
 def full_weight(layer: nn.Module) -> Tensor:
-    """A layer's weight, unpacked if it must be."""
+    """A layer's weight, dequantised if it is packed."""
     return unpack(layer.packed, layer.dtype) if isinstance(layer, PackedWeight) else layer.get_parameter("weight")
 
 
 def takes_packed(module: nn.Module, key: str, weight: Packed) -> bool:
-    """Whether the layer that a key of the module's state dict belongs to can hold its weight packed."""
+    """Whether the layer that owns this key of the module's state dict can hold its weight packed."""
     owner, _, name = key.rpartition(".")
     layer = module.get_submodule(owner)
     whole_rows = len(weight.data) == len(weight)
@@ -111,9 +111,9 @@ def takes_packed(module: nn.Module, key: str, weight: Packed) -> bool:
 
 
 def place(module: nn.Module, state: Mapping[str, Weight], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Put layers that hold packed weights where the state has such, and return what the module then loads: tensors.
+    """Replaces layers whose weight is packed in the state, and returns the tensors for the module to load.
 
-    Weights that no layer takes packed are unpacked to dtype, what the module computes in.
+    Packed weights that no layer can hold are dequantised to dtype, the module's compute dtype.
     """
     out: dict[str, Tensor] = {}
     for key, weight in state.items():
@@ -132,15 +132,15 @@ def place(module: nn.Module, state: Mapping[str, Weight], dtype: torch.dtype) ->
 
 
 def _hold(weight: Packed, layer: nn.Module, dtype: torch.dtype) -> PackedWeight:
-    """What stands in a layer's place."""
+    """The packed layer that replaces a layer."""
     return PackedLinear(weight, layer.bias, dtype) if isinstance(layer, nn.Linear) else PackedEmbedding(weight, dtype)
 
 
-# Products of packed numbers -----------------------------------------------------------------------------------------
+# Products in 8 bits -------------------------------------------------------------------------------------------------
 
 
 def multiplies_int8(packed: Packed, x: Tensor) -> bool:
-    """Whether `multiply_int8` takes them: int8 with a scale a row, on hardware that multiplies such numbers."""
+    """Whether `multiply_int8` can run: int8 weights with one scale a row, and hardware with int8 products."""
     if packed.format != "int8" or any(scale.shape[1] > 1 for scale in packed.scales):
         return False
     if x.device.type == "cpu":
@@ -150,13 +150,13 @@ def multiplies_int8(packed: Packed, x: Tensor) -> bool:
 
 
 def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """x @ weight + bias, x rounded as in `round_to_int8`. x: (N, I) -> (N, O)"""
+    """x @ weight + bias, with x rounded by `round_to_int8`. x: (N, I) -> (N, O)"""
     rows = rotate(x, packed.rotated) if packed.rotated else x
     return multiply_rounded(round_to_int8(rows), packed, bias)
 
 
 def all_multiply_int8(layers: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether there are layers and each multiplies x rounded to int8, and all the same numbers. x: (N, I)"""
+    """Whether all layers (at least one) multiply x rounded to int8, and can share one rounding of x. x: (N, I)"""
     return (
         bool(layers)
         and not torch.is_grad_enabled()
@@ -171,9 +171,9 @@ def all_multiply_int8(layers: Sequence[nn.Module], x: Tensor) -> bool:
 
 
 def round_to_int8(x: Tensor, *others: Tensor, join: Callable[..., Tensor] | None = None) -> Rounded:
-    """Rows of x rounded to 255 steps of each one's range; or what `join` makes of rows of x and others. All: (N, I).
+    """Rounds each row of x to 255 steps of its range; with `join`, rounds join(x, *others). All: (N, I).
 
-    On a CPU a few rows at a time, so that what is joined and rounded stays in its caches.
+    The CPU works on a few rows at a time, so that they stay in its caches between joining and rounding.
     """
     numbers = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(len(x), 1, device=x.device)
@@ -186,7 +186,7 @@ def round_to_int8(x: Tensor, *others: Tensor, join: Callable[..., Tensor] | None
 
 
 def multiplies_fp8(packed: Packed, x: Tensor) -> bool:
-    """Whether `multiply_fp8` takes them: e4m3 with a scale a row, bfloat16, a GPU that multiplies such numbers."""
+    """Whether `multiply_fp8` can run: e4m3 weights with one scale a row, bfloat16 x, a GPU with fp8 products."""
     return (
         packed.format == "e4m3"
         and x.dtype == torch.bfloat16
@@ -200,14 +200,14 @@ def multiplies_fp8(packed: Packed, x: Tensor) -> bool:
 
 @lru_cache
 def has_fp8(device: torch.device) -> bool:
-    """Whether a GPU multiplies 8-bit floats: NVIDIA's from Ada and Hopper on."""
+    """Whether a GPU multiplies 8-bit floats: NVIDIA Ada, Hopper and newer."""
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     return torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def all_multiply_fp8(layers: Sequence[nn.Module], x: Tensor) -> bool:
-    """Whether there are layers and each multiplies x rounded to 8-bit floats. x: (N, I)"""
+    """Whether all layers (at least one) multiply x rounded to 8-bit floats. x: (N, I)"""
     return (
         bool(layers)
         and not torch.is_grad_enabled()
@@ -219,12 +219,12 @@ def all_multiply_fp8(layers: Sequence[nn.Module], x: Tensor) -> bool:
 
 
 def multiply_fp8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """x @ weight + bias, x rounded as in `round_rows`. x: (N, I) bfloat16 -> (N, O)"""
+    """x @ weight + bias, with x rounded by `round_rows`. x: (N, I) bfloat16 -> (N, O)"""
     return multiply_rounded(round_rows(x), packed, bias)
 
 
 def multiply_rounded(x: Rounded, packed: Packed, bias: Tensor | None) -> Tensor:
-    """x @ weight + bias. x: (N, I) -> (N, O). Of int8, the products and their sums are exact."""
+    """x @ weight + bias. x: (N, I) -> (N, O). With int8, products and sums are exact."""
     if x.numbers.dtype == torch.int8:
         weight = packed.data.view(torch.int8).t()
         sums = torch._int_mm(x.numbers, weight)  # (N, O) int32  # pyright: ignore[reportPrivateImportUsage]
@@ -237,7 +237,7 @@ def multiply_rounded(x: Rounded, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def round_rows(x: Tensor) -> Rounded:
-    """Each row of x scaled to the range of e4m3 and rounded to it. x: (N, I)"""
+    """Scales each row of x to the range of e4m3 and rounds it to e4m3. x: (N, I)"""
     if fused := kernels_for(x):
         return Rounded(x.dtype, *fused.round_rows(x, E4M3))
     scale = _range(x) / E4M3_MOST  # (N, 1)
@@ -245,17 +245,17 @@ def round_rows(x: Tensor) -> Rounded:
 
 
 def _rows_at_once(x: Tensor) -> int:
-    """How many rows are worked on together: on a CPU as many as stay in its caches."""
+    """How many rows to process at once: all on a GPU, as many as fit the caches on a CPU."""
     return max(1, (CHUNK // 4 if x.device.type == "cpu" else x.numel()) // x.shape[1])
 
 
 def _range(x: Tensor) -> Tensor:
-    """The largest magnitude of each row, never zero. (N, I) -> (N, 1) float32"""
+    """The largest magnitude of each row, at least 1e-30. (N, I) -> (N, 1) float32"""
     return x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30)
 
 
 def _scale_back(sums: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """Sums (N, O) int32 as the numbers they stand for, float32, in the same memory."""
+    """Converts int32 sums (N, O) in place to float32: sums * row scales * weight scales + bias."""
     out = sums.view(torch.float32)
     rows = _rows_at_once(sums)
     own = [each.float().t() for each in packed.scales]
@@ -269,5 +269,5 @@ def _scale_back(sums: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None
 
 
 def _rows_of(scale: Tensor, at: Tensor) -> Tensor:
-    """Some rows of scales; 8-bit floats cannot be indexed."""
+    """The scales of some rows. Torch cannot index 8-bit floats, so they are indexed as bytes."""
     return scale.view(torch.uint8)[at].view(scale.dtype) if scale.dtype.itemsize == 1 else scale[at]

@@ -1,4 +1,4 @@
-"""Qwen3 as a text encoder: prompts packed end to end, cut after the deepest layer that is read."""
+"""Qwen3 as a text encoder: prompts are packed end to end, and layers after the deepest state read are not built."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from inkstream.nn.layers import silu_times
 from inkstream.nn.stack import Blocks, visits
 
 Past = tuple[Tensor, Tensor]
-"""Keys and values (L, G, E) of the tokens that a layer has read."""
+"""The KV cache of one layer: keys and values (L, G, E) of the tokens so far."""
 
 
 class Qwen3(nn.Module):
-    """The decoder of Qwen3 (arXiv 2505.09388) without its head, returning hidden states.
+    """The decoder of Qwen3 (arXiv 2505.09388) without its head. It returns hidden states.
 
-    `depths` are the states read: 0 is the embedding, k the output of the k-th layer, before any final norm. The default
-    is the last but one of the published count, Z-Image's choice; layers deeper than the deepest are not built.
+    `depths` are the states to return: 0 is the embedding, k is the output of layer k, before any final norm. Default:
+    the last but one of the published layer count, as in Z-Image. Deeper layers are not built.
     """
 
     def __init__(self, config: Qwen3Config, depths: Sequence[int] | None = None):
@@ -32,14 +32,14 @@ class Qwen3(nn.Module):
         self.layers = Blocks(Layer(config) for _ in range(max(self.depths)))
 
     def forward(self, ids: Tensor, lengths: Sequence[int], texts: Sequence[int] | None = None) -> Tensor:
-        """ids: (sum(lengths),), one prompt after the other -> (sum(lengths), D * len(depths)).
+        """ids: (sum(lengths),), prompts end to end -> (sum(lengths), D * len(depths)).
 
-        A prompt's states do not depend on what it is packed with. texts: how many of each prompt's tokens are text,
-        at least one; those after them are padding. Default: all.
+        A prompt's states do not depend on the prompts that it is packed with. texts: the number of text tokens of each
+        prompt, at least one; the tokens after them are padding. Default: all tokens are text.
         """
         x = self.embed_tokens(ids)  # (L, D)
         table = rope(lengths, self.config.head_dim, self.config.rope_theta, ids.device)
-        read = {0: x}  # by depth: those asked for, not all
+        read = {0: x}  # hidden states by depth, only those to return
         for i, layer in visits(self.layers):
             x = layer(x, table, lengths, lengths if texts is None else texts)
             if i + 1 in self.depths:
@@ -48,7 +48,7 @@ class Qwen3(nn.Module):
 
 
 class Layer(nn.Module):
-    """Pre-normed causal attention and SwiGLU."""
+    """Causal attention and SwiGLU, each after a norm and with a residual connection."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -64,7 +64,7 @@ class Layer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
     def extend(self, x: Tensor, table: tuple[Tensor, Tensor], past: Past | None) -> tuple[Tensor, Past]:
-        """The same for one sequence, of which `past` was read: all of its beginning at once, then token by token."""
+        """Runs one sequence with a KV cache: the whole prompt first (past is None), then one token a call."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), table)
         if past is not None:
             k, v = torch.cat((past[0], k)), torch.cat((past[1], v))
@@ -74,7 +74,7 @@ class Layer(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query causal attention; queries and keys are normed per head, then turned by their position."""
+    """Grouped-query causal attention; queries and keys get a norm per head, then rotary embedding."""
 
     def __init__(self, config: Qwen3Config):
         super().__init__()
@@ -88,7 +88,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps)
 
     def project(self, x: Tensor, table: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (L, H, E), keys and values (L, G, E); the first two are turned. x: (L, D)."""
+        """Queries (L, H, E), keys and values (L, G, E); queries and keys are rotated. x: (L, D)."""
         heads = (-1, self.head_dim)
         q = norm_rope(self.q_proj(x).unflatten(-1, heads), self.q_norm, table)
         k = norm_rope(self.k_proj(x).unflatten(-1, heads), self.k_norm, table)
@@ -119,9 +119,10 @@ class MLP(nn.Module):
 
 
 def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], texts: Sequence[int]) -> Tensor:
-    """Causal attention where each sequence ends in padding: that sees the whole text and no padding, not even itself.
+    """Causal attention for padded sequences: padding tokens attend to all of the text and to no padding token.
 
-    So a causal mask joined with a mask of the padded keys has it, and what was trained on such states needs them.
+    A padding token does not see itself either. This equals a causal mask joined with a mask of the padded keys. Models
+    trained on such states need it.
     """
     out = []
     for q_one, k_one, v_one, text in zip(*(x.split(list(lengths)) for x in (q, k, v)), texts, strict=True):
@@ -133,7 +134,7 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], texts
 
 
 def rope(lengths: Sequence[int], dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every token, each prompt counted from 0. Two of (L, 1, E / 2), float32."""
+    """Cosines and sines for every token; each prompt's positions start at 0. Two of (L, 1, E / 2), float32."""
     frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
     positions = torch.cat([torch.arange(n, dtype=torch.float32, device=device) for n in lengths])
     angle = torch.outer(positions, frequencies).unsqueeze(1)
@@ -141,14 +142,14 @@ def rope(lengths: Sequence[int], dim: int, theta: float, device: torch.device) -
 
 
 def norm_rope(x: Tensor, norm: nn.RMSNorm, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Queries or keys normed over each head's features, then turned. x: (L, H, E) -> the same."""
+    """RMS norm of queries or keys over each head's features, then rotation. x: (L, H, E) -> the same."""
     if fused := kernels_for(x):
         return fused.norm_rope(x, norm.weight, *table, norm.eps, halves=True)
     return rotate(norm(x), table)
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn each pair (i, i + E/2) of features by its angle, in float32. x: (L, H, E) -> the same."""
+    """Rotates each pair (i, i + E/2) of features by its angle, in float32. x: (L, H, E) -> the same."""
     cos, sin = table
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Rotary positions over several axes, in real arithmetic, on interleaved pairs (RoFormer, arXiv 2104.09864)."""
+"""Rotary embeddings over several axes, in real arithmetic, on interleaved pairs (RoFormer, arXiv 2104.09864)."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from inkstream.nn.layers import is_plain_cpu, rms_norm
 
 @dataclass(frozen=True)
 class Rope:
-    """For each token, what multiplies a head's features and what multiplies their swapped pairs. Both (L, 1, E)."""
+    """The rotary table: for each token, factors of a head's features and of the swapped pairs. Both (L, 1, E)."""
 
     cos: Tensor
     sin: Tensor
 
     @cached_property
     def turns(self) -> Tensor:
-        """The same as complex numbers, one a pair: (L, 1, E / 2)."""
+        """The table as complex numbers, one a pair: (L, 1, E / 2)."""
         return torch.complex(self.cos[..., ::2].contiguous(), self.sin[..., 1::2].contiguous())
 
     def __getitem__(self, index: slice) -> Rope:
@@ -31,17 +31,17 @@ class Rope:
 
     @staticmethod
     def cat(tables: Sequence[Rope]) -> Rope:
-        """The table of sequences that lie end to end."""
+        """The table of sequences packed end to end."""
         if len(tables) == 1:
             return tables[0]
         return Rope(torch.cat([t.cos for t in tables]), torch.cat([t.sin for t in tables]))
 
 
 def rope(positions: Tensor, axes_dims: Sequence[int], theta: float, device: torch.device) -> Rope:
-    """positions: (L, A) integers on the CPU -> the table on `device`; axis a turns the next axes_dims[a] features of
-    each head.
+    """Builds the table on `device`. positions: (L, A) integers on the CPU.
 
-    Angles are taken in float64 and rounded to float32 once, as the reference's tables are.
+    Axis a rotates the next axes_dims[a] features of each head. Angles are computed in float64 and rounded to float32
+    once, as in the reference.
     """
     angles = []
     for axis, dim in enumerate(axes_dims):
@@ -56,9 +56,9 @@ def rope(positions: Tensor, axes_dims: Sequence[int], theta: float, device: torc
 
 
 def rotate(x: Tensor, table: Rope) -> Tensor:
-    """Turn each pair (2i, 2i+1) of features by its angle, in float32. x: (L, H, E) -> the same."""
+    """Rotates each pair (2i, 2i+1) of features by its angle, in float32. x: (L, H, E) -> the same."""
     wide = x.float()
-    if is_plain_cpu(wide):  # one pass over memory for four
+    if is_plain_cpu(wide):  # one pass over memory instead of four
         pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
         return torch.view_as_real(pairs * table.turns).flatten(-2).to(x.dtype)
     swapped = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -66,7 +66,7 @@ def rotate(x: Tensor, table: Rope) -> Tensor:
 
 
 def norm_rope(x: Tensor, weight: Tensor, table: Rope, eps: float) -> Tensor:
-    """Queries or keys RMS-normed over each head's features, then turned. x: (L, H, E), weight: (E,) -> like x."""
+    """RMS norm of queries or keys over each head's features, then rotation. x: (L, H, E), weight: (E,) -> like x."""
     if fused := kernels_for(x):
         return fused.norm_rope(x, weight, table.cos, table.sin, eps)
     return rotate(rms_norm(x, weight, eps), table)

@@ -14,22 +14,22 @@ from inkstream.nn.gpu import kernels_for
 from inkstream.types import InputError
 
 WHOLE = 128 * 128
-"""Latent cells that are worked on whole: those of one picture of 1024 x 1024 pixels."""
+"""The most latent cells that run without tiles: one picture of 1024 x 1024 pixels."""
 TILE = 64
-"""The side of a tile, in latent cells, for more of them."""
+"""The side of a tile in latent cells, for more cells than WHOLE."""
 
-# `area` below is None, or the number of positions worked on at once: see `in_bands`.
+# `area` below is the number of positions to process at once, or None for all: see `in_bands`.
 
 
 class Autoencoder(nn.Module):
     """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, H / 8, W / 8) of about unit variance, and back.
 
-    H and W are multiples of `config.downscale`, else InputError. With `tile`, a side in latent cells, layers run over
-    bands of about tile * tile cells: the same result up to rounding, without seams, in a third of the memory (for
-    inference: layers write over their inputs). Smaller tiles than 32 save nothing more.
+    H and W must be multiples of `config.downscale`, else InputError. `tile`, a side in latent cells, makes layers run
+    over bands of about tile * tile cells. The result is the same up to rounding, without seams, in a third of the
+    memory. Tiles are for inference: layers overwrite their inputs. Tiles smaller than 32 save nothing more.
     """
 
-    called = ("encoder", "decoder")  # what of it is on the device at a time, where it only visits that
+    called = ("encoder", "decoder")  # the parts that run alone, and are moved to the device one at a time
 
     def __init__(self, config: VAEConfig):
         super().__init__()
@@ -38,30 +38,30 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(config)
 
     def encode(self, pixels: Tensor, tile: int | None = None) -> Tensor:
-        """The latents' most likely value, shifted and scaled as the transformer wants them."""
+        """The mean of the latents, shifted and scaled for the transformer."""
         return self.normalize(self.encode_moments(pixels, tile)[0])
 
     def encode_moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log variance of the latents, neither shifted nor scaled: what a trainer samples from."""
+        """Mean and log variance of the latents, neither shifted nor scaled. A trainer samples from these."""
         check_sides(pixels, self.config.downscale)
         mean, log_variance = self.encoder(in_layout(pixels), tile_area(tile, self.config.downscale)).chunk(2, dim=1)
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Pixels, not clamped. latents: as `encode` gives them."""
+        """Pixels, not clamped. latents: as returned by `encode`."""
         latents = latents / self.config.scaling_factor + self.config.shift_factor
         return self.decoder(in_layout(latents), tile_area(tile, self.config.downscale)).contiguous()
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Raw latents, as `encode_moments` speaks of, to the transformer's."""
+        """Shifts and scales raw latents, as from `encode_moments`, for the transformer."""
         return (latents - self.config.shift_factor) * self.config.scaling_factor
 
 
 class Flux2Autoencoder(nn.Module):
     """Pixels (B, 3, H, W) in [-1, 1] to FLUX.2's latents (B, 4C, H / 16, W / 16) of about unit variance, and back.
 
-    Two by two of the convolutions' cells are one cell here, channel by channel, then row by row; the norm over them is
-    the inside's affair. H and W are multiples of `config.downscale`, else InputError. `tile` as in `Autoencoder`.
+    A latent cell packs 2 x 2 cells of the convolutions, channel by channel, then row by row. This module norms the
+    latents itself. H and W must be multiples of `config.downscale`, else InputError. `tile` is as in `Autoencoder`.
     """
 
     called = Autoencoder.called
@@ -79,7 +79,7 @@ class Flux2Autoencoder(nn.Module):
         self.bn = LatentNorm(config.packed_channels, config.batch_norm_eps)
 
     def encode(self, pixels: Tensor, tile: int | None = None) -> Tensor:
-        """The latents' most likely value, as the transformer wants them."""
+        """The mean of the latents, packed and normed for the transformer."""
         return self.normalize(self.encode_moments(pixels, tile)[0])
 
     def encode_moments(self, pixels: Tensor, tile: int | None = None) -> tuple[Tensor, Tensor]:
@@ -90,17 +90,17 @@ class Flux2Autoencoder(nn.Module):
         return mean, log_variance.clamp(-30, 20)
 
     def decode(self, latents: Tensor, tile: int | None = None) -> Tensor:
-        """Pixels, not clamped. latents: as `encode` gives them."""
+        """Pixels, not clamped. latents: as returned by `encode`."""
         latents = self.post_quant_conv(F.pixel_shuffle(self.bn.undo(latents), 2))
         return self.decoder(in_layout(latents), tile_area(tile, self.config.downscale)).contiguous()
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Raw latents, as `encode_moments` speaks of, to the transformer's."""
+        """Packs and norms raw latents, as from `encode_moments`, for the transformer."""
         return self.bn(F.pixel_unshuffle(latents, 2))
 
 
 class LatentNorm(nn.Module):
-    """Each channel to mean 0 and variance 1 by what was measured in training, never by the batch; and back."""
+    """Norms each channel to mean 0 and variance 1, and back, by statistics from training, never from the batch."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -124,22 +124,22 @@ class LatentNorm(nn.Module):
 
 
 def tile_for(batch: int, height: int, width: int, cell: int = 8) -> int | None:
-    """The `tile` to take for that many latents of that height and width: none up to `WHOLE` cells of 8 pixels in all.
+    """The `tile` for that many latents of that height and width: None up to `WHOLE` cells of 8 pixels in all.
 
-    cell: pixels a side of one of these latents' cells, `config.downscale`. None either where gradients are recorded:
-    tiles write over what a backward pass reads.
+    cell: pixels per side of one latent cell, `config.downscale`. None too where gradients are recorded: tiles overwrite
+    tensors that a backward pass reads.
     """
     small = batch * height * width * cell**2 <= WHOLE * 8**2
     return None if torch.is_grad_enabled() or small else TILE * 8 // cell
 
 
 def tile_area(tile: int | None, cell: int) -> int | None:
-    """The pixels in a tile of that side, in cells."""
+    """The number of pixels in a tile. tile: its side in cells; cell: pixels per side of a cell."""
     return None if tile is None else (tile * cell) ** 2
 
 
 def check_sides(pixels: Tensor, multiple: int) -> None:
-    """InputError unless both sides of pixels (B, 3, H, W) are multiples."""
+    """Raises InputError unless both sides of pixels (B, 3, H, W) are multiples of `multiple`."""
     height, width = pixels.shape[-2:]
     if height % multiple or width % multiple:
         near = " by ".join(str(max(side // multiple, 1) * multiple) for side in (width, height))
@@ -225,7 +225,7 @@ class MidBlock(nn.Module):
 
 
 class ResnetBlock(nn.Module):
-    """Two convolutions, each after a norm and SiLU, added to the input. With `area`, the input is written over."""
+    """A residual of two convolutions, each after a norm and SiLU. With `area`, the input is overwritten."""
 
     def __init__(self, width_in: int, width: int, groups: int):
         super().__init__()
@@ -236,12 +236,12 @@ class ResnetBlock(nn.Module):
         self.conv_shortcut = nn.Conv2d(width_in, width, 1) if width_in != width else None
 
     def forward(self, x: Tensor, area: int | None) -> Tensor:
-        return norm_silu_conv(  # nested, so that no name here keeps the middle alive
+        return norm_silu_conv(  # nested, so that no local name keeps the intermediate alive
             self.norm2, self.conv2, norm_silu_conv(self.norm1, self.conv1, x, area), area, add_to=self.shortcut(x, area)
         )
 
     def shortcut(self, x: Tensor, area: int | None) -> Tensor:
-        """What is added to. With `area`, a narrower one takes the place of its input's first channels."""
+        """The skip path. With `area`, a narrower result is written into the first channels of x."""
         if self.conv_shortcut is None:
             return x
         width = self.conv_shortcut.out_channels
@@ -250,7 +250,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Half the size. The convolution is padded on the right and at the bottom alone."""
+    """Halves the size. The convolution is padded only on the right and at the bottom."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -261,19 +261,19 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Twice the size: every pixel four times, then a convolution."""
+    """Doubles the size: nearest-neighbour upsampling, then a convolution."""
 
     def __init__(self, width: int):
         super().__init__()
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor, area: int | None) -> Tensor:
-        area = None if area is None else area // 4  # counted after, not before
+        area = None if area is None else area // 4  # area counts positions after upsampling
         return in_bands(lambda band: self.conv(F.interpolate(band, scale_factor=2.0)), x, area, scale=2)
 
 
 class Attention(nn.Module):
-    """One head over all positions, added to the input."""
+    """Attention with one head over all positions, and a residual connection."""
 
     def __init__(self, width: int, groups: int):
         super().__init__()
@@ -286,23 +286,23 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, area: int | None) -> Tensor:  # (B, C, h, w)
         tokens = self.group_norm(x).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, h * w, C)
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        count = k.shape[2] if area is None else max(1, area * k.shape[3] // k.shape[2])  # queries: bounds the scores
+        count = k.shape[2] if area is None else max(1, area * k.shape[3] // k.shape[2])  # queries: limits score memory
         out = torch.cat([F.scaled_dot_product_attention(some, k, v) for some in q.split(count, dim=2)], dim=2)
         return x + self.to_out[0](out).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm, also as a scale and a shift, and without gradients to full precision in the channels-last layout.
+    """Group norm with full precision in the channels-last layout when gradients are off, also as a scale and a shift.
 
-    There torch takes the variance on the CPU as a difference of large sums, and loses three digits where the mean is
-    twenty standard deviations.
+    In that layout, torch on the CPU computes the variance as a difference of large sums. This loses three digits where
+    the mean is twenty standard deviations.
     """
 
     def __init__(self, groups: int, width: int):
         super().__init__(groups, width, eps=1e-6)
 
     def forward(self, input: Tensor) -> Tensor:
-        if layout(input) is not torch.channels_last or torch.is_grad_enabled():  # a third faster to train
+        if layout(input) is not torch.channels_last or torch.is_grad_enabled():  # torch's trains a third faster
             return super().forward(input)
         return self.scaled(input, silu=False)
 
@@ -313,7 +313,7 @@ class GroupNorm(nn.GroupNorm):
         return self.scaled(x, silu=True)
 
     def scaled(self, x: Tensor, silu: bool) -> Tensor:
-        """norm(x) by its scale and shift, through SiLU if asked for. x: channels last."""
+        """norm(x) as scale and shift, then SiLU if asked for. x: channels last."""
         scale, shift = self.scale_and_shift(x, None)
         if fused := kernels_for(x):
             out = fused.scale_shift(positions_of(x), scale.flatten(1), shift.flatten(1), silu)
@@ -322,13 +322,13 @@ class GroupNorm(nn.GroupNorm):
         return F.silu(out, inplace=True) if silu else out
 
     def scale_and_shift(self, x: Tensor, area: int | None) -> tuple[Tensor, Tensor]:
-        """norm(x) = shift + x * scale, both (B, C, 1, 1), float32, for the whole of x.
+        """norm(x) = shift + x * scale for the whole of x; scale and shift are (B, C, 1, 1), float32.
 
-        Each band's and channel's moments are taken in two passes, then joined (Chan, Golub and LeVeque 1979).
+        The moments of each band and channel are computed in two passes, then merged (Chan, Golub and LeVeque 1979).
         """
         means, variances, share = moments_of(x, area)
         means, variances = (m.unflatten(2, (self.num_groups, -1)) for m in (means, variances))
-        share = share.view(-1, 1, 1, 1) / means.shape[3]  # of each (band, sample, group, channel) in its group
+        share = share.view(-1, 1, 1, 1) / means.shape[3]  # weight of each (band, sample, group, channel) in its group
         mean = (share * means).sum((0, 3), keepdim=True)
         variance = (share * (variances + (means - mean).square())).sum((0, 3), keepdim=True)
         scale = self.weight * (variance + self.eps).rsqrt().expand(means[:1].shape).flatten(2)  # (1, B, C)
@@ -359,7 +359,7 @@ def positions_of(x: Tensor) -> Tensor:
 def norm_silu_conv(
     norm: GroupNorm, conv: nn.Conv2d, x: Tensor, area: int | None, add_to: Tensor | None = None
 ) -> Tensor:
-    """conv(silu(norm(x))), plus `add_to`, which is written over where there is an `area`."""
+    """conv(silu(norm(x))), plus `add_to`. With `area`, the result is written into `add_to`."""
     if area is None:
         x = norm.silu(x)
         return conv(x) if add_to is None else conv(x).add_(add_to)
@@ -382,8 +382,9 @@ def in_bands(
 ) -> Tensor:
     """layer(x), computed over bands of rows of about `area` positions each, into `out` if given.
 
-    A band is handed over with `halo` rows more on each side, whose results, spoilt by the layer's own padding, are cut
-    off; at the picture's edge there are none and the padding is right. scale: rows out for each row in.
+    The layer gets each band with `halo` extra rows on each side. The layer's own padding spoils their results, so these
+    are cut off. At the picture's edge there are no extra rows, and the padding is right. scale: output rows per input
+    row.
     """
     if area is None:
         return layer(x)
@@ -402,8 +403,11 @@ def in_bands(
 
 
 def layout(x: Tensor) -> torch.memory_format:
-    """Channels last on the CPU: a fifth less time and a quarter less memory. So too on GPUs where our own kernels
-    compute group norms; torch's would copy it back."""
+    """The memory layout to use: channels last on the CPU, and on GPUs where the fused kernels compute group norms.
+
+    On the CPU channels last takes a fifth less time and a quarter less memory. On GPUs torch's group norm would copy it
+    back to the contiguous layout.
+    """
     last = x.device.type == "cpu" or kernels_for(x) is not None
     return torch.channels_last if last else torch.contiguous_format
 
@@ -413,5 +417,5 @@ def in_layout(x: Tensor) -> Tensor:
 
 
 def band_rows(x: Tensor, area: int | None) -> int:
-    """How many of x's rows hold about `area` positions: an even number, so that halving meets no half rows."""
+    """The number of rows of x that hold about `area` positions. It is even, so that halving leaves no half rows."""
     return x.shape[2] if area is None else max(2, area // x.shape[3] // 2 * 2)

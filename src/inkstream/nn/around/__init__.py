@@ -1,4 +1,4 @@
-"""What is done around the blocks of one picture. It travels with the picture, and is reached in no other way."""
+"""Per-picture additions to the transformer blocks: step cache, adapters, residuals. `Sample.around` carries them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from inkstream.nn.around.residuals import Residual
 
 @dataclass(frozen=True, eq=False)
 class Around:
-    """Of one picture, from its first step to its last. All prompts of a picture share it.
+    """The additions of one picture, from its first step to its last. All prompts of the picture share them.
 
-    adapters change products of layers, in their order; residuals add to the picture's rows behind blocks; the cache
-    leaves blocks out.
+    cache: skips blocks. adapters: change the outputs of layers, in order. residuals: are added to the picture's rows
+    after blocks.
     """
 
     cache: StepCache | None = None

@@ -1,4 +1,4 @@
-"""What changes the products of a model's layers for one picture, while the model's weights stay as they are."""
+"""Adapters: they change the outputs of a model's layers for one picture and leave the model's weights unchanged."""
 
 from __future__ import annotations
 
@@ -12,24 +12,31 @@ from inkstream.types import InputError
 
 
 class Product(Protocol):
-    """What an adapter does to one layer."""
+    """The change that an adapter makes to one layer."""
 
     def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """x: (N, I) what the layer is given; out: (N, O) what it gives, as adapters before this one changed it -> what
-        counts in its place, (N, O), a new tensor. All rows are of pictures with this adapter."""
+        """Returns the new output (N, O), in a new tensor. All rows belong to pictures with this adapter.
+
+        x: (N, I), the layer's input. out: (N, O), the layer's output after the adapters before this one.
+        """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """The products that it changes, by layer."""
+    """The changes of one adapter, by layer."""
 
     products: Mapping[nn.Module, Product]
 
     @staticmethod
     def of(model: nn.Module, products: Mapping[str, Product]) -> Adapter:
-        """products: by the layer's path in an installed model. InputError where a path names no layer of it."""
+        """Builds an adapter; the keys of products are layer paths in an installed model.
+
+        Raises InputError where a path is not a layer of the model.
+        """
         layers = {path: layer for path, layer in model.named_modules() if hasattr(layer, "in_features")}
         if unknown := [path for path in products if path not in layers]:
-            raise InputError(f"an adapter changes {unknown[0]}, which is no layer of this model: take one made for it")
+            raise InputError(
+                f"an adapter changes {unknown[0]}, which is not a layer of this model: use one made for this model"
+            )
         return Adapter({layers[path]: product for path, product in products.items()})

@@ -1,4 +1,4 @@
-"""What is added to the rows of one picture behind a model's blocks."""
+"""Residuals that are added to the rows of one picture after a model's blocks."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from torch import Tensor
 
 
 class Residual(Protocol):
-    """It is asked behind every block that is run, once for each prompt of the picture."""
+    """A function that is called after every block that runs, once for each prompt of the picture."""
 
     def __call__(self, stack: str, index: int, x: Tensor, t: float) -> Tensor | None:
-        """stack, index: the block, by the name of its stack in the model; x: (L, D) the rows of the picture being drawn
-        that come out of the block; t: the model's time -> what is added to them, like x, or None."""
+        """Returns the residual to add, shaped like x, or None.
+
+        stack, index: the block, by the name of its stack in the model. x: (L, D), the block's output for the picture
+        being drawn. t: the model's time.
+        """
         ...
