@@ -82,11 +82,11 @@ def test_a_picture_is_drawn_at_the_first_references_size_in_one_megapixel():
 @pytest.mark.parametrize(
     ("sizes", "output", "most", "said"),
     [
-        ([(512, 512)] * 5, (512, 512), 4, r"5 references were given and the model takes 4: leave some out"),
+        ([(512, 512)] * 5, (512, 512), 4, r"5 references were given and the model takes at most 4: leave some out"),
         ([(512, 512), (63, 200)], (512, 512), 4, r"reference 2 is 63 by 200 pixels: both sides need 64 or more"),
         ([(100, 801)], (512, 512), 4, r"reference 1 is 100 by 801 pixels: crop it to 8 to 1 or less"),
-        ([(4000, 4000)], (2560, 2560), 4, r"pixels are 25600 tokens, the references 15876, and 36864 fit"),
-        ([(1024, 1024)] * 6, (2048, 2048), 6, r"are 16384 tokens, the references 24576, and"),
+        ([(4000, 4000)], (2560, 2560), 4, r"takes 25600 tokens and the references take 15876, but at most 36864"),
+        ([(1024, 1024)] * 6, (2048, 2048), 6, r"takes 16384 tokens and the references take 24576, but"),
     ],
 )
 def test_what_cannot_be_taken_is_named_before_any_work(sizes, output, most, said):

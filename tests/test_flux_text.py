@@ -153,7 +153,7 @@ def test_each_system_message_is_there_to_the_byte(name, characters, lines):
 
 def test_a_system_message_that_was_changed_is_refused(monkeypatch):
     monkeypatch.setitem(text._SHA256, "system", "0" * 64)
-    with pytest.raises(InputError, match=r"system\.txt is not what it was published as: install inkstream again"):
+    with pytest.raises(InputError, match=r"system\.txt differs from the published file: install inkstream again"):
         system_message("system")
 
 

@@ -70,7 +70,7 @@ def test_the_canonical_text_of_a_canonical_text_is_itself(prompt):
         ("[]", r"the prompt is \[\]: write an object"),
         ("[" * 100_000, r"nests too deep"),
         ("{}", r"is empty: give it a scene or subjects"),
-        ('{"scene": "a", "scene": "b"}', r"says scene twice: keep one"),
+        ('{"scene": "a", "scene": "b"}', r"has the field scene twice: keep one"),
         ({"Scene": "a"}, r'field "Scene", which FLUX\.2 does not know: did you mean scene\?'),
         ({"colour_palette": ["#000000"]}, r"did you mean color_palette\?"),
         ({"xyz": 1}, r"take scene, subjects, style"),

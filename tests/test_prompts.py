@@ -262,7 +262,7 @@ def test_writing_ends_at_the_models_end_or_at_the_limit():
 
 
 def test_a_prompt_too_long_for_the_language_model_is_refused_with_the_limit():
-    with pytest.raises(InputError, match="are 2049 tokens, 2048 fit: shorten it"):
+    with pytest.raises(InputError, match="take 2049 tokens, 2048 fit: shorten it"):
         read_task(Letters(), "x" * 2049)
 
 

@@ -25,81 +25,81 @@ SPECS: dict[str, Spec] = {spec.name: spec for spec in (*zimage.SPECS, *flux1.SPE
 """Every known model by name."""
 
 RECOMMENDED = ("z-image-turbo", "flux2-klein-4b", "pocket")
-"""To whoever has no wish of their own, the best first; anyone may use them for anything."""
+"""The models to suggest to users without a preference, the best first. They may be used for any purpose."""
 
 FAMILIES: dict[str, str] = {
     "zimage": "inkstream.families.zimage.family:ZImage",
     "flux1": "inkstream.families.flux1.family:Flux1",
     "flux2": "inkstream.families.flux2.family:Flux2",
 }
-"""Family name -> where its class is; imported when a model of it is loaded."""
+"""Family name -> path of its class, which is imported when a model of the family is loaded."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 Documents = Mapping[str, Mapping[str, Any]]
-"""JSON files of a model's folder: path in it -> content."""
+"""JSON files of a model's folder: path in the folder -> content."""
 CARD = "inkstream.json"
-"""The one among them that says what no other does: how the model likes to be drawn, and its licence. Ours alone."""
+"""The JSON file that only inkstream writes. It holds what the others lack: defaults for drawing, and the licence."""
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """What a request shows a model, RGB pictures as they were given, and how large it will draw."""
+    """The RGB pictures of a request, unchanged, and the size in pixels to draw at."""
 
     width: int
     height: int
     references: Sequence[Image] = ()
     image: Image | None = None
-    mask: Image | None = None  # white is repainted
+    mask: Image | None = None  # white areas are repainted
 
 
 @dataclass(frozen=True)
 class Part:
-    """One set of weights of a model. Its name is the Spec field of its config and the diffusers folder it lies in."""
+    """One set of weights of a model. Its name is the Spec field of its config and its folder in diffusers layout."""
 
     build: Callable[[Any], nn.Module]  # config -> module; called under torch.device("meta")
-    config: type  # the frozen dataclass of its sizes; of several kinds, the usual
+    config: type  # the frozen dataclass of its sizes; the most usual kind, if there are several
     layouts: Mapping[str, Sequence[Rule]]  # published layout -> rules into our names
-    infer: Callable[[Shapes], Any]  # config from the shapes, where a file carries none; KeyError if it cannot
+    infer: Callable[[Shapes], Any]  # shapes -> config, for files without one; KeyError where shapes do not fit
     unread: Callable[[Any], Sequence[str]] = lambda config: ()
-    """config -> prefixes of names that published files hold and the module leaves out (an encoder's last layer).
+    """config -> name prefixes of weights that published files hold but the module does not (an encoder's last layer).
 
-    Layouts are tables that know no sizes, so these keys pass through them, `infer` sees them, and the loader then skips
-    them: they count as named, are never read, and a file may lack them.
+    The layouts do not depend on sizes, so these keys pass through them and `infer` sees them. The loader counts them as
+    known, never reads them, and accepts files without them.
     """
     neutral: Callable[[Any], Mapping[str, Tensor]] = lambda config: {}
-    """config -> weights for what is unread, in our names, so that files of a model made here are whole for others."""
+    """config -> neutral values for the unread weights, in our names, so that files we write are complete for others."""
     count: Callable[[Any], int] | None = None
-    """config -> how many numbers the weights are, where building the module takes long."""
+    """config -> the parameter count, for parts that take long to build."""
     packs: Sequence[str] = ()
-    """Patterns, as in key tables, of the layers whose weights are packed when a model is; all others stay high."""
+    """Patterns, as in key tables, of the layers to quantise in a quantised model. Other layers keep high precision."""
     gguf: str = ""
-    """What GGUF files call this architecture. Their layout is the one named so, or else `native`."""
+    """The architecture name in GGUF files. Their layout has this name, or else is `native`."""
     repo: str | None = None
-    """Where on the hub it is published, if not with the model. Not every model of the family has such a part."""
+    """Its own repository on the hub, if it is not published with the model. Such a part is optional in the family."""
     writer: Part | None = None
-    """Of a text encoder: what else its files hold, that makes of it a model that writes; it builds a Writer."""
+    """For a text encoder: the rest of its files' weights, which make it a language model. Builds a Writer."""
     others: Mapping[str, type] = field(default_factory=dict)
-    """Other kinds of this part: what `model_type` in its config.json says -> the dataclass of its sizes."""
+    """Other kinds of this part: `model_type` in config.json -> the dataclass of its sizes."""
 
 
 class Writer(Protocol):
-    """What a text encoder lacks to be a whole language model."""
+    """The rest of a language model, without the layers that its text encoder has."""
 
     def attach(self, encoder: nn.Module, tokenizer: Any) -> None:
-        """Go on from the text encoder that is loaded, which is the first part of the model."""
+        """Attaches the loaded text encoder, which holds the first layers of the language model."""
         ...
 
     def write(self, prompt: str, references: Sequence[Image], seed: int) -> Iterator[str]:
-        """A fuller prompt, as it grows; with references, what to do with them. The seed decides."""
+        """Yields a fuller prompt as it grows; with references, an instruction for an edit. seed: of the sampling."""
         ...
 
 
 class Family(Protocol):
-    """A loaded model. Sign, time direction, packing and padding rules die inside it."""
+    """A loaded model. It hides the release's sign, time direction, packing and padding rules."""
 
     parts: Mapping[str, Part]  # class attribute: transformer, text_encoder, vae
-    joints: Sequence[tuple[str, str]]  # class attribute: sizes that others share with the transformer: two "part.field"
-    tokenizers: Mapping[str, Callable[[Path], Any]]  # class attribute: folder -> what reads it; InputError if it cannot
+    joints: Sequence[tuple[str, str]]  # class attribute: pairs of "part.field" sizes that must be equal
+    tokenizers: Mapping[str, Callable[[Path], Any]]  # class attribute: folder -> its reader, which may raise InputError
     spec: Spec
 
     def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None: ...
@@ -108,7 +108,7 @@ class Family(Protocol):
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
         """The Spec of a local model, from its parts' configs, its folder's documents and its folder's or file's name.
 
-        InputError where they leave open which of several it is.
+        Raises InputError where these fit several models.
         """
         ...
 
@@ -118,43 +118,45 @@ class Family(Protocol):
         ...
 
     def encode(self, prompt: str) -> Conditioning:
-        """One prompt as a single entry; without gradients, and remembered."""
+        """Encodes one prompt as a single entry, without gradients. The result is cached."""
         ...
 
     def tokens(self, prompt: str) -> tuple[int, ...]:
-        """The prompt as the text encoder reads it, template included: all that `encode_tokens` depends on."""
+        """The prompt's token ids, template included. `encode_tokens` depends on nothing else."""
         ...
 
     def cut_at(self, prompt: str) -> int | None:
-        """After how many tokens a prompt is cut; None where it is read whole."""
+        """The number of tokens that a prompt is truncated to; None if it is not truncated."""
         ...
 
     def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
-        """Several prompts, given as `tokens` of each, in one pass; differentiable."""
+        """Encodes several prompts, each as returned by `tokens`, in one pass, with gradients."""
         ...
 
     @staticmethod
     def size_for(spec: Spec, reference: tuple[int, int]) -> tuple[int, int]:
-        """Width and height to draw at where none are asked for: from those of the first reference."""
+        """The default width and height to draw at, from those of the first reference."""
         ...
 
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
-        """The conditioning with what the model takes from pictures. InputError where it cannot take them."""
+        """The conditioning with the information from pictures added. Raises InputError where pictures do not fit."""
         ...
 
     def prepare(
         self, cond: Conditioning, width: int, height: int, times: Sequence[float], around: Around = ...
     ) -> list[Any]:
-        """What no step changes, for each entry at one size in pixels: the `prepared` of samples with the same `around`,
-        by default nothing. times: those that will be asked."""
+        """Computes what is constant over the steps, for each entry at one size in pixels.
+
+        The results are the `prepared` of samples with the same `around`, by default nothing. times: the times to come.
+        """
         ...
 
     def answer(self, samples: Sequence[Sample]) -> list[Tensor]:
-        """The velocity at each sample, shaped like its x: (C, h, w), float32. One forward; sizes may differ."""
+        """One forward: the velocity at each sample, shaped like its x, (C, h, w) float32. Sizes may differ."""
         ...
 
     def latent_shape(self, width: int, height: int) -> tuple[int, int, int]:
-        """(C, h, w) of the latents of a picture of that many pixels."""
+        """(C, h, w) of the latents of a picture of this size in pixels."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -162,12 +164,12 @@ class Family(Protocol):
         ...
 
     def encode_image(self, pixels: Tensor) -> Tensor:
-        """pixels: (B, 3, H, W) float32 in [0, 1] -> latents (B, C, h, w) float32, the posterior's mode."""
+        """pixels: (B, 3, H, W) float32 in [0, 1] -> latents (B, C, h, w) float32, the mode of the posterior."""
         ...
 
 
 def parts_of(spec: Spec) -> dict[str, Part]:
-    """The parts that a model has: not every one of its family has all of them."""
+    """The parts of a model. Some parts of its family are optional."""
     parts = family_of(spec.family).parts
     return {name: part for name, part in parts.items() if getattr(spec, name) is not None}
 

@@ -1,4 +1,4 @@
-"""The parts that families share: the autoencoder, the Qwen3 text encoder, and how it is spoken to."""
+"""Parts that families share: the autoencoder, the Qwen3 text encoder, its tokenizer and chat template."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from inkstream.types import InputError
 from inkstream.weights.keymap import Rule, drop, rename
 
 PROMPT_TOKENS = 512
-"""Z-Image was trained on prompts cut to this length, template included."""
+"""Z-Image was trained on prompts truncated to this length, template included."""
 
 
 def chat_prompt(text: str) -> str:
-    """The text as one user turn that awaits its answer, no system turn, thinking allowed: Qwen3's chat template."""
+    """Qwen3's chat template: one user turn, then the start of the answer; no system turn, thinking allowed."""
     return f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n"
 
 
 def tokenize(tokenizer: Tokenizer, prompt: str, limit: int = PROMPT_TOKENS) -> list[int]:
-    """The first `limit` tokens of a prompt that is already in its template; special tokens in it count as such."""
+    """The first `limit` tokens of a prompt in its template. Special tokens in the prompt are parsed as such."""
     return tokenizer.encode(prompt, add_special_tokens=False).ids[:limit]
 
 
 def load_tokenizer(path: Path | str) -> Tokenizer:
-    """Qwen's tokenizer from a folder that holds tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json.
+    """Reads Qwen's tokenizer from a folder with tokenizer.json, or vocab.json, merges.txt and tokenizer_config.json.
 
-    InputError where neither is there, one cannot be read, or it lacks the tokens of the chat template.
+    Raises InputError if both are missing, if one is unreadable, or if the chat template's tokens are missing.
     """
     folder = Path(path)
     try:
@@ -59,7 +59,7 @@ def load_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def _from_vocabulary(folder: Path) -> Tokenizer:
-    """Byte-level BPE over Qwen's pieces, the added tokens numbered as tokenizer_config.json says."""
+    """Byte-level BPE over Qwen's pieces. tokenizer_config.json gives the numbers of the added tokens."""
     tokenizer = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
@@ -74,11 +74,13 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
     for number, token in sorted(added.items(), key=lambda item: int(item[0])):
         tokenizer.add_tokens([AddedToken(**token)])
         if tokenizer.token_to_id(token["content"]) != int(number):
-            raise InputError(f"{config} numbers {token['content']} {number}, which is not the next after vocab.json's")
+            raise InputError(
+                f"{config} gives {token['content']} number {number}, which does not follow vocab.json: copy both again"
+            )
     return tokenizer
 
 
-# Contractions; a word with the mark before it; one digit; marks with the line ends after them; line ends; spaces.
+# Contractions; a word and one mark before it; one digit; marks and the line ends after them; line ends; spaces.
 _PIECES = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
     r"|[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -91,7 +93,7 @@ _PIECES = (
 
 
 def infer_autoencoder(shapes: Shapes) -> VAEConfig:
-    """Sizes from the shapes of the weights; groups and scale, which shapes do not show, are taken to be FLUX.1's."""
+    """Sizes from the shapes of the weights. Shapes do not show norm groups and scale: FLUX.1's are assumed."""
     blocks = _count(shapes, "encoder.down_blocks.")
     widths = tuple(shapes[f"encoder.down_blocks.{i}.resnets.0.conv1.weight"][0] for i in range(blocks))
     if any(width % VAEConfig.norm_num_groups for width in widths):
@@ -107,8 +109,10 @@ def infer_autoencoder(shapes: Shapes) -> VAEConfig:
 
 
 def infer_qwen3(shapes: Shapes) -> Qwen3Config:
-    """Sizes from the shapes of the weights; all Qwen3 share the rest. KeyError without the final norm, which we leave
-    out: a file that lost it has lost layers too, and which state to read is counted from the last.
+    """Sizes from the shapes of the weights; the other values are the same for all Qwen3 models.
+
+    Raises KeyError without the final norm, which our module leaves out. A file without it lacks layers too, and the
+    state to read is counted from the last layer.
     """
     _ = shapes["norm.weight"]
     vocabulary, width = shapes["embed_tokens.weight"]
@@ -125,7 +129,7 @@ def infer_qwen3(shapes: Shapes) -> Qwen3Config:
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many different segments follow the prefix."""
+    """How many different name segments follow the prefix."""
     return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
@@ -133,7 +137,7 @@ _TRANSFORMERS: tuple[Rule, ...] = (
     rename("model.embed_tokens", "embed_tokens"),
     rename("model.layers", "layers"),
     rename("model.norm", "norm"),
-    drop("lm_head"),  # a copy of the embedding, and nothing is generated
+    drop("lm_head"),  # a copy of the embedding; a text encoder does not generate
 )
 
 _LLAMA_CPP: tuple[Rule, ...] = (
@@ -155,10 +159,10 @@ _LLAMA_CPP: tuple[Rule, ...] = (
         )
     ),
     rename("output_norm", "norm"),
-    drop("output"),  # as lm_head
+    drop("output"),  # the same as lm_head
 )
 
-_LEVELS = 4  # every published file's; its decoder's levels are numbered from the pixels, ours from the latents
+_LEVELS = 4  # of every published file; its decoder counts levels from the pixels, ours counts from the latents
 
 _LDM: tuple[Rule, ...] = (
     *(
@@ -192,15 +196,15 @@ _LDM: tuple[Rule, ...] = (
 
 FLUX_SINGLE_FILE: tuple[Rule, ...] = tuple(
     rename(f"{block}.norm.{norm}.{theirs}", f"{block}.norm.{norm}.scale")
-    for theirs in ("scale", "weight")  # the first is how they are written; the other is that of some newer files
+    for theirs in ("scale", "weight")  # most files use the first name, some newer files the second
     for block in ("double_blocks.{}.img_attn", "double_blocks.{}.txt_attn", "single_blocks.{}")
     for norm in ("query_norm", "key_norm")
 )
-"""Both generations' single files, whose other names are ours."""
+"""Key rules for FLUX.1's and FLUX.2's single files. All other names there are ours."""
 
 
 def decode(vae: Autoencoder | Flux2Autoencoder, latents: Tensor) -> Tensor:
-    """What `Family.decode` promises."""
+    """Implements `Family.decode`."""
     batch, _, h, w = latents.shape
     tile = tile_for(batch, h, w, vae.config.downscale)
     pixels = vae.decode(latents.to(where_it_computes(vae)[1]), tile)
@@ -208,7 +212,7 @@ def decode(vae: Autoencoder | Flux2Autoencoder, latents: Tensor) -> Tensor:
 
 
 def encode(vae: Autoencoder | Flux2Autoencoder, pixels: Tensor) -> Tensor:
-    """What `Family.encode_image` promises."""
+    """Implements `Family.encode_image`."""
     batch, _, height, width = pixels.shape
     cell = vae.config.downscale
     tile = tile_for(batch, height // cell, width // cell, cell)
@@ -216,7 +220,7 @@ def encode(vae: Autoencoder | Flux2Autoencoder, pixels: Tensor) -> Tensor:
 
 
 def neutral_layer(config: Qwen3Config) -> dict[str, Tensor]:
-    """The last layer of a Qwen3, adding nothing to what it is given, and the final norm."""
+    """Weights of a last Qwen3 layer that adds nothing to its input, and of the final norm."""
     with torch.device("meta"):
         layer = Layer(config)
     last = f"layers.{config.num_hidden_layers - 1}."
@@ -233,7 +237,7 @@ AUTOENCODER = Part(
     layouts={"diffusers": (), "ldm": _LDM},
     infer=infer_autoencoder,
 )
-"""FLUX.1's and Z-Image's; "ldm" is ae.safetensors."""
+"""FLUX.1's and Z-Image's autoencoder. "ldm" is the layout of ae.safetensors."""
 
 QWEN3 = Part(
     build=Qwen3,
@@ -245,4 +249,4 @@ QWEN3 = Part(
     packs=("layers", "embed_tokens"),
     gguf="qwen3",
 )
-"""The text encoder of Z-Image, all but its last layer; files with and without the `model.` prefix."""
+"""Z-Image's text encoder: Qwen3 without its last layer. Files may have the `model.` prefix or not."""

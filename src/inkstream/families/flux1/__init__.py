@@ -1,1 +1,1 @@
-"""FLUX.1: a 12B transformer over T5 and CLIP text, 16-channel latents at an eighth of the picture's side."""
+"""FLUX.1: a 12B transformer with T5 and CLIP as text encoders and 16-channel latents at 1/8 of the picture's side."""

@@ -1,4 +1,4 @@
-"""The JSON files of a published FLUX.1 folder, as diffusers and transformers read them, from a Spec."""
+"""The JSON files of a published FLUX.1 folder, as diffusers and transformers read them, made from a Spec."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
     return {
         "model_index.json": {
             "_class_name": _pipeline(spec),
-            "_diffusers_version": "0.34.0",  # the first that has Kontext's
+            "_diffusers_version": "0.34.0",  # the first version with Kontext
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "text_encoder_2": ["transformers", "T5EncoderModel"],
@@ -39,7 +39,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
         "scheduler/scheduler_config.json": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,
-            "shift": 3.0 if dynamic else 1.0,  # not read where it is dynamic
+            "shift": 3.0 if dynamic else 1.0,  # ignored if the shift is dynamic
             "use_dynamic_shifting": dynamic,
             "base_shift": 0.5,
             "max_shift": 1.15,
@@ -50,7 +50,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
     }  # fmt: skip
 
 
-_REDUX = {  # FluxPipeline does not know the second; FluxPriorReduxPipeline knows both
+_REDUX = {  # FluxPipeline does not know image_embedder; FluxPriorReduxPipeline knows both
     "image_encoder": ["transformers", "SiglipVisionModel"],
     "image_embedder": ["diffusers", "ReduxImageEncoder"],
 }

@@ -1,4 +1,4 @@
-"""FLUX.1 as a Family: CLIP and T5 read the prompt; Kontext, Fill, Canny and Depth see pictures, each in its own way."""
+"""FLUX.1 as a Family: text encoders CLIP and T5; picture inputs of Kontext, Fill, Canny, Depth and Redux."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ from inkstream.types import Conditioning, Spec
 
 PROMPTS_KEPT = 16
 CELL = 8
-"""Pixels a side of a latent cell; a mask has as many channels as one has pixels."""
+"""Pixels per side of a latent cell. A mask has CELL * CELL channels, one for each pixel of a cell."""
 MAP_AREA = 1024 * 1024
 MAP_LONGEST = 8192
-"""The longest side a Request may ask for."""
+"""The longest side that a Request may ask for."""
 
 
 class Flux1:
-    """A loaded FLUX.1 model. See families.Family for what each function promises."""
+    """A loaded FLUX.1 model. See families.Family for the contract of each function."""
 
     parts: Mapping[str, Part] = {
         "transformer": Part(
@@ -99,9 +99,9 @@ class Flux1:
 
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
-        """schnell reads no guidance, Fill and the maps take more channels; others are told by their name, else dev.
+        """A model without guidance is schnell, one with extra channels is Fill or a map model. The name tells the rest.
 
-        Redux goes with those that take no pictures of their own.
+        The default is dev. Redux is attached to models without picture inputs of their own.
         """
         transformer: Flux1Config = configs["transformer"]
         redux = {part: configs[part] for part in ("image_encoder", "image_embedder") if part in configs}
@@ -124,7 +124,7 @@ class Flux1:
         return self._encode_once(self.tokens(prompt))
 
     def tokens(self, prompt: str) -> tuple[int, ...]:
-        """CLIP's 77 tokens, then T5's."""
+        """CLIP's 77 tokens, then T5's tokens."""
         length = T5_TOKENS if self.spec.transformer.guidance_embeds else SCHNELL_TOKENS
         return clip_tokens(self.clip_tokenizer, prompt) + t5_tokens(self.t5_tokenizer, prompt, length)
 
@@ -137,19 +137,22 @@ class Flux1:
         return replace(encode_t5(self.t5, [ids[CLIP_TOKENS:] for ids in prompts]), pooled=pooled)
 
     def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
-        with torch.inference_mode(False), torch.no_grad():  # what is remembered may yet be trained on
+        with torch.inference_mode(False), torch.no_grad():  # no inference tensors: a trainer may use the cached result
             return self.encode_tokens([ids])
 
     @staticmethod
     def size_for(spec: Spec, reference: tuple[int, int]) -> tuple[int, int]:
-        """Kontext's trained size of that shape; for a map, a megapixel of its shape; Redux sees no shape."""
+        """Kontext: the nearest trained size. Map models: a megapixel in the map's shape. Redux: the default size."""
         if "map" in spec.abilities:
             return map_size(*reference, spec.multiple)
         return kontext_size(*reference) if spec.image_embedder is None else spec.size
 
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
-        """Kontext's reference at a size it was trained on; Fill's masked picture and mask; a map of edges or depths;
-        behind the prompt, Redux's tokens of each reference."""
+        """Adds pictures to the conditioning.
+
+        Kontext: references at a trained size. Fill: the masked picture and the mask. Map models: a map of edges or
+        depths. Redux: the tokens of each reference after the prompt's.
+        """
         able = self.spec.abilities
         if "map" in able:
             (followed,) = pictures.references
@@ -162,7 +165,7 @@ class Flux1:
         if not pictures.references:
             return cond
         if self.image_embedder is not None:
-            assert len(cond) == 1, "no FLUX.1 is asked twice"
+            assert len(cond) == 1, "no FLUX.1 model uses classifier-free guidance"
             seen = [to_tokens(self.image_encoder, self.image_embedder, r) for r in pictures.references]
             tokens = torch.cat((cond.tokens, *(tokens.to(cond.tokens.dtype) for tokens in seen)))
             return replace(cond, tokens=tokens, lengths=(len(tokens),))
@@ -173,11 +176,11 @@ class Flux1:
         return self.encode_image(to_pixels(picture).to(self._device)[None])[0]
 
     def _to_fill(self, image: Image.Image, mask: Image.Image, size: tuple[int, int]) -> Tensor:
-        """Latents of the picture without what is masked, and the mask, a channel a pixel of a cell: (16 + 64, h, w)."""
+        """Latents of the picture without the masked area, then the mask, one channel per pixel: (16 + 64, h, w)."""
         pixels = to_pixels(image.resize(size, Image.Resampling.LANCZOS)).to(self._device)
         masked = to_pixels(mask.resize(size, Image.Resampling.LANCZOS))[:1] >= 0.5  # (1, H, W)
         masked = masked.float().to(self._device)
-        kept = (pixels * 2 - 1) * (1 - masked)  # gray where it is repainted
+        kept = (pixels * 2 - 1) * (1 - masked)  # the masked area becomes gray
         latents = self.encode_image((kept / 2 + 0.5)[None])[0]
         return torch.cat((latents, nn.functional.pixel_unshuffle(masked, CELL)))
 
@@ -209,9 +212,9 @@ class Flux1:
 
 
 def map_size(width: int, height: int, multiple: int) -> tuple[int, int]:
-    """The size to draw a map at: of its shape, and as many pixels as the release draws, 1024 x 1024, whatever the map.
+    """The size to draw a map at: the map's shape, with about the release's 1024 x 1024 pixels, whatever the map's size.
 
-    A square map so gives the release's size; others keep their shape, where the release squeezes them into a square.
+    A square map gives the release's size. Other maps keep their shape, where the release squeezes them into a square.
     """
     scale = math.sqrt(MAP_AREA / (width * height))
 

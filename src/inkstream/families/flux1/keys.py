@@ -1,4 +1,4 @@
-"""Where the FLUX.1 transformer's weights are in each published layout. Ours are the single files' names."""
+"""Key tables of the FLUX.1 transformer's published layouts. Our names are those of the single files."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ DIFFUSERS: tuple[Rule, ...] = (
     rename(f"{_SINGLE}.proj_out", "single_blocks.{}.linear2"),
     rename(f"{_SINGLE}.attn.norm_q.weight", "single_blocks.{}.norm.query_norm.scale"),
     rename(f"{_SINGLE}.attn.norm_k.weight", "single_blocks.{}.norm.key_norm.scale"),
-    rename("norm_out.linear", "final_layer.adaLN_modulation.1", swap=True),  # scale, shift; ours is shift, scale
+    rename("norm_out.linear", "final_layer.adaLN_modulation.1", swap=True),  # scale, shift there; shift, scale here
     rename("proj_out", "final_layer.linear"),
 )

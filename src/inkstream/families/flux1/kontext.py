@@ -1,4 +1,4 @@
-"""Kontext's reference picture: it is seen at one of the 17 sizes that the model was trained on. PIL alone."""
+"""Kontext's reference picture, scaled to one of the 17 sizes that the model was trained on. Needs only PIL."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ SIZES = (
     (1024, 1024),
     (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688), (1568, 672),
 )  # fmt: skip
-"""Width and height, from the tallest to the widest: about one megapixel each, sides multiples of 16."""
+"""Width and height, from the tallest to the widest. Each has about one megapixel, and sides are multiples of 16."""
 
 
 def kontext_size(width: int, height: int) -> tuple[int, int]:
-    """The trained size whose width over height is nearest: of the reference, and of the drawing where none is asked."""
+    """The trained size of nearest width / height, for a reference, and by default for the drawing too."""
     ratio = width / height
     return min(SIZES, key=lambda size: (abs(ratio - size[0] / size[1]), size))
 
 
 def prepare_reference(image: Image.Image) -> Image.Image:
-    """The picture as RGB, scaled to its trained size; what little the shape differs by is stretched, not cropped."""
+    """The picture as RGB, scaled to its trained size. It is stretched to that shape, not cropped."""
     return image.convert("RGB").resize(kontext_size(*image.size), Image.Resampling.LANCZOS)

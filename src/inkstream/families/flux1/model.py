@@ -1,7 +1,7 @@
-"""The FLUX.1 transformer: 19 blocks of two streams and 38 of one, modulated by time, guidance and CLIP's pooled text.
+"""The FLUX.1 transformer: 19 double-stream and 38 single-stream blocks, modulated by time, guidance and pooled text.
 
-Times and signs are ours: t = 1 is noise, the output is noise - image. Latents are 16 channels at an eighth of the
-picture's side, and a token is 2 x 2 of their cells.
+The pooled text is CLIP's. Times and signs are ours: t = 1 is noise, the output is noise - image. Latents have 16
+channels at 1/8 of the picture's side. A token is a patch of 2 x 2 latent cells.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ THETA = 10_000.0
 
 
 class Flux1Transformer(nn.Module):
-    """Predicts noise - image at a point of the path. Build it on meta; weights are assigned."""
+    """Predicts noise - image at a point of the path. Build it on meta, then assign the weights."""
 
     attention_by = "auto"
 
@@ -76,13 +76,13 @@ class Flux1Transformer(nn.Module):
         references: Sequence[Tensor] = (),
         around: Around = NOTHING,
     ) -> list[Prepared]:
-        """What no step changes of a picture, under each of several prompts.
+        """Computes what is constant over the steps of a picture, for each of several prompts.
 
-        texts: T5's states, each (L, joint_attention_dim), and whatever else is read as text; pooled: CLIP's vector of
-        each, (pooled_projection_dim,); height, width of the latents, even; guidance: a number where the model was
-        distilled with one, else None (InputError otherwise); times: those that will be asked; channels: (C', height,
-        width) latents set behind the target's at every step (Fill, Canny, Depth); references: latents (C, h, w) of
-        pictures to look at (Kontext); around: of the picture.
+        texts: T5's states and any other text tokens, each (L, joint_attention_dim). pooled: CLIP's vector of each,
+        (pooled_projection_dim,). height, width: of the latents, even. guidance: a number for a guidance-distilled
+        model, else None (InputError otherwise). times: the times to come. channels: (C', height, width) latents
+        appended to the target's channels at every step (Fill, Canny, Depth). references: latents (C, h, w) of reference
+        pictures (Kontext). around: of the picture.
         """
         forward = Forward.ahead(around, self.attention_by)
         dtype, device = self.img_in.weight.dtype, self.img_in.weight.device
@@ -109,8 +109,10 @@ class Flux1Transformer(nn.Module):
         ]
 
     def modulate(self, times: Sequence[float], embeddings: Tensor, forward: Forward, rows: Rows) -> Modulation:
-        """The modulation of every block at T times. embeddings: (T or 1, D), as `Prepared.embedding`; rows: whose each
-        time is."""
+        """The modulation of every block at T times.
+
+        embeddings: (T or 1, D), as `Prepared.embedding`. rows: the sample of each time.
+        """
         vec = self.time_in.numbers(times, forward, rows) + embeddings
         doubles, singles = cast(list[DoubleBlock], self.double_blocks), cast(list[SingleBlock], self.single_blocks)
         pairs = [(b.txt_mod(vec, forward, rows), b.img_mod(vec, forward, rows)) for b in doubles]
@@ -135,14 +137,14 @@ class Flux1Transformer(nn.Module):
 
 
 def grid_of(height: int, width: int) -> tuple[int, int]:
-    """Rows and columns of patches of latents of that size."""
+    """Rows and columns of patches for latents of this size."""
     return height // PATCH, width // PATCH
 
 
 def positions(text: int, grid: tuple[int, int], references: Sequence[tuple[int, int]]) -> Tensor:
-    """(which picture, row, column) of all tokens, -> (N, 3): text at the origin, the target 0, references 1, 2 ...
+    """(picture, row, column) of all tokens -> (N, 3): text at the origin, the target picture 0, references 1, 2 ...
 
-    The release knows one reference; that further ones count on is ours.
+    The release has one reference only. Counting on for further references is our choice.
     """
     pictures = [plane(i, *size, axes=3) for i, size in enumerate([grid, *references])]
     return torch.cat([torch.zeros(text, 3, dtype=torch.long), *pictures])

@@ -1,4 +1,4 @@
-"""Redux: what SigLIP sees of a picture, as tokens that stand behind those of the prompt. SigLIP is transformers'."""
+"""Redux: SigLIP features of a picture as tokens after the prompt's tokens. SigLIP runs in transformers."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ class Siglip(nn.Module):
         self.config = config
         transformers = need_transformers()
         model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**asdict(config), vision_use_head=False))
-        self.vision_model: Any = getattr(model, "vision_model", model)  # a shell around it in earlier versions
-        with torch.device("cpu"):  # a buffer that is in no file
+        self.vision_model: Any = getattr(model, "vision_model", model)  # earlier versions wrap it
+        with torch.device("cpu"):  # no file holds this buffer
             self.vision_model.embeddings.position_ids = torch.arange(config.patches)[None]
 
     def forward(self, pixels: Tensor) -> Tensor:
         model, embeddings = self.vision_model, self.vision_model.embeddings
         patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        x = patches + embeddings.position_embedding.weight  # not by its ids, which may lie on another device
+        x = patches + embeddings.position_embedding.weight  # not by position_ids, which may be on another device
         return model.post_layernorm(model.encoder(inputs_embeds=x).last_hidden_state)
 
 
 class ReduxEmbedder(nn.Module):
-    """SigLIP's states -> what the transformer reads as text. (..., redux_dim) -> (..., txt_in_features)."""
+    """Maps SigLIP's states to text tokens of the transformer. (..., redux_dim) -> (..., txt_in_features)."""
 
     def __init__(self, config: ReduxConfig):
         super().__init__()
@@ -49,7 +49,7 @@ class ReduxEmbedder(nn.Module):
 
 
 def to_tokens(encoder: Siglip, embedder: ReduxEmbedder, picture: Image.Image) -> Tensor:
-    """What the transformer reads of a picture, squeezed into SigLIP's square as the release does: (729, 4096)."""
+    """The transformer's tokens of a picture, squeezed into SigLIP's square as in the release: (729, 4096)."""
     side = encoder.config.image_size
     pixels = np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
     like = embedder.redux_up.bias
@@ -57,12 +57,12 @@ def to_tokens(encoder: Siglip, embedder: ReduxEmbedder, picture: Image.Image) ->
 
 
 def infer_siglip(shapes: Shapes) -> SiglipConfig:
-    """Sizes from the shapes of the weights; heads are 72 wide, as those of so400m."""
+    """Sizes from the shapes of the weights. Heads are assumed to be 72 wide, as in so400m."""
     width, _, patch, _ = shapes["vision_model.embeddings.patch_embedding.weight"]
     patches, _ = shapes["vision_model.embeddings.position_embedding.weight"]
     if width % 72:
         raise KeyError("num_attention_heads")
-    rows, usual = round(patches**0.5), SiglipConfig.image_size  # which is no multiple of its patches
+    rows, usual = round(patches**0.5), SiglipConfig.image_size  # 384 is not a multiple of the patch size 14
     layers = {name.split(".")[3] for name in shapes if name.startswith("vision_model.encoder.layers.")}
     return SiglipConfig(
         image_size=usual if usual // patch == rows else patch * rows,
@@ -103,4 +103,4 @@ SIGLIP = Part(
 )
 
 REDUX = Part(build=ReduxEmbedder, config=ReduxConfig, layouts={"native": ()}, infer=infer_redux, repo=REDUX_REPO)
-"""flux1-redux-dev.safetensors, whose names the diffusers folder shares."""
+"""The layout of flux1-redux-dev.safetensors; the diffusers folder has the same names."""

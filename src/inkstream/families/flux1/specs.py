@@ -1,4 +1,4 @@
-"""The FLUX.1 models, as data. Sources: the published repositories' config.json and model cards."""
+"""The FLUX.1 models as data. Sources: config.json and model cards of the published repositories."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ REDUX_BYTES = 1_010_000_000
 
 @dataclass(frozen=True)
 class Flux1Config:
-    """Sizes of the transformer; names as in its published config.json."""
+    """Sizes of the transformer. Names are those of its published config.json."""
 
-    in_channels: int = 64  # of a patch of 2 x 2 latent cells, with what is set beside it
-    out_channels: int | None = None  # None: as many as in_channels
+    in_channels: int = 64  # of a patch of 2 x 2 latent cells, with the channels appended to it
+    out_channels: int | None = None  # None: the same as in_channels
     num_layers: int = 19
     num_single_layers: int = 38
     attention_head_dim: int = 128
@@ -26,7 +26,7 @@ class Flux1Config:
     joint_attention_dim: int = 4096
     pooled_projection_dim: int = 768
     guidance_embeds: bool = True
-    axes_dims_rope: tuple[int, ...] = (16, 56, 56)  # of a head's width: which picture, row, column
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)  # features of a head for: picture, row, column
 
     @property
     def dim(self) -> int:
@@ -34,13 +34,13 @@ class Flux1Config:
 
     @property
     def patch_channels(self) -> int:
-        """Numbers of a patch of the picture alone."""
+        """The channels of a patch without the appended ones."""
         return self.out_channels or self.in_channels
 
 
 @dataclass(frozen=True)
 class SiglipConfig:
-    """Sizes of Redux's image encoder, SigLIP so400m at 384 pixels; names as in its published config.json."""
+    """Sizes of Redux's image encoder, SigLIP so400m at 384 pixels. Names are those of its published config.json."""
 
     image_size: int = 384
     patch_size: int = 14
@@ -53,13 +53,13 @@ class SiglipConfig:
 
     @property
     def patches(self) -> int:
-        """Of a picture: 729."""
+        """The number of patches of a picture: 729 at the default sizes."""
         return (self.image_size // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
 class ReduxConfig:
-    """Sizes of Redux's image embedder; names as in its published config.json."""
+    """Sizes of Redux's image embedder. Names are those of its published config.json."""
 
     redux_dim: int = 1152
     txt_in_features: int = 4096
@@ -153,7 +153,7 @@ FILL = replace(
     DEV,
     name="flux1-fill-dev",
     title="FLUX.1 Fill dev: repaints what is masked, seeing the rest",
-    transformer=replace(_DEV, in_channels=384, out_channels=64),  # the masked picture's latents, and the mask
+    transformer=replace(_DEV, in_channels=384, out_channels=64),  # appended: the masked picture's latents, the mask
     guidance=30.0,
     abilities=DEV.abilities | {"fill"},
     repo="black-forest-labs/FLUX.1-Fill-dev",
@@ -169,7 +169,7 @@ CANNY = replace(
     DEV,
     name="flux1-canny-dev",
     title="FLUX.1 Canny dev: follows a map of edges, given as reference",
-    transformer=replace(_DEV, in_channels=128, out_channels=64),  # beside the noise, the latents of the map
+    transformer=replace(_DEV, in_channels=128, out_channels=64),  # appended: the latents of the map
     guidance=30.0,
     abilities=DEV.abilities | {"map"},
     repo="black-forest-labs/FLUX.1-Canny-dev",
@@ -188,7 +188,7 @@ DEPTH = replace(
 
 
 def with_redux(spec: Spec, image_encoder: SiglipConfig, image_embedder: ReduxConfig) -> Spec:
-    """The model that Redux makes of another: it reads references as it reads the prompt."""
+    """The Spec of a model with Redux attached, which makes it take references."""
     return replace(
         spec,
         image_encoder=image_encoder,
@@ -222,12 +222,12 @@ SPECS: dict[str, Spec] = {
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux1Config:
-    """Sizes of a transformer from its weights' shapes. KeyError where they are not FLUX.1's.
+    """Sizes of a transformer from its weights' shapes. Raises KeyError where they are not FLUX.1's.
 
-    The head's width is shared out over the axes as in the published models: an eighth, and two equal rests.
+    The rotary axes take 1/8, 7/16 and 7/16 of a head's features, as in the published models.
     """
     in_channels = shapes["img_in.weight"][1]
-    dim = shapes["double_blocks.0.img_mod.lin.weight"][1]  # FLUX.2's blocks have none
+    dim = shapes["double_blocks.0.img_mod.lin.weight"][1]  # FLUX.2's blocks have no modulation weights
     head = shapes["double_blocks.0.img_attn.norm.query_norm.scale"][0]
     out_channels = shapes["final_layer.linear.weight"][0]
     layers, single = ({k.split(".")[1] for k in shapes if k.startswith(f"{b}_blocks.")} for b in ("double", "single"))

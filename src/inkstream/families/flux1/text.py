@@ -1,4 +1,4 @@
-"""FLUX.1's prompts: one vector from CLIP, 256 or 512 states from T5, both by transformers, padding left unmasked."""
+"""FLUX.1's prompts: one vector from CLIP, 256 or 512 states from T5, both by transformers. Padding is not masked."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ from inkstream.weights.keymap import drop, rename
 
 CLIP_TOKENS = 77
 T5_TOKENS, SCHNELL_TOKENS = 512, 256
-"""Prompts are cut or padded to this length; schnell was trained on the shorter."""
+"""T5 prompts are truncated or padded to this length. schnell was trained on 256, the others on 512."""
 
 
 def clip_tokens(tokenizer: Any, prompt: str) -> tuple[int, ...]:
-    """The prompt's 77 tokens, cut or padded. tokenizer: transformers' CLIPTokenizer."""
+    """The prompt's 77 tokens, truncated or padded. tokenizer: transformers' CLIPTokenizer."""
     return _padded(tokenizer, prompt, CLIP_TOKENS)
 
 
 def t5_tokens(tokenizer: Any, prompt: str, length: int) -> tuple[int, ...]:
-    """The prompt's `length` tokens, cut or padded. tokenizer: transformers' T5Tokenizer."""
+    """The prompt's `length` tokens, truncated or padded. tokenizer: transformers' T5Tokenizer."""
     return _padded(tokenizer, prompt, length)
 
 
 def encode_clip(encoder: CLIPText, prompts: Sequence[Sequence[int]]) -> Tensor:
-    """Prompts, as `clip_tokens` gives them -> (P, D), one vector each."""
+    """Prompts, as returned by `clip_tokens` -> (P, D), one vector each."""
     return encoder(torch.tensor(prompts, device=where_it_computes(encoder)[0]))
 
 
 def encode_t5(encoder: T5Text, prompts: Sequence[Sequence[int]]) -> Conditioning:
-    """Prompts, as `t5_tokens` gives them, all of one length. The transformer reads the states of the padding too."""
+    """Encodes prompts, as returned by `t5_tokens`, all of one length. The transformer reads padding states too."""
     states = encoder(torch.tensor(prompts, device=where_it_computes(encoder)[0]))  # (P, L, D)
     return Conditioning(states.flatten(0, 1), (states.shape[1],) * len(prompts))
 
 
 def load_clip_tokenizer(path: Path | str) -> Any:
-    """CLIP's tokenizer from a folder. InputError where it cannot be read."""
+    """Reads CLIP's tokenizer from a folder. Raises InputError if it is unreadable."""
     return _load_tokenizer(path, "CLIPTokenizer")
 
 
 def load_t5_tokenizer(path: Path | str) -> Any:
-    """T5's tokenizer from a folder. InputError where it cannot be read."""
+    """Reads T5's tokenizer from a folder. Raises InputError if it is unreadable."""
     return _load_tokenizer(path, "T5Tokenizer")
 
 
@@ -59,8 +59,8 @@ class CLIPText(nn.Module):
         super().__init__()
         transformers = need_transformers()
         model = transformers.CLIPTextModel(transformers.CLIPTextConfig(**asdict(config)))
-        self.text_model: Any = getattr(model, "text_model", model)  # a shell around it in earlier versions
-        with torch.device("cpu"):  # a buffer that is in no file
+        self.text_model: Any = getattr(model, "text_model", model)  # earlier versions wrap it
+        with torch.device("cpu"):  # no file holds this buffer
             self.text_model.embeddings.position_ids = torch.arange(config.max_position_embeddings)[None]
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class T5Text(nn.Module):
 
 
 def infer_clip(shapes: Shapes) -> CLIPTextConfig:
-    """Sizes from the shapes of the weights; heads are 64 wide, and the rest is CLIP ViT-L/14's."""
+    """Sizes from the shapes of the weights. Heads are assumed to be 64 wide; the rest is as in CLIP ViT-L/14."""
     vocabulary, width = shapes["text_model.embeddings.token_embedding.weight"]
     if width % 64:
         raise KeyError("num_attention_heads")
@@ -97,7 +97,7 @@ def infer_clip(shapes: Shapes) -> CLIPTextConfig:
 
 
 def infer_t5(shapes: Shapes) -> T5Config:
-    """Sizes from the shapes of the weights; the rest is T5 1.1's."""
+    """Sizes from the shapes of the weights. The rest is as in T5 1.1."""
     vocabulary, width = shapes["encoder.embed_tokens.weight"]
     attention = "encoder.block.0.layer.0.SelfAttention."
     buckets, heads = shapes[attention + "relative_attention_bias.weight"]
@@ -161,7 +161,7 @@ T5 = Part(
     count=count_t5,
     config=T5Config,
     layouts={
-        "diffusers": (drop("encoder.embed_tokens"), rename("shared", "encoder.embed_tokens")),  # often there twice
+        "diffusers": (drop("encoder.embed_tokens"), rename("shared", "encoder.embed_tokens")),  # files often hold both
         "encoder": (),
         "gguf": _LLAMA_CPP,
     },
@@ -188,12 +188,12 @@ def _load_tokenizer(path: Path | str, kind: str) -> Any:
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many different segments follow the prefix."""
+    """How many different name segments follow the prefix."""
     return len({name.removeprefix(prefix).split(".")[0] for name in shapes if name.startswith(prefix)})
 
 
 def need_transformers() -> Any:
-    """The package, imported when a model that needs it is; that takes seconds."""
+    """Imports transformers, which takes seconds. Raises InputError if it is not installed."""
     try:
         import transformers
     except ImportError:

@@ -1,4 +1,4 @@
-"""FLUX.2's autoencoder as a Part: both published layouts, and the small decoder told from its shapes."""
+"""FLUX.2's autoencoder as a Part: both published layouts, with the full or the small decoder, recognised by shapes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from inkstream.weights.keymap import drop, rename
 
 
 def infer_autoencoder(shapes: Shapes) -> Flux2VAEConfig:
-    """Sizes from the shapes of the weights; groups and epsilon, which shapes do not show, are FLUX.2's."""
+    """Sizes from the shapes of the weights. Shapes do not show norm groups and epsilon: FLUX.2's are assumed."""
     _ = shapes["bn.running_mean"]
     sizes = asdict(parts.infer_autoencoder(shapes))
     del sizes["scaling_factor"], sizes["shift_factor"]
@@ -27,7 +27,7 @@ def infer_autoencoder(shapes: Shapes) -> Flux2VAEConfig:
     )
 
 
-_UNCOUNTED = drop("bn.num_batches_tracked")  # how many batches the statistics were taken over
+_UNCOUNTED = drop("bn.num_batches_tracked")  # the number of batches behind the statistics; not needed
 
 AUTOENCODER = Part(
     build=Flux2Autoencoder,
@@ -43,4 +43,4 @@ AUTOENCODER = Part(
     },
     infer=infer_autoencoder,
 )
-"""With the full or the small decoder; "ldm" is ae.safetensors and ComfyUI's flux2-vae."""
+"""The autoencoder with the full or the small decoder. "ldm" is ae.safetensors and ComfyUI's flux2-vae."""

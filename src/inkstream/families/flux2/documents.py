@@ -1,4 +1,4 @@
-"""The JSON files of a published FLUX.2 folder, as diffusers and transformers read them, from a Spec."""
+"""The JSON files of a published FLUX.2 folder, as diffusers and transformers read them, made from a Spec."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
     pipeline = ("Flux2KleinKVPipeline" if kv else "Flux2KleinPipeline") if klein else "Flux2Pipeline"
     index: dict[str, Any] = {
         "_class_name": pipeline,
-        "_diffusers_version": "0.37.0",  # the first that has klein's
+        "_diffusers_version": "0.37.0",  # the first version with klein
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "Qwen3ForCausalLM" if klein else "Mistral3ForConditionalGeneration"],
         "tokenizer": ["transformers", "Qwen2TokenizerFast" if klein else "PixtralProcessor"],
@@ -34,7 +34,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
         "scheduler/scheduler_config.json": {
             "_class_name": "FlowMatchEulerDiscreteScheduler",
             "num_train_timesteps": 1000,
-            "shift": 3.0,  # not read: the shift is dynamic
+            "shift": 3.0,  # ignored: the shift is dynamic
             "use_dynamic_shifting": True,
             "base_shift": 0.5,
             "max_shift": 1.15,

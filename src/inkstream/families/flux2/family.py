@@ -1,4 +1,4 @@
-"""FLUX.2 as a Family: klein reads prompts through Qwen3, dev through Mistral Small; both see reference pictures."""
+"""FLUX.2 as a Family: klein's text encoder is Qwen3, dev's is Mistral Small. Both take reference pictures."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def count_text_encoder(config: Qwen3Config | MistralConfig) -> int:
 
 
 def infer_text_encoder(shapes: Shapes) -> Qwen3Config | MistralConfig:
-    """Qwen3 norms its queries; Mistral does not."""
+    """Weights with a query norm are Qwen3's; Mistral has none."""
     is_qwen = any(name.endswith("self_attn.q_norm.weight") for name in shapes)
     return (KLEIN_TEXT_ENCODER if is_qwen else DEV_TEXT_ENCODER).infer(shapes)
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Qwen's or Mistral's, told by its marks. InputError where it is neither."""
+    """Reads Qwen's or Mistral's tokenizer, recognised by its special tokens. Raises InputError if it is neither."""
     try:
         return load_mistral_tokenizer(folder)
     except InputError:
@@ -83,7 +83,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 
 class Flux2:
-    """A loaded FLUX.2 model. See families.Family for what each function promises."""
+    """A loaded FLUX.2 model. See families.Family for the contract of each function."""
 
     parts: Mapping[str, Part] = {
         "transformer": Part(
@@ -131,8 +131,10 @@ class Flux2:
 
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
-        """dev reads a guidance. Of klein the width tells 4B from 9B; base, distilled and KV are told by its card, by
-        the pipeline's class and its `is_distilled`, or by the name."""
+        """A model with guidance is dev. The layer count tells klein 4B from 9B.
+
+        The card tells base, distilled and KV apart, or else the pipeline's class and `is_distilled`, or the name.
+        """
         transformer: Flux2Config = configs["transformer"]
         if transformer.guidance_embeds:
             return replace(DEV, name=name, **configs)
@@ -147,7 +149,7 @@ class Flux2:
             is_base = "base" in words or index.get("is_distilled") is False
             if not (kv or is_base or "klein" in words or index.get("is_distilled") is True):
                 raise InputError(
-                    f"{name} is a FLUX.2 klein, base or distilled, which its weights do not tell: "
+                    f"{name} is a FLUX.2 klein, but its weights do not show whether it is base or distilled: "
                     "name the file or folder after it, as in flux-2-klein-base-4b or flux-2-klein-4b, "
                     f'or put {CARD} beside it with {{"guides": "{base.guides}"}} or {{"guides": "{distilled.guides}"}}'
                 )
@@ -169,7 +171,7 @@ class Flux2:
         return encode_dev(self.text_encoder, prompts, pad_id(self.tokenizer, DEV_PAD))
 
     def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
-        with torch.inference_mode(False), torch.no_grad():  # what is remembered may yet be trained on
+        with torch.inference_mode(False), torch.no_grad():  # no inference tensors: a trainer may use the cached result
             return self.encode_tokens([ids])
 
     @property
@@ -177,7 +179,7 @@ class Flux2:
         return isinstance(self.text_encoder, Qwen3)
 
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
-        """References at the sizes the release gives them, as latents."""
+        """Adds the latents of the references, at the release's sizes."""
         if not pictures.references:
             return cond
         sizes = [picture.size for picture in pictures.references]

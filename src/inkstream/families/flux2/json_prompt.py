@@ -1,7 +1,7 @@
-"""FLUX.2's JSON prompts: the documented fields, checked, as the one line of text that the model reads.
+"""FLUX.2's JSON prompts: checks the documented fields and writes them as one line of text for the model.
 
-Source: the prompting guide at docs.bfl.ai (JSON structured prompting, hex colours). To the model it is text like any
-other; the fields are what it was trained to read.
+Source: the prompting guide at docs.bfl.ai (JSON structured prompting, hex colours). The model reads JSON as plain text,
+and was trained on these fields.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from inkstream.types import InputError
 FIELDS = (
     "scene", "subjects", "style", "color_palette", "lighting", "mood", "background", "composition", "camera",
 )  # fmt: skip
-"""In the order they are written."""
+"""The fields, in the order of the output."""
 
 SUBJECT_FIELDS = ("description", "position", "action", "pose", "color_palette")
 
@@ -27,10 +27,10 @@ COLOUR = re.compile(r"#[0-9A-Fa-f]{6}")
 
 
 def json_prompt(source: str | Mapping[str, Any]) -> str:
-    """The prompt's canonical text: fields in their documented order, one line, hex colours in capitals.
+    """The canonical text of a JSON prompt: fields in documented order, one line, hex colours in capitals.
 
-    source: JSON text or its object. The canonical text of a canonical text is itself. InputError names the field and
-    the remedy: text that is not JSON, an unknown or empty field, a value of the wrong kind, a colour that is none.
+    source: JSON text or its object. Canonical text is returned unchanged. Raises InputError with the field and the
+    remedy for: text that is not JSON, an unknown or empty field, a value of the wrong type, an invalid colour.
     """
     fields = _object("the prompt", _read(source), FIELDS)
     if not fields:
@@ -50,7 +50,7 @@ def json_prompt(source: str | Mapping[str, Any]) -> str:
 
 
 def looks_like_json(text: str) -> bool:
-    """Whether a prompt was meant as a JSON prompt: it begins as an object does."""
+    """Whether a prompt is meant as JSON: it starts with a brace."""
     return text.lstrip().startswith("{")
 
 
@@ -61,10 +61,10 @@ def _read(source: str | Mapping[str, Any]) -> Any:
         return json.loads(source, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
         raise InputError(
-            f"the JSON prompt cannot be read at line {error.lineno}, column {error.colno} ({error.msg}): mend it there"
+            f"the JSON prompt cannot be read at line {error.lineno}, column {error.colno} ({error.msg}): correct it"
         ) from None
     except RecursionError:
-        raise InputError("the JSON prompt nests too deep: it has two levels at most") from None
+        raise InputError("the JSON prompt nests too deep: use two levels at most") from None
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -72,12 +72,12 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
         double = next(name for name in names if names.count(name) > 1)
-        raise InputError(f"the JSON prompt says {double} twice: keep one")
+        raise InputError(f"the JSON prompt has the field {double} twice: keep one")
     return fields
 
 
 def _object(where: str, value: Any, known: tuple[str, ...]) -> dict[str, Any]:
-    """The object's fields in the order of `known`. InputError where one is not among them."""
+    """The object's fields, in the order of `known`. Raises InputError for any other field."""
     if not isinstance(value, Mapping):
         raise InputError(f"{where} is {_short(value)}: write an object like {{{_quoted(known[0])}: ...}}")
     for name in value:
@@ -107,7 +107,7 @@ def _subjects(value: Any) -> list[dict[str, Any]]:
 
 
 def _palette(where: str, value: Any) -> list[str]:
-    """Colours as #RRGGBB or in words."""
+    """Colours as #RRGGBB or in words, checked."""
     if not isinstance(value, list | tuple) or not value:
         raise InputError(f'{where} is {_short(value)}: write a list like ["#FF8800", "matte black"]')
     colours = [_text(where, colour) for colour in value]
@@ -120,14 +120,14 @@ def _palette(where: str, value: Any) -> list[str]:
 
 
 def _setting(where: str, value: Any) -> str | int | float:
-    """Text, or a number such as a focal length."""
+    """Text, or a number such as a focal length, checked."""
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < float("inf"):
         return value
     return _text(where, value)
 
 
 def _text(where: str, value: Any) -> str:
-    """The text with its colours in capitals. `color #...` and `hex #...` are how the guide binds one to an object."""
+    """The text with hex colours in capitals. The guide ties a colour to an object by `color #...` or `hex #...`."""
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where} is {_short(value)}: write some text, or leave the field out")
     for match in re.finditer(r"\b(?:colou?r|hex)\s+(#\w*)", value, re.IGNORECASE):
@@ -148,6 +148,6 @@ def _quoted(name: str) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as messages show it: one line, not long."""
+    """A value for messages: one line, at most 60 characters."""
     text = json.dumps(value, ensure_ascii=False, default=repr)
     return text if len(text) <= 60 else text[:57] + "..."

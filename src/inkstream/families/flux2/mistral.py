@@ -1,4 +1,4 @@
-"""Mistral Small as FLUX.2 dev's text encoder, by transformers, cut after the deepest layer that is read."""
+"""Mistral Small as FLUX.2 dev's text encoder, by transformers, without layers after the deepest state that is read."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from inkstream.types import InputError
 from inkstream.weights.keymap import Rule, drop, rename
 
 READ = 30
-"""The layers of a file that was cut after the last that is read, as ComfyUI's is."""
+"""The layer count of files that hold only the layers that are read, such as ComfyUI's."""
 
 
 class MistralText(nn.Module):
-    """Mistral's decoder without its head, returning the states at `depths`, before any final norm.
+    """Mistral's decoder without its head. It returns the states at `depths`, before any final norm.
 
-    0 is the embedding, k the output of the k-th layer. InputError where transformers is not installed.
+    Depth 0 is the embedding, k is the output of layer k. Raises InputError where transformers is not installed.
     """
 
     def __init__(self, config: MistralConfig, depths: Sequence[int]):
@@ -31,13 +31,13 @@ class MistralText(nn.Module):
         self.model.norm = nn.Identity()
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids, mask: (B, L), mask 1 at text and 0 at padding -> (B, L, D * len(depths))."""
+        """ids, mask: (B, L), mask 1 at text, 0 at padding -> (B, L, D * len(depths))."""
         out = self.model(input_ids=ids, attention_mask=mask, output_hidden_states=True, use_cache=False)
         return torch.cat([out.hidden_states[depth] for depth in self.depths], dim=-1)
 
 
 def build_mistral(config: MistralConfig, layers: int) -> Any:
-    """transformers' MistralModel of so many layers. InputError where transformers is not installed."""
+    """transformers' MistralModel with this many layers. Raises InputError where transformers is not installed."""
     try:
         from transformers import MistralModel
         from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
@@ -47,13 +47,13 @@ def build_mistral(config: MistralConfig, layers: int) -> Any:
         ) from None
     theirs = their_config(config, layers)
     model: Any = MistralModel(theirs)
-    with torch.device("cpu"):  # its buffers are in no file
+    with torch.device("cpu"):  # no file holds its buffers
         model.rotary_emb = MistralRotaryEmbedding(theirs)
     return model
 
 
 def their_config(config: MistralConfig, layers: int) -> Any:
-    """The sizes as transformers takes them."""
+    """The config as transformers' class."""
     from transformers import MistralConfig as TheirConfig
 
     sizes = {field.name: getattr(config, field.name) for field in fields(MistralConfig)}
@@ -67,7 +67,7 @@ def their_config(config: MistralConfig, layers: int) -> Any:
 
 
 def infer_mistral(shapes: Shapes) -> MistralConfig:
-    """Sizes from the shapes of the weights; heads are 128 wide, and the rest is Mistral Small's."""
+    """Sizes from the shapes of the weights. Heads are assumed to be 128 wide; the rest is as in Mistral Small."""
     vocabulary, width = shapes["model.embed_tokens.weight"]
     layers = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")})
     queries, keys = (shapes[f"model.layers.0.self_attn.{name}_proj.weight"][0] for name in "qk")
@@ -84,7 +84,7 @@ def infer_mistral(shapes: Shapes) -> MistralConfig:
 
 
 def count_mistral(config: MistralConfig, depth: int) -> int:
-    """Numbers of the embedding and of so many layers."""
+    """The parameter count of the embedding and `depth` layers."""
     d, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     attention = 2 * d * heads + 2 * d * config.num_key_value_heads * config.head_dim
     return config.vocab_size * d + depth * (attention + 3 * d * config.intermediate_size + 2 * d)
@@ -94,8 +94,8 @@ LAYOUTS: Mapping[str, Sequence[Rule]] = {
     "transformers": (
         rename("language_model.model", "model"),
         rename("model.language_model", "model"),
-        *map(drop, ("language_model.lm_head", "lm_head")),  # nothing is generated
+        *map(drop, ("language_model.lm_head", "lm_head")),  # a text encoder does not generate
         *map(drop, ("vision_tower", "model.vision_tower", "multi_modal_projector", "model.multi_modal_projector")),
-        drop("tekken_model"),  # the tokenizer, in ComfyUI's file
+        drop("tekken_model"),  # ComfyUI's file holds the tokenizer too
     )
 }

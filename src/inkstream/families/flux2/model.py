@@ -1,7 +1,7 @@
-"""The FLUX.2 transformer: few blocks of two streams, many of one, all of a kind modulated alike, no biases.
+"""The FLUX.2 transformer: few double-stream and many single-stream blocks, modulation shared by kind, no biases.
 
-Times and signs are ours: t = 1 is noise, the output is noise - image. Latents are 128 channels at a sixteenth of the
-picture's side, and each of their cells is a token.
+Times and signs are ours: t = 1 is noise, the output is noise - image. Latents have 128 channels at 1/16 of the
+picture's side. A token is one latent cell.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from inkstream.nn.rope import Rope, rope
 from inkstream.nn.stack import Blocks
 
 REFERENCE_SPACING = 10
-"""How far apart references stand on the first axis; the target is at 0."""
+"""The distance of references on the first rotary axis. The target is at 0."""
 CLEAN = 0.0
-"""The time of references that are read once: they carry no noise."""
+"""The time of references that are read once: they have no noise."""
 
 
 class Flux2Transformer(nn.Module):
-    """Predicts noise - image at a point of the path. Build it on meta; weights are assigned."""
+    """Predicts noise - image at a point of the path. Build it on meta, then assign the weights."""
 
     attention_by = "auto"
 
@@ -79,13 +79,12 @@ class Flux2Transformer(nn.Module):
         read_once: bool = False,
         around: Around = NOTHING,
     ) -> list[Prepared]:
-        """What no step changes of a picture, under each of several prompts.
+        """Computes what is constant over the steps of a picture, for each of several prompts.
 
-        texts: the text encoder's states, each (L, joint_attention_dim); height, width of the latents; guidance: a
-        number where the model was distilled with one, else None (InputError otherwise); times: those that will be
-        asked; references: latents (C, h, w) of pictures to look at. read_once, for weights trained so (klein 9B KV):
-        references see each other alone, at time 0, so that all that steps need of them is computed here. around: of the
-        picture.
+        texts: the text encoder's states, each (L, joint_attention_dim). height, width: of the latents. guidance: a
+        number for a guidance-distilled model, else None (InputError otherwise). times: the times to come. references:
+        latents (C, h, w) of reference pictures. read_once, for weights trained so (klein 9B KV): the references attend
+        only to each other, at time 0, and their KV cache for all steps is computed here. around: of the picture.
         """
         forward = Forward.ahead(around, self.attention_by)
         weight = self.img_in.weight
@@ -116,8 +115,10 @@ class Flux2Transformer(nn.Module):
         ]
 
     def modulate(self, times: Sequence[float], embeddings: Tensor, forward: Forward, rows: Rows) -> Modulation:
-        """The modulation of every block at T times. embeddings: (T or 1, D), as `Prepared.embedding`; rows: whose each
-        time is."""
+        """The modulation of every block at T times.
+
+        embeddings: (T or 1, D), as `Prepared.embedding`. rows: the sample of each time.
+        """
         vec = self.time_in.numbers(times, forward, rows) + embeddings
         text, picture = self.double_stream_modulation_txt, self.double_stream_modulation_img
         double = torch.stack((text(vec, forward, rows), picture(vec, forward, rows)), 1)
@@ -129,7 +130,7 @@ class Flux2Transformer(nn.Module):
         )
 
     def _read(self, references: Tensor, table: Rope, embedding: Tensor, forward: Forward) -> list[KeysValues]:
-        """Keys and values of the references in every block, alone with each other. references: (R, D)"""
+        """The KV cache of the references in every block; they attend only to each other. references: (R, D)"""
         nothing = references[:0]
         alone = Prepared(text=nothing, references=nothing, rope=table, grid=(1, len(references)), embedding=embedding)
         memory: list[KeysValues] = []
@@ -156,13 +157,13 @@ class Flux2Transformer(nn.Module):
 
 
 def text_positions(length: int) -> Tensor:
-    """Text counts along the last axis: (0, 0, 0, l). -> (length, 4)"""
+    """Text positions count along the last axis: (0, 0, 0, l). -> (length, 4)"""
     positions = torch.zeros(length, 4, dtype=torch.long)
     positions[:, 3] = torch.arange(length)
     return positions
 
 
 def reference_positions(grids: Sequence[tuple[int, int]]) -> Tensor:
-    """Reference i, counted from 1, at (10 i, row, column, 0). -> (R, 4)"""
+    """Positions of reference i, counted from 1: (10 i, row, column, 0). -> (R, 4)"""
     planes = [plane(REFERENCE_SPACING * i, *grid, axes=4) for i, grid in enumerate(grids, start=1)]
     return torch.cat([torch.zeros(0, 4, dtype=torch.long), *planes])

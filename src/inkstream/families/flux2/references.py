@@ -1,4 +1,4 @@
-"""FLUX.2's reference pictures: what is refused, the size each is seen at, and how several become one. PIL alone."""
+"""FLUX.2's reference pictures: limits, the size that the model sees, and joining of several. Needs only PIL."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from PIL import Image
 from inkstream.types import InputError
 
 MULTIPLE = 16
-"""Sides are multiples of it: a token is 16 by 16 pixels."""
+"""Sides are multiples of this number: a token is 16 x 16 pixels."""
 MIN_SIDE = 64
 MAX_RATIO = 8
 ONE_AREA = 2024 * 2024
-"""The most pixels that are seen of a reference that is alone. 2024 is what the release says."""
+"""The most pixels that the model sees of a single reference. The release uses 2024, not 2048."""
 SEVERAL_AREA = 1024 * 1024
-"""The most pixels that are seen of each of several references; diffusers keeps a single one to it too."""
+"""The most pixels that the model sees of each of several references. diffusers uses it for a single one too."""
 TOKENS = 9 * 4096
-"""The most tokens of picture and references together: 9 megapixels, what the service that hosts FLUX.2 takes."""
+"""The most tokens of picture and references together: 9 megapixels, the limit of the service that hosts FLUX.2."""
 
 Size = tuple[int, int]
 """Width and height in pixels."""
 
 
 def check_references(sizes: Sequence[Size], output: Size, most: int, tokens: int = TOKENS) -> None:
-    """InputError where a reference cannot be taken, before anything is decoded or scaled.
+    """Raises InputError where references do not fit, before anything is decoded or scaled.
 
-    sizes: of the references as they are; output: of the picture to draw; most: references the model is good for.
+    sizes: of the unchanged references. output: of the picture to draw. most: the most references the model can take.
     """
     if len(sizes) > most:
-        raise InputError(f"{len(sizes)} references were given and the model takes {most}: leave some out")
+        raise InputError(f"{len(sizes)} references were given and the model takes at most {most}: leave some out")
     for number, (width, height) in enumerate(sizes, start=1):
         if min(width, height) < MIN_SIDE:
             raise InputError(f"reference {number} is {width} by {height} pixels: both sides need {MIN_SIDE} or more")
@@ -41,56 +41,56 @@ def check_references(sizes: Sequence[Size], output: Size, most: int, tokens: int
     seen = sum(tokens_of(fitted_size(size, area)) for size in sizes)
     if drawn + seen > tokens:
         raise InputError(
-            f"{output[0]} by {output[1]} pixels are {drawn} tokens, the references {seen}, and {tokens} fit in all: "
-            "draw smaller, or give fewer or smaller references"
+            f"the picture, {output[0]} by {output[1]} pixels, takes {drawn} tokens and the references take {seen}, "
+            f"but at most {tokens} tokens fit: draw smaller, or give fewer or smaller references"
         )
 
 
 def prepare_references(images: Sequence[Image.Image], area: int | None = None) -> list[Image.Image]:
-    """Each scaled down into `area` pixels if it is larger, then cropped around its middle to whole tokens, as RGB.
+    """Scales each picture down to `area` pixels if it is larger, crops its middle to whole tokens, makes it RGB.
 
-    area: None takes what the release does, which depends on how many there are.
+    area: None takes the release's limit, which depends on the number of pictures.
     """
     area = area_for(len(images)) if area is None else area
     return [crop_to_multiple(cap_area(image.convert("RGB"), area)) for image in images]
 
 
 def area_for(count: int) -> int:
-    """The pixels that are seen of each of so many references."""
+    """The most pixels that the model sees of each of this many references."""
     return ONE_AREA if count == 1 else SEVERAL_AREA
 
 
 def fitted_size(size: Size, area: int) -> Size:
-    """The size `prepare_references` gives a picture of that size."""
+    """The size that `prepare_references` gives a picture of this size."""
     width, height = _capped(size, area)
     return width // MULTIPLE * MULTIPLE, height // MULTIPLE * MULTIPLE
 
 
 def default_size(first: Size) -> Size:
-    """The size to draw at where none is asked for: the first reference's, in one megapixel."""
+    """The default size to draw at: the first reference's, limited to one megapixel."""
     return fitted_size(first, SEVERAL_AREA)
 
 
 def tokens_of(size: Size) -> int:
-    """Tokens of a picture of that size."""
+    """The number of tokens of a picture of this size."""
     return (size[0] // MULTIPLE) * (size[1] // MULTIPLE)
 
 
 def cap_area(image: Image.Image, area: int) -> Image.Image:
-    """The picture, scaled down if it has more pixels than `area`, never up."""
+    """The picture, scaled down if it has more than `area` pixels, never up."""
     size = _capped(image.size, area)
     return image if size == image.size else image.resize(size, Image.Resampling.LANCZOS)
 
 
 def crop_to_multiple(image: Image.Image) -> Image.Image:
-    """The middle of the picture, both sides floored to the multiple."""
+    """The middle of the picture, with both sides rounded down to the multiple."""
     width, height = (side // MULTIPLE * MULTIPLE for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2
     return image.crop((left, top, left + width, top + height))
 
 
 def join_references(images: Sequence[Image.Image]) -> Image.Image:
-    """The pictures from left to right on white, each half way up: what a language model is shown of them."""
+    """Joins the pictures for a language model: left to right on white, each centred vertically."""
     if len(images) == 1:
         return images[0].convert("RGB")
     page = Image.new("RGB", (sum(image.width for image in images), max(image.height for image in images)), "white")

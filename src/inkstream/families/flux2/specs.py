@@ -1,4 +1,4 @@
-"""The FLUX.2 models, as data. Sources: the published repositories' config.json and model cards."""
+"""The FLUX.2 models as data. Sources: config.json and model cards of the published repositories."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from inkstream.types import Spec
 MOST_REFERENCES = 10
 NON_COMMERCIAL = "FLUX non-commercial"
 ABLE = frozenset({"image", "mask", "references", "json", "upsample"})
-"""What all of them can."""
+"""Abilities of all FLUX.2 models."""
 
 
 @dataclass(frozen=True)
 class Flux2Config:
-    """Sizes of the transformer; names as in its published config.json."""
+    """Sizes of the transformer. Names are those of its published config.json."""
 
     in_channels: int = 128
-    out_channels: int | None = None  # None: as many as in_channels
+    out_channels: int | None = None  # None: the same as in_channels
     num_layers: int = 8
     num_single_layers: int = 48
     attention_head_dim: int = 128
@@ -27,7 +27,7 @@ class Flux2Config:
     joint_attention_dim: int = 15_360
     mlp_ratio: float = 3.0
     guidance_embeds: bool = True
-    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)  # of a head's width: which picture, row, column, text token
+    axes_dims_rope: tuple[int, ...] = (32, 32, 32, 32)  # features of a head for: picture, row, column, text token
     rope_theta: float = 2000.0
 
     @property
@@ -166,9 +166,9 @@ SPECS: dict[str, Spec] = {
 
 
 def infer_config(shapes: Mapping[str, tuple[int, ...]]) -> Flux2Config:
-    """Sizes of a transformer from its weights' shapes. KeyError where they are not FLUX.2's.
+    """Sizes of a transformer from its weights' shapes. Raises KeyError where they are not FLUX.2's.
 
-    The head's width is shared out evenly over the axes, as in the published models.
+    The rotary axes share a head's features equally, as in the published models.
     """
     dim = shapes["double_stream_modulation_img.lin.weight"][1]
     in_channels = shapes["img_in.weight"][1]

@@ -1,4 +1,4 @@
-"""FLUX.2's prompts: templates, padding to 512 tokens, and the states read from Qwen3 (klein) or Mistral Small (dev)."""
+"""FLUX.2's prompts: templates, padding to 512 tokens, and the states of Qwen3 (klein) or Mistral Small (dev)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inkstream.nn.qwen3 import Qwen3
 from inkstream.types import Conditioning, InputError
 
 PROMPT_TOKENS = 512
-"""Every prompt is this long: cut, or padded. The transformer reads the states of the padding too."""
+"""The length of every prompt, truncated or padded. The transformer reads the states of the padding too."""
 
 KLEIN_PAD, DEV_PAD = "<|endoftext|>", "<pad>"  # 151643 and 11 in the published vocabularies
 
@@ -32,7 +32,7 @@ _SHA256 = {
 
 
 def depths(config: Qwen3Config | MistralConfig) -> tuple[int, int, int]:
-    """The states read, joined: at a quarter, half and three quarters. 9, 18, 27 of Qwen3's 36; 10, 20, 30 of 40."""
+    """The states to read: after 1/4, 1/2 and 3/4 of the layers. 9, 18, 27 of Qwen3's 36; 10, 20, 30 of Mistral's 40."""
     quarter, half, most = (config.num_hidden_layers * k // 4 for k in (1, 2, 3))
     return quarter, half, most
 
@@ -41,19 +41,19 @@ def depths(config: Qwen3Config | MistralConfig) -> tuple[int, int, int]:
 
 
 def klein_prompt(text: str) -> str:
-    """The text as one user turn whose answer has done its thinking: Qwen3's chat template, thinking off."""
+    """Qwen3's chat template without thinking: one user turn, then an answer that starts with an empty thought."""
     return chat_prompt(text) + "<think>\n\n</think>\n\n"
 
 
 def klein_tokens(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
-    """The prompt in its template, at most 512 tokens, not padded."""
+    """The prompt's tokens in its template, truncated to 512, not padded."""
     return tuple(tokenize(tokenizer, klein_prompt(prompt), PROMPT_TOKENS))
 
 
 def encode_klein(encoder: Qwen3, prompts: Sequence[Sequence[int]], pad: int) -> Conditioning:
-    """Prompts, as `klein_tokens` gives them, padded on the right with `pad` -> 512 states each.
+    """Encodes prompts, as returned by `klein_tokens`, padded on the right with `pad` -> 512 states each.
 
-    States at padding depend on the text and on their place: the transformer was trained with them in sight.
+    The states of padding depend on the text and on their position. The transformer was trained to attend to them.
     """
     lengths, texts = (PROMPT_TOKENS,) * len(prompts), [len(ids) for ids in prompts]
     ids = [token for ids in prompts for token in (*ids, *[pad] * (PROMPT_TOKENS - len(ids)))]
@@ -66,7 +66,7 @@ def _unread(config: Qwen3Config | MistralConfig) -> tuple[str, ...]:
 
 
 def _neutral(config: Qwen3Config) -> dict[str, Tensor]:
-    """The layers after the deepest that is read, adding nothing to what they are given, and the final norm."""
+    """Weights of the layers that are not read, which add nothing to their input, and of the final norm."""
     counts = range(depths(config)[-1] + 1, config.num_hidden_layers + 1)
     layers = [neutral_layer(replace(config, num_hidden_layers=count)) for count in counts]
     return {key: tensor for layer in layers for key, tensor in layer.items()}
@@ -75,24 +75,24 @@ def _neutral(config: Qwen3Config) -> dict[str, Tensor]:
 KLEIN_TEXT_ENCODER = replace(
     QWEN3, build=lambda config: Qwen3(config, depths(config)), unread=_unread, neutral=_neutral
 )
-"""klein's: Qwen3-4B, or 8B for klein 9B, without the last quarter of its layers."""
+"""klein's text encoder: Qwen3-4B, or 8B for klein 9B, without the last quarter of its layers."""
 
 
 # dev ------------------------------------------------------------------------------------------------------------------
 
 
 def dev_prompt(text: str, system: str) -> str:
-    """The text as one user turn after a system turn, in Mistral Small's template; marks of pictures are taken out."""
+    """Mistral Small's template: a system turn, then the text as one user turn without picture marks ([IMG])."""
     return f"<s>[SYSTEM_PROMPT]{system}[/SYSTEM_PROMPT][INST]{text.replace('[IMG]', '')}[/INST]"
 
 
 def dev_tokens(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
-    """The prompt in its template, at most 512 tokens, not padded."""
+    """The prompt's tokens in its template, truncated to 512, not padded."""
     return tuple(tokenize(tokenizer, dev_prompt(prompt, system_message("system")), PROMPT_TOKENS))
 
 
 def encode_dev(encoder: MistralText, prompts: Sequence[Sequence[int]], pad: int) -> Conditioning:
-    """Prompts, as `dev_tokens` gives them, padded on the left with `pad` -> 512 states each."""
+    """Encodes prompts, as returned by `dev_tokens`, padded on the left with `pad` -> 512 states each."""
     device, _ = where_it_computes(encoder)
     ids = torch.tensor([[*[pad] * (PROMPT_TOKENS - len(ids)), *ids] for ids in prompts], device=device)
     texts = torch.tensor([len(ids) for ids in prompts], device=device)
@@ -101,19 +101,19 @@ def encode_dev(encoder: MistralText, prompts: Sequence[Sequence[int]], pad: int)
 
 
 def system_message(name: str) -> str:
-    """One of dev's system messages, exactly as it was trained with: system, upsample or upsample_edit.
+    """One of dev's system messages, exactly as in training: system, upsample or upsample_edit.
 
-    InputError where the file that came with the package is another one. Source and licence: NOTICE.txt beside it.
+    Raises InputError where the package's file differs. NOTICE.txt, beside it, names source and licence.
     """
     path = Path(__file__).with_name(f"{name}.txt")
     content = path.read_bytes()
     if hashlib.sha256(content).hexdigest() != _SHA256[name]:
-        raise InputError(f"{path} is not what it was published as: install inkstream again")
+        raise InputError(f"{path} differs from the published file: install inkstream again")
     return content.decode()
 
 
 def load_mistral_tokenizer(path: Path | str) -> Tokenizer:
-    """Mistral Small's tokenizer from a folder that holds its tokenizer.json. InputError where that is not so."""
+    """Reads Mistral Small's tokenizer from a folder with tokenizer.json. Raises InputError if it does not fit."""
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         raise InputError(f"{path} holds no tokenizer.json: copy the one of FLUX.2 dev's tokenizer folder there")
@@ -129,7 +129,7 @@ def load_mistral_tokenizer(path: Path | str) -> Tokenizer:
 
 
 def pad_id(tokenizer: Tokenizer, token: str) -> int:
-    """The number of the token to pad with, KLEIN_PAD or DEV_PAD. InputError where the tokenizer lacks it."""
+    """The id of a special token, such as KLEIN_PAD or DEV_PAD. Raises InputError where the tokenizer lacks it."""
     number = tokenizer.token_to_id(token)
     if number is None:
         raise InputError(f"the tokenizer has no {token}: take the one published with the model")
@@ -143,4 +143,4 @@ DEV_TEXT_ENCODER = Part(
     infer=infer_mistral,
     unread=lambda config: tuple(f"model.{name}" for name in _unread(config)),
 )
-"""dev's: Mistral Small 3.2 24B, without its eyes, its head and the last quarter of its layers."""
+"""dev's text encoder: Mistral Small 3.2 24B without vision tower, head and the last quarter of its layers."""

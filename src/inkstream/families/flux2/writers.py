@@ -1,4 +1,4 @@
-"""The rest of FLUX.2's language models: the layers, norm and head that a text encoder leaves out, and dev's eyes."""
+"""FLUX.2's language models: the layers, norm and head that the text encoder leaves out, and dev's vision tower."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ from inkstream.types import InputError
 from inkstream.weights.keymap import drop, rename
 
 MEAN, SPREAD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the pixels that Mistral's eyes were trained on, CLIP's."""
+"""Mean and standard deviation of the pixels for Mistral's vision tower; they are CLIP's."""
 
 
 @dataclass(frozen=True)
 class WholeQwen3(Qwen3Config):
-    """Sizes of the language model that klein's text encoder is cut from."""
+    """Sizes of klein's full language model, whose first layers are the text encoder."""
 
-    tie_word_embeddings: bool = True  # 4B's head is its embedding, 8B's is not
+    tie_word_embeddings: bool = True  # the 4B model's head is its embedding, the 8B model's is not
 
 
 @dataclass(frozen=True)
 class WholeMistral(MistralConfig):
-    """Sizes of the language model that dev's text encoder is cut from, and of its eyes."""
+    """Sizes of dev's full language model, whose first layers are the text encoder, and of its vision tower."""
 
-    vision_config: Any = None  # as in its config.json; None where it sees nothing
-    spatial_merge_size: int = 2  # patches a side that become one token
+    vision_config: Any = None  # as in its config.json; None: no vision tower
+    spatial_merge_size: int = 2  # patches per side that are merged into one token
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = False
     vision_feature_layer: int = -1
 
 
 class KleinWriter(nn.Module):
-    """Qwen3's last quarter of layers, norm and head."""
+    """The last quarter of Qwen3's layers, its norm and its head."""
 
     def __init__(self, config: WholeQwen3):
         super().__init__()
@@ -96,19 +96,19 @@ class KleinWriter(nn.Module):
 
 
 def tied_head(embedding: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The embedding as a head, wherever it lies."""
+    """The embedding table as an output head, computed where the table is stored."""
     weight = full_weight(embedding)
     return lambda x: F.linear(x.to(weight.device, weight.dtype), weight)
 
 
 class DevWriter(nn.Module):
-    """Mistral Small's last quarter of layers, norm and head, and what sees for it, by transformers."""
+    """The last quarter of Mistral Small's layers, its norm, its head and its vision tower, by transformers."""
 
     def __init__(self, config: WholeMistral):
         super().__init__()
         self.config = config
         self.model = build_mistral(config, config.num_hidden_layers)
-        self.model.embed_tokens = nn.Identity()  # the text encoder's take these places
+        self.model.embed_tokens = nn.Identity()  # `attach` puts the text encoder's modules here
         for i in range(depths(config)[-1]):
             self.model.layers[i] = nn.Identity()
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -128,7 +128,7 @@ class DevWriter(nn.Module):
         device = self.model.norm.weight.device
 
         def go_on(embedded: Tensor) -> Tensor:  # (L, D)
-            # ids, mask, positions and cache by place: transformers 5.24 renames past_key_values to cache
+            # ids, mask, positions and cache are passed by place: transformers 5.24 renames past_key_values to cache
             out = self.model(None, None, None, past, embedded[None], use_cache=True)
             return self.lm_head(out.last_hidden_state[0, -1])
 
@@ -143,9 +143,9 @@ class DevWriter(nn.Module):
         yield from write(go_on(embedded), ask, self.tokenizer, DEV_ENDS, seed)
 
     def look(self, references: Sequence[Image.Image]) -> tuple[Tensor, tuple[int, int]]:
-        """What is seen of the pictures, side by side as one, (N, D), and its rows and columns."""
+        """The tokens (N, D) of the pictures, joined side by side into one, and their rows and columns."""
         if self.config.vision_config is None:
-            raise InputError("this text encoder sees no pictures: leave upsample or the references out")
+            raise InputError("this text encoder cannot see pictures: leave out upsample or the references")
         page = cap_area(join_references(references), AREA)
         cell = self.vision_tower.patch_size * self.config.spatial_merge_size
         rows, columns = size_seen(page, cell)
@@ -159,13 +159,13 @@ class DevWriter(nn.Module):
 
 
 def _eyes(config: WholeMistral) -> tuple[Any, Any]:
-    """The vision tower, and what makes its states tokens."""
+    """The vision tower, and the projector from its states to tokens."""
     from transformers import Mistral3Config, PixtralVisionConfig, PixtralVisionModel
     from transformers.models.mistral3.modeling_mistral3 import Mistral3MultiModalProjector
 
     sizes = PixtralVisionConfig(**config.vision_config)
     tower: Any = PixtralVisionModel(sizes)
-    with torch.device("cpu"):  # its buffers are in no file
+    with torch.device("cpu"):  # no file holds its buffers
         tower.patch_positional_embedding = type(tower.patch_positional_embedding)(sizes)
     names = ("spatial_merge_size", "projector_hidden_act", "multimodal_projector_bias", "vision_feature_layer")
     joined = Mistral3Config(
@@ -184,14 +184,14 @@ def build(config: WholeQwen3 | WholeMistral) -> nn.Module:
 
 
 def infer(shapes: Shapes) -> WholeQwen3 | WholeMistral:
-    """Sizes from the shapes of the weights; what sees, they do not show."""
+    """Sizes from the shapes of the weights. They do not show the vision tower's sizes, so it is left out."""
     if any(name.endswith("self_attn.q_norm.weight") for name in shapes):
         return WholeQwen3(**asdict(infer_qwen3(shapes)), tie_word_embeddings="lm_head.weight" not in shapes)
     return WholeMistral(**asdict(infer_mistral(shapes)))
 
 
 def unread(config: WholeQwen3 | WholeMistral) -> tuple[str, ...]:
-    """What the text encoder holds already."""
+    """Name prefixes of the weights that the text encoder holds, and of parts that the config leaves out."""
     prefix = "" if isinstance(config, WholeQwen3) else "model."
     first = (f"{prefix}embed_tokens.", *(f"{prefix}layers.{i}." for i in range(depths(config)[-1])))
     if isinstance(config, WholeQwen3):
@@ -217,4 +217,4 @@ WRITER = Part(
     unread=unread,
     others={"mistral": WholeMistral, "mistral3": WholeMistral},
 )
-"""Of both, in the files of their text encoders."""
+"""klein's and dev's writer, in the files of their text encoders."""

@@ -1,4 +1,4 @@
-"""The JSON files of a published Z-Image folder, as diffusers and transformers read them, from a Spec."""
+"""The JSON files of a published Z-Image folder, as diffusers and transformers read them, made from a Spec."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
     return {
         "model_index.json": {
             "_class_name": "ZImagePipeline",
-            "_diffusers_version": "0.36.0",  # the first that has the pipeline
+            "_diffusers_version": "0.36.0",  # the first version with the pipeline
             "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
             "text_encoder": ["transformers", "Qwen3Model"],
             "tokenizer": ["transformers", "Qwen2Tokenizer"],
@@ -56,7 +56,7 @@ def _text_encoder(config: Qwen3Config) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "max_position_embeddings": 40_960,
-        "rope_theta": theta,  # where transformers 4 reads it, and where 5 does
+        "rope_theta": theta,  # read by transformers 4; version 5 reads rope_parameters
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
         "tie_word_embeddings": True,
     }

@@ -1,4 +1,4 @@
-"""Z-Image as a Family: our time and sign outside, the release's inside."""
+"""Z-Image as a Family: converts between our time and sign and the release's."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PROMPTS_KEPT = 64
 
 
 def infer_config(shapes: Shapes) -> ZImageConfig:
-    """Sizes of a transformer from its weights' shapes. Heads are as wide as their norm; the rest is as published."""
+    """Sizes of a transformer from its weights' shapes. The norm's width is the head's; the rest is as published."""
     dim, patch = shapes["x_embedder.weight"]
     layers, refiners = (
         len({k.split(".")[1] for k in shapes if k.startswith(name)}) for name in ("layers.", "noise_refiner.")
@@ -54,7 +54,7 @@ def infer_config(shapes: Shapes) -> ZImageConfig:
 
 
 class ZImage:
-    """A loaded Z-Image model. See families.Family for what each function promises."""
+    """A loaded Z-Image model. See families.Family for the contract of each function."""
 
     parts: Mapping[str, Part] = {
         "transformer": Part(
@@ -85,7 +85,7 @@ class ZImage:
 
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
-        """Shapes cannot tell Turbo from Base: the name does where it says so, else the scheduler's shift of 3."""
+        """A name with "turbo" or a scheduler shift of 3 means Turbo: shapes cannot tell Turbo from Base."""
         shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
         if configs["transformer"].siglip_feat_dim is not None:
             known = OMNI
@@ -112,7 +112,7 @@ class ZImage:
         return Conditioning(self.text_encoder(ids, lengths), lengths)
 
     def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
-        with torch.inference_mode(False), torch.no_grad():  # what is remembered may yet be trained on
+        with torch.inference_mode(False), torch.no_grad():  # no inference tensors: a trainer may use the cached result
             return self.encode_tokens([ids])
 
     @staticmethod

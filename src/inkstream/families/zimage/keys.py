@@ -1,4 +1,4 @@
-"""Where the transformer's weights are in each published layout. Ours are the native single file's names."""
+"""Key tables of the Z-Image transformer's published layouts. Our names are those of the native single file."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from inkstream.weights.keymap import Rule, drop, fuse, rename
 _BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}", "siglip_refiner.{}")
 
 PACKS = tuple(f"{block}.{part}" for block in _BLOCKS for part in ("attention", "feed_forward"))
-"""Layers that may be packed: the 170 that published files pack. Embedders, modulation and the last layer are not."""
+"""Layers to quantise: the 170 that published files quantise. Embedders, modulation and the last layer are not."""
 
 NATIVE: tuple[Rule, ...] = (
-    rename("x_pad_token", "x_pad_token", row=True),  # some files hold the pads as (D,)
+    rename("x_pad_token", "x_pad_token", row=True),  # some files hold the pad tokens as (D,)
     rename("cap_pad_token", "cap_pad_token", row=True),
-    drop("norm_final"),  # left over from training in early files; nothing reads it
+    drop("norm_final"),  # unused; left over from training in early files
 )
 
 DIFFUSERS: tuple[Rule, ...] = (

@@ -1,11 +1,11 @@
 """The S3-DiT: one stream of image and caption tokens (arXiv 2511.22699, section 3).
 
-A batch is packed: tokens of several samples lie end to end, each sample attends to itself alone, so prompts and
-pictures of any length and size share a batch without padding. What no step changes (refined caption, references,
-rotary tables, the norms' weights at each time) is prepared once, in `Prepared`.
+Batches are packed: tokens of several samples lie end to end, and each sample attends only to itself. So prompts of any
+length and pictures of any size share a batch without padding. What is constant over the steps (refined caption,
+references, rotary tables, norm weights at each time) is computed once, in `Prepared`.
 
-Module names are those of the single-file release, with q, k and v fused. Times and signs here are the release's own:
-t = 0 is noise and 1 the image, the output is image - noise; `family.py` turns them into ours.
+Module names are those of the single-file release, with q, k and v fused. Times and signs here are the release's: t = 0
+is noise, t = 1 is the image, and the output is image - noise. `family.py` converts them to ours.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from inkstream.nn.rope import Rope, norm_rope, rope
 from inkstream.nn.stack import Blocks
 
 PAD_MULTIPLE = 32
-"""Captions and pictures are each filled up to a multiple of this with a learned token, which is attended."""
+"""Captions and pictures are each padded to a multiple of this with a learned token that takes part in attention."""
 CLEAN = 1.0
-"""The time of reference tokens: they carry no noise."""
+"""The time of reference tokens: they have no noise."""
 
 
 @dataclass(frozen=True)
 class Scales:
-    """What a time does to the network.
+    """The modulation at one time.
 
-    norms: (M, 4, D), the weights of the four norms of each of M modulated blocks; final: (D,), the last layer's scale.
+    norms: (M, 4, D), the weights of the four norms of each of M modulated blocks. final: (D,), the last layer's scale.
     """
 
     norms: Tensor
@@ -48,44 +48,44 @@ class Scales:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What no step changes of one sample. Token order: target picture, references, context."""
+    """The parts of one sample that are constant over its steps. Token order: target picture, references, context."""
 
-    context: Tensor  # (P, D) refined caption tokens, and SigLIP's if any
+    context: Tensor  # (P, D) refined caption tokens, then SigLIP's if any
     references: Tensor  # (R, D) embedded reference pictures with their pads
-    rope: Rope  # of all tokens
+    rope: Rope  # rotary table of all tokens
     grid: tuple[int, int]  # rows and columns of the target's patches
-    clean: Tensor | None = None  # (target + references + context) booleans: which tokens are modulated as clean ones
-    scales: Mapping[float, Scales] = field(default_factory=dict)  # by the model's time, for the times foreseen
+    clean: Tensor | None = None  # (target + references + context) booleans: tokens modulated at time CLEAN
+    scales: Mapping[float, Scales] = field(default_factory=dict)  # by the model's time, for foreseen times
 
     def at(self, t: float) -> Prepared | None:
-        """For that time alone; None where it was not foreseen."""
+        """This sample for time t alone, or None if t was not foreseen."""
         return replace(self, scales={t: self.scales[t]}) if t in self.scales else None
 
     @property
     def target_tokens(self) -> int:
-        """Tokens of the target picture, pads included."""
+        """The number of tokens of the target picture, with pads."""
         return padded(self.grid[0] * self.grid[1])
 
 
 class Targets(NamedTuple):
-    """The tokens of the pictures being drawn alone."""
+    """The tokens of the pictures being drawn."""
 
     rows: Rows
-    which: Tensor | None  # (N,) each token's row of the norms' weights, as in `Block`
+    which: Tensor | None  # (N,) the norm weights' row of each token, as in `Block`
 
 
 class Layout(NamedTuple):
-    """How the tokens of some samples lie, and what each of them takes."""
+    """The layout of the tokens of some samples, with their rotary table and norm weights."""
 
     rows: Rows
     table: Rope
-    norms: Tensor  # (R, M, 4, D): what the times of these samples do to the norms
+    norms: Tensor  # (R, M, 4, D): norm weights at the times of these samples
     which: Tensor | None
     targets: Targets
 
 
 class ZImageTransformer(nn.Module):
-    """Predicts image - noise at a point of the path. Build it on meta; weights are assigned."""
+    """Predicts image - noise at a point of the path. Build it on meta, then assign the weights."""
 
     attention_by = "auto"
 
@@ -111,16 +111,16 @@ class ZImageTransformer(nn.Module):
     # Once per prompt, size and schedule -----------------------------------------------------------------------------
 
     def prepare(self, caption: Tensor, height: int, width: int) -> Prepared:
-        """caption: (L, cap_feat_dim) the text encoder's states; height, width of the latents, even."""
+        """Prepares one caption: (L, cap_feat_dim), the text encoder's states. height, width: of the latents, even."""
         return self.prepare_all([caption], height, width)[0]
 
     def prepare_all(
         self, captions: Sequence[Tensor], height: int, width: int, around: Around = NOTHING
     ) -> list[Prepared]:
-        """As `prepare`, for many captions of one picture in one pass.
+        """`prepare` for many captions of one picture, in one pass.
 
-        Caption token k stands at (1 + k, 0, 0) on the axes (sequence, row, column), the picture's patch (r, c) at
-        (1 + padded caption, r, c), the picture's pads at 0.
+        Positions on the axes (sequence, row, column): caption token k is at (1 + k, 0, 0), the picture's patch (r, c)
+        at (1 + padded caption length, r, c), the picture's pads at 0.
         """
         grid = (height // self.config.patch_size, width // self.config.patch_size)
         lengths = [padded(len(caption)) for caption in captions]
@@ -142,11 +142,12 @@ class ZImageTransformer(nn.Module):
         width: int,
         around: Around = NOTHING,
     ) -> Prepared:
-        """Several pictures in one stream: caption segment i, then reference i and its SigLIP grid, the target last.
+        """Several pictures in one stream: caption segment i, then reference i and its SigLIP grid; the target is last.
 
-        captions: n + 1 or more segments (L, cap_feat_dim); references: n latents (C, h, w); siglip: n feature grids
-        (h, w, siglip_feat_dim) or none. Segments count on along the sequence axis by their own length, a picture
-        stands one past its segment, its SigLIP grid two past, stretched over the picture's latent cells.
+        captions: n + 1 or more segments (L, cap_feat_dim). references: n latents (C, h, w). siglip: n feature grids
+        (h, w, siglip_feat_dim) or none. On the sequence axis each segment takes as many places as it has tokens. A
+        picture follows one place after its segment, its SigLIP grid two places after, stretched over the picture's
+        latent cells.
         """
         p = self.config.patch_size
         forward = Forward.ahead(around, self.attention_by)
@@ -162,18 +163,18 @@ class ZImageTransformer(nn.Module):
                     rows, columns, _ = siglip[i].shape
                     siglip_positions.append(with_pads(stretched(at + 1, rows, columns, h, w)))
             elif i == len(references):
-                picture_positions.insert(0, with_pads(plane(at, *grid)))  # the target leads the packed order
+                picture_positions.insert(0, with_pads(plane(at, *grid)))  # the target comes first in the packed order
             at += 2
         embedded = self._embed_caption(captions, forward)
         caption_rope = self._rope(torch.cat(caption_positions))
         context = [self._refine("context_refiner", embedded, caption_rope, [len(embedded)], forward)]
         context_rope = [caption_rope]
         if siglip:
-            # The release flattens the grid with channels first; its weights were trained on that order of numbers.
+            # The release flattens the grid with channels first, and its weights were trained on that order.
             flat = [s.permute(2, 0, 1).reshape(-1, s.shape[-1]) for s in siglip]
             embed = self.siglip_embedder
             features = torch.cat([fill(embed(f, forward, Rows.alone(len(f))), self.siglip_pad_token) for f in flat])
-            # The target has no SigLIP features: a stretch of pads stands in its place, at position 0.
+            # The target has no SigLIP features. PAD_MULTIPLE pads at position 0 take their place.
             features = torch.cat([features, self.siglip_pad_token.expand(PAD_MULTIPLE, -1)])
             siglip_rope = self._rope(torch.cat([*siglip_positions, torch.zeros(PAD_MULTIPLE, 3, dtype=torch.long)]))
             context.append(self._refine("siglip_refiner", features, siglip_rope, [len(features)], forward))
@@ -194,12 +195,12 @@ class ZImageTransformer(nn.Module):
         )
 
     def scales(self, times: Sequence[float], around: Around = NOTHING) -> dict[float, Scales]:
-        """The modulation of every block at each time, all in one pass. times: the model's own, 0 noise to 1 image."""
+        """The modulation of every block at each time, in one pass. times: the model's own, 0 noise to 1 image."""
         both = self._scales(times, Forward.ahead(around, self.attention_by), Rows.alone(len(times)))
         return {t: Scales(*each) for t, *each in zip(times, *both)}
 
     def _scales(self, times: Sequence[float], forward: Forward, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Norm weights (T, M, 4, D) and final scales (T, D). rows: whose each time is."""
+        """Norm weights (T, M, 4, D) and final scales (T, D). rows: the sample of each time."""
         device = self.x_pad_token.device
         t = torch.tensor([t * self.config.t_scale for t in times], dtype=torch.float32, device=device)
         c = self.t_embedder(t, forward, rows)
@@ -223,7 +224,7 @@ class ZImageTransformer(nn.Module):
             return block(x, own.norms[:, i], own.which, own.table, rows.lengths, None, forward, rows)
 
         def call_layer(i: int, block: nn.Module, x: Tensor, rows: Rows) -> Tensor:
-            # Of the last block only the target's rows are read, so only they are computed.
+            # Only the target rows of the last block are read, so only they are computed.
             own = whole_layout(rows.samples)
             keep = own.targets if i == last else None
             return block(x, own.norms[:, first + i], own.which, own.table, rows.lengths, keep, forward, rows)
@@ -247,8 +248,11 @@ class ZImageTransformer(nn.Module):
         ]
 
     def _modulation(self, samples: Sequence[Sample], forward: Forward) -> tuple[Tensor, Tensor]:
-        """Norm weights (R, M, 4, D) and final scales (R, D): a row for each sample and behind them, if there are clean
-        tokens, one for each sample's; a single row where one time serves all."""
+        """Norm weights (R, M, 4, D) and final scales (R, D).
+
+        R is the number of samples: one row each. With clean tokens, one more row per sample follows for them. If one
+        time serves all, there is a single row.
+        """
         asked = [(sample.t, i) for i, sample in enumerate(samples)]
         if any(sample.prepared.clean is not None for sample in samples):
             asked += [(CLEAN, i) for i in range(len(samples))]
@@ -258,7 +262,7 @@ class ZImageTransformer(nn.Module):
         if missing := [at for at, scales in zip(asked, own) if scales is None]:
             times, owners = zip(*missing)
             norms, finals = self._scales(times, forward, Rows(tuple(Span(i, 1) for i in owners)))
-            if len(missing) == len(asked):  # as in training, where the gradient of rows picked one by one would be slow
+            if len(missing) == len(asked):  # as in training, where the gradient of rows stacked one by one is slow
                 return norms, finals
             computed = map(Scales, norms, finals)
             own = [scales or next(computed) for scales in own]
@@ -270,7 +274,7 @@ class ZImageTransformer(nn.Module):
         return torch.cat([fill(s, self.cap_pad_token) for s in states])
 
     def _refine(self, stack: str, x: Tensor, table: Rope, lengths: Sequence[int], forward: Forward) -> Tensor:
-        """Tokens of one picture's captions, or of what else it is told, through blocks that no time modulates."""
+        """Runs one picture's caption or SigLIP tokens through the unmodulated blocks of a refiner."""
 
         def call(i: int, block: nn.Module, x: Tensor, rows: Rows) -> Tensor:
             return block(x, cast(Block, block).norm_weights(None), None, table, lengths, None, forward, rows)
@@ -282,13 +286,16 @@ class ZImageTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Sandwich-normed attention and SwiGLU. The timestep scales what enters each and tanh-gates what leaves it;
-    both are factors of a norm's output, so they are folded into that norm's weight, once per time."""
+    """Attention and SwiGLU, each with a norm before and after it.
 
-    apart = ("adaLN_modulation",)  # called ahead of the steps
-    # What may be compiled or shared out: functions of tensors, and which of these have a row for each token.
+    The time scales the input of each and gates its output by tanh. Both are factors of a norm's output, so they are
+    folded into the norm's weight, once per time.
+    """
+
+    apart = ("adaLN_modulation",)  # called before the steps
+    # Functions of tensors, to compile or to share out; the numbers are the arguments with a row for each token.
     regions: ClassVar = {"enter": (0, 2, 3, 5), "leave": (0, 1, 3, 5)}
-    shares: ClassVar = {  # of several devices, as `nn.parallel.Shares`
+    shares: ClassVar = {  # for tensor parallelism, as `nn.parallel.Shares`
         "attention.qkv": ("out", "heads", "heads", "heads"),
         "attention.out": ("in", "heads"),
         "feed_forward.w1": ("out", "hidden"),
@@ -311,7 +318,7 @@ class Block(nn.Module):
     def norm_weights(self, c: Tensor | None, forward: Forward = PLAIN, rows: Rows = ANY) -> Tensor:
         """Weights of the norms before and after attention, before and after the feed-forward, at each time.
 
-        c: (T, 256) the embedded times -> (T, 4, D); None for a block without modulation -> (1, 4, D).
+        c: (T, 256), the time embeddings -> (T, 4, D). c is None for a block without modulation -> (1, 4, D).
         """
         norms = (self.attention_norm1, self.attention_norm2, self.ffn_norm1, self.ffn_norm2)
         own = torch.stack([norm.weight for norm in norms])
@@ -324,10 +331,10 @@ class Block(nn.Module):
         self,
         x: Tensor,  # (N, D) packed
         weights: Tensor,  # (R, 4, D) of the norms
-        which: Tensor | None,  # (N,) each token's row of weights; None: the tokens are R equal runs, a row each
+        which: Tensor | None,  # (N,) the weights' row of each token; None: the tokens are R equal runs, one row each
         table: Rope,
-        lengths: Sequence[int],  # of what attends to itself alone
-        keep: Targets | None = None,  # the tokens to compute
+        lengths: Sequence[int],  # of the sequences, each of which attends only to itself
+        keep: Targets | None = None,  # compute only these tokens
         forward: Forward = PLAIN,
         rows: Rows = ANY,
     ) -> Tensor:
@@ -348,7 +355,7 @@ class Block(nn.Module):
     def leave(
         self, x: Tensor, seen: Tensor, weights: Tensor, which: Tensor | None, forward: Forward, rows: Rows
     ) -> Tensor:
-        """What comes out, of what came in and what attention saw. x: (N, D), seen: (N, H, E)."""
+        """The block's output, from its input x, (N, D), and the attention's output seen, (N, H, E)."""
         attended = linear(self.attention.out, seen.flatten(1), forward, rows)
         x = add_norm(x, attended, weights[:, 1], self.eps, which)
         readers = forward.unadapted(self.feed_forward.w1, self.feed_forward.w3)
@@ -357,7 +364,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Full attention with RMS-normed queries and keys and rotary positions."""
+    """Full attention with RMS-normed queries and keys and rotary embedding."""
 
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
@@ -376,7 +383,7 @@ class Attention(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Norm, the timestep's scale, projection to patches."""
+    """Layer norm, scaled by the time, then projection to patches."""
 
     def __init__(self, dim: int, patch: int):
         super().__init__()
@@ -392,21 +399,22 @@ class FinalLayer(nn.Module):
 
 
 def padded(length: int) -> int:
-    """The length filled up to the multiple the model was trained with."""
+    """The length rounded up to the multiple that the model was trained with."""
     return -(-length // PAD_MULTIPLE) * PAD_MULTIPLE
 
 
 def fill(x: Tensor, pad: Tensor) -> Tensor:
-    """Append the learned pad token up to the multiple. x: (L, D), pad: (1, D)."""
+    """Appends the learned pad token up to the multiple. x: (L, D), pad: (1, D)."""
     missing = padded(len(x)) - len(x)
     return torch.cat([x, pad.expand(missing, -1)]) if missing else x
 
 
 def alike(samples: Sequence[Sample]) -> list[int]:
-    """For each sample the first whose picture tokens are the same until captions join them, as guidance asks twice.
+    """For each sample, the first sample with the same picture tokens, as in classifier-free guidance.
 
-    Where they stand differs with the caption's length, which attention among themselves does not show: all are moved
-    alike. Pads are not, they stand at the origin.
+    Their picture tokens are equal until captions join them. Their positions differ by the caption's length, but all
+    shift alike, which does not change attention among them. Pads stay at the origin, so pictures with pads do not
+    qualify.
     """
 
     def key(i: int, sample: Sample) -> object:
@@ -419,7 +427,7 @@ def alike(samples: Sequence[Sample]) -> list[int]:
 
 
 def lay(prepared: Sequence[Prepared], norms: Tensor, whole: bool, samples: tuple[int, ...]) -> Layout:
-    """The tokens of some samples of a forward: all of them, or without context. norms: as the forward has them."""
+    """The layout of some samples of a forward, with context if `whole`. norms: of the whole forward."""
     own = [prepared[i] for i in samples]
     behind = [len(s.references) + (len(s.context) if whole else 0) for s in own]
     spans = [(Span(i, s.target_tokens, True), Span(i, n)) for i, s, n in zip(samples, own, behind)]
@@ -432,8 +440,10 @@ def lay(prepared: Sequence[Prepared], norms: Tensor, whole: bool, samples: tuple
 
 
 def rows_of(prepared: Sequence[Prepared], counts: Sequence[int], rows: int) -> Tensor | None:
-    """Which of the modulation's rows is each token's, of the first counts[i] tokens of every sample; None where the
-    tokens are `rows` equal runs, one a row."""
+    """The modulation's row of each token, for the first counts[i] tokens of every sample.
+
+    None where the tokens are `rows` equal runs, one row each.
+    """
     if rows == 1 or (len(set(counts)) == 1 and rows == len(counts)):
         return None
     device = prepared[0].context.device
@@ -446,7 +456,7 @@ def rows_of(prepared: Sequence[Prepared], counts: Sequence[int], rows: int) -> T
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
-    """(C, h, w) -> (h/p * w/p, p*p*C): patches row by row, inside one row, column, channel fastest."""
+    """(C, h, w) -> (h/p * w/p, p*p*C): patches row by row; within a patch row, column, channel, channel fastest."""
     c, h, w = x.shape
     return x.reshape(c, h // p, p, w // p, p).permute(1, 3, 2, 4, 0).reshape(-1, p * p * c)
 
@@ -470,7 +480,7 @@ def plane(at: int, rows: int, columns: int) -> Tensor:
 
 
 def stretched(at: int, rows: int, columns: int, height: int, width: int) -> Tensor:
-    """Positions of a rows x columns grid spread over a height x width one, truncated to whole cells."""
+    """Positions of a rows x columns grid stretched over a height x width grid, truncated to integers."""
     positions = plane(at, rows, columns).float()
     positions[:, 1] = positions[:, 1] / max(rows - 1, 1) * (height - 1)
     positions[:, 2] = positions[:, 2] / max(columns - 1, 1) * (width - 1)
@@ -478,5 +488,5 @@ def stretched(at: int, rows: int, columns: int, height: int, width: int) -> Tens
 
 
 def with_pads(positions: Tensor) -> Tensor:
-    """Pads of a picture stand at the origin."""
+    """Appends the positions of a picture's pads, which are at the origin."""
     return torch.cat([positions, positions.new_zeros(padded(len(positions)) - len(positions), 3)])

@@ -1,4 +1,4 @@
-"""The Z-Image models, as data. Sources: the published repositories' config.json and scheduler_config.json."""
+"""The Z-Image models as data. Sources: config.json and scheduler_config.json of the published repositories."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from inkstream.types import Spec
 
 @dataclass(frozen=True)
 class ZImageConfig:
-    """Sizes of the transformer; names as in its published config.json."""
+    """Sizes of the transformer. Names are those of its published config.json."""
 
     in_channels: int = 16
     dim: int = 3840
@@ -19,10 +19,10 @@ class ZImageConfig:
     n_heads: int = 30
     norm_eps: float = 1e-5
     cap_feat_dim: int = 2560
-    siglip_feat_dim: int | None = None  # set: Omni, which sees reference pictures through SigLIP2
+    siglip_feat_dim: int | None = None  # set for Omni, which sees reference pictures through SigLIP2
     rope_theta: float = 256.0
     t_scale: float = 1000.0
-    axes_dims: tuple[int, ...] = (32, 48, 48)  # of a head's width: sequence, row, column
+    axes_dims: tuple[int, ...] = (32, 48, 48)  # features of a head for: sequence, row, column
     axes_lens: tuple[int, ...] = (1536, 512, 512)
     patch_size: int = 2
 
