@@ -1,4 +1,4 @@
-"""Nodes that draw on an inkstream server. They need nothing that ComfyUI does not bring."""
+"""ComfyUI nodes that draw on an inkstream server. They need only packages that ComfyUI installs."""
 
 from .nodes import Draw
 

@@ -1,4 +1,4 @@
-"""One node: a request to the server, pictures back. The model runs there, so nothing is loaded here."""
+"""One node: it sends a request to an inkstream server and returns the pictures. The server runs the model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from PIL import Image
 from torch import Tensor
 
 PAUSE = 0.3
-"""Seconds between two looks at a job."""
+"""Seconds between two polls of a job."""
 OPEN = -1
-"""What a number is that is left to the model."""
+"""The value of a number that takes the model's default."""
 
 
 class Draw:
-    """Draws a prompt, from pictures where they are given. The key that a server asks for is in INKSTREAM_API_KEY."""
+    """Draws a prompt, with optional input pictures. The variable INKSTREAM_API_KEY holds the server's key, if any."""
 
     CATEGORY = "inkstream"
     FUNCTION = "draw"
@@ -33,12 +33,12 @@ class Draw:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:
-        """What ComfyUI shows; -1 leaves a number to the model."""
+        """The node's inputs in ComfyUI. A number of -1 takes the model's default."""
         side = {"default": OPEN, "min": OPEN, "max": 8192, "step": 1}
         return {
             "required": {
                 "server": ("STRING", {"default": "http://127.0.0.1:8400"}),
-                "model": ("STRING", {"default": "", "tooltip": "Empty: the server's first."}),
+                "model": ("STRING", {"default": "", "tooltip": "Empty: the server's first model."}),
                 "prompt": ("STRING", {"default": "", "multiline": True}),
                 "seed": ("INT", {"default": 0, "min": 0, "max": 2**63 - 1, "control_after_generate": True}),
                 "width": ("INT", side),
@@ -49,10 +49,10 @@ class Draw:
             },
             "optional": {
                 "negative_prompt": ("STRING", {"default": "", "multiline": True}),
-                "image": ("IMAGE", {"tooltip": "To start from."}),
-                "mask": ("MASK", {"tooltip": "What of the image is repainted."}),
+                "image": ("IMAGE", {"tooltip": "The image to start from."}),
+                "mask": ("MASK", {"tooltip": "The area of the image to repaint."}),
                 "strength": ("FLOAT", {"default": OPEN, "min": OPEN, "max": 1, "step": 0.05}),
-                "references": ("IMAGE", {"tooltip": "To look at, each of the batch."}),
+                "references": ("IMAGE", {"tooltip": "Reference images, all of the batch."}),
             },
         }
 
@@ -68,12 +68,12 @@ class Draw:
         guidance: float,
         count: int,
         negative_prompt: str = "",
-        image: Tensor | None = None,  # (B, H, W, 3), of which the first
-        mask: Tensor | None = None,  # (B, H, W)
+        image: Tensor | None = None,  # (B, H, W, 3); only the first is used
+        mask: Tensor | None = None,  # (B, H, W); only the first is used
         strength: float = OPEN,
         references: Tensor | None = None,  # (B, H, W, 3)
     ) -> tuple[Tensor, str]:
-        """(count, H, W, 3) in [0, 1], and as JSON the request that draws each."""
+        """Returns the images (count, H, W, 3) in [0, 1], and a JSON list of the requests that reproduce them."""
         there = Server(server)
         request: dict[str, Any] = {"prompt": prompt, "seed": seed, "count": count}
         numbers = {"width": width, "height": height, "steps": steps, "guidance": guidance, "strength": strength}
@@ -91,7 +91,7 @@ class Draw:
 
 
 class Server:
-    """An inkstream server. RuntimeError where it refuses, with its own words."""
+    """A client of an inkstream server. Raises RuntimeError with the server's message where a request fails."""
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -100,7 +100,7 @@ class Server:
         self._opener = urllib.request.build_opener(_Direct)
 
     def run(self, request: dict[str, Any], watch: Callable[[float], None]) -> dict[str, Any]:
-        """The job once it has succeeded. watch: told how far it is; what it raises cancels the job."""
+        """Runs a job and returns it on success. watch: gets the progress in [0, 1]; its exceptions cancel the job."""
         job = json.loads(self.ask("POST", "/v1/jobs", json.dumps(request).encode(), "application/json"))
         path = f"/v1/jobs/{job['id']}"
         try:
@@ -110,7 +110,7 @@ class Server:
                 time.sleep(PAUSE)
                 job = json.loads(self.ask("GET", path))
         except BaseException:
-            with suppress(RuntimeError):  # it is gone; what is told is why
+            with suppress(RuntimeError):  # the job may be gone; the first exception is the one to report
                 self.ask("DELETE", path)
             raise
         if job["state"] != "succeeded":
@@ -119,19 +119,19 @@ class Server:
         return job
 
     def upload(self, pixels: Tensor) -> str:
-        """Pixels (H, W, 3) or (H, W) in [0, 1], kept by the server, as a request names them."""
+        """Uploads pixels (H, W, 3) or (H, W) in [0, 1] and returns their name for a request, `upload:ID`."""
         buffer = io.BytesIO()
         Image.fromarray((pixels.clamp(0, 1).cpu().numpy() * 255).round().astype(np.uint8)).save(buffer, "PNG")
         answer = self.ask("POST", "/v1/uploads", buffer.getvalue(), "application/octet-stream")
         return "upload:" + json.loads(answer)["id"]
 
     def picture(self, path: str) -> Tensor:
-        """(H, W, 3) in [0, 1]."""
+        """Downloads a picture: (H, W, 3) in [0, 1]."""
         with Image.open(io.BytesIO(self.ask("GET", path))) as image:
             return torch.from_numpy(np.asarray(image.convert("RGB"), np.float32) / 255)
 
     def ask(self, method: str, path: str, body: bytes | None = None, kind: str = "") -> bytes:
-        """The body of the answer."""
+        """Sends an HTTP request and returns the body of the answer."""
         headers = {**self._headers, **({"Content-Type": kind} if kind else {})}
         asked = urllib.request.Request(self.url + path, body, headers, method=method)
         try:
@@ -148,7 +148,7 @@ class Server:
 
 
 class _Direct(urllib.request.HTTPRedirectHandler):
-    """Goes nowhere else: a key must not be carried on to another host."""
+    """Follows no redirects, so that the key is never sent to another host."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         return None
@@ -158,11 +158,11 @@ def _message(status: int, body: bytes) -> str:
     try:
         return json.loads(body)["error"]["message"]
     except (ValueError, LookupError, TypeError):
-        return f"the server answered {status}: is this an inkstream server?"
+        return f"the server answered {status} without a message: check that its address is an inkstream server's"
 
 
 def watcher() -> Callable[[float], None]:
-    """Moves ComfyUI's bar, and raises where its user stops the run; outside of ComfyUI does nothing."""
+    """A function that moves ComfyUI's progress bar and raises if the user stops the run; a no-op outside ComfyUI."""
     try:
         from comfy.model_management import throw_exception_if_processing_interrupted as check
         from comfy.utils import ProgressBar
