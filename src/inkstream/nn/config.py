@@ -1,4 +1,4 @@
-"""Configs of the parts that families share, as frozen data without torch. Names are those of the published configs."""
+"""Configs shared by families, as frozen data importable without torch. Names are those of the published configs."""
 
 from __future__ import annotations
 
