@@ -283,6 +283,7 @@ def draw(
     """
     from inkstream.engine.many import about
     from inkstream.engine.metadata import free_name, save_picture
+    from inkstream.engine.writing import wording
 
     written, known = "", None
     told = ""  # the prompt that was last shown: where a grammar writes, each picture has its own
@@ -305,11 +306,7 @@ def draw(
         elif isinstance(event, Done):
             path = place(event.request, before + event.index) if place else None
             spec, runs = known = known or about(engine, event.request.model)
-            ran = dict(runs)
-            if event.request.prompt != request.prompt:
-                ran["upsampled_from"] = request.prompt
-            elif written:
-                ran["told"] = written
+            ran = dict(runs) | wording(request.prompt, event.request, spec)
             kept = {**ran, **(extra or {})}
             facts: Any = {"request": event.request, "spec": spec, "metadata": metadata, "extra": kept}
             try:

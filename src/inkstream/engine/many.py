@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from inkstream.engine.client import Client
 from inkstream.engine.metadata import encode_picture
+from inkstream.engine.writing import wording
 from inkstream.types import Done, Event, Failed, Loading, Request, Spec, Step
 
 if TYPE_CHECKING:
@@ -118,5 +119,5 @@ def _encode(
     engine: Engine | Client, done: Done, request: Request, metadata: Literal["full", "minimal", "none"]
 ) -> bytes:
     spec, ran = about(engine, done.request.model)
-    extra = ran | ({"upsampled_from": request.prompt} if done.request.prompt != request.prompt else {})
+    extra = ran | wording(request.prompt, done.request, spec)
     return encode_picture(done.image, "PNG", done.request, spec, metadata=metadata, extra=extra)

@@ -38,5 +38,12 @@ def notes(request: Request, spec: Spec) -> list[str]:
     return lines
 
 
+def wording(typed: str, drawn: Request, spec: Spec) -> dict[str, str]:
+    """What a picture's metadata says of a prompt that was expanded: the prompt as typed, or what the model was told."""
+    if typed != drawn.prompt:
+        return {"upsampled_from": typed}
+    return {"told": written_out(drawn, spec)} if writes_out(drawn, spec) else {}
+
+
 def _write(request: Request, spec: Spec) -> Written:
     return WRITERS[spec.writer](request.prompt, request.seed or 0, request.negative_prompt)

@@ -132,12 +132,11 @@ class Worker:
     def _save(self, run: str, done: Done, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
         """Write a picture beside the others, where the server takes it from. What it carries names no path of ours."""
         from inkstream.engine.metadata import PICTURE_FIELDS, encode_picture
+        from inkstream.engine.writing import wording
 
         model = self.engine.model
         extra = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-        given = message.get("upsampled_from") or request.prompt
-        if given != done.request.prompt:
-            extra["upsampled_from"] = given
+        extra |= wording(message.get("upsampled_from") or request.prompt, done.request, model.spec)
         complete = done.request.model_copy(update={"model": message["name"]})
         data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
         path = self.parts / f"{run}-{done.index}.png"
