@@ -47,6 +47,14 @@ def test_the_events_of_a_request_come_in_order(engine, tiny_folder):
     assert [s.t for s in steps[:2]] == [1.0, 0.75]
 
 
+def test_a_start_picture_is_decoded_once_for_all_pictures_of_a_request(engine, tiny_folder, photo, monkeypatch):
+    opened, open_file = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **kinds: opened.append(1) or open_file(*args, **kinds))
+    request = Request(prompt="x", model=str(tiny_folder), image=photo, steps=1, count=2)
+    assert [(r.width, r.height) for r in engine.generate(request).requests] == [(64, 48)] * 2
+    assert len(opened) == 1
+
+
 def test_each_picture_of_a_count_equals_its_own_single_run(engine, tiny_folder):
     together = engine.generate(wish(tiny_folder, count=3))
     assert [r.seed for r in together.requests] == [7, 8, 9]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -52,13 +52,13 @@ def _picture_to_text(value: Any) -> Any:
 Picture = Annotated[str, BeforeValidator(_picture_to_text)]
 
 
-class Request(BaseModel):
+class Request(BaseModel, frozen=True):
     """One drawing request: the prompt, the settings and the input pictures. None means the model's own default.
 
     The fields and their descriptions define the CLI's flags, the HTTP body and the metadata in the picture.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
     prompt: str = Field("", description="What to draw, in plain words.")
     upsample: bool | None = Field(
@@ -111,6 +111,15 @@ class Request(BaseModel):
     reference: tuple[Picture, ...] = Field(
         (), max_length=10, description="Reference picture, called 'image 1' in the prompt; repeat the option for more."
     )
+
+
+Wish = TypeVar("Wish", bound=Request)
+
+
+def singles(request: Wish, first: int = 0) -> Iterator[Wish]:
+    """The requests that draw each picture of a request alone, from picture `first` on. The request has a seed."""
+    for index in range(first, request.count):
+        yield request.model_copy(update={"seed": (request.seed or 0) + index, "count": 1})
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ EVERY = 30.0
 PICTURES = ("image", "mask", "reference")
 
 
-class Common(Request):
+class Common(Request, frozen=True):
     """A Request as options, for all rows that do not say otherwise."""
 
     seed: int | None = Field(0, ge=0, lt=2**63, description="What the seeds of rows that give none are made from.")

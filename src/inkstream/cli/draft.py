@@ -34,7 +34,7 @@ SHEET = "sheet.png"
 AFTER = Group("After the drafts", sort_key=0.5)
 
 
-class Drafts(Request):
+class Drafts(Request, frozen=True):
     """A Request as options, of so many pictures as a sheet can show."""
 
     count: int = Field(16, ge=1, le=256, description="How many drafts; the seed goes up by 1 from each to the next.")

@@ -49,7 +49,7 @@ def as_options(wish: type[Request], bare: Collection[str] = ("prompt",), without
         field.metadata = [*field.metadata, option]  # a new list: the old one is shared with Request
 
 
-class Wish(Request):
+class Wish(Request, frozen=True):
     """A Request as options; only the prompt may stand without its name."""
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from inkstream.engine.refine import Refinement
 
 
-class Anew(Request):
+class Anew(Request, frozen=True):
     """What is to be otherwise than in the draft, as options; the model has no default."""
 
     model: str = Field(description="The model that draws the picture anew: its name, a repository, or a local path.")

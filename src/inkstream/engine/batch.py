@@ -56,10 +56,7 @@ Admits = Callable[[Sequence[Ask], Ask], bool]
 
 def tokens_of(run: Run, cond: Conditioning) -> int:
     """About as many as one entry of a run has: its picture, its text and what it looks at."""
-    width, height = run.request.width, run.request.height
-    assert width is not None
-    assert height is not None
-    picture = width // 16 * (height // 16)
+    picture = run.request.width // 16 * (run.request.height // 16)
     pictures = sum(latents[0].numel() for latents in (run.estimate, *cond.references)) / run.estimate[0].numel()
     return round(picture * pictures) + max(cond.lengths)
 

@@ -16,13 +16,13 @@ import torch
 from inkstream.engine.batch import Alone, Ask, Batch, Drawing, tokens_of
 from inkstream.engine.inputs import to_image
 from inkstream.engine.loader import Opened, open_model, read_model
-from inkstream.engine.memory import Placing
-from inkstream.engine.model import Model, complete, singles
+from inkstream.engine.memory import Placing, typical
+from inkstream.engine.model import Complete, Model, complete
 from inkstream.engine.options import options
 from inkstream.engine.placement import PLANS
 from inkstream.engine.writing import notes, writes_out, written_out
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
-from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
+from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step, singles
 
 if TYPE_CHECKING:
     from inkstream.engine.parallel import Crew
@@ -90,41 +90,42 @@ class Engine:
         """All pictures of a request. InputError if it cannot be drawn."""
         return Result.of(self.submit(request))
 
-    def load(self, name: str, request: Request | None = None) -> Iterator[Loading]:
+    def load(self, name: str, request: Request | None = None) -> Generator[Loading, None, Complete]:
         """Make a model ready; does nothing if it is already. Ends when `self.model` is it.
 
-        request: what it is to draw first, so that it is placed to suit it; None: a picture of its own size.
+        request: what the model will draw first, so that it is placed to suit that; None: a picture of its own size.
+        Returns the request, completed for the model.
         """
-        events: queue.SimpleQueue[Loading | BaseException | None] = queue.SimpleQueue()
+        events: queue.SimpleQueue[Loading | BaseException | Complete] = queue.SimpleQueue()
 
         def work() -> None:
             try:
                 with self._turn:
-                    self._load(name, request, events.put)
-                events.put(None)
+                    events.put(self._ready(name, request) or self._load(name, request, events.put))
             except BaseException as error:  # carried to the caller's thread
                 events.put(error)
 
-        if self._is_ready(name, request):
-            return
+        if ready := self._ready(name, request):
+            return ready
         threading.Thread(target=work, name="inkstream-load", daemon=True).start()
         while isinstance(event := events.get(), Loading):
             yield event
-        if event is not None:
+        if isinstance(event, BaseException):
             raise event
+        return event
 
-    def _load(self, name: str, request: Request | None, tell: Callable[[Loading], None]) -> None:
-        if self._is_ready(name, request):
-            return
+    def _load(self, name: str, request: Request | None, tell: Callable[[Loading], None]) -> Complete:
         self._forget()
         opened = self._open(name, request, tell)
         least = self._least[1] if self._least[0] == name else 0
         self._placing = Placing(opened, self.memory, self.plan, least)
-        plan = self._placing.choose(request)
+        whole = complete(request or typical(opened.source.spec), opened.source.spec)
+        plan = self._placing.choose(whole)
         self._model = read_model(opened, plan, tell, self.compiled)
         if self._model.device.type == "cpu":
             keep_freed_memory()
         self._name = name
+        return whole
 
     def _open(self, name: str, request: Request | None, tell: Callable[[Loading], None] | None) -> Opened:
         """The model, of which nothing is read yet."""
@@ -137,11 +138,15 @@ class Engine:
             tell(note)
         return replace(opened, crew=self.crew)
 
-    def _is_ready(self, name: str, request: Request | None) -> bool:
-        """Whether that model is loaded, and placed so that the request can be drawn."""
-        if self._name != name or request is None or self._placing is None or self.crew:
-            return self._name == name  # of several processes some may have room where others have not
-        return self.model.plan in self._placing.suiting(request)
+    def _ready(self, name: str, request: Request | None) -> Complete | None:
+        """The completed request, if that model is loaded and placed so that the request can be drawn."""
+        model, placing = self._model, self._placing
+        if self._name != name or model is None or placing is None:
+            return None
+        whole = complete(request or typical(model.spec), model.spec)
+        if request is None or self.crew:  # of several processes some may have room where others have not
+            return whole
+        return whole if model.plan in placing.suiting(whole) else None
 
     def _forget(self) -> None:
         self._model = self._name = self._placing = None  # which knows the modules, too
@@ -195,25 +200,26 @@ class Engine:
 
     def _draw(self, request: Request, drawn: list[Done]) -> Drawing:
         """What is not drawn yet."""
-        if not self._is_ready(request.model, request):
+        whole = self._ready(request.model, request)
+        if whole is None:
             yield Alone()
-        yield from self.load(request.model, request)
+            whole = yield from self.load(request.model, request)
         model = self.model
-        request = complete(request, model.spec)
         if self.crew:
-            self.crew.check(request, model.spec)
-        by_grammar = writes_out(request, model.spec)
-        if request.upsample and not by_grammar:
-            request = yield from self._upsample(model, request)
-            request = self.crew.same(request) if self.crew else request
+            self.crew.check(whole, model.spec)
+        by_grammar = writes_out(whole, model.spec)
+        if whole.upsample and not by_grammar:
+            whole = yield from self._upsample(model, whole)
+            whole = self.crew.same(whole) if self.crew else whole
         yield Loading("prompt")
-        for line in notes(request, model.spec):
+        for line in notes(whole, model.spec):
             yield Loading("prompt", note=line)
-        cond = model.encode(request)
-        original = model.open_original(request)
+        cond = model.encode(whole)
+        original = model.open_original(whole)
         self._end_phase()
         own = self.crew.own if self.crew else slice(None)
-        for index, one in list(enumerate(singles(request, request.count)))[own][len(drawn) :]:
+        pictures = list(singles(whole))
+        for index, one in list(enumerate(pictures))[own][len(drawn) :]:
             began = time.perf_counter()
             if by_grammar:  # each picture's words are its own seed's
                 cond = model.encode(one)
@@ -228,22 +234,22 @@ class Engine:
                         raise model.overflow()
                     seconds = time.perf_counter() - asked
                     preview = model.preview(run.estimate) if self.previews else None
-                    yield Step(step, run.evaluations, index, request.count, t, seconds, preview)
+                    yield Step(step, run.evaluations, index, whole.count, t, seconds, preview)
                 self._end_phase()
                 image = to_image(model.finish(run, original))
             finally:
                 run.close()
-            drawn.append(Done(image, one, index, request.count, time.perf_counter() - began))
+            drawn.append(Done(image, one.plain(), index, whole.count, time.perf_counter() - began))
             yield drawn[-1]
             if self.crew:
-                yield from self.crew.others(drawn[-1])
+                yield from self.crew.others(drawn[-1], pictures)
 
     def _end_phase(self) -> None:
         """Where memory is short, other parts of the model begin with what their plan foresees."""
         if self.model.device.type == "cpu" and self.model.plan != "resident":
             give_back_freed_memory()
 
-    def _upsample(self, model: Model, request: Request) -> Generator[Event, None, Request]:
+    def _upsample(self, model: Model, request: Complete) -> Generator[Event, None, Complete]:
         """The request with its prompt written out; it draws the same without that model."""
         yield Loading("language model")
         text = ""

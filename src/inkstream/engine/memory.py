@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from inkstream.engine.loader import Opened
-from inkstream.engine.model import complete
+from inkstream.engine.model import Complete, complete
 from inkstream.engine.options import guided, options
 from inkstream.engine.placement import PLANS, Plan, plan_request
 from inkstream.engine.sources import Unset
@@ -50,8 +50,9 @@ class Placing:
         self.plan = self.names[0]
         self._known: dict[tuple[Any, ...], list[Plan]] = {}
 
-    def choose(self, request: Request | None) -> str:
+    def choose(self, request: Request) -> str:
         """The fastest plan that keeps within the budget. InputError where none does, if the budget was asked for."""
+        request = complete(request, self.opened.source.spec)
         suiting = self.suiting(request)
         if not suiting and self.memory is not None:
             least = min(self.plans(request), key=lambda plan: plan.peak)
@@ -64,15 +65,17 @@ class Placing:
         self.plan = suiting[0] if suiting else self.names[-1]  # what was only seen to be free may yet do
         return self.plan
 
-    def suiting(self, request: Request | None) -> list[str]:
+    def suiting(self, request: Request) -> list[str]:
         """The plans that keep within the budget, from the fastest."""
-        if len(self.names) == 1 or self.budget is None or self._is_plenty(self._complete(request)):
+        request = complete(request, self.opened.source.spec)
+        if len(self.names) == 1 or self.budget is None or self._is_plenty(request):
             return self.names
         return [plan.name for plan in self.plans(request) if plan.name in self.names and plan.peak <= self.budget]
 
-    def plans(self, request: Request | None) -> list[Plan]:
+    def plans(self, request: Request) -> list[Plan]:
         """All plans, with what each needs for the request."""
-        spec, request = self.opened.source.spec, self._complete(request)
+        spec = self.opened.source.spec
+        request = complete(request, spec)
         asked = (request.width, request.height, guided(request, spec), len(request.reference), request.image is None)
         texts = (len(request.prompt) // 64, len(request.negative_prompt) // 64)
         if (key := (*asked, *texts)) not in self._known:
@@ -82,14 +85,8 @@ class Placing:
             )
         return self._known[key]
 
-    def _complete(self, request: Request | None) -> Request:
-        spec = self.opened.source.spec
-        return complete(request or typical(spec), spec)
-
-    def _is_plenty(self, request: Request) -> bool:
+    def _is_plenty(self, request: Complete) -> bool:
         """Whether the model is so small that all of it may be resident, without looking closer."""
-        assert request.width is not None
-        assert request.height is not None
         opened = self.opened
         weights = sum(count * opened.dtypes[part].itemsize for part, count in opened.numbers.items())
         return 2 * weights + PLENTY * request.width * request.height <= (self.budget or 0)

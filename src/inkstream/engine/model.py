@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from inkstream.engine.inputs import fit_size, open_mask, open_picture, to_pixels
@@ -24,10 +25,43 @@ from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, paste, start_index
 from inkstream.sampling.schedules import SCHEDULES, dynamic_shift, empirical_shift
 from inkstream.sampling.solvers import SOLVERS, times_asked
-from inkstream.types import Conditioning, InputError, Query, Request, Solver, Spec
+from inkstream.types import Conditioning, InputError, Query, Request, ScheduleName, Solver, SolverName, Spec, singles
 
 FEATHER = 8
 """Pixels inside a mask's edge over which the repainted part fades in."""
+
+
+class Complete(Request, frozen=True):
+    """A Request without open fields, as `complete` makes it of a request and a model's Spec.
+
+    Its pictures are decoded once. A copy with other fields keeps them.
+    """
+
+    width: int
+    height: int
+    steps: int
+    guidance: float
+    shift: float
+    solver: SolverName
+    schedule: ScheduleName
+    seed: int
+    strength: float = 1.0  # without a picture to start from, that is from noise
+    upsample: bool = False
+
+    @cached_property
+    def start(self) -> Image.Image | None:
+        """The picture to start from, RGB, at its own size."""
+        return None if self.image is None else open_picture(self.image)
+
+    @cached_property
+    def shown(self) -> list[Image.Image]:
+        """The references, RGB, at their own sizes."""
+        return [open_picture(picture) for picture in self.reference]
+
+    def plain(self) -> Request:
+        """The plain Request that draws the same again."""
+        given = self.model_fields_set
+        return Request.model_construct(set(given), **{name: getattr(self, name) for name in given})
 
 
 class Model:
@@ -58,11 +92,9 @@ class Model:
         return self._read_writer()
 
     @torch.inference_mode()
-    def upsample(self, request: Request) -> Iterator[str]:
+    def upsample(self, request: Complete) -> Iterator[str]:
         """The request's prompt as the model itself writes it out, as it grows; the last is the whole."""
-        request = complete(request, self.spec)
-        assert request.seed is not None
-        yield from self.writer.write(request.prompt, [open_picture(p) for p in request.reference], request.seed)
+        yield from self.writer.write(request.prompt, request.shown, request.seed)
         if self.plan != "resident":
             del self.writer
 
@@ -72,16 +104,12 @@ class Model:
 
         A prompt that a grammar writes out is written as the request's own seed has it.
         """
-        request = complete(request, self.spec)
-        prompt = written_out(request, self.spec)
-        prompts = [prompt, request.negative_prompt] if guided(request, self.spec) else [prompt]
+        whole = complete(request, self.spec)
+        prompt = written_out(whole, self.spec)
+        prompts = [prompt, whole.negative_prompt] if guided(whole, self.spec) else [prompt]
         cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
-        shown = [open_picture(picture) for picture in request.reference]
-        fill = "fill" in self.spec.abilities
-        image, mask = (open_picture(p) if p and fill else None for p in (request.image, request.mask))
-        assert request.width is not None
-        assert request.height is not None
-        return self.family.look(cond, Pictures(request.width, request.height, shown, image, mask))
+        fill = (whole.start, open_picture(whole.mask)) if whole.mask and "fill" in self.spec.abilities else ()
+        return self.family.look(cond, Pictures(whole.width, whole.height, whole.shown, *fill))
 
     @torch.inference_mode()
     def sample(self, request: Request, cond: Conditioning, noise: Tensor | None = None) -> Tensor:
@@ -89,16 +117,16 @@ class Model:
 
         noise: (B, C, h, w), the start; drawn from the request's seeds where left out, else B counts the pictures.
         """
-        request = complete(request, self.spec)
-        shape = self.family.latent_shape(request.width, request.height)  # type: ignore[arg-type]
+        whole = complete(request, self.spec)
+        shape = self.family.latent_shape(whole.width, whole.height)
         if noise is not None and noise.shape[1:] != shape:
-            size = f"{request.width}x{request.height}"
+            size = f"{whole.width}x{whole.height}"
             raise InputError(f"noise is {tuple(noise.shape)}: a {size} picture takes (B, {', '.join(map(str, shape))})")
-        count = request.count if noise is None else len(noise)
-        original = self.open_original(request)
+        if noise is not None:
+            whole = whole.model_copy(update={"count": len(noise)})
+        original = self.open_original(whole)
         runs = [
-            self.start(one, cond, original, None if noise is None else noise[i])
-            for i, one in enumerate(singles(request, count))
+            self.start(one, cond, original, None if noise is None else noise[i]) for i, one in enumerate(singles(whole))
         ]
         while pending := [run for run in runs if run.query is not None]:
             advance(self.family, pending)
@@ -110,15 +138,13 @@ class Model:
         return self.family.decode(latents.to(self.device))
 
     @torch.inference_mode()
-    def open_original(self, request: Request) -> Original | None:
+    def open_original(self, request: Complete) -> Original | None:
         """The picture a request starts from, as pixels, latents and mask; None where it starts from noise."""
-        if request.image is None:
+        if request.start is None:
             return None
-        width, height = request.width, request.height
-        assert width is not None
-        assert height is not None
-        pixels = to_pixels(open_picture(request.image), width, height)
-        mask = None if request.mask is None else torch.as_tensor(open_mask(request.mask, (width, height)))
+        size = request.width, request.height
+        pixels = to_pixels(request.start, *size)
+        mask = None if request.mask is None else torch.as_tensor(open_mask(request.mask, size))
         if "fill" in self.spec.abilities:  # it sees the picture beside the noise, which nothing is mixed into
             return Original(pixels, None, mask)
         return Original(pixels, self.family.encode_image(pixels[None].to(self.device))[0], mask)
@@ -126,31 +152,31 @@ class Model:
     @torch.inference_mode()
     def start(
         self,
-        request: Request,
+        request: Complete,
         cond: Conditioning,
         original: Original | None,
         noise: Tensor | None = None,
         around: Around = NOTHING,
     ) -> Run:
-        """One picture about to be drawn, waiting at its first query. `request` is complete.
+        """One picture about to be drawn, waiting at its first query.
 
         around: what is done around its blocks, to which the request's step cache comes.
         """
-        shape = self.family.latent_shape(request.width, request.height)  # type: ignore[arg-type]
-        generator = torch.Generator("cpu").manual_seed(request.seed)  # type: ignore[arg-type]
+        shape = self.family.latent_shape(request.width, request.height)
+        generator = torch.Generator("cpu").manual_seed(request.seed)
         if noise is None:
             noise = torch.randn(shape, generator=generator)
         noise = noise.to(self.device, torch.float32)
-        ts = SCHEDULES[request.schedule](request.steps, request.shift)  # type: ignore[index]
+        ts = SCHEDULES[request.schedule](request.steps, request.shift)
         latents = None if original is None else original.latents
         if latents is not None:
-            ts = ts[start_index(len(ts) - 1, request.strength) :]  # type: ignore[arg-type]
+            ts = ts[start_index(len(ts) - 1, request.strength) :]
             noise = add_noise(latents, noise, ts[0])
-        solver = SOLVERS[request.solver](noise, ts, generator)  # type: ignore[index]
+        solver = SOLVERS[request.solver](noise, ts, generator)
         if original is not None and latents is not None and original.mask is not None:
             mask = latent_mask(original.mask, *shape[1:]).to(self.device)
             solver = keep(solver, latents, mask)
-        times = times_asked(request.solver, ts)  # type: ignore[arg-type]
+        times = times_asked(request.solver, ts)
         if guided(request, self.spec) and len(cond) < 2:
             raise InputError(f"guidance {request.guidance} needs the negative prompt too: encode this same request")
         entries = cond if guided(request, self.spec) else cond[0]
@@ -158,7 +184,7 @@ class Model:
             entries = replace(entries, guidance=request.guidance)
         if cached(request, self.spec):
             around = replace(around, cache=StepCache(POINTS[request.cache], request.cache_threshold))
-        prepared = self.family.prepare(entries, request.width, request.height, times, around)  # type: ignore[arg-type]
+        prepared = self.family.prepare(entries, request.width, request.height, times, around)
         return Run(request, solver, prepared, len(times), noise, around)
 
     def finish(self, run: Run, original: Original | None) -> Tensor:
@@ -202,7 +228,7 @@ class Run:
 
     def __init__(
         self,
-        request: Request,
+        request: Complete,
         solver: Solver,
         prepared: Sequence[Any],
         evaluations: int,
@@ -228,7 +254,6 @@ class Run:
         """The prepared prompts of `samples`."""
         assert self.query is not None
         r = self.request
-        assert r.guidance is not None  # the request is complete
         on = is_on(self.query.t, r.guidance, r.cfg_truncation, r.guidance_from, r.guidance_until)
         return self.prepared if on else self.prepared[:1]
 
@@ -237,7 +262,7 @@ class Run:
         assert self.query is not None
         v = velocities[0]
         if len(velocities) == 2:
-            v = guide(*velocities, self.request.guidance, self.request.cfg_normalization)  # type: ignore[arg-type]
+            v = guide(v, velocities[1], self.request.guidance, self.request.cfg_normalization)
         self.estimate = to_image(self.query.x, v, self.query.t)
         self._send(v)
 
@@ -266,23 +291,24 @@ def advance(family: Family, runs: Sequence[Run]) -> None:
         run.answer([next(answers) for _ in samples])
 
 
-def singles(request: Request, count: int) -> Iterator[Request]:
-    """The requests that draw each picture alone: seeds count up from the first."""
-    for i in range(count):
-        yield request.model_copy(update={"seed": request.seed + i, "count": 1})  # type: ignore[operator]
+def complete(request: Request, spec: Spec) -> Complete:
+    """The request with every open field taken from the model's defaults; one that is complete already, as it is.
 
-
-def complete(request: Request, spec: Spec) -> Request:
-    """The request with every open field taken from the model's defaults. InputError where the model cannot do it."""
+    InputError where the model cannot do it.
+    """
+    if isinstance(request, Complete):
+        return request
     refuse(request, spec)
+    given = {name: value for name in request.model_fields_set if (value := getattr(request, name)) is not None}
+    whole = Complete.model_construct(set(given), **given)
     width, height = request.width, request.height
-    if request.image is not None and (width is None or height is None):
-        own = fit_size(open_picture(request.image), spec.multiple)
+    if width is None or height is None:
+        own = spec.size
+        if whole.start is not None:
+            own = fit_size(whole.start, spec.multiple)
+        elif whole.shown:
+            own = family_of(spec.family).size_for(spec, whole.shown[0].size)
         width, height = width or own[0], height or own[1]
-    elif request.reference and (width is None or height is None):
-        own = family_of(spec.family).size_for(spec, open_picture(request.reference[0]).size)
-        width, height = width or own[0], height or own[1]
-    width, height = width or spec.size[0], height or spec.size[1]
     for name, value in (("width", width), ("height", height)):
         if value % spec.multiple:
             low = value // spec.multiple * spec.multiple
@@ -290,19 +316,20 @@ def complete(request: Request, spec: Spec) -> Request:
             raise InputError(f"{name} {value} is not a multiple of {spec.multiple}: take {near}")
     steps = request.steps or spec.steps
     defaults: dict[str, Any] = {
+        "width": width,
+        "height": height,
         "steps": steps,
         "guidance": spec.guidance,
         "shift": shift_for(spec, width, height, steps),
         "solver": spec.solver,
         "schedule": spec.schedule,
-        "seed": secrets.randbelow(2**32) if request.seed is None else request.seed,
+        "seed": secrets.randbelow(2**32),
     }
     if request.image is not None:
         defaults["strength"] = 1.0 if request.mask is not None else spec.strength
     if spec.writer:
         defaults["upsample"] = writes_out(request, spec)
-    update = {name: value for name, value in defaults.items() if getattr(request, name) is None}
-    return request.model_copy(update={**update, "width": width, "height": height})
+    return whole.model_copy(update={name: value for name, value in defaults.items() if name not in given})
 
 
 def shift_for(spec: Spec, width: int, height: int, steps: int) -> float:

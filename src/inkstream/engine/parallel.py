@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -21,12 +21,14 @@ from PIL import Image
 from torch import Tensor, nn
 
 from inkstream.engine.loader import choose_device
+from inkstream.engine.model import Complete
 from inkstream.engine.options import cached, guided
 from inkstream.engine.processes import count_processes
 from inkstream.nn.forward import Sample
 from inkstream.nn.parallel import Group, heads_of, share_layers, share_tokens
 from inkstream.types import Done, InputError, Loading, Request, Spec
 
+Asked = TypeVar("Asked", bound=Request)
 Way = Literal["replicas", "cfg", "context", "tensor"]
 
 WAYS: Mapping[Way, str] = {
@@ -90,7 +92,7 @@ class Crew:
 
     # Before the first step -------------------------------------------------------------------------------------------
 
-    def same(self, request: Request) -> Request:
+    def same(self, request: Asked) -> Asked:
         """The first process's request, for all."""
         words = request.model_dump_json(include=request.model_fields_set).encode()
         size = torch.tensor([len(words)])
@@ -101,7 +103,7 @@ class Crew:
             else torch.empty(int(size), dtype=torch.uint8)
         )
         dist.broadcast(text, 0)
-        return Request.model_validate_json(text.numpy().tobytes())
+        return type(request).model_validate_json(text.numpy().tobytes())
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
@@ -182,8 +184,11 @@ class Crew:
         """Which of a request's pictures this process draws."""
         return slice(self.rank, None, self.count) if self.way == "replicas" else slice(None)
 
-    def others(self, done: Done) -> Iterator[Done]:
-        """The pictures that the other processes have drawn beside one of the first process's; of others, nothing."""
+    def others(self, done: Done, pictures: Sequence[Complete]) -> Iterator[Done]:
+        """The pictures that the other processes have drawn beside one of the first process's; of others, nothing.
+
+        pictures: what draws each picture of the request.
+        """
         if self.way != "replicas":
             return
         if self.rank > 0:
@@ -195,11 +200,10 @@ class Crew:
             pixels = torch.empty(done.image.height, done.image.width, 3, dtype=torch.uint8)
             dist.recv(seconds, rank)
             dist.recv(pixels, rank)
-            assert done.request.seed is not None
             yield replace(
                 done,
                 image=Image.fromarray(pixels.numpy()),
-                request=done.request.model_copy(update={"seed": done.request.seed + rank}),
+                request=pictures[done.index + rank].plain(),
                 index=done.index + rank,
                 seconds=float(seconds),
             )

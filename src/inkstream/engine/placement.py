@@ -9,14 +9,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from inkstream.engine.model import Model, Run, advance
+from inkstream.engine.model import Complete, Model, Run, advance
 from inkstream.engine.peak import peak_of
 from inkstream.engine.sources import Source, Unset
 from inkstream.nn.offload import Guest, Streamed, Weight, advise, is_number, read_at_home, visit_when_called, weights_of
 from inkstream.nn.quant import PackedEmbedding
 from inkstream.nn.quant import place as put_packed
 from inkstream.nn.stack import Blocks
-from inkstream.types import Request
 from inkstream.weights.keymap import Rule, becomes
 
 Place = Literal["resident", "visiting"]
@@ -175,10 +174,10 @@ def pages_seen(guest: Guest) -> int:
 
 
 def plan_request(
-    source: Source, tokenizers: Mapping[str, Any], request: Request, device: torch.device,
+    source: Source, tokenizers: Mapping[str, Any], request: Complete, device: torch.device,
     dtypes: Mapping[str, torch.dtype], crew: Sharing | None = None,
 ) -> list[Plan]:  # fmt: skip
-    """All plans for a complete request, from the fastest to the most frugal. dtypes: what each part computes in; crew:
+    """All plans for a request, from the fastest to the most frugal. dtypes: what each part computes in; crew:
     leaves the transformer what is computed in this process.
 
     Weights count as they are in the files or become on the device; what is computed with them is counted by doing it
@@ -247,12 +246,12 @@ def copied(rules: Sequence[Rule], module: nn.Module) -> list[str]:
     return [key for key in module.state_dict() if len(becomes(rules, key, back=True)) > 1]
 
 
-def working(model: Model, request: Request) -> dict[str, int]:
-    """Phase -> bytes of what is computed for a complete request, beside the weights, at its peak. model: on meta."""
+def working(model: Model, request: Complete) -> dict[str, int]:
+    """Phase -> bytes of what is computed for a request, beside the weights, at its peak. model: on meta."""
     return {phase: peak_of(compute) for phase, compute in phases(model, request).items()}
 
 
-def phases(model: Model, request: Request) -> dict[str, Callable[[], object]]:
+def phases(model: Model, request: Complete) -> dict[str, Callable[[], object]]:
     """Phase -> what is done in it, one evaluation of all; to be called in turn."""
     told: list[Any] = []
 
@@ -264,7 +263,7 @@ def phases(model: Model, request: Request) -> dict[str, Callable[[], object]]:
         advance(model.family, [run])
         return run
 
-    shape = model.family.latent_shape(request.width, request.height)  # type: ignore[arg-type]
+    shape = model.family.latent_shape(request.width, request.height)
     return {
         "prompt": encode,
         "steps": step,

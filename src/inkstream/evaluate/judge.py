@@ -150,5 +150,4 @@ def _truths(cases: Cases, jobs: Iterable[Job]) -> Iterator[Image.Image]:
     for job in jobs:
         scene = cases[job.case].scene
         assert scene is not None
-        assert job.request.width is not None
         yield render(scene, job.request.width, job.request.height)

@@ -14,10 +14,10 @@ from PIL import Image
 
 from inkstream.engine.inputs import to_image
 from inkstream.engine.metadata import save_picture
-from inkstream.engine.model import Model, Run, advance, complete
+from inkstream.engine.model import Complete, Model, Run, advance, complete
 from inkstream.engine.options import guided
 from inkstream.evaluate.suites import Case, digest
-from inkstream.types import InputError, Request, Spec, Step
+from inkstream.types import InputError, Request, Spec, Step, singles
 
 T = TypeVar("T")
 
@@ -44,11 +44,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """A picture to draw: picture number `seed` of case number `case`. request: a complete request."""
+    """A picture to draw: picture number `seed` of case number `case`."""
 
     case: int
     seed: int
-    request: Request
+    request: Complete
 
     def path(self, folder: Path) -> Path:
         return folder / "pictures" / f"{self.case:04d}-{self.seed}.png"
@@ -61,9 +61,9 @@ def plan(model: Model, cases: Mapping[int, Case], settings: Settings) -> list[Jo
         own: dict[str, Any] = {
             side: value for side, value in (("width", case.width), ("height", case.height)) if value is not None
         }
-        for seed in range(settings.seeds):
-            request = Request(prompt=case.prompt, seed=1000 * number + seed, **(settings.fields() | own))
-            jobs.append(Job(number, seed, complete(request, model.spec)))
+        asked = settings.fields() | own
+        request = Request(prompt=case.prompt, seed=1000 * number, count=settings.seeds, **asked)
+        jobs += [Job(number, seed, one) for seed, one in enumerate(singles(complete(request, model.spec)))]
     return jobs
 
 
@@ -87,7 +87,7 @@ def draw(model: Model, jobs: Sequence[Job], folder: Path) -> Iterator[Step]:
                 step += 1
                 yield Step(step, steps, drawn - 1, len(jobs), t, time.perf_counter() - began)
             for job, run in zip(batch, runs):
-                save_picture(to_image(model.finish(run, None)), job.path(folder), job.request, model.spec)
+                save_picture(to_image(model.finish(run, None)), job.path(folder), job.request.plain(), model.spec)
         finally:
             for run in runs:
                 run.close()
@@ -107,10 +107,8 @@ def pack(items: Iterable[T], need: Callable[[T], int]) -> Iterator[list[T]]:
         yield batch
 
 
-def tokens(request: Request, spec: Spec) -> int:
-    """Return the tokens of a complete request, as counted by ROOM."""
-    assert request.width is not None
-    assert request.height is not None
+def tokens(request: Complete, spec: Spec) -> int:
+    """Return the tokens of a request, as counted by ROOM."""
     return (request.width // 16) * (request.height // 16) * (2 if guided(request, spec) else 1)
 
 
@@ -150,5 +148,5 @@ def weights_of(model: str) -> str | None:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _start(model: Model, request: Request) -> Run:
+def _start(model: Model, request: Complete) -> Run:
     return model.start(request, model.encode(request), None)

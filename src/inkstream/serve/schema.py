@@ -33,7 +33,7 @@ class Grid(BaseModel):
     y: Axis | None = None
 
 
-class JobBody(Request):
+class JobBody(Request, frozen=True):
     """A request, and how it is to be queued. Pictures are data URLs or `upload:ID`."""
 
     priority: int = Field(0, ge=-10, le=10, description="Higher is drawn earlier.")

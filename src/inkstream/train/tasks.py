@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from inkstream.engine.model import Model, complete
+from inkstream.engine.model import Model
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.data import (
     Data,
@@ -200,8 +200,7 @@ class Flow:
         empty, pictures = self.family.tokens(""), []
         for i, ids in enumerate(prompts):
             cond = self.family.encode_tokens([ids, empty])
-            request = complete(Request.model_validate({"seed": i}), self.begun.spec)
-            pictures.append(model.decode(model.sample(request, cond))[0].cpu())
+            pictures.append(model.decode(model.sample(Request.model_validate({"seed": i}), cond))[0].cpu())
         return tile(torch.stack(pictures))
 
     def model(self) -> Model:
