@@ -23,7 +23,7 @@ from inkstream.cli.generate import as_options, check_pictures, slug
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import ANYWHERE, RUN, Anywhere
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Failed, InputError, Loading, Request, Spec, Step
+from inkstream.types import Failed, InputError, Loading, Request, Spec, Step, singles
 
 if TYPE_CHECKING:
     from inkstream.engine.manifest import Manifest, Wanted
@@ -192,8 +192,7 @@ def pictures_of(line: int, request: Request) -> Iterator[Wanted]:
     """The pictures of a row, each as a request of its own, with the seeds that `count` gives them."""
     from inkstream.engine.manifest import Wanted, digest
 
-    for index in range(request.count):
-        one = request.model_copy(update={"seed": (request.seed or 0) + index, "count": 1})
+    for index, one in enumerate(singles(request)):
         number = f"{line:05}" + (f"-{index + 1}" if request.count > 1 else "")
         mark = digest(one)
         yield Wanted(line, index, one, mark, f"{number}-{slug(request.prompt)}-{mark[:6]}.png")

@@ -24,7 +24,7 @@ from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE, RUN, Machine
 from inkstream.cli.refine import find_spec, plan, read_draft
 from inkstream.cli.terminal import Terminal
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import InputError, Request, Spec, singles
 
 if TYPE_CHECKING:
     from inkstream.engine.engine import Engine
@@ -58,8 +58,7 @@ class State(BaseModel):
 
     def draft(self, number: int) -> Request:
         """The request that draws that draft alone."""
-        seed = self.request.seed + number - 1  # type: ignore[operator]
-        return self.request.model_copy(update={"seed": seed, "count": 1})
+        return next(singles(self.request, number - 1))
 
     def path(self, folder: Path, number: int, kind: Literal["drafts", "refined"]) -> Path:
         """Where that draft is, or what was made of it."""

@@ -28,7 +28,7 @@ from inkstream.serve.process import EngineProcess, MakeEngine
 from inkstream.serve.records import part_at, parts_of, tell_picture
 from inkstream.serve.store import Job, Store
 from inkstream.serve.worker import read_spec
-from inkstream.types import Request
+from inkstream.types import Request, singles
 
 SWITCH = 5.0
 """Seconds that loading another model is thought to take until it was measured."""
@@ -136,7 +136,7 @@ class Drawing:
             request, start = part_at(job, first)
             request, model = choose(self.models, request)
             skip = first - start
-            update: dict[str, Any] = {"seed": (request.seed or 0) + skip, "count": request.count - skip}
+            update: dict[str, Any] = {"seed": next(singles(request, skip)).seed, "count": request.count - skip}
             given = request.prompt if request.upsample else ""
             if skip and request.upsample and not drawn[start].request["upsample"]:  # words chosen with the first seed
                 update |= {"upsample": False, "prompt": drawn[start].request["prompt"]}
