@@ -141,10 +141,10 @@ class Engine:
     def _ready(self, name: str, request: Request | None) -> Complete | None:
         """The completed request, if that model is loaded and placed so that the request can be drawn."""
         model, placing = self._model, self._placing
-        if self._name != name or model is None or placing is None:
+        if self._name != name or model is None:
             return None
         whole = complete(request or typical(model.spec), model.spec)
-        if request is None or self.crew:  # of several processes some may have room where others have not
+        if request is None or placing is None or self.crew:  # of several processes some may have room where others have not
             return whole
         return whole if model.plan in placing.suiting(whole) else None
 
