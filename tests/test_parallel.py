@@ -349,7 +349,7 @@ def test_columns_of_a_packed_weight_are_those_of_the_whole(name):
 
 
 def test_a_packed_weight_is_not_cut_inside_a_block():
-    with pytest.raises(InputError, match="cut at multiples of 32 columns, not at 0 to 48: take the bf16 file"):
+    with pytest.raises(InputError, match="cut only at multiples of 32 columns, not at 0 to 48: take the bf16 file"):
         take_columns(pack("q8_0", normal(6, 256, seed=0)), [(0, 48)])
 
 
