@@ -100,7 +100,7 @@ def test_added_tokens_out_of_their_place_are_named(vocabulary):
     (vocabulary / "tokenizer_config.json").write_text(
         json.dumps({"added_tokens_decoder": {"300": {"content": "<|im_start|>"}}})
     )
-    with pytest.raises(InputError, match=r"numbers <\|im_start\|> 300"):
+    with pytest.raises(InputError, match=r"gives <\|im_start\|> number 300"):
         load_tokenizer(vocabulary)
 
 
