@@ -89,7 +89,7 @@ def open_page(served, profiles) -> Iterator[Any]:
     errors: list[str] = []
     pages = []
 
-    def open_page(width: int = 1280, height: int = 800, locale: str = "en-GB") -> Any:
+    def open_page(width: int = 1280, height: int = 800, locale: str = "en-GB", port: int = served.port) -> Any:
         profiles[locale].clear_cookies()
         page = profiles[locale].new_page()
         pages.append(page)
@@ -98,7 +98,7 @@ def open_page(served, profiles) -> Iterator[Any]:
         page.set_default_timeout(60_000)
         page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.goto(f"http://127.0.0.1:{served.port}/")
+        page.goto(f"http://127.0.0.1:{port}/")
         return page
 
     open_page.refusals = set()  # type: ignore[attr-defined]
@@ -611,12 +611,12 @@ def test_the_focus_is_seen_wherever_it_goes(page):
     assert {"prompt", "draw-now", "search"} <= seen  # and the gallery's thousands are one stop
 
 
-def test_a_server_with_keys_asks_for_one_and_the_browser_keeps_it(served, open_page):
-    path = served.service.settings.keys
-    key = add_key(path, "studio", time.time(), admin=True)
+def test_a_server_with_keys_asks_for_one_and_the_browser_keeps_it(tmp_path, start_server, open_page):
+    guarded = start_server(Settings(tmp_path, models=("pocket",)))
+    key = add_key(guarded.service.settings.keys, "studio", time.time(), admin=True)
     try:
         open_page.refusals.add("401")
-        page = open_page()
+        page = open_page(port=guarded.port)
         page.fill("#key", "not it")
         page.keyboard.press("Enter")
         page.wait_for_selector("text=does not know this key")
@@ -628,8 +628,9 @@ def test_a_server_with_keys_asks_for_one_and_the_browser_keeps_it(served, open_p
         page.wait_for_selector("#draw-now")
         assert page.locator("dialog").count() == 0
         assert page.evaluate("async () => (await fetch('/v1/queue')).status") == 200  # by the cookie alone
+        page.close()
     finally:
-        path.unlink()
+        guarded.stop()
 
 
 # The files ----------------------------------------------------------------------------------------------------------

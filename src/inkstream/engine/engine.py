@@ -144,7 +144,8 @@ class Engine:
         if self._name != name or model is None:
             return None
         whole = complete(request or typical(model.spec), model.spec)
-        if request is None or placing is None or self.crew:  # of several processes some may have room where others have not
+        # Of several processes some may have room where others have not.
+        if request is None or placing is None or self.crew:
             return whole
         return whole if model.plan in placing.suiting(whole) else None
 

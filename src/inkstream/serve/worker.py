@@ -108,7 +108,9 @@ class Worker:
                 if isinstance(event, Loading):
                     written = event.text or written
                     noted += [event.note] if event.note else []
-                    self.say(run=run, event="loading", what=event.what, done=event.done_bytes, total=event.total_bytes)
+                    if not advised:  # between the pictures of a job nothing is loaded, a prompt is written out at most
+                        done, total = event.done_bytes, event.total_bytes
+                        self.say(run=run, event="loading", what=event.what, done=done, total=total)
                 elif isinstance(event, Step):
                     if not advised:
                         advised = True
