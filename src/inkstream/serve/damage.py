@@ -79,8 +79,7 @@ def picture_facts(path: Path) -> dict[str, Any]:
     if found.source != "inkstream" or request.seed is None:
         raise InputError(f"{short_name(str(path))} carries no request of ours")
     data = path.read_bytes()
-    with decoding(short_name(str(path))):
-        image = Image.open(path)
+    with decoding(short_name(str(path))), Image.open(path) as image:
         width, height = image.size
         image.verify()  # every chunk to the last
     return {
