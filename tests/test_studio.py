@@ -148,7 +148,7 @@ def test_a_picture_is_drawn_with_previews_and_becomes_the_first_of_the_gallery(s
     card = page.locator(".job[data-state=running]")
     card.locator("progress[value]").wait_for()
     assert card.locator(".preview").get_attribute("src").startswith("data:image/")
-    assert "step" in card.locator(".job-line").text_content()
+    card.locator(".job-line", has_text="step").wait_for()
     page.wait_for_selector(".job[data-state=succeeded]")
     page.wait_for_selector(".tile img[alt='a red heart of the studio']")
     assert page.locator(".count").first.text_content() == "25,002 pictures"

@@ -13,12 +13,12 @@ const HEARD = new Set([...DECIDES, "image", "all"]);
 /** The server's notes -> their names here, in either language; others are shown as the server says them. */
 const NOTES = [
   [/; it cannot draw: (?<words>.+)$/, "note.unknown"],
-  [/at most (?<most>\d+) things, not (?<count>\d+): the rest is left out$/, "note.many"],
-  [/^the prompt asks for (?<name>.+) and for none: it is drawn$/, "note.both"],
+  [/at most (?<most>\d+) things, not (?<count>\d+): the others are left out$/, "note.many"],
+  [/^the prompt asks for (?<name>.+) and also excludes it: it is drawn$/, "note.both"],
   [/^pocket writes one text: (?<texts>.+) is left out$/, "note.texts"],
   [/^pocket writes at most (?<most>\d+) characters, (?<text>.+) has (?<count>\d+)$/, "note.long"],
   [/^pocket cannot write (?<letters>.+)$/, "note.letters"],
-  [/^so many things of these sizes do not fit/, "note.room"],
+  [/^the things do not fit into one picture/, "note.room"],
   [/^for anything else: [^]+ -m (?<model>\S+)$/, "note.instead"],
 ];
 
