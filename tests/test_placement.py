@@ -118,11 +118,12 @@ def test_what_is_plenty_without_a_look_is_plenty_with_one():
 def test_what_is_foreseen_is_what_a_process_takes(wide, plan):
     script = Path(__file__).parents[1] / "scripts" / "plan_peaks.py"
     words = [sys.executable, script, wide, "--child", "--plan", plan, "--pixels", "512", "--steps", "1"]
-    done = subprocess.run([*map(str, words), "--device=cpu"], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    # More than predicted would break a budget. Less is safe, and how much less depends on the processor's library.
-    assert found["measured"] - found["foreseen"] < 0.1 * found["foreseen"] + BESIDE
-    assert found["measured"] > 0.5 * found["foreseen"]
+    command = [*map(str, words), "--device=cpu"]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    found = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
+    # The peak is the largest of three: the system takes pages back at its own time, so that one run can miss the peak.
+    measured, (foreseen,) = max(one["measured"] for one in found), {one["foreseen"] for one in found}
+    assert abs(measured - foreseen) < 0.1 * foreseen + BESIDE
 
 
 def test_where_memory_is_short_what_was_freed_is_given_back_between_phases(folders, monkeypatch):
