@@ -22,6 +22,7 @@ from inkstream.cli import main
 from inkstream.evaluate.judge import grade_drawings
 from inkstream.evaluate.suites import open_suite, thin
 from inkstream.nn.attention import attend
+from inkstream.train import optim
 from inkstream.train.checkpoint import list_checkpoints, load_checkpoint
 from inkstream.train.learner import Learner
 from inkstream.train.loop import Finished, Graded, Preparing, Progress, Resumed, Saved, train
@@ -204,8 +205,9 @@ def test_a_kind_of_objective_that_is_not_known_is_named_with_those_that_are(kind
 # Checkpoints of before ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_from_a_checkpoint_of_before_there_were_learners(tmp_path):
+def test_a_run_goes_on_from_a_checkpoint_of_before_there_were_learners(tmp_path, monkeypatch):
     """Written at step 2 of 4 by the code of that time, and with it what that code came to at step 4."""
+    monkeypatch.setattr(optim, "fast_bfloat16", lambda device: False)  # that code computed in float32
     pictures = tmp_path / "pictures"
     pictures.mkdir()
     for i in range(8):
@@ -224,7 +226,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_before_there_were_learners(tmp_path)
     moved = max((theirs[name] - before[name]).abs().max() for name in theirs)
     far = max((theirs[name] - ours[name]).abs().max() for name in theirs)
     assert moved > 1e-3
-    assert far < 0.1 * moved  # Muon rounds its products to bfloat16 on some processors
+    assert far < 1e-2 * moved
 
 
 # What is told -------------------------------------------------------------------------------------------------------
