@@ -73,10 +73,11 @@ def main() -> None:
     given = parser.parse_args()
     if given.target.exists():
         raise SystemExit(f"{given.target} already exists: give another folder")
+    (weights,) = (given.source / "transformer").glob("*.safetensors")
+    deeper = deepen(load_file(weights), given.layers) if given.layers else None  # refused before anything is written
     shutil.copytree(given.source, given.target)
-    if given.layers:
-        (file,) = (given.target / "transformer").glob("*.safetensors")
-        save_file(deepen(load_file(file), given.layers), file, {"format": "pt"})
+    if deeper is not None:
+        save_file(deeper, given.target / "transformer" / weights.name, {"format": "pt"})
         change(given.target, "transformer", n_layers=given.layers)
     if given.tokenizer:
         (file,) = (given.target / "text_encoder").glob("*.safetensors")

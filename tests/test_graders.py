@@ -163,6 +163,16 @@ def test_text_that_is_missing_or_beside_what_was_asked_is_wrong():
     assert marks(two, two).text_exact is True
 
 
+def test_where_colours_are_left_open_names_alone_count():
+    other = replace(PAIR, things=(thing(colour="green"), PAIR.things[1]))
+    wrong = replace(PAIR, things=(thing("triangle"), PAIR.things[1]))
+    for drawn, right in ((other, True), (wrong, False)):
+        found = grade(render(drawn, SIDE), PAIR, open_colour=True)
+        assert found.object_and_colour is right
+        assert found.colours is None
+    assert grade(render(other, SIDE), PAIR).object_and_colour is False
+
+
 def test_only_what_the_caption_states_is_marked():
     found = marks(PAIR, PAIR, stated=frozenset())
     assert (found.background, found.places) == (None, None)

@@ -285,6 +285,7 @@ def test_every_note_of_the_writer_is_said_in_both_languages(open_page):
     page.wait_for_selector("#draw-now")
     prompts = {
         "a dragon": "画不了：dragon",
+        "no circle": "提示词里一样也没有",
         "nine red hearts": "最多画 5 个东西，而不是 9 个",
         "a red heart, no heart": "要 heart 又不要它",
         'the words "A" and "B"': "只写一段文字：略去 'B'",

@@ -104,6 +104,21 @@ def test_what_is_beyond_pocket_is_said_and_not_guessed():
     assert "cannot write 龘" in write("写着“龘”", 1).notes[0]
 
 
+def test_a_prompt_that_names_nothing_is_told_so_and_a_long_list_of_unknown_words_is_cut():
+    assert write("no circle", 1).notes == (
+        "pocket knows shapes, emoji, words and colours; the prompt names none of them",
+    )
+    assert write("", 1).notes == ()
+    (note,) = write(" ".join(f"lighthouse{i}" for i in range(40)), 1).notes
+    assert note.endswith("lighthouse5 and 34 more")
+
+
+def test_a_text_that_cannot_be_written_is_not_replaced_by_the_next_one():
+    written = write("写着“龘”和“福”", 1)
+    assert [w.text for w in written.scene.writings] == []
+    assert len(written.notes) == 2
+
+
 def test_seeds_fill_what_is_left_open_differently_and_keep_what_is_said():
     scenes = [write("two red stars", seed).scene for seed in range(40)]
     for scene in scenes:

@@ -222,8 +222,8 @@ class Engine:
         pictures = list(singles(whole))
         for index, one in list(enumerate(pictures))[own][len(drawn) :]:
             began = time.perf_counter()
-            if by_grammar:  # each picture's words are its own seed's
-                cond = model.encode(one)
+            if by_grammar:  # each picture has the words of its own seed; `cond` has those of picture 0
+                cond = model.encode(one) if index else cond
                 yield Loading("prompt", text=written_out(one, model.spec))
             run = model.start(one, cond, original)
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from functools import lru_cache
 
 from inkstream.pocket.writer import Written, write
 from inkstream.types import Request, Spec
@@ -46,4 +47,9 @@ def wording(typed: str, drawn: Request, spec: Spec) -> dict[str, str]:
 
 
 def _write(request: Request, spec: Spec) -> Written:
-    return WRITERS[spec.writer](request.prompt, request.seed or 0, request.negative_prompt)
+    return _write_once(spec.writer, request.prompt, request.seed or 0, request.negative_prompt)
+
+
+@lru_cache(256)
+def _write_once(writer: str, prompt: str, seed: int, negative: str) -> Written:
+    return WRITERS[writer](prompt, seed, negative)

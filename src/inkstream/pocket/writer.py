@@ -20,6 +20,8 @@ from inkstream.pocket.wishes import Wish, WishedText, WishedThing, read_wish, to
 
 KNOWN = "pocket knows shapes, emoji, words and colours"
 MOST_THINGS = 5
+NAMED = 6
+"""Words that a note names; it counts the others."""
 LEAST_GAP = 0.01
 """Smallest gap between things, used if the larger GAP gave no scene: the prompt may set all places and sizes."""
 MOST_LETTERS, MOST_HANZI = 8, 4
@@ -43,6 +45,8 @@ def write(prompt: str, seed: int, negative: str = "") -> Written:
     wish = read_wish(prompt)
     wish.without |= {token.value for token in tokens_of(negative) if token.kind in ("thing", "colour")}
     notes = list(_notes(wish))
+    if wish.empty and prompt.strip() and not wish.unknown:
+        notes.append(f"{KNOWN}; the prompt names none of them")
     if wish.empty:
         return Written(prompt, None, tuple(notes))
     rng = Random(f"{seed}/{prompt}")
@@ -56,14 +60,14 @@ def write(prompt: str, seed: int, negative: str = "") -> Written:
 def _notes(wish: Wish) -> list[str]:
     notes = []
     if wish.unknown:
-        notes.append(f"{KNOWN}; it cannot draw: {', '.join(wish.unknown)}")
+        notes.append(f"{KNOWN}; it cannot draw: {_listed(wish.unknown)}")
     if (count := sum(thing.number for thing in wish.things)) > MOST_THINGS:
         notes.append(f"pocket draws at most {MOST_THINGS} things, not {count}: the others are left out")
     for thing in wish.things:
         if thing.name in wish.without:
             notes.append(f"the prompt asks for {thing.name} and also excludes it: it is drawn")
     if len(wish.texts) > 1:
-        notes.append(f"pocket writes one text: {', '.join(repr(text.text) for text in wish.texts[1:])} is left out")
+        notes.append(f"pocket writes one text: {_listed([repr(text.text) for text in wish.texts[1:]])} is left out")
     for text in wish.texts[:1]:
         most = MOST_HANZI if script_of(text.text) == "hanzi" else MOST_LETTERS
         if len(text.text) > most:
@@ -73,10 +77,16 @@ def _notes(wish: Wish) -> list[str]:
     return notes
 
 
+def _listed(words: Sequence[str]) -> str:
+    """The first words as a list, and how many more there are."""
+    more = len(words) - NAMED
+    return ", ".join(words[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
 def _compose(wish: Wish, rng: Random, gap: float) -> Scene | None:
     """Compose a scene from a wish. Returns None if the random choices do not fit."""
     wished = [thing for thing in wish.things for _ in range(thing.number)][:MOST_THINGS]
-    text = next((text for text in wish.texts if _writable(text)), None)
+    text = next((text for text in wish.texts[:1] if _writable(text)), None)
     ground = _ground(wish, wished, text, rng)
     writing = None
     taken: list[str] = []

@@ -12,6 +12,7 @@ const HEARD = new Set([...DECIDES, "image", "all"]);
 
 /** The server's notes -> their names here, in either language; others are shown as the server says them. */
 const NOTES = [
+  [/; the prompt names none of them$/, "note.nothing"],
   [/; it cannot draw: (?<words>.+)$/, "note.unknown"],
   [/at most (?<most>\d+) things, not (?<count>\d+): the others are left out$/, "note.many"],
   [/^the prompt asks for (?<name>.+) and also excludes it: it is drawn$/, "note.both"],

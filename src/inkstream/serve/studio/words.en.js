@@ -33,6 +33,7 @@ export const en = {
   promptHere: "What should be drawn?",
   told: "The model reads:",
   toldPerhaps: "The model reads, for one seed:",
+  "note.nothing": "Pocket knows shapes, emoji, words and colours. The prompt names none of them.",
   "note.unknown": "Pocket knows shapes, emoji, words and colours. It cannot draw: {words}",
   "note.many": "Pocket draws at most {most} things, not {count}: the rest is left out.",
   "note.both": "The prompt asks for {name} and for none: it is drawn.",

@@ -32,6 +32,7 @@ export const zh = {
   promptHere: "想画什么？",
   told: "模型读到的是：",
   toldPerhaps: "模型读到的是（以某个种子为例）：",
+  "note.nothing": "Pocket 只认识图形、表情、文字和颜色，提示词里一样也没有。",
   "note.unknown": "Pocket 只认识图形、表情、文字和颜色，画不了：{words}",
   "note.many": "Pocket 最多画 {most} 个东西，而不是 {count} 个：其余的略去。",
   "note.both": "提示词既要 {name} 又不要它：会画出来。",
