@@ -6,6 +6,7 @@ pictures are drawn. The first one is given the request, tells of it and has the 
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ def join_crew(way: Way | None = None, device: str | None = None) -> Crew | None:
     own = own_device(device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)
+        # gloo's threads hold tensors: one that still does so while Python ends would abort the process
+        atexit.register(dist.destroy_process_group)
     return Crew(way, own)
 
 
