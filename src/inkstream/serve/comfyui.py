@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple, get_args
@@ -18,7 +19,9 @@ from inkstream.serve.errors import Refused, answers, explain_invalid
 from inkstream.serve.feed import Happening
 from inkstream.serve.gallery import file_answer, find_picture, send
 from inkstream.serve.inputs import PREFIX
+from inkstream.serve.jobs import PING
 from inkstream.serve.keys import Caller
+from inkstream.serve.openai import BINARY, keep
 from inkstream.serve.service import Parts, Service, Who
 from inkstream.serve.store import Job
 from inkstream.types import Request, ScheduleName, SolverName
@@ -58,9 +61,11 @@ NODES = {
 """The nodes of the standard graph, and those that start it from a picture."""
 SAVES = {"SaveImage": "output", "PreviewImage": "temp"}
 """Nodes whose pictures are the answer -> the type that ComfyUI gives their files."""
-LINKED = ("MODEL", "CLIP", "VAE", "CONDITIONING", "LATENT", "IMAGE")
+LINKED = frozenset(type for kind in NODES.values() for type in kind.outputs)
 """Types that come from other nodes; an input of another type is given as it is."""
 NUMBERS = {"INT": int, "FLOAT": float}
+IN_GRAPH = {"guidance": "cfg", "count": "batch_size", "strength": "denoise"}
+"""A request's field -> the input of a graph that gives it."""
 FROM_READING = {"solver": "sampler_name", "schedule": "scheduler"}
 """What the reader of graphs calls an input -> its name."""
 Id = Annotated[str, Field(pattern=r"^[\w.:-]{1,64}$")]
@@ -128,8 +133,11 @@ async def draw_prompt(parts: Parts, who: Who, body: Prompt) -> Accepted:
     """Accept a graph. It is drawn whatever becomes of the client."""
     graph = {id: node.model_dump() for id, node in body.prompt.items()}
     request, origin = read_graph(graph, body.client_id or "-", list(parts.models))
-    request = await parts.take_pictures(who, request)
-    job = parts.jobs.submit(who, request, note=origin.note())
+    try:
+        request = await parts.take_pictures(who, request)
+        job = parts.jobs.submit(who, request, note=origin.note())
+    except Refused as refusal:
+        raise _renamed(refusal) from None
     return Accepted(prompt_id=job.id, number=parts.jobs.tell(job).position or 0)
 
 
@@ -160,11 +168,10 @@ async def view(
     type: Literal["output", "temp"] = "output",
 ) -> Any:
     """A picture that a prompt has given."""
-    picture = find_picture(parts, who, filename.rpartition(".")[0])
+    picture = find_picture(parts, who, filename.removesuffix(".png"))
     return send(parts.store.pictures / picture.file, picture.type, picture.sha256, None)
 
 
-BINARY = {"type": "string", "format": "binary"}
 UPLOAD = {
     "requestBody": {
         "required": True,
@@ -177,17 +184,14 @@ UPLOAD = {
 }
 
 
-@router.post("/api/upload/image", responses=answers(400, 429), openapi_extra=UPLOAD)
+@router.post("/api/upload/image", responses=answers(400, 429, 503), openapi_extra=UPLOAD)
 async def upload_image(parts: Parts, who: Who, http: HTTPRequest) -> Uploaded:
     """Keep a picture for LoadImage. The same bytes get the same name."""
     async with http.form(max_files=1, max_fields=10) as form:
         file = form.get("image")
         if not isinstance(file, UploadFile):
             raise Refused(400, "image is missing: send the picture as a file of a form", param="image")
-        data = await file.read()
-    upload = await parts.examine(who, data, "image")
-    parts.store.add_upload(upload, data)
-    return Uploaded(name=upload.id)
+        return Uploaded(name=(await keep(parts, who, file, "image")).removeprefix(PREFIX))
 
 
 @router.get("/object_info", responses=answers())
@@ -218,7 +222,9 @@ async def follow(socket: WebSocket, clientId: str = "") -> None:
 
         async def tell() -> None:
             began: set[str] = set()
-            async for happening in listener.all(ping=3600):
+            async for happening in listener.all(PING):
+                if not parts.keys.holds(who):
+                    return
                 job = parts.store.job(happening.job) if happening.job else None
                 origin = None if job is None else origin_of(job)
                 if origin is None or origin.client != client:
@@ -260,6 +266,11 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
     samplers = [id for id, node in nodes.items() if node["class_type"] == "KSampler"]
     if len(samplers) != 1:
         raise Refused(400, f"the graph has {len(samplers)} nodes KSampler: one pass is drawn", param="prompt")
+    inputs = nodes[samplers[0]]["inputs"]
+    if not 0 <= inputs["denoise"] <= 1:
+        raise _refused(samplers[0], f"denoise {inputs['denoise']:g} is out of range: give 0 to 1")
+    if inputs["latent_image"][0] == samplers[0]:
+        raise _refused(samplers[0], "latent_image comes from the same node: give an EmptyLatentImage")
     for id in saves:
         _expect(nodes, id, "images", "VAEDecode")
     for id, node in nodes.items():
@@ -267,7 +278,7 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
             _expect(nodes, id, "samples", "KSampler")
         elif node["class_type"] == "VAEEncode":
             _expect(nodes, id, "pixels", "LoadImage")
-        elif node["class_type"] == "ConditioningZeroOut" and nodes[samplers[0]]["inputs"]["cfg"] != 1:
+        elif node["class_type"] == "ConditioningZeroOut" and inputs["cfg"] != 1:
             raise _refused(id, "ConditioningZeroOut is taken where cfg is 1: give an empty CLIPTextEncode")
     reading = read_comfyui(nodes)
     assert reading is not None  # there is a sampler
@@ -283,7 +294,15 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
     try:
         return Request.model_validate(fields), Origin(client, samplers[0], saves)
     except ValidationError as error:
-        raise explain_invalid(error) from None
+        raise _renamed(explain_invalid(error)) from None
+
+
+def _renamed(refusal: Refused) -> Refused:
+    """A refusal of a request's field, by the name that the field has in the graph."""
+    name = refusal.param or ""
+    refusal.message = refusal.message.replace(name, IN_GRAPH.get(name, name), 1)
+    refusal.param = "prompt"
+    return refusal
 
 
 def _model(nodes: Graph, known: str | None, models: list[str]) -> str:
@@ -338,11 +357,17 @@ def _check_input(graph: Graph, id: str, name: str, type: str, value: Any) -> Any
     if isinstance(value, list | dict):
         raise _refused(id, f"{name} is a link: give the value itself")
     if type not in NUMBERS:
-        return "" if value is None else str(value)
+        text = "" if value is None else str(value)
+        if not text and type in ("SOLVERS", "SCHEDULES"):
+            raise _refused(id, f"{name} is empty: see /comfyui/object_info")
+        return text
     try:
-        return NUMBERS[type](value)
+        number = NUMBERS[type](value)
     except (TypeError, ValueError, OverflowError):
         raise _refused(id, f"{name} {str(value)[:100]} is no number") from None
+    if not math.isfinite(number) or (isinstance(value, float) and number != value):
+        raise _refused(id, f"{name} {value} is not taken: give a {'whole' if type == 'INT' else 'finite'} number")
+    return number
 
 
 def _expect(nodes: Graph, id: str, name: str, kind: str) -> None:
