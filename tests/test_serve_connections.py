@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from websockets.sync.client import connect
 
 from inkstream.serve import connections
 from inkstream.serve.limits import Limits, Settings
@@ -50,6 +51,13 @@ def bare(tmp_path_factory, start_server):
         served = start_server(settings, engine="input()")
         yield served
         served.stop()
+
+
+def test_a_socket_outlives_the_patience_for_a_head(bare):
+    with connect(f"ws://127.0.0.1:{bare.port}/comfyui/ws") as socket:
+        socket.recv(timeout=5)
+        with pytest.raises(TimeoutError):  # it says nothing, and it is not closed
+            socket.recv(timeout=2 * connections.HEAD)
 
 
 def test_slow_and_half_open_connections_by_the_hundred_keep_nobody_out_and_are_ended(bare, until):
@@ -192,7 +200,8 @@ NESTED = {
 
 @pytest.mark.parametrize("name", NESTED)
 def test_a_body_of_endless_depth_or_size_is_refused_in_a_line(bare, name):
-    for path in ("/v1/jobs", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img", "/v1/queue"):
+    drawing = ("/v1/jobs", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img")
+    for path in (*drawing, "/v1/prompts", "/v1/queue"):
         method = "PATCH" if path == "/v1/queue" else "POST"
         status, _, body = bare.ask(method, path, NESTED[name], {"Content-Type": "application/json"})
         assert 400 <= status < 500, (path, status, body)

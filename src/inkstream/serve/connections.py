@@ -29,7 +29,8 @@ class Connection(Base):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.cycle is not None and not self.cycle.response_complete:
+        upgraded = self.transport.get_protocol() is not self  # a WebSocket, which has a protocol of its own
+        if upgraded or (self.cycle is not None and not self.cycle.response_complete):
             self._forget()
         elif self._watch is None:
             self._wait_for_head()

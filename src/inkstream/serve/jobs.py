@@ -30,7 +30,7 @@ from inkstream.serve.feed import Feed, Happening
 from inkstream.serve.grids import check_parts, split
 from inkstream.serve.inputs import PREFIX, pictures_in
 from inkstream.serve.keys import Caller, Keys, sign
-from inkstream.serve.limits import Settings
+from inkstream.serve.limits import Settings, check_text
 from inkstream.serve.metrics import Metrics
 from inkstream.serve.models import Offered, choose
 from inkstream.serve.pace import ends
@@ -142,10 +142,7 @@ class Jobs:
         """
         request, _ = choose(self.models, request)
         digest = _digest(request, grid, priority, note)
-        try:
-            "\n".join((request.prompt, request.negative_prompt, note)).encode()
-        except UnicodeEncodeError:
-            raise Refused(400, "a text has half a surrogate pair (\\ud800 to \\udfff): send both halves") from None
+        check_text(request.prompt, request.negative_prompt, note)
         if token is not None and (job := self.store.repeated(caller.name, token)) is not None:
             if job.digest != digest:
                 raise Refused(409, "this idempotency key was used for another body: take a new one", code="idempotency")
@@ -405,7 +402,11 @@ class Jobs:
 
     def _can_keep(self) -> bool:
         """Whether there is room for what would be begun."""
-        free = self.store.free()
+        try:
+            free = self.store.free()
+        except OSError as error:
+            self._hold(str(error))
+            return False
         if free < self.settings.limits.reserve:
             self._hold("the disk is full")
         elif time.monotonic() >= self._held:
@@ -458,7 +459,8 @@ class Jobs:
                 self.drawing.check_time()
                 for job, change in list(self._owed.items()):
                     change()
-                    del self._owed[job]
+                    if self._owed.get(job) is change:  # it may have come to owe another one
+                        del self._owed[job]
                 if self.full:
                     self.changed()
                 if time.monotonic() - tidied > 3600:

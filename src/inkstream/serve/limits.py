@@ -75,6 +75,14 @@ def check_address(host: str, has_keys: bool) -> None:
         )
 
 
+def check_text(*texts: str) -> None:
+    """Refused where a text holds half a surrogate pair, which JSON can name and UTF-8 cannot."""
+    try:
+        "\n".join(texts).encode()
+    except UnicodeEncodeError:
+        raise Refused(400, "a text has half a surrogate pair (\\ud800 to \\udfff): send both halves") from None
+
+
 def check(request: Request, spec: Spec | None, limits: Limits) -> None:
     """Refused, with the field, where a request asks for more than is given."""
     if len(request.prompt) > limits.prompt or len(request.negative_prompt) > limits.prompt:

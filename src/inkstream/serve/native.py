@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Path, Query, Response
 from inkstream.engine import writing
 from inkstream.serve import schema
 from inkstream.serve.errors import Refused, answers
-from inkstream.serve.limits import check
+from inkstream.serve.limits import check, check_text
 from inkstream.serve.models import Offered, choose, describe, form, spec_of
 from inkstream.serve.service import EVENTS, Parts, Service, Who, stream
 from inkstream.serve.store import Job, Picture
@@ -74,13 +74,13 @@ async def move_job(parts: Parts, who: Who, id: Name, body: schema.JobPatch) -> s
 async def follow_job(parts: Parts, who: Who, id: Name, last: LastEvent = None) -> Any:
     """A job's present state, then everything that happens to it, to its end."""
     job = find_job(parts, who, id)
-    return stream(parts.jobs.feed, parts.jobs.follow(job.id, last))
+    return stream(parts, who, parts.jobs.follow(job.id, last))
 
 
 @router.get("/v1/events", responses=EVENTS | answers(400), response_class=Response)
 async def follow_all(parts: Parts, who: Who, last: LastEvent = None) -> Any:
     """Everything that happens to any job that the key may see. It has no end."""
-    return stream(parts.jobs.feed, parts.jobs.follow_all(who, last), named=True)
+    return stream(parts, who, parts.jobs.follow_all(who, last), named=True)
 
 
 @router.get("/v1/queue", responses=answers())
@@ -135,6 +135,7 @@ async def write_prompt(parts: Parts, who: Who, body: schema.PromptBody) -> schem
     """What the model would be told of a prompt, and what it does not understand of it. Nothing is drawn."""
     request, model = choose(parts.models, Request.model_validate(body.model_dump(exclude_unset=True)))
     spec = spec_of(model)
+    check_text(request.prompt, request.negative_prompt)
     check(request, spec, parts.settings.limits)
 
     def write() -> schema.PromptTold:
