@@ -92,6 +92,20 @@ def test_a_damaged_database_is_kept_aside_and_every_picture_and_what_can_be_read
     again.close()
 
 
+def test_a_hole_costs_only_the_rows_that_lay_in_it(tmp_path):
+    filled(tmp_path)
+    path = tmp_path / "inkstream.db"
+    content = path.read_bytes()
+    leaves = [at for at in range(0, len(content), PAGE) if content[at] == 13]  # of tables
+    start = next(at for at in leaves if b"picture 41 " in content[at : at + PAGE])
+    lost = int.from_bytes(content[start + 3 : start + 5], "big")
+    overwrite(path, start, PAGE)
+    store = Store(tmp_path)
+    there = store._db.execute("SELECT count(*) FROM jobs").fetchone()[0]
+    assert there == 2 * COUNT - lost
+    store.close()
+
+
 def test_a_row_whose_text_was_damaged_costs_only_itself(tmp_path):
     filled(tmp_path)
     path = tmp_path / "inkstream.db"

@@ -117,11 +117,16 @@ def _rows(db: sqlite3.Connection, table: str, columns: list[str]) -> Iterator[tu
     except sqlite3.DatabaseError:
         return  # not even its schema can be read
     last, missed = -1, 0
-    while missed < HOLE:
+    while missed < HOLE and last < 2**63 - 1:
         try:
             for row in db.execute(f"SELECT rowid, {listed} FROM {table} WHERE rowid > ? ORDER BY rowid", (last,)):
-                last, missed = row[0], 0
+                last, missed = max(last, row[0]), 0  # a damaged number may go backwards
                 yield row[1:]
             return
         except sqlite3.DatabaseError:
             last, missed = last + 1, missed + 1
+            # The cursor reads a row ahead, so a row beside a hole is read by its own number.
+            with suppress(sqlite3.DatabaseError):
+                for row in db.execute(f"SELECT {listed} FROM {table} WHERE rowid = ?", (last,)):
+                    missed = 0
+                    yield row
