@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import io
@@ -20,6 +21,7 @@ import pytest
 from PIL import Image
 
 from inkstream.cli import main
+from inkstream.serve.errors import explain_trouble
 from inkstream.serve.limits import Limits, Settings
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "serve_faults.py"
@@ -227,3 +229,10 @@ def test_a_second_server_on_the_folder_is_refused_and_the_first_goes_on(process,
     assert main(["serve", f"--data={process.folder}", "--model=pocket", "--port=18413"]) == 2
     assert "in use by another server: stop it" in capsys.readouterr().err.splitlines()[-1]
     assert ended(process, job)["state"] == "succeeded"
+
+
+@pytest.mark.parametrize("name", ["EROFS", "EACCES", "EPERM", "ENOENT", "EIO"])
+def test_a_folder_that_cannot_be_written_to_is_named_as_such(name):
+    refusal = explain_trouble(OSError(getattr(errno, name), "reason", "/path/of/ours"))
+    assert (refusal.status, refusal.code) == (503, "not_writable")
+    assert "/path/of/ours" not in refusal.message

@@ -97,6 +97,10 @@ def disk_full() -> Refused:
     return Refused(503, line, code="disk_full", retry_after=60)
 
 
+REFUSALS = ("EROFS", "EIO", "EACCES", "EPERM", "ENOENT")
+"""What the system says of a folder that nothing can be written to, or that is gone."""
+
+
 def explain_trouble(error: OSError | sqlite3.Error) -> Refused:
     """An error of the disk or the database as an answer: what has happened, what helps."""
     if is_broken(error):
@@ -104,7 +108,7 @@ def explain_trouble(error: OSError | sqlite3.Error) -> Refused:
     name = getattr(error, "sqlite_errorname", None) or errno.errorcode.get(getattr(error, "errno", None) or 0, "")
     if name in ("SQLITE_FULL", "ENOSPC", "EDQUOT", "EFBIG"):
         return disk_full()
-    if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_BUSY", "EROFS", "EIO")):
+    if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_BUSY")) or name in REFUSALS:
         line = f"the server cannot write to its folder ({reason_of(error)}): mend that, then ask again"
         return Refused(503, line, code="not_writable", retry_after=60)
     return Refused(500, f"{type(error).__name__} in the server, see its log")

@@ -499,11 +499,8 @@ class Store:
         os.fsync(self._log.fileno())
 
     def free(self) -> int:
-        """Bytes that the disk has room for; 0 where the folder is gone."""
-        try:
-            return shutil.disk_usage(self.folder).free
-        except OSError:
-            return 0
+        """Bytes that the disk has room for. OSError where the folder is gone."""
+        return shutil.disk_usage(self.folder).free
 
     def setting(self, name: str, default: str = "") -> str:
         row = self._db.execute("SELECT value FROM settings WHERE name = ?", (name,)).fetchone()
