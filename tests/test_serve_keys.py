@@ -9,6 +9,7 @@ import json
 import os
 import stat
 import time
+import urllib.request
 from ipaddress import ip_address
 
 import pytest
@@ -118,6 +119,23 @@ def test_once_there_was_a_key_removing_the_last_opens_nothing(tmp_path, start_se
 def test_no_redirect_leads_to_what_a_host_header_names(keyed):
     server, keys = keyed
     assert server.ask("GET", "/v1/jobs/", headers={**keys["ann"], "Host": "evil.example"})[0] == 404
+
+
+def test_a_removed_key_hears_no_more_on_a_stream_that_is_open(tmp_path, start_server, monkeypatch):
+    monkeypatch.setattr("inkstream.serve.jobs.PING", 0.5)
+    path = tmp_path / "keys.json"
+    texts = {name: add_key(path, name, 0.0, admin=name == "root") for name in ("root", "bob")}
+    served = start_server(Settings(tmp_path, models=("pocket",)), engine="input()")
+    try:
+        address = f"http://127.0.0.1:{served.port}/v1/events"
+        asked = urllib.request.Request(address, headers={"Authorization": f"Bearer {texts['root']}"})
+        with urllib.request.urlopen(asked, timeout=30) as events:
+            remove_key(path, "root")
+            bob = {"Authorization": f"Bearer {texts['bob']}", "Content-Type": "application/json"}
+            assert served.ask("POST", "/v1/jobs", b'{"prompt": "of bob"}', bob)[0] in (200, 201, 202)
+            assert b"of bob" not in events.read()  # which ends
+    finally:
+        served.stop()
 
 
 def test_a_websocket_at_a_path_that_has_none_is_closed(tmp_path):

@@ -302,7 +302,7 @@ async def get_progress(
     )
 
 
-@router.post("/interrupt", responses=answers())
+@router.post("/interrupt", responses=answers(503))
 async def interrupt(parts: Parts, who: Who) -> dict[str, JsonValue]:
     """Stop what came this way: those who wait for it get the pictures that are done."""
     for job in drawings(parts, who):
@@ -325,7 +325,7 @@ async def get_options(parts: Parts, who: Who) -> dict[str, JsonValue]:
     return {"sd_model_checkpoint": chosen(parts, who), **neutral}
 
 
-@router.post("/options", responses=answers(400, 404))
+@router.post("/options", responses=answers(400, 404, 503))
 async def set_options(parts: Parts, who: Who, body: Settings) -> dict[str, JsonValue]:
     """Choose the model of later drawings that name none, by this key."""
     if body.sd_model_checkpoint is not None:
@@ -398,7 +398,7 @@ for _path in REFRESHED:
 async def get_memory(who: Who) -> dict[str, dict[str, JsonValue]]:
     """Bytes of the machine's memory. What the GPU has in use is a matter of `/metrics`."""
     ram: dict[str, JsonValue] = {"error": "this system does not say"}
-    if {"SC_AVPHYS_PAGES", "SC_PHYS_PAGES"} <= os.sysconf_names.keys():
+    if {"SC_AVPHYS_PAGES", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys():
         free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
         ram = {"free": free, "used": total - free, "total": total}
     return {"ram": ram, "cuda": {"error": "the engine's process tells it: see /metrics"}}

@@ -89,6 +89,11 @@ class Keys:
         self._read()
         return self._known.get(hashlib.sha256(text.encode()).digest())
 
+    def holds(self, caller: Caller) -> bool:
+        """Whether the caller's key, if there is one, has not been removed since."""
+        self._read()
+        return caller.key is None or self._keys.get(caller.key.id) == caller.key
+
     def check(self, text: str) -> Key | None:
         """The key that this is, or None. Takes some 50 ms: for threads."""
         match = re.fullmatch(rf"{PREFIX}_([0-9a-f]{{8}})_([A-Za-z0-9_-]{{20,80}})", text)
@@ -97,7 +102,7 @@ class Keys:
             return None
         with self._checking:
             right = hmac.compare_digest(_hash(match[2], key.salt), key.hash)
-        if not right:
+        if not right or self._keys.get(match[1]) != key:  # it may have been removed meanwhile
             return None
         self._known[hashlib.sha256(text.encode()).digest()] = key
         return key

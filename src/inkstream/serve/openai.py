@@ -327,7 +327,7 @@ def settle(parts: Service, asked: Asked) -> Asked:
     """
     changes: dict[str, Any] = {"model": find_model(parts, asked.model)}
     ignored: dict[str, str] = {}
-    if asked.response_format is None and not asked.stream and (asked.model or "").startswith("dall-e-"):
+    if asked.response_format is None and not asked.stream and asked.model in ("dall-e-2", "dall-e-3"):
         changes["response_format"] = "url"
     asked, effort = asked.model_copy(update=changes), EFFORT.get(asked.quality or "")
     if effort is not None:

@@ -15,7 +15,7 @@ from fastapi.security import HTTPBearer
 
 from inkstream import types
 from inkstream.serve.errors import Refused, disk_full
-from inkstream.serve.feed import Feed, Happening
+from inkstream.serve.feed import Happening
 from inkstream.serve.fetch import fetch
 from inkstream.serve.inputs import decode, examine, keep, pictures_in
 from inkstream.serve.jobs import Jobs
@@ -82,16 +82,21 @@ Parts = Annotated[Service, Depends(_service)]
 Who = Annotated[Caller, Depends(_caller)]
 
 
-def stream(feed: Feed, happenings: AsyncIterator[Happening], named: bool = False) -> StreamingResponse:
-    """Happenings as server-sent events; named: each says which job it is about. A client that leaves ends them."""
+def stream(parts: Service, who: Caller, happenings: AsyncIterator[Happening], named: bool = False) -> StreamingResponse:
+    """Happenings as server-sent events; named: each says which job it is about.
+
+    They end when the client leaves or when its key is removed: at the next happening, a ping at the latest.
+    """
 
     async def lines() -> AsyncIterator[bytes]:
         async for happening in happenings:
+            if not parts.keys.holds(who):
+                return
             if happening.name == "ping":
                 yield b": ping\n\n"
                 continue
             data = {"job": happening.job, **happening.data} if named else happening.data
-            head = f"id: {feed.name_of(happening)}\nevent: {happening.name}\n"
+            head = f"id: {parts.jobs.feed.name_of(happening)}\nevent: {happening.name}\n"
             yield f"{head}data: {json.dumps(data)}\n\n".encode()
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
