@@ -68,7 +68,7 @@ def lines_of(out: Path) -> int:
 
 def examine(out: Path, prompts: Sequence[str]) -> list[str]:
     """Check the manifest and the files. Returns one line for each problem."""
-    from inkstream.engine.metadata import read_request
+    from inkstream.engine.pictures.metadata import read_request
 
     problems = []
     lines = [json.loads(line) for line in (out / "manifest.jsonl").read_text().splitlines()]

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from inkstream.bench.records import write_record
 from inkstream.bench.run import take_turns
-from inkstream.engine.quantise import QUANTS, Quant
+from inkstream.engine.files.quantise import QUANTS, Quant
 from inkstream.families.zimage.keys import PACKS
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO, ZImageConfig

@@ -21,7 +21,7 @@ from typing import Any
 
 from inkstream.bench.random_model import write_random
 from inkstream.bench.records import write_record
-from inkstream.engine.quantise import QUANTS
+from inkstream.engine.files.quantise import QUANTS
 from inkstream.families import SPECS
 
 

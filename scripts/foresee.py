@@ -1,4 +1,4 @@
-"""Write src/inkstream/engine/foreseen.json: the predicted memory of every model, in every precision and plan.
+"""Write src/inkstream/engine/machine/foreseen.json: the predicted memory of every model, in every precision and plan.
 
     python scripts/foresee.py [MODEL ...]
 
@@ -20,17 +20,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-import inkstream.engine
-from inkstream.engine.loader import dtype_of
-from inkstream.engine.memory import typical
-from inkstream.engine.model import Model, complete
-from inkstream.engine.placement import add_up, at_home, on_meta, phases, weigh, working
-from inkstream.engine.quantise import QUANTS, in_safetensors, prepare
-from inkstream.engine.sources import Found, Source, Unset
+from inkstream.engine.drawing.model import Model, complete
+from inkstream.engine.files.quantise import QUANTS, in_safetensors, prepare
+from inkstream.engine.files.sources import Found, Source, Unset
+from inkstream.engine.machine import fit
+from inkstream.engine.machine.loader import dtype_of
+from inkstream.engine.machine.memory import typical
+from inkstream.engine.machine.placement import add_up, at_home, on_meta, phases, weigh, working
 from inkstream.families import SPECS, family_of, parts_of
 from inkstream.types import Request, Spec
 
-TABLE = Path(inkstream.engine.__file__).with_name("foreseen.json")
+TABLE = Path(fit.__file__).with_name("foreseen.json")
 PRECISIONS = ("bf16", "fp8", "w8a8", "q8_0", "q6_k", "q5_k", "q4_k", "nf4")
 TOKENS = {"zimage": 128, "flux1": 77 + 512, "flux2": 512}
 """Family -> tokens of a typical prompt."""

@@ -29,8 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.bench.records import write_record
-from inkstream.engine.compile import compile_blocks
-from inkstream.engine.graphs import Recordings, forward_transformer, record
+from inkstream.engine.machine.compile import compile_blocks
+from inkstream.engine.machine.graphs import Recordings, forward_transformer, record
 from inkstream.families.zimage.model import Block, ZImageTransformer, line
 from inkstream.families.zimage.specs import TURBO
 from inkstream.nn import attention, flux, gpu, layers, quant

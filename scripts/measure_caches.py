@@ -25,7 +25,7 @@ import torch
 import inkstream
 from inkstream import Request
 from inkstream.bench.records import write_record
-from inkstream.engine.inputs import to_image
+from inkstream.engine.pictures.inputs import to_image
 from inkstream.evaluate.grades import grade
 from inkstream.evaluate.measures import psnr
 from inkstream.evaluate.report import Judged

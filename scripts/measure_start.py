@@ -82,15 +82,15 @@ def in_pieces() -> dict[str, tuple[float, float]]:
     import inkstream.cli
     import inkstream.cli.generate
     import inkstream.engine.engine
-    import inkstream.engine.metadata
+    import inkstream.engine.pictures.metadata
     from inkstream.families import family_of
 
     family_of("zimage")
     done("import the rest")
     model = inkstream.load("pocket")
     done("load")
-    from inkstream.engine.inputs import to_image
-    from inkstream.engine.model import advance, complete
+    from inkstream.engine.drawing.model import advance, complete
+    from inkstream.engine.pictures.inputs import to_image
 
     request = complete(inkstream.Request(prompt=PROMPT, seed=1), model.spec)
     cond = model.encode(request)
@@ -102,7 +102,7 @@ def in_pieces() -> dict[str, tuple[float, float]]:
     image = to_image(model.finish(run, None))
     done("decode")
     with tempfile.TemporaryDirectory() as folder:
-        inkstream.engine.metadata.save_picture(image, Path(folder) / "x.png", request, model.spec)
+        inkstream.engine.pictures.metadata.save_picture(image, Path(folder) / "x.png", request, model.spec)
     done("write")
     return stages
 

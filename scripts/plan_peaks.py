@@ -28,7 +28,7 @@ import torch
 from inkstream.bench.random_model import write_random
 from inkstream.bench.records import write_record
 from inkstream.engine.engine import Engine
-from inkstream.engine.placement import PLANS
+from inkstream.engine.machine.placement import PLANS
 from inkstream.families import SPECS
 from inkstream.nn.heap import give_back_freed_memory
 from inkstream.types import Done, Failed, InputError, Request, Step

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 from inkstream.bench.cases import CASES, Case
 from inkstream.bench.ours import random_model
 from inkstream.bench.records import write_record
-from inkstream.engine.loader import DTYPES
+from inkstream.engine.machine.loader import DTYPES
 from inkstream.types import Request
 
 PRODUCTS = ("mm", "linear", "gemm", "cutlass", "nvjet", "cublas")

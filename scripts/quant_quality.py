@@ -26,8 +26,8 @@ from torch.nn import functional as F
 import inkstream
 from inkstream import Model
 from inkstream.bench.records import write_record
-from inkstream.engine.convert import convert
-from inkstream.engine.quantise import QUANTS, Quant
+from inkstream.engine.files.convert import convert
+from inkstream.engine.files.quantise import QUANTS, Quant
 from inkstream.evaluate.judge import judge
 from inkstream.evaluate.measures import psnr
 from inkstream.evaluate.report import shares

@@ -239,9 +239,9 @@ def run_here() -> dict[str, Any]:
     import uvicorn
 
     from inkstream.serve.app import build
+    from inkstream.serve.engines.process import EngineProcess
     from inkstream.serve.keys import add_key
     from inkstream.serve.limits import Settings
-    from inkstream.serve.process import EngineProcess
 
     logging.disable()  # no log lines for refused requests
     with tempfile.TemporaryDirectory() as folder:

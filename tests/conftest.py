@@ -18,7 +18,7 @@ import pytest
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from inkstream.engine.model import Model
+from inkstream.engine.drawing.model import Model
 from inkstream.families import family_of, parts_of
 from inkstream.families.zimage.specs import BASE, TURBO
 from inkstream.nn.config import MistralConfig, Qwen3Config
@@ -191,7 +191,7 @@ class Served:
 
         from inkstream.serve.app import build
         from inkstream.serve.connections import Connection
-        from inkstream.serve.process import COMMAND, EngineProcess
+        from inkstream.serve.engines.process import COMMAND, EngineProcess
 
         command = COMMAND if engine is None else (sys.executable, "-c", engine)
         self.app = build(settings, partial(EngineProcess, command=command))

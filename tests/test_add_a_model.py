@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inkstream import Engine, load
-from inkstream.engine.model import Model, advance, complete
-from inkstream.engine.placement import PLANS
+from inkstream.engine.drawing.model import Model, advance, complete
+from inkstream.engine.machine.placement import PLANS
 from inkstream.families import FAMILIES, SPECS, Family, Part
 from inkstream.flow import add_noise
 from inkstream.nn.around import NOTHING, Around

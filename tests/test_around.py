@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inkstream.engine.compile import compile_blocks
-from inkstream.engine.model import Model, Run, advance, complete
-from inkstream.engine.placement import Placed
+from inkstream.engine.drawing.model import Model, Run, advance, complete
+from inkstream.engine.machine.compile import compile_blocks
+from inkstream.engine.machine.placement import Placed
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_9B_KV, KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE

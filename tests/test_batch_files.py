@@ -22,9 +22,9 @@ from PIL import Image
 from inkstream import Engine, Request
 from inkstream.cli import main
 from inkstream.cli.batch import duration, read_rows, seed_of
-from inkstream.engine.manifest import Manifest, digest
-from inkstream.engine.many import Drawn, draw_many
-from inkstream.engine.metadata import read_request
+from inkstream.clients.manifest import Manifest, digest
+from inkstream.clients.many import Drawn, draw_many
+from inkstream.engine.pictures.metadata import read_request
 from inkstream.serve.limits import Limits, Settings
 from inkstream.types import Failed, Loading, Step
 

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 import inkstream
-from inkstream.engine.batch import ABREAST, Alone, Ask, Batch, Drawing, tokens_of, within
-from inkstream.engine.model import Run
+from inkstream.engine.drawing.batch import ABREAST, Alone, Ask, Batch, Drawing, tokens_of, within
+from inkstream.engine.drawing.model import Run
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.nn.forward import Sample
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory

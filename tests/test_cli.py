@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from inkstream.cli import main
-from inkstream.engine.metadata import read_request
+from inkstream.engine.pictures.metadata import read_request
 from inkstream.families import SPECS
 from inkstream.types import Request
 
@@ -278,7 +278,7 @@ def test_an_error_of_ours_is_one_line_and_debug_adds_where_it_happened(capsys, m
     def fail(picture):
         raise ZeroDivisionError("two\nlines")
 
-    monkeypatch.setattr("inkstream.engine.metadata.describe", fail)
+    monkeypatch.setattr("inkstream.engine.pictures.metadata.describe", fail)
     assert main(["info", "x.png"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1

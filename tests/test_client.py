@@ -16,8 +16,8 @@ from PIL import Image
 import inkstream
 from inkstream import Client, InputError, Request
 from inkstream.cli import main
-from inkstream.engine.client import read_events
-from inkstream.engine.metadata import read_request
+from inkstream.clients.http import read_events
+from inkstream.engine.pictures.metadata import read_request
 from inkstream.types import Done, Failed, Loading, Queued, Step
 
 WISH = {"prompt": "a red circle", "width": 32, "height": 32, "steps": 2, "seed": 7}

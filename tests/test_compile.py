@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from inkstream.cli.machine import Machine
-from inkstream.engine.compile import compile_blocks
 from inkstream.engine.engine import Engine
+from inkstream.engine.machine.compile import compile_blocks
 from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.zimage.model import ZImageTransformer

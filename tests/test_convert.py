@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import inkstream
-from inkstream.engine import convert as convert_module
-from inkstream.engine.convert import convert
+from inkstream.engine.files import convert as convert_module
+from inkstream.engine.files.convert import convert
 from inkstream.families.zimage.specs import TURBO
 from inkstream.types import InputError, Loading
 from inkstream.weights.files import read_header, read_state, write_state

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from inkstream.engine.loader import load
+from inkstream.engine.machine.loader import load
 from inkstream.pocket.captions import Wording
 from inkstream.pocket.grammar import Grammar
 from inkstream.pocket.scenes import is_held_out

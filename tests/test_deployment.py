@@ -12,7 +12,7 @@ import yaml
 
 from inkstream.cli import app
 from inkstream.cli.serve import serve
-from inkstream.serve import native, status
+from inkstream.serve.api import native, status
 from inkstream.serve.ray import ENGINES, Args
 
 DEPLOY = Path(__file__).parent.parent / "deploy"

@@ -12,8 +12,8 @@ import pytest
 
 from inkstream.cli import app
 from inkstream.cli.generate import Wish
-from inkstream.engine.licences import FREE
-from inkstream.engine.sources import write_card
+from inkstream.engine.files.licences import FREE
+from inkstream.engine.files.sources import write_card
 from inkstream.families import SPECS
 from inkstream.types import Request
 
@@ -96,7 +96,7 @@ def test_the_life_of_a_request_names_files_and_functions_that_there_are():
     assert [int(number) for number, _ in steps] == [*range(1, 5), *range(1, 7), *range(7, 21)]  # A, B, and from there
     assert [number for number, text in steps if not re.search(NAMED, text)] == []
     assert [":".join(named) for named in re.findall(NAMED, LIFE.read_text()) if not is_there(*named)] == []
-    assert not is_there("engine/model.py", "Model.no_such_function")
+    assert not is_there("engine/drawing/model.py", "Model.no_such_function")
     assert not is_there("engine/no_such_file.py", "")
 
 

@@ -21,8 +21,8 @@ from PIL import Image
 from inkstream.cli import main
 from inkstream.cli.draft import STATE, numbers_of
 from inkstream.cli.terminal import Terminal
-from inkstream.engine.metadata import describe, read_request
-from inkstream.engine.sheet import edge_of
+from inkstream.engine.pictures.metadata import describe, read_request
+from inkstream.engine.pictures.sheet import edge_of
 from inkstream.types import InputError, Step
 
 COMMAND = [sys.executable, "-c", "from inkstream.cli import run; run()"]

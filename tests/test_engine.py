@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import inkstream
-from inkstream.engine.model import complete
+from inkstream.engine.drawing.model import complete
 from inkstream.families.zimage.specs import TURBO
 from inkstream.types import Done, Failed, InputError, Loading, Queued, Request, Step
 
@@ -172,7 +172,7 @@ def test_previews_come_small_and_resemble_what_the_autoencoder_shows(tiny_folder
 
 def test_the_preview_map_finds_a_linear_autoencoder_exactly():
     """Where latents are linear in the colours, the fitted map gives the colours back."""
-    from inkstream.engine.preview import fit_preview
+    from inkstream.engine.pictures.preview import fit_preview
 
     class Linear:
         def encode_image(self, pixels):

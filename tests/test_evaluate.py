@@ -16,8 +16,8 @@ from PIL import Image, ImageFilter
 import inkstream
 from inkstream.cli import main
 from inkstream.cli.terminal import Terminal
-from inkstream.engine.inputs import to_pixels
-from inkstream.engine.sheet import GRAY, GREEN, RED, TILE, edge_of
+from inkstream.engine.pictures.inputs import to_pixels
+from inkstream.engine.pictures.sheet import GRAY, GREEN, RED, TILE, edge_of
 from inkstream.evaluate import judge, measures, ocr, report, run
 from inkstream.evaluate.grades import Marks
 from inkstream.evaluate.report import Judged, Row

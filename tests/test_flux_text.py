@@ -211,7 +211,7 @@ def test_without_transformers_a_tokenizer_is_not_read_either(monkeypatch, tmp_pa
 
 
 def test_weights_are_counted_without_building_them():
-    from inkstream.engine.memory import count_weights
+    from inkstream.engine.machine.memory import count_weights
     from inkstream.families import SPECS, parts_of
 
     for name in ("flux1-redux-dev", "flux2-dev", "flux2-klein-4b"):

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import inkstream
-from inkstream.engine.convert import convert
+from inkstream.engine.files.convert import convert
 from inkstream.quant.pack import pack
 from inkstream.quant.packed import Packed, unpack
 from inkstream.quant.small import rotate
@@ -230,8 +230,8 @@ def test_packed_norms_and_pads_are_read_in_full(tiny_folder, tmp_path):
 
 
 def test_nobody_trains_packed_weights(tiny_folder, tmp_path):
-    from inkstream.engine.loader import read
-    from inkstream.engine.sources import locate
+    from inkstream.engine.files.sources import locate
+    from inkstream.engine.machine.loader import read
 
     folder = convert(tiny_folder, tmp_path / "m", quant="fp8")
     found = locate(folder).parts["transformer"]

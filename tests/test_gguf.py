@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import inkstream
-from inkstream.engine.convert import convert
-from inkstream.engine.sources import locate
+from inkstream.engine.files.convert import convert
+from inkstream.engine.files.sources import locate
 from inkstream.families.parts import QWEN3
 from inkstream.nn.quant import PackedEmbedding, PackedLinear
 from inkstream.quant.pack import fits, pack

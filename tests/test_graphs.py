@@ -11,8 +11,14 @@ from functools import partial
 import pytest
 import torch
 
-from inkstream.engine import graphs
-from inkstream.engine.graphs import NotRecordable, Recordings, forward_text_encoder, forward_transformer, replay_small
+from inkstream.engine.machine import graphs
+from inkstream.engine.machine.graphs import (
+    NotRecordable,
+    Recordings,
+    forward_text_encoder,
+    forward_transformer,
+    replay_small,
+)
 from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.zimage.model import ZImageTransformer

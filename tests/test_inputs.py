@@ -20,8 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
-from inkstream.engine import inputs
-from inkstream.engine.inputs import fit_size, open_mask, open_picture, to_image, to_pixels
+from inkstream.engine.pictures import inputs
+from inkstream.engine.pictures.inputs import fit_size, open_mask, open_picture, to_image, to_pixels
 from inkstream.types import InputError, Request
 
 

@@ -11,12 +11,17 @@ import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-LAYERS = [["types", "flow", "quant", "pocket"], ["nn", "weights"], ["sampling", "families"], ["engine"],
-          ["train", "evaluate", "bench", "serve", "studio"], ["cli"], ["__main__"]]  # fmt: skip
+LAYERS = [["types", "flow", "disk", "quant", "pocket"], ["nn", "weights"], ["sampling", "families"], ["engine"],
+          ["clients", "train", "evaluate", "bench", "serve"], ["cli"], ["__main__"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 STRANGERS = [{"nn", "weights"}, {"sampling", "families"}]
 """Layers of one rank that do not know each other either."""
-FRONT_ENDS = ("serve", "studio", "cli")
+ROOMS = {
+    "engine": ["pictures", "files", "drawing", "machine"],
+    "serve": ["engines", "queue", "api"],
+}
+"""The rooms of a layer, low to high. Modules beside the rooms are above or below them; `circles` keeps them apart."""
+FRONT_ENDS = ("clients", "serve", "cli")
 WITHOUT_TORCH = ("inkstream", "inkstream.types", "inkstream.families", *(f"inkstream.{name}" for name in FRONT_ENDS))
 SURROUNDINGS = {
     "os": {"environ", "environb", "getenv"},
@@ -81,6 +86,21 @@ def upward_arrows(sources: Sources) -> list[str]:
             if RANK[there] > RANK[here] or {here, there} in STRANGERS:
                 arrows.append(f"{module} -> {target}")
     return arrows
+
+
+def upward_arrows_between_rooms(sources: Sources) -> list[str]:
+    def rank(module: str, house: str) -> int:
+        parts = module.split(".")
+        return ROOMS[house].index(parts[2]) if layer(module) == house and parts[2:] and parts[2] in ROOMS[house] else -1
+
+    return [
+        f"{module} -> {target}"
+        for house in ROOMS
+        for module in sources
+        if (here := rank(module, house)) >= 0
+        for target in imported_modules(sources, module)
+        if rank(target, house) > here
+    ]
 
 
 def arrows_between_families(sources: Sources) -> list[str]:
@@ -242,6 +262,12 @@ def test_no_import_runs_back_up_the_layers():
     assert upward_arrows(read_sources()) == []
 
 
+def test_no_import_runs_back_up_the_rooms_of_a_layer():
+    sources = read_sources()
+    assert upward_arrows_between_rooms(sources) == []
+    assert all(f"inkstream.{house}.{room}" in sources for house, rooms in ROOMS.items() for room in rooms)
+
+
 def test_families_do_not_import_each_other():
     assert arrows_between_families(read_sources()) == []
 
@@ -277,14 +303,15 @@ def test_nothing_below_the_engine_reads_the_environment_the_command_line_or_the_
 @pytest.mark.parametrize(
     ("rule", "module", "source"),
     [
-        (upward_arrows, "inkstream.nn.rope", "from inkstream.engine import model"),
+        (upward_arrows, "inkstream.nn.rope", "from inkstream.engine.drawing import model"),
         (upward_arrows, "inkstream.types", "def f():\n    from inkstream.nn.rope import rotate"),
         (upward_arrows, "inkstream.weights.files", "import inkstream.nn.rope"),
-        (upward_arrows, "inkstream.sampling.masks", "from ..engine import model"),
-        (upward_arrows, "inkstream.engine.model", "from inkstream import cli"),
+        (upward_arrows, "inkstream.sampling.masks", "from ..engine.drawing import model"),
+        (upward_arrows, "inkstream.engine.drawing.model", "from inkstream import cli"),
+        (upward_arrows_between_rooms, "inkstream.engine.files.sources", "import inkstream.engine.machine.fit"),
         (arrows_between_families, "inkstream.families.flux1.model", "from inkstream.families.zimage import model"),
         (arrows_between_families, "inkstream.families.flux1.model", "from ..zimage.model import Block"),
-        (families_named_by_the_engine, "inkstream.engine.model", 'if spec.family == "zimage": pass'),
+        (families_named_by_the_engine, "inkstream.engine.drawing.model", 'if spec.family == "zimage": pass'),
         (state_of_modules, "inkstream.nn.rope", "from contextvars import ContextVar\nX = ContextVar('x')"),
         (state_of_modules, "inkstream.nn.rope", "chosen = 'auto'\ndef f(name):\n    global chosen\n    chosen = name"),
         (state_of_modules, "inkstream.nn.rope", "KNOWN = {}\ndef f(name):\n    KNOWN[name] = 1"),
@@ -297,7 +324,15 @@ def test_nothing_below_the_engine_reads_the_environment_the_command_line_or_the_
     ],
 )
 def test_each_rule_catches_what_breaks_it(rule, module, source):
-    tree = ["nn.rope", "engine", "engine.model", "cli", "families.zimage", "families.zimage.model"]
+    tree = [
+        "nn.rope",
+        "engine",
+        "engine.drawing.model",
+        "engine.machine.fit",
+        "cli",
+        "families.zimage",
+        "families.zimage.model",
+    ]
     others = dict.fromkeys(("inkstream", *(f"inkstream.{name}" for name in tree)), "")
     assert rule(others) == []
     assert len(rule({**others, module: source})) == 1

@@ -11,9 +11,9 @@ import pytest
 
 import inkstream
 from inkstream.cli import main
-from inkstream.engine.convert import convert
-from inkstream.engine.licences import FREE, SETTING, check_licence, is_commercial_only
-from inkstream.engine.sources import locate
+from inkstream.engine.files.convert import convert
+from inkstream.engine.files.licences import FREE, SETTING, check_licence, is_commercial_only
+from inkstream.engine.files.sources import locate
 from inkstream.families import SPECS
 from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_9B_KV, KLEIN_BASE_4B
 from inkstream.types import InputError, Spec

@@ -16,9 +16,10 @@ import torch
 from huggingface_hub import constants
 
 import inkstream
-from inkstream.engine import loader, sources
-from inkstream.engine.convert import convert
-from inkstream.engine.sources import locate
+from inkstream.engine.files import sources
+from inkstream.engine.files.convert import convert
+from inkstream.engine.files.sources import locate
+from inkstream.engine.machine import loader
 from inkstream.families import SPECS
 from inkstream.families.parts import AUTOENCODER, QWEN3
 from inkstream.families.zimage.keys import DIFFUSERS
@@ -482,8 +483,8 @@ def test_progress_names_each_part_and_ends_at_its_last_byte(tiny_folder):
 
 MEASURE = """
 import sys
-import inkstream.engine.model, inkstream.families.zimage.family
-from inkstream.engine.loader import load
+import inkstream.engine.drawing.model, inkstream.families.zimage.family
+from inkstream.engine.machine.loader import load
 def memory():
     return int(dict(line.split(":") for line in open("/proc/self/status"))["RssAnon"].split()[0]) * 1024
 def look(event):

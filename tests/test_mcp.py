@@ -17,7 +17,7 @@ from PIL import Image
 
 import inkstream
 from inkstream.cli.machine import Anywhere
-from inkstream.engine.metadata import read_request
+from inkstream.engine.pictures.metadata import read_request
 from inkstream.types import InputError
 
 protocol = pytest.importorskip("mcp")

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image, PngImagePlugin
 
 from inkstream import __version__
-from inkstream.engine.comfyui import read_comfyui
-from inkstream.engine.foreign import Reading, find_model, read_a1111, write_a1111
-from inkstream.engine.metadata import (
+from inkstream.engine.pictures.comfyui import read_comfyui
+from inkstream.engine.pictures.foreign import Reading, find_model, read_a1111, write_a1111
+from inkstream.engine.pictures.metadata import (
     MADE_BY_A_MODEL,
     describe,
     encode_picture,
@@ -857,5 +857,5 @@ def test_a_missing_or_broken_picture_says_so(tmp_path):
 
 
 def test_neither_module_imports_torch():
-    code = "import sys, inkstream.engine.inputs, inkstream.engine.metadata; sys.exit('torch' in sys.modules)"
+    code = "import sys; from inkstream.engine.pictures import inputs, metadata; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

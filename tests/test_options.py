@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
+from inkstream.engine.drawing.model import Model, complete
+from inkstream.engine.drawing.options import UNSHIFTED, guided, options
 from inkstream.engine.engine import remarks
-from inkstream.engine.model import Model, complete
-from inkstream.engine.options import UNSHIFTED, guided, options
 from inkstream.families import SPECS, family_of
 from inkstream.families.flux1 import kontext
 from inkstream.families.flux1.family import map_size
@@ -193,7 +193,7 @@ def test_redux_which_sees_no_shape_draws_at_its_own_size():
 
 
 def test_counting_the_weights_of_all_known_models_takes_under_two_seconds():
-    from inkstream.engine.memory import count_weights
+    from inkstream.engine.machine.memory import count_weights
 
     for family in {spec.family for spec in SPECS.values()}:
         family_of(family)  # imported

@@ -22,12 +22,12 @@ from PIL import Image
 from torch import Tensor
 
 from inkstream import cli
+from inkstream.engine.drawing.model import Model, complete
 from inkstream.engine.engine import Engine
-from inkstream.engine.loader import open_model
-from inkstream.engine.memory import Placing
-from inkstream.engine.model import Model, complete
-from inkstream.engine.parallel import Crew, Way, choose_way, join_crew
-from inkstream.engine.placement import Placed
+from inkstream.engine.machine.loader import open_model
+from inkstream.engine.machine.memory import Placing
+from inkstream.engine.machine.parallel import Crew, Way, choose_way, join_crew
+from inkstream.engine.machine.placement import Placed
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE, TURBO

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from inkstream.engine.peak import peak_of
+from inkstream.engine.machine.peak import peak_of
 
 META = torch.device("meta")
 KB = 1024

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 
 from inkstream.bench.random_model import write_random
 from inkstream.engine.engine import Engine
-from inkstream.engine.loader import open_model
-from inkstream.engine.memory import Placing, read_size, taken_by_process, typical
-from inkstream.engine.placement import BESIDE, PLANS
+from inkstream.engine.machine.loader import open_model
+from inkstream.engine.machine.memory import Placing, read_size, taken_by_process, typical
+from inkstream.engine.machine.placement import BESIDE, PLANS
 from inkstream.families import SPECS
 from inkstream.nn.heap import give_back_freed_memory
 from inkstream.types import Done, Failed, InputError, Loading, Request

@@ -12,7 +12,7 @@ import pytest
 
 import inkstream
 from inkstream import Request
-from inkstream.engine.sources import locate
+from inkstream.engine.files.sources import locate
 from inkstream.evaluate.grades import grade
 from inkstream.evaluate.suites import open_suite, thin
 from inkstream.families.zimage.specs import POCKET

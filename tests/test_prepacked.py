@@ -11,7 +11,7 @@ from torch import nn
 
 from inkstream.bench.cases import CASES
 from inkstream.bench.random_model import write_random
-from inkstream.engine.loader import load
+from inkstream.engine.machine.loader import load
 from inkstream.nn import prepacked
 from inkstream.nn.prepacked import PrepackedLinear, prepack
 from inkstream.nn.stack import Blocks

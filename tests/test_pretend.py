@@ -18,9 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from inkstream.engine.convert import convert
 from inkstream.engine.engine import Engine
-from inkstream.engine.placement import PLANS
+from inkstream.engine.files.convert import convert
+from inkstream.engine.machine.placement import PLANS
 from inkstream.families import SPECS
 from inkstream.nn import gpu, offload
 from inkstream.sampling import solvers

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import inkstream
-from inkstream.engine import quantise
-from inkstream.engine.convert import convert
-from inkstream.engine.loader import read
-from inkstream.engine.quantise import QUANTS
-from inkstream.engine.sources import locate_part
+from inkstream.engine.files import quantise
+from inkstream.engine.files.convert import convert
+from inkstream.engine.files.quantise import QUANTS
+from inkstream.engine.files.sources import locate_part
+from inkstream.engine.machine.loader import read
 from inkstream.families import CARD
 from inkstream.families.zimage.family import ZImage
 from inkstream.families.zimage.keys import DIFFUSERS, PACKS

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from inkstream.cli import main
-from inkstream.engine.metadata import describe, read_request, save_picture
-from inkstream.engine.refine import LEVEL, refined, way_for
+from inkstream.engine.drawing.refine import LEVEL, refined, way_for
+from inkstream.engine.pictures.metadata import describe, read_request, save_picture
 from inkstream.families import SPECS
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.sampling.schedules import shifted
@@ -82,7 +82,7 @@ def test_a_strength_that_is_asked_for_is_the_way_and_the_way_can_be_named(draft)
 @pytest.mark.parametrize("spec", [TURBO, BASE, KREA, KLEIN], ids=lambda spec: spec.name)
 def test_the_strength_of_any_model_leads_to_the_same_noise(draft, spec):
     request = refined(wish(), asked(draft), draft, spec, "strength").request
-    from inkstream.engine.model import complete
+    from inkstream.engine.drawing.model import complete
 
     shift = complete(request, spec).shift
     assert shift is not None

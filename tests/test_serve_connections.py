@@ -163,8 +163,8 @@ def test_no_bomb_takes_much_memory(tmp_path):
     program = """import resource, sys
 from pathlib import Path
 from inkstream.serve.errors import Refused
-from inkstream.serve.gallery import read_recalled
-from inkstream.serve.inputs import examine
+from inkstream.serve.api.gallery import read_recalled
+from inkstream.serve.queue.inputs import examine
 from inkstream.serve.limits import Limits
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in sys.argv[1:]:

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from inkstream.engine.metadata import encode_picture
+from inkstream.engine.pictures.metadata import encode_picture
 from inkstream.serve.limits import Settings
-from inkstream.serve.store import Store, picture_id, upload_id
+from inkstream.serve.queue.store import Store, picture_id, upload_id
 from inkstream.types import Request
 
 PAGE = 4096
@@ -146,7 +146,7 @@ def test_a_start_that_is_cut_off_while_it_mends_loses_nothing(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("inkstream.serve.store.os.replace", cut)
+        patch.setattr("inkstream.serve.queue.store.os.replace", cut)
         with pytest.raises(KeyboardInterrupt):
             Store(tmp_path)
     store = Store(tmp_path)

@@ -137,7 +137,7 @@ def test_an_upload_that_does_not_fit_leaves_no_half_of_it(process):
 
 
 def test_a_picture_that_can_never_be_kept_fails_its_job_and_says_why(tmp_path, start_server, until, monkeypatch):
-    from inkstream.serve import jobs
+    from inkstream.serve.queue import jobs
 
     monkeypatch.setattr(jobs, "HOLD", 0.0)
     program = (

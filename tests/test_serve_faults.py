@@ -17,10 +17,10 @@ from fastapi import Request as HTTPRequest
 from PIL import Image
 
 from inkstream.cli import main
+from inkstream.serve.engines.process import EngineProcess
 from inkstream.serve.errors import Refused
 from inkstream.serve.keys import ANYONE
 from inkstream.serve.limits import Limits, Settings
-from inkstream.serve.process import EngineProcess
 from inkstream.types import Request
 
 HANGS = """import json, sys
@@ -77,7 +77,7 @@ def test_a_server_whose_engine_cannot_be_made_ends_and_says_why(tmp_path, capsys
 
 def test_a_picture_that_kills_every_engine_is_given_up(tmp_path):
     from inkstream.serve.app import build
-    from inkstream.serve.jobs import DEATHS
+    from inkstream.serve.queue.jobs import DEATHS
 
     deadly = (
         "import json, sys; print(json.dumps({'event': 'ready', 'seconds': 0}), flush=True);"
@@ -146,7 +146,7 @@ def test_a_job_that_takes_too_long_fails_and_says_so(tmp_path, start_server):
 
 
 def test_an_engine_that_does_not_stop_a_run_is_ended(tmp_path, start_server, until, monkeypatch):
-    monkeypatch.setattr("inkstream.serve.drawing.GRACE", 0.1)
+    monkeypatch.setattr("inkstream.serve.queue.drawing.GRACE", 0.1)
     served = start_server(Settings(tmp_path, models=("pocket",)), engine=HANGS)
     job = served.draw()
     until(lambda: served.ask("DELETE", f"/v1/jobs/{job['id']}")[2]["started"])

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from inkstream.serve import fetch as module
+from inkstream.serve.api import fetch as module
+from inkstream.serve.api.fetch import fetch, is_public
 from inkstream.serve.errors import Refused
-from inkstream.serve.fetch import fetch, is_public
 from inkstream.serve.limits import Settings
 
 PUBLIC = "93.184.215.14"

@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 import inkstream
-from inkstream.engine.options import options
-from inkstream.engine.writing import written_out
+from inkstream.engine.drawing.options import options
+from inkstream.engine.drawing.writing import written_out
 from inkstream.families import SPECS
+from inkstream.serve.engines.models import offer
 from inkstream.serve.limits import Settings
-from inkstream.serve.models import offer
 from inkstream.types import InputError, Request
 
 
@@ -95,7 +95,7 @@ def test_a_picture_of_this_server_recalls_its_start_picture_too(server, drawn):
 
 
 def test_metadata_that_names_a_file_of_the_server_gets_it_from_nobody(server, tmp_path):
-    from inkstream.engine.metadata import save_picture
+    from inkstream.engine.pictures.metadata import save_picture
 
     save_picture(Image.new("RGB", (16, 16)), tmp_path / "a.png", Request(prompt="x", image="/etc/passwd"))
     status, _, found = server.ask("POST", "/v1/recall", (tmp_path / "a.png").read_bytes())
@@ -263,7 +263,7 @@ from inkstream.serve.app import build
 import inkstream.cli.serve, uvicorn
 app = build(Settings(Path({str(tmp_path)!r})))
 app.openapi()
-from inkstream.serve.models import form
+from inkstream.serve.engines.models import form
 for model in app.state.service.models.values():
     form(model, app.state.service.settings.limits)
 print("torch" in sys.modules)

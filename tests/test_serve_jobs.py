@@ -8,7 +8,7 @@ import json
 import pytest
 from PIL import Image
 
-from inkstream.engine.metadata import read_request
+from inkstream.engine.pictures.metadata import read_request
 
 
 def test_a_job_is_accepted_drawn_and_kept_with_its_request(server):

@@ -15,9 +15,9 @@ from ipaddress import ip_address
 import pytest
 
 from inkstream.cli import main
+from inkstream.serve.api.fetch import fetch, is_public
 from inkstream.serve.app import OPEN, build
 from inkstream.serve.errors import Refused
-from inkstream.serve.fetch import fetch, is_public
 from inkstream.serve.keys import Keys, add_key, is_signed, read_keys, remove_key, sign
 from inkstream.serve.limits import Limits, Settings
 from inkstream.types import InputError
@@ -122,7 +122,7 @@ def test_no_redirect_leads_to_what_a_host_header_names(keyed):
 
 
 def test_a_removed_key_hears_no_more_on_a_stream_that_is_open(tmp_path, start_server, monkeypatch):
-    monkeypatch.setattr("inkstream.serve.jobs.PING", 0.5)
+    monkeypatch.setattr("inkstream.serve.queue.jobs.PING", 0.5)
     path = tmp_path / "keys.json"
     texts = {name: add_key(path, name, 0.0, admin=name == "root") for name in ("root", "bob")}
     served = start_server(Settings(tmp_path, models=("pocket",)), engine="input()")

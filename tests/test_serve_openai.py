@@ -13,7 +13,7 @@ import urllib.request
 import pytest
 from PIL import Image
 
-from inkstream.engine.metadata import read_request
+from inkstream.engine.pictures.metadata import read_request
 from inkstream.serve.app import build
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Limits, Settings

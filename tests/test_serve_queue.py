@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inkstream.serve.feed import BEHIND, Feed, Happening
-from inkstream.serve.pace import Pace, ends
-from inkstream.serve.schedule import Waiting, in_order
-from inkstream.serve.store import WEEK, Search, Store, Upload
+from inkstream.serve.engines.pace import Pace, ends
+from inkstream.serve.queue.feed import BEHIND, Feed, Happening
+from inkstream.serve.queue.schedule import Waiting, in_order
+from inkstream.serve.queue.store import WEEK, Search, Store, Upload
 from inkstream.types import InputError, Request
 
 

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from inkstream.engine.engine import Engine
-from inkstream.serve.worker import Worker, obey
+from inkstream.serve.engines.worker import Worker, obey
 
 DRAWN = {"prompt": "x", "width": 32, "height": 32, "steps": 1, "seed": 1}
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inkstream.engine.sheet import (
+from inkstream.engine.pictures.sheet import (
     FAINT,
     GRAY,
     GREEN,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from inkstream.serve import studio
+from inkstream.serve.api import studio
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Limits, Settings
 from inkstream.types import Request

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from inkstream.bench.child import Draw, Order, Setup, Stages, attend
 from inkstream.bench.turns import LEFT_OUT
-from inkstream.engine.sources import locate
+from inkstream.engine.files.sources import locate
 from inkstream.weights.hub import cached
 
 STAGES = {

@@ -6,19 +6,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from inkstream.engine.client import Client
+    from inkstream.clients.http import Client
+    from inkstream.engine.drawing.model import Model
     from inkstream.engine.engine import Engine
-    from inkstream.engine.loader import load
-    from inkstream.engine.model import Model
+    from inkstream.engine.machine.loader import load
     from inkstream.types import Conditioning, InputError, Request, Result, Spec
 
 __version__ = "0.1.0"
 
 _WHERE = {
-    "Client": "inkstream.engine.client",
+    "Client": "inkstream.clients.http",
     "Engine": "inkstream.engine.engine",
-    "load": "inkstream.engine.loader",
-    "Model": "inkstream.engine.model",
+    "load": "inkstream.engine.machine.loader",
+    "Model": "inkstream.engine.drawing.model",
     "Conditioning": "inkstream.types",
     "InputError": "inkstream.types",
     "Request": "inkstream.types",

@@ -13,8 +13,8 @@ from transformers import Qwen3Model
 
 import inkstream
 from inkstream import Request
-from inkstream.engine import convert as convert_module
-from inkstream.engine.convert import convert
+from inkstream.engine.files import convert as convert_module
+from inkstream.engine.files.convert import convert
 from inkstream.weights.files import read_state
 
 PARTS = {"transformer": ZImageTransformer2DModel, "text_encoder": Qwen3Model, "vae": AutoencoderKL}

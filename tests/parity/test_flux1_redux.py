@@ -162,7 +162,7 @@ def test_redux_alone_says_where_it_belongs(folder, tmp_path):
 
 
 def test_a_model_with_redux_is_converted_with_it(folder, tmp_path):
-    from inkstream.engine.convert import convert
+    from inkstream.engine.files.convert import convert
 
     written = convert(folder, tmp_path / "copy", "diffusers")
     one, other = (inkstream.load(path, device="cpu", dtype="fp32") for path in (folder, written))

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 import inkstream
 from inkstream.bench.child import Draw, Order, Setup, Stages, attend, to_bytes
-from inkstream.engine.install import Placement, install
-from inkstream.engine.loader import dtype_of, load
-from inkstream.engine.model import Model
-from inkstream.engine.sources import Unset, locate
+from inkstream.engine.drawing.model import Model
+from inkstream.engine.files.sources import Unset, locate
+from inkstream.engine.machine.install import Placement, install
+from inkstream.engine.machine.loader import dtype_of, load
 from inkstream.families import Part, family_of, parts_of
 from inkstream.quant.pack import fits, pack
 from inkstream.quant.packed import Weight

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from inkstream.engine.sources import Unset, locate
+from inkstream.engine.files.sources import Unset, locate
 from inkstream.families import family_of, parts_of
 from inkstream.types import Spec
 from inkstream.weights.files import write_stream

@@ -19,8 +19,8 @@ import torch
 
 from inkstream.bench.cases import CONTENDERS, Case, rehearsed
 from inkstream.bench.random_model import write_documents, write_random
-from inkstream.engine.convert import convert
-from inkstream.engine.loader import DTYPES
+from inkstream.engine.files.convert import convert
+from inkstream.engine.machine.loader import DTYPES
 from inkstream.types import InputError
 from inkstream.weights.files import read_state
 

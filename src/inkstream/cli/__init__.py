@@ -81,7 +81,7 @@ def info(
 ) -> None:
     """Show what a picture is and the request it carries."""
     from inkstream.cli.lines import print_facts, print_json
-    from inkstream.engine.metadata import describe
+    from inkstream.engine.pictures.metadata import describe
 
     facts = describe(picture)
     print_json(facts) if json else print_facts(facts)
@@ -112,7 +112,7 @@ def doctor(
     from inkstream.cli.lines import print_json
 
     if memory is not None:
-        from inkstream.engine.memory import read_size
+        from inkstream.engine.machine.memory import read_size
 
         findings = examine(read_size(memory))
     else:
@@ -147,7 +147,7 @@ def convert(
     """
     from inkstream.cli.download import agree_to_download
     from inkstream.cli.terminal import Terminal
-    from inkstream.engine.convert import convert
+    from inkstream.engine.files.convert import convert
 
     with Terminal() as terminal:
         agree_to_download(source, yes, terminal, commercial_only=False)  # nothing is drawn

@@ -26,8 +26,8 @@ from inkstream.cli.terminal import Terminal
 from inkstream.types import Failed, InputError, Loading, Request, Spec, Step, singles
 
 if TYPE_CHECKING:
-    from inkstream.engine.manifest import Manifest, Wanted
-    from inkstream.engine.many import Told
+    from inkstream.clients.manifest import Manifest, Wanted
+    from inkstream.clients.many import Told
 
 EVERY = 30.0
 """Seconds between two lines of progress where there is no bar."""
@@ -97,7 +97,7 @@ def batch(
             machine.check()
             for model in dict.fromkeys(one.request.model for one in wanted):
                 agree_to_download(model, yes, terminal, machine.licence)
-        from inkstream.engine.manifest import Manifest
+        from inkstream.clients.manifest import Manifest
 
         with closing(Manifest(out)) as manifest:
             changed = sum(manifest.changed(one) for one in wanted)
@@ -168,7 +168,7 @@ def complete_row(line: int, fields: Mapping[str, Any], common: Request, folder: 
         raise InputError("there is no prompt: say what to draw")
     if not any(name in fields for name in PICTURES):
         return request
-    from inkstream.engine.inputs import read_source
+    from inkstream.engine.pictures.inputs import read_source
 
     def there(source: str) -> str:
         place = source if source.startswith("data:") else str(folder / source)
@@ -190,7 +190,7 @@ def seed_of(line: int, base: int) -> int:
 
 def pictures_of(line: int, request: Request) -> Iterator[Wanted]:
     """The pictures of a row, each as a request of its own, with the seeds that `count` gives them."""
-    from inkstream.engine.manifest import Wanted, digest
+    from inkstream.clients.manifest import Wanted, digest
 
     for index, one in enumerate(singles(request)):
         number = f"{line:05}" + (f"-{index + 1}" if request.count > 1 else "")
@@ -201,7 +201,7 @@ def pictures_of(line: int, request: Request) -> Iterator[Wanted]:
 def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
     """What looks at a request before it is drawn: InputError where it cannot be; what has no effect, a line each."""
     if machine.server is not None:
-        from inkstream.engine.client import Client
+        from inkstream.clients.http import Client
 
         client = machine.way_in()
         assert isinstance(client, Client)
@@ -214,9 +214,9 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
             return ()
 
         return look
+    from inkstream.engine.drawing.model import complete
     from inkstream.engine.engine import remarks
-    from inkstream.engine.model import complete
-    from inkstream.engine.sources import downloads, locate
+    from inkstream.engine.files.sources import downloads, locate
     from inkstream.families import SPECS
 
     known: dict[str, Spec | InputError | None] = {}
@@ -333,11 +333,11 @@ def way(
     if not requests:
         return
     if ray:
-        from inkstream.engine.ray_data import draw_on_ray
+        from inkstream.clients.ray_data import draw_on_ray
 
         yield from draw_on_ray(requests, machine.engine, slots, engines, metadata)
         return
-    from inkstream.engine.many import draw_many
+    from inkstream.clients.many import draw_many
 
     yield from draw_many(machine.way_in(), requests, slots, metadata)
 

@@ -54,7 +54,7 @@ def bench(
     chosen = find([name.strip() for name in cases.split(",")])
     from inkstream.bench.records import RECORDS, write_record
     from inkstream.bench.turns import PEERS, describe, run_cases
-    from inkstream.engine.loader import choose_device
+    from inkstream.engine.machine.loader import choose_device
 
     if not rehearse:
         for device in {case.device for case in chosen}:

@@ -9,12 +9,12 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
-from inkstream.engine.processes import count_processes
+from inkstream.engine.machine.processes import count_processes
 from inkstream.types import Failed, InputError, Loading, Request
 
 if TYPE_CHECKING:
     from inkstream.cli.machine import Machine
-    from inkstream.engine.parallel import Crew, Way
+    from inkstream.engine.machine.parallel import Crew, Way
 
 GRACE = 3.0
 """Seconds that an interrupted process has to end by itself."""
@@ -29,7 +29,7 @@ def join(way: Way | None, device: str | None) -> Crew | None:
     """The processes that draw together; None where there is one. InputError where a way is given to one."""
     if way is None and count_processes() == 1:  # so torch need not be imported yet
         return None
-    from inkstream.engine.parallel import join_crew
+    from inkstream.engine.machine.parallel import join_crew
 
     crew = join_crew(way, device)
     if crew is not None:

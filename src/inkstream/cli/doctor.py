@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from inkstream.cli.lines import in_gibibytes, in_gigabytes, print_facts
-from inkstream.engine.licences import SETTING, in_words, is_commercial_only
+from inkstream.engine.files.licences import SETTING, in_words, is_commercial_only
 from inkstream.families import RECOMMENDED
 
 PACKAGES = ("inkstream", "torch", "tokenizers", "safetensors", "huggingface-hub", "pillow", "pydantic")
@@ -28,9 +28,9 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
     import torch
     from huggingface_hub import constants
 
-    from inkstream.engine.fit import fits, here, known, measure_speed
-    from inkstream.engine.loader import choose_device, choose_dtype
-    from inkstream.engine.memory import SPARE, count_weights, free_memory
+    from inkstream.engine.machine.fit import fits, here, known, measure_speed
+    from inkstream.engine.machine.loader import choose_device, choose_dtype
+    from inkstream.engine.machine.memory import SPARE, count_weights, free_memory
 
     device = choose_device()
     dtype = choose_dtype(None, device)

@@ -15,8 +15,8 @@ def agree_to_download(name: str, yes: bool, terminal: Terminal, commercial_only:
 
     commercial_only: refuse a licence that does not allow commercial use; None follows the setting.
     """
-    from inkstream.engine.licences import check_licence, is_commercial_only, known_as
-    from inkstream.engine.sources import downloads, repository
+    from inkstream.engine.files.licences import check_licence, is_commercial_only, known_as
+    from inkstream.engine.files.sources import downloads, repository
 
     if not downloads(name):
         return

@@ -242,7 +242,7 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def look_ahead(folder: Path, state: State, yes: bool, commercial_only: bool | None, terminal: Terminal) -> Spec | None:
     """Refuse now what could not be done later, and download what is agreed to. The Spec of the model that refines."""
-    from inkstream.engine.refine import way_for
+    from inkstream.engine.drawing.refine import way_for
 
     undrawn = missing(folder, state, "drafts")
     if undrawn:
@@ -286,8 +286,8 @@ def write_sheet(folder: Path, state: State) -> None:
 
     from PIL.Image import Resampling
 
-    from inkstream.engine.inputs import open_picture
-    from inkstream.engine.sheet import Tile, contact_sheet
+    from inkstream.engine.pictures.inputs import open_picture
+    from inkstream.engine.pictures.sheet import Tile, contact_sheet
 
     if (folder / SHEET).exists():
         return
@@ -324,7 +324,7 @@ def refine_chosen(
     engine: Engine, folder: Path, state: State, spec: Spec | None, terminal: Terminal, json: bool
 ) -> None:
     """Refine the chosen drafts that are not yet, and print where each is."""
-    from inkstream.engine.refine import origin
+    from inkstream.engine.drawing.refine import origin
 
     asked = {"model": state.refine_with, "strength": state.refine_strength}
     wish = Request.model_validate({name: value for name, value in asked.items() if value is not None})

@@ -19,7 +19,7 @@ from inkstream.cli.terminal import Terminal
 from inkstream.types import InputError, Request
 
 if TYPE_CHECKING:
-    from inkstream.engine.model import Model
+    from inkstream.engine.drawing.model import Model
     from inkstream.evaluate.report import Row
     from inkstream.evaluate.run import Job, Settings
 

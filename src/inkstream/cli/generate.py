@@ -21,10 +21,10 @@ from inkstream.cli.terminal import Terminal
 from inkstream.types import Done, Failed, InputError, Loading, Request, Step
 
 if TYPE_CHECKING:
-    from inkstream.engine.client import Client
+    from inkstream.clients.http import Client
     from inkstream.engine.engine import Engine
-    from inkstream.engine.memory import Placing
-    from inkstream.engine.parallel import Crew
+    from inkstream.engine.machine.memory import Placing
+    from inkstream.engine.machine.parallel import Crew
 
 SHORT = {
     "negative_prompt": "-n",
@@ -169,7 +169,7 @@ def understand(
     elif given.get("prompt") == "-":
         given["prompt"] = sys.stdin.read().strip()
     if source is not None:
-        from inkstream.engine.metadata import read_request
+        from inkstream.engine.pictures.metadata import read_request
 
         found = read_request(source)
         for name, value in found.ignored.items():
@@ -205,7 +205,7 @@ def find_place(
     name: what a picture is called in a folder, where it is not the prompt and the seed. InputError where nothing can be
     written, or where what was asked for is taken.
     """
-    from inkstream.engine.metadata import free_name, picture_format
+    from inkstream.engine.pictures.metadata import free_name, picture_format
 
     path = Path(output or ".")
     if path.is_dir() or str(output or "/").endswith(("/", "\\")) or not path.suffix:
@@ -238,7 +238,7 @@ def slug(prompt: str) -> str:
 
 def check(request: Request) -> None:
     """Refuse what can be seen to be wrong before anything big is fetched or read."""
-    from inkstream.engine.model import complete
+    from inkstream.engine.drawing.model import complete
     from inkstream.families import SPECS
 
     check_pictures(request)
@@ -248,7 +248,7 @@ def check(request: Request) -> None:
 
 def check_pictures(request: Request) -> None:
     """InputError where a picture that the request names is none."""
-    from inkstream.engine.inputs import open_header
+    from inkstream.engine.pictures.inputs import open_header
 
     for picture in (request.image, request.mask, *request.reference):
         if picture is not None:
@@ -257,7 +257,7 @@ def check_pictures(request: Request) -> None:
 
 def advise(engine: Engine | Client, request: Request) -> list[str]:
     """What has no effect, a line each. A server's comes with its events."""
-    from inkstream.engine.client import Client
+    from inkstream.clients.http import Client
 
     if isinstance(engine, Client):
         return []
@@ -281,9 +281,9 @@ def draw(
     extra: JSON kept in the picture beside its request. before, total: of more pictures than this request's, how many
     came earlier, and how many there are, for the progress that is shown.
     """
-    from inkstream.engine.many import about
-    from inkstream.engine.metadata import free_name, save_picture
-    from inkstream.engine.writing import wording
+    from inkstream.clients.many import about
+    from inkstream.engine.drawing.writing import wording
+    from inkstream.engine.pictures.metadata import free_name, save_picture
 
     written, known = "", None
     told = ""  # the prompt that was last shown: where a grammar writes, each picture has its own

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Group, Parameter
 
-from inkstream.engine.processes import count_processes
+from inkstream.engine.machine.processes import count_processes
 from inkstream.types import InputError
 
 if TYPE_CHECKING:
-    from inkstream.engine.client import Client
+    from inkstream.clients.http import Client
     from inkstream.engine.engine import Engine
-    from inkstream.engine.parallel import Crew
+    from inkstream.engine.machine.parallel import Crew
 
 RUN = Group("This run", sort_key=1)
 
@@ -60,7 +60,7 @@ class Machine:
 
     def check(self) -> None:
         """InputError where there is no such device, dtype or size."""
-        from inkstream.engine.loader import choose_device, choose_dtype
+        from inkstream.engine.machine.loader import choose_device, choose_dtype
 
         choose_dtype(self.dtype, choose_device(self.device))
         assert self.bytes is None or self.bytes
@@ -68,7 +68,7 @@ class Machine:
     @property
     def bytes(self) -> int | None:
         """The memory, as a number."""
-        from inkstream.engine.memory import read_size
+        from inkstream.engine.machine.memory import read_size
 
         return None if self.memory is None else read_size(self.memory)
 
@@ -103,7 +103,7 @@ class Anywhere(Machine):
             return self.engine(crew)
         if crew is not None:
             raise InputError(f"--server {self.server} draws there, not in {crew.count} processes here: leave one out")
-        from inkstream.engine.client import Client
+        from inkstream.clients.http import Client
 
         for name in self.given().keys() - {"server"}:
             option = "--" + name.replace("_", "-")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mcp.server import Server, ServerRequestContext
     from mcp.types import CallToolRequestParams, CallToolResult, ContentBlock
 
-    from inkstream.engine.client import Client
+    from inkstream.clients.http import Client
     from inkstream.engine.engine import Engine
 
 FROM_PICTURES = ("image", "mask", "strength", "reference")
@@ -132,7 +132,7 @@ def understand(tool: str, given: dict[str, Any], model: str | None) -> Request:
 
 def list_models(engine: Engine | Client) -> str:
     """The models as JSON, of the server or those known by name."""
-    from inkstream.engine.client import Client
+    from inkstream.clients.http import Client
 
     if isinstance(engine, Client):
         models = [{"name": one["id"], **one["inkstream"], **one["inkstream"]["defaults"]} for one in engine.models()]
@@ -148,8 +148,8 @@ def keep(engine: Engine | Client, done: Done, path: Path) -> list[ContentBlock]:
     """Write a picture, and say where it is and what it looks like."""
     from mcp.types import ImageContent
 
-    from inkstream.engine.many import about
-    from inkstream.engine.metadata import save_picture
+    from inkstream.clients.many import about
+    from inkstream.engine.pictures.metadata import save_picture
 
     spec, ran = about(engine, done.request.model)
     save_picture(done.image, path, done.request, spec, extra=ran)

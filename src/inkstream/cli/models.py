@@ -8,8 +8,8 @@ from typing import Any
 
 from inkstream.cli.doctor import advise, judge
 from inkstream.cli.lines import in_gigabytes
-from inkstream.engine.licences import in_words
-from inkstream.engine.options import options
+from inkstream.engine.drawing.options import options
+from inkstream.engine.files.licences import in_words
 from inkstream.families import SPECS
 
 TELLING = ("negative_prompt", "guidance", "cache", "image", "strength", "mask", "reference")
@@ -18,8 +18,8 @@ TELLING = ("negative_prompt", "guidance", "cache", "image", "strength", "mask", 
 
 def list_models() -> list[dict[str, Any]]:
     """What is known of each model, as JSON."""
-    from inkstream.engine.fit import fits, foreseen, here, measure_speed
-    from inkstream.engine.loader import choose_device, choose_dtype
+    from inkstream.engine.machine.fit import fits, foreseen, here, measure_speed
+    from inkstream.engine.machine.loader import choose_device, choose_dtype
     from inkstream.weights.hub import cached
 
     kind, budget = here()

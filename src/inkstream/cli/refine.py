@@ -18,7 +18,7 @@ from inkstream.cli.terminal import Terminal
 from inkstream.types import InputError, Request, Spec
 
 if TYPE_CHECKING:
-    from inkstream.engine.refine import Refinement
+    from inkstream.engine.drawing.refine import Refinement
 
 
 class Anew(Request, frozen=True):
@@ -75,7 +75,7 @@ def refine(
         wish = wish.model_copy(update={"prompt": read_json_prompt(json_prompt)})
     elif wish.prompt == "-":
         wish = wish.model_copy(update={"prompt": sys.stdin.read().strip()})
-    from inkstream.engine.refine import origin
+    from inkstream.engine.drawing.refine import origin
 
     with Terminal(quiet) as terminal:
         drafts = {picture: read_draft(picture, wish, terminal) for picture in pictures}
@@ -104,8 +104,8 @@ def refine(
 def find_spec(model: str, yes: bool, terminal: Terminal, commercial_only: bool | None) -> Spec:
     """What the model is, after downloading it if that is agreed to. InputError where it cannot be loaded."""
     agree_to_download(model, yes, terminal, commercial_only)
-    from inkstream.engine.licences import check_licence, is_commercial_only
-    from inkstream.engine.sources import locate
+    from inkstream.engine.files.licences import check_licence, is_commercial_only
+    from inkstream.engine.files.sources import locate
 
     spec = locate(model, terminal.show).spec
     if is_commercial_only(commercial_only):
@@ -115,8 +115,8 @@ def find_spec(model: str, yes: bool, terminal: Terminal, commercial_only: bool |
 
 def read_draft(picture: str, wish: Request, terminal: Terminal) -> Request:
     """What the picture was drawn by; nothing where it carries no request and the prompt is given instead."""
-    from inkstream.engine.inputs import open_header
-    from inkstream.engine.metadata import read_request
+    from inkstream.engine.pictures.inputs import open_header
+    from inkstream.engine.pictures.metadata import read_request
 
     open_header(picture)
     try:
@@ -134,8 +134,8 @@ def read_draft(picture: str, wish: Request, terminal: Terminal) -> Request:
 
 def plan(wish: Request, draft: Request, picture: str, spec: Spec, reference: bool, terminal: Terminal) -> Refinement:
     """How a picture is refined, checked before anything big is read, and said."""
-    from inkstream.engine.model import complete
-    from inkstream.engine.refine import refined
+    from inkstream.engine.drawing.model import complete
+    from inkstream.engine.drawing.refine import refined
 
     found = refined(wish, draft, picture, spec, "reference" if reference else None)
     check(found.request)

@@ -266,7 +266,7 @@ def agree(name: str, yes: bool) -> None:
     """InputError where a model would have to be downloaded and nobody agreed; the engine downloads it when it loads."""
     from inkstream.cli.lines import in_gigabytes
     from inkstream.families import SPECS
-    from inkstream.serve.models import is_here
+    from inkstream.serve.engines.models import is_here
 
     spec = SPECS.get(name.rpartition("=")[2])
     if spec is not None and not yes and not is_here(spec):

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from inkstream.engine.batch import Alone, Ask, Batch, Drawing, tokens_of
-from inkstream.engine.inputs import to_image
-from inkstream.engine.loader import Opened, open_model, read_model
-from inkstream.engine.memory import Placing, typical
-from inkstream.engine.model import Complete, Model, complete
-from inkstream.engine.options import options
-from inkstream.engine.placement import PLANS
-from inkstream.engine.writing import notes, writes_out, written_out
+from inkstream.engine.drawing.batch import Alone, Ask, Batch, Drawing, tokens_of
+from inkstream.engine.drawing.model import Complete, Model, complete
+from inkstream.engine.drawing.options import options
+from inkstream.engine.drawing.writing import notes, writes_out, written_out
+from inkstream.engine.machine.loader import Opened, open_model, read_model
+from inkstream.engine.machine.memory import Placing, typical
+from inkstream.engine.machine.placement import PLANS
+from inkstream.engine.pictures.inputs import to_image
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step, singles
 
 if TYPE_CHECKING:
-    from inkstream.engine.parallel import Crew
+    from inkstream.engine.machine.parallel import Crew
 
 
 class Engine:

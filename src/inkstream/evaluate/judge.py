@@ -10,8 +10,8 @@ from tempfile import TemporaryDirectory
 import torch
 from PIL import Image
 
-from inkstream.engine.inputs import to_image, to_pixels
-from inkstream.engine.model import Model
+from inkstream.engine.drawing.model import Model
+from inkstream.engine.pictures.inputs import to_image, to_pixels
 from inkstream.evaluate.grades import grade
 from inkstream.evaluate.measures import diversity, features, frechet_distance, held_out_loss, psnr
 from inkstream.evaluate.ocr import read

@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from inkstream.engine.inputs import to_pixels
-from inkstream.engine.model import Model
+from inkstream.engine.drawing.model import Model
+from inkstream.engine.pictures.inputs import to_pixels
 from inkstream.evaluate.run import pack
 from inkstream.flow import add_noise
 from inkstream.nn.forward import Sample

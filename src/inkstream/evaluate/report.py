@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from inkstream.bench.records import write_record
-from inkstream.engine.sheet import Mark, Tile, contact_sheet
+from inkstream.engine.pictures.sheet import Mark, Tile, contact_sheet
 from inkstream.evaluate.grades import Marks
 from inkstream.evaluate.ocr import Reading
 from inkstream.evaluate.run import open_picture

@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from inkstream.engine.inputs import to_image
-from inkstream.engine.metadata import save_picture
-from inkstream.engine.model import Complete, Model, Run, advance, complete
-from inkstream.engine.options import guided
+from inkstream.engine.drawing.model import Complete, Model, Run, advance, complete
+from inkstream.engine.drawing.options import guided
+from inkstream.engine.pictures.inputs import to_image
+from inkstream.engine.pictures.metadata import save_picture
 from inkstream.evaluate.suites import Case, digest
 from inkstream.types import InputError, Request, Spec, Step, singles
 

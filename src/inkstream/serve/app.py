@@ -21,16 +21,16 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inkstream import __version__
-from inkstream.serve import a1111, comfyui, gallery, native, openai, status, studio
+from inkstream.serve.api import a1111, comfyui, gallery, native, openai, status, studio
+from inkstream.serve.api.service import Service
+from inkstream.serve.engines.models import offer, read_aliases
+from inkstream.serve.engines.process import EngineProcess, MakeEngine
 from inkstream.serve.errors import MEANINGS, Refused, explain, explain_trouble
-from inkstream.serve.jobs import Jobs
 from inkstream.serve.keys import ANYONE, LINK, Caller, Keys, given_key, is_signed
 from inkstream.serve.limits import LOCAL_NAMES, Settings, check_address
 from inkstream.serve.metrics import Metrics
-from inkstream.serve.models import offer, read_aliases
-from inkstream.serve.process import EngineProcess, MakeEngine
-from inkstream.serve.service import Service
-from inkstream.serve.store import Store
+from inkstream.serve.queue.jobs import Jobs
+from inkstream.serve.queue.store import Store
 
 ROUTERS = (
     status.router,

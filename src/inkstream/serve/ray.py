@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from inkstream.serve.engines.worker import Worker, make_engine, memory, open_gate, read_pictures
 from inkstream.serve.limits import Settings
-from inkstream.serve.worker import Worker, make_engine, memory, open_gate, read_pictures
 from inkstream.types import InputError
 
 if TYPE_CHECKING:

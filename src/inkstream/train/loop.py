@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inkstream.engine.loader import choose_device
-from inkstream.engine.model import Model
+from inkstream.engine.drawing.model import Model
+from inkstream.engine.machine.loader import choose_device
 from inkstream.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from inkstream.train.metrics import Metrics
 from inkstream.train.models import DTYPES, Start, export, start

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from inkstream.engine.convert import TOKENIZER, tokenizer_class
-from inkstream.engine.loader import read, vocabulary_of
-from inkstream.engine.sources import CARD, Found, encoder_of, locate, locate_part, write_card
+from inkstream.engine.files.convert import TOKENIZER, tokenizer_class
+from inkstream.engine.files.sources import CARD, Found, encoder_of, locate, locate_part, write_card
+from inkstream.engine.machine.loader import read, vocabulary_of
 from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
 from inkstream.quant.packed import Packed, unpack
 from inkstream.train.optim import reads_time

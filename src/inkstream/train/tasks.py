@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from inkstream.engine.model import Model
+from inkstream.engine.drawing.model import Model
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.data import (
     Data,

@@ -1,0 +1,309 @@
+"""`Client.submit(Request) -> Iterator[Event]`: the one way in, over HTTP. Needs no torch on this side."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import secrets
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, suppress
+from http.client import HTTPException, HTTPResponse
+from typing import Any
+from urllib.parse import quote, urlsplit
+
+from PIL import Image
+
+from inkstream.engine.pictures.inputs import read_source
+from inkstream.engine.pictures.metadata import PICTURE_FIELDS
+from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
+
+SILENCE = 60.0
+"""Seconds without a word, after which a connection counts as lost; the server says every 15 that it is there."""
+PAUSE = 0.5
+"""Seconds before it is asked again, at first."""
+LOST = (OSError, HTTPException)
+"""What a connection that fails or breaks raises."""
+
+
+class Refusal(Exception):
+    """An answer of the server's that is no success."""
+
+    def __init__(self, status: int, message: str, wait: float = 0.0):
+        super().__init__(message)
+        self.status = status
+        self.wait = wait  # seconds after which the server wants to be asked again
+
+
+class Client:
+    """Draws requests on a server, as `Engine` does here.
+
+    url: of the server, as http://127.0.0.1:8400; key: one that it knows. patience: seconds that a server which has
+    answered once is waited for when it does not any more; a drawing outlives that, and is come back to. InputError
+    where the url is none.
+    """
+
+    def __init__(self, url: str, key: str | None = None, patience: float = 60.0):
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(f"{url} is no address of a server: write it as http://127.0.0.1:8400")
+        if parts.path.rstrip("/").endswith("/v1"):
+            raise InputError(f"{url} is the address that OpenAI's clients are given: leave /v1 out")
+        self.url = url.rstrip("/")
+        self.patience = patience
+        self._key = key
+        self._reached = False
+        self._opener = urllib.request.build_opener(_Direct)
+
+    def submit(self, request: Request) -> Iterator[Event]:
+        """The events of one request; Done comes once for each picture. Closing the iterator cancels at the next step.
+
+        Nothing is raised for a request that cannot be drawn, or a server that cannot be reached: the last event is
+        Failed. What the server remarks on the request comes as the note of a Loading.
+        """
+        try:
+            job = self._accepted(request)
+        except InputError as error:
+            yield Failed(str(error), "input")
+            return
+        yield Queued(request, job["position"] or 0)
+        ended = False
+        try:
+            with closing(self._follow(job["id"], request)) as events:
+                yield from events
+            ended = True
+        except InputError as error:
+            yield Failed(str(error), "input")
+        finally:
+            if not ended:
+                with suppress(InputError, *LOST, Refusal):
+                    self._once("DELETE", f"/v1/jobs/{job['id']}")
+
+    def generate(self, request: Request) -> Result:
+        """All pictures of a request. InputError if it cannot be drawn."""
+        return Result.of(self.submit(request))
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models that the server offers, as /v1/models has them; the first is the default. InputError if lost."""
+        return self._object("data", "GET", "/v1/models")["data"]
+
+    def spec(self, name: str) -> Spec:
+        """What a model of the server is, without the sizes of its parts. InputError where it offers no such model."""
+        model = self._object("inkstream", "GET", f"/v1/models/{quote(name, safe='')}")
+        facts, defaults = model["inkstream"], model["inkstream"]["defaults"]
+        own = ("steps", "guidance", "solver", "schedule", "strength")
+        return Spec(
+            name=model["id"],
+            family="",
+            transformer=None,
+            text_encoder=None,
+            vae=None,
+            shift=defaults.get("shift") or 1.0,
+            size=tuple(facts["size"]),
+            multiple=facts["multiple"],
+            abilities=frozenset(facts["abilities"]),
+            licence=facts["licence"],
+            commercial=facts["commercial"],
+            title=facts["title"],
+            **{field: defaults[field] for field in own},
+        )
+
+    # Inside: a job --------------------------------------------------------------------------------------------------
+
+    def _accepted(self, request: Request) -> dict[str, Any]:
+        """The job that the server made of it. Asked again under one idempotency key, it makes no second one."""
+        fields = request.model_dump(mode="json", exclude_unset=True)
+        for name in PICTURE_FIELDS:
+            given = getattr(request, name)
+            if isinstance(given, str):
+                fields[name] = self._upload(given)
+            elif given:
+                fields[name] = [self._upload(one) for one in given]
+        return self._object("position", "POST", "/v1/jobs", fields, {"Idempotency-Key": secrets.token_hex(16)})
+
+    def _upload(self, source: str) -> str:
+        """A picture of this machine, as the server's requests name it."""
+        if source.startswith("upload:"):
+            return source
+        return "upload:" + self._object("id", "POST", "/v1/uploads", read_source(source))["id"]
+
+    def _follow(self, job: str, request: Request) -> Generator[Event, None, None]:
+        """A job's events, through however many connections, to its end; each picture once."""
+        seen: set[int] = set()
+        told, last = False, ""
+        for name, identity, data in self._happenings(job):
+            last = identity or last
+            if name in ("step", "picture") and not told:
+                told = True
+                for line in self._ask("GET", f"/v1/jobs/{job}")["remarks"]:
+                    yield Loading("model", note=line)
+            if name == "queued":
+                yield Queued(request, data["position"])
+            elif name == "lost":
+                note = f"the server at {self.url} does not answer: waiting {self.patience:g} s for it to be there again"
+                yield Loading("server", note=note)
+            elif name == "loading":
+                yield Loading(data["what"], data["done"], data["total"])
+            elif name == "step":
+                yield _step(data)
+            elif name == "picture" and data["index"] not in seen:
+                seen.add(data["index"])
+                image = self._picture(data["url"])
+                yield Done(image, _drawn(data, request), data["index"], request.count, data["seconds"])
+            elif name == "failed":
+                error = data["error"]
+                yield Failed(error["message"], "input" if error["type"] == "invalid_request_error" else "internal")
+            elif name == "cancelled":
+                yield Failed("the job was cancelled on the server: submit it again", "input")
+
+    def _happenings(self, job: str) -> Generator[tuple[str, str, dict[str, Any]], None, None]:
+        """Name, id and data of what happens to a job, to its end; a connection that breaks is made again.
+
+        `lost` happens where that does not succeed at once.
+        """
+        last, lost, said = "", 0.0, False
+        while True:
+            reason = "it ends its answers too early"
+            seen = {"Last-Event-ID": last} if last else {}
+            try:
+                with self._open("GET", f"/v1/jobs/{job}/events", None, seen) as answer:
+                    for name, identity, data in read_events(answer):
+                        last, lost, said = identity, 0.0, False
+                        yield name, identity, data
+                        if name in ("succeeded", "failed", "cancelled"):
+                            return
+            except Refusal as refusal:
+                if refusal.status < 500:
+                    raise InputError(str(refusal)) from None
+                reason = str(refusal)
+            except LOST as error:
+                reason = _reason(error)
+            if not lost:
+                lost = time.monotonic()
+            elif time.monotonic() - lost > self.patience:
+                raise self._gone(reason)
+            elif not said:
+                said = True
+                yield "lost", "", {}
+            time.sleep(PAUSE)
+
+    def _picture(self, url: str) -> Image.Image:
+        """A finished picture, as RGB."""
+        image = Image.open(io.BytesIO(self._ask("GET", url))).convert("RGB")
+        image.info = {}
+        return image
+
+    # Inside: HTTP ---------------------------------------------------------------------------------------------------
+
+    def _object(
+        self, name: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
+    ) -> dict[str, Any]:
+        """The JSON object that answers. InputError, too, where it lacks `name`: it is another program's."""
+        answer = self._ask(method, path, body, headers)
+        if not isinstance(answer, dict) or name not in answer:
+            raise InputError(f"what answers at {self.url} is no inkstream server: check its address")
+        return answer
+
+    def _ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
+        """The answer: what JSON says, else bytes. Asked again while the server does not answer, or is full, as long as
+        patience.
+
+        InputError where it refuses, or is not there.
+        """
+        began, pause = time.monotonic(), PAUSE
+        while True:
+            try:
+                return self._once(method, path, body, headers)
+            except Refusal as refusal:
+                if refusal.status not in (429, 503) or time.monotonic() - began + refusal.wait > self.patience:
+                    raise InputError(str(refusal)) from None
+                pause = max(pause, refusal.wait)
+            except LOST as error:
+                if not self._reached or time.monotonic() - began > self.patience:
+                    raise self._gone(_reason(error)) from None
+            time.sleep(pause)
+            pause = min(2 * pause, 5.0)
+
+    def _once(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
+        with self._open(method, path, body, headers or {}) as answer:
+            data = answer.read()
+            return _read(data) if answer.headers.get_content_type() == "application/json" else data
+
+    def _open(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> HTTPResponse:
+        """An answer to be read and closed. Refusal where it is no success."""
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
+        known = {"Authorization": f"Bearer {self._key}"} if self._key else {}
+        asked = urllib.request.Request(self.url + path, data, {"Content-Type": kind, **known, **headers}, method=method)
+        try:
+            answer = self._opener.open(asked, timeout=SILENCE)
+        except urllib.error.HTTPError as refused:
+            self._reached = True
+            with refused:
+                if refused.code == 401 and not self._key:
+                    needs = "set INKSTREAM_API_KEY, or give Client(url, key)"
+                    raise Refusal(401, f"the server at {self.url} asks for a key: {needs}") from None
+                raise _refusal(refused) from None
+        self._reached = True
+        return answer
+
+    def _gone(self, reason: str) -> InputError:
+        return InputError(f"the server at {self.url} does not answer ({reason}): start it, or give another address")
+
+
+class _Direct(urllib.request.HTTPRedirectHandler):
+    """Goes where it was sent and nowhere else: a key must not be carried on to another host."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
+        return None
+
+
+def read_events(lines: Iterator[bytes] | HTTPResponse) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Server-sent events as they come: name, id, data."""
+    event: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.decode().rstrip("\r\n").partition(": ")
+        if name:
+            event[name] = value
+            continue
+        if "data" in event:
+            yield event.get("event", ""), event.get("id", ""), json.loads(event["data"])
+        event = {}
+
+
+def _read(data: bytes) -> Any:
+    """What JSON says; nothing where it is none."""
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
+def _refusal(answer: urllib.error.HTTPError) -> Refusal:
+    """What the server says of why, or what can be said where it is no server of ours."""
+    try:
+        error = json.loads(answer.read())["error"]
+        return Refusal(answer.code, str(error["message"]), float(answer.headers.get("Retry-After") or 0))
+    except (ValueError, LookupError, TypeError, *LOST):
+        return Refusal(answer.code, f"the server answered {answer.code} {answer.reason}: check its address")
+
+
+def _reason(error: BaseException) -> str:
+    """Why a connection failed, as one line."""
+    return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+
+
+def _step(data: Mapping[str, Any]) -> Step:
+    preview = None
+    if data["preview"] is not None:
+        preview = Image.open(io.BytesIO(base64.b64decode(data["preview"].partition(",")[2])))
+    return Step(data["step"], data["steps"], data["picture"], data["of"], data["t"], data["seconds"], preview)
+
+
+def _drawn(data: Mapping[str, Any], request: Request) -> Request:
+    """The complete request of a picture, its pictures named as they were here."""
+    given = {name: getattr(request, name) for name in PICTURE_FIELDS}
+    return Request.model_validate({**data["request"], **given})

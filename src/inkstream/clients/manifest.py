@@ -1,0 +1,157 @@
+"""A folder that many requests are drawn into, and its manifest: which pictures are there, whole, and of what.
+
+A picture is written to its name whole, then its line is added. So whatever stops the process, a line's picture is
+there; and a picture without a line is drawn again under the same name, which its request decides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from inkstream.disk import take
+from inkstream.engine.pictures.inputs import read_source
+from inkstream.engine.pictures.metadata import PICTURE_FIELDS
+from inkstream.types import InputError, Request
+
+NAME = "manifest.jsonl"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One picture to be drawn: the `index`th of a row. The request draws it alone and has its seed."""
+
+    row: int
+    index: int
+    request: Request
+    digest: str  # of the request
+    file: str  # its name in the folder
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.row, self.index
+
+
+class Manifest:
+    """The pictures of one folder, and a line of JSON about each. Open until `close`.
+
+    InputError where the folder cannot be written to, or another process draws into it.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.path = folder / NAME
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            refusal = f"{folder} is being drawn into by another run: wait for its end, or give another --out"
+            self._lock = take(folder / ".lock", refusal)
+            for part in folder.glob(".*.part"):  # of a process that was killed
+                part.unlink()
+            self._lines = {(line["row"], line["index"]): line for line in self._read()}
+        self._log = None
+
+    def close(self) -> None:
+        if self._log is not None:
+            self._log.close()
+        self._lock.close()
+
+    def missing(self, wanted: Sequence[Wanted]) -> list[Wanted]:
+        """Those whose picture is not there, not whole, or of another request than is wanted now.
+
+        Their lines are taken out of the manifest; those of rows that nobody asks for now stay.
+        """
+        found = [one for one in wanted if not self._holds(one)]
+        for one in found:
+            self._lines.pop(one.key, None)
+        lines = sorted(self._lines.values(), key=lambda line: (line["row"], line["index"]))
+        with self._writing():
+            self._write(NAME, b"".join(map(_encode, lines)))
+            self._log = self.path.open("ab", buffering=0)
+        return found
+
+    def changed(self, one: Wanted) -> bool:
+        """Whether another picture was drawn of that row. To be asked before `missing`."""
+        line = self._lines.get(one.key)
+        return line is not None and "file" in line and line["digest"] != one.digest
+
+    def add(self, one: Wanted, data: bytes, seconds: float) -> Path:
+        """A picture that is done. Once this returns, it outlives the process and the machine."""
+        sha256 = hashlib.sha256(data).hexdigest()
+        with self._writing():
+            path = self._write(one.file, data)
+        self._append(one, {"file": one.file, "seed": one.request.seed, "sha256": sha256, "seconds": round(seconds, 3)})
+        return path
+
+    def fail(self, one: Wanted, error: str) -> None:
+        """A picture that could not be drawn."""
+        self._append(one, {"error": error})
+
+    def _holds(self, one: Wanted) -> bool:
+        line = self._lines.get(one.key)
+        if line is None or "file" not in line or line["digest"] != one.digest:
+            return False
+        with suppress(OSError):
+            return hashlib.sha256((self.folder / line["file"]).read_bytes()).hexdigest() == line["sha256"]
+        return False
+
+    def _append(self, one: Wanted, facts: dict[str, Any]) -> None:
+        assert self._log is not None, "ask what is missing first"
+        with self._writing():
+            self._log.write(_encode({"row": one.row, "index": one.index, "digest": one.digest, **facts}))
+            os.fsync(self._log.fileno())
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """InputError where the folder takes nothing, or nothing more."""
+        try:
+            yield
+        except OSError as error:
+            in_the_way = isinstance(error, FileExistsError | NotADirectoryError)
+            reason = "a file is in the way" if in_the_way else error.strerror
+            raise InputError(
+                f"{self.folder} cannot be written to ({reason}): make room, or give another --out"
+            ) from None
+
+    def _write(self, name: str, data: bytes) -> Path:
+        """The file with these bytes, whole at every moment: as it was, or as it is."""
+        path = self.folder / name
+        part = path.with_name(f".{name}.part")
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        return path
+
+    def _read(self) -> Iterator[dict[str, Any]]:
+        """Lines that are whole; the last one is not, where the process was killed over it."""
+        with suppress(FileNotFoundError):
+            for text in self.path.read_bytes().splitlines():
+                with suppress(ValueError):
+                    line = json.loads(text)
+                    if isinstance(line, dict) and {"row", "index", "digest"} <= line.keys():
+                        yield line
+
+
+def digest(request: Request) -> str:
+    """A hash by which two requests of the same picture are known: of what is asked, and of the pictures it names."""
+    fields = request.model_dump(mode="json", exclude_defaults=True)
+    for name in PICTURE_FIELDS:
+        if name in fields:
+            given = fields[name]
+            fields[name] = [_digest_of(source) for source in ([given] if isinstance(given, str) else given)]
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _digest_of(source: str) -> str:
+    return hashlib.sha256(read_source(source)).hexdigest()
+
+
+def _encode(line: dict[str, Any]) -> bytes:
+    return json.dumps(line, ensure_ascii=False).encode() + b"\n"

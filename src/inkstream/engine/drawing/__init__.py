@@ -1,0 +1,1 @@
+"""From a Request to pictures: options, prompt writing, the one sampling loop, and shared forwards."""

@@ -1,0 +1,190 @@
+"""`convert`: a model in any layout that is read becomes a folder in the one asked for, packed if one likes. State dicts
+only, no modules."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from inkstream.engine.files.quantise import QUANTS, Quant, in_safetensors, plan, weights
+from inkstream.engine.files.sources import CARD, Found, Progress, Source, locate, write_card
+from inkstream.families import Part
+from inkstream.quant import QuantName
+from inkstream.quant.packed import Weight
+from inkstream.types import InputError, Loading
+from inkstream.weights.files import whole_file, write_state, write_stream
+from inkstream.weights.gguf import FILE_TYPES, write_gguf
+from inkstream.weights.keymap import Rule
+
+Layout = Literal["diffusers", "native"]
+
+SHARD_BYTES = 5_000_000_000
+"""Files of a diffusers folder are cut at this size."""
+
+TOKENIZER = (
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "chat_template.jinja", "spiece.model",
+)  # fmt: skip
+
+
+def convert(
+    src: Path | str,
+    dst: Path | str,
+    to: Layout | None = None,
+    progress: Progress | None = None,
+    quant: QuantName | None = None,
+) -> Path:
+    """Write the model `src` (anything `load` takes) as the folder `dst`, which `load` takes too.
+
+    to "diffusers", the default: the published folder, which diffusers' pipeline loads as well. to "native", the
+    default with `quant`: the transformer as one file beside folders of the other parts. quant: pack the weights of
+    transformer and text encoders so; without it all stay as they are. Names with a q are written as GGUF files.
+    The folder appears when it is whole; InputError where it is there already, the disk has no room, and as `load`.
+    """
+    to = to or ("native" if quant else "diffusers")
+    if to not in get_args(Layout):
+        raise InputError(f"layout {to} is not known: take {' or '.join(get_args(Layout))}")
+    if quant is not None and quant not in QUANTS:
+        raise InputError(f"quant {quant} is not known: take {', '.join(QUANTS)}")
+    if quant is not None and QUANTS[quant].gguf and to == "diffusers":
+        raise InputError(f"{quant} is written as GGUF, which diffusers folders do not hold: leave out --to diffusers")
+    dst = Path(dst).expanduser().absolute()
+    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+        raise InputError(f"{dst} is there already: take another name, or remove it first")
+    tell = progress or (lambda event: None)
+    source = locate(src, tell)
+    writes = [_plan_part(source, part, to, quant) for part in source.parts]
+    needed = sum(weight.nbytes for write in writes for weight in write.plan.values())
+    _check_space(dst, needed)
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    temporary = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        _write(source, temporary, to, writes, tell, needed)
+        if dst.exists():
+            dst.rmdir()
+        os.replace(temporary, dst)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return dst
+
+
+@dataclass(frozen=True)
+class _Write:
+    """How a part is to be written."""
+
+    name: str
+    part: Part
+    found: Found
+    rules: Sequence[Rule]  # from our names into the layout
+    quant: Quant | None
+    plan: Mapping[str, Weight]  # on meta
+
+
+def _plan_part(source: Source, name: str, to: Layout, quant: QuantName | None) -> _Write:
+    part, found = source.family.parts[name], source.parts[name]
+    wanted = QUANTS[quant] if quant is not None and part.packs else None
+    rules = part.layouts.get(to, ())
+    if wanted is not None and wanted.gguf:
+        if part.gguf:
+            rules = part.layouts.get("gguf", rules)
+        else:
+            wanted = in_safetensors(wanted)
+    return _Write(name, part, found, rules, wanted, plan(found, part, wanted, rules))
+
+
+def _write(source: Source, folder: Path, to: Layout, writes: Sequence[_Write], tell: Progress, total: int) -> None:
+    """Everything of the new folder, weights last."""
+    made = {**source.family.documents(source.spec), CARD: write_card(source.spec)}
+    documents = {name: {**content, **_kept(source, name)} for name, content in made.items()}
+    for name, place in source.tokenizers.items():
+        config = place / "tokenizer_config.json"
+        documents["model_index.json"] |= tokenizer_class(name, config.read_bytes() if config.is_file() else b"{}")
+    alone = to == "native"
+    for name, content in documents.items():
+        if not (alone and name in ("model_index.json", "transformer/config.json")):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+    for tokenizer, place in source.tokenizers.items():
+        (folder / tokenizer).mkdir()
+        for name in TOKENIZER:
+            if (place / name).is_file():
+                shutil.copyfile(place / name, folder / tokenizer / name)
+
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        tell(Loading(f"writing {part}", done, total))
+
+    for write in writes:
+        part = write.name
+        if alone and part == "transformer":
+            stem = folder / source.spec.name.rpartition("/")[2]
+            config = documents["transformer/config.json"]
+        else:
+            library = documents["model_index.json"][part][0]
+            stem = folder / part / ("model" if library == "transformers" else "diffusion_pytorch_model")
+            config = None
+        _write_part(write, stem, _header(source, write, config), count)
+
+
+def _header(source: Source, write: _Write, config: Mapping[str, Any] | None) -> dict[str, str]:
+    """What a file says of itself: its origin and licence, and where it stands alone its config."""
+    said = {"licence": source.spec.licence, "origin": source.spec.name}
+    if config is not None:
+        return {**said, **write.found.metadata, "config": json.dumps(config)}
+    return said if write.quant else {}
+
+
+def _write_part(write: _Write, stem: Path, header: Mapping[str, str], count: Callable[[int], None]) -> None:
+    incoming = weights(write.found, write.part, write.quant, write.rules)
+    if write.quant is None:
+        write_state(stem.with_name(f"{stem.name}.safetensors"), dict(incoming), header, SHARD_BYTES, count)
+    elif not write.quant.gguf:
+        write_stream(stem.with_name(f"{stem.name}.safetensors"), write.plan, incoming, header, count)
+    else:
+        form = write.quant.formats[0]
+        values: dict[str, str | int] = {
+            "general.architecture": write.part.gguf,
+            "general.name": header["origin"],
+            "general.license": header["licence"],
+            "general.quantization_version": 2,
+            "general.file_type": FILE_TYPES[form],
+            **{key: value for key, value in header.items() if key in ("licence", "origin", "config")},
+        }
+        with whole_file(stem.with_name(f"{stem.name}-{form.upper()}.gguf")) as temporary:
+            write_gguf(temporary, write.plan, incoming, values, count)
+
+
+def tokenizer_class(tokenizer: str, config: bytes) -> dict[str, list[str]]:
+    """What model_index.json must say of a tokenizer, from its own tokenizer_config.json: by which class it is read.
+
+    transformers' Qwen2Tokenizer splits words its own way, whatever tokenizer.json says.
+    """
+    try:
+        name = json.loads(config).get("tokenizer_class")
+    except (ValueError, AttributeError):
+        name = None
+    return {tokenizer: ["transformers", name]} if isinstance(name, str) else {}
+
+
+def _kept(source: Source, name: str) -> Mapping[str, Any]:
+    """What the source's own document says, but for the classes, which name the layout that is written."""
+    return {k: v for k, v in source.documents.get(name, {}).items() if k not in ("_class_name", "architectures")}
+
+
+def _check_space(dst: Path, needed: int) -> None:
+    folder = dst.parent
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(f"{dst} takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room")

@@ -1,0 +1,213 @@
+"""`load`: a model's name or path becomes a Model, its weights mapped from disk and moved tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.engine.drawing.model import Model
+from inkstream.engine.files.licences import is_commercial_only
+from inkstream.engine.files.sources import PREFIXES, Found, Progress, Source, encoder_of, locate, locate_writer
+from inkstream.engine.machine.install import Placement, install
+from inkstream.engine.machine.placement import Place, Sharing, place_of
+from inkstream.families import Writer
+from inkstream.nn.offload import advise, is_mapped, mapped_ranges
+from inkstream.quant.packed import Weight, unpack
+from inkstream.types import InputError, Loading
+from inkstream.weights.files import read_state, strip_prefix
+from inkstream.weights.keymap import translate
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+def load(
+    name: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: Progress | None = None,
+    commercial_only: bool | None = None,
+    plan: str = "resident",
+    compiled: bool = False,
+) -> Model:
+    """A model ready to draw.
+
+    name: of a known model, OWNER/NAME on the hub, or a path (see `sources.locate`). device, dtype: None takes the best
+    there is. Weights of that dtype stay views of the files on disk. commercial_only: refuse a licence that does not
+    allow commercial use; None follows the setting. plan: where the parts are while others work, a key of
+    `placement.PLANS`. compiled: compile the transformer's blocks when it first draws. InputError, before anything big
+    is read, where a part is missing or does not fit.
+    """
+    return read_model(open_model(name, device, dtype, progress, commercial_only), plan, progress, compiled)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model whose files are found and checked; nothing of its weights is read."""
+
+    source: Source
+    tokenizers: Mapping[str, Any]
+    device: torch.device
+    dtype: torch.dtype
+    numbers: Mapping[str, int]  # part -> how many its weights are
+    crew: Sharing | None = None  # who computes its transformer, if this process is not alone
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each part computes in."""
+        return {part: dtype_of(part, self.dtype, self.device) for part in self.source.parts}
+
+
+def open_model(
+    name: Path | str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    progress: Progress | None = None,
+    commercial_only: bool | None = None,
+) -> Opened:
+    """The first half of `load`."""
+    device = choose_device(device)
+    dtype = choose_dtype(dtype, device)
+    source = locate(name, progress, is_commercial_only(commercial_only))
+    tokenizers = {name: source.family.tokenizers[name](folder) for name, folder in source.tokenizers.items()}
+    check_vocabulary(source, tokenizers)
+    numbers = {part: sum(p.numel() for p in found.module.parameters()) for part, found in source.parts.items()}
+    return Opened(source, tokenizers, device, dtype, numbers)
+
+
+def read_model(opened: Opened, plan: str, progress: Progress | None = None, compiled: bool = False) -> Model:
+    """The second half of `load`. What was opened can be read once."""
+    tell = progress or (lambda event: None)
+    source, device = opened.source, opened.device
+    modules = {
+        part: read(
+            found,
+            device,
+            opened.dtypes[part],
+            partial(_tell, tell, part),
+            place=place_of(plan, part),
+            part=part,
+            crew=opened.crew,
+            compiled=compiled,
+        )
+        for part, found in source.parts.items()
+    }
+
+    def read_writer() -> Writer:
+        writer: Any = read(locate_writer(source), device, opened.dtype, lambda done, total: None)
+        writer.attach(modules["text_encoder"], opened.tokenizers["tokenizer"])
+        return writer
+
+    return Model(source.family(source.spec, modules, opened.tokenizers), device, opened.dtype, plan, read_writer)
+
+
+def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:
+    """InputError where a tokenizer has more tokens than its text encoder knows."""
+    for name, tokenizer in tokenizers.items():
+        used, known = vocabulary_of(tokenizer), getattr(source.spec, encoder_of(name)).vocab_size
+        if used > known:
+            place = source.tokenizers[name]
+            raise InputError(f"the tokenizer {place} has {used} tokens, the text encoder knows {known}")
+
+
+def vocabulary_of(tokenizer: Any) -> int:
+    """How many tokens it has; one of the tokenizers package, or of transformers."""
+    return tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else len(tokenizer)
+
+
+def read(
+    found: Found,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None],
+    packed: bool = True,
+    place: Place = "resident",
+    part: str = "",
+    crew: Sharing | None = None,
+    compiled: bool | None = None,
+) -> nn.Module:
+    """The part's module with its weights; progress is told the bytes done and in all.
+
+    packed: weights that are packed in the file stay so where a layer can hold them; otherwise they are unpacked. The
+    rest is as in `install`.
+    """
+    placement = Placement(device, dtype, place, found.rules)
+    return install(part, found.module, weights_of(found, dtype, packed), placement, crew, compiled, progress)
+
+
+@contextmanager
+def weights_of(found: Found, dtype: torch.dtype, packed: bool) -> Iterator[Mapping[str, Weight]]:
+    """A part's weights in our names, views of its files where they are there as they are to be."""
+    wanted = found.module.state_dict().keys()
+    raw = strip_prefix(read_state(found.path), PREFIXES)
+    state = {key: weight for key, weight in translate(found.rules, raw).items() if key in wanted}
+    if not packed:
+        state = {key: weight if isinstance(weight, Tensor) else unpack(weight, dtype) for key, weight in state.items()}
+    yield state
+    let_go(raw)
+
+
+def let_go(state: Mapping[str, Weight]) -> None:
+    """Pages of mapped files that were only copied from leave memory; they come back when they are read."""
+    ranges = mapped_ranges()
+    for weight in state.values():
+        for tensor in (weight,) if isinstance(weight, Tensor) else (weight.data, *weight.scales):
+            if is_mapped(tensor, ranges):
+                advise(tensor, "MADV_DONTNEED")
+
+
+def choose_device(name: torch.device | str | None = None) -> torch.device:
+    """The device asked for, or the best there is. InputError where it is not there."""
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name is None:
+        return torch.device("cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device {name} is not known: take cpu, cuda, cuda:N or mps") from None
+    there = {"cpu": True, "cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps}
+    if not there.get(device.type, False):
+        best = choose_device()
+        raise InputError(f"device {name} is not there or not supported by this build of torch: take {best}")
+    return device
+
+
+def choose_dtype(name: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    """The dtype asked for, or the device's own: bfloat16 where it is computed in hardware, else float32.
+
+    Not float16: activations of Z-Image leave its range.
+    """
+    if name is None:
+        if device.type == "cuda":
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            fast = device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
+        return torch.bfloat16 if fast else torch.float32
+    dtype = DTYPES.get(name) if isinstance(name, str) else name
+    if dtype not in DTYPES.values():
+        raise InputError(f"dtype {name} is not supported: take {', '.join(DTYPES)}")
+    return dtype  # type: ignore[return-value]
+
+
+def dtype_of(part: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """A part's own dtype: the autoencoder overflows in float16, and on the CPU gains nothing from less than float32."""
+    if part == "vae" and (device.type == "cpu" or dtype == torch.float16):
+        return torch.float32
+    return dtype
+
+
+def _tell(progress: Progress, what: str, done: int, total: int) -> None:
+    progress(Loading(what, done, total))

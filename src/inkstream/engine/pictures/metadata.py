@@ -1,0 +1,407 @@
+"""Pictures out: each carries the Request that draws it and the mark that a model made it. And both, read back."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+from xml.etree import ElementTree
+from xml.sax.saxutils import escape
+
+from PIL import Image, PngImagePlugin
+from pydantic import ValidationError
+
+from inkstream import __version__
+from inkstream.engine.pictures import foreign
+from inkstream.engine.pictures.comfyui import read_comfyui
+from inkstream.engine.pictures.inputs import decoding, open_header, read_source, short_name
+from inkstream.types import InputError, Request, Spec
+
+SOFTWARE = f"inkstream {__version__}"
+VERSION = 1
+"""Of our JSON. A reader takes what it knows from a newer one, and says what it left."""
+SUFFIXES = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
+PICTURE_FIELDS = ("image", "mask", "reference")
+MAX_TEXT = 4 * 1024 * 1024
+"""Characters of metadata that are looked at."""
+JPEG_ROOM = 65_000
+"""Bytes of one block of metadata in a JPEG."""
+PNG_EFFORT = 4
+"""zlib's level. The usual 6 takes up to ten times as long for files that are a few percent smaller, if at all."""
+MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+
+Amount = Literal["full", "minimal", "none"]
+Source = Literal["inkstream", "a1111", "comfyui", "swarmui", "invokeai", "mflux", "fooocus"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a picture's metadata asks for. Untrusted: PICTURE_FIELDS of `request` may name any file of this machine."""
+
+    request: Request  # only the fields in request.model_fields_set were found
+    source: Source  # whose format it was in
+    ignored: dict[str, Any] = field(default_factory=dict)  # what could not be taken over, by the name it had there
+    raw: str = ""
+
+
+# Writing ------------------------------------------------------------------------------------------------------------
+
+
+def save_picture(
+    image: Image.Image,
+    target: str | Path | BinaryIO,
+    request: Request,
+    spec: Spec | None = None,
+    *,
+    format: str | None = None,
+    quality: int = 95,
+    lossless: bool = False,
+    metadata: Amount = "full",
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write a picture with the complete Request that draws it, whole or not at all.
+
+    target: a path, which must be free, or a binary stream; format: png, webp or jpeg, else what the path ends with,
+    for a stream png. lossless: for WebP. metadata: `full` is the Request, its A1111 text and the mark that a model made
+    it; `minimal` only that mark; `none` nothing. extra: JSON kept beside the Request. InputError where it cannot go.
+    """
+    path = Path(target) if isinstance(target, str | Path) else None
+    kind = picture_format(format if format else path if path else "png")
+    data = encode_picture(image, kind, request, spec, quality, lossless, metadata, extra)
+    if isinstance(target, str | Path):
+        _write_new(Path(target), data)
+    else:
+        target.write(data)
+
+
+def picture_format(name: str | Path) -> str:
+    """PNG, WEBP or JPEG, for a format's name or a path's ending. InputError for any other."""
+    suffix = (name.suffix if isinstance(name, Path) else Path(name).suffix or f".{name}").lower()
+    if suffix not in SUFFIXES:
+        raise InputError(f"{short_name(str(name))} is no format to save in: let it end in .png, .webp or .jpg")
+    return SUFFIXES[suffix]
+
+
+def free_name(folder: str | Path, stem: str, suffix: str) -> Path:
+    """The first path in the folder that is not taken, of stem.png, stem-2.png, stem-3.png and so on."""
+    path, number = Path(folder) / f"{stem}{suffix}", 1
+    while path.exists() or path.is_symlink():
+        number += 1
+        path = path.with_name(f"{stem}-{number}{suffix}")
+    return path
+
+
+def encode_picture(
+    image: Image.Image,
+    kind: str,
+    request: Request,
+    spec: Spec | None = None,
+    quality: int = 95,
+    lossless: bool = False,
+    metadata: Amount = "full",
+    extra: Mapping[str, Any] | None = None,
+) -> bytes:
+    """The file's bytes; arguments as in `save_picture`, kind as in `picture_format`."""
+    if not 1 <= quality <= 100:
+        raise InputError(f"quality {quality} is not between 1 and 100: take 95")
+    record = _record(request, spec, extra) if metadata == "full" else None
+    parameters = foreign.write_a1111(request, SOFTWARE) if metadata == "full" else None
+    buffer = io.BytesIO()
+    image = image.copy()
+    image.info = {}  # or Pillow would write on what came with it
+    if kind == "PNG":
+        chunks = PngImagePlugin.PngInfo()
+        if parameters is not None and record is not None:
+            chunks.add_text("parameters", parameters)  # tEXt where Latin-1 holds it, else iTXt
+            chunks.add_text("inkstream", record)
+        if metadata != "none":
+            chunks.add_itxt("XML:com.adobe.xmp", _xmp(None))
+        image.save(buffer, "PNG", pnginfo=chunks, compress_level=PNG_EFFORT)
+        return buffer.getvalue()
+    xmp = _xmp(record).encode() if metadata != "none" else b""
+    exif = _exif(parameters) if parameters is not None else b""
+    if kind == "JPEG":
+        if (size := max(len(xmp), len(exif))) > JPEG_ROOM:
+            raise InputError(
+                f"this request takes {size} bytes of metadata and a JPEG holds {JPEG_ROOM}: save as .png or .webp"
+            )
+        image.save(buffer, "JPEG", quality=quality, subsampling=0, exif=exif, xmp=xmp)
+    else:
+        image.save(buffer, "WEBP", quality=quality, lossless=lossless, exif=exif, xmp=xmp)
+    return buffer.getvalue()
+
+
+def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None) -> str:
+    """Our JSON, in ASCII. Of a picture that was given as data only the digest is kept."""
+    fields = request.model_dump(mode="json", exclude_none=True)
+    left_out = {}
+    for name in PICTURE_FIELDS:
+        given = fields.get(name) or []
+        pictures = [given] if isinstance(given, str) else given
+        if any(picture.startswith("data:") for picture in pictures):
+            kept = [hashlib.sha256(read_source(p)).hexdigest() if p.startswith("data:") else p for p in pictures]
+            left_out[name] = f"was given as data, of which only the sha256 {', '.join(kept)} is kept"
+            del fields[name]
+    record: dict[str, Any] = {"version": VERSION, "software": SOFTWARE, "request": fields}
+    if spec is not None:
+        record |= {"model": spec.title or spec.name, "licence": spec.licence, "commercial": spec.commercial}
+    if left_out:
+        record["left_out"] = left_out
+    if extra:
+        record["extra"] = dict(extra)
+    return json.dumps(record)
+
+
+_NAMESPACES = {
+    "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
+    "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
+    "xmp": "http://ns.adobe.com/xap/1.0/",
+    "inkstream": "urn:inkstream:xmp:1/",
+}
+
+
+def _xmp(record: str | None) -> str:
+    """An XMP packet: made by a model (IPTC's DigitalSourceType); and our JSON, where a file has no better place."""
+    properties = {"Iptc4xmpExt:DigitalSourceType": MADE_BY_A_MODEL}
+    if record is not None:
+        properties |= {"xmp:CreatorTool": SOFTWARE, "inkstream:Record": record}
+    spaces = " ".join(f'xmlns:{prefix}="{uri}"' for prefix, uri in _NAMESPACES.items())
+    body = "".join(f"<{name}>{escape(value)}</{name}>" for name, value in properties.items())
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        f'<rdf:RDF {spaces}><rdf:Description rdf:about="">{body}</rdf:Description></rdf:RDF></x:xmpmeta>'
+        '<?xpacket end="w"?>'
+    )
+
+
+def _exif(parameters: str) -> bytes:
+    """A big-endian EXIF block, its UserComment the text in UTF-16: the one byte order that all readers know."""
+    exif = Image.Exif()
+    exif[0x0131] = SOFTWARE
+    exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + parameters.encode("utf-16-be")
+    return exif.tobytes()
+
+
+def _write_new(path: Path, data: bytes) -> None:
+    """A new file with these bytes, whole or not at all."""
+    name = short_name(str(path))
+    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            part.write_bytes(data)
+            try:
+                os.link(part, path)  # fails where the name is taken, unlike a rename
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links
+                if path.exists():
+                    raise FileExistsError from None
+                os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+    except FileExistsError:
+        raise InputError(f"{name} is already there and is not overwritten: give another name") from None
+    except OSError as error:
+        raise InputError(f"{name} cannot be written ({error.strerror}): give another place") from None
+
+
+# Reading ------------------------------------------------------------------------------------------------------------
+
+
+def read_request(source: str | Path) -> Found:
+    """The Request in a picture's metadata, ours or another program's. InputError if it carries none.
+
+    Reads our own JSON, A1111's text (also in EXIF), ComfyUI's graph, SwarmUI, InvokeAI, mflux and Fooocus.
+    """
+    name = short_name(str(source))
+    texts, _ = _texts(open_header(str(source)))
+    found = _find_request(texts)
+    if found is None:
+        raise InputError(f"{name} carries no request; give a prompt, or a picture saved with its metadata")
+    return found
+
+
+def describe(source: str | Path) -> dict[str, Any]:
+    """What a picture is and carries, as JSON; only what is there."""
+    image = open_header(str(source))
+    size = len(read_source(str(source)))
+    texts, source_type = _texts(image)
+    found = _find_request(texts)
+    facts: dict[str, Any] = {
+        "picture": short_name(str(source)),
+        "format": image.format,
+        "width": image.width,
+        "height": image.height,
+        "mode": image.mode,
+        "bytes": size,
+        "digital_source_type": source_type,
+    }
+    if found is not None:
+        facts["source"] = found.source
+        facts["request"] = found.request.model_dump(mode="json", include=found.request.model_fields_set)
+        facts["ignored"] = found.ignored
+        if found.source == "inkstream" and isinstance(record := foreign.parse_json(found.raw), dict):
+            known = ("model", "licence", "commercial", "software")
+            facts |= {key: _short(record[key]) for key in known if key in record}
+            extra = record.get("extra")
+            extra = extra if isinstance(extra, dict) else {}
+            for name in ("upsampled_from", "told"):
+                if isinstance(given := extra.get(name), str):
+                    facts[name] = _short(given)
+            origin = extra.get("refined_from")
+            if isinstance(origin, dict):
+                facts["refined_from"] = {_short(key): _short(value) for key, value in islice(origin.items(), 10)}
+    return {key: value for key, value in facts.items() if value not in (None, {})}
+
+
+def _texts(image: Image.Image) -> tuple[dict[str, str], str | None]:
+    """The texts in a picture by the keys programs give them, and its DigitalSourceType."""
+    with suppress(InputError), decoding(""):  # a broken picture or EXIF block carries what was found so far
+        if image.format == "PNG":
+            image.load()  # texts may lie behind the pixels
+    texts = {key: _mend(value) for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
+    xmp = texts.pop("XML:com.adobe.xmp", None) or image.info.get("xmp")
+    with suppress(InputError), decoding(""):
+        exif = image.getexif()
+        texts |= _comment(exif.get_ifd(0x8769).get(0x9286))
+        for tag in (0x010E, 0x010F, 0x0110):  # where ComfyUI keeps its JSON in WebP
+            key, colon, value = str(exif.get(tag, "")).partition(":")
+            if colon and key.lower() == "prompt":
+                texts.setdefault("prompt", value.rstrip("\0"))
+    record, source_type = _read_xmp(xmp)
+    if record is not None:
+        texts.setdefault("inkstream", record)
+    return {key: value for key, value in texts.items() if value.strip() and len(value) <= MAX_TEXT}, source_type
+
+
+def _mend(text: str) -> str:
+    """UTF-8 that was written where PNG wants Latin-1, as stable-diffusion.cpp does in tEXt, set right."""
+    if isinstance(text, PngImagePlugin.iTXt):
+        return text
+    try:
+        return text.encode("latin-1").decode()
+    except UnicodeError:
+        return text
+
+
+def _comment(value: Any) -> dict[str, str]:
+    """An EXIF UserComment, whose first 8 bytes name its encoding."""
+    if isinstance(value, str):
+        return {"comment": value}
+    if not isinstance(value, bytes):
+        return {}
+    code, body = value[:8], value[8:]
+    if code == b"UNICODE\0":  # in either byte order, mostly without a mark
+        order = "utf-16" if body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-16-be"
+        if order == "utf-16-be" and body[1::2].count(0) > body[0::2].count(0):
+            order = "utf-16-le"
+        return {"comment": body.decode(order, "replace")}
+    if code.rstrip(b"\0") not in (b"ASCII", b""):
+        body = value
+    return {"comment": body.decode("utf-8", "replace")}
+
+
+def _read_xmp(xmp: Any) -> tuple[str | None, str | None]:
+    """Our JSON and the DigitalSourceType in an XMP packet, each None if it is not there."""
+    text = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else xmp
+    if not isinstance(text, str) or len(text) > MAX_TEXT or "<!" in text:  # no DTD, so nothing to expand
+        return None, None
+    try:
+        root = ElementTree.fromstring(text.strip("\0"))
+    except (ElementTree.ParseError, ValueError):
+        return None, None
+    values: dict[str, str] = {}
+    for element in root.iter():
+        values |= element.attrib  # a property may be written as an attribute of its Description
+        values.setdefault(element.tag, element.get(f"{{{_NAMESPACES['rdf']}}}resource") or element.text or "")
+    source_type = values.get(f"{{{_NAMESPACES['Iptc4xmpExt']}}}DigitalSourceType")
+    return values.get(f"{{{_NAMESPACES['inkstream']}}}Record"), source_type and _short(source_type)
+
+
+_JSON_READERS: dict[Source, Callable[[Mapping[str, Any]], foreign.Reading | None]] = {
+    "swarmui": foreign.read_swarmui,
+    "mflux": foreign.read_mflux,
+    "invokeai": foreign.read_invokeai,
+    "fooocus": foreign.read_fooocus,
+    "comfyui": read_comfyui,
+}
+
+
+def _find_request(texts: Mapping[str, str]) -> Found | None:
+    """What the first text that is understood asks for."""
+    for key in ("inkstream", "parameters", "comment", "invokeai_metadata", "prompt"):
+        raw = texts.get(key, "").strip()
+        for source, reading in _readings(key, raw):
+            if reading is not None:
+                return Found(*_validate(source, reading), raw=raw)
+    return None
+
+
+def _readings(key: str, raw: str) -> Iterator[tuple[Source, foreign.Reading | None]]:
+    """A text as each format that it may be in."""
+    data = foreign.parse_json(raw)
+    if key == "inkstream":
+        yield "inkstream", _read_record(data)
+    elif isinstance(data, dict):
+        for source, read in _JSON_READERS.items():
+            yield source, read(data)
+    elif key in ("parameters", "comment"):
+        yield "a1111", foreign.read_a1111(raw)
+        if key == "parameters" and raw:
+            yield "a1111", foreign.Reading({"prompt": raw}, {})
+
+
+def _read_record(data: Any) -> foreign.Reading | None:
+    """Our own JSON, of this version or a newer one."""
+    if not isinstance(data, dict) or not isinstance(data.get("request"), dict):
+        return None
+    left_out = data.get("left_out")
+    return foreign.Reading(dict(data["request"]), dict(left_out) if isinstance(left_out, dict) else {})
+
+
+FLAGS = frozenset(name for name, field in Request.model_fields.items() if field.annotation is bool)
+"""Fields that are true or false; of the others no number may be."""
+
+
+def _validate(source: Source, reading: foreign.Reading) -> tuple[Request, Source, dict[str, Any]]:
+    """A Request of the fields that are sound; the others join the ignored."""
+    ignored = dict(reading.ignored)
+    fields = {}
+    for name, value in reading.fields.items():
+        if isinstance(value, bool) and name not in FLAGS:
+            ignored[name] = value
+        elif value is not None:
+            fields[name] = value
+    while True:
+        try:
+            request = Request.model_validate(fields)
+        except ValidationError as error:
+            for problem in error.errors(include_url=False, include_context=False):
+                name = str(problem["loc"][0])
+                if name in fields:
+                    ignored[name] = fields.pop(name)
+        else:
+            return request, source, {_short(name): _short(value) for name, value in islice(ignored.items(), 100)}
+
+
+def _short(value: Any) -> Any:
+    """Numbers as they are; anything else as one printable line."""
+    if isinstance(value, list) and len(value) <= 20 and all(isinstance(v, str) for v in value):
+        return [_short(v) for v in value]
+    if value is None or isinstance(value, bool) or (foreign.is_number(value) and abs(value) < 2**64):  # no NaN
+        return value
+    try:
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+    except (ValueError, RecursionError):
+        text = type(value).__name__
+    line = "".join(c if c.isprintable() else " " for c in text[:200])
+    return line if len(text) <= 200 else line + "..."

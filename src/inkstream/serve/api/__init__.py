@@ -1,0 +1,1 @@
+"""HTTP: our own routes and those of other programs' clients."""

@@ -1,0 +1,621 @@
+"""A1111's API, as far as its clients call it: what it asks for is drawn, what it cannot be is refused by its name."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import Annotated, Any, get_args
+
+from anyio import to_thread
+from fastapi import APIRouter, Query, Response
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself has no such name before 2.11
+
+from inkstream.engine.pictures.foreign import (
+    A1111_SCHEDULES,
+    A1111_SOLVERS,
+    Reading,
+    find_schedule,
+    find_solver,
+    take_loras,
+    write_a1111,
+)
+from inkstream.engine.pictures.inputs import read_source
+from inkstream.engine.pictures.metadata import SOFTWARE, read_request
+from inkstream.serve import schema
+from inkstream.serve.api.openai import failure
+from inkstream.serve.api.service import Parts, Service, Who
+from inkstream.serve.errors import Refused, answers, explain_invalid
+from inkstream.serve.queue.inputs import examine
+from inkstream.serve.queue.store import Job
+from inkstream.types import InputError, Request, ScheduleName, SolverName
+
+router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
+
+NOTE = "a1111"
+"""The note of jobs that come this way: `progress` and `interrupt` are about no others."""
+OFF: dict[str, tuple[Any, ...]] = {
+    "enable_hr": (False, None),
+    "restore_faces": (False, None),
+    "tiling": (False, None),
+    "subseed_strength": (0, None),
+    "seed_resize_from_w": (-1, 0, None),
+    "seed_resize_from_h": (-1, 0, None),
+    "styles": ([], None),
+    "refiner_checkpoint": ("", "None", None),
+    "alwayson_scripts": ({}, None),
+    "script_name": ("", "None", None),
+    "script_args": ([], None),
+    "clip_skip": (0, 1, None),
+    "firstphase_width": (0, None),
+    "firstphase_height": (0, None),
+    "firstpass_image": ("", None),
+    "inpainting_mask_invert": (0, False, None),
+    "latent_mask": (None,),
+    "initial_noise_multiplier": (1, None),
+    "infotext": ("", None),
+    "s_churn": (0, None),
+    "s_min_uncond": (0, None),
+}
+"""What would change the picture and is not done here -> the values that say that it need not be."""
+REMEDIES = {"enable_hr": "leave it out, and ask for the whole size with width and height"}
+"""What to do instead, where that is more than to leave it out."""
+NOISY = {"eta": ("euler_ancestral",), "s_noise": ("euler_ancestral", "lcm")}
+"""How much noise a solver adds at its steps, in A1111's words -> our solvers that add any; ours add 1."""
+UNHEEDED = (
+    "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name",
+    "hr_additional_modules", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg",
+    "hr_distilled_cfg", "subseed", "refiner_switch_at", "s_tmin", "s_tmax", "comments", "disable_extra_networks",
+    "do_not_save_samples", "do_not_save_grid", "save_images", "force_task_id", "override_settings_restore_afterwards",
+    "include_init_images", "image_cfg_scale",
+)  # fmt: skip
+"""What is taken whatever it is: it belongs to something that is off, or changes no picture."""
+MASKED = (
+    "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res",
+    "inpaint_full_res_padding",
+)  # fmt: skip
+OURS = ("resize_mode", *MASKED)
+"""How A1111 does what is done here in one way: taken, and named in the answer's `info` as ignored."""
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "CLIP_stop_at_last_layers": (0, 1, None),
+    "sd_vae": ("Automatic", "None", "", None),
+    "forge_additional_modules": ([], None),
+    "samples_format": ("png", None),
+}
+"""The same of settings; beside sd_model_checkpoint, which chooses the model."""
+
+
+def _declare(document: dict[str, Any]) -> None:
+    """What else is taken, into the schema."""
+    document["properties"] |= {name: {"enum": list(values)} for name, values in OFF.items()}
+    document["properties"] |= {name: {} for name in (*UNHEEDED, *OURS)}
+
+
+class Settings(BaseModel):
+    """Settings that can be changed: the model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sd_model_checkpoint: str | None = Field(None, max_length=200, description="A title or name of /sd-models.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _pass(cls, fields: Any) -> Any:
+        return _without(fields, SETTINGS)
+
+
+class Drawing(BaseModel):
+    """What A1111's API asks of a drawing. A field left out takes the model's own default."""
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=_declare)
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    seed: int = Field(-1, ge=-1, lt=2**63, description="-1 draws one.")
+    sampler_name: str | None = Field(None, max_length=100)
+    sampler_index: str | None = Field(None, max_length=100, description="An older name of sampler_name.")
+    scheduler: str | None = Field(None, max_length=100)
+    batch_size: int = Field(1, ge=1, le=64)
+    n_iter: int = Field(1, ge=1, le=64, description="Pictures are batch_size times this.")
+    steps: int | None = Field(None, ge=1, le=1000)
+    cfg_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
+    distilled_cfg_scale: float | None = Field(
+        None, ge=0, le=100, allow_inf_nan=False, description="Guidance of models that read it as a number."
+    )
+    width: int | None = Field(None, ge=16, le=8192)
+    height: int | None = Field(None, ge=16, le=8192)
+    denoising_strength: float | None = Field(None, ge=0, le=1)
+    eta: float | None = Field(None, ge=0, le=1, description="Noise that Euler a adds at its steps: 1, or 0 for none.")
+    s_noise: float | None = Field(None, description="A factor of the noise that solvers add at their steps: 1.")
+    override_settings: Settings | None = None
+    send_images: bool = True
+
+    _ignored: list[str] = PrivateAttr(default_factory=list)  # fields given that have no effect
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _pass(cls, fields: Any, handler: ModelWrapValidatorHandler[Drawing]) -> Drawing:
+        if not _is_object(fields):
+            return handler(fields)
+        known = {name: value for name, value in fields.items() if name not in (*UNHEEDED, *OURS)}
+        drawing = handler(_without(known, OFF))
+        unmasked = MASKED if fields.get("mask") is None else ()
+        drawing._ignored = [name for name in OURS if fields.get(name) is not None and name not in unmasked]
+        return drawing
+
+
+class FromPicture(Drawing):
+    """The same, from a picture."""
+
+    init_images: list[str] = Field(min_length=1, max_length=1, description="Base64 or a data URL.")
+    mask: str | None = Field(None, description="White is repainted, black is kept.")
+
+
+class Drawn(BaseModel):
+    """The answer to a drawing."""
+
+    images: list[str] = Field(description="PNGs as base64.")
+    parameters: dict[str, JsonValue] = Field(description="What was asked for.")
+    info: str = Field(description="JSON: seeds, sizes, the texts that the pictures carry.")
+
+
+class Picture(BaseModel):
+    """A picture to be read."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    image: str = Field(description="Base64 or a data URL.")
+
+
+class Extras(BaseModel):
+    """What A1111's API asks of pictures that are there: to be enlarged, and faces to be mended."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    upscaler_1: str = Field("None", max_length=200, description="None: there are no upscalers.")
+    upscaler_2: str = Field("None", max_length=200, description="None: there are no upscalers.")
+    gfpgan_visibility: float = Field(0, ge=0, le=1, description="0: no faces are mended.")
+    codeformer_visibility: float = Field(0, ge=0, le=1, description="0: no faces are mended.")
+    codeformer_weight: float = 0
+    resize_mode: int = 0
+    show_extras_results: bool = True
+    upscaling_resize: float = 2
+    upscaling_resize_w: int = 512
+    upscaling_resize_h: int = 512
+    upscaling_crop: bool = True
+    extras_upscaler_2_visibility: float = 0
+    upscale_first: bool = False
+
+
+class ExtrasOfOne(Extras):
+    """The same of one picture."""
+
+    image: str = Field(description="Base64 or a data URL.")
+
+
+class Named(BaseModel):
+    """A picture of several."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    data: str = Field(description="Base64 or a data URL.")
+    name: str = Field("", max_length=500)
+
+
+class ExtrasOfMany(Extras):
+    """The same of several."""
+
+    imageList: list[Named] = Field(max_length=64)
+
+
+class Unchanged(BaseModel):
+    """The picture as it was sent."""
+
+    html_info: str = ""
+    image: str
+
+
+class AllUnchanged(BaseModel):
+    """The pictures as they were sent."""
+
+    html_info: str = ""
+    images: list[str]
+
+
+class Info(BaseModel):
+    """What a picture carries."""
+
+    info: str
+    items: dict[str, str]
+    parameters: dict[str, JsonValue]
+
+
+class Progress(BaseModel):
+    """How far the caller's drawing is."""
+
+    progress: float
+    eta_relative: float
+    state: dict[str, JsonValue]
+    current_image: str | None
+    textinfo: str | None
+
+
+DRAWING = answers(400, 404, 409, 429, 500, 503)
+
+
+@router.post("/txt2img", responses=DRAWING)
+async def txt2img(parts: Parts, who: Who, http: HTTPRequest, body: Drawing) -> Drawn:
+    """Draw pictures of a prompt. Leaving before the answer cancels the drawing."""
+    if body.denoising_strength:
+        body = body.model_copy(update={"denoising_strength": None})  # of the second pass, which is off
+    return await draw(parts, who, http, body, {})
+
+
+@router.post("/img2img", responses=DRAWING)
+async def img2img(parts: Parts, who: Who, http: HTTPRequest, body: FromPicture) -> Drawn:
+    """Draw from a picture, all of it or what a mask says."""
+    pictures = {"image": as_url(body.init_images[0])}
+    if body.mask is not None:
+        pictures["mask"] = as_url(body.mask)
+    return await draw(parts, who, http, body, pictures)
+
+
+@router.get("/progress", responses=answers(400))
+async def get_progress(
+    parts: Parts, who: Who, skip_current_image: Annotated[bool, Query(description="Leave the preview out.")] = False
+) -> Progress:
+    """How far the drawing is that came this way first, with its preview."""
+    job = next(iter(drawings(parts, who)), None)
+    told = None if job is None else parts.jobs.tell(job)
+    at = None if told is None else told.progress
+    state = {
+        "skipped": False,
+        "interrupted": False,
+        "job": "" if job is None else job.id,
+        "job_count": 0 if job is None else job.total,
+        "job_no": 0 if at is None else at.picture,
+        "job_timestamp": "" if job is None else _stamp(job.created),
+        "sampling_step": 0 if at is None else at.step,
+        "sampling_steps": 0 if at is None else at.steps,
+    }
+    return Progress(
+        progress=0.0 if at is None else round((at.picture + at.step / at.steps) / at.of, 4),
+        eta_relative=0.0 if told is None else told.eta or 0.0,
+        state=state,
+        current_image=None if job is None or skip_current_image else await preview(parts, job),
+        textinfo=None,
+    )
+
+
+@router.post("/interrupt", responses=answers(503))
+async def interrupt(parts: Parts, who: Who) -> dict[str, JsonValue]:
+    """Stop what came this way: those who wait for it get the pictures that are done."""
+    for job in drawings(parts, who):
+        parts.jobs.cancel(job.id)
+    return {}
+
+
+@router.post("/skip", responses=answers(400))
+async def skip(parts: Parts, who: Who) -> dict[str, JsonValue]:
+    """Nothing, where nothing is drawn. Refused during a drawing, which cannot go on without one of its pictures."""
+    if drawings(parts, who):
+        raise Refused(400, "skip: a drawing here gives all its pictures or stops: stop it with /sdapi/v1/interrupt")
+    return {}
+
+
+@router.get("/options", responses=answers())
+async def get_options(parts: Parts, who: Who) -> dict[str, JsonValue]:
+    """The settings."""
+    neutral = {name: values[0] for name, values in SETTINGS.items()} | {"CLIP_stop_at_last_layers": 1}
+    return {"sd_model_checkpoint": chosen(parts, who), **neutral}
+
+
+@router.post("/options", responses=answers(400, 404, 503))
+async def set_options(parts: Parts, who: Who, body: Settings) -> dict[str, JsonValue]:
+    """Choose the model of later drawings that name none, by this key."""
+    if body.sd_model_checkpoint is not None:
+        parts.store.put_setting(f"a1111.model.{who.name}", find_model(parts, body.sd_model_checkpoint))
+    return {}
+
+
+@router.get("/samplers", responses=answers())
+async def list_samplers(who: Who) -> list[dict[str, JsonValue]]:
+    """The solvers."""
+    names = get_args(SolverName)
+    return [{"name": A1111_SOLVERS.get(name, name), "aliases": [name], "options": {}} for name in names]
+
+
+@router.get("/schedulers", responses=answers())
+async def list_schedulers(who: Who) -> list[dict[str, JsonValue]]:
+    """The schedules."""
+    labels = {"automatic": "Automatic"} | {name: A1111_SCHEDULES.get(name, name) for name in get_args(ScheduleName)}
+    same: dict[str, JsonValue] = {"aliases": None, "default_rho": -1, "need_inner_model": False}
+    return [{"name": name, "label": label, **same} for name, label in labels.items()]
+
+
+@router.get("/sd-models", responses=answers())
+async def list_sd_models(parts: Parts, who: Who) -> list[dict[str, JsonValue]]:
+    """The models that may be asked for."""
+    nothing: dict[str, JsonValue] = {"hash": None, "sha256": None, "config": None}
+    return [{"title": name, "model_name": name, "filename": name, **nothing} for name in parts.models]
+
+
+NONE: dict[str, JsonValue] = {
+    "loras": [],
+    "upscalers": [],
+    "sd-vae": [],
+    "sd-modules": [],
+    "hypernetworks": [],
+    "face-restorers": [],
+    "realesrgan-models": [],
+    "prompt-styles": [],
+    "latent-upscale-modes": [],
+    "embeddings": {"loaded": {}, "skipped": {}},
+    "scripts": {"txt2img": [], "img2img": []},
+    "script-info": [],
+    "extensions": [],
+    "cmd-flags": {},
+}
+"""What clients look for at their start, and there is none of."""
+REFRESHED = ("refresh-checkpoints", "refresh-loras", "refresh-vae")
+"""Lists that clients have read again. The models are those that the server was started with."""
+
+
+def _giving(answer: JsonValue) -> Callable[[Who], Awaitable[Response]]:
+    async def give(who: Who) -> Response:
+        """There are none here."""
+        return JSONResponse(answer)
+
+    return give
+
+
+for _path, _answer in NONE.items():
+    _name = f"list_{_path.replace('-', '_')}"
+    router.add_api_route(f"/{_path}", _giving(_answer), name=_name, responses=answers(), response_model=None)
+for _path in REFRESHED:
+    _name, _methods = _path.replace("-", "_"), ["POST"]
+    router.add_api_route(
+        f"/{_path}", _giving(None), name=_name, methods=_methods, responses=answers(), response_model=None
+    )
+
+
+@router.get("/memory", responses=answers())
+async def get_memory(who: Who) -> dict[str, dict[str, JsonValue]]:
+    """Bytes of the machine's memory. What the GPU has in use is a matter of `/metrics`."""
+    ram: dict[str, JsonValue] = {"error": "this system does not say"}
+    if {"SC_AVPHYS_PAGES", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys():
+        free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+        ram = {"free": free, "used": total - free, "total": total}
+    return {"ram": ram, "cuda": {"error": "the engine's process tells it: see /metrics"}}
+
+
+@router.post("/interrogate", responses=answers(400))
+async def interrogate(who: Who) -> Response:
+    """Refused: no model here describes pictures."""
+    raise Refused(400, "interrogate: no model here describes pictures; /sdapi/v1/png-info reads what they carry")
+
+
+@router.post("/extra-single-image", responses=answers(400))
+async def extra_single_image(parts: Parts, who: Who, body: ExtrasOfOne) -> Unchanged:
+    """The picture as it was sent, as A1111 gives it for the upscaler None. Refused for any other."""
+    return Unchanged(image=(await unchanged(parts, who, body, {"image": body.image}))[0])
+
+
+@router.post("/extra-batch-images", responses=answers(400))
+async def extra_batch_images(parts: Parts, who: Who, body: ExtrasOfMany) -> AllUnchanged:
+    """The same of several."""
+    given = {f"imageList.{place}.data": one.data for place, one in enumerate(body.imageList)}
+    return AllUnchanged(images=await unchanged(parts, who, body, given))
+
+
+async def unchanged(parts: Service, who: Who, body: Extras, given: dict[str, str]) -> list[str]:
+    """Pictures, by their fields, in base64. Refused where one is none, or they are to be changed."""
+    for name in ("upscaler_1", "upscaler_2"):
+        if (upscaler := getattr(body, name)) not in ("", "None"):
+            raise Refused(400, f"{name} {upscaler} is not here: give None, or draw larger with width and height",
+                          param=name)  # fmt: skip
+    for name in ("gfpgan_visibility", "codeformer_visibility"):
+        if visibility := getattr(body, name):
+            raise Refused(400, f"{name} {visibility:g}: no faces are mended here, give 0", param=name)
+
+    def work(param: str, picture: str) -> str:
+        try:
+            data = read_source(as_url(picture))
+        except InputError as error:
+            raise Refused(400, f"{param}: {error}", param=param, code="invalid_image") from None
+        examine(data, who.name, time.time(), parts.settings.limits, param)
+        return base64.b64encode(data).decode()
+
+    return [await to_thread.run_sync(work, param, picture) for param, picture in given.items()]
+
+
+@router.post("/png-info", responses=answers(400))
+async def png_info(who: Who, body: Picture) -> Info:
+    """What a picture says of how it was drawn; nothing where it does not say."""
+    try:
+        found = await to_thread.run_sync(read_request, as_url(body.image))
+    except InputError as error:
+        if "carries no request" in str(error):
+            return Info(info="", items={}, parameters={})
+        raise Refused(400, f"image: {error}", param="image", code="invalid_image") from None
+    request = found.request
+    text = write_a1111(request, SOFTWARE)
+    fields = request.model_dump(mode="json", include=request.model_fields_set - {"image", "mask", "reference"})
+    return Info(info=text, items={"parameters": text}, parameters=fields)
+
+
+# Asking -------------------------------------------------------------------------------------------------------------
+
+
+def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]) -> Request:
+    """The Request that does it. Refused for a model, sampler or schedule that is none, and for LoRAs."""
+    fields: dict[str, Any] = dict(pictures)
+    reading = Reading(fields, {})
+    for name, find, given in (
+        ("sampler_name", find_solver, body.sampler_name or body.sampler_index),
+        ("scheduler", find_schedule, body.scheduler),
+    ):
+        if given and given != "Automatic":
+            find(given, reading)
+            if reading.ignored:
+                where = "samplers" if name == "sampler_name" else "schedulers"
+                raise Refused(400, f"{name} {given[:100]} is not known here: take one of /sdapi/v1/{where}", param=name)
+    fields["prompt"] = take_loras(body.prompt, reading)
+    if reading.ignored:
+        raise Refused(400, f"prompt names the LoRA {reading.ignored['loras'][0]}, and there are none here",
+                      param="prompt")  # fmt: skip
+    same = {
+        "negative_prompt": body.negative_prompt or None,
+        "steps": body.steps,
+        "guidance": body.cfg_scale,
+        "width": body.width,
+        "height": body.height,
+        "strength": body.denoising_strength,
+        "seed": None if body.seed < 0 else body.seed,
+    }
+    fields |= {name: value for name, value in same.items() if value is not None}
+    settings = body.override_settings
+    named = None if settings is None else settings.sd_model_checkpoint
+    fields["model"] = find_model(parts, named) if named else chosen(parts, who)
+    spec = parts.models[fields["model"]].spec
+    if body.distilled_cfg_scale is not None and spec is not None and spec.guides == "read":
+        fields["guidance"] = body.distilled_cfg_scale
+    _take_noise(body, fields, "euler" if spec is None else spec.solver)
+    try:
+        return Request.model_validate({**fields, "count": body.batch_size * body.n_iter})
+    except ValidationError as error:
+        raise explain_invalid(error) from None
+
+
+def _take_noise(body: Drawing, fields: dict[str, Any], default: SolverName) -> None:
+    """Euler a without noise is Euler; other amounts than ours are refused where the solver adds noise."""
+    solver = fields.get("solver", default)
+    if solver == "euler_ancestral" and body.eta == 0:
+        fields["solver"] = solver = "euler"
+    for name, solvers in NOISY.items():
+        value = getattr(body, name)
+        if value is not None and solver not in solvers:
+            body._ignored.append(name)
+        elif value not in (None, 1):
+            sampler = A1111_SOLVERS.get(solver, solver)
+            raise Refused(400, f"{name} {value:g} is not done with {sampler}: give 1, or another sampler", param=name)
+
+
+def chosen(parts: Service, who: Who) -> str:
+    """The model of drawings that name none: the one set, while it is offered."""
+    name = parts.store.setting(f"a1111.model.{who.name}")
+    return name if name in parts.models else next(iter(parts.models))
+
+
+def find_model(parts: Service, title: str) -> str:
+    """A model by its title, which other programs end with a hash. Refused where there is none."""
+    name = re.sub(r"(\.safetensors)?( \[[0-9a-f]+\])?$", "", title)
+    if name not in parts.models:
+        known = ", ".join(parts.models)
+        raise Refused(404, f"model {title[:100]} is not offered here: take {known}", param="sd_model_checkpoint",
+                      code="model_not_found")  # fmt: skip
+    return name
+
+
+def as_url(picture: str) -> str:
+    """A picture in base64, with or without what makes it a data URL, as one."""
+    return picture if picture[:5].lower() == "data:" else f"data:image/png;base64,{picture}"
+
+
+def _is_object(fields: Any) -> bool:
+    return isinstance(fields, dict)
+
+
+def _without(fields: Any, off: dict[str, tuple[Any, ...]]) -> Any:
+    """The fields without those that ask for nothing. Refused where one of them asks for something."""
+    if not _is_object(fields):
+        return fields
+    for name, neutral in off.items():
+        if name in fields and fields[name] not in neutral:
+            value = json.dumps(fields[name])[:100]
+            raise Refused(400, f"{name} {value} is not done here: {REMEDIES.get(name, 'leave it out')}", param=name)
+    return {name: value for name, value in fields.items() if name not in off}
+
+
+# Answering ----------------------------------------------------------------------------------------------------------
+
+
+async def draw(parts: Service, who: Who, http: HTTPRequest, body: Drawing, pictures: dict[str, str]) -> Drawn:
+    """The pictures, once they are done or interrupted; they are drawn for as long as the client waits."""
+    request = await parts.take_pictures(who, to_request(parts, who, body, pictures))
+    job = parts.jobs.submit(who, request, note=NOTE, waited=True)
+    done = await parts.jobs.run(http, job)
+    if done.state == "failed":
+        raise failure(done)
+    images: list[str] = []
+    if body.send_images:
+        images = [await to_thread.run_sync(_read, parts, picture) for picture in done.pictures]
+    asked = body.model_dump(mode="json", exclude_unset=True, exclude={"init_images", "mask"})
+    return Drawn(images=images, parameters=asked, info=json.dumps(describe(done, body)))
+
+
+def describe(done: schema.Job, body: Drawing) -> dict[str, JsonValue]:
+    """What A1111 says of pictures beside them."""
+    requests = [Request.model_validate(picture.request) for picture in done.pictures]
+    first = requests[0] if requests else Request.model_validate(done.request)
+    return {
+        "prompt": first.prompt,
+        "all_prompts": [request.prompt for request in requests],
+        "negative_prompt": first.negative_prompt,
+        "all_negative_prompts": [request.negative_prompt for request in requests],
+        "seed": first.seed,
+        "all_seeds": [request.seed for request in requests],
+        "width": first.width,
+        "height": first.height,
+        "sampler_name": A1111_SOLVERS.get(first.solver or "", first.solver),
+        "cfg_scale": first.guidance,
+        "steps": first.steps,
+        "batch_size": body.batch_size,
+        "sd_model_name": first.model,
+        "denoising_strength": first.strength,
+        "infotexts": [write_a1111(request, SOFTWARE) for request in requests],
+        "job_timestamp": _stamp(done.created),
+        "remarks": list(done.remarks),
+        "ignored": list(body._ignored),
+    }
+
+
+def drawings(parts: Service, who: Who) -> list[Job]:
+    """The caller's jobs that came this way and have not ended, those that are drawn first."""
+    jobs = [job for job in parts.store.active() if job.note == NOTE and job.key == who.name]
+    return sorted(jobs, key=lambda job: (job.state != "running", job.created))
+
+
+async def preview(parts: Service, job: Job) -> str | None:
+    """The last preview of a job, as base64."""
+    async with aclosing(parts.jobs.follow(job.id)) as happenings:
+        async for happening in happenings:
+            if happening.name != "picture":
+                return (happening.data.get("preview") or "").partition(",")[2] or None
+    return None
+
+
+def _read(parts: Service, picture: schema.Picture) -> str:
+    """A picture's file as base64. For threads."""
+    stored = parts.store.picture(picture.id)
+    assert stored is not None
+    return base64.b64encode((parts.store.pictures / stored.file).read_bytes()).decode()
+
+
+def _stamp(seconds: float) -> str:
+    return time.strftime("%Y%m%d%H%M%S", time.gmtime(seconds))

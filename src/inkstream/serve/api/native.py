@@ -1,0 +1,165 @@
+"""The native API: jobs, the queue, events, models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Header, Path, Query, Response
+
+from inkstream.engine.drawing import writing
+from inkstream.serve import schema
+from inkstream.serve.api.service import EVENTS, Parts, Service, Who, stream
+from inkstream.serve.engines.models import Offered, choose, describe, form, spec_of
+from inkstream.serve.errors import Refused, answers
+from inkstream.serve.limits import check, check_text
+from inkstream.serve.queue.store import Job, Picture
+from inkstream.types import Request
+
+router = APIRouter(tags=["jobs"])
+
+Name = Annotated[str, Path(max_length=64, description="The job's id.")]
+Token = Annotated[
+    str | None,
+    Header(alias="Idempotency-Key", min_length=1, max_length=255, description="The same key gives the same job again."),
+]
+LastEvent = Annotated[str | None, Header(alias="Last-Event-ID", max_length=64, description="The last event seen.")]
+Before = Annotated[str | None, Query(max_length=64, description="`next` of the page before.")]
+Limit = Annotated[int, Query(ge=1, le=500)]
+
+
+@router.post("/v1/jobs", status_code=202, responses=answers(400, 404, 409, 429, 503))
+async def add_job(parts: Parts, who: Who, body: schema.JobBody, response: Response, token: Token = None) -> schema.Job:
+    """Accept a request. From then on it is drawn whatever happens to the client, the server or the engine."""
+    fields = body.model_dump(exclude_unset=True, exclude={"priority", "note", "grid"})
+    request = await parts.take_pictures(who, Request.model_validate(fields))
+    job = parts.jobs.submit(who, request, note=body.note, priority=body.priority, grid=body.grid, token=token)
+    await to_thread.run_sync(parts.store.settle)
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    return parts.jobs.tell(job)
+
+
+@router.get("/v1/jobs", responses=answers(400))
+async def list_jobs(
+    parts: Parts, who: Who, state: schema.State | None = None, limit: Limit = 50, before: Before = None
+) -> schema.Jobs:
+    """Jobs, newest first."""
+    number = None if before is None else number_of(parts.store.job(before, who.scope), before)
+    jobs = parts.store.list_jobs(who.scope, state, number, limit)
+    last = jobs[-1].id if len(jobs) == limit else None
+    return schema.Jobs(jobs=parts.jobs.tell_all(jobs), next=last)
+
+
+@router.get("/v1/jobs/{id}", responses=answers(400, 404))
+async def get_job(parts: Parts, who: Who, id: Name) -> schema.Job:
+    """One job as it is now."""
+    return parts.jobs.tell(find_job(parts, who, id))
+
+
+@router.delete("/v1/jobs/{id}", responses=answers(400, 404, 503))
+async def cancel_job(parts: Parts, who: Who, id: Name) -> schema.Job:
+    """Cancel a job; a running one stops within one step and keeps the pictures it has. One that has ended stays so."""
+    parts.jobs.cancel(find_job(parts, who, id).id)
+    return parts.jobs.tell(find_job(parts, who, id))
+
+
+@router.patch("/v1/jobs/{id}", responses=answers(400, 404, 409, 503))
+async def move_job(parts: Parts, who: Who, id: Name, body: schema.JobPatch) -> schema.Job:
+    """Move a job that waits."""
+    parts.jobs.move(find_job(parts, who, id), who, body)
+    return parts.jobs.tell(find_job(parts, who, id))
+
+
+@router.get("/v1/jobs/{id}/events", responses=EVENTS | answers(400, 404), response_class=Response)
+async def follow_job(parts: Parts, who: Who, id: Name, last: LastEvent = None) -> Any:
+    """A job's present state, then everything that happens to it, to its end."""
+    job = find_job(parts, who, id)
+    return stream(parts, who, parts.jobs.follow(job.id, last))
+
+
+@router.get("/v1/events", responses=EVENTS | answers(400), response_class=Response)
+async def follow_all(parts: Parts, who: Who, last: LastEvent = None) -> Any:
+    """Everything that happens to any job that the key may see. It has no end."""
+    return stream(parts, who, parts.jobs.follow_all(who, last), named=True)
+
+
+@router.get("/v1/queue", responses=answers())
+async def get_queue(parts: Parts, who: Who) -> schema.Queue:
+    """What is drawn now, and what will be, in order."""
+    active = {job.id: job for job in parts.store.active() if who.scope in (None, job.key)}
+    running = [job for job in active.values() if job.state == "running"]
+    queued = [active[identity] for identity in parts.jobs.order() if identity in active]
+    etas = [eta for identity, eta in parts.jobs.etas().items() if identity in active]
+    known = [eta for eta in etas if eta is not None]
+    return schema.Queue(
+        paused=parts.jobs.paused,
+        running=parts.jobs.tell_all(running),
+        queued=parts.jobs.tell_all(queued),
+        eta=None if len(known) < len(etas) else round(max(known, default=0.0), 2),
+    )
+
+
+@router.patch("/v1/queue", responses=answers(400, 503))
+async def pause_queue(parts: Parts, who: Who, body: schema.QueuePatch) -> schema.Queue:
+    """Begin no more jobs, or go on. With keys, only an admin's may."""
+    if not who.admin:
+        raise Refused(403, "only an admin's key may pause the queue")
+    parts.jobs.pause(body.paused)
+    return await get_queue(parts, who)
+
+
+@router.get("/v1/models", responses=answers(), tags=["models"])
+async def list_models(parts: Parts, who: Who) -> schema.Models:
+    """The models that may be asked for; the first is the default."""
+    loaded = parts.jobs.drawing.loaded
+    return schema.Models(data=[describe(m, parts.started, m.name == loaded) for m in parts.models.values()])
+
+
+ModelName = Annotated[str, Path(max_length=200, description="The model's id.")]
+
+
+@router.get("/v1/models/{name}", responses=answers(400, 404), tags=["models"])
+async def get_model(parts: Parts, who: Who, name: ModelName) -> schema.Model:
+    """One model."""
+    return describe(find_model(parts, name), parts.started, name == parts.jobs.drawing.loaded)
+
+
+@router.get("/v1/models/{name}/form", responses=answers(400, 404, 503), tags=["models"])
+async def get_form(parts: Parts, who: Who, name: ModelName) -> schema.Form:
+    """The options of a model: what each takes, and what the model does with it."""
+    return form(find_model(parts, name), parts.settings.limits)
+
+
+@router.post("/v1/prompts", responses=answers(400, 404, 503), tags=["models"])
+async def write_prompt(parts: Parts, who: Who, body: schema.PromptBody) -> schema.PromptTold:
+    """What the model would be told of a prompt, and what it does not understand of it. Nothing is drawn."""
+    request, model = choose(parts.models, Request.model_validate(body.model_dump(exclude_unset=True)))
+    spec = spec_of(model)
+    check_text(request.prompt, request.negative_prompt)
+    check(request, spec, parts.settings.limits)
+
+    def write() -> schema.PromptTold:
+        return schema.PromptTold(told=writing.written_out(request, spec), notes=writing.notes(request, spec))
+
+    return await to_thread.run_sync(write)
+
+
+def find_job(parts: Service, who: Who, identity: str) -> Job:
+    """A job that the caller may see. Refused where there is none."""
+    job = parts.store.job(identity, who.scope)
+    if job is None:
+        raise Refused(404, f"there is no job {identity}", code="not_found")
+    return job
+
+
+def number_of(last: Job | Picture | None, before: str) -> int:
+    """The number of the row that a page ended with. Refused where the caller may see none of that name."""
+    if last is None:
+        raise Refused(400, f"before {before} names nothing that is here: give `next` of a page", param="before")
+    return last.number
+
+
+def find_model(parts: Service, name: str) -> Offered:
+    if name not in parts.models:
+        raise Refused(404, f"model {name} is not offered here: take {', '.join(parts.models)}", code="model_not_found")
+    return parts.models[name]

@@ -1,0 +1,59 @@
+"""The studio: a page and its own scripts and styles, which speak only the public API. Nothing is built or fetched."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path as FilePath
+from typing import Annotated
+
+from fastapi import APIRouter, Header, Path, Response
+
+from inkstream.serve.errors import Refused
+
+FOLDER = FilePath(__file__).parent.parent / "studio"
+TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+"""Scripts and styles are files of this server: nothing inline, nothing from elsewhere."""
+
+router = APIRouter(include_in_schema=False)
+
+
+def read_files(folder: FilePath = FOLDER) -> dict[str, bytes]:
+    """Every file of the studio, by its path below the folder."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in TYPES)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def digest_of(files: dict[str, bytes]) -> str:
+    """A word that changes when any of the files does. It stands in their addresses, so browsers may keep them."""
+    digest = hashlib.sha256()
+    for name, content in files.items():
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()[:12]
+
+
+FILES = read_files()
+DIGEST = digest_of(FILES)
+
+
+@router.api_route("/", methods=["GET", "HEAD"])
+async def studio(match: Annotated[str | None, Header(alias="If-None-Match")] = None) -> Response:
+    """The page. It names the files by their digest, so it alone is asked for again."""
+    headers = {"ETag": f'"{DIGEST}"', "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
+    if match is not None and f'"{DIGEST}"' in match:
+        return Response(status_code=304, headers=headers)
+    page = FILES["index.html"].replace(b"{digest}", DIGEST.encode())
+    return Response(page, media_type="text/html", headers=headers)
+
+
+@router.api_route("/studio/{digest}/{name:path}", methods=["GET", "HEAD"])
+async def studio_file(digest: str, name: Annotated[str, Path(max_length=100)]) -> Response:
+    """One of its files. Under an older digest it is the present one, which no browser is to keep."""
+    if name not in FILES:
+        raise Refused(404, f"there is nothing at /studio/{digest[:100]}/{name}")
+    caching = "public, max-age=31536000, immutable" if digest == DIGEST else "no-cache"
+    kind = TYPES[FilePath(name).suffix]
+    return Response(FILES[name], media_type=kind, headers={"Cache-Control": caching})

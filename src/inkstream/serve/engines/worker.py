@@ -1,0 +1,313 @@
+"""The engine's process: jobs come in on stdin, events go out on stdout, a line of JSON each; pictures go as files.
+
+    python -m inkstream.serve.engines.worker
+
+It knows nothing of queues, keys or HTTP. When stdin closes, whoever started it is gone, and so is it.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from inkstream.types import Done, Failed, InputError, Loading, Request, Spec, Step
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from inkstream.engine.engine import Engine
+
+FACTS = (
+    "name", "family", "steps", "guidance", "shift", "guides", "shift_rule", "size", "multiple", "solver", "schedule",
+    "strength", "licence", "commercial", "title", "writer",
+)  # fmt: skip
+"""Fields of a Spec that the server wants to know."""
+THREADS = 256
+"""Things done at once, at most: the server's slots, and what it asks beside them. What is not needed is not started."""
+
+
+class Unsaved(Exception):
+    """A finished picture could not be written."""
+
+
+class Voice:
+    """Says one message at a time, from whatever thread."""
+
+    def __init__(self, handle: int):
+        self._handle = handle
+        self._turn = threading.Lock()
+
+    def say(self, **message: Any) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        with self._turn:
+            while data:
+                data = data[os.write(self._handle, data) :]
+
+
+class Worker:
+    """An engine and the runs it has in hand.
+
+    free: cleared while a model is loaded ahead. Runs wait for it, since loading another model takes the first one out
+    of the engine's memory. Workers that share an engine share it.
+    """
+
+    def __init__(self, engine: Engine, parts: Path, say: Callable[..., None], free: threading.Event | None = None):
+        self.engine = engine
+        self.parts = parts
+        self.say = say
+        self.free = free or open_gate()
+        self.live: set[str] = set()
+        self.cancelled: set[str] = set()
+
+    def draw(self, message: Mapping[str, Any]) -> None:
+        """Draw one request to its end, telling of every step; whatever happens, the last word is an end."""
+        run = message["draw"]
+        self.free.wait()
+        try:
+            request = Request.model_validate(read_pictures(message["request"]))
+            end = self._draw(run, request, message)
+        except InputError as error:
+            end = {"event": "failed", "kind": "input", "error": str(error)}
+        except Unsaved as error:
+            end = {"event": "unsaved", "error": str(error)}
+        except Exception as error:
+            report(error)
+            end = {"event": "failed", "kind": "internal", "error": f"{type(error).__name__} in the engine, see the log"}
+        self.live.discard(run)
+        self.cancelled.discard(run)
+        self.say(run=run, memory=memory(), **end)
+
+    def cancel(self, run: str) -> None:
+        """Stop a run at its next event, if it has not ended by itself."""
+        if run in self.live:
+            self.cancelled.add(run)
+
+    def _draw(self, run: str, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
+        from inkstream.engine.engine import advice
+
+        written, advised = "", False
+        noted: list[str] = []
+        events = self.engine.submit(request)
+        try:
+            for event in events:
+                if run in self.cancelled:
+                    return {"event": "cancelled"}
+                if isinstance(event, Loading):
+                    written = event.text or written
+                    noted += [event.note] if event.note else []
+                    if not advised:  # between the pictures of a job nothing is loaded, a prompt is written out at most
+                        done, total = event.done_bytes, event.total_bytes
+                        self.say(run=run, event="loading", what=event.what, done=done, total=total)
+                elif isinstance(event, Step):
+                    if not advised:
+                        advised = True
+                        as_drawn = request.model_copy(update={"prompt": written} if written else {})
+                        self.say(run=run, event="remarks", device=str(self.engine.model.device),
+                             remarks=noted + advice(as_drawn, self.engine.model))  # fmt: skip
+                    preview = None if event.preview is None else data_url(event.preview)
+                    self.say(run=run, event="step", picture=event.index, of=event.count, step=event.step,
+                             steps=event.steps, t=event.t, seconds=round(event.seconds, 4),
+                             preview=preview)  # fmt: skip
+                elif isinstance(event, Done):
+                    self.say(run=run, event="picture", **self._save(run, event, request, message))
+                elif isinstance(event, Failed):
+                    return {"event": "failed", "kind": event.kind, "error": event.error}
+        finally:
+            close = getattr(events, "close", None)
+            if close is not None:
+                close()
+        return {"event": "done"}
+
+    def _save(self, run: str, done: Done, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
+        """Write a picture beside the others, where the server takes it from. What it carries names no path of ours."""
+        from inkstream.engine.drawing.writing import wording
+        from inkstream.engine.pictures.metadata import PICTURE_FIELDS, encode_picture
+
+        model = self.engine.model
+        extra = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
+        extra |= wording(message.get("upsampled_from") or request.prompt, done.request, model.spec)
+        complete = done.request.model_copy(update={"model": message["name"]})
+        data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
+        path = self.parts / f"{run}-{done.index}.png"
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            raise Unsaved(error.strerror or type(error).__name__) from None
+        return {
+            "index": done.index,
+            "file": path.name,
+            "seconds": round(done.seconds, 4),
+            "width": done.image.width,
+            "height": done.image.height,
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "request": complete.model_dump(mode="json", exclude_none=True, exclude=set(PICTURE_FIELDS)),
+        }
+
+    def load(self, name: str, source: str) -> None:
+        """Have a model ready before anybody asks for it. Nothing is drawn, and `free` was cleared before."""
+        try:
+            for event in self.engine.load(source):
+                self.say(event="loading", what=event.what, done=event.done_bytes, total=event.total_bytes)
+            self.say(event="loaded", model=name, device=str(self.engine.model.device), memory=memory())
+        except InputError as error:
+            self.say(event="unloadable", model=name, error=str(error))
+        except Exception as error:
+            report(error)
+            self.say(event="unloadable", model=name, error=f"{type(error).__name__} in the engine, see the log")
+        finally:
+            self.free.set()
+
+    def describe(self, name: str, source: str) -> None:
+        """Say what a model that only its files know is, without reading its weights."""
+        from inkstream.engine.files.sources import locate
+
+        try:
+            spec = locate(source).spec
+            facts = {field: getattr(spec, field) for field in FACTS}
+            self.say(event="described", model=name, spec={**facts, "abilities": sorted(spec.abilities)})
+        except InputError as error:
+            self.say(event="unloadable", model=name, error=str(error))
+        except Exception as error:
+            report(error)
+            self.say(event="unloadable", model=name, error=f"{type(error).__name__} in the engine, see the log")
+
+
+def open_gate() -> threading.Event:
+    """An event that is set."""
+    gate = threading.Event()
+    gate.set()
+    return gate
+
+
+def read_spec(facts: Mapping[str, Any]) -> Spec:
+    """The Spec that `describe` told of; the configs of its parts are left out."""
+    known = {**facts, "size": tuple(facts["size"]), "abilities": frozenset(facts["abilities"])}
+    return Spec(transformer=None, text_encoder=None, vae=None, **known)
+
+
+def read_pictures(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The request with the files it names in place of their paths, so that a picture's metadata names none of them.
+
+    What is in place already stays.
+    """
+    from inkstream.engine.pictures.metadata import PICTURE_FIELDS
+
+    def data(path: str) -> str:
+        if path.startswith("data:"):
+            return path
+        return "data:application/octet-stream;base64," + base64.b64encode(Path(path).read_bytes()).decode()
+
+    fields = dict(request)
+    for name in PICTURE_FIELDS:
+        given = fields.get(name)
+        if isinstance(given, str):
+            fields[name] = data(given)
+        elif given:
+            fields[name] = [data(path) for path in given]
+    return fields
+
+
+def data_url(image: Image) -> str:
+    """A preview, small enough to be sent at every step."""
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=80)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def memory() -> dict[str, int]:
+    """Bytes in use: this process's now, and the most a GPU has held."""
+    import torch
+
+    used = {}
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        used["process"] = pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        pass
+    if torch.cuda.is_available():
+        used["gpu"] = torch.cuda.max_memory_allocated()
+    return used
+
+
+def report(error: Exception) -> None:
+    """Where an error of ours happened, without the values that led to it: they may be somebody's prompt."""
+    place, trace = [], error.__traceback__
+    while trace is not None:
+        place.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    print(f"{type(error).__name__} at {' > '.join(place[-8:])}", file=sys.stderr, flush=True)
+
+
+def make_engine(first: Mapping[str, Any]) -> Engine:
+    """The engine that the server's first message asks for. InputError where there is no such device, dtype or size."""
+    from inkstream.engine.engine import Engine
+    from inkstream.engine.machine.loader import choose_device, choose_dtype
+    from inkstream.engine.machine.memory import read_size
+
+    choose_dtype(first["dtype"], choose_device(first["device"]))
+    size = None if first["memory"] is None else read_size(first["memory"])
+    return Engine(first["device"], first["dtype"], True, first["commercial_only"], size, first["placement"])
+
+
+def listen(messages: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Hand on what comes in. At its end the process ends, whatever it is doing: nobody could hear the rest."""
+    for line in sys.stdin.buffer:
+        messages.put(json.loads(line))
+    os._exit(0)
+
+
+def obey(worker: Worker, threads: ThreadPoolExecutor, message: Mapping[str, Any]) -> None:
+    """Begin what a message asks for. Called with the messages in their order."""
+    if "draw" in message:
+        worker.live.add(message["draw"])
+        threads.submit(worker.draw, message)
+    elif "cancel" in message:
+        worker.cancel(message["cancel"])
+    elif "load" in message:
+        if not worker.live:  # else there is a model ready, or will be
+            worker.free.clear()
+            threads.submit(worker.load, message["load"], message["source"])
+    elif "describe" in message:
+        threads.submit(worker.describe, message["describe"], message["source"])
+
+
+def main() -> None:
+    """Serve whoever started this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes our stdin
+    messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=listen, args=(messages,), daemon=True).start()
+    voice = Voice(os.dup(1))
+    os.dup2(2, 1)  # what others print must not get between the messages
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    first = messages.get()
+    began = time.perf_counter()
+    try:
+        engine = make_engine(first)
+    except InputError as error:
+        voice.say(event="unusable", error=str(error))
+        return
+    worker = Worker(engine, Path(first["parts"]), voice.say)
+    threads = ThreadPoolExecutor(THREADS)  # used again: each new one would bring memory and helpers of its own along
+    voice.say(event="ready", seconds=round(time.perf_counter() - began, 3), memory=memory())
+    while True:
+        obey(worker, threads, messages.get())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""What a job is made of: one request, or one for each cell of a grid; and whether its model can draw them."""
+
+from __future__ import annotations
+
+from pydantic import ValidationError
+
+from inkstream.engine.drawing.options import refuse
+from inkstream.engine.pictures.metadata import PICTURE_FIELDS
+from inkstream.serve.engines.models import Offered, choose
+from inkstream.serve.errors import Refused, explain_invalid
+from inkstream.serve.limits import Limits, check
+from inkstream.serve.schema import Grid
+from inkstream.types import InputError, Request, Spec
+
+
+def split(request: Request, grid: Grid | None) -> list[Request]:
+    """The requests that a job is made of: one, or one for each cell of its grid, row by row.
+
+    Refused where a field is none, or does not take a value.
+    """
+    if grid is None:
+        return [request]
+    if request.count != 1:
+        raise Refused(400, "a grid has one picture in each cell: leave count out", param="count")
+    for name in axes(grid):
+        if name not in Request.model_fields or name in ("count", *PICTURE_FIELDS):
+            raise Refused(400, f"{name} is no field that a grid can go along", param="grid")
+    if grid.y is not None and grid.x.field == grid.y.field:
+        raise Refused(400, f"both sides of the grid are {grid.x.field}: take another field for y", param="grid")
+    given = request.model_dump(exclude_unset=True)
+    cells = []
+    for y in grid.y.values if grid.y else [None]:
+        for x in grid.x.values:
+            fields = {**given, grid.x.field: x} | ({grid.y.field: y} if grid.y else {})
+            try:
+                cells.append(Request.model_validate(fields))
+            except ValidationError as error:
+                raise Refused(400, f"grid: {explain_invalid(error).message}", param="grid") from None
+    return cells
+
+
+def axes(grid: Grid) -> list[str]:
+    """The fields that differ from cell to cell."""
+    return [axis.field for axis in (grid.x, grid.y) if axis is not None]
+
+
+def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits) -> int:
+    """How many pictures they are. Refused where one of them cannot be drawn, or all together are too many."""
+    for part in parts:
+        part, model = choose(models, part)
+        if not part.prompt.strip() and not part.reference:
+            raise Refused(400, "there is no prompt: say what to draw", param="prompt")
+        check(part, model.spec, limits)
+        if model.spec is not None:
+            _check_spec(part, model.spec)
+    total = sum(part.count for part in parts)
+    if total > limits.pictures:
+        raise Refused(400, f"a grid of {total} pictures is too many here: take at most {limits.pictures}", param="grid")
+    return total
+
+
+def _check_spec(request: Request, spec: Spec) -> None:
+    try:
+        refuse(request, spec)
+    except InputError as error:
+        raise Refused(400, str(error)) from None
+    for name in ("width", "height"):
+        value = getattr(request, name)
+        if value is not None and value % spec.multiple:
+            near = max(spec.multiple, value // spec.multiple * spec.multiple)
+            raise Refused(400, f"{name} {value} is not a multiple of {spec.multiple}: take {near}", param=name)
