@@ -28,7 +28,7 @@ from PIL import Image
 
 from inkstream import Engine, Request
 from inkstream.bench.records import write_record
-from inkstream.types import Step
+from inkstream.types import Machine, Step
 
 MIXED = [
     {"prompt": "a red circle", "width": 64, "height": 64, "steps": 4, "guidance": 1.0},
@@ -50,7 +50,7 @@ benchmark stops."""
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    engine = Engine(device="cpu")
+    engine = Engine(Machine("cpu"))
     list(engine.load(LONG.model))
     rows = [*time_eight(engine, options.repeats), *time_small(engine, options.rounds)]
     if options.record:

@@ -32,7 +32,7 @@ COLUMNS, GAP = 6, 4
 
 def draw() -> Image.Image:
     """Draw all prompts into one grid. Picture i has seed i."""
-    engine = inkstream.Engine("cpu")
+    engine = inkstream.Engine(inkstream.Machine("cpu"))
     pictures = [engine.generate(inkstream.Request(prompt=p, seed=i)).images[0] for i, p in enumerate(PROMPTS)]
     width, height = pictures[0].size
     rows = -(-len(pictures) // COLUMNS)

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    model = inkstream.load("pocket", device="cpu")
+    model = inkstream.load("pocket", inkstream.Machine("cpu"))
     calls: list[int] = []
     for stack in (module for module in model.family.transformer.modules() if isinstance(module, Blocks)):
         for block in stack:

@@ -28,10 +28,10 @@ import torch
 from inkstream.bench.random_model import write_random
 from inkstream.bench.records import write_record
 from inkstream.engine.engine import Engine
-from inkstream.engine.machine.placement import PLANS
+from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import SPECS
 from inkstream.nn.heap import give_back_freed_memory
-from inkstream.types import Done, Failed, InputError, Request, Step
+from inkstream.types import Done, Failed, InputError, Machine, Request, Step
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
             if name.startswith("random:"):
                 model = str(write_random(SPECS[name.removeprefix("random:")], Path(folder) / name.partition(":")[2]))
             for dtype in options.dtype or [None]:
-                for plan in options.plan or PLANS:
+                for plan in options.placement or PLACEMENTS:
                     row = {"model": Path(name).name, "plan": plan, **run_child(model, plan, dtype, options)}
                     rows.append(row)
                     print(json.dumps(row), file=sys.stderr, flush=True)
@@ -63,13 +63,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--device")
     parser.add_argument("--dtype", action="append", help="bf16 or fp32; repeat the option for both")
-    parser.add_argument("--plan", action="append", choices=PLANS, help="a plan; default: all plans")
+    parser.add_argument("--placement", action="append", choices=PLACEMENTS, help="a placement; default: all")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def run_child(model: str, plan: str, dtype: str | None, options: argparse.Namespace) -> dict[str, Any]:
-    words = [sys.executable, __file__, model, "--child", "--plan", plan]
+    words = [sys.executable, __file__, model, "--child", "--placement", plan]
     words += ["--pixels", str(options.pixels), "--steps", str(options.steps)]
     words += [f"--{name}={value}" for name, value in (("device", options.device), ("dtype", dtype)) if value]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True)
@@ -79,13 +79,13 @@ def run_child(model: str, plan: str, dtype: str | None, options: argparse.Namesp
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Draw once under one plan. Returns seconds, predicted bytes and measured bytes."""
-    (model,), (plan,), dtype = options.models, options.plan, (options.dtype or [None])[0]
+    """Draw once under one placement. Returns seconds, predicted bytes and measured bytes."""
+    (model,), (plan,), dtype = options.models, options.placement, (options.dtype or [None])[0]
     pixels = {"width": options.pixels, "height": options.pixels, "steps": options.steps}
-    draw(Engine(options.device), Request(prompt="a red circle", width=64, height=64, steps=1, seed=1))
-    engine = Engine(options.device, dtype, plan=plan)
+    draw(Engine(Machine(options.device)), Request(prompt="a red circle", width=64, height=64, steps=1, seed=1))
+    engine = Engine(Machine(options.device, dtype, placement=plan))
     request = Request.model_validate({"prompt": "a lighthouse in fog, " * 12, "model": model, "seed": 1, **pixels})
-    foreseen = {each.name: each for each in engine.placing(request).plans(request)}[plan]
+    foreseen = {each.placement: each for each in engine.placing(request).plans(request)}[plan]
     on_gpu = torch.cuda.is_available() and options.device != "cpu"
     gc.collect()
     give_back_freed_memory()  # memory that the first drawing freed would serve the measured one

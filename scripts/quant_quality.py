@@ -53,7 +53,7 @@ TOKENS = 256
 def main() -> None:
     options = parse()
     cases = thin(open_suite("pocket"), options.prompts)
-    reference = inkstream.load("pocket", device="cpu", dtype=torch.float32)
+    reference = inkstream.load("pocket", inkstream.Machine("cpu", "fp32"))
     jobs = plan(reference, cases, Settings(seeds=1))
     rows = [picture_row(FULL, "pocket", reference, reference, cases, jobs, options.folder)]
     print(rows[0], flush=True)
@@ -62,7 +62,7 @@ def main() -> None:
         place = options.folder / kind / "model"
         if not place.exists():
             convert("pocket", place, quant=kind)
-        model = inkstream.load(place, device="cpu", dtype=torch.float32)
+        model = inkstream.load(place, inkstream.Machine("cpu", "fp32"))
         row = picture_row(kind, place, model, reference, cases, jobs, options.folder)
         row |= {key: round(value, 4) for key, value in packed_shares(place, QUANTS[kind]).items()}
         rows.append(row | {f"product_{shape[0]}": product_error(QUANTS[kind], shape) for shape in WIDTHS})

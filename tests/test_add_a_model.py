@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from inkstream import Engine, load
 from inkstream.engine.drawing.model import Model, advance, complete
-from inkstream.engine.machine.placement import PLANS
+from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import FAMILIES, SPECS, Family, Part
 from inkstream.flow import add_noise
 from inkstream.nn.around import NOTHING, Around
@@ -25,7 +25,7 @@ from inkstream.nn.around.adapters import Adapter
 from inkstream.nn.forward import Sample
 from inkstream.nn.quant import place
 from inkstream.quant.pack import pack
-from inkstream.types import Request, Spec
+from inkstream.types import Machine, Request, Spec
 from inkstream.weights.keymap import translate
 
 HERE = Path(__file__).parent
@@ -52,7 +52,7 @@ def folder(toy, make_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(folder) -> Model:
-    return load(folder, "cpu", "fp32")
+    return load(folder, Machine("cpu", "fp32"))
 
 
 def wish(model: Model, **fields: Any) -> Request:
@@ -131,13 +131,13 @@ def test_a_folder_of_it_is_recognised_by_its_keys_with_the_sizes_that_it_has(toy
     assert (model.spec.transformer, model.spec.vae) == (tiny.transformer, tiny.vae)
     (folder / "transformer" / "config.json").rename(folder / "config.aside")
     try:  # and by their shapes
-        assert load(folder, "cpu", "fp32").spec.transformer == tiny.transformer
+        assert load(folder, Machine("cpu", "fp32")).spec.transformer == tiny.transformer
     finally:
         (folder / "config.aside").rename(folder / "transformer" / "config.json")
 
 
 def test_the_engine_draws_the_same_picture_for_the_same_seed_and_keeps_what_is_outside_a_mask(folder):
-    engine = Engine("cpu", "fp32")
+    engine = Engine(Machine("cpu", "fp32"))
     size = {"width": 64, "height": 64}
     request = Request(prompt="a fox", negative_prompt="grey", model=str(folder), steps=2, seed=7, count=2, **size)
     first, second = engine.generate(request).images
@@ -222,8 +222,8 @@ def test_a_time_that_was_not_foreseen_is_answered_as_one_that_was(model):
 def test_under_every_plan_the_picture_is_the_same(folder, model):
     request = wish(model, seed=5)
     (expected,) = draw(model, [(request, NOTHING)])
-    for plan in PLANS:
-        (ours,) = draw(load(folder, "cpu", "fp32", plan=plan), [(request, NOTHING)])
+    for plan in PLACEMENTS:
+        (ours,) = draw(load(folder, Machine("cpu", "fp32", placement=plan)), [(request, NOTHING)])
         assert torch.equal(ours, expected), plan
 
 
@@ -239,7 +239,7 @@ def test_each_layout_round_trips_to_the_identity(toy):
 
 
 def test_packed_weights_draw_nearly_the_same(folder, model):
-    packed = load(folder, "cpu", "fp32")
+    packed = load(folder, Machine("cpu", "fp32"))
     transformer: Any = packed.family.transformer  # type: ignore[attr-defined]
     state = transformer.state_dict()
     held = {
@@ -252,7 +252,7 @@ def test_packed_weights_draw_nearly_the_same(folder, model):
 
 
 def test_steps_of_training_lower_the_loss_and_reach_every_weight(folder):
-    model = load(folder, "cpu", "fp32")
+    model = load(folder, Machine("cpu", "fp32"))
     transformer: Any = model.family.transformer  # type: ignore[attr-defined]
     transformer.requires_grad_(True)
     image, noise = (torch.randn(model.family.latent_shape(64, 64)) for _ in range(2))

@@ -26,7 +26,7 @@ from inkstream.clients.manifest import Manifest, digest
 from inkstream.clients.many import Drawn, draw_many
 from inkstream.engine.pictures.metadata import read_request
 from inkstream.serve.limits import Limits, Settings
-from inkstream.types import Failed, Loading, Step
+from inkstream.types import Failed, Loading, Machine, Step
 
 SMALL = ["-W", "32", "-H", "32", "--steps", "2", "--quiet"]
 SCRIPT = Path(__file__).parent.parent / "scripts" / "batch_fault.py"
@@ -88,8 +88,8 @@ def test_each_line_of_a_text_file_becomes_a_picture_and_a_line_of_the_manifest(w
 def test_a_picture_is_the_one_that_generate_draws(words, tiny_folder):
     write("foxes.jsonl", '{"prompt": "a red fox", "seed": 5}\n{"prompt": "two foxes"}\n')
     assert main(["batch", "foxes.jsonl", *words]) == 0
-    alone = Engine("cpu").generate(Request(prompt="a red fox", seed=5, model=str(tiny_folder), width=32, height=32,
-                                           steps=2)).images[0]  # fmt: skip
+    asked = Request(prompt="a red fox", seed=5, model=str(tiny_folder), width=32, height=32, steps=2)
+    alone = Engine(Machine("cpu")).generate(asked).images[0]
     drawn = Image.open(f"out/{lines_in(Path('out'))[0]['file']}")
     assert np.abs(np.asarray(drawn).astype(int) - np.asarray(alone)).max() <= 1
 
@@ -128,7 +128,7 @@ def test_models_take_turns_however_the_rows_are_mixed(tiny_folder, tiny_base_fol
     models = [str(tiny_folder), str(tiny_base_folder)] * 3
     wishes = [Request(prompt=f"fox {i}", model=model, seed=i, width=32, height=32, steps=1, guidance=1)
               for i, model in enumerate(models)]  # fmt: skip
-    told = list(draw_many(Engine("cpu"), wishes, 2))
+    told = list(draw_many(Engine(Machine("cpu")), wishes, 2))
     assert [place % 2 for place, event in told if isinstance(event, Drawn)] == [0, 0, 0, 1, 1, 1]
     loads = {(place % 2, event.what) for place, event in told if isinstance(event, Loading) and event.what != "prompt"}
     assert {turn for turn, _ in loads} == {0, 1}
@@ -137,7 +137,11 @@ def test_models_take_turns_however_the_rows_are_mixed(tiny_folder, tiny_base_fol
 def test_what_cannot_be_drawn_fails_alone(tiny_folder):
     wishes = [Request(prompt=f"fox {i}", model=model, seed=i, width=32, height=32, steps=1)
               for i, model in enumerate((str(tiny_folder), "/nowhere", str(tiny_folder)))]  # fmt: skip
-    ends = {place: event for place, event in draw_many(Engine("cpu"), wishes, 4) if isinstance(event, Drawn | Failed)}
+    ends = {
+        place: event
+        for place, event in draw_many(Engine(Machine("cpu")), wishes, 4)
+        if isinstance(event, Drawn | Failed)
+    }
     assert [type(ends[place]) for place in range(3)] == [Drawn, Failed, Drawn]
     assert "/nowhere" in ends[1].error
 
@@ -145,7 +149,7 @@ def test_what_cannot_be_drawn_fails_alone(tiny_folder):
 def test_closing_stops_within_a_step(tiny_folder):
     wishes = [Request(prompt="a fox", model=str(tiny_folder), seed=i, width=32, height=32, steps=500) for i in range(6)]
     before = threading.active_count()
-    told = draw_many(Engine("cpu"), wishes, 3)
+    told = draw_many(Engine(Machine("cpu")), wishes, 3)
     for _, event in told:
         if isinstance(event, Step):
             break

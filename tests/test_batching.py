@@ -331,7 +331,7 @@ MIXED = [
 
 @pytest.fixture(scope="module")
 def engine(tiny_base_folder):
-    engine = inkstream.Engine(device="cpu")
+    engine = inkstream.Engine(inkstream.Machine("cpu"))
     list(engine.load(str(tiny_base_folder)))
     return engine
 
@@ -412,7 +412,7 @@ def test_iterators_that_one_thread_reads_in_turn_share_their_forwards(engine, mi
 
 def test_flux2_pictures_of_other_sizes_that_look_at_others_share_a_forward(make_folder, tmp_path):
     folder = make_folder(tmp_path / "tiny-flux2-klein", KLEIN_4B.tiny)
-    engine = inkstream.Engine(device="cpu")
+    engine = inkstream.Engine(inkstream.Machine("cpu"))
     photo = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
     sizes = [
         {"width": 64, "height": 64},

@@ -30,7 +30,7 @@ def address(server) -> str:
 
 @pytest.fixture(scope="module")
 def engine():
-    return inkstream.Engine("cpu")
+    return inkstream.Engine(inkstream.Machine("cpu"))
 
 
 class Relay:
@@ -231,7 +231,7 @@ def test_a_key_goes_to_the_server_and_to_no_other_it_points_to(tmp_path, start_s
     served = start_server(Settings(tmp_path, models=("pocket",), preload=False))
     try:
         url = f"http://127.0.0.1:{served.port}"
-        assert [model["id"] for model in Client(url, key).models()] == ["pocket"]
+        assert [spec.name for spec in Client(url, key).models()] == ["pocket"]
         with pytest.raises(InputError, match="asks for a key"):
             Client(url).models()
     finally:
@@ -272,7 +272,17 @@ def test_the_command_line_draws_on_a_server_and_writes_what_it_would_have_drawn(
 
 
 @pytest.mark.parametrize(
-    "option", ["--device=cpu", "--dtype=fp32", "--memory=8GiB", "--placement=parked", "--commercial-only", "--plan"]
+    "option",
+    [
+        "--device=cpu",
+        "--dtype=fp32",
+        "--memory=8GiB",
+        "--placement=parked",
+        "--commercial-only",
+        "--compile",
+        "--attention=sdpa",
+        "--dry-run",
+    ],
 )
 def test_options_for_this_machine_are_refused_beside_a_server(address, option, capsys, tmp_path):
     assert main(["generate", "a cat", f"--server={address}", option, f"--output={tmp_path}/"]) == 2

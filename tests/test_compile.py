@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from inkstream.cli.machine import Machine
+from inkstream.cli.machine import make_engine, words_of
 from inkstream.engine.engine import Engine
 from inkstream.engine.machine.compile import compile_blocks
 from inkstream.families.flux2.model import Flux2Transformer
@@ -16,6 +16,7 @@ from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO
 from inkstream.nn.forward import Sample
 from inkstream.nn.stack import Blocks
+from inkstream.types import Machine
 
 Size = tuple[int, int, int]
 """Tokens of a prompt, height and width of the latents."""
@@ -105,7 +106,7 @@ def test_another_number_of_pictures_compiles_nothing_anew():
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of inductor's import
 def test_a_model_is_opened_with_its_blocks_compiled_only_where_that_is_asked_for(tiny_folder):
     for compiled in (True, False):
-        engine = Engine("cpu", compiled=compiled)
+        engine = Engine(Machine("cpu", compile=compiled))
         list(engine.load(str(tiny_folder)))
         stacks = [stack for stack in engine.model.family.transformer.modules() if isinstance(stack, Blocks)]
         assert stacks
@@ -114,9 +115,8 @@ def test_a_model_is_opened_with_its_blocks_compiled_only_where_that_is_asked_for
 
 def test_the_option_comes_to_the_engine_and_back_to_the_command():
     machine = Machine(compile=True, memory="8GiB")
-    assert machine.engine().compiled
-    assert not Machine().engine().compiled
-    assert machine.words() == ["--memory=8GiB", "--compile"]
+    assert make_engine(machine).machine.compile
+    assert words_of(machine) == ["--memory=8GiB", "--compile"]
 
 
 def test_a_block_is_traced_whole_by_torchs_own_front_ends():

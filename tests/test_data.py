@@ -30,7 +30,7 @@ from inkstream.train.data import (
 )
 from inkstream.train.pictures import HELD_OUT_FROM, Scenes, draw_all, nearest_size, open_source
 from inkstream.train.recipe import Data as Settings
-from inkstream.types import InputError
+from inkstream.types import InputError, Machine
 
 
 def some_data(order: Order, counts=(50, 20), sizes=((64, 64), (96, 48)), captions_each=3) -> Data:
@@ -175,7 +175,7 @@ def test_workers_draw_the_same_pictures():
 
 
 def test_latents_captions_and_states_are_those_of_the_model(tmp_path, tiny_folder):
-    family = load(tiny_folder, device="cpu").family
+    family = load(tiny_folder, Machine("cpu")).family
     scenes = Scenes(((32, 32),), Grammar(text=0.0), Wording())
     (samples,), _ = last(keep_latents(scenes, 3, tmp_path, 0, family, "key"))
     pixels = torch.from_numpy(scenes.picture(2)).permute(2, 0, 1)[None].float() / 255

@@ -17,7 +17,7 @@ SIZE = {"width": 64, "height": 48, "steps": 2}
 
 @pytest.fixture(scope="module")
 def engine(tiny_folder):
-    engine = inkstream.Engine(device="cpu")
+    engine = inkstream.Engine(inkstream.Machine("cpu"))
     list(engine.load(str(tiny_folder)))
     return engine
 
@@ -164,7 +164,7 @@ def test_a_picture_given_in_memory_equals_the_same_one_on_disk(engine, tiny_fold
 
 
 def test_previews_come_small_and_resemble_what_the_autoencoder_shows(tiny_folder):
-    engine = inkstream.Engine(device="cpu", previews=True)
+    engine = inkstream.Engine(inkstream.Machine("cpu"), previews=True)
     steps = [e for e in engine.submit(wish(tiny_folder)) if isinstance(e, Step)]
     assert all(s.preview is not None and s.preview.mode == "RGB" for s in steps)
     assert min(steps[0].preview.size) >= 64
@@ -186,7 +186,7 @@ def test_the_preview_map_finds_a_linear_autoencoder_exactly():
 
 
 def test_a_dtype_that_overflows_is_named_instead_of_a_black_picture(tiny_folder):
-    engine = inkstream.Engine(device="cpu")
+    engine = inkstream.Engine(inkstream.Machine("cpu"))
     list(engine.load(str(tiny_folder)))
     engine.model.family.transformer.layers[0].feed_forward.w2.weight.mul_(float("inf"))
     engine.model.dtype = torch.float16

@@ -36,7 +36,7 @@ SMALL = Settings(seeds=2, steps=2, guidance=2.0, width=32, height=32)
 
 @pytest.fixture(scope="module")
 def model(tiny_base_folder):
-    return inkstream.load(tiny_base_folder, "cpu")
+    return inkstream.load(tiny_base_folder, inkstream.Machine("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +154,7 @@ def test_pictures_of_a_batch_are_those_drawn_alone(model, tmp_path):
     assert [job.request.seed for job in jobs] == [0, 1, 1000, 1001]
     steps = list(run.draw(model, jobs, tmp_path))
     assert [(s.step, s.steps, s.index, s.count) for s in steps] == [(1, 2, 3, 4), (2, 2, 3, 4)]
-    engine = inkstream.Engine("cpu")
+    engine = inkstream.Engine(inkstream.Machine("cpu"))
     engine._model, engine._name = model, "tiny"
     for job in jobs:
         alone = engine.generate(job.request.model_copy(update={"model": "tiny"})).images[0]
@@ -288,7 +288,7 @@ def test_diversity_is_nothing_for_a_model_that_ignores_its_seed_and_one_for_one_
 
 
 def test_the_held_out_loss_of_a_model_that_answers_nothing_is_the_velocitys_own_square(tiny_base_folder, pocket):
-    silent = inkstream.load(tiny_base_folder, "cpu")
+    silent = inkstream.load(tiny_base_folder, inkstream.Machine("cpu"))
     for name, weight in silent.family.transformer.named_parameters():
         if "final_layer.linear" in name:
             weight.zero_()

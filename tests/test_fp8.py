@@ -211,11 +211,11 @@ def test_a_model_in_fp8_draws_nearly_the_same_picture(tiny_folder, tmp_path, fus
             tensors[name] = weight.clone()
     metadata = read_header(file).metadata | {"_quantization_metadata": json.dumps({"layers": layers})}
     save_file(tensors, file, metadata)
-    model = inkstream.load(folder, device="cpu")
+    model = inkstream.load(folder, inkstream.Machine("cpu"))
     qkv = model.family.transformer.layers[0].attention.qkv
     assert qkv.packed.format == "e4m3"
     assert len(set(qkv.packed.scales[0].flatten().tolist())) == (1 if fused else 3)
-    error = (quiet(model) - quiet(inkstream.load(tiny_folder, device="cpu"))).square().mean()
+    error = (quiet(model) - quiet(inkstream.load(tiny_folder, inkstream.Machine("cpu")))).square().mean()
     assert 28 < -10 * error.log10() < 60  # PSNR in dB
 
 
@@ -223,7 +223,7 @@ def test_packed_norms_and_pads_are_read_in_full(tiny_folder, tmp_path):
     folder = Path(shutil.copytree(tiny_folder, tmp_path / "m"))
     (file,) = list_weights(folder / "transformer")
     save_file({name: tensor.to(E4M3) for name, tensor in read_state(file).items()}, file)
-    transformer = inkstream.load(folder, device="cpu", dtype="fp32").family.transformer
+    transformer = inkstream.load(folder, inkstream.Machine("cpu", "fp32")).family.transformer
     assert transformer.x_pad_token.dtype == torch.float32
     assert transformer.layers[0].attention_norm1.weight.dtype == torch.float32
     assert transformer.x_embedder.packed.format == "e4m3"
@@ -231,9 +231,10 @@ def test_packed_norms_and_pads_are_read_in_full(tiny_folder, tmp_path):
 
 def test_nobody_trains_packed_weights(tiny_folder, tmp_path):
     from inkstream.engine.files.sources import locate
+    from inkstream.engine.machine.install import Placement
     from inkstream.engine.machine.loader import read
 
     folder = convert(tiny_folder, tmp_path / "m", quant="fp8")
     found = locate(folder).parts["transformer"]
-    module = read(found, torch.device("cpu"), torch.float32, lambda done, total: None, packed=False)
+    module = read(found, Placement(torch.device("cpu"), torch.float32, rules=found.rules), packed=False)
     assert all(tensor.dtype == torch.float32 for tensor in module.state_dict().values())

@@ -190,12 +190,12 @@ def comfyui(tiny_folder, tmp_path_factory) -> Path:
 
 
 def test_a_model_of_gguf_files_in_comfyuis_folders_draws_nearly_the_same_picture(tiny_folder, comfyui):
-    model = inkstream.load(comfyui, device="cpu")
+    model = inkstream.load(comfyui, inkstream.Machine("cpu"))
     assert model.spec.name == "z-image-turbo-Q8_0"
     assert isinstance(model.family.transformer.layers[0].attention.qkv, PackedLinear)
     assert isinstance(model.family.text_encoder.embed_tokens, PackedEmbedding)
     assert model.family.transformer.layers[0].attention_norm1.weight.dtype == torch.float32
-    error = (quiet(model) - quiet(inkstream.load(tiny_folder, device="cpu"))).square().mean()
+    error = (quiet(model) - quiet(inkstream.load(tiny_folder, inkstream.Machine("cpu")))).square().mean()
     assert 35 < -10 * error.log10() < 80  # PSNR in dB
 
 

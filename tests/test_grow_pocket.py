@@ -28,7 +28,7 @@ def test_new_layers_change_no_pixel_and_learn(tmp_path):
     assert {key.split(".")[1] for key in grown if key.startswith("layers.")} == {str(i) for i in range(19)}
     assert sum(t.numel() for t in grown.values()) > sum(t.numel() for t in old.values())
     request = inkstream.Request(prompt="a red circle", steps=2, seed=1, upsample=False)
-    models = [inkstream.load(folder, device="cpu", dtype=torch.float32) for folder in (OLD, tmp_path / "grown")]
+    models = [inkstream.load(folder, inkstream.Machine("cpu", "fp32")) for folder in (OLD, tmp_path / "grown")]
     latents = [model.sample(request, model.encode(request)) for model in models]
     assert torch.equal(*latents)
     with torch.no_grad():  # a new layer that is opened counts

@@ -170,7 +170,7 @@ def test_two_learners_with_unequal_turns_resume_to_the_bit(tmp_path, cache, duel
 
 def test_what_is_exported_is_the_student_in_its_place_and_nothing_of_its_critic(tmp_path, cache, duel):
     *_, last = train(duel_recipe(cache), tmp_path)
-    model = inkstream.load(last.model, device="cpu", dtype="fp32")
+    model = inkstream.load(last.model, inkstream.Machine("cpu", "fp32"))
     saved = load_checkpoint(tmp_path / "checkpoints").ema["transformer.x_embedder.weight"]
     assert saved.any()
     assert torch.equal(model.family.transformer.x_embedder.weight, saved)
@@ -306,7 +306,7 @@ def test_grades_of_a_run_are_those_of_its_finished_model(tmp_path, cache):
     cases = thin(open_suite("pocket"), 4)
     told = list(train(recipe(cache, run={"graded": 4}), tmp_path, grade=lambda model: grade_drawings(model, cases)))
     (graded,) = (message for message in told if isinstance(message, Graded))
-    assert grade_drawings(inkstream.load(told[-1].model, device="cpu", dtype="fp32"), cases) == graded.values
+    assert grade_drawings(inkstream.load(told[-1].model, inkstream.Machine("cpu", "fp32")), cases) == graded.values
 
 
 def test_the_command_grades_with_the_suite_of_the_recipe_and_tells_speed(tmp_path, cache, capsys):

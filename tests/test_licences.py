@@ -86,7 +86,7 @@ def test_what_would_have_to_be_downloaded_is_refused_before_anybody_is_asked(nam
     assert "licence" in err
     assert "z-image-turbo" in err or "flux2-klein-4b" in err
     with pytest.raises(InputError, match="licence"):
-        inkstream.load(name, commercial_only=True)
+        inkstream.load(name, inkstream.Machine(commercial_only=True))
 
 
 def test_an_own_folder_that_does_not_say_its_licence_is_refused_and_told_how_to_say_it(tiny_folder, tmp_path, capsys):
@@ -125,9 +125,9 @@ def test_the_setting_holds_for_every_way_to_draw_and_not_for_converting(tiny_fol
     with pytest.raises(InputError, match="licence"):
         inkstream.load(tiny_folder)
     with pytest.raises(InputError, match="licence"):
-        list(inkstream.Engine("cpu").load(str(tiny_folder)))
+        list(inkstream.Engine(inkstream.Machine("cpu")).load(str(tiny_folder)))
     convert(tiny_folder, tmp_path / "native", "native")
-    inkstream.load(tiny_folder, commercial_only=False)
+    inkstream.load(tiny_folder, inkstream.Machine(commercial_only=False))
 
 
 def test_a_picture_says_what_licence_its_model_is_under(tiny_folder, tmp_path, capsys):

@@ -38,7 +38,7 @@ from inkstream.nn.parallel import Group, share_layers, share_tokens
 from inkstream.nn.quant import place
 from inkstream.quant.pack import pack
 from inkstream.quant.packed import take_columns, unpack
-from inkstream.types import Conditioning, InputError, Request, Spec
+from inkstream.types import Conditioning, InputError, Machine, Request, Spec
 from inkstream.weights.files import read_state, write_state
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
@@ -206,7 +206,7 @@ WISHES: dict[str, tuple[Way | None, dict[str, Any]]] = {
 
 def draw(folder: Path, asked: dict[str, Any], crew: Crew | None = None) -> tuple[Engine, list[Tensor]]:
     """The pictures of a wish, (H, W, 3), by an engine that reads the model's files."""
-    engine = Engine("cpu", crew=crew)
+    engine = Engine(Machine("cpu"), crew=crew)
     request = Request.model_validate({**WISH, "model": str(folder), **asked})
     if crew is not None and crew.rank > 0:
         request = Request.model_validate({})  # the first process's is drawn
@@ -285,7 +285,7 @@ def test_an_engine_in_each_of_two_processes_draws_the_pictures_of_one(two, folde
 
 @pytest.mark.slow
 def test_two_prompts_asked_apart_give_every_bit_of_asking_one_after_the_other(two, folder):
-    engine = Engine("cpu")
+    engine = Engine(Machine("cpu"))
     list(engine.load(str(folder / "model")))
     family: Any = engine.model.family
     together = family.answer
@@ -303,7 +303,7 @@ def test_each_process_holds_its_share_of_the_weights(two, folder):
 
 
 def test_what_one_process_needs_is_foreseen_for_its_share(folder):
-    opened = open_model(folder / "model", "cpu")
+    opened = open_model(folder / "model", Machine("cpu"))
     request = complete(Request.model_validate(WISH), opened.source.spec)
 
     def foreseen(share: Callable[[Any], None]) -> int:

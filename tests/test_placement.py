@@ -19,11 +19,11 @@ from hypothesis import strategies as st
 from inkstream.bench.random_model import write_random
 from inkstream.engine.engine import Engine
 from inkstream.engine.machine.loader import open_model
-from inkstream.engine.machine.memory import Placing, read_size, taken_by_process, typical
-from inkstream.engine.machine.placement import BESIDE, PLANS
+from inkstream.engine.machine.memory import Placing, taken_by_process, typical
+from inkstream.engine.machine.placement import BESIDE, PLACEMENTS
 from inkstream.families import SPECS
 from inkstream.nn.heap import give_back_freed_memory
-from inkstream.types import Done, Failed, InputError, Loading, Request
+from inkstream.types import Done, Failed, InputError, Loading, Machine, Request, read_size
 
 ALL = ["z-image-turbo", "flux1-dev", "flux1-redux-dev", "flux1-fill-dev", "flux2-klein-4b", "flux2-dev"]
 
@@ -51,7 +51,7 @@ def wide(tmp_path_factory):
 
 
 def wish(folder: Path, **fields) -> Request:
-    spec = open_model(folder, "cpu").source.spec
+    spec = open_model(folder, Machine("cpu")).source.spec
     asked = typical(spec)
     return asked.model_copy(update={"model": str(folder), "width": 64, "height": 64, "steps": 2, "seed": 5, **fields})
 
@@ -59,7 +59,7 @@ def wish(folder: Path, **fields) -> Request:
 @pytest.mark.parametrize("name", ALL)
 def test_every_plan_draws_the_same_picture(folders, name):
     request = wish(folders(name))
-    pictures = [np.asarray(Engine("cpu", plan=plan).generate(request).images[0]) for plan in PLANS]
+    pictures = [np.asarray(Engine(Machine("cpu", placement=plan)).generate(request).images[0]) for plan in PLACEMENTS]
     assert pictures[0].std() > 0
     assert np.array_equal(pictures[0], pictures[1])
     assert np.array_equal(pictures[0], pictures[2])
@@ -67,9 +67,9 @@ def test_every_plan_draws_the_same_picture(folders, name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_more_frugal_plan_is_foreseen_to_take_less(folders, name):
-    placing = Placing(open_model(folders(name), "cpu"))
+    placing = Placing(open_model(folders(name), Machine("cpu")))
     resident, parked, streamed = placing.plans(wish(folders(name)))
-    assert [resident.name, parked.name, streamed.name] == list(PLANS)
+    assert [plan.placement for plan in (resident, parked, streamed)] == list(PLACEMENTS)
     assert resident.phases["prompt"] > parked.phases["prompt"] >= streamed.phases["prompt"]
     assert parked.phases["steps"] > streamed.phases["steps"]
 
@@ -77,7 +77,7 @@ def test_a_more_frugal_plan_is_foreseen_to_take_less(folders, name):
 @pytest.mark.slow
 def test_weights_parked_or_streamed_leave_the_device(wide):
     for plan, some in (("parked", 1.0), ("streamed", 0.35)):
-        engine = Engine("cpu", torch.float32, plan=plan)
+        engine = Engine(Machine("cpu", "fp32", placement=plan))
         engine.generate(wish(wide))
         transformer = engine.model.family.transformer  # type: ignore[attr-defined]
         on_device = sum(p.nbytes for p in transformer.parameters() if p.dtype == torch.float32)
@@ -88,36 +88,36 @@ def test_weights_parked_or_streamed_leave_the_device(wide):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2**28, 2**30), st.sampled_from([64, 256]), st.sampled_from([64]))
 def test_a_plan_is_never_foreseen_to_take_more_than_its_budget(budget, width, height):
-    KNOWN.setdefault("opened", open_model("pocket", "cpu"))
+    KNOWN.setdefault("opened", open_model("pocket", Machine("cpu")))
     request = Request(prompt="a red circle", width=width, height=height, seed=1)
     placing = Placing(KNOWN["opened"], budget)
     placing._known = KNOWN.setdefault("plans", {})
-    taken = {plan.name: plan.peak + placing.taken for plan in placing.plans(request)}
+    taken = {plan.placement: plan.peak + placing.taken for plan in placing.plans(request)}
     if min(taken.values()) > budget:
         with pytest.raises(InputError, match="GiB of memory are not enough"):
             placing.choose(request)
     else:
         chosen = placing.choose(request)
         assert taken[chosen] <= budget
-        assert all(taken[name] > budget for name in list(PLANS)[: list(PLANS).index(chosen)])
+        assert all(taken[name] > budget for name in list(PLACEMENTS)[: list(PLACEMENTS).index(chosen)])
 
 
 KNOWN: dict = {}  # what takes long, of the examples before
 
 
 def test_what_is_plenty_without_a_look_is_plenty_with_one():
-    placing = Placing(open_model("pocket", "cpu"), 2**40)
+    placing = Placing(open_model("pocket", Machine("cpu")), 2**40)
     request = Request(prompt="x", width=1024, height=1024, seed=1)
-    assert placing.suiting(request) == list(PLANS)
+    assert placing.suiting(request) == list(PLACEMENTS)
     assert placing.plans(request)[0].peak < 32 * 1024 * 1024 * 1024
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not say what a peak was")
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("plan", PLACEMENTS)
 def test_what_is_foreseen_is_what_a_process_takes(wide, plan):
     script = Path(__file__).parents[1] / "scripts" / "plan_peaks.py"
-    words = [sys.executable, script, wide, "--child", "--plan", plan, "--pixels", "512", "--steps", "1"]
+    words = [sys.executable, script, wide, "--child", "--placement", plan, "--pixels", "512", "--steps", "1"]
     command = [*map(str, words), "--device=cpu"]
     runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
     found = [json.loads(run.stdout.splitlines()[-1]) for run in runs]
@@ -128,8 +128,8 @@ def test_what_is_foreseen_is_what_a_process_takes(wide, plan):
 
 def test_where_memory_is_short_what_was_freed_is_given_back_between_phases(folders, monkeypatch):
     given_back: list[str] = []
-    for plan in PLANS:
-        engine, request = Engine("cpu", plan=plan), wish(folders("z-image-turbo"), count=2)
+    for plan in PLACEMENTS:
+        engine, request = Engine(Machine("cpu", placement=plan)), wish(folders("z-image-turbo"), count=2)
         list(engine.load(request.model, request))
         with monkeypatch.context() as patch:
             patch.setattr("inkstream.engine.engine.give_back_freed_memory", lambda plan=plan: given_back.append(plan))
@@ -138,7 +138,7 @@ def test_where_memory_is_short_what_was_freed_is_given_back_between_phases(folde
 
 
 def test_a_model_has_left_memory_before_the_next_is_opened(folders, monkeypatch):
-    engine = Engine("cpu")
+    engine = Engine(Machine("cpu"))
     engine.generate(wish(folders("z-image-turbo")))
     before, alive = weakref.ref(engine.model.family.transformer), []
     opening = engine._open
@@ -157,8 +157,8 @@ def test_running_out_of_memory_falls_to_the_next_plan_and_says_so(folders):
     """Memory runs out inside the model, at the second picture of two: the first is not drawn again."""
     folder = folders("z-image-turbo")
     request = wish(folder, count=2)
-    expected = Engine("cpu").generate(request).images
-    engine = Engine("cpu", plan=None)
+    expected = Engine(Machine("cpu")).generate(request).images
+    engine = Engine(Machine("cpu", placement=None))
     drawn, notes = [], []
     for event in engine.submit(request):
         if isinstance(event, Done):
@@ -171,12 +171,12 @@ def test_running_out_of_memory_falls_to_the_next_plan_and_says_so(folders):
         assert not isinstance(event, Failed), event
     assert [event.index for event in drawn] == [0, 1]
     assert all(np.array_equal(np.asarray(a), np.asarray(d.image)) for a, d in zip(expected, drawn))
-    assert engine.model.plan == "parked"
-    assert notes == ["memory ran out at 64x64 under the plan resident: going on with parked"]
+    assert engine.model.placement == "parked"
+    assert notes == ["out of memory at 64x64 with placement resident: trying placement parked"]
 
 
 def test_running_out_under_the_last_plan_is_one_line(folders):
-    engine = Engine("cpu", plan="streamed")
+    engine = Engine(Machine("cpu", placement="streamed"))
     request = wish(folders("z-image-turbo"))
     for _ in engine.load(request.model, request):
         pass
@@ -189,24 +189,26 @@ def test_running_out_under_the_last_plan_is_one_line(folders):
 
 def test_too_small_a_budget_is_refused_with_what_is_needed(folders):
     request = wish(folders("z-image-turbo"))
-    engine = Engine("cpu", memory=taken_by_process() + 2**20)
+    engine = Engine(Machine("cpu", memory=f"{taken_by_process() + 2**20}b"))
     last = list(engine.submit(request))[-1]
     assert isinstance(last, Failed)
     assert "GiB of memory are not enough" in last.error
-    assert "(plan streamed)" in last.error
+    assert "(placement streamed)" in last.error
     assert last.error.endswith("give it more, a smaller size or weights in fewer bits")
 
 
 def test_a_request_that_no_longer_suits_has_the_model_placed_anew(folders):
     request = wish(folders("z-image-turbo"))
     large = request.model_copy(update={"width": 1024, "height": 1024, "steps": 1})
-    placing = Placing(open_model(request.model, "cpu"), 2**40)
-    least, most = (next(plan.peak for plan in placing.plans(r) if plan.name == "resident") for r in (request, large))
+    placing = Placing(open_model(request.model, Machine("cpu")), 2**40)
+    least, most = (
+        next(plan.peak for plan in placing.plans(r) if plan.placement == "resident") for r in (request, large)
+    )
     gc.collect()
     give_back_freed_memory()  # as the engine does before it loads
-    engine = Engine("cpu", memory=taken_by_process() + (least + most) // 2)
+    engine = Engine(Machine("cpu", memory=f"{taken_by_process() + (least + most) // 2}b"))
     engine.generate(request)
-    assert engine.model.plan == "resident"
+    assert engine.model.placement == "resident"
     first = engine.model
     engine.generate(request)
     assert engine.model is first
@@ -229,4 +231,4 @@ def test_what_is_no_size_is_refused_with_an_example(text):
 
 def test_a_plan_nobody_knows_is_refused():
     with pytest.raises(InputError, match="take resident, parked, streamed"):
-        Engine("cpu", plan="somewhere")
+        Engine(Machine("cpu", placement="somewhere"))

@@ -24,7 +24,7 @@ MIB = 1 << 20
 
 @pytest.fixture(scope="module")
 def pocket():
-    engine = inkstream.Engine("cpu")
+    engine = inkstream.Engine(inkstream.Machine("cpu"))
     for _ in engine.load("pocket"):
         pass
     return engine

@@ -15,7 +15,7 @@ from inkstream.engine.machine.loader import load
 from inkstream.nn import prepacked
 from inkstream.nn.prepacked import PrepackedLinear, prepack
 from inkstream.nn.stack import Blocks
-from inkstream.types import Request
+from inkstream.types import Machine, Request
 from inkstream.weights.files import read_state, write_state
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this build of torch has no MKL")
@@ -104,9 +104,9 @@ def folder(tmp_path_factory):
 
 def test_a_model_that_stays_is_packed_and_draws_the_same(folder, monkeypatch):
     request = Request(prompt="a red fox", width=64, height=64, steps=2, seed=3)
-    resident, streamed = load(folder, "cpu"), load(folder, "cpu", plan="streamed")
+    resident, streamed = load(folder, Machine("cpu")), load(folder, Machine("cpu", placement="streamed"))
     monkeypatch.setattr(prepacked, "LEAST", 2**40)
-    plain = load(folder, "cpu")
+    plain = load(folder, Machine("cpu"))
     assert len(packed(resident.family.transformer)) == 5 * 3  # layer, noise refiner, context refiner
     assert packed(streamed.family.transformer) == packed(plain.family.transformer) == []
     one, two, three = (draw(model, request) for model in (resident, plain, streamed))
@@ -131,7 +131,7 @@ def test_weights_are_views_of_their_file_until_they_are_used(tmp_path, resident)
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of inductor's import
 def test_compiled_blocks_are_left_to_the_compiler(folder):
-    assert packed(load(folder, "cpu", compiled=True).family.transformer) == []
+    assert packed(load(folder, Machine("cpu", compile=True)).family.transformer) == []
 
 
 def draw(model, request):

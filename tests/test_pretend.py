@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
+from inkstream import types
 from inkstream.engine.engine import Engine
 from inkstream.engine.files.convert import convert
-from inkstream.engine.machine.placement import PLANS
+from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import SPECS
 from inkstream.nn import gpu, offload
 from inkstream.sampling import solvers
@@ -75,7 +76,7 @@ def wish(make_folder, tmp_path_factory) -> Callable[..., Request]:
 @pytest.fixture(scope="module")
 def on_cpu(wish) -> Callable[..., np.ndarray]:
     """`on_cpu(case, dtype)`: its picture as the CPU draws it."""
-    return cache(lambda case, dtype="fp32": drawn(Engine("cpu", dtype).submit(wish(case))))
+    return cache(lambda case, dtype="fp32": drawn(Engine(types.Machine("cpu", dtype)).submit(wish(case))))
 
 
 @pytest.fixture(autouse=True)
@@ -119,11 +120,13 @@ def decibels(ours: np.ndarray, theirs: np.ndarray) -> float:
 @plans
 @pytest.mark.parametrize("case", [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
 def test_every_plan_draws_on_a_gpu_what_the_cpu_draws(machine, wish, on_cpu, case, plan):
-    engine = Engine("cuda", "fp32", plan=plan)
+    engine = Engine(types.Machine("cuda", "fp32", placement=plan))
     assert decibels(drawn(machine.between_steps(engine.submit(wish(case)))), on_cpu(case)) > 55
 
 
-@pytest.mark.parametrize("plan", ["resident", *(pytest.param(name, marks=pytest.mark.slow) for name in [*PLANS][1:])])
+@pytest.mark.parametrize(
+    "plan", ["resident", *(pytest.param(name, marks=pytest.mark.slow) for name in [*PLACEMENTS][1:])]
+)
 @pytest.mark.parametrize("case", [*EIGHT_BITS, "guidance"])
 def test_what_16_bits_ask_of_a_gpu_comes_near_to_what_they_ask_of_a_cpu(machine, wish, on_cpu, case, plan):
     """Products of 8-bit floats and integers, and attention over sequences of several lengths."""
@@ -131,7 +134,7 @@ def test_what_16_bits_ask_of_a_gpu_comes_near_to_what_they_ask_of_a_cpu(machine,
     for name in ("aten::_scaled_mm", "aten::_int_mm", "torch_attn::_varlen_attn"):
         kernel = machine.kernels.get(name, getattr(torch, name.removeprefix("aten::"), None))
         machine.kernels[name] = lambda *args, n=name, f=kernel, **kwargs: asked.append(n) or f(*args, **kwargs)
-    engine = Engine("cuda", "bf16", plan=plan)
+    engine = Engine(types.Machine("cuda", "bf16", placement=plan))
     assert decibels(drawn(machine.between_steps(engine.submit(wish(case)))), on_cpu(case, "bf16")) > 34
     wanted = {"fp8": "aten::_scaled_mm", "w8a8": "aten::_int_mm"}.get(case, "torch_attn::_varlen_attn")
     assert asked.count(wanted) > 1  # the first may be a trial
@@ -140,7 +143,7 @@ def test_what_16_bits_ask_of_a_gpu_comes_near_to_what_they_ask_of_a_cpu(machine,
 @plans
 def test_the_second_gpu_draws_what_the_cpu_draws(machine, wish, on_cpu, plan):
     """Whichever device is the current one."""
-    engine = Engine("cuda:1", "fp32", plan=plan)
+    engine = Engine(types.Machine("cuda:1", "fp32", placement=plan))
     assert decibels(drawn(machine.between_steps(engine.submit(wish("guidance")))), on_cpu("guidance")) > 55
     assert {stream.device.index for stream in machine.streams if stream.clock} == {1}
 
@@ -150,12 +153,12 @@ def test_the_second_gpu_draws_what_the_cpu_draws(machine, wish, on_cpu, plan):
 )
 def test_no_solver_waits_between_steps(machine, wish, name):
     request = wish("plain").model_copy(update={"solver": name})
-    ours = drawn(machine.between_steps(Engine("cuda", "fp32").submit(request)))
-    assert decibels(ours, drawn(Engine("cpu", "fp32").submit(request))) > 55
+    ours = drawn(machine.between_steps(Engine(types.Machine("cuda", "fp32")).submit(request)))
+    assert decibels(ours, drawn(Engine(types.Machine("cpu", "fp32")).submit(request))) > 55
 
 
 def test_requests_are_drawn_together_on_a_gpu(machine, wish, on_cpu):
-    engine = Engine("cuda", "fp32")
+    engine = Engine(types.Machine("cuda", "fp32"))
     events = zip_longest(*(engine.submit(wish(case)) for case in ("plain", "plain")))
     done = [event for pair in events for event in pair if isinstance(event, Done)]
     assert [decibels(drawn([event]), on_cpu("plain")) > 55 for event in done] == [True, True]
@@ -164,13 +167,13 @@ def test_requests_are_drawn_together_on_a_gpu(machine, wish, on_cpu):
 def test_small_pictures_are_replayed(machine, wish, on_cpu, monkeypatch):
     replay, replayed = Graph.replay, []
     monkeypatch.setattr(Graph, "replay", lambda graph: replayed.append(len(graph.operations)) or replay(graph))
-    assert decibels(drawn(Engine("cuda", "fp32").submit(wish("plain"))), on_cpu("plain")) > 55
+    assert decibels(drawn(Engine(types.Machine("cuda", "fp32")).submit(wish("plain"))), on_cpu("plain")) > 55
     assert len(replayed) == 3  # the first of four steps is not recorded
     assert min(replayed) > 10
 
 
 def test_a_forward_that_cannot_be_recorded_leaves_nothing_under_way(machine, wish, on_cpu):
-    engine = Engine("cuda", "fp32")
+    engine = Engine(types.Machine("cuda", "fp32"))
     list(engine.load(wish("plain").model))
     block = engine.model.family.transformer.layers[1]
     block.register_forward_pre_hook(lambda _, args: args[0].sum().item() and None)
@@ -179,7 +182,7 @@ def test_a_forward_that_cannot_be_recorded_leaves_nothing_under_way(machine, wis
 
 def draw_until_a_block_fails(request: Request) -> None:
     """Under the plan whose weights come meanwhile."""
-    engine = Engine("cuda", "fp32", plan="streamed")
+    engine = Engine(types.Machine("cuda", "fp32", placement="streamed"))
     list(engine.load(request.model))
 
     def fail(block: torch.nn.Module, args: Any) -> None:
@@ -237,7 +240,7 @@ def test_a_host_wait_between_steps_is_found(machine, wish, monkeypatch):
         return v
 
     monkeypatch.setitem(solvers.SOLVERS, "euler", euler_with(wait))
-    drawn(machine.between_steps(Engine("cuda", "fp32").submit(wish("plain"))))
+    drawn(machine.between_steps(Engine(types.Machine("cuda", "fp32")).submit(wish("plain"))))
     assert len(machine.faults) == len(WAITS)
     machine.faults.clear()
 
@@ -245,7 +248,7 @@ def test_a_host_wait_between_steps_is_found(machine, wish, monkeypatch):
 @plans
 def test_a_host_wait_inside_a_block_is_found(wish, plan):
     with found("the host waits: ") as machine:
-        engine = Engine("cuda", "fp32", plan=plan)
+        engine = Engine(types.Machine("cuda", "fp32", placement=plan))
         list(engine.load(wish("plain").model))
         block = engine.model.family.transformer.layers[1]
         block.register_forward_pre_hook(lambda _, args: args[0].sum().item() and None)
@@ -259,7 +262,7 @@ def test_a_mix_of_devices_is_found(wish, monkeypatch, other):
 
     monkeypatch.setitem(solvers.SOLVERS, "euler", euler_with(mix))
     with found(f"takes tensors of ({other} and cuda:0|cuda:0 and {other})"):
-        drawn(Engine("cuda", "fp32", plan="streamed").submit(wish("plain")))
+        drawn(Engine(types.Machine("cuda", "fp32", placement="streamed")).submit(wish("plain")))
 
 
 STREAMING = textwrap.dedent(inspect.getsource(offload.Streamed._on_gpu))
@@ -281,7 +284,7 @@ def test_a_wait_or_record_left_out_of_streaming_is_found(wish, monkeypatch, line
     exec(STREAMING.replace(line, line[: len(line) - len(line.lstrip())] + "pass"), vars(offload), names)
     monkeypatch.setattr(offload.Streamed, "_on_gpu", names["_on_gpu"])
     with found("still in use|not yet written|memory is freed while another stream uses it"):
-        drawn(Engine("cuda", "fp32", plan="streamed").submit(wish("plain")))
+        drawn(Engine(types.Machine("cuda", "fp32", placement="streamed")).submit(wish("plain")))
         draw_until_a_block_fails(wish("plain"))
 
 

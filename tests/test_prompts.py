@@ -21,7 +21,7 @@ from inkstream.families.flux2 import upsample
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.flux2.text import system_message
 from inkstream.families.flux2.upsample import dev_task, klein_task, read_task, size_seen, write
-from inkstream.types import Done, Failed, InputError, Loading, Request
+from inkstream.types import Done, Failed, InputError, Loading, Machine, Request
 from inkstream.weights.files import read_state, write_state
 
 SMALL = ["-W", "64", "-H", "48", "--steps", "2"]
@@ -143,7 +143,7 @@ def test_the_command_that_is_printed_writes_the_same_prompt_again(draw, klein, c
 def test_the_seed_decides_what_is_written_and_every_picture_has_the_same_prompt(klein, monkeypatch):
     monkeypatch.setattr(upsample, "OUTPUT_TOKENS", 8)
     monkeypatch.setattr(upsample, "TEMPERATURE", 1.0)
-    engine = Engine("cpu")
+    engine = Engine(Machine("cpu"))
 
     def prompts(seed: int) -> list[str]:
         request = Request(prompt="a cat", model=str(klein), width=64, height=48, steps=1, seed=seed, count=2,
@@ -160,7 +160,7 @@ def test_the_seed_decides_what_is_written_and_every_picture_has_the_same_prompt(
 
 def test_the_prompt_grows_in_events_and_closing_them_stops_the_writing(klein, monkeypatch):
     monkeypatch.setattr(upsample, "OUTPUT_TOKENS", 400)
-    engine = Engine("cpu")
+    engine = Engine(Machine("cpu"))
     request = Request(prompt="a cat", model=str(klein), width=64, height=48, steps=1, seed=3, upsample=True)
     events = engine.submit(request)
     asked = []
@@ -201,11 +201,11 @@ def test_a_text_encoder_that_was_cut_says_what_it_lacks(tmp_path, make_folder):
     kept = {name: w.clone() for name, w in read_state(file).items() if not name.startswith(("layers.3.", "norm."))}
     file.unlink()
     write_state(file, kept)
-    model = inkstream.load(folder, device="cpu", dtype="fp32")
+    model = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     model.encode(Request(prompt="a cat", width=64, height=48))
     with pytest.raises(InputError, match=r"only what reads prompts, no .*layers\.3\..* leave upsample out"):
         list(model.upsample(Request(prompt="a cat", width=64, height=48, upsample=True)))
-    (*_, last) = Engine("cpu").submit(Request(prompt="a cat", model=str(folder), upsample=True))
+    (*_, last) = Engine(Machine("cpu")).submit(Request(prompt="a cat", model=str(folder), upsample=True))
     assert isinstance(last, Failed)
     assert last.kind == "input"
 

@@ -14,6 +14,7 @@ from inkstream.engine.files import quantise
 from inkstream.engine.files.convert import convert
 from inkstream.engine.files.quantise import QUANTS
 from inkstream.engine.files.sources import locate_part
+from inkstream.engine.machine.install import Placement
 from inkstream.engine.machine.loader import read
 from inkstream.families import CARD
 from inkstream.families.zimage.family import ZImage
@@ -45,7 +46,7 @@ class Drawer:
     """Draws with one model, whose parts are exchanged."""
 
     def __init__(self, folder: Path):
-        self.model = inkstream.load(folder, device="cpu")
+        self.model = inkstream.load(folder, inkstream.Machine("cpu"))
         self.request = inkstream.Request(prompt="a red ball", seed=1, steps=1)
         self.original = self.draw()
 
@@ -58,7 +59,7 @@ class Drawer:
         (transformer,) = list_weights(folder)
         for part, path in (("transformer", transformer), ("text_encoder", folder / "text_encoder")):
             found = locate_part(ZImage, part, path)
-            module = read(found, torch.device("cpu"), torch.float32, lambda done, total: None)
+            module = read(found, Placement(torch.device("cpu"), torch.float32, rules=found.rules))
             setattr(self.model.family, part, module)
         return -10 * (self.draw() - self.original).square().mean().log10().item()
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from inkstream.engine.engine import Engine
 from inkstream.serve.engines.worker import Worker, obey
+from inkstream.types import Machine
 
 DRAWN = {"prompt": "x", "width": 32, "height": 32, "steps": 1, "seed": 1}
 
@@ -30,7 +31,7 @@ class Heard:
 
 def obeyed(messages: list[dict[str, Any]], tmp_path: Any) -> list[dict[str, Any]]:
     heard = Heard()
-    worker = Worker(Engine(device="cpu", previews=False), tmp_path, heard)
+    worker = Worker(Engine(Machine("cpu")), tmp_path, heard)
     with ThreadPoolExecutor(4) as threads:
         for message in messages:
             obey(worker, threads, message)

@@ -254,7 +254,7 @@ def test_a_run_leaves_metrics_a_curve_previews_and_a_model_that_draws(tmp_path, 
         assert curve.size == (900, 420)
     with Image.open(tmp_path / "previews" / "step-00000004.png") as sheet:
         assert sheet.size == (66, 32)
-    model = inkstream.load(tmp_path / "model", device="cpu")
+    model = inkstream.load(tmp_path / "model", inkstream.Machine("cpu"))
     assert (model.spec.steps, model.spec.guidance) != (0, 0)
     request = Request.model_validate({"prompt": prompts[0], "width": 32, "height": 32, "steps": 2, "seed": 0})
     pixels = model.decode(model.sample(request, model.encode(request)))
@@ -290,8 +290,8 @@ def test_published_weights_are_trained_on_with_the_text_encoder_as_it_is(tmp_pat
         "run": {"steps": 2, "batch": 2, "dtype": "bf16", "device": "cpu", "export": "bf16"},
     })  # fmt: skip
     *_, last = train(settings, tmp_path / "run")
-    before = inkstream.load(tiny_base_folder, device="cpu", dtype="fp32").family
-    after = inkstream.load(last.model, device="cpu", dtype="fp32").family
+    before = inkstream.load(tiny_base_folder, inkstream.Machine("cpu", "fp32")).family
+    after = inkstream.load(last.model, inkstream.Machine("cpu", "fp32")).family
     assert after.spec.guidance == BASE.guidance
     assert not torch.equal(after.transformer.x_embedder.weight, before.transformer.x_embedder.weight)
     for name, weight in after.text_encoder.state_dict().items():
@@ -412,7 +412,7 @@ def test_half_a_minute_of_training_teaches_colours(tmp_path):
     assert losses[0] > 1
     assert losses[-1] < 0.3
 
-    model = inkstream.load(told[-1].model, device="cpu", dtype="fp32")
+    model = inkstream.load(told[-1].model, inkstream.Machine("cpu", "fp32"))
     right = 0
     for i, name in enumerate(GROUNDS * 4):
         request = Request.model_validate({

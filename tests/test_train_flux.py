@@ -109,8 +109,8 @@ def test_a_published_folder_is_trained_on_with_captions_encoded_once(tmp_path, m
     assert any(isinstance(message, Preview) for message in told)
     (states,) = (tmp_path / "c").glob("states-*")
     assert (states / "pooled.npy").exists() == (spec.family == "flux1")
-    before = inkstream.load(folder, device="cpu", dtype="fp32").family
-    after = inkstream.load(told[-1].model, device="cpu", dtype="fp32").family
+    before = inkstream.load(folder, inkstream.Machine("cpu", "fp32")).family
+    after = inkstream.load(told[-1].model, inkstream.Machine("cpu", "fp32")).family
     assert (after.spec.guides, after.spec.guidance) == (spec.guides, spec.tiny.guidance)
     changed = {
         name: max((x - y).abs().max() for x, y in zip(one.parameters(), other.parameters()))

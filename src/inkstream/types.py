@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -29,7 +30,12 @@ CacheKind = Literal["none", "first-block", "taylor"]
 
 none: no block is skipped. first-block: the residual of the last full step. taylor: the same residual, extrapolated.
 """
+PlacementName = Literal["resident", "parked", "streamed"]
+AttentionName = Literal["auto", "sdpa", "varlen", "flash2", "flash3", "sage"]
 ScheduleName = Literal["simple", "sgm_uniform", "normal", "beta", "beta57", "linear_quadratic", "bong_tangent"]
+
+
+UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 class InputError(ValueError):
@@ -199,6 +205,52 @@ class Conditioning:
         )
 
 
+def read_size(text: str) -> int:
+    """Return the bytes of a size like 4GiB, 3.5 GB or 800MiB. Raises InputError for other text."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
+    if found is None or found[2] not in UNITS or float(found[1]) == 0:
+        raise InputError(f"{text!r} is not a memory size: write it like 4GiB or 800MiB")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a model runs on. The command line, the server, its workers and Ray all take these options.
+
+    Parameters
+    ----------
+    device
+        cpu, cuda, cuda:1 or mps; by default the best device there is.
+    dtype
+        bf16, fp32 or fp16; by default the one that suits the device.
+    memory
+        The most memory that the model may take on the device, like 8GiB; on the CPU, the whole process. By default all
+        that is free.
+    placement
+        resident: all parts stay on the device. parked: only the parts at work are on it. streamed: only the layers at
+        work are on it. By default the fastest placement that the memory allows.
+    attention
+        The attention kernels of the transformer, on GPUs. auto takes the fastest that gives the same numbers.
+    compile
+        Compile the blocks of the transformer. The first picture waits for the compiler. Meant for GPUs.
+    commercial_only
+        Refuse models whose licence does not allow commercial use. INKSTREAM_COMMERCIAL_ONLY=1 always does.
+    """
+
+    device: str | None = None
+    dtype: str | None = None
+    memory: str | None = None
+    placement: PlacementName | None = None
+    attention: AttentionName = "auto"
+    compile: bool = False
+    commercial_only: bool | None = None  # None follows the setting INKSTREAM_COMMERCIAL_ONLY
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes. Raises InputError if it is not a size."""
+        return None if self.memory is None else read_size(self.memory)
+
+
 class Query(NamedTuple):
     """A point where a solver needs the velocity. x: float32, any shape. t: the time, from 1 (noise) to 0 (image)."""
 
@@ -270,6 +322,33 @@ class Failed:
 
 
 Event = Queued | Loading | Step | Done | Failed
+
+
+class Drawer(Protocol):
+    """Draws requests. `Engine` draws in this process, `Client` on a server. `Router` chooses a Drawer by the model."""
+
+    def submit(self, request: Request) -> Iterator[Event]:
+        """Yield the events of a request, and a Done for each picture. Closing the iterator cancels at the next step.
+
+        A request that cannot be drawn ends with Failed; nothing is raised for it.
+        """
+        ...
+
+    def models(self) -> list[Spec]:
+        """Return the models that can be asked for, the default first. Raises InputError if a server is not there."""
+        ...
+
+    def spec(self, name: str) -> Spec:
+        """Return the Spec of a model. Raises InputError if there is no such model."""
+        ...
+
+    def remarks(self, request: Request) -> list[str]:
+        """Return one line for each option that has no effect or a poor one. Call it after the request's first Step."""
+        ...
+
+    def ran_on(self, name: str) -> dict[str, str]:
+        """Return what is known about the device that drew with a model, such as its dtype. Call it after a Done."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def packed(noise: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["short", "empty", "long"])
 def test_text_to_image_draws_the_same_picture(pipelines, name, prompt):
     pipeline, folder = pipelines[name]
-    ours = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(1))
     length = 256 if name == "flux1-schnell" else 512
     theirs = pipeline(
@@ -109,7 +109,7 @@ def test_kontext_sees_the_reference_as_the_pipeline_shows_it(pipelines, monkeypa
     monkeypatch.setattr(kontext, "SIZES", small)
     monkeypatch.setattr("diffusers.pipelines.flux.pipeline_flux_kontext.PREFERRED_KONTEXT_RESOLUTIONS", small)
     pipeline, folder = pipelines["flux1-kontext-dev"]
-    ours = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     assert "references" in ours.spec.abilities
     noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(2))
     shown = picture(120, 96)
@@ -123,7 +123,7 @@ def test_kontext_sees_the_reference_as_the_pipeline_shows_it(pipelines, monkeypa
 
 def test_fill_sees_the_picture_and_the_mask(pipelines):
     pipeline, folder = pipelines["flux1-fill-dev"]
-    ours = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(3))
     shown, mask = picture(64, 80), np.zeros((80, 64), np.uint8)
     mask[20:50, 10:40] = 255
@@ -140,7 +140,7 @@ def test_fill_sees_the_picture_and_the_mask(pipelines):
 
 def test_a_map_is_followed(pipelines):
     pipeline, folder = pipelines["flux1-canny-dev"]
-    ours = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(4))
     edges = picture(64, 80)
     with mode_only(pipeline.vae):

@@ -81,7 +81,7 @@ def test_a_reference_and_a_prompt_give_the_same_picture(folder, theirs, prompt):
         num_inference_steps=4, guidance_scale=2.5, latents=FluxPipeline._pack_latents(noise, *noise.shape),
         output_type="pt",
     ).images  # fmt: skip
-    ours = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     request = Request(prompt=prompt, width=64, height=80, steps=4, guidance=2.5, seed=0, reference=(shown,))
     own = draw(ours, request, noise)
     pictures_agree(own, expected, pipeline)
@@ -91,7 +91,7 @@ def test_a_reference_and_a_prompt_give_the_same_picture(folder, theirs, prompt):
 
 def test_the_tokens_of_a_picture_are_those_of_the_prior(folder, theirs):
     prior, _ = theirs
-    family = inkstream.load(folder, device="cpu", dtype=torch.float32).family
+    family = inkstream.load(folder, inkstream.Machine("cpu", "fp32")).family
     for size in ((120, 96), (20, 200)):
         expected = prior.image_embedder(prior.encode_image(picture(*size), "cpu", 1)).image_embeds[0]
         got = to_tokens(family.image_encoder, family.image_embedder, picture(*size))
@@ -99,7 +99,7 @@ def test_the_tokens_of_a_picture_are_those_of_the_prior(folder, theirs):
 
 
 def test_several_references_stand_one_behind_the_other(folder):
-    model = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    model = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     shown = [picture(64, 64, seed) for seed in range(2)]
     base = Request(prompt="a cat", width=64, height=64, seed=0)
     texts, one, two = (
@@ -144,13 +144,13 @@ def test_the_single_file_of_the_release_is_read_from_where_comfyui_keeps_it(fold
         save_file(load_file(file), tree / f"{place}.safetensors", {"config": config})
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(folder / name, tree / "diffusion_models" / name)
-    model, published = (inkstream.load(path, device="cpu", dtype="fp32") for path in (tree, folder))
+    model, published = (inkstream.load(path, inkstream.Machine("cpu", "fp32")) for path in (tree, folder))
     assert "references" in model.spec.abilities
     shown = picture(64, 64)
     ours, theirs = (to_tokens(m.family.image_encoder, m.family.image_embedder, shown) for m in (model, published))
     assert torch.equal(ours, theirs)
     (tree / "clip_vision" / "sigclip.safetensors").unlink()
-    assert inkstream.load(tree, device="cpu", dtype="fp32").spec.image_embedder is None
+    assert inkstream.load(tree, inkstream.Machine("cpu", "fp32")).spec.image_embedder is None
 
 
 def test_redux_alone_says_where_it_belongs(folder, tmp_path):
@@ -165,7 +165,7 @@ def test_a_model_with_redux_is_converted_with_it(folder, tmp_path):
     from inkstream.engine.files.convert import convert
 
     written = convert(folder, tmp_path / "copy", "diffusers")
-    one, other = (inkstream.load(path, device="cpu", dtype="fp32") for path in (folder, written))
+    one, other = (inkstream.load(path, inkstream.Machine("cpu", "fp32")) for path in (folder, written))
     for part in ("image_encoder", "image_embedder"):
         ours, theirs = (getattr(m.family, part).state_dict() for m in (one, other))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)

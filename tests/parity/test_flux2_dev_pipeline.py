@@ -77,7 +77,7 @@ def packed(noise: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(("references", "guidance"), [(0, 4.0), (0, 1.5), (1, 4.0), (3, 4.0)])
 def test_the_same_noise_and_references_give_the_same_picture(pipeline, references, guidance):
     theirs, folder = pipeline
-    ours = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     assert (ours.spec.guides, ours.spec.shift_rule) == ("read", "empirical")
     pictures = [picture(96 + 32 * i, 80, seed=i) for i in range(references)]
     for prompt in PROMPTS:

@@ -65,7 +65,7 @@ def packed(noise: torch.Tensor) -> torch.Tensor:
 def test_the_same_noise_and_references_give_the_same_picture(folders, name, kind, guidance, references):
     folder, tokenizer = folders[name]
     theirs = theirs_of(kind, folder, tokenizer)
-    ours = inkstream.load(folder, device="cpu", dtype=torch.float32)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     assert ours.spec.guides == ("twice" if guidance else "none")
     pictures = [picture(96 + 32 * i, 80, seed=i) for i in range(references)]
     for prompt in PROMPTS:

@@ -31,7 +31,7 @@ def test_no_key_is_missing_unexpected_or_of_another_shape(kind, part):
 def test_the_same_noise_gives_the_same_picture(guidance):
     theirs = ZImagePipeline.from_pretrained(FOLDER, dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    ours = inkstream.load("pocket", device="cpu", dtype=torch.float32)
+    ours = inkstream.load("pocket", inkstream.Machine("cpu", "fp32"))
     noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(5))
     for prompt in PROMPTS:
         picture = theirs(

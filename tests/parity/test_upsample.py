@@ -56,7 +56,7 @@ def klein(request, tmp_path_factory, make_folder):
     theirs = randomised(
         transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**{**sizes, "tie_word_embeddings": request.param}))
     )
-    return inkstream.load(with_language_model(folder, theirs), device="cpu", dtype="fp32"), theirs
+    return inkstream.load(with_language_model(folder, theirs), inkstream.Machine("cpu", "fp32")), theirs
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def dev(tmp_path_factory, make_folder):
         image_token_index=words.token_to_id("[IMG]"), tie_word_embeddings=False,
     )  # fmt: skip
     theirs = randomised(transformers.Mistral3ForConditionalGeneration(config))
-    return inkstream.load(with_language_model(folder, theirs), device="cpu", dtype="fp32"), theirs
+    return inkstream.load(with_language_model(folder, theirs), inkstream.Machine("cpu", "fp32")), theirs
 
 
 def expected_text(theirs, tokenizer, task: str, ends, seed: int, **pictures) -> str:

@@ -47,6 +47,7 @@ class Toy:
 
     parts: Mapping[str, Part] = {
         "transformer": Part(
+            phases=("steps",),
             build=ToyTransformer,
             config=ToyConfig,
             layouts={"native": NATIVE, "diffusers": DIFFUSERS},
@@ -56,6 +57,7 @@ class Toy:
         "text_encoder": QWEN3,
         "vae": AUTOENCODER,
     }
+    way = None
     joints = (("transformer.text_dim", "text_encoder.hidden_size"), ("transformer.in_channels", "vae.latent_channels"))
     tokenizers: ClassVar = {"tokenizer": load_tokenizer}
     documents = staticmethod(documents)

@@ -16,7 +16,7 @@ from inkstream.engine.machine.loader import dtype_of, load
 from inkstream.families import Part, family_of, parts_of
 from inkstream.quant.pack import fits, pack
 from inkstream.quant.packed import Weight
-from inkstream.types import Request, Spec
+from inkstream.types import Machine, Request, Spec
 from inkstream.weights.keymap import matches
 
 
@@ -26,7 +26,8 @@ def open_ours(setup: Setup) -> tuple[Draw, dict[str, str]]:
         model = random_model(case.spec, setup.device, setup.dtype, "quant" in setup.how, compiled)
     else:
         place = "pocket" if case.weights == "package" else setup.folder
-        model = load(place, setup.device, setup.dtype, compiled=compiled)
+        dtype = str(setup.dtype).removeprefix("torch.")
+        model = load(place, Machine(str(setup.device), dtype, compile=compiled))
 
     def draw(order: Order, stages: Stages) -> Tensor:
         case = order.case
@@ -75,7 +76,7 @@ def random_part(name: str, part: Part, config: object, placement: Placement, fp8
         weight = torch.randn(like.shape, dtype=dtype, device=device).mul_(like[0].numel() ** -0.5)
         packs = fp8 and any(matches(pattern, key) for pattern in part.packs) and fits("e4m3", tuple(like.shape))
         state[key] = pack("e4m3", weight, dynamic=True) if packs else weight
-    return install(name, module, nullcontext(state), placement, compiled=compiled)
+    return install(name, module, nullcontext(state), placement, machine=Machine(compile=compiled))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def doctor(
     from inkstream.cli.lines import print_json
 
     if memory is not None:
-        from inkstream.engine.machine.memory import read_size
+        from inkstream.types import read_size
 
         findings = examine(read_size(memory))
     else:

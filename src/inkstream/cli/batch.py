@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -21,7 +22,7 @@ from inkstream.cli.download import agree_to_download
 from inkstream.cli.errors import explain_value, one_line
 from inkstream.cli.generate import as_options, check_pictures, slug
 from inkstream.cli.lines import print_json
-from inkstream.cli.machine import ANYWHERE, RUN, Anywhere
+from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, check_machine, make_drawer, make_engine
 from inkstream.cli.terminal import Terminal
 from inkstream.types import Failed, InputError, Loading, Request, Spec, Step, singles
 
@@ -94,9 +95,9 @@ def batch(
     with Terminal(quiet) as terminal:
         wanted = understand(prompts, common, machine, terminal)
         if machine.server is None:
-            machine.check()
+            check_machine(machine)
             for model in dict.fromkeys(one.request.model for one in wanted):
-                agree_to_download(model, yes, terminal, machine.licence)
+                agree_to_download(model, yes, terminal, machine.commercial_only)
         from inkstream.clients.manifest import Manifest
 
         with closing(Manifest(out)) as manifest:
@@ -201,11 +202,7 @@ def pictures_of(line: int, request: Request) -> Iterator[Wanted]:
 def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
     """What looks at a request before it is drawn: InputError where it cannot be; what has no effect, a line each."""
     if machine.server is not None:
-        from inkstream.clients.http import Client
-
-        client = machine.way_in()
-        assert isinstance(client, Client)
-        offered = [model["id"] for model in client.models()]
+        offered = [spec.name for spec in make_drawer(machine).models()]
 
         def look(request: Request) -> Collection[str]:
             check_pictures(request)
@@ -335,11 +332,11 @@ def way(
     if ray:
         from inkstream.clients.ray_data import draw_on_ray
 
-        yield from draw_on_ray(requests, machine.engine, slots, engines, metadata)
+        yield from draw_on_ray(requests, partial(make_engine, machine), slots, engines, metadata)
         return
     from inkstream.clients.many import draw_many
 
-    yield from draw_many(machine.way_in(), requests, slots, metadata)
+    yield from draw_many(make_drawer(machine), requests, slots, metadata)
 
 
 def follow(

@@ -9,11 +9,11 @@ import threading
 import time
 from typing import TYPE_CHECKING
 
+from inkstream.cli.machine import make_engine
 from inkstream.engine.machine.processes import count_processes
-from inkstream.types import Failed, InputError, Loading, Request
+from inkstream.types import Failed, InputError, Loading, Machine, Request
 
 if TYPE_CHECKING:
-    from inkstream.cli.machine import Machine
     from inkstream.engine.machine.parallel import Crew, Way
 
 GRACE = 3.0
@@ -43,7 +43,7 @@ def follow(way: Way | None, machine: Machine) -> int:
     drawing, crew = False, None
     try:
         crew = join(way, machine.device)
-        for event in machine.engine(crew).submit(Request.model_validate({})):
+        for event in make_engine(machine, crew).submit(Request.model_validate({})):
             drawing = drawing or (isinstance(event, Loading) and event.what == "prompt")
             if isinstance(event, Failed):
                 raise InputError(event.error)

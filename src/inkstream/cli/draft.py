@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import as_options, check, draw, slug, try_folder, understand
 from inkstream.cli.lines import print_json
-from inkstream.cli.machine import HERE, RUN, Machine
+from inkstream.cli.machine import HERE, RUN, Here, check_machine, make_engine, words_of
 from inkstream.cli.refine import find_spec, plan, read_draft
 from inkstream.cli.terminal import Terminal
 from inkstream.types import InputError, Request, Spec, singles
@@ -76,7 +76,7 @@ def draft(
     json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
     resume: Annotated[Path | None, Parameter(group=RUN)] = None,
     output: Annotated[Path | None, Parameter(alias="-o", group=RUN)] = None,
-    machine: Machine = HERE,
+    machine: Here = HERE,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -109,12 +109,12 @@ def draft(
     with Terminal(quiet) as terminal:
         folder, state = resumed(wish, resume, output) if resume else begun(wish, json_prompt, output, terminal)
         state = settled(state, folder, pick, choose, refine_with, refine_strength)
-        licence = machine.licence
-        machine.check()
+        licence = machine.commercial_only
+        check_machine(machine)
         spec = look_ahead(folder, state, yes, licence, terminal)
         write_state(folder, state)
-        ran = machine.words()
-        engine = machine.engine()
+        ran = words_of(machine)
+        engine = make_engine(machine)
         try:
             draw_drafts(engine, folder, state, terminal)
             write_sheet(folder, state)

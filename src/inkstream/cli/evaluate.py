@@ -14,7 +14,7 @@ from cyclopts import Parameter
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import check, slug, try_folder
 from inkstream.cli.lines import print_json
-from inkstream.cli.machine import HERE, RUN, Machine
+from inkstream.cli.machine import HERE, RUN, Here, make_engine
 from inkstream.cli.terminal import Terminal
 from inkstream.types import InputError, Request
 
@@ -41,7 +41,7 @@ def evaluate(
     ceiling: Annotated[bool, Parameter(show_default=False)] = False,
     ocr: Annotated[bool, Parameter(show_default=False)] = False,
     output: Annotated[Path | None, Parameter(alias="-o", group=RUN)] = None,
-    machine: Machine = HERE,
+    machine: Here = HERE,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -99,8 +99,8 @@ def evaluate(
         if ocr:
             open_reader()
         folder = output or Path("evaluation") / f"{slug(Path(model).name)}-{slug(Path(suite).stem)}"
-        agree_to_download(model, yes, terminal, machine.licence)
-        engine = machine.engine()
+        agree_to_download(model, yes, terminal, machine.commercial_only)
+        engine = make_engine(machine)
         for event in engine.load(model):
             terminal.show(event)
         jobs = plan(engine.model, cases, settings)

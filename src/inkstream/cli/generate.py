@@ -16,13 +16,11 @@ from cyclopts import Parameter
 from inkstream.cli.crew import follow, follows, join
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.lines import in_gibibytes, print_facts, print_json
-from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, Machine
+from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, make_drawer, make_engine, options_of
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Done, Failed, InputError, Loading, Request, Step
+from inkstream.types import Done, Drawer, Failed, InputError, Loading, Machine, Request, Step
 
 if TYPE_CHECKING:
-    from inkstream.clients.http import Client
-    from inkstream.engine.engine import Engine
     from inkstream.engine.machine.memory import Placing
     from inkstream.engine.machine.parallel import Crew
 
@@ -69,7 +67,7 @@ def generate(
     parallel: Annotated[
         Literal["replicas", "cfg", "context", "tensor"] | None, Parameter(show_default=False, group=RUN)
     ] = None,
-    plan: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
+    dry_run: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -89,8 +87,8 @@ def generate(
     parallel
         What the processes share that torchrun started, one for each GPU: the pictures, the two prompts of guidance, a
         picture's tokens, or the transformer's weights; else what suits the request.
-    plan
-        Tell how much memory each way to place the model takes for this, and which is chosen; draw nothing.
+    dry_run
+        Show how much memory the request needs under each placement, and the placement that is chosen. Draw nothing.
     json
         Print one JSON document on stdout when all is done.
     quiet
@@ -108,21 +106,21 @@ def generate(
             raise InputError(f"--count {request.count} does not go into a pipe, which holds one picture: give --output")
         place = None if piped else find_place(output, request.count)
         if machine.server is not None:
-            if plan:
-                raise InputError("--plan is for a model on this machine: leave it out, or leave --server out")
+            if dry_run:
+                raise InputError("--dry-run is for a model on this machine: leave it out, or leave --server out")
             check_pictures(request)
         else:
             check(request)
-            agree_to_download(request.model, yes, terminal, machine.licence)
+            agree_to_download(request.model, yes, terminal, machine.commercial_only)
             if "model" not in wish.model_fields_set and source is None:
                 terminal.say(f"drawing with {request.model}, the small model that comes along; {THE_REAL_ONE}")
-        if plan:
-            print_plans(machine.engine().placing(request), request, json)
+        if dry_run:
+            print_plans(make_engine(machine).placing(request), request, json)
             return 0
-        engine = machine.way_in(crew)
+        drawer = make_drawer(machine, crew)
         done: list[dict[str, Any]] = []
         try:
-            for picture in draw(engine, request, place, metadata, terminal):
+            for picture in draw(drawer, request, place, metadata, terminal):
                 done.append(picture)
                 if not (piped or json):
                     terminal.print(picture["path"])
@@ -140,18 +138,19 @@ def generate(
 
 
 def print_plans(placing: Placing, request: Request, as_json: bool) -> None:
-    """What the model takes on the device under each plan, phase by phase, and the one that would be taken."""
+    """Print the memory that the model needs under each placement, phase by phase, and the placement that is chosen."""
     chosen, budget = placing.choose(request), placing.budget
     if as_json:
         plans = [
-            {"name": plan.name, "bytes": plan.peak, "phases": dict(plan.phases)} for plan in placing.plans(request)
+            {"placement": plan.placement, "bytes": plan.peak, "phases": dict(plan.phases)}
+            for plan in placing.plans(request)
         ]
-        print_json({"plan": chosen, "budget_bytes": budget, "device": str(placing.opened.device), "plans": plans})
+        print_json({"placement": chosen, "budget_bytes": budget, "device": str(placing.opened.device), "plans": plans})
         return
     facts = {
-        plan.name: f"{in_gibibytes(plan.peak)} ("
+        plan.placement: f"{in_gibibytes(plan.peak)} ("
         + ", ".join(f"{phase} {in_gibibytes(count)}" for phase, count in plan.phases.items())
-        + f"){', taken' if plan.name == chosen else ''}"
+        + f"){', chosen' if plan.placement == chosen else ''}"
         for plan in placing.plans(request)
     }
     print_facts({**facts, "of": "unknown" if budget is None else f"{in_gibibytes(budget)} on {placing.opened.device}"})
@@ -255,19 +254,8 @@ def check_pictures(request: Request) -> None:
             open_header(picture)
 
 
-def advise(engine: Engine | Client, request: Request) -> list[str]:
-    """What has no effect, a line each. A server's comes with its events."""
-    from inkstream.clients.http import Client
-
-    if isinstance(engine, Client):
-        return []
-    from inkstream.engine.engine import advice
-
-    return advice(request, engine.model)
-
-
 def draw(
-    engine: Engine | Client,
+    drawer: Drawer,
     request: Request,
     place: Callable[[Request, int], Path] | None,
     metadata: Literal["full", "minimal", "none"],
@@ -281,13 +269,12 @@ def draw(
     extra: JSON kept in the picture beside its request. before, total: of more pictures than this request's, how many
     came earlier, and how many there are, for the progress that is shown.
     """
-    from inkstream.clients.many import about
     from inkstream.engine.drawing.writing import wording
     from inkstream.engine.pictures.metadata import free_name, save_picture
 
     written, known = "", None
     told = ""  # the prompt that was last shown: where a grammar writes, each picture has its own
-    for event in engine.submit(request):
+    for event in drawer.submit(request):
         if isinstance(event, Step):
             terminal.show(replace(event, index=before + event.index, count=total or event.count))
         else:
@@ -299,14 +286,15 @@ def draw(
                 hint = "" if request.upsample or told else " (--no-upsample leaves it as typed)"
                 terminal.say(f"prompt: {written}{hint}")
                 told = written
-            for line in advise(engine, request.model_copy(update={"prompt": written} if written else {})):
+            for line in drawer.remarks(request.model_copy(update={"prompt": written} if written else {})):
                 terminal.say(line, once=True)
         elif isinstance(event, Failed):
             raise InputError(event.error) if event.kind == "input" else RuntimeError(event.error)
         elif isinstance(event, Done):
             path = place(event.request, before + event.index) if place else None
-            spec, runs = known = known or about(engine, event.request.model)
-            ran = dict(runs) | wording(request.prompt, event.request, spec)
+            model = event.request.model
+            spec, runs = known = known or (drawer.spec(model), drawer.ran_on(model))
+            ran = runs | wording(request.prompt, event.request, spec)
             kept = {**ran, **(extra or {})}
             facts: Any = {"request": event.request, "spec": spec, "metadata": metadata, "extra": kept}
             try:
@@ -331,7 +319,7 @@ def draw(
 def repeat(request: Request, seed: int, machine: Machine, crew: Crew | None) -> str:
     """The command that draws the same again: what was asked for, and the seed."""
     fields = request.model_copy(update={"seed": seed}).model_dump(exclude_defaults=True)
-    fields |= machine.given()
+    fields |= options_of(machine)
     start = ["inkstream"]
     if crew is not None:
         start = ["torchrun", "--nproc-per-node", str(crew.count), "-m", "inkstream"]

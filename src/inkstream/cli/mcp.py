@@ -15,16 +15,14 @@ from pydantic import ValidationError
 
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import check, find_place
-from inkstream.cli.machine import ANYWHERE, Anywhere
+from inkstream.cli.machine import ANYWHERE, Anywhere, make_drawer
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Done, Event, Failed, InputError, Request, Step
+from inkstream.types import Done, Drawer, Event, Failed, InputError, Request, Step
 
 if TYPE_CHECKING:
     from mcp.server import Server, ServerRequestContext
     from mcp.types import CallToolRequestParams, CallToolResult, ContentBlock
 
-    from inkstream.clients.http import Client
-    from inkstream.engine.engine import Engine
 
 FROM_PICTURES = ("image", "mask", "strength", "reference")
 """Fields of a Request that only `edit` takes."""
@@ -80,7 +78,7 @@ def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool =
 
     from inkstream import __version__
 
-    engine = machine.way_in()
+    drawer = make_drawer(machine)
     place = find_place(f"{folder}/", 1)
     schemas = {"generate": _schema(FROM_PICTURES), "edit": _schema(()), "list_models": {"type": "object"}}
     tools = [protocol.Tool(name=name, description=text, input_schema=schemas[name]) for name, text in TOOLS.items()]
@@ -91,15 +89,15 @@ def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool =
     async def call_tool(context: ServerRequestContext[Any], params: CallToolRequestParams) -> CallToolResult:
         try:
             if params.name == "list_models":
-                return protocol.CallToolResult(content=[_text(list_models(engine))])
+                return protocol.CallToolResult(content=[_text(list_models(drawer))])
             if params.name not in TOOLS:
                 raise InputError(f"there is no tool {params.name}: take {', '.join(TOOLS)}")
             request = understand(params.name, params.arguments or {}, model)
             if machine.server is None:
                 check(request)
-                agree_to_download(request.model, yes, Terminal(quiet=True), machine.licence)
+                agree_to_download(request.model, yes, Terminal(quiet=True), machine.commercial_only)
             content: list[ContentBlock] = []
-            with closing(engine.submit(request)) as events:  # type: ignore[type-var]
+            with closing(drawer.submit(request)) as events:  # type: ignore[type-var]
                 async for event in _each(events):
                     if isinstance(event, Failed):
                         raise InputError(event.error)
@@ -107,7 +105,7 @@ def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool =
                         at = event.index * event.steps + event.step
                         await context.session.report_progress(at, event.count * event.steps)
                     elif isinstance(event, Done):
-                        content += keep(engine, event, place(event.request, event.index))
+                        content += keep(drawer, event, place(event.request, event.index))
             return protocol.CallToolResult(content=content)
         except InputError as error:
             return protocol.CallToolResult(content=[_text(str(error))], is_error=True)
@@ -130,29 +128,20 @@ def understand(tool: str, given: dict[str, Any], model: str | None) -> Request:
         raise InputError(f"{name}: {problem['msg']}") from None
 
 
-def list_models(engine: Engine | Client) -> str:
-    """The models as JSON, of the server or those known by name."""
-    from inkstream.clients.http import Client
-
-    if isinstance(engine, Client):
-        models = [{"name": one["id"], **one["inkstream"], **one["inkstream"]["defaults"]} for one in engine.models()]
-    else:
-        from inkstream.families import SPECS
-
-        models = [{name: getattr(spec, name) for name in LISTED} for spec in SPECS.values()]
-        models = [{**one, "abilities": sorted(one["abilities"])} for one in models]
-    return json.dumps([{name: one[name] for name in LISTED} for one in models], ensure_ascii=False)
+def list_models(drawer: Drawer) -> str:
+    """Return the drawer's models as JSON."""
+    models = [{name: getattr(spec, name) for name in LISTED} for spec in drawer.models()]
+    return json.dumps([{**one, "abilities": sorted(one["abilities"])} for one in models], ensure_ascii=False)
 
 
-def keep(engine: Engine | Client, done: Done, path: Path) -> list[ContentBlock]:
+def keep(drawer: Drawer, done: Done, path: Path) -> list[ContentBlock]:
     """Write a picture, and say where it is and what it looks like."""
     from mcp.types import ImageContent
 
-    from inkstream.clients.many import about
     from inkstream.engine.pictures.metadata import save_picture
 
-    spec, ran = about(engine, done.request.model)
-    save_picture(done.image, path, done.request, spec, extra=ran)
+    model = done.request.model
+    save_picture(done.image, path, done.request, drawer.spec(model), extra=drawer.ran_on(model))
     small = done.image.copy()
     small.thumbnail((SHOWN, SHOWN))
     buffer = io.BytesIO()

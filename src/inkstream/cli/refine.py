@@ -13,7 +13,7 @@ from pydantic import Field
 from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import as_options, check, draw, find_place, read_json_prompt
 from inkstream.cli.lines import print_json
-from inkstream.cli.machine import HERE, RUN, Machine
+from inkstream.cli.machine import HERE, RUN, Here, make_engine
 from inkstream.cli.terminal import Terminal
 from inkstream.types import InputError, Request, Spec
 
@@ -41,7 +41,7 @@ def refine(
     json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
     metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
-    machine: Machine = HERE,
+    machine: Here = HERE,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
@@ -81,9 +81,9 @@ def refine(
         drafts = {picture: read_draft(picture, wish, terminal) for picture in pictures}
         stems = [f"{Path(picture).stem}-refined" for picture in drafts]
         place = find_place(output, len(drafts), lambda request, index: stems[index])
-        spec = find_spec(wish.model, yes, terminal, machine.licence)
+        spec = find_spec(wish.model, yes, terminal, machine.commercial_only)
         plans = [plan(wish, draft, picture, spec, reference, terminal) for picture, draft in drafts.items()]
-        engine = machine.engine()
+        engine = make_engine(machine)
         done: list[dict[str, Any]] = []
         try:
             for index, (found, (picture, draft)) in enumerate(zip(plans, drafts.items())):

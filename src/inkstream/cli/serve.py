@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 
 from inkstream.cli.lines import print_json
-from inkstream.types import InputError
+from inkstream.cli.machine import HERE
+from inkstream.types import InputError, Machine
 
 serve = App(name="serve", help_format="plaintext", default_parameter=Parameter(negative=""))
 keys = App(name="keys", help="Make, list and remove the keys that a server knows.", help_format="plaintext")
@@ -29,11 +30,7 @@ def run(
     strict: Annotated[bool, Parameter(show_default=False)] = False,
     api_key_file: Annotated[Path | None, Parameter(show_default=False)] = None,
     data: Data = None,
-    device: Annotated[str | None, Parameter(show_default=False)] = None,
-    dtype: Annotated[str | None, Parameter(show_default=False)] = None,
-    memory: Annotated[str | None, Parameter(show_default=False)] = None,
-    placement: Annotated[Literal["resident", "parked", "streamed"] | None, Parameter(show_default=False)] = None,
-    commercial_only: Annotated[bool, Parameter(show_default=False)] = False,
+    machine: Annotated[Machine, Parameter(name="*", show_default=False)] = HERE,
     slots: int = 4,
     queue: int = 200,
     max_pixels: int = 2048 * 2048,
@@ -63,17 +60,6 @@ def run(
         File of the keys; else keys.json in the data folder.
     data
         Folder of queue, history and pictures; else one in your home.
-    device
-        cpu, cuda, cuda:1, mps; else the best there is.
-    dtype
-        bf16, fp32 or fp16; else what suits the device.
-    memory
-        What the model may take of the device, like 8GiB, on the CPU the engine's whole process; else what is free.
-    placement
-        Where the model's parts are: all on the device, only those at work, or only the layers at work; else the fastest
-        of these that the memory allows.
-    commercial_only
-        Refuse models whose licence does not allow commercial use; INKSTREAM_COMMERCIAL_ONLY=1 always does.
     slots
         Jobs that are drawn at once: they share every pass through the model.
     queue
@@ -116,11 +102,7 @@ def run(
         aliases=tuple(alias or ()),
         strict=strict,
         key_file=api_key_file,
-        device=device,
-        dtype=dtype,
-        memory=memory,
-        placement=placement,
-        commercial_only=commercial_only or None,
+        machine=machine,
         slots=slots,
         limits=limits,
         log_prompts=log_prompts,

@@ -1,4 +1,4 @@
-"""`Client.submit(Request) -> Iterator[Event]`: the one way in, over HTTP. Needs no torch on this side."""
+"""`Client.submit(Request) -> Iterator[Event]`: the Drawer that draws on a server, over HTTP. It needs no torch."""
 
 from __future__ import annotations
 
@@ -86,30 +86,21 @@ class Client:
         """All pictures of a request. InputError if it cannot be drawn."""
         return Result.of(self.submit(request))
 
-    def models(self) -> list[dict[str, Any]]:
-        """The models that the server offers, as /v1/models has them; the first is the default. InputError if lost."""
-        return self._object("data", "GET", "/v1/models")["data"]
+    def models(self) -> list[Spec]:
+        """Return the models that the server offers, its default first. Raises InputError if the server is not there."""
+        return [_spec(model) for model in self._object("data", "GET", "/v1/models")["data"]]
 
     def spec(self, name: str) -> Spec:
-        """What a model of the server is, without the sizes of its parts. InputError where it offers no such model."""
-        model = self._object("inkstream", "GET", f"/v1/models/{quote(name, safe='')}")
-        facts, defaults = model["inkstream"], model["inkstream"]["defaults"]
-        own = ("steps", "guidance", "solver", "schedule", "strength")
-        return Spec(
-            name=model["id"],
-            family="",
-            transformer=None,
-            text_encoder=None,
-            vae=None,
-            shift=defaults.get("shift") or 1.0,
-            size=tuple(facts["size"]),
-            multiple=facts["multiple"],
-            abilities=frozenset(facts["abilities"]),
-            licence=facts["licence"],
-            commercial=facts["commercial"],
-            title=facts["title"],
-            **{field: defaults[field] for field in own},
-        )
+        """Return a model's Spec without the sizes of its parts. Raises InputError if it is not offered."""
+        return _spec(self._object("inkstream", "GET", f"/v1/models/{quote(name, safe='')}"))
+
+    def remarks(self, request: Request) -> list[str]:
+        """Return nothing: a server's remarks come as notes of Loading events."""
+        return []
+
+    def ran_on(self, name: str) -> dict[str, str]:
+        """Return nothing: a server does not tell its clients what it runs on."""
+        return {}
 
     # Inside: a job --------------------------------------------------------------------------------------------------
 
@@ -294,6 +285,27 @@ def _refusal(answer: urllib.error.HTTPError) -> Refusal:
 def _reason(error: BaseException) -> str:
     """Why a connection failed, as one line."""
     return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
+
+
+def _spec(model: Mapping[str, Any]) -> Spec:
+    """A Spec from an entry of /v1/models."""
+    facts, defaults = model["inkstream"], model["inkstream"]["defaults"]
+    own = ("steps", "guidance", "solver", "schedule", "strength")
+    return Spec(
+        name=model["id"],
+        family="",
+        transformer=None,
+        text_encoder=None,
+        vae=None,
+        shift=defaults.get("shift") or 1.0,
+        size=tuple(facts["size"]),
+        multiple=facts["multiple"],
+        abilities=frozenset(facts["abilities"]),
+        licence=facts["licence"],
+        commercial=facts["commercial"],
+        title=facts["title"],
+        **{field: defaults[field] for field in own},
+    )
 
 
 def _step(data: Mapping[str, Any]) -> Step:

@@ -78,6 +78,8 @@ class Part:
     """Its own repository on the hub, if it is not published with the model. Such a part is optional in the family."""
     writer: Part | None = None
     """For a text encoder: the rest of its files' weights, which make it a language model. Builds a Writer."""
+    phases: Sequence[str] = ("prompt",)
+    """The phases of a request in which the part works: prompt, steps or picture."""
     others: Mapping[str, type] = field(default_factory=dict)
     """Other kinds of this part: `model_type` in config.json -> the dataclass of its sizes."""
 
@@ -94,12 +96,31 @@ class Writer(Protocol):
         ...
 
 
+class Way(Protocol):
+    """How an engine draws with a family. A family of upscalers, which has no steps, brings a way of its own."""
+
+    def phases(self, model: Any, request: Any) -> Mapping[str, Callable[[], object]]:
+        """Phase -> a function that computes the phase once. They are called in turn on meta, to count memory.
+
+        model: an `engine.drawing.model.Model`; request: complete.
+        """
+        ...
+
+    def draw(self, job: Any) -> Iterator[Any]:
+        """Yield the Events of a request. job: an `engine.drawing.flow.Job`. Each Done is also appended to `job.drawn`.
+
+        It starts behind the pictures that are already in `job.drawn`.
+        """
+        ...
+
+
 class Family(Protocol):
     """A loaded model. It hides the release's sign, time direction, packing and padding rules."""
 
     parts: Mapping[str, Part]  # class attribute: transformer, text_encoder, vae
     joints: Sequence[tuple[str, str]]  # class attribute: pairs of "part.field" sizes that must be equal
     tokenizers: Mapping[str, Callable[[Path], Any]]  # class attribute: folder -> its reader, which may raise InputError
+    way: Way | None  # class attribute: how an engine draws with it; None: by flow, `engine.drawing.flow`
     spec: Spec
 
     def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None: ...

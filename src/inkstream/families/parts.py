@@ -232,6 +232,7 @@ def neutral_layer(config: Qwen3Config) -> dict[str, Tensor]:
 
 
 AUTOENCODER = Part(
+    phases=("prompt", "picture"),
     build=Autoencoder,
     config=VAEConfig,
     layouts={"diffusers": (), "ldm": _LDM},

@@ -36,14 +36,18 @@ LONG = 1024
 def choose_attention(transformer: nn.Module, name: str, device: torch.device) -> None:
     """Sets the attention backend of a transformer. "auto": the fastest one here that gives the same numbers.
 
-    torch's attention runs where the chosen backend cannot (float32, training). Raises InputError for an unknown backend
-    or one that is not available.
+    torch's attention runs where the chosen backend cannot (float32, training). Raises as `check_attention` does.
     """
+    check_attention(name, device)
+    transformer.attention_by = name  # type: ignore[assignment]
+
+
+def check_attention(name: str, device: torch.device) -> None:
+    """Raises InputError for an unknown backend or one that is not available."""
     if name not in ("auto", *BACKENDS):
         raise InputError(f"attention {name} is not known: take auto, {', '.join(BACKENDS)}")
     if name not in ("auto", *backends_on(device)):
         raise InputError(f"attention {name} is not available on {device}: {BACKENDS[name]}. Or take auto")
-    transformer.attention_by = name  # type: ignore[assignment]
 
 
 def attend(

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from inkstream.serve.errors import Refused
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import InputError, Machine, Request, Spec
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -38,11 +38,7 @@ class Settings:
     port: int = 8400
     models: tuple[str, ...] = ()  # names or NAME=PATH; none: all known ones that are here
     key_file: Path | None = None  # else keys.json in `data`
-    device: str | None = None
-    dtype: str | None = None
-    memory: str | None = None  # of the device, like 8GiB
-    placement: str | None = None
-    commercial_only: bool | None = None
+    machine: Machine = Machine()  # noqa: RUF009  (frozen)
     slots: int = 4  # jobs drawn at once, sharing the engine's forwards
     limits: Limits = field(default_factory=Limits)
     log_prompts: bool = False

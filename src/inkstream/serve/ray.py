@@ -16,14 +16,15 @@ import socket
 import tempfile
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from inkstream.serve.engines.worker import Worker, make_engine, memory, open_gate, read_pictures
 from inkstream.serve.limits import Settings
-from inkstream.types import InputError
+from inkstream.types import InputError, Machine
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -51,11 +52,7 @@ class Args(BaseModel):
     slots: int = Field(4, ge=1, description="Jobs that one engine draws at once.")
     cpus: float = Field(1, ge=0, description="Of one engine.")
     gpus: float = Field(0, ge=0, description="Of one engine.")
-    device: str | None = None
-    dtype: str | None = None
-    memory: str | None = None
-    placement: Literal["resident", "parked", "streamed"] | None = None
-    commercial_only: bool | None = None
+    machine: Machine = Field(Machine(), description="The options of one engine, as of `inkstream serve`.")
     fetch: bool = False
 
 
@@ -71,11 +68,7 @@ def app(args: dict[str, Any]) -> Any:
         aliases=tuple(alias for alias in given.aliases.split(",") if alias.strip()),
         strict=given.strict,
         key_file=given.key_file,
-        device=given.device,
-        dtype=given.dtype,
-        memory=given.memory,
-        placement=given.placement,
-        commercial_only=given.commercial_only,
+        machine=given.machine,
         # More than the engines there are can draw, up to what the most would: Ray sees them wait, and starts more.
         slots=given.slots * given.most_engines,
         fetch=given.fetch,
@@ -99,7 +92,6 @@ def app(args: dict[str, Any]) -> Any:
             "target_ongoing_requests": given.slots,
         },
     )
-    first = {name: getattr(settings, name) for name in ("device", "dtype", "commercial_only", "memory", "placement")}
     server: Any = serve.deployment(
         serve.ingress(ingress)(),
         name="Server",
@@ -107,13 +99,13 @@ def app(args: dict[str, Any]) -> Any:
         max_ongoing_requests=1000,  # streams of events are requests that last
         ray_actor_options={"num_cpus": 0},
     )
-    return server.bind(engines.bind(first))
+    return server.bind(engines.bind(asdict(settings.machine)))
 
 
 class Engine:
     """A replica: one engine. It knows nothing of queues, keys or HTTP, as the worker of `inkstream serve` does not."""
 
-    def __init__(self, first: Mapping[str, Any]):
+    def __init__(self, machine: Mapping[str, Any]):
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.drawn = 0
         self.threads: list[threading.Thread] = []
@@ -121,7 +113,7 @@ class Engine:
         self.parts = Path(tempfile.mkdtemp(prefix="inkstream-"))
         self.trouble = ""
         try:
-            self.engine = make_engine(first)
+            self.engine = make_engine(machine)
         except InputError as error:
             self.trouble = str(error)
 

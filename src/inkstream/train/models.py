@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from inkstream.engine.files.convert import TOKENIZER, tokenizer_class
 from inkstream.engine.files.sources import CARD, Found, encoder_of, locate, locate_part, write_card
+from inkstream.engine.machine.install import Placement
 from inkstream.engine.machine.loader import read, vocabulary_of
 from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
 from inkstream.quant.packed import Packed, unpack
@@ -91,7 +92,7 @@ def start(recipe: Recipe) -> Start:
         spec, **{k: v for k, v in wanted.items() if v}, size=recipe.data.sizes[0], repo=None, download_bytes=None
     )
     modules = {
-        part: read(found[part], torch.device("cpu"), torch.float32, lambda done, total: None, packed=False)
+        part: read(found[part], Placement(torch.device("cpu"), torch.float32, rules=found[part].rules), packed=False)
         if part in found
         else build(kind.parts[part], config, recipe.run.seed)
         for part, config in configs.items()

@@ -72,13 +72,13 @@ class Model:
         family: Family,
         device: torch.device,
         dtype: torch.dtype,
-        plan: str = "resident",  # how its parts were placed
+        placement: str = "resident",
         read_writer: Callable[[], Writer] | None = None,  # where the text encoder's files hold one
     ):
         self.family = family
         self.device = device
         self.dtype = dtype
-        self.plan = plan
+        self.placement = placement
         self._read_writer = read_writer
 
     @property
@@ -95,7 +95,7 @@ class Model:
     def upsample(self, request: Complete) -> Iterator[str]:
         """The request's prompt as the model itself writes it out, as it grows; the last is the whole."""
         yield from self.writer.write(request.prompt, request.shown, request.seed)
-        if self.plan != "resident":
+        if self.placement != "resident":
             del self.writer
 
     @torch.inference_mode()

@@ -14,7 +14,7 @@ import torch
 
 from inkstream.engine.machine.loader import choose_device
 from inkstream.engine.machine.memory import SPARE, free_memory
-from inkstream.engine.machine.placement import PLANS
+from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import SPECS
 from inkstream.quant.pack import pack
 from inkstream.quant.packed import unpack
@@ -65,7 +65,7 @@ def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) 
     kind = "cpu" if kind == "cpu" else "cuda"
     found = []
     for precision in ORDER[kind] if spec.folder is None else ("bf16",):  # what ships with us is there as it is
-        peaks = {plan: max(foreseen()[spec.name][kind][precision][plan].values()) for plan in PLANS}
+        peaks = {plan: max(foreseen()[spec.name][kind][precision][plan].values()) for plan in PLACEMENTS}
         plan = next((plan for plan, peak in peaks.items() if budget is None or peak <= budget), None)
         if plan is not None:
             seconds = None if speed is None else foretell(spec, kind, precision, plan, speed)

@@ -1,4 +1,4 @@
-"""What is done to a module before it computes: all of it, in one order."""
+"""All changes that are made to a module before it computes, in one order."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from torch import nn
 from inkstream.engine.machine.compile import compile_blocks
 from inkstream.engine.machine.graphs import replay_small
 from inkstream.engine.machine.placement import Place, Placed, Sharing, copied
+from inkstream.nn.attention import choose_attention
 from inkstream.nn.prepacked import prepack
 from inkstream.nn.quant import place as put_packed
 from inkstream.quant.packed import Weight
+from inkstream.types import Machine
 from inkstream.weights.keymap import Rule
 
 Weights = AbstractContextManager[Mapping[str, Weight]]
@@ -24,7 +26,7 @@ Weights = AbstractContextManager[Mapping[str, Weight]]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a part of a model is to be, and what it computes in there."""
+    """Where a part of a model is, and in which dtype it computes."""
 
     device: torch.device
     dtype: torch.dtype
@@ -38,13 +40,14 @@ def install(
     weights: Weights,
     placement: Placement,
     crew: Sharing | None = None,
-    compiled: bool | None = None,
+    machine: Machine | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> nn.Module:
-    """The module, built on meta, with its weights.
+    """Give a module, built on meta, its weights, and make it ready to draw.
 
-    compiled: a transformer's blocks are compiled when it first draws; False: its large matrices are packed for the CPU;
-    None: neither, nor is anything recorded, where weights learn. progress: told the bytes done and in all.
+    machine: chooses the attention of a transformer, and whether its blocks are compiled or its large matrices packed
+    for the CPU. None: neither, and nothing is recorded; that is for weights that learn. progress: called with the bytes
+    done and the bytes in all.
     """
     crew = crew if part == "transformer" else None
     take(module, weights, placement.dtype)
@@ -52,9 +55,10 @@ def install(
         crew.share(module)  # before any of its weights is moved
     own = copied(placement.rules, module)
     Placed(module, placement.place, placement.device, placement.dtype, own).settle(progress)
-    if compiled is not None:
+    if machine is not None:
         if part == "transformer":
-            compile_blocks(module) if compiled else prepack(module)  # a compiler packs as it likes
+            choose_attention(module, machine.attention, placement.device)
+            compile_blocks(module) if machine.compile else prepack(module)  # a compiler packs as it likes
         replay_small(part, module)
     if crew:
         crew.attach(module)

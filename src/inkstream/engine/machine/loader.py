@@ -16,11 +16,12 @@ from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.licences import is_commercial_only
 from inkstream.engine.files.sources import PREFIXES, Found, Progress, Source, encoder_of, locate, locate_writer
 from inkstream.engine.machine.install import Placement, install
-from inkstream.engine.machine.placement import Place, Sharing, place_of
+from inkstream.engine.machine.placement import PLACEMENTS, Sharing, place_of
 from inkstream.families import Writer
+from inkstream.nn.attention import check_attention
 from inkstream.nn.offload import advise, is_mapped, mapped_ranges
 from inkstream.quant.packed import Weight, unpack
-from inkstream.types import InputError, Loading
+from inkstream.types import InputError, Loading, Machine
 from inkstream.weights.files import read_state, strip_prefix
 from inkstream.weights.keymap import translate
 
@@ -32,38 +33,31 @@ DTYPES = {
     "float16": torch.float16,
     "fp16": torch.float16,
 }
+ANY = Machine()
+"""The best device there is, with its own dtype."""
 
 
-def load(
-    name: Path | str,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    progress: Progress | None = None,
-    commercial_only: bool | None = None,
-    plan: str = "resident",
-    compiled: bool = False,
-) -> Model:
-    """A model ready to draw.
+def load(name: Path | str, machine: Machine = ANY, progress: Progress | None = None) -> Model:
+    """Load a model, ready to draw.
 
-    name: of a known model, OWNER/NAME on the hub, or a path (see `sources.locate`). device, dtype: None takes the best
-    there is. Weights of that dtype stay views of the files on disk. commercial_only: refuse a licence that does not
-    allow commercial use; None follows the setting. plan: where the parts are while others work, a key of
-    `placement.PLANS`. compiled: compile the transformer's blocks when it first draws. InputError, before anything big
-    is read, where a part is missing or does not fit.
+    name: of a known model, OWNER/NAME on the hub, or a path (see `sources.locate`). machine: what the model runs on;
+    memory is not looked at, and the default placement is resident. Weights of the machine's dtype stay views of the
+    files on disk. Raises InputError, before anything big is read, if a part is missing or does not fit.
     """
-    return read_model(open_model(name, device, dtype, progress, commercial_only), plan, progress, compiled)
+    return read_model(open_model(name, machine, progress), machine.placement or "resident", progress)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model whose files are found and checked; nothing of its weights is read."""
+    """A model whose files are found and checked. No weights are read."""
 
     source: Source
     tokenizers: Mapping[str, Any]
+    machine: Machine
     device: torch.device
     dtype: torch.dtype
-    numbers: Mapping[str, int]  # part -> how many its weights are
-    crew: Sharing | None = None  # who computes its transformer, if this process is not alone
+    numbers: Mapping[str, int]  # part -> number of parameters
+    crew: Sharing | None = None  # the processes that share the transformer, if there are several
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -71,47 +65,39 @@ class Opened:
         return {part: dtype_of(part, self.dtype, self.device) for part in self.source.parts}
 
 
-def open_model(
-    name: Path | str,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | str | None = None,
-    progress: Progress | None = None,
-    commercial_only: bool | None = None,
-) -> Opened:
-    """The first half of `load`."""
-    device = choose_device(device)
-    dtype = choose_dtype(dtype, device)
-    source = locate(name, progress, is_commercial_only(commercial_only))
+def open_model(name: Path | str, machine: Machine = ANY, progress: Progress | None = None) -> Opened:
+    """Find and check a model's files: the first half of `load`."""
+    device, dtype = check_machine(machine)
+    source = locate(name, progress, is_commercial_only(machine.commercial_only))
     tokenizers = {name: source.family.tokenizers[name](folder) for name, folder in source.tokenizers.items()}
     check_vocabulary(source, tokenizers)
     numbers = {part: sum(p.numel() for p in found.module.parameters()) for part, found in source.parts.items()}
-    return Opened(source, tokenizers, device, dtype, numbers)
+    return Opened(source, tokenizers, machine, device, dtype, numbers)
 
 
-def read_model(opened: Opened, plan: str, progress: Progress | None = None, compiled: bool = False) -> Model:
-    """The second half of `load`. What was opened can be read once."""
+def read_model(opened: Opened, placement: str, progress: Progress | None = None) -> Model:
+    """Read an opened model's weights: the second half of `load`. An opened model can be read once."""
     tell = progress or (lambda event: None)
-    source, device = opened.source, opened.device
+    source, device, dtypes = opened.source, opened.device, opened.dtypes
     modules = {
         part: read(
             found,
-            device,
-            opened.dtypes[part],
+            Placement(device, dtypes[part], place_of(placement, part), found.rules),
             partial(_tell, tell, part),
-            place=place_of(plan, part),
             part=part,
             crew=opened.crew,
-            compiled=compiled,
+            machine=opened.machine,
         )
         for part, found in source.parts.items()
     }
 
     def read_writer() -> Writer:
-        writer: Any = read(locate_writer(source), device, opened.dtype, lambda done, total: None)
+        found = locate_writer(source)
+        writer: Any = read(found, Placement(device, opened.dtype, rules=found.rules))
         writer.attach(modules["text_encoder"], opened.tokenizers["tokenizer"])
         return writer
 
-    return Model(source.family(source.spec, modules, opened.tokenizers), device, opened.dtype, plan, read_writer)
+    return Model(source.family(source.spec, modules, opened.tokenizers), device, opened.dtype, placement, read_writer)
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:
@@ -130,22 +116,20 @@ def vocabulary_of(tokenizer: Any) -> int:
 
 def read(
     found: Found,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Callable[[int, int], None],
+    placement: Placement,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     packed: bool = True,
-    place: Place = "resident",
     part: str = "",
     crew: Sharing | None = None,
-    compiled: bool | None = None,
+    machine: Machine | None = None,
 ) -> nn.Module:
-    """The part's module with its weights; progress is told the bytes done and in all.
+    """Return the part's module with its weights. progress: called with the bytes done and the bytes in all.
 
-    packed: weights that are packed in the file stay so where a layer can hold them; otherwise they are unpacked. The
-    rest is as in `install`.
+    packed: weights that are packed in the file stay packed where a layer can hold them; otherwise they are unpacked.
+    crew, machine: as in `install`.
     """
-    placement = Placement(device, dtype, place, found.rules)
-    return install(part, found.module, weights_of(found, dtype, packed), placement, crew, compiled, progress)
+    weights = weights_of(found, placement.dtype, packed)
+    return install(part, found.module, weights, placement, crew, machine, progress)
 
 
 @contextmanager
@@ -167,6 +151,17 @@ def let_go(state: Mapping[str, Weight]) -> None:
         for tensor in (weight,) if isinstance(weight, Tensor) else (weight.data, *weight.scales):
             if is_mapped(tensor, ranges):
                 advise(tensor, "MADV_DONTNEED")
+
+
+def check_machine(machine: Machine) -> tuple[torch.device, torch.dtype]:
+    """Return the device and dtype to use. Raises InputError if the machine has no such device, dtype or attention."""
+    device = choose_device(machine.device)
+    dtype = choose_dtype(machine.dtype, device)
+    check_attention(machine.attention, device)
+    assert machine.memory_bytes != 0  # reading it raises for other text
+    if machine.placement not in (None, *PLACEMENTS):
+        raise InputError(f"placement {machine.placement} is not known: take {', '.join(PLACEMENTS)}")
+    return device, dtype
 
 
 def choose_device(name: torch.device | str | None = None) -> torch.device:

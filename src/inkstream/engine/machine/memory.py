@@ -1,9 +1,8 @@
-"""How much memory there is, and which plan keeps a model within it."""
+"""The memory that there is, and the placements that keep a model within it."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -19,61 +18,62 @@ from inkstream.engine.drawing.model import Complete, complete
 from inkstream.engine.drawing.options import guided, options
 from inkstream.engine.files.sources import Unset
 from inkstream.engine.machine.loader import Opened
-from inkstream.engine.machine.placement import PLANS, Plan, plan_request
+from inkstream.engine.machine.placement import PLACEMENTS, Plan, plan_request
 from inkstream.families import parts_of
 from inkstream.types import InputError, Request, Spec
 
 PLENTY = 32 * 1024
-"""Bytes for each pixel of a picture that no model here comes near."""
+"""Bytes for each pixel of a picture: far more than any model here computes with."""
 SPARE = 0.9
-"""Of what is free, how much is planned with: drivers and libraries take some for themselves."""
-UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+"""The share of free memory to plan with. Drivers and libraries take the rest."""
 
 
 class Placing:
-    """Which plans keep an opened model within a budget, request by request.
+    """The placements that keep an opened model within a memory budget, request by request.
 
-    memory: bytes to keep within, on the CPU with all that the process has already; None: what is free now. plan: the
-    one to take whatever it needs. least: the first to think of, by its place in `PLANS`.
+    memory: the budget in bytes; on the CPU it includes all that the process already has. None: the memory that is free
+    now. placement: the one to take, whatever it needs. least: the first placement to consider, by its place in
+    `PLACEMENTS`.
     """
 
-    def __init__(self, opened: Opened, memory: int | None = None, plan: str | None = None, least: int = 0):
+    def __init__(self, opened: Opened, memory: int | None = None, placement: str | None = None, least: int = 0):
         self.opened = opened
-        self.names = list(PLANS)[least:]
-        if plan is not None:
-            self.names = [plan] if plan in self.names else self.names[:1]
+        self.names = list(PLACEMENTS)[least:]
+        if placement is not None:
+            self.names = [placement] if placement in self.names else self.names[:1]
         self.memory = memory
         self.taken = taken_by_process() if opened.device.type == "cpu" else 0
         free, _ = free_memory(opened.device)
         spare = None if free is None else int(free * SPARE)
         self.budget = spare if memory is None else memory - self.taken
-        self.plan = self.names[0]
+        self.placement = self.names[0]
         self._known: dict[tuple[Any, ...], list[Plan]] = {}
 
     def choose(self, request: Request) -> str:
-        """The fastest plan that keeps within the budget. InputError where none does, if the budget was asked for."""
+        """Return the fastest placement within the budget. Raises InputError if none is and `memory` was given."""
         request = complete(request, self.opened.source.spec)
         suiting = self.suiting(request)
         if not suiting and self.memory is not None:
             least = min(self.plans(request), key=lambda plan: plan.peak)
             raise InputError(
-                f"{self.memory / 2**30:.2f} GiB of memory are not enough: {self.opened.source.spec.name} takes "
-                f"{least.peak / 2**30:.2f} GiB at the least (plan {least.name})"
+                f"{self.memory / 2**30:.2f} GiB of memory are not enough: {self.opened.source.spec.name} needs "
+                f"{least.peak / 2**30:.2f} GiB at least (placement {least.placement})"
                 + (f" beside {self.taken / 2**30:.2f} GiB of this process" if self.taken else "")
                 + ": give it more, a smaller size or weights in fewer bits"
             )
-        self.plan = suiting[0] if suiting else self.names[-1]  # what was only seen to be free may yet do
-        return self.plan
+        self.placement = suiting[0] if suiting else self.names[-1]  # an estimate of free memory may be too low
+        return self.placement
 
     def suiting(self, request: Request) -> list[str]:
-        """The plans that keep within the budget, from the fastest."""
+        """Return the placements that keep within the budget, the fastest first."""
         request = complete(request, self.opened.source.spec)
         if len(self.names) == 1 or self.budget is None or self._is_plenty(request):
             return self.names
-        return [plan.name for plan in self.plans(request) if plan.name in self.names and plan.peak <= self.budget]
+        fitting = [plan.placement for plan in self.plans(request) if plan.peak <= self.budget]
+        return [name for name in fitting if name in self.names]
 
     def plans(self, request: Request) -> list[Plan]:
-        """All plans, with what each needs for the request."""
+        """Return what each placement needs for the request."""
         spec = self.opened.source.spec
         request = complete(request, spec)
         asked = (request.width, request.height, guided(request, spec), len(request.reference), request.image is None)
@@ -86,14 +86,14 @@ class Placing:
         return self._known[key]
 
     def _is_plenty(self, request: Complete) -> bool:
-        """Whether the model is so small that all of it may be resident, without looking closer."""
+        """Whether the model is so small that it can be resident without a closer look."""
         opened = self.opened
         weights = sum(count * opened.dtypes[part].itemsize for part, count in opened.numbers.items())
         return 2 * weights + PLENTY * request.width * request.height <= (self.budget or 0)
 
 
 def typical(spec: Spec) -> Request:
-    """A request as many are, at the model's own size."""
+    """Return a typical request at the model's own size."""
     needed = {name for name, option in options(spec).items() if option.needed}
     blank = Image.new("RGB", spec.size, "white")  # as a mask: all of it is repainted
     pictures = {"image": blank, "mask": blank, "reference": (blank,)}
@@ -101,21 +101,13 @@ def typical(spec: Spec) -> Request:
 
 
 def taken_by_process() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+    """Return the bytes of memory that this process holds; 0 if the system does not say."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else 0
 
 
-def read_size(text: str) -> int:
-    """Bytes of a size like 4GiB, 3.5 GB or 800MiB. InputError where it is none."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text.lower())
-    if found is None or found[2] not in UNITS or float(found[1]) == 0:
-        raise InputError(f"{text!r} is no size of memory: write it like 4GiB or 800MiB")
-    return int(float(found[1]) * UNITS[found[2]])
-
-
 def count_weights(spec: Spec) -> dict[str, int]:
-    """Part -> how many numbers its weights are. Nothing is allocated."""
+    """Part -> its number of parameters. Nothing is allocated."""
     parts = parts_of(spec).items()
     return {name: _count(part.count, part.build, getattr(spec, name)) for name, part in parts}
 
@@ -127,7 +119,7 @@ def _count(count: Callable[[Any], int] | None, build: Callable[[Any], nn.Module]
 
 
 def free_memory(device: torch.device) -> tuple[int | None, int | None]:
-    """(free, total) bytes of a device; None where the system does not say."""
+    """Return the (free, total) bytes of a device; None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     if device.type == "mps":
@@ -143,13 +135,13 @@ def free_memory(device: torch.device) -> tuple[int | None, int | None]:
 
 
 def _meminfo() -> Mapping[str, int]:
-    """Linux's own figures, in bytes."""
+    """Return Linux's memory figures in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").exists() else []
     return {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)}
 
 
 def _within_the_container(free: int | None, total: int | None) -> tuple[int | None, int | None]:
-    """The same, cut to what a container may use (cgroup v2)."""
+    """Return free and total bytes, limited to what a container may use (cgroup v2)."""
     with suppress(OSError, ValueError):
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())  # ValueError: "max", no limit
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())

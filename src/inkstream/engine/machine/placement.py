@@ -9,7 +9,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from inkstream.engine.drawing.model import Complete, Model, Run, advance
+from inkstream.engine.drawing.flow import way_of
+from inkstream.engine.drawing.model import Complete, Model
 from inkstream.engine.files.sources import Source, Unset
 from inkstream.engine.machine.peak import peak_of
 from inkstream.nn.offload import Guest, Streamed, Weight, advise, is_number, read_at_home, visit_when_called, weights_of
@@ -21,7 +22,7 @@ from inkstream.weights.keymap import Rule, becomes
 Place = Literal["resident", "visiting"]
 """On the device for good; or layer by layer, each while it is the one in hand."""
 
-PLANS: Mapping[str, tuple[Place, Place]] = {
+PLACEMENTS: Mapping[str, tuple[Place, Place]] = {
     "resident": ("resident", "resident"),
     "parked": ("resident", "visiting"),
     "streamed": ("visiting", "visiting"),
@@ -50,9 +51,9 @@ class Sharing(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to place a model, and the bytes it takes on the device at the peak of each phase of a request."""
+    """A placement of a model, and the peak of bytes that it needs on the device in each phase of a request."""
 
-    name: str
+    placement: str
     phases: Mapping[str, int]  # prompt, steps, picture
 
     @property
@@ -60,9 +61,9 @@ class Plan:
         return max(self.phases.values())
 
 
-def place_of(plan: str, part: str) -> Place:
-    """Where a part is under the plan of that name."""
-    return PLANS[plan][part != "transformer"]
+def place_of(placement: str, part: str) -> Place:
+    """Where a part is under a placement."""
+    return PLACEMENTS[placement][part != "transformer"]
 
 
 class Placed:
@@ -194,7 +195,7 @@ def plan_request(
 def add_up(name: str, weights: Mapping[str, int], work: Mapping[str, int], device: torch.device) -> Plan:
     """A plan of its weights and of what is computed with them, in bytes by phase."""
     beside = BESIDE if device.type == "cpu" else 0
-    return Plan(name, {phase: beside + count + work[phase] for phase, count in weights.items()})
+    return Plan(name, {phase: beside + count + work.get(phase, 0) for phase, count in weights.items()})
 
 
 def weigh(
@@ -202,7 +203,7 @@ def weigh(
 ) -> dict[str, dict[str, int]]:
     """Plan -> phase -> bytes of weights on the device. modules: as `at_home` gives them."""
     weights: dict[str, dict[str, int]] = {}
-    for name in PLANS:
+    for name in PLACEMENTS:
         placed = {
             part: Placed(module, place_of(name, part), device, dtypes[part], copied(source.parts[part].rules, module))
             for part, module in modules.items()
@@ -227,8 +228,11 @@ def on_meta(
 
 def phases_of(source: Source) -> dict[str, list[str]]:
     """Phase of a request -> the parts that work in it."""
-    encoders = [part for part in source.parts if part not in ("transformer", "vae")]
-    return {"prompt": [*encoders, "vae"], "steps": ["transformer"], "picture": ["vae"]}
+    phases: dict[str, list[str]] = {}
+    for part in source.parts:
+        for phase in source.family.parts[part].phases:
+            phases.setdefault(phase, []).append(part)
+    return phases
 
 
 def at_home(source: Source, part: str, dtype: torch.dtype) -> nn.Module:
@@ -247,25 +251,6 @@ def copied(rules: Sequence[Rule], module: nn.Module) -> list[str]:
 
 
 def working(model: Model, request: Complete) -> dict[str, int]:
-    """Phase -> bytes of what is computed for a request, beside the weights, at its peak. model: on meta."""
-    return {phase: peak_of(compute) for phase, compute in phases(model, request).items()}
-
-
-def phases(model: Model, request: Complete) -> dict[str, Callable[[], object]]:
-    """Phase -> what is done in it, one evaluation of all; to be called in turn."""
-    told: list[Any] = []
-
-    def encode() -> None:
-        told[:] = model.encode(request), model.open_original(request)
-
-    def step() -> Run:
-        run = model.start(request, *told)
-        advance(model.family, [run])
-        return run
-
-    shape = model.family.latent_shape(request.width, request.height)
-    return {
-        "prompt": encode,
-        "steps": step,
-        "picture": lambda: model.decode(torch.empty(1, *shape, device="meta")),
-    }
+    """Phase -> the peak of computed bytes for a request, beside the weights. model: on meta."""
+    phases = way_of(model.family).phases(model, request)
+    return {phase: peak_of(compute) for phase, compute in phases.items()}

@@ -64,6 +64,7 @@ class Flux1:
 
     parts: Mapping[str, Part] = {
         "transformer": Part(
+            phases=("steps",),
             build=Flux1Transformer,
             config=Flux1Config,
             layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS},
@@ -77,6 +78,7 @@ class Flux1:
         "image_encoder": SIGLIP,
         "image_embedder": REDUX,
     }
+    way = None
     joints = (
         ("transformer.pooled_projection_dim", "text_encoder.hidden_size"),
         ("transformer.joint_attention_dim", "text_encoder_2.d_model"),

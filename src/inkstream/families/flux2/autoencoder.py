@@ -30,6 +30,7 @@ def infer_autoencoder(shapes: Shapes) -> Flux2VAEConfig:
 _UNCOUNTED = drop("bn.num_batches_tracked")  # the number of batches behind the statistics; not needed
 
 AUTOENCODER = Part(
+    phases=("prompt", "picture"),
     build=Flux2Autoencoder,
     config=Flux2VAEConfig,
     layouts={

@@ -87,6 +87,7 @@ class Flux2:
 
     parts: Mapping[str, Part] = {
         "transformer": Part(
+            phases=("steps",),
             build=Flux2Transformer,
             config=Flux2Config,
             layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS},
@@ -113,6 +114,7 @@ class Flux2:
         ),
         "vae": AUTOENCODER,
     }
+    way = None
     joints = (
         ("transformer.joint_attention_dim", "text_encoder.joined_size"),
         ("transformer.in_channels", "vae.packed_channels"),

@@ -58,6 +58,7 @@ class ZImage:
 
     parts: Mapping[str, Part] = {
         "transformer": Part(
+            phases=("steps",),
             build=ZImageTransformer,
             config=ZImageConfig,
             layouts={"native": NATIVE, "diffusers": DIFFUSERS},
@@ -68,6 +69,7 @@ class ZImage:
         "text_encoder": QWEN3,
         "vae": AUTOENCODER,
     }
+    way = None
     joints = (
         ("transformer.cap_feat_dim", "text_encoder.hidden_size"),
         ("transformer.in_channels", "vae.latent_channels"),

@@ -23,7 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from inkstream.types import Done, Failed, InputError, Loading, Request, Spec, Step
+from inkstream.types import Done, Failed, InputError, Loading, Machine, Request, Spec, Step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -96,8 +96,6 @@ class Worker:
             self.cancelled.add(run)
 
     def _draw(self, run: str, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
-        from inkstream.engine.engine import advice
-
         written, advised = "", False
         noted: list[str] = []
         events = self.engine.submit(request)
@@ -116,7 +114,7 @@ class Worker:
                         advised = True
                         as_drawn = request.model_copy(update={"prompt": written} if written else {})
                         self.say(run=run, event="remarks", device=str(self.engine.model.device),
-                             remarks=noted + advice(as_drawn, self.engine.model))  # fmt: skip
+                             remarks=noted + self.engine.remarks(as_drawn))  # fmt: skip
                     preview = None if event.preview is None else data_url(event.preview)
                     self.say(run=run, event="step", picture=event.index, of=event.count, step=event.step,
                              steps=event.steps, t=event.t, seconds=round(event.seconds, 4),
@@ -137,8 +135,8 @@ class Worker:
         from inkstream.engine.pictures.metadata import PICTURE_FIELDS, encode_picture
 
         model = self.engine.model
-        extra = {"device": str(model.device), "dtype": str(model.dtype).removeprefix("torch.")}
-        extra |= wording(message.get("upsampled_from") or request.prompt, done.request, model.spec)
+        typed = message.get("upsampled_from") or request.prompt
+        extra = self.engine.ran_on(message["name"]) | wording(typed, done.request, model.spec)
         complete = done.request.model_copy(update={"model": message["name"]})
         data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
         path = self.parts / f"{run}-{done.index}.png"
@@ -253,15 +251,11 @@ def report(error: Exception) -> None:
     print(f"{type(error).__name__} at {' > '.join(place[-8:])}", file=sys.stderr, flush=True)
 
 
-def make_engine(first: Mapping[str, Any]) -> Engine:
-    """The engine that the server's first message asks for. InputError where there is no such device, dtype or size."""
+def make_engine(machine: Mapping[str, Any]) -> Engine:
+    """Make an engine with previews. machine: the fields of a Machine. Raises InputError for one that is not there."""
     from inkstream.engine.engine import Engine
-    from inkstream.engine.machine.loader import choose_device, choose_dtype
-    from inkstream.engine.machine.memory import read_size
 
-    choose_dtype(first["dtype"], choose_device(first["device"]))
-    size = None if first["memory"] is None else read_size(first["memory"])
-    return Engine(first["device"], first["dtype"], True, first["commercial_only"], size, first["placement"])
+    return Engine(Machine(**machine), previews=True)
 
 
 def listen(messages: queue.SimpleQueue[dict[str, Any]]) -> None:
@@ -298,7 +292,7 @@ def main() -> None:
     first = messages.get()
     began = time.perf_counter()
     try:
-        engine = make_engine(first)
+        engine = make_engine(first["machine"])
     except InputError as error:
         voice.say(event="unusable", error=str(error))
         return

@@ -12,7 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
@@ -99,14 +99,7 @@ class Drawing:
         self.feed = feed
         self.queue = queue
         self.pace = Pace(models)
-        first = {
-            "device": settings.device,
-            "dtype": settings.dtype,
-            "commercial_only": settings.commercial_only,
-            "memory": settings.memory,
-            "placement": settings.placement,
-            "parts": str(store.parts.resolve()),
-        }
+        first = {"machine": asdict(settings.machine), "parts": str(store.parts.resolve())}
         self.engine = make(first, self._told, self._died)
         self.ready = False
         self.unusable = ""  # why no engine can be made as the server was started

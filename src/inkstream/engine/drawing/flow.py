@@ -1,0 +1,115 @@
+"""Drawing by flow: encode the prompt, take the solver's steps, decode. The way of families that bring no other."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from inkstream.engine.drawing.batch import Ask, Drawing, tokens_of
+from inkstream.engine.drawing.model import Complete, Model, Run, advance
+from inkstream.engine.drawing.writing import notes, writes_out, written_out
+from inkstream.engine.pictures.inputs import to_image
+from inkstream.families import Family, Way
+from inkstream.types import Done, Loading, Step, singles
+
+
+class Others(Protocol):
+    """The other processes that draw the same request."""
+
+    @property
+    def own(self) -> slice:
+        """This process's pictures among those of the request."""
+        ...
+
+    def others(self, done: Done, pictures: Sequence[Any]) -> Iterator[Done]:
+        """Yield the pictures that the others have drawn meanwhile."""
+        ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request, and the loaded model that draws it."""
+
+    model: Model
+    request: Complete
+    drawn: list[Done]  # finished pictures; a way appends to it, and starts behind it
+    previews: bool = False
+    crew: Others | None = None
+    end_phase: Callable[[], None] = lambda: None  # gives freed memory back where memory is short
+
+
+class Flow:
+    """Draws with a flow-matching model."""
+
+    def draw(self, job: Job) -> Drawing:
+        model, request = job.model, job.request
+        by_grammar = writes_out(request, model.spec)
+        yield Loading("prompt")
+        for line in notes(request, model.spec):
+            yield Loading("prompt", note=line)
+        cond = model.encode(request)
+        original = model.open_original(request)
+        job.end_phase()
+        own = job.crew.own if job.crew else slice(None)
+        pictures = list(singles(request))
+        for index, one in list(enumerate(pictures))[own][len(job.drawn) :]:
+            began = time.perf_counter()
+            if by_grammar:  # each picture has the words of its own seed; `cond` has those of picture 0
+                cond = model.encode(one) if index else cond
+                yield Loading("prompt", text=written_out(one, model.spec))
+            run = model.start(one, cond, original)
+            try:
+                ask = Ask(model.family, run, tokens_of(run, cond))
+                for step in range(1, run.evaluations + 1):
+                    asked, t = time.perf_counter(), run.query.t  # type: ignore[union-attr]
+                    yield ask
+                    if step == 1 and not torch.isfinite(run.estimate).all():  # later ones show in the result
+                        raise model.overflow()
+                    seconds = time.perf_counter() - asked
+                    preview = model.preview(run.estimate) if job.previews else None
+                    yield Step(step, run.evaluations, index, request.count, t, seconds, preview)
+                job.end_phase()
+                image = to_image(model.finish(run, original))
+            finally:
+                run.close()
+            job.drawn.append(Done(image, one.plain(), index, request.count, time.perf_counter() - began))
+            yield job.drawn[-1]
+            if job.crew:
+                yield from job.crew.others(job.drawn[-1], pictures)
+
+    def phases(self, model: Model, request: Complete) -> Mapping[str, Callable[[], object]]:
+        told: list[Any] = []
+
+        def encode() -> None:
+            told[:] = model.encode(request), model.open_original(request)
+
+        def step() -> Run:
+            run = model.start(request, *told)
+            advance(model.family, [run])
+            return run
+
+        shape = model.family.latent_shape(request.width, request.height)
+        return {
+            "prompt": encode,
+            "steps": step,
+            "picture": lambda: model.decode(torch.empty(1, *shape, device="meta")),
+        }
+
+
+FLOW = Flow()
+
+
+def way_of(family: Family | type[Family]) -> Way:
+    """How an engine draws with a family."""
+    return family.way or FLOW
+
+
+def expand(model: Model, request: Complete) -> Iterator[Loading]:
+    """Let the model's language model write the prompt out. The last event's text is the prompt to draw."""
+    yield Loading("language model")
+    for text in model.upsample(request):
+        yield Loading("prompt", text=text)
