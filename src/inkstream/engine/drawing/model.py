@@ -1,4 +1,4 @@
-"""A loaded model: encode, sample, decode. The one denoising loop is `advance`; whoever draws, drives it."""
+"""A loaded model: encode, sample, decode. `advance` is the one denoising loop; its callers drive it."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from inkstream.sampling.solvers import SOLVERS, times_asked
 from inkstream.types import Conditioning, InputError, Query, Request, ScheduleName, Solver, SolverName, Spec, singles
 
 FEATHER = 8
-"""Pixels inside a mask's edge over which the repainted part fades in."""
+"""Width in pixels of the fade between original and repainted pixels, inside a mask's edge."""
 
 
 class Complete(Request, frozen=True):
-    """A Request without open fields, as `complete` makes it of a request and a model's Spec.
+    """A Request without open fields. `complete` makes it from a request and a model's Spec.
 
-    Its pictures are decoded once. A copy with other fields keeps them.
+    Its pictures are decoded once. A copy with other fields keeps the decoded pictures.
     """
 
     width: int
@@ -45,7 +45,7 @@ class Complete(Request, frozen=True):
     solver: SolverName
     schedule: ScheduleName
     seed: int
-    strength: float = 1.0  # without a picture to start from, that is from noise
+    strength: float = 1.0  # 1 is the value of a request that starts from noise
     upsample: bool = False
 
     @cached_property
@@ -59,13 +59,13 @@ class Complete(Request, frozen=True):
         return [open_picture(picture) for picture in self.reference]
 
     def plain(self) -> Request:
-        """The plain Request that draws the same again."""
+        """Return the plain Request that draws the same picture again."""
         given = self.model_fields_set
         return Request.model_construct(set(given), **{name: getattr(self, name) for name in given})
 
 
 class Model:
-    """What `inkstream.load` returns. Latents are (B, C, h, w) float32, pixels (B, 3, H, W) float32 in [0, 1]."""
+    """A loaded model. Latents are (B, C, h, w) float32, pixels are (B, 3, H, W) float32 in [0, 1]."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class Model:
         device: torch.device,
         dtype: torch.dtype,
         placement: str = "resident",
-        read_writer: Callable[[], Writer] | None = None,  # where the text encoder's files hold one
+        read_writer: Callable[[], Writer] | None = None,  # if the text encoder's files hold a language model
     ):
         self.family = family
         self.device = device
@@ -87,22 +87,22 @@ class Model:
 
     @cached_property
     def writer(self) -> Writer:
-        """What writes prompts out, read when it is first asked for. InputError where it is not there."""
-        assert self._read_writer is not None, "only models with the ability to upsample are asked"
+        """The language model that expands prompts, read at its first use. Raises InputError if it is not there."""
+        assert self._read_writer is not None, "only models with the ability `upsample` have a writer"
         return self._read_writer()
 
     @torch.inference_mode()
     def upsample(self, request: Complete) -> Iterator[str]:
-        """The request's prompt as the model itself writes it out, as it grows; the last is the whole."""
+        """Yield the expanded prompt as it grows. The last text is complete."""
         yield from self.writer.write(request.prompt, request.shown, request.seed)
         if self.placement != "resident":
             del self.writer
 
     @torch.inference_mode()
     def encode(self, request: Request) -> Conditioning:
-        """The request's prompt, behind it its negative one where guidance will ask for it, and what pictures show.
+        """Encode the prompt, the negative prompt if guidance needs it, and the pictures that the model looks at.
 
-        A prompt that a grammar writes out is written as the request's own seed has it.
+        If a grammar expands the prompt, it uses the request's seed.
         """
         whole = complete(request, self.spec)
         prompt = written_out(whole, self.spec)
@@ -113,9 +113,9 @@ class Model:
 
     @torch.inference_mode()
     def sample(self, request: Request, cond: Conditioning, noise: Tensor | None = None) -> Tensor:
-        """Latents of the request's `count` pictures, all driven through the model together.
+        """Return the latents of the request's `count` pictures, computed together.
 
-        noise: (B, C, h, w), the start; drawn from the request's seeds where left out, else B counts the pictures.
+        noise: (B, C, h, w), the start of B pictures. By default it comes from the request's seeds.
         """
         whole = complete(request, self.spec)
         shape = self.family.latent_shape(whole.width, whole.height)
@@ -139,13 +139,13 @@ class Model:
 
     @torch.inference_mode()
     def open_original(self, request: Complete) -> Original | None:
-        """The picture a request starts from, as pixels, latents and mask; None where it starts from noise."""
+        """Return the picture that a request starts from, as pixels, latents and mask. None: it starts from noise."""
         if request.start is None:
             return None
         size = request.width, request.height
         pixels = to_pixels(request.start, *size)
         mask = None if request.mask is None else torch.as_tensor(open_mask(request.mask, size))
-        if "fill" in self.spec.abilities:  # it sees the picture beside the noise, which nothing is mixed into
+        if "fill" in self.spec.abilities:  # the picture is an input beside the noise; it is not mixed with the noise
             return Original(pixels, None, mask)
         return Original(pixels, self.family.encode_image(pixels[None].to(self.device))[0], mask)
 
@@ -158,9 +158,9 @@ class Model:
         noise: Tensor | None = None,
         around: Around = NOTHING,
     ) -> Run:
-        """One picture about to be drawn, waiting at its first query.
+        """Start one picture. The Run waits at its first query.
 
-        around: what is done around its blocks, to which the request's step cache comes.
+        around: what is done around the blocks; the request's step cache is added to it.
         """
         shape = self.family.latent_shape(request.width, request.height)
         generator = torch.Generator("cpu").manual_seed(request.seed)
@@ -188,7 +188,7 @@ class Model:
         return Run(request, solver, prepared, len(times), noise, around)
 
     def finish(self, run: Run, original: Original | None) -> Tensor:
-        """Pixels (3, H, W) of a run that is done; outside a mask they are the original's own."""
+        """Return the pixels (3, H, W) of a finished run. Outside a mask, they are the original's pixels."""
         if not torch.isfinite(run.result).all():
             raise self.overflow()
         pixels = self.decode(run.result[None])[0].cpu()
@@ -199,14 +199,14 @@ class Model:
         return pixels
 
     def overflow(self) -> InputError:
-        """What to say when numbers left the range of the model's dtype."""
+        """Return the error for numbers that left the range of the model's dtype."""
         name = str(self.dtype).removeprefix("torch.")
         remedy = "use bfloat16 (--dtype bf16)" if self.dtype == torch.float16 else "use float32 (--dtype fp32)"
         return InputError(f"{self.spec.name} in {name} gave numbers that are not finite: it overflows here, {remedy}")
 
     @cached_property
     def preview(self) -> Any:
-        """latents (C, h, w) -> a small picture, by a linear map fitted to this model's autoencoder once."""
+        """latents (C, h, w) -> a small picture, by a linear map that is fitted to the autoencoder once."""
         return fit_preview(self.family, self.device)
 
 
@@ -214,7 +214,7 @@ class Model:
 class Original:
     """The picture to start from. pixels: (3, H, W) in [0, 1]; latents: (C, h, w); mask: (H, W), 1 repaints.
 
-    latents: None where noise is not mixed with them.
+    latents: None if no noise is mixed with the picture.
     """
 
     pixels: Tensor
@@ -223,8 +223,8 @@ class Original:
 
 
 class Run:
-    """One picture being drawn: a solver, the query it waits for, what the model prepared for it and what is done around
-    its blocks."""
+    """A picture that is being drawn: its solver, the pending query, the prepared inputs, and what is done around the
+    blocks."""
 
     def __init__(
         self,
@@ -241,24 +241,24 @@ class Run:
         self.evaluations = evaluations
         self.result: Tensor = start
         self.query: Query | None = None
-        self.estimate: Tensor = start  # the clean latents as last foreseen
+        self.estimate: Tensor = start  # the last prediction of the clean latents
         self._solver = solver
         self._send(None)
 
     def samples(self) -> list[Sample]:
-        """Whose velocity the pending query needs: of both prompts where guidance is on, else of the first."""
+        """Return the samples of the pending query: of both prompts if guidance is on, else of the first."""
         assert self.query is not None
         return [Sample(*self.query, entry, self.around) for entry in self.entries()]
 
     def entries(self) -> Sequence[Any]:
-        """The prepared prompts of `samples`."""
+        """Return the prepared prompts of `samples`."""
         assert self.query is not None
         r = self.request
         on = is_on(self.query.t, r.guidance, r.cfg_truncation, r.guidance_from, r.guidance_until)
         return self.prepared if on else self.prepared[:1]
 
     def answer(self, velocities: Sequence[Tensor]) -> None:
-        """Send the velocity at the pending query, guided if there are two, and move on to the next."""
+        """Send the velocity at the pending query, and get the next query. Guidance makes one of two velocities."""
         assert self.query is not None
         v = velocities[0]
         if len(velocities) == 2:
@@ -278,7 +278,7 @@ class Run:
 
 @torch.inference_mode()
 def advance(family: Family, runs: Sequence[Run]) -> None:
-    """Answer the pending query of every run in one packed forward. No cache takes anything over from one that fails."""
+    """Answer the pending query of every run in one packed forward. If the forward fails, step caches forget it."""
     asked = [run.samples() for run in runs]
     try:
         answers = iter(family.answer([sample for samples in asked for sample in samples]))
@@ -292,9 +292,9 @@ def advance(family: Family, runs: Sequence[Run]) -> None:
 
 
 def complete(request: Request, spec: Spec) -> Complete:
-    """The request with every open field taken from the model's defaults; one that is complete already, as it is.
+    """Return the request with every open field filled from the model's defaults. A Complete request is returned as is.
 
-    InputError where the model cannot do it.
+    Raises InputError if the model cannot draw the request.
     """
     if isinstance(request, Complete):
         return request
@@ -333,7 +333,7 @@ def complete(request: Request, spec: Spec) -> Complete:
 
 
 def shift_for(spec: Spec, width: int, height: int, steps: int) -> float:
-    """The shift that suits a picture of that many pixels, by the model's own rule."""
+    """Return the time shift for a picture of this size, by the model's rule."""
     tokens = (width // 16) * (height // 16)
     if spec.shift_rule == "dynamic":
         return round(dynamic_shift(tokens), 6)

@@ -1,4 +1,4 @@
-"""`load`: a model's name or path becomes a Model, its weights mapped from disk and moved tensor by tensor."""
+"""`load`: from a model's name or path to a Model. Weights are memory-mapped and moved tensor by tensor."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Opened:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """What each part computes in."""
+        """Part -> the dtype that it computes in."""
         return {part: dtype_of(part, self.dtype, self.device) for part in self.source.parts}
 
 
@@ -101,7 +101,7 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:
-    """InputError where a tokenizer has more tokens than its text encoder knows."""
+    """Raise InputError if a tokenizer has more tokens than its text encoder."""
     for name, tokenizer in tokenizers.items():
         used, known = vocabulary_of(tokenizer), getattr(source.spec, encoder_of(name)).vocab_size
         if used > known:
@@ -110,7 +110,7 @@ def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:
 
 
 def vocabulary_of(tokenizer: Any) -> int:
-    """How many tokens it has; one of the tokenizers package, or of transformers."""
+    """Return the number of tokens of a tokenizer, of the package tokenizers or transformers."""
     return tokenizer.get_vocab_size() if hasattr(tokenizer, "get_vocab_size") else len(tokenizer)
 
 
@@ -134,7 +134,7 @@ def read(
 
 @contextmanager
 def weights_of(found: Found, dtype: torch.dtype, packed: bool) -> Iterator[Mapping[str, Weight]]:
-    """A part's weights in our names, views of its files where they are there as they are to be."""
+    """Yield a part's weights under our names. Weights that need no change are views of the files."""
     wanted = found.module.state_dict().keys()
     raw = strip_prefix(read_state(found.path), PREFIXES)
     state = {key: weight for key, weight in translate(found.rules, raw).items() if key in wanted}
@@ -145,7 +145,7 @@ def weights_of(found: Found, dtype: torch.dtype, packed: bool) -> Iterator[Mappi
 
 
 def let_go(state: Mapping[str, Weight]) -> None:
-    """Pages of mapped files that were only copied from leave memory; they come back when they are read."""
+    """Release the memory of mapped pages that were only copied from. A later read brings them back."""
     ranges = mapped_ranges()
     for weight in state.values():
         for tensor in (weight,) if isinstance(weight, Tensor) else (weight.data, *weight.scales):
@@ -165,7 +165,7 @@ def check_machine(machine: Machine) -> tuple[torch.device, torch.dtype]:
 
 
 def choose_device(name: torch.device | str | None = None) -> torch.device:
-    """The device asked for, or the best there is. InputError where it is not there."""
+    """Return the device of that name, or the best there is. Raises InputError if it is not there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name is None:
         return torch.device("cuda" if cuda else "mps" if mps else "cpu")
@@ -176,14 +176,14 @@ def choose_device(name: torch.device | str | None = None) -> torch.device:
     there = {"cpu": True, "cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps}
     if not there.get(device.type, False):
         best = choose_device()
-        raise InputError(f"device {name} is not there or not supported by this build of torch: take {best}")
+        raise InputError(f"device {name} is not there, or this build of torch does not support it: take {best}")
     return device
 
 
 def choose_dtype(name: torch.dtype | str | None, device: torch.device) -> torch.dtype:
-    """The dtype asked for, or the device's own: bfloat16 where it is computed in hardware, else float32.
+    """Return the dtype of that name, or the device's default: bfloat16 if the hardware computes it, else float32.
 
-    Not float16: activations of Z-Image leave its range.
+    float16 is never a default: activations of Z-Image leave its range.
     """
     if name is None:
         if device.type == "cuda":
@@ -198,7 +198,7 @@ def choose_dtype(name: torch.dtype | str | None, device: torch.device) -> torch.
 
 
 def dtype_of(part: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """A part's own dtype: the autoencoder overflows in float16, and on the CPU gains nothing from less than float32."""
+    """Return the dtype of a part. The autoencoder overflows in float16, and on a CPU it is fastest in float32."""
     if part == "vae" and (device.type == "cpu" or dtype == torch.float16):
         return torch.float32
     return dtype

@@ -1,4 +1,4 @@
-"""Where the parts of a model are while others work: plans from the fastest to the most frugal, and what each takes."""
+"""Placements: where the parts of a model are while others work, from the fastest to the one that needs least memory."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from inkstream.nn.stack import Blocks
 from inkstream.weights.keymap import Rule, becomes
 
 Place = Literal["resident", "visiting"]
-"""On the device for good; or layer by layer, each while it is the one in hand."""
+"""resident: always on the device. visiting: each layer is on the device only while it computes."""
 
 PLACEMENTS: Mapping[str, tuple[Place, Place]] = {
     "resident": ("resident", "resident"),
     "parked": ("resident", "visiting"),
     "streamed": ("visiting", "visiting"),
 }
-"""Name -> the place of the transformer, and that of the others, which are passed through once for each picture."""
+"""Name -> the place of the transformer, and the place of the other parts, which run once for each picture."""
 
 TABLES = (nn.Embedding, PackedEmbedding)
-"""Of which few rows are read: where their part is not resident, they are read where they are."""
+"""Tables of which few rows are read. If their part is not resident, the rows are read at home."""
 
 
 BESIDE = 64 * 2**20
-"""Bytes that on a CPU allocators keep of what was freed, and libraries take beside tensors; measured."""
+"""Bytes on a CPU that allocators keep after memory was freed, and that libraries take beside tensors. Measured."""
 
 
 class Sharing(Protocol):
-    """Several processes that compute a transformer together."""
+    """Several processes that compute one transformer together."""
 
     def share(self, transformer: nn.Module) -> None:
-        """Leave this process its share."""
+        """Cut the transformer to this process's share."""
         ...
 
     def attach(self, transformer: nn.Module) -> None:
-        """Let the processes answer samples, each its own."""
+        """Let each process answer its own samples."""
         ...
 
 
@@ -67,10 +67,10 @@ def place_of(placement: str, part: str) -> Place:
 
 
 class Placed:
-    """A part of a model as a plan wants it placed: what stays on the device, who visits, and the bytes of both.
+    """A part of a model under a placement: the weights that stay on the device, those that visit, and their bytes.
 
-    module: its weights at home, or on meta. Nothing is moved before `settle`. copied: the names of weights that are no
-    views of a file, so that on a CPU they take memory wherever they are.
+    module: its weights are at home, or on meta. Nothing is moved before `settle`. copied: the names of weights that are
+    not views of a file. On a CPU they always take memory.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class Placed:
 
     @property
     def always(self) -> int:
-        """Bytes on the device for good."""
+        """Bytes that are always on the device."""
         at_home = self.copied if self.device.type == "cpu" else 0
         return at_home + sum(weight.home.numel() * self._type(weight).itemsize for weight in self.staying)
 
     @property
     def working(self) -> int:
-        """Bytes on it beyond that while the part works; on the CPU with those at home that are looked at."""
+        """More bytes on the device while the part works. On a CPU, pages at home that are read count too."""
         pages = pages_seen if self.device.type == "cpu" else lambda guest: 0
         rooms = [guest.nbytes + pages(guest) for guest in self.guests]
         for stream in self.streams.values():  # one after the other
@@ -111,8 +111,8 @@ class Placed:
         return max(rooms, default=0)
 
     def settle(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Bring what stays to the device, and let the others visit from now on. progress: told the bytes of the former,
-        done and in all."""
+        """Move the staying weights to the device, and let the others visit from now on. progress: called with the bytes
+        of the staying weights, done and in all."""
         for blocks, streamed in self.streams.items():
             blocks.stream(streamed)
         for guest in self.guests:
@@ -123,7 +123,7 @@ class Placed:
         done, total = 0, sum(weight.home.nbytes for weight in staying)
         progress(0, total)
         while staying:
-            weight = staying.pop()  # the last to hold what is moved, but for the module
+            weight = staying.pop()  # afterwards only the module holds it
             size = weight.home.nbytes
             self._move(weight)
             if (done + size) * 100 // max(total, 1) > done * 100 // max(total, 1):
@@ -131,7 +131,7 @@ class Placed:
             done += size
 
     def _move(self, weight: Weight) -> None:
-        """Pages of a file that were copied from are let go."""
+        """Move a weight to the device. Mapped pages that were copied from are released."""
         moved = weight.home.to("meta" if weight.home.is_meta else self.device, self._type(weight))
         if moved is not weight.home:
             weight.put(moved)
@@ -143,7 +143,7 @@ class Placed:
 
 
 def units(module: nn.Module, place: Place) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that come to the device on their own: each layer of a part's stacks, what is called of it, or it."""
+    """Yield the modules that visit the device on their own: stacks, the called submodules, or the whole part."""
     if place == "resident":
         return
     if called := getattr(module, "called", ()):
@@ -155,7 +155,7 @@ def units(module: nn.Module, place: Place) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Our own stacks whole; of another library's, layer by layer."""
+    """Yield our own stacks whole, and other libraries' stacks layer by layer."""
     for child, inner in module.named_children():
         path = f"{name}.{child}" if name else child
         if isinstance(inner, Blocks):
@@ -167,7 +167,7 @@ def _layers(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def pages_seen(guest: Guest) -> int:
-    """Bytes at home that are in memory, too, while the guest is there."""
+    """Return the bytes at home that are in memory too while the guest is on the device."""
     return sum(weight.home.nbytes for weight in (*guest.away, *guest.here))
 
 
@@ -178,11 +178,11 @@ def plan_request(
     source: Source, tokenizers: Mapping[str, Any], request: Complete, device: torch.device,
     dtypes: Mapping[str, torch.dtype], crew: Sharing | None = None,
 ) -> list[Plan]:  # fmt: skip
-    """All plans for a request, from the fastest to the most frugal. dtypes: what each part computes in; crew:
-    leaves the transformer what is computed in this process.
+    """Return the plan of each placement for a request, the fastest placement first.
 
-    Weights count as they are in the files or become on the device; what is computed with them is counted by doing it
-    without data. What a driver or the process takes for itself is not in it.
+    dtypes: part -> the dtype that it computes in. crew: cuts the transformer to this process's share. Weights count as
+    they are in the files or on the device. Computed tensors are counted by running the request on meta. Memory of
+    drivers and of the process itself is not counted.
     """
     modules = {part: at_home(source, part, dtypes[part]) for part in source.parts}
     if crew:
@@ -193,7 +193,7 @@ def plan_request(
 
 
 def add_up(name: str, weights: Mapping[str, int], work: Mapping[str, int], device: torch.device) -> Plan:
-    """A plan of its weights and of what is computed with them, in bytes by phase."""
+    """Return the plan of a placement, from the bytes of its weights and of its computed tensors in each phase."""
     beside = BESIDE if device.type == "cpu" else 0
     return Plan(name, {phase: beside + count + work.get(phase, 0) for phase, count in weights.items()})
 
@@ -201,7 +201,7 @@ def add_up(name: str, weights: Mapping[str, int], work: Mapping[str, int], devic
 def weigh(
     source: Source, modules: Mapping[str, nn.Module], device: torch.device, dtypes: Mapping[str, torch.dtype]
 ) -> dict[str, dict[str, int]]:
-    """Plan -> phase -> bytes of weights on the device. modules: as `at_home` gives them."""
+    """Placement -> phase -> bytes of weights on the device. modules: as from `at_home`."""
     weights: dict[str, dict[str, int]] = {}
     for name in PLACEMENTS:
         placed = {
@@ -219,7 +219,7 @@ def weigh(
 def on_meta(
     source: Source, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
 ) -> Model:
-    """The model without data. modules: as `at_home` gives them; afterwards they are resident."""
+    """Return the model without data. modules: as from `at_home`; afterwards they are resident on meta."""
     meta = torch.device("meta")
     for part, module in modules.items():
         Placed(module, "resident", meta, dtypes[part]).settle()
@@ -236,7 +236,7 @@ def phases_of(source: Source) -> dict[str, list[str]]:
 
 
 def at_home(source: Source, part: str, dtype: torch.dtype) -> nn.Module:
-    """The part on meta, its weights of the types that its files have."""
+    """Return the part on meta. Its weights have the types that its files have."""
     found = source.parts[part]
     with torch.device("meta"), Unset():
         module = source.family.parts[part].build(found.config)
@@ -246,7 +246,7 @@ def at_home(source: Source, part: str, dtype: torch.dtype) -> nn.Module:
 
 
 def copied(rules: Sequence[Rule], module: nn.Module) -> list[str]:
-    """The names of weights that are put together of several in the files, whose layout these rules translate."""
+    """Return the names of weights that are joined from several weights of the files. rules: from the files' layout."""
     return [key for key in module.state_dict() if len(becomes(rules, key, back=True)) > 1]
 
 
