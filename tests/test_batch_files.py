@@ -225,7 +225,7 @@ def test_two_runs_into_one_folder_are_refused(words, capsys):
     write("foxes.txt", "one fox\n")
     with closing(Manifest(Path("out"))):
         assert main(["batch", "foxes.txt", *words]) == 2
-    assert "out is being drawn into by another run" in problems(capsys)[-1]
+    assert "another run draws into out" in problems(capsys)[-1]
 
 
 @pytest.mark.slow

@@ -220,7 +220,7 @@ def test_another_programs_server_is_told_from_one_of_ours(answer, kind):
         threading.Thread(target=welcome, daemon=True).start()
         (failed,) = Client(f"http://127.0.0.1:{door.getsockname()[1]}").submit(Request(**WISH))
     assert isinstance(failed, Failed)
-    assert failed.error.endswith("is no inkstream server: check its address")
+    assert failed.error.endswith("is not an inkstream server: check its address")
 
 
 def test_a_key_goes_to_the_server_and_to_no_other_it_points_to(tmp_path, start_server):

@@ -22,36 +22,36 @@ from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
 
 SILENCE = 60.0
-"""Seconds without a word, after which a connection counts as lost; the server says every 15 that it is there."""
+"""Seconds without a byte after which a connection counts as lost. The server sends a ping every 15 seconds."""
 PAUSE = 0.5
-"""Seconds before it is asked again, at first."""
+"""Seconds before the first retry."""
 LOST = (OSError, HTTPException)
-"""What a connection that fails or breaks raises."""
+"""Errors of a connection that fails or breaks."""
 
 
 class Refusal(Exception):
-    """An answer of the server's that is no success."""
+    """An HTTP answer with an error status."""
 
     def __init__(self, status: int, message: str, wait: float = 0.0):
         super().__init__(message)
         self.status = status
-        self.wait = wait  # seconds after which the server wants to be asked again
+        self.wait = wait  # seconds to wait before a retry (Retry-After)
 
 
 class Client:
-    """Draws requests on a server, as `Engine` does here.
+    """Draws requests on a server. It is a Drawer, as `Engine` is.
 
-    url: of the server, as http://127.0.0.1:8400; key: one that it knows. patience: seconds that a server which has
-    answered once is waited for when it does not any more; a drawing outlives that, and is come back to. InputError
-    where the url is none.
+    url: the server's address, as http://127.0.0.1:8400. key: an API key of the server. patience: how many seconds to
+    retry when the server stops answering. A job goes on without its client, and the client follows it again. Raises
+    InputError for an invalid url.
     """
 
     def __init__(self, url: str, key: str | None = None, patience: float = 60.0):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"{url} is no address of a server: write it as http://127.0.0.1:8400")
+            raise InputError(f"{url} is not a server's address: write it as http://127.0.0.1:8400")
         if parts.path.rstrip("/").endswith("/v1"):
-            raise InputError(f"{url} is the address that OpenAI's clients are given: leave /v1 out")
+            raise InputError(f"{url} is the address for OpenAI's clients: leave /v1 out")
         self.url = url.rstrip("/")
         self.patience = patience
         self._key = key
@@ -59,10 +59,10 @@ class Client:
         self._opener = urllib.request.build_opener(_Direct)
 
     def submit(self, request: Request) -> Iterator[Event]:
-        """The events of one request; Done comes once for each picture. Closing the iterator cancels at the next step.
+        """Yield the events of a request, and a Done for each picture. Closing the iterator cancels at the next step.
 
-        Nothing is raised for a request that cannot be drawn, or a server that cannot be reached: the last event is
-        Failed. What the server remarks on the request comes as the note of a Loading.
+        If the request cannot be drawn, or the server cannot be reached, the last event is Failed; nothing is raised.
+        The server's remarks on the request come as notes of Loading events.
         """
         try:
             job = self._accepted(request)
@@ -83,7 +83,7 @@ class Client:
                     self._once("DELETE", f"/v1/jobs/{job['id']}")
 
     def generate(self, request: Request) -> Result:
-        """All pictures of a request. InputError if it cannot be drawn."""
+        """Return all pictures of a request. Raises InputError if it cannot be drawn."""
         return Result.of(self.submit(request))
 
     def models(self) -> list[Spec]:
@@ -105,7 +105,7 @@ class Client:
     # Inside: a job --------------------------------------------------------------------------------------------------
 
     def _accepted(self, request: Request) -> dict[str, Any]:
-        """The job that the server made of it. Asked again under one idempotency key, it makes no second one."""
+        """Submit the request and return its job. The idempotency key makes retries safe."""
         fields = request.model_dump(mode="json", exclude_unset=True)
         for name in PICTURE_FIELDS:
             given = getattr(request, name)
@@ -116,13 +116,13 @@ class Client:
         return self._object("position", "POST", "/v1/jobs", fields, {"Idempotency-Key": secrets.token_hex(16)})
 
     def _upload(self, source: str) -> str:
-        """A picture of this machine, as the server's requests name it."""
+        """Upload a picture, and return its name in the server's requests."""
         if source.startswith("upload:"):
             return source
         return "upload:" + self._object("id", "POST", "/v1/uploads", read_source(source))["id"]
 
     def _follow(self, job: str, request: Request) -> Generator[Event, None, None]:
-        """A job's events, through however many connections, to its end; each picture once."""
+        """Yield a job's events to its end, each picture once. Broken connections are made again."""
         seen: set[int] = set()
         told, last = False, ""
         for name, identity, data in self._happenings(job):
@@ -151,9 +151,9 @@ class Client:
                 yield Failed("the job was cancelled on the server: submit it again", "input")
 
     def _happenings(self, job: str) -> Generator[tuple[str, str, dict[str, Any]], None, None]:
-        """Name, id and data of what happens to a job, to its end; a connection that breaks is made again.
+        """Yield name, id and data of a job's server-sent events, to its end. Broken connections are made again.
 
-        `lost` happens where that does not succeed at once.
+        The event `lost` is added if a connection cannot be made again at once.
         """
         last, lost, said = "", 0.0, False
         while True:
@@ -182,7 +182,7 @@ class Client:
             time.sleep(PAUSE)
 
     def _picture(self, url: str) -> Image.Image:
-        """A finished picture, as RGB."""
+        """Download a finished picture, as RGB."""
         image = Image.open(io.BytesIO(self._ask("GET", url))).convert("RGB")
         image.info = {}
         return image
@@ -192,17 +192,16 @@ class Client:
     def _object(
         self, name: str, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None
     ) -> dict[str, Any]:
-        """The JSON object that answers. InputError, too, where it lacks `name`: it is another program's."""
+        """Return the answer, a JSON object. Raises InputError if it lacks `name`: another program answered."""
         answer = self._ask(method, path, body, headers)
         if not isinstance(answer, dict) or name not in answer:
-            raise InputError(f"what answers at {self.url} is no inkstream server: check its address")
+            raise InputError(f"{self.url} is not an inkstream server: check its address")
         return answer
 
     def _ask(self, method: str, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> Any:
-        """The answer: what JSON says, else bytes. Asked again while the server does not answer, or is full, as long as
-        patience.
+        """Return the answer: parsed JSON, or bytes. Retries within `patience` if the server is full or does not answer.
 
-        InputError where it refuses, or is not there.
+        Raises InputError if the server refuses, or is not there.
         """
         began, pause = time.monotonic(), PAUSE
         while True:
@@ -224,7 +223,7 @@ class Client:
             return _read(data) if answer.headers.get_content_type() == "application/json" else data
 
     def _open(self, method: str, path: str, body: Any, headers: Mapping[str, str]) -> HTTPResponse:
-        """An answer to be read and closed. Refusal where it is no success."""
+        """Return an open answer; the caller closes it. Raises Refusal for an error status."""
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         known = {"Authorization": f"Bearer {self._key}"} if self._key else {}
@@ -246,14 +245,14 @@ class Client:
 
 
 class _Direct(urllib.request.HTTPRedirectHandler):
-    """Goes where it was sent and nowhere else: a key must not be carried on to another host."""
+    """Follows no redirect, because the API key must not go to another host."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
         return None
 
 
 def read_events(lines: Iterator[bytes] | HTTPResponse) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Server-sent events as they come: name, id, data."""
+    """Yield the server-sent events: name, id, data."""
     event: dict[str, str] = {}
     for line in lines:
         name, _, value = line.decode().rstrip("\r\n").partition(": ")
@@ -266,7 +265,7 @@ def read_events(lines: Iterator[bytes] | HTTPResponse) -> Iterator[tuple[str, st
 
 
 def _read(data: bytes) -> Any:
-    """What JSON says; nothing where it is none."""
+    """Return the parsed JSON; None if it is not JSON."""
     try:
         return json.loads(data)
     except ValueError:
@@ -274,7 +273,7 @@ def _read(data: bytes) -> Any:
 
 
 def _refusal(answer: urllib.error.HTTPError) -> Refusal:
-    """What the server says of why, or what can be said where it is no server of ours."""
+    """Return the server's reason, or a general one if another program answered."""
     try:
         error = json.loads(answer.read())["error"]
         return Refusal(answer.code, str(error["message"]), float(answer.headers.get("Retry-After") or 0))
@@ -283,7 +282,7 @@ def _refusal(answer: urllib.error.HTTPError) -> Refusal:
 
 
 def _reason(error: BaseException) -> str:
-    """Why a connection failed, as one line."""
+    """Return why a connection failed, as one line."""
     return " ".join(str(getattr(error, "reason", error)).split()) or type(error).__name__
 
 
@@ -316,6 +315,6 @@ def _step(data: Mapping[str, Any]) -> Step:
 
 
 def _drawn(data: Mapping[str, Any], request: Request) -> Request:
-    """The complete request of a picture, its pictures named as they were here."""
+    """Return the complete request of a picture. Its input pictures keep their local names."""
     given = {name: getattr(request, name) for name in PICTURE_FIELDS}
     return Request.model_validate({**data["request"], **given})

@@ -1,7 +1,7 @@
-"""A folder that many requests are drawn into, and its manifest: which pictures are there, whole, and of what.
+"""The output folder of many requests, and its manifest, which lists the pictures that are complete.
 
-A picture is written to its name whole, then its line is added. So whatever stops the process, a line's picture is
-there; and a picture without a line is drawn again under the same name, which its request decides.
+A picture is written first, then its line is added to the manifest. So every picture with a line is complete, even after
+a crash. A picture without a line is drawn again under the same name, because the request determines the name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NAME = "manifest.jsonl"
 
 @dataclass(frozen=True)
 class Wanted:
-    """One picture to be drawn: the `index`th of a row. The request draws it alone and has its seed."""
+    """One picture to draw: picture `index` of a row. Its request draws only this picture, with its seed."""
 
     row: int
     index: int
@@ -39,9 +39,9 @@ class Wanted:
 
 
 class Manifest:
-    """The pictures of one folder, and a line of JSON about each. Open until `close`.
+    """The pictures of one folder, with one line of JSON for each. The folder is locked until `close`.
 
-    InputError where the folder cannot be written to, or another process draws into it.
+    Raises InputError if the folder cannot be written to, or if another process draws into it.
     """
 
     def __init__(self, folder: Path):
@@ -49,9 +49,9 @@ class Manifest:
         self.path = folder / NAME
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
-            refusal = f"{folder} is being drawn into by another run: wait for its end, or give another --out"
+            refusal = f"another run draws into {folder}: wait until it ends, or give another --out"
             self._lock = take(folder / ".lock", refusal)
-            for part in folder.glob(".*.part"):  # of a process that was killed
+            for part in folder.glob(".*.part"):  # left by a killed process
                 part.unlink()
             self._lines = {(line["row"], line["index"]): line for line in self._read()}
         self._log = None
@@ -62,9 +62,9 @@ class Manifest:
         self._lock.close()
 
     def missing(self, wanted: Sequence[Wanted]) -> list[Wanted]:
-        """Those whose picture is not there, not whole, or of another request than is wanted now.
+        """Return the pictures that are not there, are damaged, or belong to another request.
 
-        Their lines are taken out of the manifest; those of rows that nobody asks for now stay.
+        Their lines are removed from the manifest. Lines of rows that are not in `wanted` stay.
         """
         found = [one for one in wanted if not self._holds(one)]
         for one in found:
@@ -76,12 +76,12 @@ class Manifest:
         return found
 
     def changed(self, one: Wanted) -> bool:
-        """Whether another picture was drawn of that row. To be asked before `missing`."""
+        """Whether the row's picture belongs to another request. Call it before `missing`."""
         line = self._lines.get(one.key)
         return line is not None and "file" in line and line["digest"] != one.digest
 
     def add(self, one: Wanted, data: bytes, seconds: float) -> Path:
-        """A picture that is done. Once this returns, it outlives the process and the machine."""
+        """Save a finished picture and its line. Both are on disk (fsync) when this returns."""
         sha256 = hashlib.sha256(data).hexdigest()
         with self._writing():
             path = self._write(one.file, data)
@@ -89,7 +89,7 @@ class Manifest:
         return path
 
     def fail(self, one: Wanted, error: str) -> None:
-        """A picture that could not be drawn."""
+        """Add a line for a picture that could not be drawn."""
         self._append(one, {"error": error})
 
     def _holds(self, one: Wanted) -> bool:
@@ -101,14 +101,14 @@ class Manifest:
         return False
 
     def _append(self, one: Wanted, facts: dict[str, Any]) -> None:
-        assert self._log is not None, "ask what is missing first"
+        assert self._log is not None, "call `missing` first"
         with self._writing():
             self._log.write(_encode({"row": one.row, "index": one.index, "digest": one.digest, **facts}))
             os.fsync(self._log.fileno())
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """InputError where the folder takes nothing, or nothing more."""
+        """Turn an OSError into an InputError: the folder cannot be written to, or the disk is full."""
         try:
             yield
         except OSError as error:
@@ -119,7 +119,7 @@ class Manifest:
             ) from None
 
     def _write(self, name: str, data: bytes) -> Path:
-        """The file with these bytes, whole at every moment: as it was, or as it is."""
+        """Write a file atomically: a reader finds the old content or the new."""
         path = self.folder / name
         part = path.with_name(f".{name}.part")
         with part.open("wb") as file:
@@ -130,7 +130,7 @@ class Manifest:
         return path
 
     def _read(self) -> Iterator[dict[str, Any]]:
-        """Lines that are whole; the last one is not, where the process was killed over it."""
+        """Yield the complete lines. A killed process may leave an incomplete last line."""
         with suppress(FileNotFoundError):
             for text in self.path.read_bytes().splitlines():
                 with suppress(ValueError):
@@ -140,7 +140,7 @@ class Manifest:
 
 
 def digest(request: Request) -> str:
-    """A hash by which two requests of the same picture are known: of what is asked, and of the pictures it names."""
+    """Return a hash of a request, and of the content of its input pictures. Equal requests have equal hashes."""
     fields = request.model_dump(mode="json", exclude_defaults=True)
     for name in PICTURE_FIELDS:
         if name in fields:

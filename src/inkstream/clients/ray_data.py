@@ -1,7 +1,7 @@
-"""Many requests over Ray Data: several engines, each an actor, on this machine or on a cluster's.
+"""Many requests over Ray Data: several engines, each in an actor, on this machine or on a cluster.
 
-What is drawn comes back as bytes, so that only the process that asked writes files; pictures that a request names go
-along with it. A model given as a path must be there on every machine.
+Pictures come back as bytes, so only the calling process writes files. The input pictures of a request are sent along
+with it. A model given as a path must be there on every machine.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from inkstream.engine.engine import Engine
 
 STORE = 200 << 20
-"""Bytes of shared memory that Ray takes here, where it is started for this alone; pictures pass through it."""
+"""Bytes of shared memory for a Ray that is started here. Pictures pass through it."""
 TRIES = 3
-"""How often a group of requests is tried whose engine dies over it."""
+"""How often a group of requests is tried if its engine dies."""
 
 
-class Drawer:
-    """An actor: an engine, and the requests that it is handed, a group at once."""
+class Actor:
+    """An engine in a Ray actor. It draws groups of requests."""
 
     def __init__(self, make: Callable[[], Engine], metadata: Literal["full", "minimal", "none"]):
         self.engine = make()
@@ -55,10 +55,10 @@ def draw_on_ray(
     engines: int | None = None,
     metadata: Literal["full", "minimal", "none"] = "full",
 ) -> Iterator[Told]:
-    """What becomes of requests of one picture each: each is once Drawn or Failed, as groups of `slots` are done.
+    """Yield one Drawn or Failed for each request. Each request has one picture. Groups of `slots` are drawn together.
 
-    make: makes an engine, on whatever machine. engines: how many; None: one for each GPU, or one. It is drawn on the
-    cluster that RAY_ADDRESS names, else on one that is started here and ends with it. InputError without Ray.
+    make: makes an engine, on any machine. engines: their number; None: one for each GPU, or one. RAY_ADDRESS names the
+    cluster; without it, a cluster is started here and stopped at the end. Raises InputError if Ray is not installed.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
@@ -71,7 +71,7 @@ def draw_on_ray(
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False)
         except ConnectionError:
-            raise InputError(f"no Ray answers at RAY_ADDRESS {address}: start it, or unset RAY_ADDRESS") from None
+            raise InputError(f"Ray does not answer at RAY_ADDRESS {address}: start it, or unset RAY_ADDRESS") from None
     else:
         ray.init(
             "local",
@@ -89,17 +89,21 @@ def draw_on_ray(
         cores = int(smallest) // math.ceil(count / max(1, len(machines)))
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.max_errored_blocks = -1  # a group whose engine dies over it is left out, and told below
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # such a death is told below, in a line
+        context.max_errored_blocks = -1  # left out: reported below
+        logging.getLogger("ray.data").setLevel(
+            logging.CRITICAL
+        )  # as above
         order = sorted(range(len(requests)), key=lambda place: requests[place].model)  # an engine loads each model once
         groups = [order[start : start + slots] for start in range(0, len(order), slots)]
         tables = [
             pyarrow.table({"place": group, "request": [_carried(requests[place]) for place in group]})
             for group in groups
         ]
-        warnings.filterwarnings("ignore", "`ray_remote_args_fn` is deprecated")  # nothing else says how often to try
+        warnings.filterwarnings(
+            "ignore", "`ray_remote_args_fn` is deprecated"
+        )  # no other argument sets the number of tries
         drawn = ray.data.from_arrow(tables).map_batches(
-            Drawer,
+            Actor,
             batch_size=None,
             fn_constructor_args=(make, metadata),
             concurrency=count,
@@ -113,13 +117,13 @@ def draw_on_ray(
                 left.discard(int(place))
                 yield int(place), Failed(str(error)) if error else Drawn(bytes(data), float(seconds))
         for place in sorted(left):
-            yield place, Failed(f"the engine died over it or over one drawn with it, {TRIES} times")
+            yield place, Failed(f"the engine died {TRIES} times while it drew this request, or one beside it")
     finally:
         ray.shutdown()
 
 
 def _carried(request: Request) -> str:
-    """The request as JSON, with the pictures it names in it."""
+    """Return the request as JSON, with the content of its input pictures."""
     fields = request.model_dump(exclude_unset=True)
     for name in PICTURE_FIELDS:
         given = fields.get(name)
