@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from inkstream.engine.machine.processes import count_processes
-from inkstream.types import Drawer, InputError, Machine
+from inkstream.types import AttentionName, Drawer, InputError, Machine, PlacementName  # noqa: F401
+
+# cyclopts looks up the types of inherited fields in the module of the subclass.
 
 if TYPE_CHECKING:
     from inkstream.engine.engine import Engine

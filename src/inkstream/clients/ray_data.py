@@ -90,9 +90,7 @@ def draw_on_ray(
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         context.max_errored_blocks = -1  # left out: reported below
-        logging.getLogger("ray.data").setLevel(
-            logging.CRITICAL
-        )  # as above
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # as above
         order = sorted(range(len(requests)), key=lambda place: requests[place].model)  # an engine loads each model once
         groups = [order[start : start + slots] for start in range(0, len(order), slots)]
         tables = [
