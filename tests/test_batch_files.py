@@ -265,7 +265,7 @@ def test_all_bad_rows_are_named_before_anything_is_drawn(words, capsys):
     assert "width 7 is too small: give 16 or more" in told[5]
     assert "steps 0 is too small: give 1 or more" in told[5]
     assert "there is no prompt" in told[6]
-    assert "there is no picture none.png" in told[7]
+    assert "picture none.png does not exist" in told[7]
     assert "/nowhere" in told[8]
     assert "solver eular is not known: did you mean euler?" in told[9]
     assert told[10] == ""

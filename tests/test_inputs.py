@@ -244,19 +244,19 @@ def test_a_data_url_reads_like_the_file(saved):
 @pytest.mark.parametrize(
     ("source", "says"),
     [
-        ("nowhere/cat.png", "there is no picture nowhere/cat.png: check the path"),
-        ("", "there is no picture '': check the path"),
-        ("nul\0byte.png", "there is no picture nul?byte.png"),
-        ("line\nbreak.png", "there is no picture line?break.png"),
+        ("nowhere/cat.png", "picture nowhere/cat.png does not exist: check the path"),
+        ("", "picture '' does not exist: check the path"),
+        ("nul\0byte.png", "picture nul?byte.png does not exist"),
+        ("line\nbreak.png", "picture line?break.png does not exist"),
         ("x" * 5000, "check the path"),
-        ("https://example.org/cat.png", "download it and give the file's path"),
-        ("HTTP://example.org/cat.png", "download it"),
-        ("file:///tmp/cat.png", "give the file's path"),
+        ("https://example.org/cat.png", "download the picture and give its path"),
+        ("HTTP://example.org/cat.png", "download the picture"),
+        ("file:///tmp/cat.png", "give its path"),
         ("data:image/png;base64,", "is empty"),
         ("data:image/png;base64,not base64!", "is not valid base64"),
         ("data:image/png;base64,gr\u00fcn", "is not valid base64"),
-        ("data:image/png,rawbytes", "is not base64: write data:image/png;base64,... or give a path"),
-        ("data:image/png;base64", "is not base64"),
+        ("data:image/png,rawbytes", "is not a base64 URL: write data:image/png;base64,... or give a path"),
+        ("data:image/png;base64", "is not a base64 URL"),
     ],
 )
 def test_a_source_that_leads_nowhere_says_so(source, says):
@@ -282,20 +282,20 @@ def test_a_long_data_url_is_shortened_in_messages():
     ("data", "says"),
     [
         (b"", "is empty: save or copy the picture again"),
-        (b"once upon a time", "is not a picture of a kind that is read (PNG, JPEG, WebP,"),
+        (b"once upon a time", "is not a picture in a supported format (PNG, JPEG, WebP,"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "convert it to PNG"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a picture of a kind"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "is not a picture in"),
         (b"\x89PNG\r\n\x1a\n", "is not a picture"),
-        (png(header(30_000, 30_000)), "at most 64 megapixels and 16384 a side are read: scale it down first"),
-        (png(header(10_000, 7_000)), "is 10000x7000 pixels; at most 64 megapixels"),
-        (png(header(10_000, 9_000)), "claims to be enormous; at most 64 megapixels"),
+        (png(header(30_000, 30_000)), "the limit of 64 megapixels or 16384 pixels a side: scale it down first"),
+        (png(header(10_000, 7_000)), "is 10000x7000 pixels, more than the limit of 64 megapixels"),
+        (png(header(10_000, 9_000)), "is too large to decode, more than the limit of 64 megapixels"),
         (png(header(20_000, 1)), "is 20000x1 pixels"),
-        (png(header(2**31 - 1, 2**31 - 1)), "claims to be enormous"),
+        (png(header(2**31 - 1, 2**31 - 1)), "is too large to decode"),
         (png(header(0, 5)), "is not a picture"),
-        (png(header(4, 4), (b"zTXt", b"bomb\0\0" + zlib.compress(bytes(20_000_000)))), "is broken (Decompressed"),
-        (png(header(4, 4), (b"iCCP", b"bomb\0\0" + zlib.compress(bytes(20_000_000)))), "is broken"),
-        (png(header(4, 4), (b"IDAT", zlib.compress(b"\0" * 13)[:9])), "is broken"),
-        (png(header(4, 4), (b"IDAT", b"not zlib at all")), "is broken"),
+        (png(header(4, 4), (b"zTXt", b"bomb\0\0" + zlib.compress(bytes(20_000_000)))), "is damaged (Decompressed"),
+        (png(header(4, 4), (b"iCCP", b"bomb\0\0" + zlib.compress(bytes(20_000_000)))), "is damaged"),
+        (png(header(4, 4), (b"IDAT", zlib.compress(b"\0" * 13)[:9])), "is damaged"),
+        (png(header(4, 4), (b"IDAT", b"not zlib at all")), "is damaged"),
     ],
 )
 def test_a_broken_or_hostile_file_is_refused_in_one_line(saved, data, says):
@@ -340,7 +340,7 @@ def test_the_limits_leave_pillows_own_settings_alone(saved):
 
 def test_a_file_too_large_is_refused_before_it_is_read(saved, monkeypatch):
     monkeypatch.setattr(inputs, "MAX_BYTES", 3 << 20)
-    assert "has 4 MiB, and at most 3 are read" in refusal(saved(bytes(4 << 20)))
+    assert "has 4 MiB, more than the limit of 3" in refusal(saved(bytes(4 << 20)))
 
 
 # Masks ---------------------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ def test_minimal_metadata_is_the_mark_alone_and_none_is_nothing(kind):
         assert b"ZEBRA" not in data
         assert b"inkstream 0" not in data
         assert b"Z\0E\0" not in data
-        assert "carries no request; give a prompt" in refusal(read_request, source)
+        assert "carries no request: give a prompt" in refusal(read_request, source)
 
 
 def test_what_came_with_the_image_is_not_written_on():
@@ -240,14 +240,14 @@ def test_a_files_ending_chooses_its_format(tmp_path, name, kind):
 
 @pytest.mark.parametrize("name", ["a.tiff", "a", "png", "dir.png/a.gif"])
 def test_an_ending_that_is_no_format_is_refused(name):
-    assert "let it end in .png, .webp or .jpg" in refusal(picture_format, Path(name))
+    assert "take .png, .webp or .jpg" in refusal(picture_format, Path(name))
     assert [picture_format(name) for name in ("jpg", "a.png", Path("b.WebP"))] == ["JPEG", "PNG", "WEBP"]
 
 
 def test_a_file_that_is_there_is_never_overwritten(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"precious")
-    assert "already there and is not overwritten: give another name" in refusal(save_picture, PICTURE, path, FULL)
+    assert "already exists and is not overwritten: give another name" in refusal(save_picture, PICTURE, path, FULL)
     assert path.read_bytes() == b"precious"
     assert os.listdir(tmp_path) == ["a.png"]
 
@@ -258,7 +258,7 @@ def test_without_hard_links_a_file_is_still_written_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     save_picture(PICTURE, tmp_path / "a.png", FULL)
-    assert "already there" in refusal(save_picture, PICTURE, tmp_path / "a.png", FULL)
+    assert "already exists" in refusal(save_picture, PICTURE, tmp_path / "a.png", FULL)
     assert os.listdir(tmp_path) == ["a.png"]
 
 
@@ -310,7 +310,7 @@ def test_free_names_count_up(tmp_path):
 
 def test_a_request_too_long_for_a_jpeg_says_what_holds_it():
     request = Request(prompt="长" * 20_000)
-    assert "save as .png or .webp" in refusal(encode_picture, PICTURE, "JPEG", request)
+    assert "save it as .png or .webp" in refusal(encode_picture, PICTURE, "JPEG", request)
     assert read_request(drawn(request, "WEBP")).request == request
     assert "quality 0 is not between 1 and 100" in refusal(encode_picture, PICTURE, "JPEG", request, quality=0)
 
@@ -744,7 +744,7 @@ def test_references_given_as_data_are_kept_as_digests_and_paths_as_they_are(tmp_
     asked = Request(prompt="x", seed=1, reference=(shown, Path("b.png")))
     save_picture(Image.new("RGB", (16, 16)), tmp_path / "data.png", asked)
     digest = hashlib.sha256(base64.b64decode(asked.reference[0].partition(",")[2])).hexdigest()
-    assert f"only the sha256 {digest}, b.png is kept".encode() in (tmp_path / "data.png").read_bytes()
+    assert f"only its sha256 is kept: {digest}, b.png".encode() in (tmp_path / "data.png").read_bytes()
     assert b"data:image" not in (tmp_path / "data.png").read_bytes()
     save_picture(Image.new("RGB", (16, 16)), tmp_path / "path.png", asked.model_copy(update={"reference": ("a.png",)}))
     assert read_request(tmp_path / "path.png").request.reference == ("a.png",)
@@ -851,7 +851,7 @@ def test_a_cut_off_picture_still_gives_its_request():
 
 
 def test_a_missing_or_broken_picture_says_so(tmp_path):
-    assert "there is no picture" in refusal(read_request, tmp_path / "gone.png")
+    assert "does not exist" in refusal(read_request, tmp_path / "gone.png")
     (tmp_path / "notes.png").write_text("not a picture")
     assert "is not a picture" in refusal(describe, tmp_path / "notes.png")
 

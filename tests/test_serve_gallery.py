@@ -111,7 +111,7 @@ def test_what_is_no_picture_or_carries_nothing_is_said_to_be_so(server):
     for path in ("/v1/recall", "/v1/uploads"):
         status, _, body = server.ask("POST", path, b"not a picture")
         assert status == 400
-        assert "not a picture of a kind that is read" in body["error"]["message"]
+        assert "not a picture in a supported format" in body["error"]["message"]
         assert server.ask("POST", path, b"")[0] == 400
 
 

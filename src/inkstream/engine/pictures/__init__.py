@@ -1,1 +1,1 @@
-"""Picture files: what goes into a drawing, what is written beside it, and what other programs wrote."""
+"""Picture files: input pictures, the metadata of output pictures, and the metadata of other programs."""

@@ -1,4 +1,4 @@
-"""The graph that ComfyUI writes into pictures, followed to what our Request can say. All of it is untrusted."""
+"""Reads the graph that ComfyUI writes into pictures as fields of a Request. The graph is untrusted."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Node = dict[str, Any]
 _PROMPTS = ("text", "prompt", "user_prompt", "t5xxl", "text_g", "clip_l", "populated_text")
 _VALUES = ("value", "text", "string", "int", "float", "number", "seed", "noise_seed", "populated_text", "prompt")
 _CHAIN = 1000
-"""Nodes followed along one chain of links, at most."""
+"""The most nodes that are followed along one chain of links."""
 _LONGEST_TEXT = 100_000
 
 
 def read_comfyui(graph: Mapping[str, Any]) -> Reading | None:
-    """The graph under `prompt`: its links are followed from the saved picture to the sampler that began it.
+    """Fields of the graph under `prompt`: follows the links from the saved picture back to the first sampler.
 
-    None if it has no sampler that is understood. A later pass over the first one's result is ignored, and said so.
+    None if no sampler is found. Samplers that work on the first sampler's result are noted as ignored.
     """
     if isinstance(graph.get("prompt"), dict):
         graph = graph["prompt"]
@@ -67,14 +67,14 @@ def _class(node: Node) -> str:
 
 
 def _linked(nodes: Mapping[str, Node], value: Any) -> Node | None:
-    """The node a link points to; None for anything that is not a link to a node that is there."""
+    """The node that a link points to; None if `value` is not a link or the node does not exist."""
     if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int):
         return nodes.get(str(value[0]))
     return None
 
 
 def _upstream(nodes: Mapping[str, Node], *links: Any) -> Iterator[Node]:
-    """Every node that the links depend on, once each, the nearest of a chain first."""
+    """Every node that the links depend on, once each, in depth-first order: the nearest node of a chain first."""
     seen: set[int] = set()
     pending = list(reversed(links))
     while pending:
@@ -86,7 +86,7 @@ def _upstream(nodes: Mapping[str, Node], *links: Any) -> Iterator[Node]:
 
 
 def _first_sampler(nodes: Mapping[str, Node], reading: Reading) -> Node | None:
-    """The sampler farthest upstream of what is saved; those behind it are noted."""
+    """The sampler farthest upstream of the saved picture. Later samplers are noted as ignored."""
 
     def samplers(*links: Any) -> Iterator[Node]:
         return (node for node in _upstream(nodes, *links) if "latent_image" in node["inputs"])
@@ -106,7 +106,7 @@ def _first_sampler(nodes: Mapping[str, Node], reading: Reading) -> Node | None:
 
 
 def _value(nodes: Mapping[str, Node], value: Any, name: str) -> Any:
-    """A setting, through nodes that only pass a value on; None if its source cannot be read."""
+    """A setting's value, followed through nodes that only pass a value on; None if its source cannot be read."""
     for _ in range(_CHAIN):
         if not isinstance(value, list):
             return None if isinstance(value, dict) else value
@@ -118,7 +118,10 @@ def _value(nodes: Mapping[str, Node], value: Any, name: str) -> Any:
 def _text(
     nodes: Mapping[str, Node], value: Any, known: dict[int, str | None] | None = None, depth: int = 0
 ) -> str | None:
-    """A text, through string nodes and their concatenation; None if its source cannot be read or is a trap."""
+    """A text, followed through string nodes and concatenations.
+
+    known: cache of texts by node id. None if the source cannot be read, is nested too deep or gives too long a text.
+    """
     known = {} if known is None else known
     if isinstance(value, str):
         return value
@@ -137,7 +140,7 @@ def _text(
 
 
 def _prompt(nodes: Mapping[str, Node], link: Any, reading: Reading) -> str | None:
-    """The text behind a conditioning, through nodes that change or combine it."""
+    """The text of a conditioning, followed through nodes that change or combine conditionings."""
     for _ in range(_CHAIN):
         node = _linked(nodes, link)
         if node is None or "ZeroOut" in _class(node):
@@ -146,7 +149,7 @@ def _prompt(nodes: Mapping[str, Node], link: Any, reading: Reading) -> str | Non
         for key in _PROMPTS:
             if key in inputs and (text := _text(nodes, inputs[key])) is not None:
                 return text
-        if {"positive", "negative"} <= inputs.keys():  # both go through it; the link's second half says which
+        if {"positive", "negative"} <= inputs.keys():  # both pass through this node: output 1 is the negative
             link = inputs["negative" if link[1] == 1 else "positive"]
         else:
             link = next((v for k, v in inputs.items() if k.startswith("cond") and _linked(nodes, v)), None)
@@ -155,7 +158,7 @@ def _prompt(nodes: Mapping[str, Node], link: Any, reading: Reading) -> str | Non
 
 
 def _read_start(nodes: Mapping[str, Node], link: Any, denoise: Any, reading: Reading) -> None:
-    """The size of an empty latent, or the name of the start picture with its strength."""
+    """Reads the size of an empty latent, or the name and strength of the start picture."""
     for node in _upstream(nodes, link):
         inputs = node["inputs"]
         if "empty" in _class(node).lower() and {"width", "height"} <= inputs.keys():
@@ -174,7 +177,7 @@ def _read_start(nodes: Mapping[str, Node], link: Any, denoise: Any, reading: Rea
 
 
 def _read_model(nodes: Mapping[str, Node], link: Any, reading: Reading) -> None:
-    """The model, its shift, and the LoRAs and patches between."""
+    """Reads the model, the shift, and the names of LoRAs and patches on the way to the model."""
     for _ in range(_CHAIN):
         node = _linked(nodes, link)
         if node is None:

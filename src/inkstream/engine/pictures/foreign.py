@@ -1,4 +1,4 @@
-"""What A1111, SwarmUI, InvokeAI, mflux and Fooocus write into pictures, as fields of our Request. All is untrusted."""
+"""Reads the metadata of A1111, SwarmUI, InvokeAI, mflux and Fooocus as fields of a Request. All of it is untrusted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from inkstream.types import Request, ScheduleName, SolverName
 
 
 class Reading(NamedTuple):
-    """Fields for a Request, not yet validated, and what could not be taken over, by the name it had."""
+    """Fields for a Request, not yet validated; and ignored settings, by their name in the other program."""
 
     fields: dict[str, Any]
     ignored: dict[str, Any]
@@ -32,7 +32,7 @@ A1111_SCHEDULES = {"simple": "Simple", "sgm_uniform": "SGM Uniform", "normal": "
 
 
 def _plain(name: str) -> str:
-    """A name without case, spaces and punctuation: `DPM++ 2M` and `dpmpp_2m` are one."""
+    """A name in lower case without spaces and punctuation: `DPM++ 2M` and `dpmpp_2m` give the same."""
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
 
 
@@ -43,15 +43,16 @@ _SCHEDULES: dict[str, str] = {_plain(name): name for name in get_args(ScheduleNa
 _PRECISION = re.compile(
     r"[-_. ](bf16|fp16|fp32|fp8|nvfp4|int8|int4|e4m3fn|e5m2|scaled|mixed|convrot|q\d(_[01k](_[smlx]+)?)?)$"
 )
-"""Endings of file names that tell how a model is stored, not which it is."""
+"""Endings of file names that say in which precision a model is stored."""
 
 
 def find_solver(name: Any, reading: Reading) -> None:
-    """Our solver of that name; `exponential/res_2s` is res_2s."""
+    """Sets `solver` to our solver of that name. A folder is dropped: `exponential/res_2s` is res_2s."""
     _find("solver", str(name).rpartition("/")[2], _SOLVERS, reading)
 
 
 def find_schedule(name: Any, reading: Reading) -> None:
+    """Sets `schedule` to our schedule of that name. "Automatic" leaves the field unset."""
     if _plain(str(name)) != "automatic":
         _find("schedule", str(name), _SCHEDULES, reading)
 
@@ -64,7 +65,7 @@ def _find(field: str, name: str, known: Mapping[str, str], reading: Reading) -> 
 
 
 def find_model(name: Any, reading: Reading) -> None:
-    """The known model that a file or repository of that name holds at some precision; a finetune is none."""
+    """Sets `model` to the known model of that file or repository name, in any precision. A finetune does not match."""
     stem = re.split(r"[/\\]", str(name)[:1000])[-1].lower()
     stem = re.sub(r"\.(safetensors|sft|gguf|ckpt|pt)$", "", stem)
     while shorter := _PRECISION.search(stem):
@@ -81,7 +82,7 @@ _LORA = re.compile(r"<lora:([^<>]{1,300})>")
 
 
 def take_loras(prompt: Any, reading: Reading) -> Any:
-    """The prompt without its `<lora:name:weight>` tags, which are noted as ignored."""
+    """Removes `<lora:name:weight>` tags from a prompt. The tags are noted as ignored."""
     if isinstance(prompt, str) and (found := _LORA.findall(prompt)):
         reading.ignored.setdefault("loras", []).extend(found)
         prompt = _LORA.sub("", prompt).strip()
@@ -89,7 +90,7 @@ def take_loras(prompt: Any, reading: Reading) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text says; None if it is none, or one made to break parsers."""
+    """The value of a JSON text; None if the text is not JSON or is nested too deep."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -101,7 +102,7 @@ def is_number(value: Any) -> TypeGuard[int | float]:
 
 
 def _leftovers(data: Mapping[str, Any], known: set[str], reading: Reading) -> None:
-    """Note whatever is set and neither taken over nor of no consequence for the picture."""
+    """Notes every setting outside `known` that has a value as ignored."""
     for key, value in data.items():
         if key not in known and value not in (None, "", [], {}, False):
             reading.ignored.setdefault(key, value)
@@ -111,7 +112,7 @@ def _leftovers(data: Mapping[str, Any], known: set[str], reading: Reading) -> No
 
 
 def write_a1111(request: Request, software: str) -> str:
-    """The text that A1111 and its successors show and read. Fields left open are left out."""
+    """The parameters text that A1111 and its successors show and read. Unset fields are left out."""
     pairs = {
         "Steps": request.steps,
         "Sampler": A1111_SOLVERS.get(request.solver or "", request.solver),
@@ -137,7 +138,11 @@ def _quote(value: Any) -> str:
 
 
 def read_a1111(text: str) -> Reading | None:
-    """A prompt of one or more lines, a negative one, and a last line of at least three `key: value`; else None."""
+    """Fields of a parameters text; None if the text is in another format.
+
+    The format: a prompt of one or more lines, optionally a negative prompt, and a last line of at least three
+    `key: value` pairs.
+    """
     lines = text.rstrip().split("\n")
     pairs = dict(_pairs(lines[-1]))
     if len(pairs) < 3:
@@ -156,7 +161,7 @@ def read_a1111(text: str) -> Reading | None:
     if size := re.fullmatch(r"(\d{1,6})x(\d{1,6})", str(pairs.get("Size"))):
         reading.fields["width"], reading.fields["height"] = size.groups()
         del pairs["Size"]
-    if not any(key.startswith("Hires") for key in pairs):  # there it belongs to a second pass
+    if not any(key.startswith("Hires") for key in pairs):  # with Hires, the strength is that of the second pass
         reading.fields["strength"] = pairs.pop("Denoising strength", None)
     for key, find in {"Sampler": find_solver, "Schedule type": find_schedule, "Model": find_model}.items():
         if key in pairs:
@@ -169,7 +174,7 @@ _KEY = re.compile(r"\s*([A-Za-z][^,:\"\n\[\]{}]{0,60}):\s*")
 
 
 def _pairs(line: str) -> Iterator[tuple[str, Any]]:
-    """`key: value` separated by commas; a value may be a JSON string, list or object."""
+    """The `key: value` pairs of a line, separated by commas. A value may be a JSON string, list or object."""
     at = 0
     while at < len(line):
         key = _KEY.match(line, at)
@@ -191,7 +196,7 @@ def _pairs(line: str) -> Iterator[tuple[str, Any]]:
 
 
 def _take(data: Mapping[str, Any], names: Mapping[str, str], reading: Reading) -> None:
-    """Copy what is set, under our names."""
+    """Copies the settings that have a value, under our names."""
     for theirs, ours in names.items():
         if data.get(theirs) is not None:
             reading.fields[ours] = take_loras(data[theirs], reading)
@@ -201,7 +206,7 @@ _SIZED = {"prompt": "prompt", "seed": "seed", "steps": "steps", "width": "width"
 
 
 def read_swarmui(data: Mapping[str, Any]) -> Reading | None:
-    """The object `sui_image_params`. Its cfgscale is the standard scale; creativity is our strength."""
+    """Fields of SwarmUI's object `sui_image_params`. Its cfgscale is our guidance; its creativity is our strength."""
     params = data.get("sui_image_params")
     if not isinstance(params, dict):
         return None
@@ -235,7 +240,7 @@ def read_swarmui(data: Mapping[str, Any]) -> Reading | None:
 
 
 def read_invokeai(data: Mapping[str, Any]) -> Reading | None:
-    """The chunk `invokeai_metadata`. Its cfg_scale is the standard scale, for the models we share too."""
+    """Fields of InvokeAI's chunk `invokeai_metadata`. Its cfg_scale is our guidance for every model."""
     if not {"positive_prompt", "app_version", "generation_mode"} & data.keys():
         return None
     reading = Reading({}, {})
@@ -253,11 +258,11 @@ def read_invokeai(data: Mapping[str, Any]) -> Reading | None:
 
 
 def read_mflux(data: Mapping[str, Any]) -> Reading | None:
-    """The JSON in mflux's EXIF comment.
+    """Fields of the JSON in mflux's EXIF comment.
 
-    Its image_strength says how much of the start picture stays. With Z-Image its guidance g above 1 adds g times the
-    difference to the prompt's own prediction, the standard scale g + 1, and any other g is off; with other models it
-    means other things, and is left.
+    image_strength is the share of the start picture that stays: our strength is 1 - image_strength. With Z-Image, a
+    guidance g above 1 is our guidance g + 1, because mflux adds g times the difference to the prompt's prediction; any
+    other g means no guidance. With other models mflux's guidance means something else and is ignored.
     """
     if "mflux_version" not in data:
         return None
@@ -289,7 +294,7 @@ def read_mflux(data: Mapping[str, Any]) -> Reading | None:
 
 
 def read_fooocus(data: Mapping[str, Any]) -> Reading | None:
-    """The JSON that Fooocus keeps under `parameters`."""
+    """Fields of the JSON that Fooocus keeps under `parameters`."""
     if not {"adm_guidance", "metadata_scheme", "base_model"} & data.keys():
         return None
     reading = Reading({}, {})

@@ -1,4 +1,4 @@
-"""Pictures in: whatever file a user has becomes RGB in sRGB, upright, opaque, of a size the models take."""
+"""Input pictures: a user's file becomes an upright, opaque sRGB picture of a size that the models take."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_PIXELS = 64 * 1024 * 1024
-"""A picture with more pixels is refused from its header, before it is decoded."""
+"""A picture with more pixels is refused before it is decoded: its header gives the size."""
 MAX_SIDE = 16_384
 MAX_BYTES = 512 * 1024 * 1024
-"""A larger file is not read at all."""
+"""A larger file is refused without being read."""
 MAX_AREA = 2048 * 2048
-"""A start picture larger than this many pixels is worked on at a smaller size, unless a size is asked for."""
+"""A start picture with more pixels is scaled down, unless the request sets a size."""
 LONGEST = 8192
-"""The longest side a Request may ask for."""
+"""The longest side of a Request, in pixels."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000")
-"""What is read, as Pillow names it. Formats that run other programs (EPS) stay out."""
+"""The formats that are read, by their Pillow names. Formats that run other programs (EPS) are left out."""
 
 
 def open_picture(source: str) -> Image.Image:
-    """The picture at a path or in a `data:` URL, as RGB.
+    """The picture at a path or in a `data:` URL, as 8-bit RGB.
 
-    Turned upright by its EXIF orientation, transparency laid on white, colours taken to sRGB from the profile it
-    carries, more than 8 bits scaled down; the first frame if it moves. InputError where that cannot be done.
+    The picture is turned upright by its EXIF orientation and converted to sRGB by its colour profile. Transparent
+    pixels are blended with white. Of an animation the first frame is taken. InputError if the picture cannot be read.
     """
     image = _decode(source)
     colour, alpha = _split(image)
@@ -48,27 +48,27 @@ def open_picture(source: str) -> Image.Image:
         page = Image.new("RGB", colour.size, "white")
         page.paste(colour, mask=alpha)
         colour = page
-    colour.info = {}  # or a profile would be written again with a picture that no longer needs it
+    colour.info = {}  # otherwise Pillow writes the old colour profile when the picture is saved
     return colour
 
 
 def open_mask(source: str, size: tuple[int, int]) -> Tensor:
-    """(H, W) float32 in [0, 1], 1 repaints and 0 keeps, at size (width, height).
+    """A mask as (H, W) float32 in [0, 1], at size (width, height): 1 is repainted, 0 is kept.
 
-    A mask with any transparency in it is read as OpenAI's images API does: clear is repainted, opaque is kept, colours
-    mean nothing. Any other is read by its brightness: white is repainted, black kept, grey in between.
+    A mask that has transparent pixels is read by its alpha alone, as in OpenAI's images API: transparent is repainted,
+    opaque is kept. Any other mask is read by its brightness: white is repainted, black is kept.
     """
     import torch
 
     colour, alpha = _split(_decode(source))
     grey = colour.convert("RGB").convert("L") if alpha is None else ImageOps.invert(alpha)
-    # Bilinear: the overshoot of a sharper filter would reach into what must be kept.
+    # Bilinear, because a sharper filter overshoots and would change pixels that must be kept.
     grey = ImageOps.fit(grey, size, Image.Resampling.BILINEAR)
     return torch.from_numpy(np.asarray(grey, np.float32) / 255)
 
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
-    """(3, height, width) float32 in [0, 1]; a picture of another size is scaled to cover it, then cropped centrally."""
+    """A picture as (3, height, width) float32 in [0, 1]. Another size is scaled to cover, then cropped."""
     import torch
 
     if image.size != (width, height):
@@ -78,13 +78,13 @@ def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """The picture of pixels (3, H, W) in [0, 1]; what lies outside is clipped, halves round to even."""
+    """Pixels (3, H, W) in [0, 1] as a picture. Values outside are clipped; halves round to even."""
     values = pixels.detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
     return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def fit_size(image: Image.Image, multiple: int, max_area: int = MAX_AREA) -> tuple[int, int]:
-    """(width, height) to work on a picture at: its own, scaled down into max_area pixels, floored to the multiple."""
+    """The (width, height) to draw a picture at: its own size, scaled down to max_area, floored to the multiple."""
     width, height = image.size
     scale = min(1.0, math.sqrt(max_area / (width * height)), LONGEST / max(width, height))
 
@@ -95,7 +95,7 @@ def fit_size(image: Image.Image, multiple: int, max_area: int = MAX_AREA) -> tup
 
 
 def open_header(source: str) -> Image.Image:
-    """The picture at a path or in a `data:` URL with its header read and its size checked, not yet decoded."""
+    """The picture at a path or in a `data:` URL, not yet decoded: the header is read and the size is checked."""
     name = short_name(source)
     data = read_source(source)
     with decoding(name):
@@ -108,12 +108,12 @@ def open_header(source: str) -> Image.Image:
 
 
 def read_source(source: str) -> bytes:
-    """The bytes of a file or a `data:` URL. InputError if there are none, or too many."""
+    """The bytes of a file or a `data:` URL. InputError if it cannot be read, is empty or exceeds MAX_BYTES."""
     name = short_name(source)
     if source[:5].lower() == "data:":
         head, comma, body = source.partition(",")
         if not comma or not head.lower().endswith(";base64"):
-            raise InputError(f"{name} is not base64: write data:image/png;base64,... or give a path")
+            raise InputError(f"{name} is not a base64 URL: write data:image/png;base64,... or give a path")
         try:
             body = "".join(body.split()).rstrip("=")
             data = base64.b64decode(body + "=" * (-len(body) % 4), validate=True)
@@ -121,12 +121,12 @@ def read_source(source: str) -> bytes:
             raise InputError(f"{name} is not valid base64: encode the whole file again, or give a path") from None
         size = len(data)
     elif re.match(r"[a-z][a-z0-9+.-]*://", source, re.IGNORECASE):
-        raise InputError(f"{name} is an address, and pictures are not fetched: download it and give the file's path")
+        raise InputError(f"{name} is a web address, which is not fetched: download the picture and give its path")
     else:
         path = Path(source)
         try:
             if not source or not path.exists():
-                raise InputError(f"there is no picture {name}: check the path")
+                raise InputError(f"picture {name} does not exist: check the path")
             if path.is_dir():
                 raise InputError(f"{name} is a folder: name one picture in it")
             if not path.is_file():
@@ -138,12 +138,12 @@ def read_source(source: str) -> bytes:
     if size == 0:
         raise InputError(f"{name} is empty: save or copy the picture again")
     if size > MAX_BYTES:
-        raise InputError(f"{name} has {size >> 20} MiB, and at most {MAX_BYTES >> 20} are read: scale it down first")
+        raise InputError(f"{name} has {size >> 20} MiB, more than the limit of {MAX_BYTES >> 20}: scale it down first")
     return data
 
 
 def short_name(source: str) -> str:
-    """A source as messages name it: one line, and of a `data:` URL only the beginning."""
+    """A source's name for messages: one printable line. A `data:` URL is cut to 40 characters."""
     source = str(source)
     if source[:5].lower() == "data:" and len(source) > 40:
         source = source[:40] + "..."
@@ -154,7 +154,7 @@ def short_name(source: str) -> str:
 
 @contextmanager
 def decoding(name: str) -> Iterator[None]:
-    """Around calls into Pillow: its warnings are kept quiet, and whatever its decoders raise becomes one line."""
+    """A context for calls into Pillow: suppresses its warnings and turns every error into an InputError of one line."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\.")
@@ -163,15 +163,15 @@ def decoding(name: str) -> Iterator[None]:
     except InputError:
         raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise InputError(_too_large(name, "claims to be enormous")) from None
+        raise InputError(_too_large(name, "is too large to decode")) from None
     except UnidentifiedImageError:
         kinds = "PNG, JPEG, WebP, AVIF, GIF, TIFF, BMP"
-        raise InputError(f"{name} is not a picture of a kind that is read ({kinds}): convert it to PNG") from None
+        raise InputError(f"{name} is not a picture in a supported format ({kinds}): convert it to PNG") from None
     except MemoryError:
-        raise InputError(f"{name} needs more memory than there is: scale it down first") from None
-    except Exception as error:  # decoders raise whatever their C code meets
+        raise InputError(f"{name} needs more memory than is free: scale it down first") from None
+    except Exception as error:  # decoders raise errors of many types on damaged data
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{name} is broken ({reason[:120]}): get or export the picture again") from None
+        raise InputError(f"{name} is damaged ({reason[:120]}): download or export the picture again") from None
 
 
 _TURNS = {
@@ -183,26 +183,27 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""EXIF orientation -> what turns the stored picture upright."""
+"""EXIF orientation -> the operation that turns the stored picture upright."""
 
 
 def _too_large(name: str, what: str) -> str:
-    return f"{name} {what}; at most {MAX_PIXELS >> 20} megapixels and {MAX_SIDE} a side are read: scale it down first"
+    limit = f"{MAX_PIXELS >> 20} megapixels or {MAX_SIDE} pixels a side"
+    return f"{name} {what}, more than the limit of {limit}: scale it down first"
 
 
 def _decode(source: str) -> Image.Image:
-    """The picture's pixels, upright, in whatever mode they are stored."""
+    """The decoded picture, upright, in its stored mode."""
     image = open_header(source)
     with decoding(short_name(source)):
         image.load()
         turn = None
-        with suppress(Exception):  # a broken EXIF block is no reason to refuse the picture
+        with suppress(Exception):  # a picture with a damaged EXIF block is still read
             turn = _TURNS.get(image.getexif().get(0x0112, 1))
         return image if turn is None else image.transpose(turn)
 
 
 def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """(L, RGB or CMYK picture, its alpha as L or None if it is opaque)."""
+    """Splits a picture into its colours (mode L, RGB or CMYK) and its alpha (mode L; None if the picture is opaque)."""
     if image.mode.startswith(("I", "F")):
         return _to_8_bits(image), None
     if image.mode in ("La", "RGBa"):  # premultiplied
@@ -217,14 +218,14 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, scaled: white is 65535 (in floats 1.0), or the largest value where that is larger."""
+    """Scales grey of more than 8 bits to 8. White is 65535 (1.0 for floats), or the largest value if that is larger."""
     values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
     white = max(1.0 if image.mode == "F" else 65535.0, values.max())
     return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """L, RGB or CMYK -> RGB, by the profile the file carries if that is a sound one for such a picture."""
+    """Converts L, RGB or CMYK to RGB in sRGB by the file's colour profile. A profile that does not fit is ignored."""
     if profile:
         with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

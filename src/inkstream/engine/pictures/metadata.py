@@ -1,4 +1,4 @@
-"""Pictures out: each carries the Request that draws it and the mark that a model made it. And both, read back."""
+"""Picture files and their metadata: the Request that draws the picture, and the mark that a model made it."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from inkstream.types import InputError, Request, Spec
 
 SOFTWARE = f"inkstream {__version__}"
 VERSION = 1
-"""Of our JSON. A reader takes what it knows from a newer one, and says what it left."""
+"""The version of our JSON. A reader of a newer version takes the fields that it knows and lists the others."""
 SUFFIXES = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 PICTURE_FIELDS = ("image", "mask", "reference")
 MAX_TEXT = 4 * 1024 * 1024
-"""Characters of metadata that are looked at."""
+"""Longer metadata texts are not read. In characters."""
 JPEG_ROOM = 65_000
-"""Bytes of one block of metadata in a JPEG."""
+"""The most bytes of one metadata block in a JPEG."""
 PNG_EFFORT = 4
-"""zlib's level. The usual 6 takes up to ten times as long for files that are a few percent smaller, if at all."""
+"""zlib's level. The default of 6 takes up to ten times as long, and the files are at most a few percent smaller."""
 MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 Amount = Literal["full", "minimal", "none"]
@@ -44,12 +44,12 @@ Source = Literal["inkstream", "a1111", "comfyui", "swarmui", "invokeai", "mflux"
 
 @dataclass(frozen=True)
 class Found:
-    """What a picture's metadata asks for. Untrusted: PICTURE_FIELDS of `request` may name any file of this machine."""
+    """The request in a picture's metadata. Untrusted: its PICTURE_FIELDS may name any file of this machine."""
 
     request: Request  # only the fields in request.model_fields_set were found
-    source: Source  # whose format it was in
-    ignored: dict[str, Any] = field(default_factory=dict)  # what could not be taken over, by the name it had there
-    raw: str = ""
+    source: Source  # the program whose format was read
+    ignored: dict[str, Any] = field(default_factory=dict)  # settings that have no field here, by their original name
+    raw: str = ""  # the text that was read
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -67,11 +67,12 @@ def save_picture(
     metadata: Amount = "full",
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a picture with the complete Request that draws it, whole or not at all.
+    """Writes a picture with the complete Request that draws it. A file is written whole or not at all.
 
-    target: a path, which must be free, or a binary stream; format: png, webp or jpeg, else what the path ends with,
-    for a stream png. lossless: for WebP. metadata: `full` is the Request, its A1111 text and the mark that a model made
-    it; `minimal` only that mark; `none` nothing. extra: JSON kept beside the Request. InputError where it cannot go.
+    target: a path that does not exist yet, or a binary stream. format: png, webp or jpeg; the default is the path's
+    ending, or png for a stream. lossless: for WebP. metadata: `full` is the Request, its A1111 text and the mark that a
+    model made the picture; `minimal` is the mark alone; `none` is nothing. extra: JSON to keep beside the Request.
+    InputError if the path exists or cannot be written, or the metadata is too large for the format.
     """
     path = Path(target) if isinstance(target, str | Path) else None
     kind = picture_format(format if format else path if path else "png")
@@ -83,15 +84,15 @@ def save_picture(
 
 
 def picture_format(name: str | Path) -> str:
-    """PNG, WEBP or JPEG, for a format's name or a path's ending. InputError for any other."""
+    """PNG, WEBP or JPEG, from a format's name or a path's ending. InputError for any other."""
     suffix = (name.suffix if isinstance(name, Path) else Path(name).suffix or f".{name}").lower()
     if suffix not in SUFFIXES:
-        raise InputError(f"{short_name(str(name))} is no format to save in: let it end in .png, .webp or .jpg")
+        raise InputError(f"{short_name(str(name))} is not a format for saving: take .png, .webp or .jpg")
     return SUFFIXES[suffix]
 
 
 def free_name(folder: str | Path, stem: str, suffix: str) -> Path:
-    """The first path in the folder that is not taken, of stem.png, stem-2.png, stem-3.png and so on."""
+    """The first path that does not exist yet, of stem.png, stem-2.png, stem-3.png and so on."""
     path, number = Path(folder) / f"{stem}{suffix}", 1
     while path.exists() or path.is_symlink():
         number += 1
@@ -109,14 +110,14 @@ def encode_picture(
     metadata: Amount = "full",
     extra: Mapping[str, Any] | None = None,
 ) -> bytes:
-    """The file's bytes; arguments as in `save_picture`, kind as in `picture_format`."""
+    """The bytes of a picture file. kind: as `picture_format` returns; other arguments: as in `save_picture`."""
     if not 1 <= quality <= 100:
         raise InputError(f"quality {quality} is not between 1 and 100: take 95")
     record = _record(request, spec, extra) if metadata == "full" else None
     parameters = foreign.write_a1111(request, SOFTWARE) if metadata == "full" else None
     buffer = io.BytesIO()
     image = image.copy()
-    image.info = {}  # or Pillow would write on what came with it
+    image.info = {}  # otherwise Pillow writes the metadata of the input file too
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
         if parameters is not None and record is not None:
@@ -131,7 +132,7 @@ def encode_picture(
     if kind == "JPEG":
         if (size := max(len(xmp), len(exif))) > JPEG_ROOM:
             raise InputError(
-                f"this request takes {size} bytes of metadata and a JPEG holds {JPEG_ROOM}: save as .png or .webp"
+                f"the request has {size} bytes of metadata, a JPEG holds {JPEG_ROOM}: save it as .png or .webp"
             )
         image.save(buffer, "JPEG", quality=quality, subsampling=0, exif=exif, xmp=xmp)
     else:
@@ -140,7 +141,7 @@ def encode_picture(
 
 
 def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None) -> str:
-    """Our JSON, in ASCII. Of a picture that was given as data only the digest is kept."""
+    """Our JSON, in ASCII. An input picture given as a `data:` URL is replaced by its sha256."""
     fields = request.model_dump(mode="json", exclude_none=True)
     left_out = {}
     for name in PICTURE_FIELDS:
@@ -148,7 +149,7 @@ def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None
         pictures = [given] if isinstance(given, str) else given
         if any(picture.startswith("data:") for picture in pictures):
             kept = [hashlib.sha256(read_source(p)).hexdigest() if p.startswith("data:") else p for p in pictures]
-            left_out[name] = f"was given as data, of which only the sha256 {', '.join(kept)} is kept"
+            left_out[name] = f"was given as data, only its sha256 is kept: {', '.join(kept)}"
             del fields[name]
     record: dict[str, Any] = {"version": VERSION, "software": SOFTWARE, "request": fields}
     if spec is not None:
@@ -169,7 +170,7 @@ _NAMESPACES = {
 
 
 def _xmp(record: str | None) -> str:
-    """An XMP packet: made by a model (IPTC's DigitalSourceType); and our JSON, where a file has no better place."""
+    """An XMP packet: IPTC's DigitalSourceType says that a model made the picture. record: our JSON, or None."""
     properties = {"Iptc4xmpExt:DigitalSourceType": MADE_BY_A_MODEL}
     if record is not None:
         properties |= {"xmp:CreatorTool": SOFTWARE, "inkstream:Record": record}
@@ -183,7 +184,7 @@ def _xmp(record: str | None) -> str:
 
 
 def _exif(parameters: str) -> bytes:
-    """A big-endian EXIF block, its UserComment the text in UTF-16: the one byte order that all readers know."""
+    """An EXIF block whose UserComment is the text in UTF-16. Big-endian is the byte order that all readers know."""
     exif = Image.Exif()
     exif[0x0131] = SOFTWARE
     exif.get_ifd(0x8769)[0x9286] = b"UNICODE\0" + parameters.encode("utf-16-be")
@@ -191,7 +192,7 @@ def _exif(parameters: str) -> bytes:
 
 
 def _write_new(path: Path, data: bytes) -> None:
-    """A new file with these bytes, whole or not at all."""
+    """Writes a new file, whole or not at all. InputError if the path exists or cannot be written."""
     name = short_name(str(path))
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
@@ -199,7 +200,7 @@ def _write_new(path: Path, data: bytes) -> None:
         try:
             part.write_bytes(data)
             try:
-                os.link(part, path)  # fails where the name is taken, unlike a rename
+                os.link(part, path)  # a link fails if the path exists; a rename would overwrite the file
             except FileExistsError:
                 raise
             except OSError:  # a file system without hard links
@@ -209,29 +210,30 @@ def _write_new(path: Path, data: bytes) -> None:
         finally:
             part.unlink(missing_ok=True)
     except FileExistsError:
-        raise InputError(f"{name} is already there and is not overwritten: give another name") from None
+        raise InputError(f"{name} already exists and is not overwritten: give another name") from None
     except OSError as error:
-        raise InputError(f"{name} cannot be written ({error.strerror}): give another place") from None
+        raise InputError(f"{name} cannot be written ({error.strerror}): give another path") from None
 
 
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
 def read_request(source: str | Path) -> Found:
-    """The Request in a picture's metadata, ours or another program's. InputError if it carries none.
+    """The Request in a picture's metadata. InputError if there is none.
 
-    Reads our own JSON, A1111's text (also in EXIF), ComfyUI's graph, SwarmUI, InvokeAI, mflux and Fooocus.
+    Reads our own JSON, A1111's text (also in EXIF), ComfyUI's graph, and the JSON of SwarmUI, InvokeAI, mflux and
+    Fooocus.
     """
     name = short_name(str(source))
     texts, _ = _texts(open_header(str(source)))
     found = _find_request(texts)
     if found is None:
-        raise InputError(f"{name} carries no request; give a prompt, or a picture saved with its metadata")
+        raise InputError(f"{name} carries no request: give a prompt, or a picture saved with its metadata")
     return found
 
 
 def describe(source: str | Path) -> dict[str, Any]:
-    """What a picture is and carries, as JSON; only what is there."""
+    """A picture's format, size and metadata as JSON. Facts that are missing have no key."""
     image = open_header(str(source))
     size = len(read_source(str(source)))
     texts, source_type = _texts(image)
@@ -264,16 +266,17 @@ def describe(source: str | Path) -> dict[str, Any]:
 
 
 def _texts(image: Image.Image) -> tuple[dict[str, str], str | None]:
-    """The texts in a picture by the keys programs give them, and its DigitalSourceType."""
-    with suppress(InputError), decoding(""):  # a broken picture or EXIF block carries what was found so far
+    """The metadata texts of a picture by key, and its DigitalSourceType."""
+    with suppress(InputError), decoding(""):  # of a damaged picture or EXIF block, the texts found so far are used
         if image.format == "PNG":
-            image.load()  # texts may lie behind the pixels
-    texts = {key: _mend(value) for key, value in image.info.items() if isinstance(key, str) and isinstance(value, str)}
-    xmp = texts.pop("XML:com.adobe.xmp", None) or image.info.get("xmp")
+            image.load()  # a PNG may hold texts behind the pixels
+    info = image.info
+    texts = {key: _recode(value) for key, value in info.items() if isinstance(key, str) and isinstance(value, str)}
+    xmp = texts.pop("XML:com.adobe.xmp", None) or info.get("xmp")
     with suppress(InputError), decoding(""):
         exif = image.getexif()
         texts |= _comment(exif.get_ifd(0x8769).get(0x9286))
-        for tag in (0x010E, 0x010F, 0x0110):  # where ComfyUI keeps its JSON in WebP
+        for tag in (0x010E, 0x010F, 0x0110):  # ComfyUI keeps its JSON here in WebP
             key, colon, value = str(exif.get(tag, "")).partition(":")
             if colon and key.lower() == "prompt":
                 texts.setdefault("prompt", value.rstrip("\0"))
@@ -283,8 +286,8 @@ def _texts(image: Image.Image) -> tuple[dict[str, str], str | None]:
     return {key: value for key, value in texts.items() if value.strip() and len(value) <= MAX_TEXT}, source_type
 
 
-def _mend(text: str) -> str:
-    """UTF-8 that was written where PNG wants Latin-1, as stable-diffusion.cpp does in tEXt, set right."""
+def _recode(text: str) -> str:
+    """Decodes a tEXt chunk that holds UTF-8 instead of PNG's Latin-1, as stable-diffusion.cpp writes it."""
     if isinstance(text, PngImagePlugin.iTXt):
         return text
     try:
@@ -294,13 +297,13 @@ def _mend(text: str) -> str:
 
 
 def _comment(value: Any) -> dict[str, str]:
-    """An EXIF UserComment, whose first 8 bytes name its encoding."""
+    """The text of an EXIF UserComment, under the key "comment". The first 8 bytes name the encoding."""
     if isinstance(value, str):
         return {"comment": value}
     if not isinstance(value, bytes):
         return {}
     code, body = value[:8], value[8:]
-    if code == b"UNICODE\0":  # in either byte order, mostly without a mark
+    if code == b"UNICODE\0":  # UTF-16 in either byte order, mostly without a byte order mark
         order = "utf-16" if body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-16-be"
         if order == "utf-16-be" and body[1::2].count(0) > body[0::2].count(0):
             order = "utf-16-le"
@@ -311,9 +314,9 @@ def _comment(value: Any) -> dict[str, str]:
 
 
 def _read_xmp(xmp: Any) -> tuple[str | None, str | None]:
-    """Our JSON and the DigitalSourceType in an XMP packet, each None if it is not there."""
+    """Our JSON and the DigitalSourceType in an XMP packet. Each is None if it is missing."""
     text = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else xmp
-    if not isinstance(text, str) or len(text) > MAX_TEXT or "<!" in text:  # no DTD, so nothing to expand
+    if not isinstance(text, str) or len(text) > MAX_TEXT or "<!" in text:  # a DTD could expand entities
         return None, None
     try:
         root = ElementTree.fromstring(text.strip("\0"))
@@ -337,7 +340,7 @@ _JSON_READERS: dict[Source, Callable[[Mapping[str, Any]], foreign.Reading | None
 
 
 def _find_request(texts: Mapping[str, str]) -> Found | None:
-    """What the first text that is understood asks for."""
+    """The request of the first text in a known format; None if there is none."""
     for key in ("inkstream", "parameters", "comment", "invokeai_metadata", "prompt"):
         raw = texts.get(key, "").strip()
         for source, reading in _readings(key, raw):
@@ -347,7 +350,7 @@ def _find_request(texts: Mapping[str, str]) -> Found | None:
 
 
 def _readings(key: str, raw: str) -> Iterator[tuple[Source, foreign.Reading | None]]:
-    """A text as each format that it may be in."""
+    """Reads a text in every format that its key may hold. Yields None for each format that does not match."""
     data = foreign.parse_json(raw)
     if key == "inkstream":
         yield "inkstream", _read_record(data)
@@ -361,7 +364,7 @@ def _readings(key: str, raw: str) -> Iterator[tuple[Source, foreign.Reading | No
 
 
 def _read_record(data: Any) -> foreign.Reading | None:
-    """Our own JSON, of this version or a newer one."""
+    """Reads our own JSON, of this version or a newer one."""
     if not isinstance(data, dict) or not isinstance(data.get("request"), dict):
         return None
     left_out = data.get("left_out")
@@ -369,11 +372,11 @@ def _read_record(data: Any) -> foreign.Reading | None:
 
 
 FLAGS = frozenset(name for name, field in Request.model_fields.items() if field.annotation is bool)
-"""Fields that are true or false; of the others no number may be."""
+"""The boolean fields. For every other field a boolean is not a valid value."""
 
 
 def _validate(source: Source, reading: foreign.Reading) -> tuple[Request, Source, dict[str, Any]]:
-    """A Request of the fields that are sound; the others join the ignored."""
+    """A Request of the valid fields, the source, and the ignored settings with the invalid fields added."""
     ignored = dict(reading.ignored)
     fields = {}
     for name, value in reading.fields.items():
@@ -394,7 +397,7 @@ def _validate(source: Source, reading: foreign.Reading) -> tuple[Request, Source
 
 
 def _short(value: Any) -> Any:
-    """Numbers as they are; anything else as one printable line."""
+    """A value for display: numbers stay, short lists of texts stay, anything else becomes one printable line."""
     if isinstance(value, list) and len(value) <= 20 and all(isinstance(v, str) for v in value):
         return [_short(v) for v in value]
     if value is None or isinstance(value, bool) or (foreign.is_number(value) and abs(value) < 2**64):  # no NaN

@@ -1,4 +1,4 @@
-"""Previews: a linear map from latents to RGB, fitted to the model's own autoencoder once."""
+"""Previews: a linear map from latents to RGB, fitted once to each model's autoencoder."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from inkstream.engine.pictures.inputs import to_image
 from inkstream.families import Family
 
 SIDE = 128
-"""Pixels of the pictures the map is fitted on, and the least side of a preview."""
+"""The side of the pictures that the map is fitted on, and the least side of a preview, in pixels."""
 
 
 def fit_preview(family: Family, device: torch.device) -> Callable[[Tensor], Image.Image]:
-    """Least squares from latents to mean colours over smooth random pictures, encoded by the model itself."""
+    """The function from latents (C, h, w) to a preview picture.
+
+    The map is the least-squares fit of the mean colours of smooth random pictures to their latents.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     coarse = torch.rand(8, 3, 5, 5, generator=generator)
     pictures = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").clamp(0, 1)
@@ -36,6 +39,6 @@ def fit_preview(family: Family, device: torch.device) -> Callable[[Tensor], Imag
 
 
 def _rows(latents: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B*h*w, C + 1): one row a cell, a one behind it for the constant."""
+    """(B, C, h, w) -> (B*h*w, C + 1): one row for each latent cell, with a 1 appended for the constant term."""
     rows = latents.movedim(1, -1).reshape(-1, latents.shape[1])
     return torch.cat([rows, torch.ones(len(rows), 1)], dim=-1)

@@ -1,4 +1,4 @@
-"""A contact sheet: pictures side by side on white, each with its words, and a number to call it by or a mark."""
+"""A contact sheet: a grid of pictures on white, each with a caption and a label or a mark."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 Colour = tuple[int, int, int]
 
 TILE = 160
-"""Pixels of a picture's longer side."""
+"""A picture's longer side, in pixels."""
 LINES = 5
-"""Of a tile's words, at most."""
+"""The most lines of a caption."""
 GREEN, RED, GRAY = (30, 140, 60), (205, 40, 40), (150, 150, 150)
 COLOURS: dict[Mark, Colour] = {"right": GREEN, "wrong": RED, "unknown": GRAY}
 INK, FAINT, HAIR = (25, 25, 28), (120, 120, 126), (216, 216, 220)
@@ -28,12 +28,12 @@ FACES = {
     "/System/Library/Fonts/PingFang.ttc": 0,
     "C:/Windows/Fonts/msyh.ttc": 0,
 }
-"""Fonts that have Hanzi, where a machine keeps them, and the face in each that is simplified Chinese."""
+"""Font files that hold Hanzi -> the index of the face for simplified Chinese."""
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture, the words below it, and before them either a mark, which frames it too, or a label to call it by."""
+    """A picture and its caption `words`. A mark or a label stands before the caption; a mark colours the frame too."""
 
     picture: Image.Image
     words: str
@@ -44,7 +44,10 @@ class Tile:
 def contact_sheet(
     tiles: Sequence[Tile], columns: int = 12, size: int = TILE, heading: str = "", note: str = ""
 ) -> Image.Image:
-    """The tiles in rows. heading, note: words above them all, large and small; size: of a tile's longer side."""
+    """The tiles in rows. heading: large text above the tiles. note: small text below the heading.
+
+    size: a picture's longer side, in pixels. The font size follows from it.
+    """
     columns = max(1, min(columns, len(tiles)))
     pictures = [_fit(tile.picture, size) for tile in tiles]
     signs = [indent(tile, size) for tile in tiles]
@@ -82,31 +85,31 @@ def contact_sheet(
 
 
 def edge_of(size: int) -> int:
-    """White on each side of a tile of that size."""
+    """The margin on each side of a tile of that size, in pixels."""
     return max(6, size // 26)
 
 
 def line_of(size: int) -> int:
-    """From one line of a tile's words to the next."""
+    """The distance from one caption line to the next, in pixels."""
     return em_of(size) * 14 // 11
 
 
 def em_of(size: int) -> int:
-    """The size of a tile's letters."""
+    """The font size of a caption, in pixels."""
     return max(11, size // 20)
 
 
 def indent(tile: Tile, size: int) -> int:
-    """What a mark or a label takes of the first line."""
+    """The width of a tile's mark or label, by which the caption's first line is indented. In pixels."""
     if tile.label:
         return _plate_width(tile.label, size) + em_of(size) // 2
     return em_of(size) + 3 if tile.mark else 0
 
 
 def wrapped(text: str, width: int, size: int, indent: int = 0, lines: int = LINES) -> list[str]:
-    """Text as at most so many lines of `width` pixels, the first shorter by `indent`; cut with an ellipsis.
+    """Wraps a text into at most `lines` lines of `width` pixels; a longer text ends with an ellipsis.
 
-    size: of the tile whose letters it is set in.
+    indent: pixels by which the first line is shorter. size: the tile's size, which sets the font size.
     """
     letters = font(size)
     words = [part for word in text.split() for part in _parts(word, letters, width - indent)]
@@ -125,7 +128,7 @@ def wrapped(text: str, width: int, size: int, indent: int = 0, lines: int = LINE
 
 @lru_cache(maxsize=4)
 def font(size: int) -> Font:
-    """The letters of a tile of that size: of a font that has Hanzi, where this machine has one, else Pillow's own."""
+    """The caption font for a tile of that size: the first font of FACES on this machine, else Pillow's own."""
     for path, face in FACES.items():
         if Path(path).is_file():
             return ImageFont.truetype(path, em_of(size), index=face)
@@ -133,14 +136,17 @@ def font(size: int) -> Font:
 
 
 def _parts(word: str, letters: Font, width: int) -> list[tuple[str, bool]]:
-    """A word, or each of its characters where it is wide or Chinese; and whether a space goes before."""
+    """The unbreakable parts of a word, and whether a space goes before each.
+
+    A word that is wider than `width` or not ASCII is broken into characters.
+    """
     if word.isascii() and letters.getlength(word) <= width:
         return [(word, True)]
     return [(char, i == 0) for i, char in enumerate(word)]
 
 
 def _fit(picture: Image.Image, size: int) -> Image.Image:
-    """At `size` along its longer side: small ones enlarged by whole pixels as far as that goes."""
+    """Scales a picture's longer side to `size`. Nearest neighbour enlarges by 2 or more, Lanczos does the rest."""
     scale = size / max(picture.size)
     fitted = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
     method = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
@@ -148,7 +154,7 @@ def _fit(picture: Image.Image, size: int) -> Image.Image:
 
 
 def _draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, mark: Mark) -> None:
-    """A tick, a cross, or a dash, 9 pixels wide: told from one another without their colours."""
+    """Draws a tick, a cross or a dash, 9 pixels wide. The shapes differ, so colours are not needed to read them."""
     colour = COLOURS[mark]
     if mark == "unknown":
         draw.line([(x, y + 5), (x + 9, y + 5)], fill=colour, width=2)
@@ -160,7 +166,7 @@ def _draw_mark(draw: ImageDraw.ImageDraw, x: int, y: int, mark: Mark) -> None:
 
 
 def _draw_label(draw: ImageDraw.ImageDraw, x: int, y: int, label: str, size: int) -> None:
-    """White on a dark plate with round corners, as high as the line it stands in and a little more."""
+    """Draws a label in white on a dark plate with round corners, a little higher than the text line."""
     em = em_of(size)
     plate = (x, y - em // 8, x + _plate_width(label, size), y + em * 3 // 2)
     draw.rounded_rectangle(plate, radius=em // 3, fill=INK)
@@ -169,4 +175,5 @@ def _draw_label(draw: ImageDraw.ImageDraw, x: int, y: int, label: str, size: int
 
 
 def _plate_width(label: str, size: int) -> int:
+    """The width of a label's plate, in pixels."""
     return math.ceil(max(em_of(size) * 3 / 2, font(size).getlength(label) + em_of(size)))
