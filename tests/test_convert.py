@@ -77,7 +77,7 @@ def test_a_folder_that_is_there_is_not_overwritten(tiny_folder, tmp_path):
     (tmp_path / "full/mine.txt").write_text("x")
     (tmp_path / "file").write_text("x")
     for name in ("full", "file"):
-        with pytest.raises(InputError, match=rf"{name} is there already: take another name"):
+        with pytest.raises(InputError, match=rf"{name} already exists: take another name"):
             convert(tiny_folder, tmp_path / name)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
     (tmp_path / "empty").mkdir()
@@ -98,13 +98,13 @@ def test_an_end_in_the_middle_leaves_nothing(tiny_folder, tmp_path, error, at):
 
 def test_a_disk_without_room_is_named_before_anything_is_written(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(InputError, match=r"out takes 0\.0 GB and .* free: make room"):
+    with pytest.raises(InputError, match=r"out needs 0\.0 GB, .* free: make room"):
         convert(tiny_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_layout_is_named(tiny_folder, tmp_path):
-    with pytest.raises(InputError, match="layout gguf is not known: take diffusers or native"):
+    with pytest.raises(InputError, match="layout gguf is unknown: take diffusers or native"):
         convert(tiny_folder, tmp_path / "out", "gguf")
 
 

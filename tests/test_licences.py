@@ -68,7 +68,7 @@ def test_a_refusal_names_the_model_its_licence_and_models_that_do_the_same():
     with pytest.raises(InputError) as refused:
         check_licence("flux1-kontext-dev", SPECS["flux1-kontext-dev"])
     line = one_line(refused)
-    assert "flux1-kontext-dev is not for commercial use, says its licence, FLUX non-commercial" in line
+    assert "the licence of flux1-kontext-dev, FLUX non-commercial, does not allow commercial use" in line
     assert "take flux2-klein-4b, flux2-klein-base-4b (" in line
     assert SETTING in line
     for name in FREE_MODELS:
@@ -94,7 +94,7 @@ def test_an_own_folder_that_does_not_say_its_licence_is_refused_and_told_how_to_
     assert main([*words, "--commercial-only"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    assert "the licence of tiny-turbo is not known" in err
+    assert "the licence of tiny-turbo is unknown" in err
     assert 'inkstream.json beside a local copy, as in {"licence": "apache-2.0", "commercial": true}' in err
     assert main(words) == 0
 
@@ -115,7 +115,7 @@ def test_an_own_folders_card_says_its_licence(tiny_folder, tmp_path, card, taken
     if taken:
         assert locate(own, commercial_only=True).spec.commercial
         return
-    with pytest.raises(InputError, match=r"mine|not known|apache-2\.0"):
+    with pytest.raises(InputError, match=r"mine|is unknown|apache-2\.0"):
         locate(own, commercial_only=True)
 
 

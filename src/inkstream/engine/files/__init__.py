@@ -1,1 +1,1 @@
-"""Model files: where they are, their licences, and conversion to other formats and precisions."""
+"""Model files: finding and checking them, their licences, and conversion to other formats and precisions."""

@@ -1,5 +1,4 @@
-"""`convert`: a model in any layout that is read becomes a folder in the one asked for, packed if one likes. State dicts
-only, no modules."""
+"""`convert`: writes a model in another layout, and optionally in another precision. Works on state dicts alone."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ from inkstream.weights.keymap import Rule
 Layout = Literal["diffusers", "native"]
 
 SHARD_BYTES = 5_000_000_000
-"""Files of a diffusers folder are cut at this size."""
+"""A diffusers folder's weight file that is larger is split into shards of at most this size."""
 
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
@@ -40,23 +39,23 @@ def convert(
     progress: Progress | None = None,
     quant: QuantName | None = None,
 ) -> Path:
-    """Write the model `src` (anything `load` takes) as the folder `dst`, which `load` takes too.
+    """Writes the model `src` (anything `load` takes) as the folder `dst`, which `load` takes too.
 
-    to "diffusers", the default: the published folder, which diffusers' pipeline loads as well. to "native", the
-    default with `quant`: the transformer as one file beside folders of the other parts. quant: pack the weights of
-    transformer and text encoders so; without it all stay as they are. Names with a q are written as GGUF files.
-    The folder appears when it is whole; InputError where it is there already, the disk has no room, and as `load`.
+    to: "diffusers" (the default) is the published layout, which diffusers' pipeline loads as well; "native" (the
+    default with `quant`) is the transformer as one file beside the folders of the other parts. quant: the precision of
+    the transformer's and text encoders' weights; None keeps them unchanged. A GGUF precision (q4_k) writes GGUF files.
+    `dst` appears once it is complete. InputError if it exists, the disk has too little space, or `load` would fail.
     """
     to = to or ("native" if quant else "diffusers")
     if to not in get_args(Layout):
-        raise InputError(f"layout {to} is not known: take {' or '.join(get_args(Layout))}")
+        raise InputError(f"layout {to} is unknown: take {' or '.join(get_args(Layout))}")
     if quant is not None and quant not in QUANTS:
-        raise InputError(f"quant {quant} is not known: take {', '.join(QUANTS)}")
+        raise InputError(f"quant {quant} is unknown: take {', '.join(QUANTS)}")
     if quant is not None and QUANTS[quant].gguf and to == "diffusers":
-        raise InputError(f"{quant} is written as GGUF, which diffusers folders do not hold: leave out --to diffusers")
+        raise InputError(f"quant {quant} is a GGUF precision, and diffusers reads no GGUF: leave out --to diffusers")
     dst = Path(dst).expanduser().absolute()
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise InputError(f"{dst} is there already: take another name, or remove it first")
+        raise InputError(f"{dst} already exists: take another name, or remove it first")
     tell = progress or (lambda event: None)
     source = locate(src, tell)
     writes = [_plan_part(source, part, to, quant) for part in source.parts]
@@ -77,7 +76,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Write:
-    """How a part is to be written."""
+    """How one part is written."""
 
     name: str
     part: Part
@@ -100,7 +99,7 @@ def _plan_part(source: Source, name: str, to: Layout, quant: QuantName | None) -
 
 
 def _write(source: Source, folder: Path, to: Layout, writes: Sequence[_Write], tell: Progress, total: int) -> None:
-    """Everything of the new folder, weights last."""
+    """Writes all files of the new folder. The weights come last."""
     made = {**source.family.documents(source.spec), CARD: write_card(source.spec)}
     documents = {name: {**content, **_kept(source, name)} for name, content in made.items()}
     for name, place in source.tokenizers.items():
@@ -137,7 +136,7 @@ def _write(source: Source, folder: Path, to: Layout, writes: Sequence[_Write], t
 
 
 def _header(source: Source, write: _Write, config: Mapping[str, Any] | None) -> dict[str, str]:
-    """What a file says of itself: its origin and licence, and where it stands alone its config."""
+    """The metadata in a weight file's header: origin and licence, and the config of a file without a config.json."""
     said = {"licence": source.spec.licence, "origin": source.spec.name}
     if config is not None:
         return {**said, **write.found.metadata, "config": json.dumps(config)}
@@ -165,9 +164,9 @@ def _write_part(write: _Write, stem: Path, header: Mapping[str, str], count: Cal
 
 
 def tokenizer_class(tokenizer: str, config: bytes) -> dict[str, list[str]]:
-    """What model_index.json must say of a tokenizer, from its own tokenizer_config.json: by which class it is read.
+    """A tokenizer's entry in model_index.json: the class that its tokenizer_config.json names; {} if it names none.
 
-    transformers' Qwen2Tokenizer splits words its own way, whatever tokenizer.json says.
+    The class matters: transformers' Qwen2Tokenizer splits words in its own way, regardless of tokenizer.json.
     """
     try:
         name = json.loads(config).get("tokenizer_class")
@@ -177,7 +176,7 @@ def tokenizer_class(tokenizer: str, config: bytes) -> dict[str, list[str]]:
 
 
 def _kept(source: Source, name: str) -> Mapping[str, Any]:
-    """What the source's own document says, but for the classes, which name the layout that is written."""
+    """The entries of a JSON file of the source, without its class names, which belong to the source's layout."""
     return {k: v for k, v in source.documents.get(name, {}).items() if k not in ("_class_name", "architectures")}
 
 
@@ -187,4 +186,4 @@ def _check_space(dst: Path, needed: int) -> None:
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise InputError(f"{dst} takes {needed / 1e9:.1f} GB and {folder} has {free / 1e9:.1f} GB free: make room")
+        raise InputError(f"{dst} needs {needed / 1e9:.1f} GB, {folder} has {free / 1e9:.1f} GB free: make room")

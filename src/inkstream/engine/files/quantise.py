@@ -1,4 +1,4 @@
-"""Weights packed on their way from one file to another, one at a time, so that memory holds the largest and no more."""
+"""Packs weights on the way from one file to another. Memory holds at most BATCH bytes, or the largest single weight."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from inkstream.weights.keymap import Rule, becomes, matches, translate
 
 @dataclass(frozen=True)
 class Quant:
-    """What `--quant` asks for."""
+    """How `--quant` packs weights."""
 
-    formats: tuple[str, ...]  # the first that a weight fits is taken; none: it stays, or takes `dtype`
-    dynamic: bool = False
-    dtype: torch.dtype | None = None  # of weights in full
-    gguf: bool = False
+    formats: tuple[str, ...]  # in order of preference; a weight that fits none is not packed
+    dynamic: bool = False  # activations are quantised at run time too, where the hardware can multiply the format
+    dtype: torch.dtype | None = None  # of weights that are not packed; None keeps theirs
+    gguf: bool = False  # written as a GGUF file
 
 
 BATCH = 1 << 28
-"""Bytes of weights that are read before they are written, if no single one is larger."""
+"""The most bytes of weights that are read before they are written, unless a single weight is larger."""
 
 QUANTS: dict[str, Quant] = {
     "fp8": Quant(("e4m3",), dynamic=True),
@@ -46,19 +46,19 @@ assert set(QUANTS) == set(get_args(QuantName))
 
 
 def in_safetensors(quant: Quant) -> Quant:
-    """The nearest of those that safetensors files hold, for parts that have no name in GGUF."""
+    """The nearest precision for safetensors files. A part without a GGUF architecture takes it."""
     return quant if not quant.gguf else QUANTS["int8" if quant.formats[0] in ("q8_0", "q6_k") else "nf4"]
 
 
 def plan(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]) -> dict[str, Weight]:
-    """What `weights` will give, on meta."""
+    """The weights that `weights` will yield, on meta."""
     return translate(rules, prepare(found.tensors, part, quant), back=True)
 
 
 def weights(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]) -> Iterator[tuple[str, Weight]]:
-    """All of a part's weights in another layout, those that no module reads too, packed as asked for.
+    """All of a part's weights in another layout, packed. Weights that no module reads are included.
 
-    The files are mapped anew for each few, so that what is done with leaves memory.
+    The files are mapped again for every batch, so that the batches already written leave memory.
     """
     tensors = read_header(found.path).tensors
     raw = strip_prefix({name: name for name in tensors}, PREFIXES)
@@ -70,7 +70,7 @@ def weights(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]
 
 
 def _batches(groups: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> Iterator[list[str]]:
-    """Groups of names together, up to BATCH bytes where there are several."""
+    """Joins groups of names into batches of at most BATCH bytes. A larger group is a batch of its own."""
     batch, size = [], 0
     for names in groups:
         own = sum(sizes[name] for name in names)
@@ -83,8 +83,8 @@ def _batches(groups: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> Itera
 
 
 def _groups(names: Iterable[str], into: Sequence[Rule], out: Sequence[Rule]) -> list[list[str]]:
-    """Names in the file, together where they can only be translated so, into ours and out of them again."""
-    groups: list[tuple[list[str], set[str]]] = []  # and all names that these become
+    """Groups the file's names: names that a rule joins or splits, on the way in or out, are in one group."""
+    groups: list[tuple[list[str], set[str]]] = []  # names in the file, all names that they become
     for name in names:
         ours = becomes(into, name)
         passed = {*ours, *(f"out: {theirs}" for key in ours for theirs in becomes(out, key, back=True))}
@@ -95,14 +95,14 @@ def _groups(names: Iterable[str], into: Sequence[Rule], out: Sequence[Rule]) -> 
 
 
 def prepare(state: Mapping[str, Weight], part: Part, quant: Quant | None) -> dict[str, Weight]:
-    """Our names -> weights, packed as asked for."""
+    """Packs a state dict in our names. quant: None keeps the weights."""
     if quant is None:
         return dict(state)
     return {name: _pack(name, weight, part, quant) for name, weight in state.items()}
 
 
 def _pack(name: str, weight: Weight, part: Part, quant: Quant) -> Weight:
-    """One weight as it is to be written."""
+    """One weight in the precision in which it is written."""
     is_packed = isinstance(weight, Packed)
     if name.endswith(".weight") and any(matches(pattern, name) for pattern in part.packs):
         form = next((form for form in quant.formats if fits(form, tuple(weight.shape))), None)
