@@ -262,9 +262,9 @@ def test_without_a_tokenizer_the_remedy_is_named(tree):
 
 
 def test_a_name_that_nobody_knows_lists_near_ones():
-    assert "did you mean" in refused("z-image-trubo", "z-image-trubo is no known model", "z-image-turbo")
+    assert "did you mean" in refused("z-image-trubo", "z-image-trubo is not a known model", "z-image-turbo")
     refused("sdxl", *SPECS, "OWNER/NAME")
-    refused("models/not/there", "models/not/there is no known model, and no file")
+    refused("models/not/there", "models/not/there is not a known model, file or folder")
     refused("./there.safetensors", "there.safetensors")
 
 
@@ -274,13 +274,13 @@ def test_a_model_that_is_not_published_says_so():
 
 def test_a_model_that_is_not_in_the_cache_says_so_offline():
     refused("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "HF_HUB_OFFLINE")
-    refused("someone/something", "someone/something is no file or folder here, and", "HF_HUB_OFFLINE")
+    refused("someone/something", "someone/something is not a file or folder here, and", "HF_HUB_OFFLINE")
 
 
 def test_a_folder_without_a_model_says_what_was_expected(tmp_path, native):
     refused(tmp_path, str(tmp_path), "model_index.json")
     shutil.copyfile(weights(native / "vae"), tmp_path / "vae.safetensors")
-    refused(tmp_path, "vae.safetensors is no transformer")
+    refused(tmp_path, "vae.safetensors is not a known transformer")
     shutil.copyfile(weights(native / "vae"), tmp_path / "again.safetensors")
     refused(tmp_path, "not again.safetensors, vae.safetensors")
 
@@ -292,7 +292,7 @@ def test_a_pickle_is_refused_with_the_remedy(tmp_path):
 
 def test_a_file_of_another_kind_of_model_is_named_by_its_keys(tmp_path):
     write_state(tmp_path / "x.safetensors", {f"unet.{i}": torch.ones(2) for i in range(9)})
-    refused(tmp_path / "x.safetensors", "x.safetensors is no transformer", "unet.0, unet.1, unet.2 and 6 more")
+    refused(tmp_path / "x.safetensors", "x.safetensors is not a known transformer", "unet.0, unet.1, unet.2 and 6 more")
 
 
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae", "tokenizer"])
@@ -409,7 +409,7 @@ def test_a_folder_of_several_parts_that_fit_asks_which(native, tmp_path):
     edit(weights(folder / "vae"), lambda state: None, metadata)
     inkstream.load(folder)
     shutil.copyfile(weights(folder / "vae"), folder / "vae/other.safetensors")
-    refused(folder, "all fit as vae", "vae/other.safetensors", f"in {folder}/vae/")
+    refused(folder, "all fit as vae", "vae/other.safetensors", f"into {folder}/vae/")
 
 
 def test_quantised_weights_are_named(folder):

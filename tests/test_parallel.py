@@ -302,7 +302,7 @@ def test_each_process_holds_its_share_of_the_weights(two, folder):
     assert sum(shares) > alone  # modulation and embedders are in both
 
 
-def test_what_one_process_needs_is_foreseen_for_its_share(folder):
+def test_predicted_memory_is_that_of_one_process_share(folder):
     opened = open_model(folder / "model", Machine("cpu"))
     request = complete(Request.model_validate(WISH), opened.source.spec)
 
@@ -315,25 +315,25 @@ def test_what_one_process_needs_is_foreseen_for_its_share(folder):
 
 
 @pytest.mark.slow
-def test_the_first_process_writes_and_speaks_for_all(two, folder):
+def test_only_process_0_writes_pictures_and_prints_messages(two, folder):
     _, stdout, stderr = two
     names = [f"a-red-circle-{seed}.png" for seed in (7, 8, 9)]
     assert stdout.split() == [str(folder / "pictures" / name) for name in names]
-    assert stderr.count("2 processes: each draws pictures of its own (--parallel replicas)") == 1
+    assert stderr.count("2 processes: each process draws different pictures (--parallel replicas)") == 1
     assert stderr.count("again: torchrun --nproc-per-node 2 -m inkstream generate") == 1
     assert len({np.array(Image.open(path)).tobytes() for path in stdout.split()}) == 3
 
 
 @pytest.mark.slow
-def test_what_two_processes_cannot_share_is_refused_once(two):
+def test_a_request_that_the_way_cannot_draw_is_refused_once(two):
     refused = [line for line in two[2].splitlines() if line.startswith("inkstream: ")]
     assert [line.partition(":")[2].split(",")[0].strip() for line in refused] == [
         "--parallel cfg needs guidance",
-        "--cache taylor looks at both prompts",
+        "--cache taylor needs both prompts in one process",
     ]
 
 
-def test_who_does_not_say_what_is_shared_gets_pictures_first_then_prompts_then_tokens():
+def test_the_default_way_is_replicas_then_cfg_then_context():
     def chosen(spec: Spec, processes: int, **asked: Any) -> str:
         return choose_way(Request.model_validate(asked), spec, processes)
 
@@ -353,7 +353,7 @@ def test_a_packed_weight_is_not_cut_inside_a_block():
         take_columns(pack("q8_0", normal(6, 256, seed=0)), [(0, 48)])
 
 
-def test_a_way_for_several_processes_is_refused_to_one(capsys):
+def test_parallel_is_refused_without_torchrun(capsys):
     assert cli.main(["generate", "a", "--parallel", "cfg"]) == 2
     assert "torchrun --nproc-per-node 2 -m inkstream generate --parallel cfg" in capsys.readouterr().err
 
@@ -392,7 +392,7 @@ def test_ctrl_c_ends_all_processes(folder):
 
 
 def children_of(process: int) -> list[int]:
-    """Processes that it started."""
+    """The processes that a process started."""
     return [int(child) for child in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
 
 

@@ -182,7 +182,7 @@ def test_a_model_without_a_language_model_says_so_before_anything_is_fetched(cap
     for name in ("z-image-turbo", "flux1-dev"):
         assert main(["generate", "a cat", "--upsample", "-m", name]) == 2
         assert capsys.readouterr().err == (
-            f"inkstream: {name} has no language model that writes: leave upsample out, or take flux2-klein-4b\n"
+            f"inkstream: {name} cannot upsample a prompt: leave upsample out, or take flux2-klein-4b\n"
         )
 
 
@@ -203,7 +203,7 @@ def test_a_text_encoder_that_was_cut_says_what_it_lacks(tmp_path, make_folder):
     write_state(file, kept)
     model = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     model.encode(Request(prompt="a cat", width=64, height=48))
-    with pytest.raises(InputError, match=r"only what reads prompts, no .*layers\.3\..* leave upsample out"):
+    with pytest.raises(InputError, match=r"only a text encoder, .*layers\.3\..* leave upsample out"):
         list(model.upsample(Request(prompt="a cat", width=64, height=48, upsample=True)))
     (*_, last) = Engine(Machine("cpu")).submit(Request(prompt="a cat", model=str(folder), upsample=True))
     assert isinstance(last, Failed)

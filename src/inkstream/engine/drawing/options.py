@@ -82,7 +82,7 @@ def _prompt(spec: Spec, request: Request | None) -> dict[str, Option]:
     if request is not None and request.prompt.lstrip().startswith('{"') and "json" not in spec.abilities:
         table["prompt"] = Option("honours", f"it is JSON, which {spec.name} was not made for and reads as plain text")
     if "upsample" not in spec.abilities and (request is None or request.upsample):
-        why = f"{spec.name} has no language model that writes: leave upsample out, or take {_one_with('upsample')}"
+        why = f"{spec.name} cannot upsample a prompt: leave upsample out, or take {_one_with('upsample')}"
         table["upsample"] = Option("rejects", why)
     elif request is not None and request.upsample and request.reference and "upsample_references" not in spec.abilities:
         other = _one_with("upsample_references")

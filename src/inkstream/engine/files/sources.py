@@ -1,4 +1,4 @@
-"""Where a model's parts lie: a name, a repository, a folder or a file becomes checked paths. Only headers are read."""
+"""Finds a model's parts from a name, repository, folder or file, and checks them. Only headers are read."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from inkstream.weights.files import few, list_weights, read_header, strip_prefix
 from inkstream.weights.keymap import Rule, translate
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-"""What single files put before every name of the transformer."""
+"""Prefixes that single files put before every weight name of the transformer."""
 
 FOLDERS = (
     "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler", "image_encoder",
@@ -34,10 +34,10 @@ FOLDERS = (
 )  # fmt: skip
 KINDS = ("safetensors", "json", "txt")
 PUBLISHED = ("model_index.json", *(f"{folder}/*.{kind}" for folder in FOLDERS for kind in KINDS))
-"""The files of a published repository that are needed."""
+"""Patterns of the files to download from a published repository."""
 
 SCALES = ("scale_weight", "weight_scale", "comfy_quant", "pre_quant_scale", "qweight", "absmax", "quant_map")
-"""Endings of names that only quantised files have, where nobody read them."""
+"""Endings of weight names that mean a file is quantised in a format that is not read here."""
 
 INDEX = "model_index.json"
 
@@ -48,40 +48,40 @@ COMFYUI = {
     "image_encoder": ("clip_vision",),
     "image_embedder": ("style_models",),
 }
-"""Where ComfyUI's models/ folder keeps the parts."""
+"""Part -> the folders in ComfyUI's models/ tree that hold it."""
 
 Progress = Callable[[Loading], None]
 
 
 @dataclass(frozen=True)
 class Found:
-    """A part's weights on disk, checked against its module: every name and shape is as it must be."""
+    """A part's weights on disk. Every name and shape matches the part's module."""
 
     path: Path  # a safetensors or GGUF file, or a folder of shards
     config: Any
     module: nn.Module  # on meta
     rules: Sequence[Rule]  # from the layout on disk into our names
-    tensors: Mapping[str, Weight]  # what the files hold, on meta, in our names; more than the module may read
-    metadata: Mapping[str, str]  # of the files' headers
+    tensors: Mapping[str, Weight]  # all weights of the files, in our names, on meta; the module may read only some
+    metadata: Mapping[str, str]  # from the file header
 
 
 @dataclass(frozen=True)
 class Source:
-    """A whole model on disk, nothing of it read yet."""
+    """A whole model on disk. No weights have been read."""
 
     family: type[Family]
     spec: Spec
     parts: Mapping[str, Found]
     tokenizers: Mapping[str, Path]  # folders
-    documents: Mapping[str, Mapping[str, Any]]  # the JSON files beside the parts, by their path in a published folder
+    documents: Mapping[str, Mapping[str, Any]]  # JSON files of the folder, by their relative path in a published folder
 
 
 def locate(name: Path | str, progress: Progress | None = None, commercial_only: bool = False) -> Source:
-    """Find a model's parts and check them, downloading first if need be.
+    """Finds and checks a model's parts. A model on the hub is downloaded if the cache lacks it.
 
-    name: of a known model; OWNER/NAME on the hub; or a path: a diffusers folder, a folder or ComfyUI models/ tree that
-    holds one transformer as a safetensors file, or that file. commercial_only: whether a licence that does not allow
-    commercial use is refused. InputError names what is missing or does not fit.
+    name: a known model; OWNER/NAME on the hub; or a path: a diffusers folder, a transformer's weight file, or a folder
+    or ComfyUI models/ tree that holds one. commercial_only: refuse a licence that does not allow commercial use.
+    InputError if a part is missing or does not fit.
     """
     known = known_as(str(name))
     if commercial_only and repository(str(name)):
@@ -95,7 +95,7 @@ def locate(name: Path | str, progress: Progress | None = None, commercial_only: 
     for part, kind in family.parts.items():
         if part != "transformer" and kind.repo is None:
             parts[part] = _find_part(family, part, path, transformer.config)
-        elif kind.repo is not None and known is None:  # a local model has it where it lies with it
+        elif kind.repo is not None and known is None:  # a part from another repository is optional in a local model
             with suppress(InputError):
                 parts[part] = _find_part(family, part, path, transformer.config)
         elif kind.repo is not None and getattr(known, part) is not None:
@@ -111,15 +111,15 @@ def locate(name: Path | str, progress: Progress | None = None, commercial_only: 
     shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
     if not isinstance(shift, int | float | None):
         raise InputError(f"{root}/scheduler/scheduler_config.json says shift is {shift!r}: expected a number like 3.0")
-    said: Mapping[str, Any] = {}
+    card: Mapping[str, Any] = {}
     if (root / CARD).is_file():
         documents[CARD] = _read_json(root / CARD)
-        said = read_card(documents[CARD], root / CARD)
+        card = read_card(documents[CARD], root / CARD)
     spec = family.recognise({part: found.config for part, found in parts.items()}, documents, title)
     parts = {part: found for part, found in parts.items() if getattr(spec, part) is not None}
-    # Another model is under a licence of its own, however alike it is.
+    # The licence of a known model does not hold for another model with the same architecture.
     licence, commercial = (known.licence, known.commercial) if known else (UNKNOWN, False)
-    spec = replace(spec, **{"licence": licence, "commercial": commercial, **said})
+    spec = replace(spec, **{"licence": licence, "commercial": commercial, **card})
     if commercial_only:
         check_licence(spec.name, spec)
     tokenizers = {
@@ -130,12 +130,12 @@ def locate(name: Path | str, progress: Progress | None = None, commercial_only: 
 
 
 def encoder_of(tokenizer: str) -> str:
-    """The part that reads a tokenizer's tokens, by their names: tokenizer_2's is text_encoder_2."""
+    """The name of the text encoder that a tokenizer belongs to: tokenizer_2 -> text_encoder_2."""
     return tokenizer.replace("tokenizer", "text_encoder")
 
 
 def write_card(spec: Spec) -> dict[str, Any]:
-    """What a folder's other files do not say of a model, as JSON. `read_card` is the inverse."""
+    """The fields of a Spec that the folder's other files do not hold, as JSON. `read_card` is the inverse."""
     return {
         "title": spec.title,
         "licence": spec.licence,
@@ -152,7 +152,7 @@ def write_card(spec: Spec) -> dict[str, Any]:
 
 
 class _Card(BaseModel):
-    """What a card says beside fields of a Request. What it leaves out is as in the model's family."""
+    """The fields of a card that a Request does not have. For a missing field, the family's value holds."""
 
     title: str | None = None
     licence: str | None = None
@@ -164,9 +164,9 @@ class _Card(BaseModel):
 
 
 def read_card(card: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What a card says, as fields of a Spec. InputError names what is not right.
+    """A card's fields as fields of a Spec. InputError if a value is invalid.
 
-    A licence that is known to allow commercial use need not say so.
+    A licence in FREE implies `commercial`, unless the card says otherwise.
     """
     drawn = {name: card[name] for name in ("steps", "guidance", "solver", "schedule") if name in card}
     try:
@@ -176,31 +176,31 @@ def read_card(card: Mapping[str, Any], path: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         problem = f"{first['loc'][0]} is {first['input']!r}"
-        raise InputError(f"{path} is no card of a model ({problem}): mend or remove it") from error
+        raise InputError(f"{path} is not a valid model card ({problem}): correct or remove it") from error
     if said.get("licence", "").lower() in FREE:
         said.setdefault("commercial", True)
     return {**said, **request.model_dump(include=set(drawn))}
 
 
 def locate_part(family: type[Family], name: str, path: Path | str) -> Found:
-    """One part's weights, checked: a safetensors file, a folder of shards, or a model's folder that holds it."""
+    """Finds and checks one part. path: a weight file, a folder of shards, or the folder of a model with the part."""
     path = Path(path).expanduser()
     if not path.exists():
-        raise InputError(f"{path} is missing: give the {name} as a file or folder")
+        raise InputError(f"{path} does not exist: give the {name} as a file or folder")
     part = family.parts[name]
     return _checked(_match(part, path / name if (path / name).is_dir() else path), name, part)
 
 
 def locate_writer(source: Source) -> Found:
-    """What a text encoder lacks to be a whole language model, in its own files. InputError where that is not there."""
+    """The weights in a text encoder's files that complete it to a language model. InputError if they are missing."""
     part, path = source.family.parts["text_encoder"].writer, source.parts["text_encoder"].path
     if part is None:
-        raise InputError(f"{source.spec.name} has no language model that writes: leave upsample out")
+        raise InputError(f"{source.spec.name} cannot upsample a prompt: leave upsample out")
     match = _match(part, path)
     if match.missing:
         raise InputError(
-            f"{path} holds of its language model only what reads prompts, no {few(sorted(match.missing))}: "
-            "leave upsample out, or take the one published with the model"
+            f"{path} holds only a text encoder, the language model's {few(sorted(match.missing))} is missing: "
+            "leave upsample out, or take the file published with the model"
         )
     return _checked(match, "language model", part)
 
@@ -209,7 +209,7 @@ def locate_writer(source: Source) -> Found:
 
 
 def repository(name: str) -> str | None:
-    """The repository on the hub that a model's name means; None for a local path, and for what is neither."""
+    """The repository on the hub that a model's name means; None for a local path and for any other text."""
     if name in SPECS:
         return SPECS[name].repo
     is_local = Path(name).expanduser().exists()
@@ -217,7 +217,7 @@ def repository(name: str) -> str | None:
 
 
 def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
-    """The local folder or file that a name means, and what to call the model."""
+    """The local folder or file that a name means, downloaded if need be; and the model's title."""
     if name in SPECS:
         spec = SPECS[name]
         if spec.folder is not None:
@@ -229,25 +229,25 @@ def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
     if path.is_dir():
         return path.resolve(), path.resolve().name
     if path.exists():
-        return path.absolute(), path.stem  # a link in the hub's cache keeps its name and its neighbours
+        return path.absolute(), path.stem  # links stay: in the hub's cache, their targets have other names and folders
     if repo := repository(name):
         try:
             return _download(repo, None, progress), name
         except InputError as error:
-            raise InputError(f"{name} is no file or folder here, and {error}") from error
+            raise InputError(f"{name} is not a file or folder here, and {error}") from error
     near = difflib.get_close_matches(name.lower(), SPECS)
     known = ", ".join(SPECS)
     hint = f"did you mean {' or '.join(near)}?" if near else f"take {known}, OWNER/NAME on the hub, or a path"
-    raise InputError(f"{name} is no known model, and no file or folder here: {hint}")
+    raise InputError(f"{name} is not a known model, file or folder: {hint}")
 
 
 def published(part: str) -> tuple[str, ...]:
-    """The files of a published repository that are needed of one part."""
+    """Patterns of one part's files in a published repository."""
     return tuple(f"{part}/*.{kind}" for kind in KINDS)
 
 
 def downloads(name: str) -> dict[str, tuple[str, ...]]:
-    """What a model's name means on the hub: its repository, those of parts published apart -> the files needed."""
+    """The repositories that a model needs -> patterns of their files: its own, and those of parts published apart."""
     repo, spec = repository(name), SPECS.get(name)
     wanted: dict[str, tuple[str, ...]] = {} if repo is None else {repo: PUBLISHED}
     for part, kind in parts_of(spec).items() if spec is not None and wanted else ():
@@ -263,7 +263,7 @@ def _download(repo: str, licence: str | None, progress: Progress, patterns: Sequ
         return folder
     offer = hub.offer(repo, patterns)
     if not offer.total:
-        raise InputError(f"{repo} holds no diffusers folder: download its safetensors file and give that path")
+        raise InputError(f"{repo} is not in the diffusers layout: download its safetensors file and give that path")
     hub.check_space(repo, offer.missing)
     what = f"download of {repo}, {offer.missing / 1e9:.1f} GB, licence {licence or offer.licence or 'not stated'}"
     progress(Loading(what, 0, offer.missing))
@@ -271,7 +271,7 @@ def _download(repo: str, licence: str | None, progress: Progress, patterns: Sequ
 
 
 def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
-    """The transformer that a path means, folder or file, and what to call the model."""
+    """The transformer's folder or file at a path, and the model's title."""
     if not path.is_dir():
         return path, title
     if (path / "model_index.json").is_file():
@@ -280,11 +280,11 @@ def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
         apart = [part for family in map(family_of, FAMILIES) for part, kind in family.parts.items() if kind.repo]
         if parts := [part for part in apart if (path / part).is_dir()]:
             raise InputError(
-                f"{path} holds {' and '.join(parts)} alone, which go with another model: "
-                f"put them into that model's folder, beside its transformer/"
+                f"{path} holds {' and '.join(parts)} but no transformer: "
+                f"put them into a model's folder, beside its transformer/"
             )
         return path / "transformer", title
-    if (path / "config.json").is_file():  # that folder itself
+    if (path / "config.json").is_file():  # the path is the transformer's folder
         return path, path.parent.name
     trees = [root / name for root in (path, path / "models") for name in COMFYUI["transformer"]]
     files = sorted(file for tree in trees for file in list_weights(tree, deep=True)) or list_weights(path)
@@ -292,12 +292,12 @@ def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
     if len(known) > 1:
         raise InputError(f"{path} holds {len(known)} models ({_names(known, path)}): give the path of one")
     if len(files) == 1 and not known:
-        _recognise(files[0])  # says why not
+        _recognise(files[0])  # raises the error that says what is wrong with the file
     if not known:
         seen = f" (not {_names(files, path)})" if files else ""
         raise InputError(
-            f"{path} holds no model that is known here{seen}: "
-            "a diffusers folder has a model_index.json, others one transformer as a safetensors or GGUF file"
+            f"{path} holds no known model{seen}: give a diffusers folder, which has a model_index.json, "
+            "or a folder with a transformer as a safetensors or GGUF file"
         )
     return known[0], known[0].stem
 
@@ -307,24 +307,24 @@ def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
 
 @dataclass(frozen=True)
 class _Match:
-    """A layout tried on a file."""
+    """A file read by one layout."""
 
     found: Found
-    unknown: Sequence[str]  # names that the table and the module do not know
+    unknown: Sequence[str]  # names that neither the layout nor the module knows
 
     @property
     def missing(self) -> set[str]:
-        """Names that the module has and the file lacks."""
+        """Names of the module that the file lacks."""
         return self.found.module.state_dict().keys() - self.found.tensors.keys()
 
     @property
     def named(self) -> bool:
-        """Every key has a place, though some may be missing or of another shape."""
+        """Whether the module knows every name of the file. Some may be missing or have another shape."""
         return self.found.config is not None and not self.unknown
 
 
 def _recognise(path: Path) -> tuple[type[Family], Found]:
-    """The family whose tables name every key of a transformer, and the transformer, checked."""
+    """The family whose layouts name every key of a transformer, and the checked transformer. InputError if none."""
     matches: list[tuple[type[Family], _Match]] = []
     errors: list[InputError] = []
     for family in map(family_of, FAMILIES):
@@ -332,10 +332,11 @@ def _recognise(path: Path) -> tuple[type[Family], Found]:
             matches.append((family, _match(family.parts["transformer"], path)))
         except InputError as error:
             errors.append(error)
-        if matches and matches[-1][1].named:  # to try the others would build their models in vain
+        if matches and matches[-1][1].named:  # trying the other families would only cost time
             break
     family, match = min(matches, key=lambda pair: len(pair[1].unknown), default=(None, None))
-    if family is None or match is None or (errors and not match.named):  # a table knew the names, but one is missing
+    # An error means that a layout knew the names, but some weights are missing.
+    if family is None or match is None or (errors and not match.named):
         raise errors[0]
     return family, _checked(match, "transformer", family.parts["transformer"])
 
@@ -348,7 +349,10 @@ def _is_transformer(path: Path) -> bool:
 
 
 def _match(part: Part, path: Path) -> _Match:
-    """The layout that names every key of a file, or the one that leaves fewest unknown. InputError if it is damaged."""
+    """Reads a file by the layout that names every key, else by the one with the fewest unknown keys.
+
+    InputError if the file is damaged or its config is invalid.
+    """
     header = read_header(path)
     raw = strip_prefix(header.tensors, PREFIXES)
     stated = _stated_config(part, path, header.metadata)
@@ -357,7 +361,7 @@ def _match(part: Part, path: Path) -> _Match:
     for rules in part.layouts.values():
         try:
             tensors = translate(rules, raw)
-        except InputError as error:  # it named keys, but not all the parts of one
+        except InputError as error:  # the layout fits, but some weights that it joins into one are missing
             errors.append(InputError(f"{path}: {error}"))
             continue
         try:
@@ -380,19 +384,19 @@ def _match(part: Part, path: Path) -> _Match:
 
 
 def _checked(match: _Match, name: str, part: Part) -> Found:
-    """What was matched, if nothing is unknown, missing, of another shape or quantised."""
+    """The Found of a match. InputError if a weight is unknown, missing, of another shape or quantised."""
     found = match.found
     path, tensors = found.path, found.tensors
     plain = {key: weight for key, weight in tensors.items() if isinstance(weight, Tensor)}
     quantised = [key for key, tensor in plain.items() if key.endswith(SCALES) or not tensor.is_floating_point()]
     if quantised:
-        raise InputError(f"{path} is quantised ({few(quantised)}), in a way that is not read: take the bf16 file")
+        raise InputError(f"{path} is quantised in an unknown format ({few(quantised)}): take the bf16 file")
     if found.config is None:
-        wanted = "a config.json beside it" if path.is_dir() else "names like those of a published file"
-        raise InputError(f"{path} is no {name} that is known here: it holds {few(list(tensors))}; expected {wanted}")
+        remedy = "put its config.json into it" if path.is_dir() else "take a file with the published weight names"
+        raise InputError(f"{path} is not a known {name}, it holds {few(list(tensors))}: {remedy}")
     if match.unknown:
         raise InputError(
-            f"{path} holds {few(match.unknown)}, which no {name} known here has: it is another model's, or damaged"
+            f"{path} holds {few(match.unknown)}, which no known {name} has: take another file, or download it again"
         )
     expected = found.module.state_dict()
     missing = {key: tensor for key, tensor in expected.items() if key not in tensors}
@@ -409,14 +413,18 @@ def _checked(match: _Match, name: str, part: Part) -> Found:
 
 
 def _as_in_file(found: Found, missing: Mapping[str, Tensor]) -> Sequence[str]:
-    """Names of ours as the file would have them; a table may allow two spellings, so the file's first words decide."""
+    """Our names in the file's spelling. Of two spellings in a layout, the file's own first words decide."""
     words = {name.split(".")[0] for name in strip_prefix(read_header(found.path).tensors, PREFIXES)}
     theirs = list(translate(found.rules, missing, back=True))
     return theirs if theirs[0].split(".")[0] in words else list(missing)
 
 
 def _find_part(family: type[Family], name: str, transformer: Path, config: Any) -> Found:
-    """A model's other part: in the folder of its name beside the transformer, beside it, or in ComfyUI's folders."""
+    """Finds a part other than the transformer. InputError if no file fits or several do.
+
+    Places, in order: the folder with the part's name beside the transformer, files beside the transformer, and
+    ComfyUI's folders for the part.
+    """
 
     def check(path: Path) -> Found:
         part = family.parts[name]
@@ -446,17 +454,18 @@ def _find_part(family: type[Family], name: str, transformer: Path, config: Any) 
         if len(fit) > 1:
             raise InputError(
                 f"{_names([found.path for found in fit], root)} all fit as {name} of {transformer.name}: "
-                f"leave or link only the one to take in {own}/"
+                f"put or link the one to take into {own}/"
             )
         if fit:
             return fit[0]
     if len(refused) == 1:
         raise refused[0]
-    tried = f" (of {len(refused)} files tried none fits: {refused[0]})" if refused else ""
-    raise InputError(f"{transformer} has no {name}{tried}: put the one published with it into {own}/")
+    tried = f" (none of {len(refused)} files fits: {refused[0]})" if refused else ""
+    raise InputError(f"{transformer} has no {name}{tried}: put the {name} published with it into {own}/")
 
 
 def _check_joints(family: type[Family], name: str, found: Found, config: Any, transformer: Path) -> None:
+    """InputError if a part's sizes do not fit the transformer's config."""
     for ours, theirs in family.joints:
         part, _, field = theirs.partition(".")
         if part == name:
@@ -469,6 +478,7 @@ def _check_joints(family: type[Family], name: str, found: Found, config: Any, tr
 
 
 def _find_tokenizer(spec: Spec, name: str, folders: Sequence[Path], transformer: Path) -> Path:
+    """A tokenizer's folder: the first of `folders` that holds one, else one of the same family in the hub's cache."""
     for folder in folders:
         if any((folder / file).is_file() for file in ("tokenizer.json", "vocab.json", "spiece.model")):
             return folder
@@ -485,7 +495,7 @@ def _find_tokenizer(spec: Spec, name: str, folders: Sequence[Path], transformer:
 
 
 def _stated_config(part: Part, path: Path, metadata: Mapping[str, str]) -> Any:
-    """The config in the folder's config.json or in the file's header; None where there is none."""
+    """The config from the folder's config.json or the file's header; None if there is none."""
     if (path / "config.json").is_file():
         return _config(part, _read_json(path / "config.json"), path / "config.json")
     if "config" in metadata:
@@ -498,11 +508,11 @@ def _stated_config(part: Part, path: Path, metadata: Mapping[str, str]) -> Any:
 
 
 def _config(part: Part, data: Mapping[str, Any], path: Path) -> Any:
-    """The part's config from JSON. InputError where a value is of another kind than the published ones."""
+    """The part's config from JSON. InputError if a value has another type than in the published config."""
     try:
         config = read_config(part.others.get(data.get("model_type", ""), part.config), data)
     except TypeError as error:
-        raise InputError(f"{path} is no config that is known here ({error})") from error
+        raise InputError(f"{path} holds no known config ({error}): take the one published with the weights") from error
     for field in fields(config):
         value, published = getattr(config, field.name), field.default
         kinds = (int, float) if isinstance(published, float) else type(published)
@@ -512,16 +522,16 @@ def _config(part: Part, data: Mapping[str, Any], path: Path) -> Any:
 
 
 def _build(part: Part, config: Any, path: Path) -> nn.Module:
-    """The module without memory for its weights."""
+    """The module on meta, without memory for its weights. InputError if the config's sizes are impossible."""
     try:
         with torch.device("meta"), Unset():
             return part.build(config)
     except (RuntimeError, ValueError, TypeError, IndexError, ArithmeticError, AssertionError) as error:
-        raise InputError(f"{path}: nothing can be built at the sizes its config gives ({error})") from error
+        raise InputError(f"the sizes in the config of {path} are impossible ({error}): download it again") from error
 
 
 class Unset(TorchFunctionMode):
-    """Leaves weights as they are made. To draw normal ones on meta, torch would import its tracer, for 1.6 s."""
+    """Skips the initialisation of weights: random ones on meta make torch import its tracer, which takes 1.6 s."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -535,7 +545,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): download it again") from error
     if not isinstance(data, dict):
-        raise InputError(f"{path} holds no JSON object: download it again")
+        raise InputError(f"{path} is not a JSON object: download it again")
     return data
 
 

@@ -1,1 +1,1 @@
-"""A model on this machine: loading, placement, memory plans, compilation, recorded forwards, several GPUs."""
+"""A model on this machine: loading, placement, memory plans, compilation, CUDA graphs, several GPUs."""

@@ -1,4 +1,4 @@
-"""Regional compilation: of one block of each kind what lies before and after its attention, once, for all sizes."""
+"""Regional compilation: the parts of a block before and after its attention are compiled once, for all sizes."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from inkstream.nn.stack import Blocks
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> int:
-    """Compile the regions of every block in a model's stacks; returns how many there are that differ.
+    """Compiles the regions of every block in a model's stacks; returns the number of different regions.
 
-    A region is a function of tensors whose first size, of tokens or of rows of the modulation, is unknown to the
-    compiler, and blocks of a kind share what is compiled of it: another prompt, size or number of pictures compiles
-    nothing anew. Attention, which goes by how long each sequence is, stays outside; so do streaming and caching. Where
-    adapters change a layer's products, a forward's regions are run as they are written.
+    A region is a method of a block that maps tensors to tensors. Its first dimension (tokens, or rows of the
+    modulation) is dynamic, and blocks of one class share the compiled code: another prompt, size or number of pictures
+    compiles nothing. Attention depends on the sequence lengths and is not compiled, nor are streaming and caching.
+    With adapters a region runs uncompiled.
     """
     blocks = [block for stack in model.modules() if isinstance(stack, Blocks) for block in stack]
     kinds = {(type(block), name) for block in blocks for name in getattr(block, "regions", ())}
@@ -31,7 +31,7 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
 
 
 def compile_region(region: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, compiled when it is first called; as it is where a forward has adapters."""
+    """The compiled function; it compiles at its first call. A forward with adapters calls the original function."""
     compiled = torch.compile(region, backend=backend)
 
     @wraps(region)
@@ -46,7 +46,7 @@ def compile_region(region: Callable[..., Any], backend: str | Callable[..., Any]
 
 
 def tensors_of(given: Any) -> Iterator[Tensor]:
-    """All tensors among what a region is given."""
+    """All tensors in a region's arguments."""
     if isinstance(given, Tensor):
         yield given
     elif isinstance(given, Rope):

@@ -1,4 +1,4 @@
-"""Which model in which precision fits how much memory, and about how long it draws, from what was foreseen for all."""
+"""Which models fit a machine, in which precision and memory plan, and about how long a picture takes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ ORDER = {
     "cuda": ("bf16", "fp8", "q8_0", "q6_k", "q5_k", "q4_k", "nf4"),
     "cpu": ("w8a8", "q8_0", "q6_k", "q5_k", "q4_k", "nf4", "bf16"),
 }
-"""Precisions of files, the one to take first: on a GPU by quality, on a CPU by speed."""
+"""Device -> precisions of files in order of preference: by quality on a GPU, by speed on a CPU."""
 BESIDES = 1.25
-"""A picture takes so much more time than its products: norms, attention, activations. Measured on a CPU."""
+"""The time of a picture over that of its matrix products alone: norms, attention, activations. Measured on a CPU."""
 FORMATS = {"fp8": "e4m3", "w8a8": "int8"}
-"""What a precision's weights are packed as, where it is called otherwise."""
+"""Precision -> the format of its packed weights, if the names differ."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A model in a precision under a plan: bytes at its peak, at its own size, and seconds a picture, if known."""
+    """A precision and memory plan for a model: the peak in bytes, and the seconds for a picture of the model's size."""
 
     precision: str
     plan: str
@@ -43,28 +43,28 @@ class Fit:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a device does in a second, as measured by `measure_speed`."""
+    """A device's speed per second, as `measure_speed` measures it."""
 
-    products: float  # operations, in what the device computes in
-    products_int8: float
-    unpacked: Mapping[str, float]  # precision -> numbers that become what is computed in
-    brought: float  # bytes of weights that come to the device
+    products: float  # operations of a matrix product in the compute dtype
+    products_int8: float  # operations of an int8 matrix product
+    unpacked: Mapping[str, float]  # precision -> weights unpacked to the compute dtype
+    brought: float  # bytes of weights copied to the device
 
 
 @cache
 def foreseen() -> Mapping[str, Any]:
-    """The table that scripts/foresee.py renders: model -> what it takes; see there."""
+    """The table that scripts/foresee.py writes: model -> its memory and operations. Keys: see the script."""
     return json.loads(Path(__file__).with_name("foreseen.json").read_text())
 
 
 def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) -> list[Fit]:
-    """The fastest plan within so many bytes for every precision that has one, the precision to take first.
+    """For each precision the fastest plan within `budget` bytes, if there is one. The first element is the best choice.
 
-    kind: cpu, or anything else for a GPU. Precisions that need no layer streamed come before those that do.
+    kind: "cpu"; any other value means a GPU. budget: None is unlimited. Streamed plans come last.
     """
     kind = "cpu" if kind == "cpu" else "cuda"
     found = []
-    for precision in ORDER[kind] if spec.folder is None else ("bf16",):  # what ships with us is there as it is
+    for precision in ORDER[kind] if spec.folder is None else ("bf16",):  # the shipped model has one precision
         peaks = {plan: max(foreseen()[spec.name][kind][precision][plan].values()) for plan in PLACEMENTS}
         plan = next((plan for plan, peak in peaks.items() if budget is None or peak <= budget), None)
         if plan is not None:
@@ -74,7 +74,7 @@ def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) 
 
 
 def foretell(spec: Spec, kind: str, precision: str, plan: str, speed: Speed) -> float:
-    """About how many seconds a picture takes."""
+    """An estimate of the seconds for one picture."""
     facts = foreseen()[spec.name]
     flops, weights = facts["flops"], facts[kind][precision]["transformer"]
     products = speed.products_int8 if precision == "w8a8" else speed.products
@@ -89,14 +89,14 @@ def foretell(spec: Spec, kind: str, precision: str, plan: str, speed: Speed) -> 
 
 
 def here() -> tuple[str, int | None]:
-    """Kind of this machine's best device, and how many bytes of it a model may take."""
+    """The type of this machine's best device, and the bytes that a model may take there; None if unknown."""
     device = choose_device()
     free, _ = free_memory(device)
     return device.type, None if free is None else int(SPARE * free)
 
 
 def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
-    """What the device does now, in well under a second."""
+    """Measures a device's speed. Takes well under a second."""
     side = 1024 if device.type == "cpu" else 8192
     a = torch.randn(side, side, device=device, dtype=dtype)
     rate = 2 * side**3 / _seconds(lambda: a @ a, device)
@@ -116,7 +116,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
 
 
 def _seconds(compute: Callable[[], object], device: torch.device) -> float:
-    """The shortest of three runs."""
+    """The seconds of the fastest of three runs."""
     times = []
     for _ in range(3):
         began = perf_counter()
@@ -128,5 +128,5 @@ def _seconds(compute: Callable[[], object], device: torch.device) -> float:
 
 
 def known() -> list[Spec]:
-    """The models that anyone can have."""
+    """The known models that `foreseen` lists: those whose weights are published."""
     return [spec for spec in SPECS.values() if spec.name in foreseen()]

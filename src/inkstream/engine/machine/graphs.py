@@ -1,8 +1,8 @@
-"""CUDA graphs: at small sizes a GPU waits for Python between its kernels, unless a whole forward is one launch.
+"""CUDA graphs for small forwards, where a GPU would wait for Python between its kernels.
 
-What a forward is given is copied to where a recorded one reads it. Recordings are for shapes: a step of another time,
-prompt or seed replays the same one. Larger pictures keep the GPU busy by themselves and are never recorded, nor is
-anything in training, where something is done around a picture's blocks, or with weights that come and go.
+A recording holds for input shapes: another time, prompt or seed replays the same recording. Before a replay, the inputs
+are copied into the memory that the recording reads. Not recorded: large pictures, which keep the GPU busy anyway;
+training; samples with an `around`; and modules whose weights are streamed.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from inkstream.nn.qwen3 import Qwen3
 from inkstream.nn.stack import Blocks
 
 SMALL = 2 * 64 * 64
-"""Latent cells, of all pictures of a forward, up to which it is recorded: those of two pictures of 512 x 512 pixels."""
+"""The most latent cells of a recorded forward, over all its pictures: two pictures of 512 x 512 pixels."""
 PROMPT_MULTIPLE = 32
-"""Prompts are filled up to a multiple of so many tokens, so that few lengths are recorded. No token sees those behind
-it, so that what is filled up changes nothing of a prompt."""
+"""Prompts are padded to a multiple of so many tokens, so that few lengths are recorded. The encoder is causal, so the
+padding does not change the tokens before it."""
 KEPT = 16
-"""Recordings of one module."""
+"""The most recordings of one module."""
 
 Compute = Callable[[], list[Tensor]]
 Record = Callable[[Compute], tuple[list[Tensor], Callable[[], None]]]
-"""Gives what a computation wrote, and a function that computes it again into the same memory."""
+"""Runs a computation once; returns its outputs, and a function that computes them again into the same memory."""
 
 
 class NotRecordable(RuntimeError):
-    """A computation waits for the device, or takes something from the host."""
+    """A computation cannot be recorded: it synchronises with the host or does something that a graph cannot hold."""
 
 
 def replay_small(part: str, module: nn.Module) -> None:
-    """From now on a model's transformer, or a text encoder of ours, replays small forwards, if it is on a GPU."""
+    """Makes a module replay small forwards. Does nothing unless it is a transformer or Qwen3 text encoder on a GPU."""
     kinds = {"transformer": forward_transformer, "text_encoder": forward_text_encoder}
     known = part == "transformer" or isinstance(module, Qwen3)
-    is_shared = getattr(module, "is_shared", False)  # with other processes, which it waits for
+    is_shared = getattr(module, "is_shared", False)  # a forward waits for other processes
     device = next(module.parameters()).device
     if known and not is_shared and device.type == "cuda" and not comes_and_goes(module):
         module.forward = partial(kinds[part], Recordings(partial(record, device)), module.forward)
 
 
 def comes_and_goes(module: nn.Module) -> bool:
-    """Whether some of a module's weights are not always at one place on the device."""
+    """Whether some of a module's weights change their place in memory, or lie on another device."""
     streamed = any(isinstance(stack, Blocks) and stack.streamed is not None for stack in module.modules())
     return streamed or len({weight.device for weight in module.parameters()}) > 1
 
@@ -59,15 +59,15 @@ def comes_and_goes(module: nn.Module) -> bool:
 def forward_transformer(
     recordings: Recordings, forward: Callable[[Sequence[Sample]], list[Tensor]], samples: Sequence[Sample]
 ) -> list[Tensor]:
-    """As a family's transformer."""
+    """Runs `forward`, a transformer's, through a recording if the samples are small."""
     times = [sample.t for sample in samples]
     asked = [sample.prepared.at(sample.t) for sample in samples]
     small = sum(sample.x.shape[-2] * sample.x.shape[-1] for sample in samples) <= SMALL
     plain = all(sample.around is NOTHING for sample in samples)
     if torch.is_grad_enabled() or not plain or not small or any(prepared is None for prepared in asked):
         return forward(samples)
-    alike = tuple(times.index(t) for t in times)  # samples of one time share what is computed of it
-    # No objects of a step before, so that they are copied whatever is in them.
+    alike = tuple(times.index(t) for t in times)  # samples of the same time share its modulation
+    # New tensor objects: a recording copies only tensors that are not the objects of the step before.
     fresh = {id(sample.x): sample.x.view_as(sample.x) for sample in samples}
     given = [(fresh[id(sample.x)], prepared) for sample, prepared in zip(samples, asked)]
     return recordings.run(alike, given, lambda given: forward([Sample(x, t, p) for (x, p), t in zip(given, times)]))
@@ -80,7 +80,7 @@ def forward_text_encoder(
     lengths: Sequence[int],
     texts: Sequence[int] | None = None,
 ) -> Tensor:
-    """As `Qwen3.forward`."""
+    """Runs `forward`, that of Qwen3, through a recording if there is one prompt."""
     if torch.is_grad_enabled() or texts is not None or len(lengths) > 1:
         return forward(ids, lengths, texts)
     count = len(ids)
@@ -90,15 +90,15 @@ def forward_text_encoder(
 
 
 class Recordings:
-    """A module's recorded computations, by the shapes of what they are given. The least recently used go first."""
+    """A module's recordings by key and input shapes. An LRU cache of KEPT entries."""
 
     def __init__(self, record: Record):
         self._record = record
-        self._kept: OrderedDict[Any, Recording | None] = OrderedDict()  # None: met once, or not to be recorded
+        self._kept: OrderedDict[Any, Recording | None] = OrderedDict()  # None: run once, or not recordable
         self._refused: set[Any] = set()
 
     def run(self, key: Any, given: Any, compute: Callable[[Any], list[Tensor]]) -> list[Tensor]:
-        """compute(given), recorded when it is given such shapes under that key for the second time."""
+        """compute(given). The second call with the same key and shapes is recorded; later ones replay it."""
         key = (key, shapes_of(given))
         recording = self._kept.get(key)
         if recording is None:
@@ -121,19 +121,20 @@ class Recordings:
 
 
 class Recording:
-    """One computation, and the memory that it reads and writes."""
+    """A recorded computation, and the memory that it reads and writes."""
 
     def __init__(self, given: Any, compute: Callable[[Any], list[Tensor]], record: Record):
-        self._last = tensors_of(given)  # which was copied to each place
+        self._last = tensors_of(given)  # the tensor that was last copied to each place
         self._places = [tensor.clone() for tensor in self._last]
         place_of = {id(tensor): place for tensor, place in zip(self._last, self._places)}
         own = rebuild(given, lambda tensor: place_of[id(tensor)])
         self._outputs, self._replay = record(lambda: compute(own))
 
     def run(self, given: Any) -> list[Tensor]:
+        """Copies the inputs into place, replays, and returns copies of the outputs."""
         tensors = tensors_of(given)
         for place, tensor, last in zip(self._places, tensors, self._last):
-            if tensor is not last:  # what no step changes is copied once
+            if tensor is not last:  # an input that no step changes is copied once
                 place.copy_(tensor)
         self._last = tensors
         self._replay()
@@ -141,14 +142,16 @@ class Recording:
 
 
 def record(device: torch.device, compute: Compute) -> tuple[list[Tensor], Callable[[], None]]:
-    """As a CUDA graph of what is computed on that device. NotRecordable where the computation is none of the device's
-    alone."""
-    with torch.cuda.device(device):  # or streams are another's, and nothing is recorded
+    """Records a computation on that device as a CUDA graph; see `Record`.
+
+    NotRecordable if the computation synchronises with the host or cannot be captured.
+    """
+    with torch.cuda.device(device):  # otherwise the streams are another device's and the graph stays empty
         here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
         aside.wait_stream(here)
         before = torch.cuda.get_sync_debug_mode()
         with warnings.catch_warnings(), torch.cuda.stream(aside):
-            warnings.simplefilter("ignore")  # that the mode is a prototype
+            warnings.simplefilter("ignore")  # torch warns that the debug mode is a prototype
             torch.cuda.set_sync_debug_mode("error")
             try:
                 compute()
@@ -172,7 +175,7 @@ def record(device: torch.device, compute: Compute) -> tuple[list[Tensor], Callab
 
 @cache
 def pool() -> Any:
-    """Memory that all recordings share: what one wrote is copied before another computes."""
+    """The memory pool of all recordings. Sharing is safe: outputs are copied before another recording is replayed."""
     return torch.cuda.graph_pool_handle()
 
 
@@ -180,7 +183,7 @@ def pool() -> Any:
 
 
 def rebuild(tree: Any, each: Callable[[Tensor], Tensor]) -> Any:
-    """The same with other tensors."""
+    """The same tree with every tensor replaced by each(tensor)."""
     if isinstance(tree, Tensor):
         return each(tree)
     if isinstance(tree, Mapping):
@@ -193,15 +196,17 @@ def rebuild(tree: Any, each: Callable[[Tensor], Tensor]) -> Any:
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
-    """Every tensor once, in the order they are met."""
+    """Every tensor of a tree once, in the order of the tree."""
     found: dict[int, Tensor] = {}
     rebuild(tree, lambda tensor: found.setdefault(id(tensor), tensor))
     return list(found.values())
 
 
 def shapes_of(tree: Any) -> Any:
-    """What two trees must have in common for one to be computed as the other was: shapes, what is no tensor, and which
-    tensors are the same; not the keys of mappings."""
+    """The key of a tree's recording: equal for trees with the same structure, shapes, dtypes and non-tensor values.
+
+    Two places that hold the same tensor must do so in both trees. Keys of mappings do not count.
+    """
     order = {id(tensor): i for i, tensor in enumerate(tensors_of(tree))}
 
     def shape(tree: Any) -> Any:

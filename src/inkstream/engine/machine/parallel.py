@@ -1,7 +1,7 @@
 """Several processes, each with an engine and a GPU of its own, draw one request. torchrun starts them.
 
-All of them take the same steps of the same solver; only what is asked of the transformer is shared out, or which
-pictures are drawn. The first one is given the request, tells of it and has the pictures.
+Every process runs the same steps of the same solver. The processes divide the transformer's work or the pictures.
+Process 0 is given the request, reports its events and returns the pictures.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ Asked = TypeVar("Asked", bound=Request)
 Way = Literal["replicas", "cfg", "context", "tensor"]
 
 WAYS: Mapping[Way, str] = {
-    "replicas": "each draws pictures of its own",
-    "cfg": "half of them answer for the prompt, half for the negative one",
-    "context": "they share the tokens of a picture",
-    "tensor": "they share the weights of the transformer",
+    "replicas": "each process draws different pictures",
+    "cfg": "one half computes the prompt, the other half the negative prompt",
+    "context": "they divide the tokens of a picture",
+    "tensor": "they divide the weights of the transformer",
 }
-"""What the processes share, and how it is told."""
+"""What the processes divide among them -> its description for the user."""
 
 PATIENCE = timedelta(hours=12)
-"""How long they wait for one that downloads, or asks whether it may."""
+"""The timeout of collective operations: another process may be downloading, or asking the user whether it may."""
 LOST = ("closed by peer", "reset by peer", "Broken pipe", "remote process", "communicator was aborted")
-"""What errors say where another process has ended."""
+"""Words of an error that mean another process has ended."""
 
 
 def join_crew(way: Way | None = None, device: str | None = None) -> Crew | None:
-    """The processes that torchrun started, this one among them; None where there is only this.
+    """Joins the processes that torchrun started; None if this is the only process.
 
-    way: what they share; None chooses by the first request. device: "cpu", "cuda" or None for the best there is.
-    InputError where there are several for one GPU, or a way for one process.
+    way: what the processes divide; None chooses by the first request. device: "cpu", "cuda", or None for the best one.
+    InputError if there are more processes than GPUs, or a way is given for one process.
     """
     if count_processes() == 1:
         if way is not None:
@@ -62,41 +62,41 @@ def join_crew(way: Way | None = None, device: str | None = None) -> Crew | None:
     own = own_device(device, int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo", timeout=PATIENCE)
-        # gloo's threads hold tensors: one that still does so while Python ends would abort the process
+        # gloo's threads hold tensors: a thread that does so at Python's exit would abort the process
         atexit.register(dist.destroy_process_group)
     return Crew(way, own)
 
 
 def own_device(name: str | None, local: int, beside: int) -> torch.device:
-    """The device of process `local` of those `beside` each other on this machine."""
+    """The device of process number `local` of `beside` processes on this machine."""
     device = choose_device(name)
     if device.type == "mps":
-        raise InputError(f"{beside} processes cannot share {device}: start one without torchrun, or give --device cpu")
+        raise InputError(f"{beside} processes cannot share {device}: start one process, or give --device cpu")
     if device.type != "cuda":
         return device
     if device.index is not None:
-        raise InputError(f"device {name} is one for {beside} processes: give cuda, of which each takes its own")
-    if beside > (there := torch.cuda.device_count()):
-        raise InputError(f"{beside} processes were started for {there} GPUs: start {there}, or give --device cpu")
+        raise InputError(f"device {name} is one GPU for {beside} processes: give --device cuda for one GPU each")
+    if beside > (gpus := torch.cuda.device_count()):
+        raise InputError(f"{beside} processes were started for {gpus} GPUs: start {gpus}, or give --device cpu")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
 
 
 class Crew:
-    """The processes that draw together, of which this is number `rank`, and what they share."""
+    """The processes that draw together, seen from process number `rank`, and what they divide."""
 
     def __init__(self, way: Way | None, device: torch.device):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self.device = device
         self.asked: Way | None = way
-        self.way: Way | None = way  # of the model that is loaded
+        self.way: Way | None = way  # for the loaded model
         self._first_of_machine = os.environ["LOCAL_RANK"] == "0"
-        self._group = Group(self.rank, self.count)  # that computes one forward
+        self._group = Group(self.rank, self.count)  # the processes that compute one forward together
 
     # Before the first step -------------------------------------------------------------------------------------------
 
     def same(self, request: Asked) -> Asked:
-        """The first process's request, for all."""
+        """Broadcasts process 0's request: every process returns it."""
         words = request.model_dump_json(include=request.model_fields_set).encode()
         size = torch.tensor([len(words)])
         dist.broadcast(size, 0)
@@ -110,7 +110,7 @@ class Crew:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """The first process of each machine goes in alone: it may have to download what all of them need."""
+        """A context that the first process of each machine passes before the others, since it may have to download."""
         if not self._first_of_machine:
             self.wait()
         yield
@@ -118,11 +118,11 @@ class Crew:
             self.wait()
 
     def wait(self) -> None:
-        """Until all are here."""
+        """A barrier: blocks until every process has called it."""
         dist.all_reduce(torch.zeros(1))
 
     def settle(self, request: Request, spec: Spec) -> Loading:
-        """Choose what is shared, if nobody did, and say it. InputError where it cannot be."""
+        """Chooses what the processes divide if no way was given, and reports it. InputError as in `check`."""
         self.way = self.asked or choose_way(request, spec, self.count)
         self.check(request, spec)
         if self.way == "cfg":
@@ -132,13 +132,13 @@ class Crew:
         return Loading("processes", note=f"{self.count} processes: {WAYS[self.way]} (--parallel {self.way})")
 
     def check(self, request: Request, spec: Spec) -> None:
-        """InputError where a request cannot be drawn so."""
+        """InputError if the chosen way cannot draw a request."""
         if self.way != "cfg":
             return
         if self.count % 2:
             raise InputError(
-                f"--parallel cfg shares two prompts, and {self.count} processes were started: "
-                "start an even number, or take --parallel context"
+                f"--parallel cfg needs an even number of processes, {self.count} were started: "
+                "start one more, or take --parallel context"
             )
         if self.asked and not guided(request, spec):
             raise InputError(
@@ -147,34 +147,34 @@ class Crew:
             )
         if cached(request, spec):
             raise InputError(
-                f"--cache {request.cache} looks at both prompts, which --parallel cfg takes apart: leave one of them "
-                "out, or take --parallel context"
+                f"--cache {request.cache} needs both prompts in one process, --parallel cfg separates them: "
+                "leave one option out, or take --parallel context"
             )
 
     def share(self, transformer: nn.Module) -> None:
-        """Leave this process its share of a transformer. InputError where there are more processes than shares."""
+        """Reduces a transformer to this process's share. InputError if there are more processes than heads."""
         if self.way == "replicas" or self._group.count == 1:
             return
         if (heads := heads_of(transformer)) < self._group.count:
             raise InputError(
-                f"--parallel {self.way} shares {heads} heads, too few for {self._group.count} processes: start {heads}"
+                f"--parallel {self.way} divides {heads} heads, too few for {self._group.count} processes: start {heads}"
             )
         (share_layers if self.way == "tensor" else share_tokens)(transformer, self._group)
 
     def attach(self, transformer: nn.Module) -> None:
-        """Let the halves of the crew answer prompts, each its own."""
+        """For the way "cfg": makes the transformer compute one prompt in each half of the processes."""
         if self.way == "cfg":
-            transformer.forward = partial(self._answer, transformer.forward)
+            transformer.forward = partial(self._forward, transformer.forward)
 
-    # While it is drawn -----------------------------------------------------------------------------------------------
+    # While a request is drawn ----------------------------------------------------------------------------------------
 
-    def _answer(self, answer: Callable[..., list[Tensor]], samples: Sequence[Sample]) -> list[Tensor]:
-        """As the transformer's own. What is asked of one prompt alone is answered by both halves."""
+    def _forward(self, forward: Callable[..., list[Tensor]], samples: Sequence[Sample]) -> list[Tensor]:
+        """The transformer's forward, with the samples divided between the halves. Both compute a single sample."""
         if len(samples) == 1:
-            return answer(samples)
+            return forward(samples)
         half = self._group.count
         mine = range(len(samples))[self.rank // half :: 2]
-        known = dict(zip(mine, answer([samples[i] for i in mine])))
+        known = dict(zip(mine, forward([samples[i] for i in mine])))
         velocities = [
             known[i].contiguous() if i in known else torch.empty_like(sample.x) for i, sample in enumerate(samples)
         ]
@@ -184,13 +184,13 @@ class Crew:
 
     @property
     def own(self) -> slice:
-        """Which of a request's pictures this process draws."""
+        """The slice of a request's pictures that this process draws."""
         return slice(self.rank, None, self.count) if self.way == "replicas" else slice(None)
 
     def others(self, done: Done, pictures: Sequence[Complete]) -> Iterator[Done]:
-        """The pictures that the other processes have drawn beside one of the first process's; of others, nothing.
+        """Gathers pictures for the way "replicas": process 0 yields the others' pictures, which they send to it.
 
-        pictures: what draws each picture of the request.
+        done: the picture that this process has drawn. pictures: the complete request of every picture.
         """
         if self.way != "replicas":
             return
@@ -212,20 +212,20 @@ class Crew:
             )
 
     def explain(self, error: RuntimeError, is_out_of_memory: bool) -> Exception:
-        """What to say of an error, which ends this process and with it all."""
+        """The error to report instead of `error`. An error in one process ends all of them."""
         if is_out_of_memory:
             return MemoryError(
                 f"process {self.rank} of {self.count} ran out of memory: "
                 "take --placement parked or streamed, a smaller size, or --parallel tensor"
             )
         if any(words in str(error) for words in LOST):
-            return InputError(f"one of the {self.count} processes has ended, and so all do: its own line says why")
+            return InputError(f"another of the {self.count} processes has failed: see the error that it printed")
         return error
 
 
 def choose_way(request: Request, spec: Spec, count: int) -> Way:
-    """What so many processes share where nobody chose: pictures, if there is one for each; else the two prompts of
-    guidance; else the picture."""
+    """The way for `count` processes if none was given: replicas if there is a picture for each process, else cfg if the
+    request is guided, else context."""
     if request.count >= count:
         return "replicas"
     return "cfg" if guided(request, spec) and count % 2 == 0 and not cached(request, spec) else "context"

@@ -1,4 +1,4 @@
-"""How much memory a computation takes at its peak, found by doing it with tensors that have shapes and no data."""
+"""The peak memory of a computation, measured by running it on meta tensors, which have shapes and no data."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 
 def peak_of(compute: Callable[[], object]) -> int:
-    """Bytes of the tensors that `compute` makes, where most of them are alive at once.
+    """The most bytes that tensors made by `compute` hold at the same time.
 
-    It is to work on meta tensors; what is there before it starts, its weights, does not count. Nor does what libraries
-    take beside tensors.
+    `compute` must work on meta tensors. Tensors that exist before, such as weights, do not count, nor does the
+    workspace of libraries.
     """
     count = _Count()
     with torch.inference_mode(), _Attention(), count:
@@ -28,7 +28,7 @@ def peak_of(compute: Callable[[], object]) -> int:
 
 
 class _Count(TorchDispatchMode):
-    """Adds the storage of every tensor that an operation returns, once, and takes it off when that is freed."""
+    """Counts the bytes of live storages: adds each new storage once, and subtracts it when it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,11 +37,11 @@ class _Count(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
-            return False  # whoever asks whether he may leave something out does not
+            return False  # code that tests whether a computation can be skipped does not skip it
         out = func(*args, **(kwargs or {}))
         given = {id_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and id_of(leaf) not in given:  # views and what is written in place are given
+            if isinstance(leaf, Tensor) and id_of(leaf) not in given:  # views and in-place results use given storage
                 self._add(leaf.untyped_storage())
         return out
 
@@ -59,11 +59,12 @@ class _Count(TorchDispatchMode):
 
 
 def id_of(tensor: Tensor) -> int:
+    """The identity of a tensor's storage."""
     return tensor.untyped_storage()._cdata
 
 
 class _Attention(TorchFunctionMode):
-    """Fused kernels keep no matrix of scores; without data they would not be taken."""
+    """Counts attention as a fused kernel, which keeps no score matrix. On meta, torch would not choose one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is F.scaled_dot_product_attention:

@@ -1,4 +1,4 @@
-"""The processes that torchrun started, as its environment tells. Needs no torch."""
+"""The number of processes that torchrun started, from its environment variables. Needs no torch."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import os
 
 
 def count_processes() -> int:
-    """How many there are, this one among them; 1 without torchrun."""
+    """The number of processes, including this one; 1 without torchrun."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
