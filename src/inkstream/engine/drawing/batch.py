@@ -1,9 +1,8 @@
-"""Requests drawn at once: each asks, as a solver does, and all that ask are answered in one packed forward.
+"""Continuous batching: requests are drawn together, and one packed forward computes the velocities of several.
 
-What draws a request is a generator of its events. It yields an `Ask` wherever it needs the velocity at its run's query,
-and goes on once that is answered. There is no thread of its own for this: whoever waits for an event drives all
-requests until it comes, unless somebody else does so already. So a request alone runs in its caller's thread, step by
-step as it is read; many callers' threads take turns.
+A request is drawn by a generator, its drawing. The drawing yields events, and an `Ask` wherever its run needs a
+velocity. There is no background thread. A caller that waits for an event drives all drawings until its event comes; if
+another caller's thread is driving already, it waits for that one. A single request thus runs in its caller's thread.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from inkstream.families import Family
 from inkstream.types import Conditioning, Done, Event, Step
 
 TOKENS = 4096
-"""Of one forward, unless a single picture has more: those of 1024 x 1024 pixels, enough to keep any device busy, so
-that more at once would only make each wait longer."""
+"""The most tokens of a forward, unless a single picture has more: those of 1024 x 1024 pixels. They keep any device
+busy, so a larger forward would only add latency."""
 ABREAST = 16
-"""Requests under way at most. Those that sit out a forward still hold their latents and what was prepared for them."""
+"""The most requests that are drawn at once. A request that waits for a forward still holds its latents in memory."""
 
 
 @dataclass(frozen=True, eq=False)
 class Ask:
-    """The velocity at a run's query is wanted. tokens: of each entry that the query is put to, in a forward."""
+    """A request for the velocity at a run's query. tokens: of one sample (one prompt) in the forward."""
 
     family: Family
     run: Run
@@ -34,85 +33,86 @@ class Ask:
 
     @property
     def size(self) -> int:
-        """Tokens in the next forward."""
+        """The query's tokens in the next forward, over all its samples."""
         return self.tokens * len(self.run.entries())
 
     @property
     def work(self) -> int:
-        """Tokens in all its forwards, from the first to the last, as if it were guided throughout."""
+        """The picture's tokens over all its forwards, counted as if every step were guided."""
         return self.tokens * len(self.run.prepared) * self.run.evaluations
 
 
 @dataclass(frozen=True)
 class Alone:
-    """What is to be done next changes the model, so all others must have ended. It lasts until the next Ask."""
+    """The drawing changes the model next: it resumes after all others have ended and runs alone until its next Ask."""
 
 
 Drawing = Generator[Event | Ask | Alone, None, None]
-"""What draws one request. Where an answer fails, the error is raised at its `yield`."""
+"""Draws one request. If a forward fails, the error is raised at the drawing's `yield`."""
 Admits = Callable[[Sequence[Ask], Ask], bool]
-"""Whether a forward that answers some has room for one more."""
+"""Whether a forward with the given Asks has room for one more."""
 
 
 def tokens_of(run: Run, cond: Conditioning) -> int:
-    """About as many as one entry of a run has: its picture, its text and what it looks at."""
+    """The tokens of one sample of a run, about: of its picture, text and references."""
     picture = run.request.width // 16 * (run.request.height // 16)
     pictures = sum(latents[0].numel() for latents in (run.estimate, *cond.references)) / run.estimate[0].numel()
     return round(picture * pictures) + max(cond.lengths)
 
 
 def within(tokens: int) -> Admits:
-    """Room for so many tokens in one forward."""
+    """Admits Asks up to so many tokens in one forward."""
     return lambda group, ask: sum(one.size for one in group) + ask.size <= tokens
 
 
 @dataclass(eq=False)
 class Member:
-    """A request under way, or waiting to be."""
+    """A request in the batch."""
 
     drawing: Drawing
-    since: int  # when its picture was asked for, by the tokens that had been answered
-    events: deque[Event] = field(default_factory=deque)  # not yet read
+    since: int  # the value of Batch._answered when its picture arrived
+    events: deque[Event] = field(default_factory=deque)  # not yet read by the caller
     begun: bool = False
-    alone: bool = False  # it waits for all others to end, or does what it waited for
+    alone: bool = False  # it has yielded Alone: it waits for the others to end, or runs alone
     ask: Ask | None = None  # not yet answered
-    trouble: Exception | None = None  # instead of the answer
-    error: BaseException | None = None  # that ended it
+    failure: Exception | None = None  # to be raised in the drawing instead of an answer
+    error: BaseException | None = None  # the error that ended the drawing, raised to the caller
     ended: bool = False
-    left: bool = False  # nobody reads it any more
+    left: bool = False  # the caller has closed its iterator
 
 
 class Batch:
-    """The requests under way, oldest first.
+    """The requests that are drawn together, oldest first.
 
-    A request that needs another model waits for those before it to end, and those behind it wait for it. Where a
-    forward has no room for all, the first to be answered is who has waited longest for its size: an equal one that came
-    later stands behind, a small one soon passes a large one, and a large one does not starve, since however small the
-    others are, each begins anew.
+    A request that needs another model waits until the requests before it have ended, and later requests wait for it.
+
+    Scheduling, if one forward has no room for all: the highest (tokens answered since its picture arrived) / (total
+    tokens of the picture) goes first. Equal requests are FIFO. Small requests soon pass large ones. Large requests do
+    not starve: their priority only rises, and every new picture starts at 0.
     """
 
     def __init__(self, admits: Admits | None = None):
         self.admits = admits or within(TOKENS)
         self._members: list[Member] = []
-        self._answered = 0  # tokens: the clock that waiting is measured by
-        self._too_many: float = float("inf")  # tokens that could not be answered together
-        self._driven = False  # by one thread at a time
-        self._bell = threading.Condition()  # rings where there are events, and when nobody drives any more
+        self._answered = 0  # tokens answered so far: the clock for waiting times
+        self._too_many: float = float("inf")  # tokens of the smallest forward that was too large for the memory
+        self._driven = False  # whether a thread drives the drawings; at most one does
+        self._changed = threading.Condition()  # notified when there are new events, and when driving stops
 
     def ahead(self, shares: bool) -> int:
-        """How many requests a new one would wait for before it is begun. shares: it wants the model that is loaded."""
+        """The number of requests that a new one waits for before it begins. shares: it uses the loaded model."""
         members = self._members
         joins = shares and all(member.begun and not member.alone for member in members) and len(members) < ABREAST
         return 0 if joins else len(members)
 
     def join(self, drawing: Drawing) -> Iterator[Event]:
-        """The events of a drawing, drawn together with all others.
+        """Adds a drawing to the batch; yields its events.
 
-        Closing the iterator closes the drawing, at the next step where one is being made. What the drawing raises is
-        raised here, and nowhere else.
+        Closing the iterator closes the drawing; if a step is being computed, after that step. An error of the drawing
+        is raised to this caller alone.
         """
         member = Member(drawing, self._answered)
-        with self._bell:
+        with self._changed:
             if not self._members:
                 self._too_many = float("inf")
             self._members = [*self._members, member]
@@ -120,15 +120,15 @@ class Batch:
             while (event := self._next(member)) is not None:
                 yield event
         finally:
-            with self._bell:
+            with self._changed:
                 member.left = True
                 if not self._driven:
                     self._sweep()
 
     def _next(self, member: Member) -> Event | None:
-        """A request's next event; None after its last."""
-        with self._bell:
-            self._bell.wait_for(lambda: member.events or member.ended or not self._driven)
+        """A request's next event; None after its last one. Drives all drawings unless another thread does."""
+        with self._changed:
+            self._changed.wait_for(lambda: member.events or member.ended or not self._driven)
             if drives := not (member.events or member.ended):
                 self._driven = True
         if drives:
@@ -136,10 +136,10 @@ class Batch:
                 while not (member.events or member.ended):
                     self._turn()
             finally:
-                with self._bell:
+                with self._changed:
                     self._driven = False
                     self._sweep()
-                    self._bell.notify_all()
+                    self._changed.notify_all()
         if member.events:
             return member.events.popleft()
         if member.error is not None:
@@ -147,50 +147,50 @@ class Batch:
         return None
 
     def _turn(self) -> None:
-        """Let everybody who can go on do so to the next event or question; then answer one forward full of questions.
+        """Resumes every drawing that can run, up to its next event or Ask; then computes one forward of open Asks.
 
-        Who has just told of a step will ask again at once, and is waited for. Others are not: who encodes a prompt or
-        writes one out joins when it is done.
+        A drawing that has just yielded a Step will ask again at once, so the forward waits for it. The forward does not
+        wait for a drawing that encodes or upsamples a prompt.
         """
-        with self._bell:
+        with self._changed:
             self._sweep()
             members = self._members
-        told = [event for member in abreast(members) if member.ask is None and (event := self._go_on(member))]
-        if told:
-            with self._bell:
-                self._bell.notify_all()
+        events = [event for member in runnable(members) if member.ask is None and (event := self._resume(member))]
+        if events:
+            with self._changed:
+                self._changed.notify_all()
         asking = [member for member in members if member.ask is not None]
-        if asking and not any(isinstance(event, Step) for event in told):
+        if asking and not any(isinstance(event, Step) for event in events):
             self._answer(self._choose(asking))
 
-    def _go_on(self, member: Member) -> Event | None:
-        """Draw a request on until it tells of something, which is returned, or asks."""
+    def _resume(self, member: Member) -> Event | None:
+        """Resumes a drawing until it yields or ends. Returns the event, if the drawing has yielded one."""
         member.begun = True
-        trouble, member.trouble = member.trouble, None
+        failure, member.failure = member.failure, None
         try:
-            thing = next(member.drawing) if trouble is None else member.drawing.throw(trouble)
+            item = next(member.drawing) if failure is None else member.drawing.throw(failure)
         except StopIteration:
             member.ended = True
             return None
         except BaseException as error:
             member.ended, member.error = True, error
-            if not isinstance(error, Exception):  # an interrupt is the driver's too
+            if not isinstance(error, Exception):  # an interrupt must also end the thread that drives
                 raise
             return None
-        if isinstance(thing, Alone):
+        if isinstance(item, Alone):
             member.alone = True
             return None
-        if isinstance(thing, Ask):
-            member.ask, member.alone = thing, False
+        if isinstance(item, Ask):
+            member.ask, member.alone = item, False
             return None
-        member.events.append(thing)
-        if isinstance(thing, Done):  # the next picture waits its own turn
+        member.events.append(item)
+        if isinstance(item, Done):  # the request's next picture has a waiting time of its own
             member.since = self._answered
-        return thing
+        return item
 
     def _choose(self, asking: Sequence[Member]) -> list[Member]:
-        """Whom the next forward answers: the one that has waited longest for its size, and whom there is room for."""
-        first, *others = sorted(asking, key=self._waited, reverse=True)
+        """The members of the next forward: the one with the highest priority, then all others that fit, in order."""
+        first, *others = sorted(asking, key=self._priority, reverse=True)
         group, size = [first], ask_of(first).size
         for member in others:
             ask = ask_of(member)
@@ -200,35 +200,38 @@ class Batch:
                 size += ask.size
         return group
 
-    def _waited(self, member: Member) -> float:
+    def _priority(self, member: Member) -> float:
+        """Tokens answered since the member's picture arrived, over the picture's total tokens."""
         return (self._answered - member.since) / ask_of(member).work
 
     def _answer(self, group: Sequence[Member]) -> None:
-        """One forward. Where it fails, each is asked alone, so that only those fail at which it lies; if at none, they
-        were too many."""
+        """Computes one forward. If it fails, each member is retried alone, so that only the faulty ones fail.
+
+        If none fails alone, the forward was too large: later ones stay below its size.
+        """
         asks = [ask_of(member) for member in group]
         queries, size = [ask.run.query for ask in asks], sum(ask.size for ask in asks)
-        trouble = None
+        failure = None
         try:
             advance(asks[0].family, [ask.run for ask in asks])
         except Exception as error:
-            # The frames of a traceback hold the tensors that there may have been no room for.
-            trouble = error.with_traceback(None) if len(group) > 1 else error
-        if trouble is None or len(group) == 1:
+            # The frames of a traceback hold tensors, which would keep memory from the retries.
+            failure = error.with_traceback(None) if len(group) > 1 else error
+        if failure is None or len(group) == 1:
             self._answered += size
             for member in group:
-                member.ask, member.trouble = None, trouble
+                member.ask, member.failure = None, failure
             return
         for member, ask, query in zip(group, asks, queries):
             if ask.run.query is query:
                 self._answer([member])
-            else:  # answered before it failed
+            else:  # this run got its answer before the failure
                 member.ask = None
-        if not any(member.trouble for member in group):
+        if not any(member.failure for member in group):
             self._too_many = size
 
     def _sweep(self) -> None:
-        """Close what nobody reads any more, and forget what has ended."""
+        """Closes the drawings whose callers have left, and removes the members that have ended."""
         for member in self._members:
             if member.left and not member.ended:
                 member.ended = True
@@ -236,22 +239,22 @@ class Batch:
         self._members = [member for member in self._members if not member.ended]
 
 
-def abreast(members: Sequence[Member]) -> Iterator[Member]:
-    """Those that may go on, one after the other: whether there is another depends on what the last one did.
+def runnable(members: Sequence[Member]) -> Iterator[Member]:
+    """The members that can run. The caller resumes each before it takes the next, which depends on the state by then.
 
-    Who wants to be alone goes on when nobody else is under way, and until it has, nobody is begun.
+    A member that has yielded Alone runs when no other has begun. Until then, no new member begins.
     """
-    under_way = [member for member in members if member.begun and not member.alone]
-    yield from under_way
-    if not under_way:
+    running = [member for member in members if member.begun and not member.alone]
+    yield from running
+    if not running:
         yield from [member for member in members if member.alone][:1]
-    for count, member in enumerate((member for member in members if not member.begun), len(under_way)):
+    for count, member in enumerate((member for member in members if not member.begun), len(running)):
         if count == ABREAST or any(member.alone for member in members):
             return
         yield member
 
 
 def ask_of(member: Member) -> Ask:
-    """Of a member that asks."""
+    """The open Ask of a member that has one."""
     assert member.ask is not None
     return member.ask
