@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from inkstream.families.flux2.json_prompt import CAMERA_FIELDS, FIELDS, SUBJECT_FIELDS, json_prompt, looks_like_json
+from inkstream.families.flux2.json_prompt import CAMERA_FIELDS, FIELDS, SUBJECT_FIELDS, json_prompt
 from inkstream.types import InputError
 
 MUG = {
@@ -58,7 +58,6 @@ def test_fields_are_written_in_their_documented_order_on_one_line_with_colours_i
 def test_the_canonical_text_of_a_canonical_text_is_itself(prompt):
     text = json_prompt(prompt)
     assert json_prompt(text) == text
-    assert looks_like_json(text)
     assert json.loads(text).keys() == prompt.keys()
 
 
@@ -114,8 +113,3 @@ def test_words_that_happen_to_be_hex_digits_are_colours_in_words():
 def test_every_field_is_documented_once():
     for fields in (FIELDS, SUBJECT_FIELDS, CAMERA_FIELDS):
         assert len(set(fields)) == len(fields)
-
-
-@pytest.mark.parametrize(("text", "meant"), [(' {"scene"', True), ("a {cat}", False), ("", False)])
-def test_a_prompt_that_begins_as_an_object_was_meant_as_one(text, meant):
-    assert looks_like_json(text) == meant

@@ -16,8 +16,3 @@ def add_noise(image: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
 def to_image(x: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
     """Return the clean image that the velocity v at point x and time t points to."""
     return x - t * v
-
-
-def to_noise(x: Tensor, v: Tensor, t: float | Tensor) -> Tensor:
-    """Return the pure noise that the velocity v at point x and time t points away from."""
-    return x + (1 - t) * v

@@ -17,33 +17,11 @@ class Times:
     most: float
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """Times of two contenders. `ratio` is the median of ours divided by that of theirs; below 1, ours is faster."""
-
-    ours: Times
-    theirs: Times
-    ratio: float
-
-
-def median_seconds(fn: Callable[[], object], warmup: int = 1, repeats: int = 5) -> float:
-    """Return the median wall time of fn() in seconds.
-
-    fn must have finished its work when it returns. On a GPU it must copy the result back to the host.
-    """
-    for _ in range(warmup):
-        fn()
-    return median(_seconds(fn) for _ in range(repeats))
-
-
-def compare(ours: Callable[[], object], theirs: Callable[[], object], repeats: int = 5, warmup: int = 1) -> Comparison:
-    """Time two functions in turn, A B A B, after a warm-up of both. Both must follow the rule of `median_seconds`."""
-    times = take_turns({"ours": ours, "theirs": theirs}, repeats, warmup)
-    return Comparison(times["ours"], times["theirs"], times["ours"].median / times["theirs"].median)
-
-
 def take_turns(contenders: Mapping[str, Callable[[], object]], repeats: int = 5, warmup: int = 1) -> dict[str, Times]:
-    """Like `compare`, for any number of contenders by name."""
+    """Time contenders in turn, A B A B, after a warm-up of all; returns times by name.
+
+    A contender must have finished its work when it returns. On a GPU it must copy the result back to the host.
+    """
     for _ in range(warmup):
         for call in contenders.values():
             call()

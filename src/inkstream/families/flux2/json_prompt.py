@@ -49,11 +49,6 @@ def json_prompt(source: str | Mapping[str, Any]) -> str:
     return json.dumps(checked, ensure_ascii=False)
 
 
-def looks_like_json(text: str) -> bool:
-    """Whether a prompt is meant as JSON: it starts with a brace."""
-    return text.lstrip().startswith("{")
-
-
 def _read(source: str | Mapping[str, Any]) -> Any:
     if not isinstance(source, str):
         return source
