@@ -229,7 +229,7 @@ def test_of_several_models_in_a_tree_one_must_be_named(tree):
 def test_of_several_parts_that_fit_the_one_beside_the_model_is_taken(tree):
     shutil.copyfile(tree / "vae/ae.safetensors", tree / "vae/other.safetensors")
     message = refused(tree, "vae", "ae.safetensors", "other.safetensors")
-    chosen = Path(message.rsplit(" in ", 1)[1])
+    chosen = Path(message.rsplit(" into ", 1)[1])
     chosen.mkdir()
     (chosen / "ae.safetensors").symlink_to(tree / "vae/ae.safetensors")
     inkstream.load(tree)

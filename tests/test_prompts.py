@@ -73,7 +73,7 @@ def test_a_json_prompt_comes_from_stdin_where_it_is_a_dash(draw, klein, monkeypa
 def test_a_model_that_was_not_made_for_json_draws_it_and_says_so(draw, tiny_folder, capsys):
     Path("harbour.json").write_text(json.dumps(HARBOUR))
     assert draw("--json-prompt", "harbour.json", "-m", tiny_folder, "-o", "fox.png") == 0
-    assert "it is JSON, which tiny-turbo was not made for and reads as plain text" in capsys.readouterr().err
+    assert "it is JSON, which tiny-turbo reads as plain text" in capsys.readouterr().err
     assert read_request("fox.png").request.prompt == CANONICAL
 
 
@@ -191,7 +191,7 @@ def test_kleins_language_model_sees_no_references(tmp_path, capsys):
     words = ["generate", "make it red", "--upsample", "-m", "flux2-klein-4b", "--reference", str(tmp_path / "cat.png")]
     assert main(words) == 2
     assert capsys.readouterr().err == (
-        "inkstream: the language model of flux2-klein-4b sees no references: leave upsample out, or take flux2-dev\n"
+        "inkstream: flux2-klein-4b cannot upsample a prompt with references: leave upsample out, or take flux2-dev\n"
     )
 
 

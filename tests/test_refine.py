@@ -69,7 +69,7 @@ def test_a_model_that_takes_references_looks_at_the_draft_and_another_starts_fro
     assert (by_klein.way, by_klein.request.reference, by_klein.request.image) == ("reference", (draft,), None)
     by_krea = refined(wish(), asked(draft), draft, KREA)
     assert (by_krea.way, by_krea.request.reference, by_krea.request.image) == ("strength", (), draft)
-    assert by_klein.lines[0] == "flux2-klein-4b looks at draft.png as a reference (--strength starts from it instead)"
+    assert by_klein.lines[0] == "flux2-klein-4b takes draft.png as a reference (--strength starts from it instead)"
     assert by_krea.lines[0].startswith("flux1-krea-dev starts from draft.png, at strength 0.")
 
 
@@ -119,7 +119,7 @@ def test_what_the_model_does_not_honour_is_left_out_and_said(draft):
 def test_what_somebody_chose_for_the_drafts_model_is_said_to_be_left_out(draft):
     chosen = asked(draft).model_copy(update={"steps": 20, "solver": "heun", "negative_prompt": ""})
     found = refined(wish(), chosen, draft, KLEIN)
-    assert found.lines[1:] == ("chosen for z-image and not for flux2-klein-4b, so left out: steps 20, solver heun",)
+    assert found.lines[1:] == ("left out, as set for z-image and not for flux2-klein-4b: steps 20, solver heun",)
     assert refined(wish(steps=4, solver="heun"), chosen, draft, KLEIN).lines[1:] == ()
 
 
@@ -149,8 +149,8 @@ def test_a_model_that_reads_references_as_words_starts_from_the_draft_unless_tol
     ("name", "way", "said"),
     [
         ("flux1-krea-dev", "reference", "cannot refine by reference"),
-        ("flux1-fill-dev", None, "refines no pictures"),
-        ("flux1-canny-dev", "strength", "refines no pictures"),
+        ("flux1-fill-dev", None, "cannot refine pictures"),
+        ("flux1-canny-dev", "strength", "cannot refine pictures"),
     ],
 )
 def test_a_way_that_the_model_does_not_have_is_refused(name, way, said):
@@ -159,7 +159,7 @@ def test_a_way_that_the_model_does_not_have_is_refused(name, way, said):
 
 
 def test_a_picture_without_a_prompt_is_refused_by_its_name(picture):
-    with pytest.raises(InputError, match=r"plain\.png carries no prompt: say with --prompt"):
+    with pytest.raises(InputError, match=r"plain\.png carries no prompt: give one with --prompt"):
         refined(wish(), Request.model_validate({}), picture, KLEIN)
 
 
@@ -170,7 +170,7 @@ def test_a_draft_is_refined_by_its_own_request_and_says_what_it_was(draft, klein
     assert main(["refine", draft, "-m", str(klein_folder)]) == 0
     out, err = capsys.readouterr()
     assert out == "draft-refined.png\n"
-    assert "tiny-flux2-klein looks at draft.png as a reference" in err
+    assert "tiny-flux2-klein takes draft.png as a reference" in err
     assert "negative prompt 'blurry' is left out" in err
     request = asked("draft-refined.png")
     assert (request.prompt, request.seed, request.reference, request.steps) == ("a fox", 7, ("draft.png",), 4)

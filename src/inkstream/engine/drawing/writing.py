@@ -1,7 +1,7 @@
-"""Prompts that a model has written out by a grammar of its own, a picture at a time. No torch.
+"""Expanding a prompt by a model's own grammar, separately for each picture. No torch.
 
-The request keeps the prompt as it was typed: the same prompt and seed always give the same words, so the request alone
-draws the picture again. Prompts that a language model writes out are another matter: see `Model.upsample`.
+The request keeps the typed prompt. The same prompt and seed always give the same expanded prompt, so the request alone
+draws the picture again. A language model expands prompts in another way: see `Model.upsample`.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from inkstream.pocket.writer import Written, write
 from inkstream.types import Request, Spec
 
 WRITERS: dict[str, Callable[[str, int, str], Written]] = {"scenes": write}
-"""Spec.writer -> (prompt, seed, negative prompt) -> what the model is told."""
+"""Spec.writer -> the function (prompt, seed, negative prompt) -> the expanded prompt and notes."""
 REAL_MODEL = "z-image-turbo"
+"""The model that the notes recommend for prompts outside the grammar."""
 
 
 def writes_out(request: Request, spec: Spec) -> bool:
-    """Whether the grammar of the model writes the prompt out: unless the request says no or starts from a picture."""
+    """Whether the model's grammar expands the prompt. `upsample` decides; by default, only without a start picture."""
     asked = request.image is None if request.upsample is None else request.upsample
     return bool(spec.writer) and asked
 
 
 def written_out(request: Request, spec: Spec) -> str:
-    """What the model is told of the request's first picture. The request has a seed."""
+    """The prompt that the model gets for the request's first picture. The request must have a seed."""
     return _write(request, spec).prompt if writes_out(request, spec) else request.prompt
 
 
 def notes(request: Request, spec: Spec) -> list[str]:
-    """What the grammar did not understand of a prompt, a line each, and which model to take instead."""
+    """A line for each part of the prompt that the grammar did not understand, and one with a model to take instead."""
     if not writes_out(request, spec):
         return []
     lines = list(_write(request, spec).notes)
@@ -40,7 +41,7 @@ def notes(request: Request, spec: Spec) -> list[str]:
 
 
 def wording(typed: str, drawn: Request, spec: Spec) -> dict[str, str]:
-    """What a picture's metadata says of a prompt that was expanded: the prompt as typed, or what the model was told."""
+    """The metadata of an expanded prompt: the typed prompt if a language model expanded it, else the expanded one."""
     if typed != drawn.prompt:
         return {"upsampled_from": typed}
     return {"told": written_out(drawn, spec)} if writes_out(drawn, spec) else {}
