@@ -1,4 +1,4 @@
-"""`inkstream batch`: files of requests, the manifest, going on after whatever stopped it; tiny models."""
+"""`inkstream batch`: files of requests, the manifest, and resuming after a stop, with tiny models."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def lines_in(folder: Path) -> list[dict[str, Any]]:
 
 
 def pictures_in(folder: Path) -> dict[str, int]:
-    """Names of the pictures and when each was written."""
+    """The names of the pictures and their modification times."""
     return {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
 
 
@@ -66,7 +66,7 @@ def problems(capsys) -> list[str]:
     return capsys.readouterr().err.splitlines()
 
 
-# What is drawn
+# Drawing
 
 
 def test_each_line_of_a_text_file_becomes_a_picture_and_a_line_of_the_manifest(words, capsys):
@@ -111,7 +111,7 @@ def test_rows_win_over_options_and_count_gives_each_picture_a_line(words):
     assert read_request(f"out/{lines[2]['file']}").request.prompt == 'a "fox"\nin two lines'
 
 
-def test_a_rows_pictures_are_looked_for_beside_the_file(words, tmp_path):
+def test_paths_in_a_row_are_relative_to_the_file(words, tmp_path):
     (tmp_path / "rows").mkdir()
     Image.new("RGB", (32, 32), "red").save("rows/start.png")
     Image.new("RGB", (32, 32), "blue").save("start.png")
@@ -124,7 +124,7 @@ def test_a_rows_pictures_are_looked_for_beside_the_file(words, tmp_path):
     assert len(pictures_in(Path("out"))) == 2  # another picture under the same name is another request
 
 
-def test_models_take_turns_however_the_rows_are_mixed(tiny_folder, tiny_base_folder):
+def test_rows_are_drawn_model_by_model_in_any_order(tiny_folder, tiny_base_folder):
     models = [str(tiny_folder), str(tiny_base_folder)] * 3
     wishes = [Request(prompt=f"fox {i}", model=model, seed=i, width=32, height=32, steps=1, guidance=1)
               for i, model in enumerate(models)]  # fmt: skip
@@ -134,7 +134,7 @@ def test_models_take_turns_however_the_rows_are_mixed(tiny_folder, tiny_base_fol
     assert {turn for turn, _ in loads} == {0, 1}
 
 
-def test_what_cannot_be_drawn_fails_alone(tiny_folder):
+def test_a_row_that_cannot_be_drawn_does_not_fail_others(tiny_folder):
     wishes = [Request(prompt=f"fox {i}", model=model, seed=i, width=32, height=32, steps=1)
               for i, model in enumerate((str(tiny_folder), "/nowhere", str(tiny_folder)))]  # fmt: skip
     ends = {
@@ -159,7 +159,7 @@ def test_closing_stops_within_a_step(tiny_folder):
     assert threading.active_count() == before
 
 
-# Going on
+# Resuming
 
 
 def test_the_same_command_again_draws_only_what_is_missing_damaged_or_changed(words, capsys):
@@ -186,12 +186,12 @@ def test_the_same_command_again_draws_only_what_is_missing_damaged_or_changed(wo
     assert "three-wolves" in lines_in(Path("out"))[2]["file"]
 
 
-def test_what_a_crash_leaves_is_put_right(words):
+def test_the_state_after_a_crash_is_repaired(words):
     write("foxes.txt", "one fox\ntwo foxes\n")
     assert main(["batch", "foxes.txt", *words]) == 0
     manifest = Path("out/manifest.jsonl")
     first, second = manifest.read_bytes().splitlines(keepends=True)
-    manifest.write_bytes(first + second[:40])  # killed while the line was written, behind the picture's rename
+    manifest.write_bytes(first + second[:40])  # killed while the line was written, after the picture's rename
     Path("out/.00009-x.png.part").write_bytes(b"half a picture")
     assert main(["batch", "foxes.txt", *words]) == 0
     assert [line["row"] for line in lines_in(Path("out"))] == [1, 2]
@@ -199,7 +199,7 @@ def test_what_a_crash_leaves_is_put_right(words):
     assert list(Path("out").glob(".*.part")) == []
 
 
-def test_rows_that_nobody_asks_for_now_stay_in_the_manifest(words):
+def test_manifest_lines_of_rows_that_were_removed_stay(words):
     write("some.txt", "one fox\n")
     write("all.txt", "one fox\ntwo foxes\n")
     for name, count in (("all.txt", 2), ("some.txt", 2), ("all.txt", 2)):
@@ -207,7 +207,7 @@ def test_rows_that_nobody_asks_for_now_stay_in_the_manifest(words):
         assert len(lines_in(Path("out"))) == count
 
 
-def test_an_interrupt_keeps_what_is_done_and_says_how_to_go_on(words, capsys):
+def test_an_interrupt_keeps_finished_pictures_and_prints_how_to_resume(words, capsys):
     write("foxes.txt", "".join(f"{i} foxes\n" for i in range(40)))
 
     def interrupt() -> None:
@@ -229,7 +229,7 @@ def test_two_runs_into_one_folder_are_refused(words, capsys):
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path):
+def test_a_killed_run_resumes(tiny_folder, tmp_path):
     words = ["-m", str(tiny_folder), "-W", "32", "-H", "32", "--steps", "50", "--slots", "2"]
     outcome = fault_script().ordeal(tmp_path, 16, 1, words)
     assert outcome["problems"] == []
@@ -237,7 +237,7 @@ def test_a_killed_run_goes_on_where_it_was(tiny_folder, tmp_path):
     assert 0 < outcome["killed at"][0] < 16
 
 
-# What cannot be drawn
+# Errors
 
 
 def test_all_bad_rows_are_named_before_anything_is_drawn(words, capsys):
@@ -282,7 +282,7 @@ def test_all_bad_rows_are_named_before_anything_is_drawn(words, capsys):
         ('prompt,seed\n"a fox,1\n', 2, "is no CSV"),
     ],
 )
-def test_a_table_that_is_none_is_refused_with_the_line(text, line, says, tmp_path):
+def test_an_invalid_table_is_refused_with_its_line_number(text, line, says, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(text)
     ((where, problem),) = read_rows(path)[1]
@@ -302,7 +302,7 @@ def test_a_table_that_is_none_is_refused_with_the_line(text, line, says, tmp_pat
         (["rows.txt", "--out", "rows.txt/x"], "a file is in the way"),
     ],
 )
-def test_a_command_that_cannot_be_is_one_line_with_the_remedy(words, says, tmp_path, monkeypatch, capsys):
+def test_an_invalid_command_prints_one_line_with_the_remedy(words, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("rows.txt", "a fox\n")
     write("empty.txt", "\n\n")
@@ -311,7 +311,7 @@ def test_a_command_that_cannot_be_is_one_line_with_the_remedy(words, says, tmp_p
     assert says in problems(capsys)[-1]
 
 
-def test_a_server_draws_a_file_and_a_row_it_refuses_is_listed_and_tried_again(server, tmp_path, monkeypatch, capsys):
+def test_a_server_draws_a_file_and_a_refused_row_is_listed_and_retried(server, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("rows.jsonl", '{"prompt": "a red disc"}\n{"prompt": "a disc", "steps": 51}\n{"prompt": "a blue disc"}\n')
     address = f"http://127.0.0.1:{server.port}"
@@ -332,7 +332,7 @@ def test_a_server_draws_a_file_and_a_row_it_refuses_is_listed_and_tried_again(se
 
 
 @pytest.mark.slow
-def test_a_server_whose_queue_is_full_is_waited_for(start_server, tmp_path, monkeypatch):
+def test_batch_waits_for_a_server_with_a_full_queue(start_server, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write("rows.txt", "".join(f"{i} red discs\n" for i in range(4)))
     served = start_server(Settings(tmp_path / "data", models=("pocket",), slots=1, limits=Limits(queue=1)))
@@ -345,7 +345,7 @@ def test_a_server_whose_queue_is_full_is_waited_for(start_server, tmp_path, monk
     assert len(pictures_in(Path("out"))) == 4
 
 
-def test_a_server_that_is_not_there_or_has_not_the_model_is_said_at_once(server, tmp_path, monkeypatch, capsys):
+def test_a_missing_server_or_model_is_reported_at_once(server, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     write("rows.txt", "a fox\n")
     assert main(["batch", "rows.txt", "--out", "out", "--server", "http://127.0.0.1:1"]) == 2
@@ -354,25 +354,25 @@ def test_a_server_that_is_not_there_or_has_not_the_model_is_said_at_once(server,
     assert "model z is not offered by the server: take pocket" in problems(capsys)[0]
 
 
-# Small things
+# Details
 
 
-def test_seeds_are_the_same_in_every_run_and_differ_between_rows_and_bases():
+def test_seeds_depend_on_the_row_and_the_base_seed_alone():
     seeds = [seed_of(line, base) for line in range(1, 200) for base in (0, 1)]
     assert len(set(seeds)) == len(seeds)
     assert seed_of(1, 0) == int.from_bytes(hashlib.sha256(b"0 1").digest()[:4], "big")
 
 
-def test_a_digest_names_what_is_asked_and_not_what_is_left_out():
+def test_a_digest_covers_only_the_set_fields():
     assert digest(Request(prompt="x", seed=1)) == digest(Request(prompt="x", seed=1, count=1, guidance=None))
     assert digest(Request(prompt="x", seed=1)) != digest(Request(prompt="x", seed=2))
 
 
-def test_times_are_told_as_people_say_them():
+def test_durations_are_printed_in_words():
     assert [duration(s) for s in (3.4, 89, 100, 3599, 7260)] == ["3 s", "89 s", "2 min", "1 h 0 min", "2 h 1 min"]
 
 
-def test_without_ray_the_extra_is_named(words, capsys):
+def test_without_ray_the_error_names_the_extra(words, capsys):
     if importlib.util.find_spec("ray") is not None:
         pytest.skip("ray is installed")
     write("foxes.txt", "one fox\n")

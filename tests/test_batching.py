@@ -1,4 +1,4 @@
-"""Requests drawn at once: who shares a forward, who waits for whom, and that nobody's picture depends on the others."""
+"""Continuous batching: which requests share a forward, their order, and that pictures do not depend on the batch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.sampling.solvers import SOLVERS
 from inkstream.types import Conditioning, Done, Event, Failed, InputError, Loading, Queued, Request, Step
 
-# The batch by itself, over flows that are known: every path leads straight to its picture --------------------------
+# The batch alone, with a family whose velocity leads straight to the picture -----------------------------------------
 
 
 class Straight:
-    """A family of one flow, that remembers who was answered together."""
+    """A family with a known flow. It records which requests were answered in one forward."""
 
     def __init__(self, fails: Callable[[Sequence[str]], bool] = lambda names: False):
-        self.forwards: list[str] = []  # the names of each, in order
+        self.forwards: list[str] = []  # for each forward the names of its requests
         self.fails = fails
 
     def answer(self, samples: Sequence[Sample]) -> list[torch.Tensor]:
@@ -42,7 +42,7 @@ class Straight:
 
 
 def start(name: str, steps: int, entries: int = 1) -> Run:
-    """A run whose picture is the code of its name; guided where it has two entries."""
+    """A run whose picture is the character code of its name. With two entries it is guided."""
     request = Request(guidance=1.0 if entries == 1 else 2.0, steps=steps)
     noise = torch.full((1, 2, 2), 0.5)
     return Run(
@@ -51,7 +51,7 @@ def start(name: str, steps: int, entries: int = 1) -> Run:
 
 
 def drawing(family: Straight, name: str, steps: int, tokens: int = 1, entries: int = 1, model: list | None = None):
-    """What draws such a run. model: its last entry is the one loaded; another than the name's case needs all to end."""
+    """The drawing of such a run. model: its last entry is the loaded one; a name in the other case needs another."""
     yield Loading("prompt")
     if model is not None and model[-1] != name.isupper():
         yield Alone()
@@ -69,7 +69,7 @@ def drawing(family: Straight, name: str, steps: int, tokens: int = 1, entries: i
 
 
 def begin(batch: Batch, made: Drawing) -> Iterator[Event]:
-    """Its events, the first of which was read."""
+    """The events of a drawing, after its first one has been read."""
     events = batch.join(made)
     assert next(events) == Loading("prompt")
     return events
@@ -80,29 +80,29 @@ def forwards(family: Straight) -> list[str]:
 
 
 def picture(events: Iterator[Event]) -> str:
-    """The name that the last event shows."""
+    """The name that the picture of the last event stands for."""
     *_, last = events
     assert isinstance(last, Done)
     return chr(last.image.getpixel((0, 0)))
 
 
-def test_all_that_ask_are_answered_together_and_leave_as_they_end():
+def test_requests_share_forwards_until_each_ends():
     family, batch = Straight(), Batch()
     reading = [begin(batch, drawing(family, name, steps)) for name, steps in (("a", 2), ("b", 4), ("c", 3))]
     assert [picture(events) for events in reading] == ["a", "b", "c"]
     assert family.forwards == ["a", "abc", "a left", "bc", "bc", "c left", "b", "b left"]
 
 
-def test_whoever_reads_draws_for_all():
+def test_reading_one_request_drives_all():
     family, batch = Straight(), Batch()
     first, second = (begin(batch, drawing(family, name, 3)) for name in "ab")
     assert picture(second) == "b"
     made = len(forwards(family))
     assert picture(first) == "a"
-    assert len(forwards(family)) == made  # all of the first's were made on the way
+    assert len(forwards(family)) == made  # all forwards of the first request have run
 
 
-def test_one_alone_is_drawn_no_further_than_it_is_read():
+def test_a_single_request_is_drawn_only_as_far_as_it_is_read():
     family, batch = Straight(), Batch()
     events = batch.join(drawing(family, "a", 5))
     assert family.forwards == []
@@ -111,7 +111,7 @@ def test_one_alone_is_drawn_no_further_than_it_is_read():
     assert family.forwards == ["a", "a"]
 
 
-def test_a_newcomer_joins_at_the_next_step():
+def test_a_new_request_joins_at_the_next_step():
     family, batch = Straight(), Batch()
     first = begin(batch, drawing(family, "a", 4))
     assert [next(first).step for _ in range(2)] == [1, 2]
@@ -121,7 +121,7 @@ def test_a_newcomer_joins_at_the_next_step():
     assert forwards(family) == ["a", "a", "a", "ab"]
 
 
-def test_closing_one_takes_it_out_of_the_next_forward_and_the_others_go_on():
+def test_a_closed_request_leaves_the_next_forward_and_the_others_continue():
     family, batch = Straight(), Batch()
     first, second = (begin(batch, drawing(family, name, 4)) for name in "ab")
     next(first)
@@ -133,7 +133,7 @@ def test_closing_one_takes_it_out_of_the_next_forward_and_the_others_go_on():
     assert "a" not in "".join(family.forwards[family.forwards.index("a left") + 1 :])
 
 
-def test_closing_in_the_middle_of_anothers_forward_waits_for_its_end():
+def test_a_close_during_a_forward_takes_effect_after_it():
     entered, go_on = threading.Event(), threading.Event()
 
     def hold(names: Sequence[str]) -> bool:
@@ -156,7 +156,7 @@ def test_closing_in_the_middle_of_anothers_forward_waits_for_its_end():
     assert "a" not in "".join(family.forwards[left + 1 :])
 
 
-def test_many_threads_get_each_its_own_picture():
+def test_every_thread_gets_its_own_picture():
     family, batch = Straight(), Batch()
     names = "abcdefgh"
     with ThreadPoolExecutor(len(names)) as threads:
@@ -165,7 +165,7 @@ def test_many_threads_get_each_its_own_picture():
     assert batch.ahead(shares=False) == 0
 
 
-def test_an_error_of_one_fails_only_that_one():
+def test_an_error_in_a_forward_fails_only_the_faulty_request():
     family, batch = Straight(lambda names: "b" in names), Batch()
     reading = {name: begin(batch, drawing(family, name, 3)) for name in "abc"}
     with pytest.raises(ValueError, match="no answer to b"):
@@ -174,7 +174,7 @@ def test_an_error_of_one_fails_only_that_one():
     assert "ac" in forwards(family)
 
 
-def test_an_error_of_what_draws_fails_only_that_one():
+def test_an_error_in_a_drawing_fails_only_its_request():
     def broken() -> Drawing:
         yield Loading("prompt")
         raise InputError("no such picture")
@@ -186,7 +186,7 @@ def test_an_error_of_what_draws_fails_only_that_one():
     assert picture(first) == "a"
 
 
-def test_what_failed_together_and_not_alone_is_not_tried_again():
+def test_a_forward_that_was_too_large_is_not_tried_again():
     tried = []
 
     def too_many(names: Sequence[str]) -> bool:
@@ -200,7 +200,7 @@ def test_what_failed_together_and_not_alone_is_not_tried_again():
     assert 3 in tried
 
 
-def test_what_has_no_room_beside_the_others_waits_for_the_next_forward():
+def test_a_request_that_does_not_fit_waits_for_the_next_forward():
     family, batch = Straight(), Batch(within(6))
     reading = [begin(batch, drawing(family, name, 2, tokens, entries)) for name, tokens, entries in
                (("a", 4, 1), ("b", 2, 1), ("c", 2, 2), ("d", 9, 1))]  # fmt: skip
@@ -210,14 +210,14 @@ def test_what_has_no_room_beside_the_others_waits_for_the_next_forward():
     assert "ab" in forwards(family)
 
 
-def test_of_equals_the_one_that_came_first_ends_first():
+def test_equal_requests_are_fifo():
     family, batch = Straight(), Batch(within(1))
     reading = [begin(batch, drawing(family, name, 3)) for name in "abc"]
     assert "".join(map(picture, reading)) == "abc"
     assert "".join(forwards(family)) == "aaabbbccc"
 
 
-def test_a_small_one_behind_a_large_one_does_not_wait_for_its_end():
+def test_a_small_request_passes_a_large_one():
     family, batch = Straight(), Batch(within(1))
     large = begin(batch, drawing(family, "L", 100, tokens=8))
     for _ in range(10):
@@ -228,7 +228,7 @@ def test_a_small_one_behind_a_large_one_does_not_wait_for_its_end():
     assert picture(large) == "L"
 
 
-def test_a_large_one_does_not_starve_behind_small_ones_that_keep_coming():
+def test_a_large_request_does_not_starve_behind_small_ones():
     family, batch = Straight(), Batch(within(1))
     large = begin(batch, drawing(family, "L", 10, tokens=8))
     waiting = [begin(batch, drawing(family, "s", 4)) for _ in range(2)]
@@ -239,7 +239,7 @@ def test_a_large_one_does_not_starve_behind_small_ones_that_keep_coming():
     assert picture(large) == "L"
 
 
-def test_another_model_waits_until_those_before_it_have_ended_and_those_behind_it_wait_for_it():
+def test_a_request_for_another_model_waits_for_earlier_ones_and_later_ones_wait_for_it():
     family, batch, model = Straight(), Batch(), [False]
     first, second = (
         begin(batch, drawing(family, "a", 3, model=model)),
@@ -252,7 +252,7 @@ def test_another_model_waits_until_those_before_it_have_ended_and_those_behind_i
     assert model == [False, True, False]
 
 
-def test_requests_of_one_model_that_come_before_it_is_loaded_load_it_once_and_share_it():
+def test_requests_that_arrive_before_their_model_is_loaded_load_it_once():
     family, batch, model = Straight(), Batch(), [None]
     reading = [begin(batch, drawing(family, name, 3, model=model)) for name in "abc"]
     assert "".join(map(picture, reading)) == "abc"
@@ -260,7 +260,7 @@ def test_requests_of_one_model_that_come_before_it_is_loaded_load_it_once_and_sh
     assert "abc" in forwards(family)
 
 
-def test_no_more_than_some_are_under_way_at_once():
+def test_the_number_of_concurrent_requests_is_limited():
     family, batch = Straight(), Batch()
     names = [chr(ord("A") + i) for i in range(ABREAST + 3)]
     reading = [batch.join(drawing(family, name, 2)) for name in names]
@@ -268,7 +268,7 @@ def test_no_more_than_some_are_under_way_at_once():
     assert max(map(len, forwards(family))) <= ABREAST
 
 
-def test_a_request_is_told_how_many_are_ahead_of_it_only_where_it_must_wait():
+def test_ahead_counts_requests_only_if_a_new_one_must_wait():
     family, batch = Straight(), Batch()
     assert batch.ahead(shares=False) == 0
     events = begin(batch, drawing(family, "a", 2))
@@ -277,7 +277,7 @@ def test_a_request_is_told_how_many_are_ahead_of_it_only_where_it_must_wait():
     assert batch.ahead(shares=False) == 0
 
 
-def test_a_run_counts_the_tokens_of_its_picture_its_text_and_what_it_looks_at():
+def test_a_run_counts_the_tokens_of_picture_text_and_references():
     latents = torch.zeros(16, 8, 12)
     run = Run(Request(width=96, height=64, guidance=1.0), SOLVERS["euler"](latents, [1.0, 0.0]), ["x"], 1, latents)
     cond = Conditioning(torch.zeros(12, 4), (7, 5), references=(torch.zeros(16, 8, 8), torch.zeros(16, 4, 4)))
@@ -285,8 +285,8 @@ def test_a_run_counts_the_tokens_of_its_picture_its_text_and_what_it_looks_at():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library can be told")
-def test_memory_that_was_freed_is_not_taken_from_the_system_again():
-    import resource  # of Unix only
+def test_freed_memory_is_reused_without_page_faults():
+    import resource  # only on Unix
 
     def use() -> None:
         held = [torch.ones(2**20) for _ in range(10)]  # 4 MiB each
@@ -301,7 +301,7 @@ def test_memory_that_was_freed_is_not_taken_from_the_system_again():
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library can be told")
-def test_memory_that_was_freed_goes_back_when_it_is_to():
+def test_freed_memory_is_returned_to_the_system_on_request():
     def taken() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
@@ -347,7 +347,7 @@ def mixed(tiny_base_folder, tmp_path_factory) -> list[Request]:
 
 
 def counted(engine, draw: Callable[[], object]) -> list[int]:
-    """How many entries each forward had while something was drawn."""
+    """The number of samples of every forward that `draw` makes."""
     sizes = []
     hook = engine.model.family.transformer.register_forward_hook(lambda module, args, out: sizes.append(len(out)))
     try:
@@ -363,12 +363,12 @@ def in_threads(engine, requests: Sequence[Request]) -> list[inkstream.Result]:
 
 
 def apart(one: Image.Image, other: Image.Image) -> float:
-    """Decibels; infinite where every pixel is the same."""
+    """PSNR in decibels; infinite if all pixels are equal."""
     error = np.mean((np.asarray(one, float) - np.asarray(other, float)) ** 2)
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
 
 
-def test_a_picture_drawn_with_others_is_the_one_it_is_alone(engine, mixed):
+def test_a_picture_drawn_in_a_batch_equals_the_one_drawn_alone(engine, mixed):
     alone = [engine.generate(request) for request in mixed]
     together: list[inkstream.Result] = []
     sizes = counted(engine, lambda: together.extend(in_threads(engine, mixed)))
@@ -379,8 +379,8 @@ def test_a_picture_drawn_with_others_is_the_one_it_is_alone(engine, mixed):
             assert apart(a, b) >= 50, request  # a rounding or two of 255: products of other shapes sum in another order
 
 
-def test_forwards_of_the_same_shapes_give_the_very_same_picture(engine, mixed):
-    """The order of those in a batch changes nothing: only which shapes meet in one product can."""
+def test_forwards_of_the_same_shapes_give_bit_identical_pictures(engine, mixed):
+    """The order in a batch changes nothing. Only the shapes in one matrix product can change the rounding."""
     twins = [mixed[1].model_copy(update={"seed": seed}) for seed in (3, 4)]
     with_others = [turn_by_turn(engine, order) for order in (twins, twins[::-1])]
     assert apart(with_others[0][0], with_others[1][1]) == float("inf")
@@ -388,7 +388,7 @@ def test_forwards_of_the_same_shapes_give_the_very_same_picture(engine, mixed):
 
 
 def turn_by_turn(engine, requests: Sequence[Request]) -> list[Image.Image]:
-    """Their pictures, all read by one thread, event by event."""
+    """The pictures of requests whose iterators one thread reads in turn, event by event."""
     shown: dict[int, Image.Image] = {}
     reading = dict(enumerate(map(engine.submit, requests)))
     while reading:
@@ -402,7 +402,7 @@ def turn_by_turn(engine, requests: Sequence[Request]) -> list[Image.Image]:
     return [shown[i] for i in range(len(requests))]
 
 
-def test_iterators_that_one_thread_reads_in_turn_share_their_forwards(engine, mixed):
+def test_iterators_read_in_turn_by_one_thread_share_forwards(engine, mixed):
     shown: list[Image.Image] = []
     sizes = counted(engine, lambda: shown.extend(turn_by_turn(engine, mixed[:5])))
     assert max(sizes) > 4
@@ -410,7 +410,7 @@ def test_iterators_that_one_thread_reads_in_turn_share_their_forwards(engine, mi
         assert apart(image, engine.generate(request).images[0]) >= 50
 
 
-def test_flux2_pictures_of_other_sizes_that_look_at_others_share_a_forward(make_folder, tmp_path):
+def test_flux2_pictures_of_different_sizes_and_references_share_a_forward(make_folder, tmp_path):
     folder = make_folder(tmp_path / "tiny-flux2-klein", KLEIN_4B.tiny)
     engine = inkstream.Engine(inkstream.Machine("cpu"))
     photo = Image.fromarray(np.arange(64 * 64 * 3, dtype=np.uint8).reshape(64, 64, 3))
@@ -427,7 +427,7 @@ def test_flux2_pictures_of_other_sizes_that_look_at_others_share_a_forward(make_
         assert apart(image, engine.generate(wish).images[0]) >= 50
 
 
-def test_the_events_of_one_request_come_in_the_order_they_have_alone(engine, mixed):
+def test_a_request_has_the_same_event_order_as_alone(engine, mixed):
     with ThreadPoolExecutor(3) as threads:
         several = list(threads.map(lambda request: list(engine.submit(request)), mixed[-3:]))
     for request, events in zip(mixed[-3:], several):
@@ -453,10 +453,10 @@ def test_a_request_that_cannot_be_drawn_fails_alone(engine, mixed):
     assert "nowhere.png" in last[2].error
 
 
-def test_numbers_that_are_not_finite_fail_only_the_request_that_has_them(engine, mixed):
+def test_non_finite_values_fail_only_their_request(engine, mixed):
     transformer = engine.model.family.transformer
 
-    def spoil(module, args, out):  # whoever is drawn at this size
+    def spoil(module, args, out):  # spoils every request of this size
         return [x * float("nan") if x.shape[-2:] == (4, 4) else x for x in out]
 
     hook = transformer.register_forward_hook(spoil)
@@ -469,17 +469,17 @@ def test_numbers_that_are_not_finite_fail_only_the_request_that_has_them(engine,
     assert "not finite" in last[1].error
 
 
-def test_closing_one_iterator_leaves_the_others_and_the_engine_whole(engine, mixed):
+def test_closing_one_iterator_does_not_affect_the_others(engine, mixed):
     first, second = engine.submit(mixed[1].model_copy(update={"steps": 50})), engine.submit(mixed[2])
     for _ in range(4):
         next(first), next(second)
     first.close()
     sizes = counted(engine, lambda: list(second))
-    assert set(sizes) == {2}  # its own two entries
+    assert set(sizes) == {2}  # the two samples of its guidance
     assert engine.generate(mixed[0]).images
 
 
-def test_a_text_is_encoded_once_whoever_asks_for_it(engine, mixed):
+def test_a_text_is_encoded_once_for_all_requests(engine, mixed):
     calls = []
     hook = engine.model.family.text_encoder.register_forward_hook(lambda *a: calls.append(1))
     wish = {"prompt": "only here", "negative_prompt": "not there", "guidance": 3.0}
@@ -490,7 +490,7 @@ def test_a_text_is_encoded_once_whoever_asks_for_it(engine, mixed):
     assert len(calls) == 2
 
 
-def test_a_request_that_waits_for_another_model_is_told_its_place(engine, mixed, tiny_folder):
+def test_a_request_that_waits_for_another_model_reports_its_place(engine, mixed, tiny_folder):
     events = engine.submit(mixed[1])
     while not isinstance(next(events), Step):
         pass
@@ -500,7 +500,7 @@ def test_a_request_that_waits_for_another_model_is_told_its_place(engine, mixed,
     events.close()
 
 
-def test_requests_of_two_models_are_drawn_model_by_model_though_one_is_left_unread(engine, mixed, tiny_folder):
+def test_an_unread_request_does_not_block_the_next_model(engine, mixed, tiny_folder):
     wishes = [mixed[1], mixed[1].model_copy(update={"model": str(tiny_folder), "guidance": 1.0})]
     unread = engine.submit(wishes[0])
     while not isinstance(next(unread), Step):

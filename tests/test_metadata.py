@@ -1,4 +1,4 @@
-"""Pictures carry the Request that draws them, and what other programs wrote is read as far as it can be."""
+"""Metadata: pictures carry the Request that draws them, and the metadata of other programs is read."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def png_with(**texts: str) -> str:
 
 
 def with_comment(comment: bytes, kind: str = "JPEG") -> str:
-    """A picture with such an EXIF UserComment."""
+    """A picture with an EXIF UserComment."""
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = comment
     buffer = io.BytesIO()
@@ -134,7 +134,7 @@ def test_any_request_comes_back_from_the_picture_as_it_was(request_, kind):
 
 
 @pytest.mark.parametrize(("prompt", "kind"), [("café, naïve £5", b"tEXt"), ("一只橘猫", b"iTXt"), ("“curly”", b"iTXt")])
-def test_the_a1111_text_is_text_where_latin_1_holds_it_and_itxt_otherwise(prompt, kind):
+def test_the_a1111_text_is_a_text_chunk_if_latin_1_holds_it_else_itxt(prompt, kind):
     data = encode_picture(PICTURE, "PNG", Request(prompt=prompt, seed=1, steps=8), SPECS["z-image"])
     kinds = {body.split(b"\0")[0]: (name, body) for name, body in chunks_of(data) if name in (b"tEXt", b"iTXt")}
     name, body = kinds[b"parameters"]
@@ -151,7 +151,7 @@ def test_the_a1111_text_is_text_where_latin_1_holds_it_and_itxt_otherwise(prompt
     assert MADE_BY_A_MODEL.encode() in kinds[b"XML:com.adobe.xmp"][1]
 
 
-def test_pngs_keep_every_pixel_and_lossless_webps_too():
+def test_png_and_lossless_webp_keep_every_pixel():
     noise = Image.effect_noise((32, 32), 90).convert("RGB")
     for kind in ("PNG", "WEBP"):
         data = encode_picture(noise, kind, FULL, lossless=True)
@@ -159,7 +159,7 @@ def test_pngs_keep_every_pixel_and_lossless_webps_too():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
-def test_minimal_metadata_is_the_mark_alone_and_none_is_nothing(kind):
+def test_minimal_metadata_is_the_mark_alone(kind):
     secret = FULL.model_copy(update={"prompt": "ZEBRA"})
     for amount, mark in (("minimal", MADE_BY_A_MODEL), ("none", None)):
         source = drawn(secret, kind, metadata=amount)
@@ -173,7 +173,7 @@ def test_minimal_metadata_is_the_mark_alone_and_none_is_nothing(kind):
         assert "carries no request: give a prompt" in refusal(read_request, source)
 
 
-def test_what_came_with_the_image_is_not_written_on():
+def test_metadata_of_the_input_image_is_not_written():
     picture = PICTURE.copy()
     picture.info = {"icc_profile": b"x" * 200, "exif": b"Exif\0\0secret", "comment": b"secret", "xmp": b"secret"}
     for kind in ("PNG", "WEBP", "JPEG"):
@@ -182,7 +182,7 @@ def test_what_came_with_the_image_is_not_written_on():
         assert b"xxxx" not in data
 
 
-def test_a_start_picture_given_as_data_is_left_out_and_said_so():
+def test_a_start_picture_given_as_data_is_listed_as_left_out():
     request = FULL.model_copy(update={"image": url(encode_picture(PICTURE, "PNG", FULL)), "mask": "mask.png"})
     source = drawn(request)
     assert len(source) < 10_000
@@ -197,7 +197,7 @@ def test_extra_facts_are_kept_beside_the_request():
     assert json.loads(read_request(url(data)).raw)["extra"] == {"seconds": 2.5}
 
 
-def test_a_record_of_a_newer_version_is_read_as_far_as_it_is_known():
+def test_known_fields_of_a_newer_version_are_read():
     unknown = {"wings": 2, "steps": "many", "solver": "warp", "count": True}
     record = {"version": 9, "request": {"prompt": "cat", "seed": 7, **unknown}}
     found = read_request(png_with(inkstream=json.dumps(record)))
@@ -218,7 +218,7 @@ def test_describe_tells_what_a_picture_is_and_carries(tmp_path):
     }  # fmt: skip
 
 
-def test_describe_of_a_plain_photo_is_no_error(tmp_path):
+def test_describe_reads_a_photo_without_metadata(tmp_path):
     PICTURE.save(tmp_path / "photo.jpg")
     facts = describe(tmp_path / "photo.jpg")
     assert set(facts) == {"picture", "format", "width", "height", "mode", "bytes"}
@@ -239,12 +239,12 @@ def test_a_files_ending_chooses_its_format(tmp_path, name, kind):
 
 
 @pytest.mark.parametrize("name", ["a.tiff", "a", "png", "dir.png/a.gif"])
-def test_an_ending_that_is_no_format_is_refused(name):
+def test_an_unknown_file_ending_is_refused(name):
     assert "take .png, .webp or .jpg" in refusal(picture_format, Path(name))
     assert [picture_format(name) for name in ("jpg", "a.png", Path("b.WebP"))] == ["JPEG", "PNG", "WEBP"]
 
 
-def test_a_file_that_is_there_is_never_overwritten(tmp_path):
+def test_an_existing_file_is_never_overwritten(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(b"precious")
     assert "already exists and is not overwritten: give another name" in refusal(save_picture, PICTURE, path, FULL)
@@ -262,7 +262,7 @@ def test_without_hard_links_a_file_is_still_written_once(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["a.png"]
 
 
-def test_a_missing_folder_is_made_and_an_impossible_one_is_named(tmp_path):
+def test_a_missing_folder_is_created_and_an_impossible_path_is_refused(tmp_path):
     save_picture(PICTURE, tmp_path / "new" / "deep" / "a.png", FULL)
     assert (tmp_path / "new" / "deep" / "a.png").exists()
     (tmp_path / "file").write_text("")
@@ -276,7 +276,7 @@ def test_a_written_file_has_the_users_own_permissions(tmp_path):
     assert (tmp_path / "a.png").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
 
 
-def test_a_picture_goes_to_a_stream_too():
+def test_a_picture_can_be_written_to_a_stream():
     class Pipe(io.RawIOBase):
         """Like stdout: can be written, not searched."""
 
@@ -308,7 +308,7 @@ def test_free_names_count_up(tmp_path):
         save_picture(PICTURE, path, FULL)
 
 
-def test_a_request_too_long_for_a_jpeg_says_what_holds_it():
+def test_a_request_too_long_for_a_jpeg_is_refused_with_a_remedy():
     request = Request(prompt="长" * 20_000)
     assert "save it as .png or .webp" in refusal(encode_picture, PICTURE, "JPEG", request)
     assert read_request(drawn(request, "WEBP")).request == request
@@ -354,14 +354,14 @@ def test_a_chinese_prompt_is_read_from_exif_with_and_without_a_byte_order_mark()
         assert read_request(with_comment(b"UNICODE\0" + body)).request.prompt == "一只橘猫坐在窗边"
 
 
-def test_utf_8_in_a_latin_1_chunk_is_mended():
+def test_utf_8_in_a_latin_1_chunk_is_decoded():
     text = "橘猫\nSteps: 8, Sampler: Euler, CFG scale: 1".encode().decode("latin-1")
     assert read_request(png_with(parameters=text)).request.prompt == "橘猫"
     text = "café\nSteps: 8, Sampler: Euler, CFG scale: 1"
     assert read_request(png_with(parameters=text)).request.prompt == "café"
 
 
-def test_what_has_no_equal_here_is_named():
+def test_settings_without_an_equal_are_listed_as_ignored():
     text = "cat\nSteps: 8, Sampler: DPM++ 2M Karras, Schedule type: Automatic, Seed: -1, Model: dreams_8, Size: 9x9"
     found = read_request(png_with(parameters=text))
     assert fields(found) == {"prompt": "cat", "negative_prompt": "", "steps": 8}
@@ -370,14 +370,14 @@ def test_what_has_no_equal_here_is_named():
     }  # fmt: skip
 
 
-def test_the_strength_of_a_second_pass_is_not_taken_for_ours():
+def test_the_strength_of_a_second_pass_is_ignored():
     text = "cat\nSteps: 8, Sampler: Euler, Seed: 1, Denoising strength: 0.5, Hires upscale: 2, Hires upscaler: ESRGAN"
     found = read_request(png_with(parameters=text))
     assert found.request.strength is None
     assert found.ignored == {"Denoising strength": "0.5", "Hires upscale": "2", "Hires upscaler": "ESRGAN"}
 
 
-def test_json_lists_among_the_pairs_do_not_spill():
+def test_json_lists_among_the_pairs_are_parsed_whole():
     text = 'cat\nSteps: 8, Resources: [{"type":"lora","Seed":3},{"a, Seed: 4":1}], Sampler: Euler, Seed: 7'
     assert dict(read_a1111(text).fields)["seed"] == "7"  # type: ignore[union-attr]
 
@@ -387,7 +387,7 @@ def test_a_lone_prompt_is_read_from_a_png_but_not_from_a_cameras_comment():
     assert "carries no request" in refusal(read_request, with_comment(b"ASCII\0\0\0Holiday, Paris: 2019"))
 
 
-def test_no_negative_line_is_written_for_an_empty_one_and_odd_values_are_quoted():
+def test_an_empty_negative_prompt_has_no_line_and_odd_values_are_quoted():
     request = FULL.model_copy(update={"negative_prompt": "", "model": 'models/a, "b": c.safetensors'})
     lines = write_a1111(request, "inkstream 9").split("\n")
     assert lines == [
@@ -399,7 +399,7 @@ def test_no_negative_line_is_written_for_an_empty_one_and_odd_values_are_quoted(
 
 @pytest.mark.parametrize("solver", get_args(SolverName))
 @pytest.mark.parametrize("schedule", get_args(ScheduleName))
-def test_the_a1111_text_gives_every_solver_and_schedule_back(solver, schedule):
+def test_every_solver_and_schedule_survives_the_a1111_text(solver, schedule):
     request = FULL.model_copy(update={"solver": solver, "schedule": schedule, "strength": 0.25})
     found = read_request(png_with(parameters=write_a1111(request, "inkstream 1")))
     said = {"prompt", "negative_prompt", "model", "width", "height", "steps", "guidance", "seed", "solver", "schedule"}
@@ -409,7 +409,7 @@ def test_the_a1111_text_gives_every_solver_and_schedule_back(solver, schedule):
 
 @settings(deadline=None)
 @given(st.text(), st.text())
-def test_any_text_is_parsed_or_passed_over(text, tail):
+def test_any_text_is_parsed_or_ignored(text, tail):
     reading = read_a1111(text)
     assert reading is None or isinstance(reading, Reading)
     reading = read_a1111(f"{text}\nSteps: {tail}, a: {text}, Seed: 3, B: {tail}")
@@ -437,7 +437,7 @@ def test_any_text_is_parsed_or_passed_over(text, tail):
         (["z-image"] * 3, None),
     ],
 )
-def test_a_models_file_is_known_at_any_precision_and_a_finetune_is_not(name, known):
+def test_a_model_file_is_recognised_in_any_precision_and_a_finetune_is_not(name, known):
     reading = Reading({}, {})
     find_model(name, reading)
     assert reading.fields.get("model") == known
@@ -510,7 +510,7 @@ def test_an_mflux_picture_is_read(kind):
     [("Tongyi-MAI/Z-Image", 4.0, 5.0), ("Tongyi-MAI/Z-Image", 1.0, 1.0), ("Tongyi-MAI/Z-Image-Turbo", 0.0, 1.0),
      ("black-forest-labs/FLUX.1-dev", 3.5, None)],
 )  # fmt: skip
-def test_mflux_guidance_is_taken_to_the_standard_scale(model, theirs, ours):
+def test_mflux_guidance_is_converted_to_the_standard_scale(model, theirs, ours):
     comment = b"ASCII\0\0\0" + json.dumps({**MFLUX, "model": model, "guidance": theirs}).encode()
     found = read_request(with_comment(comment))
     assert found.request.guidance == ours
@@ -630,7 +630,7 @@ def test_texts_and_numbers_are_followed_through_the_nodes_that_hold_them():
     assert found.ignored == {"batch_size": 4}
 
 
-def test_controlnets_pass_each_prompt_on_and_are_named():
+def test_prompts_are_followed_through_controlnets_which_are_listed():
     found = comfy(turbo(
         n44=node("KSampler", seed=1, steps=8, cfg=3, sampler_name="exponential/res_2s", scheduler="bong_tangent",
                  denoise=1, model=["47", 0], positive=["80", 0], negative=["80", 1], latent_image=["41", 0]),
@@ -642,7 +642,7 @@ def test_controlnets_pass_each_prompt_on_and_are_named():
     assert found.ignored == {"conditioning": ["ControlNetApplyAdvanced", "ControlNetApplyAdvanced"]}
 
 
-def test_a_second_pass_is_named_and_the_first_is_read():
+def test_the_first_sampler_is_read_and_later_ones_are_listed():
     found = comfy(turbo(
         n43=node("VAEDecode", samples=["90", 0], vae=["40", 0]),
         n90=node("KSampler", seed=2, steps=4, cfg=1, sampler_name="euler", scheduler="simple", denoise=0.4,
@@ -653,7 +653,7 @@ def test_a_second_pass_is_named_and_the_first_is_read():
     assert found.ignored == {"later_samplers": ["KSampler"]}
 
 
-def test_a_start_picture_is_named_and_its_strength_taken():
+def test_a_start_picture_is_listed_and_its_strength_is_read():
     sampler = turbo()["44"]
     sampler["inputs"] |= {"denoise": 0.55, "latent_image": ["95", 0]}
     found = comfy(turbo(
@@ -664,7 +664,7 @@ def test_a_start_picture_is_named_and_its_strength_taken():
     assert found.ignored == {"image": "me.png"}
 
 
-def test_a_link_that_leads_nowhere_costs_only_its_own_field():
+def test_a_broken_link_loses_only_its_own_field():
     sampler = turbo()["44"]
     sampler["inputs"] |= {"seed": ["404", 0], "steps": ["44", 0], "negative": ["404", 1], "model": ["404", 0]}
     found = comfy(turbo(n44=sampler, n45=node("CustomPrompt", clip=["39", 0], words=["404", 0])))
@@ -731,7 +731,7 @@ CLASSES = st.sampled_from(["SaveImage", "KSampler", "EmptyLatent", "LoadImage", 
     st.sampled_from(["1", "2", "3", "4"]),
     st.fixed_dictionaries({"class_type": CLASSES, "inputs": st.dictionaries(INPUT_NAMES, JSON, max_size=8)}),
 ))  # fmt: skip
-def test_no_graph_raises_anything_but_an_input_error(graph):
+def test_a_graph_never_raises_anything_but_an_input_error(graph):
     try:
         found = comfy(graph)
     except InputError:
@@ -739,7 +739,7 @@ def test_no_graph_raises_anything_but_an_input_error(graph):
     json.dumps(found.ignored, allow_nan=False).encode()
 
 
-def test_references_given_as_data_are_kept_as_digests_and_paths_as_they_are(tmp_path):
+def test_references_given_as_data_are_kept_as_digests_and_paths_stay(tmp_path):
     shown = Image.new("RGB", (8, 8), "red")
     asked = Request(prompt="x", seed=1, reference=(shown, Path("b.png")))
     save_picture(Image.new("RGB", (16, 16)), tmp_path / "data.png", asked)
@@ -750,7 +750,7 @@ def test_references_given_as_data_are_kept_as_digests_and_paths_as_they_are(tmp_
     assert read_request(tmp_path / "path.png").request.reference == ("a.png",)
 
 
-# Anything else that is untrusted --------------------------------------------------------------------------------------
+# Other untrusted input ----------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None)
@@ -789,7 +789,7 @@ def test_values_of_the_wrong_type_are_ignored_not_raised(key, wrapper, values):
         "<lora:" * 300_000,
     ],
 )
-def test_hostile_texts_are_survived_quickly(text):
+def test_hostile_texts_are_read_quickly_without_errors(text):
     for key in ("inkstream", "parameters", "prompt"):
         began = time.process_time()
         try:
@@ -802,13 +802,13 @@ def test_hostile_texts_are_survived_quickly(text):
         str(found.ignored).encode()
 
 
-def test_far_too_much_metadata_is_not_taken_in():
+def test_metadata_over_the_limit_is_not_read():
     assert "carries no request" in refusal(read_request, png_with(parameters="a" * (4 << 20) + "b"))
     text = "cat\nSteps: 8, " + ", ".join(f"key {i}: {i}" for i in range(1000))
     assert len(read_request(png_with(parameters=text)).ignored) == 100
 
 
-def test_exif_is_written_in_the_one_byte_order_that_all_readers_know():
+def test_exif_is_written_big_endian():
     data = encode_picture(PICTURE, "JPEG", Request(prompt="橘猫"))
     assert b"Exif\0\0MM" in data
     assert b"UNICODE\0" + "橘猫".encode("utf-16-be") in data
@@ -821,7 +821,7 @@ def test_ignored_texts_are_one_printable_line():
     assert len(note) < 210
 
 
-def test_an_xmp_packet_with_a_dtd_is_not_opened():
+def test_an_xmp_packet_with_a_dtd_is_not_parsed():
     chunks = chunks_of(encode_picture(PICTURE, "PNG", FULL))
     packet = next(body.split(b"\0", 5)[5].decode() for _, body in chunks if body.startswith(b"XML:com.adobe.xmp"))
     assert describe(png_with(**{"XML:com.adobe.xmp": packet}))["digital_source_type"] == MADE_BY_A_MODEL
@@ -829,7 +829,7 @@ def test_an_xmp_packet_with_a_dtd_is_not_opened():
     assert "digital_source_type" not in describe(png_with(**{"XML:com.adobe.xmp": packet}))
 
 
-def test_the_mark_is_read_where_another_program_wrote_it_as_an_attribute():
+def test_the_mark_is_read_from_an_attribute_too():
     packet = (
         '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
         '<rdf:Description xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
@@ -838,7 +838,7 @@ def test_the_mark_is_read_where_another_program_wrote_it_as_an_attribute():
     assert describe(png_with(**{"XML:com.adobe.xmp": packet}))["digital_source_type"] == MADE_BY_A_MODEL
 
 
-def test_texts_behind_the_pixels_are_found():
+def test_texts_behind_the_pixels_are_read():
     data = encode_picture(PICTURE, "PNG", FULL, metadata="none")
     body = b"parameters\0" + FORGE.encode()
     chunk = struct.pack(">I", len(body)) + b"tEXt" + body + struct.pack(">I", zlib.crc32(b"tEXt" + body))
@@ -850,7 +850,7 @@ def test_a_cut_off_picture_still_gives_its_request():
     assert read_request(url(data[:-500])).request == FULL
 
 
-def test_a_missing_or_broken_picture_says_so(tmp_path):
+def test_a_missing_or_damaged_picture_is_refused(tmp_path):
     assert "does not exist" in refusal(read_request, tmp_path / "gone.png")
     (tmp_path / "notes.png").write_text("not a picture")
     assert "is not a picture" in refusal(describe, tmp_path / "notes.png")
