@@ -368,7 +368,7 @@ def test_a_digest_covers_only_the_set_fields():
     assert digest(Request(prompt="x", seed=1)) != digest(Request(prompt="x", seed=2))
 
 
-def test_durations_are_printed_in_words():
+def test_durations_are_printed_in_one_or_two_units():
     assert [duration(s) for s in (3.4, 89, 100, 3599, 7260)] == ["3 s", "89 s", "2 min", "1 h 0 min", "2 h 1 min"]
 
 

@@ -31,7 +31,7 @@ def nothing_compiled_before():
 
 
 class Count:
-    """A compiler that compiles nothing and counts what it is given."""
+    """A backend that counts its calls and compiles nothing."""
 
     def __init__(self):
         self.graphs = 0
@@ -104,7 +104,7 @@ def test_another_number_of_pictures_compiles_nothing_anew():
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # of inductor's import
-def test_a_model_is_opened_with_its_blocks_compiled_only_where_that_is_asked_for(tiny_folder):
+def test_blocks_are_compiled_only_with_the_option(tiny_folder):
     for compiled in (True, False):
         engine = Engine(Machine("cpu", compile=compiled))
         list(engine.load(str(tiny_folder)))
@@ -113,14 +113,14 @@ def test_a_model_is_opened_with_its_blocks_compiled_only_where_that_is_asked_for
         assert all(("enter" in vars(block)) == ("leave" in vars(block)) == compiled for s in stacks for block in s)
 
 
-def test_the_option_comes_to_the_engine_and_back_to_the_command():
+def test_the_option_reaches_the_engine_and_the_repeat_command():
     machine = Machine(compile=True, memory="8GiB")
     assert make_engine(machine).machine.compile
     assert words_of(machine) == ["--memory=8GiB", "--compile"]
 
 
-def test_a_block_is_traced_whole_by_torchs_own_front_ends():
-    """As a real compiler gets it: in torch's basic operations, its sizes unknown."""
+def test_a_block_region_is_traced_without_graph_breaks():
+    """The region arrives as a real compiler gets it: basic torch operations with dynamic sizes."""
     plain, model = zimage(), zimage()
     compile_blocks(model, backend="aot_eager")
     for size in [(20, 4, 4), (50, 6, 4)]:

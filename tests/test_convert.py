@@ -1,4 +1,4 @@
-"""`convert`: the folder appears whole or not at all, and holds what was there. (tests/parity: diffusers reads it.)"""
+"""`convert`: the folder appears whole or not at all, with the same weights. (tests/parity: diffusers loads it.)"""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_to_native_and_back_is_the_identity(tiny_folder, tmp_path):
         assert json.loads((back / name).read_text()) == json.loads((tiny_folder / name).read_text())
 
 
-def test_the_native_folder_holds_one_file_that_says_what_it_is(tiny_folder, tmp_path):
+def test_the_native_folder_holds_one_file_with_origin_and_licence(tiny_folder, tmp_path):
     folder = convert(tiny_folder, tmp_path / "native", "native")
     assert sorted(p.name for p in folder.iterdir()) == [
         "inkstream.json", "scheduler", "text_encoder", "tiny-turbo.safetensors", "tokenizer", "vae"
@@ -47,7 +47,7 @@ def test_the_native_folder_holds_one_file_that_says_what_it_is(tiny_folder, tmp_
     assert "layers.0.attention.qkv.weight" in header.tensors
 
 
-def test_a_tokenizer_is_read_by_the_class_that_it_names(tiny_folder, tmp_path):
+def test_the_index_names_the_tokenizers_own_class(tiny_folder, tmp_path):
     own = Path(shutil.copytree(tiny_folder, tmp_path / "own"))
     (own / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     back = convert(convert(own, tmp_path / "native", "native"), tmp_path / "back", "diffusers")
@@ -64,7 +64,7 @@ def test_dtypes_are_kept_tensor_by_tensor(tiny_folder, tmp_path):
     assert same(read_state(back / "transformer"), state)
 
 
-def test_what_a_config_says_beyond_our_sizes_is_kept(tiny_folder, tmp_path):
+def test_unknown_entries_of_a_config_are_kept(tiny_folder, tmp_path):
     source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
     path = source / "vae/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "sample_size": 512, "remark": "mine"}))
@@ -72,7 +72,7 @@ def test_what_a_config_says_beyond_our_sizes_is_kept(tiny_folder, tmp_path):
     assert (config["sample_size"], config["remark"]) == (512, "mine")
 
 
-def test_a_folder_that_is_there_is_not_overwritten(tiny_folder, tmp_path):
+def test_an_existing_folder_is_not_overwritten(tiny_folder, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full/mine.txt").write_text("x")
     (tmp_path / "file").write_text("x")
@@ -86,7 +86,7 @@ def test_a_folder_that_is_there_is_not_overwritten(tiny_folder, tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device"), RuntimeError("broken")])
 @pytest.mark.parametrize("at", ["transformer", "vae"])
-def test_an_end_in_the_middle_leaves_nothing(tiny_folder, tmp_path, error, at):
+def test_an_interrupted_conversion_leaves_nothing(tiny_folder, tmp_path, error, at):
     def stop(event: Loading) -> None:
         if event.what == f"writing {at}":
             raise error
@@ -96,14 +96,14 @@ def test_an_end_in_the_middle_leaves_nothing(tiny_folder, tmp_path, error, at):
     assert not list((tmp_path / "deep").iterdir())
 
 
-def test_a_disk_without_room_is_named_before_anything_is_written(tiny_folder, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_written(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(InputError, match=r"out needs 0\.0 GB, .* free: make room"):
         convert(tiny_folder, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_layout_is_named(tiny_folder, tmp_path):
+def test_an_unknown_layout_is_refused(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="layout gguf is unknown: take diffusers or native"):
         convert(tiny_folder, tmp_path / "out", "gguf")
 
@@ -117,7 +117,7 @@ def test_progress_ends_at_the_last_byte(tiny_folder, tmp_path):
     assert sum(t.nbytes for state in states(tiny_folder).values() for t in state.values()) == done[-1]
 
 
-def test_how_a_model_likes_to_be_drawn_goes_with_it(tiny_folder, tmp_path):
+def test_the_card_goes_with_the_model(tiny_folder, tmp_path):
     source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
     liked = {"steps": 5, "guides": "none", "guidance": 2.5, "size": [96, 64], "solver": "heun", "title": "Mine"}
     (source / "inkstream.json").write_text(json.dumps(liked))
@@ -132,7 +132,7 @@ def test_how_a_model_likes_to_be_drawn_goes_with_it(tiny_folder, tmp_path):
     [{"steps": 0}, {"size": [16]}, {"solver": "x"}, {"abilities": 3}, {"guidance": "a"}, {"guides": "often"},
      {"commercial": "no"}, {"licence": 3}],
 )  # fmt: skip
-def test_a_card_that_makes_no_sense_is_named(tiny_folder, tmp_path, card):
+def test_an_invalid_card_is_refused(tiny_folder, tmp_path, card):
     source = Path(shutil.copytree(tiny_folder, tmp_path / "source"))
     (source / "inkstream.json").write_text(json.dumps(card))
     (name,) = card

@@ -1,4 +1,4 @@
-"""`inkstream draft`: the funnel from drafts over a sheet to refined pictures, stopped and resumed, on tiny models."""
+"""`inkstream draft`: from drafts to a sheet to refined pictures, stopped and resumed, on tiny models."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def command(model: Path) -> list[str]:
 
 @pytest.fixture
 def then(tiny_base_folder) -> list[str]:
-    """Refining with another."""
+    """Options to refine with another model."""
     return ["--refine-with", str(tiny_base_folder)]
 
 
 @pytest.fixture(scope="module")
 def unbroken(tiny_folder, tiny_base_folder, tmp_path_factory) -> Path:
-    """The folder of a run that nobody stopped, which chose 1 and 3."""
+    """The folder of an uninterrupted run that refined drafts 1 and 3."""
     folder = tmp_path_factory.mktemp("unbroken")
     with pytest.MonkeyPatch.context() as patched:
         patched.chdir(folder)
@@ -58,18 +58,18 @@ def unbroken(tiny_folder, tiny_base_folder, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def finished(words, unbroken) -> None:
-    """A copy of it where the command would write."""
+    """A copy of `unbroken` in the command's output folder."""
     shutil.copytree(unbroken, "foxes")
 
 
 def files() -> dict[str, str]:
-    """Every file in the folder and its digest."""
+    """File name -> digest, of every file in the output folder."""
     found = sorted(path for path in Path("foxes").rglob("*") if path.is_file())
     return {str(path.relative_to("foxes")): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def pictures(folder: Path = Path("foxes")) -> dict[str, bytes]:
-    """The pictures drawn so far, as pixels."""
+    """Name -> pixels, of the pictures drawn so far."""
     found = {}
     for path in sorted(folder.glob("*/*.png")):
         with Image.open(path) as image:
@@ -82,13 +82,13 @@ def state() -> dict:
 
 
 def steps_counted(monkeypatch) -> list[Step]:
-    """The steps that are drawn from here on."""
+    """A list that receives every Step from here on."""
     seen: list[Step] = []
     monkeypatch.setattr(Terminal, "show", lambda self, event: seen.append(event) if isinstance(event, Step) else None)
     return seen
 
 
-def test_the_whole_funnel_leaves_drafts_a_sheet_refined_pictures_and_the_state(words, then, capsys):
+def test_a_whole_run_leaves_drafts_a_sheet_refined_pictures_and_the_state(words, then, capsys):
     assert main([*words, *then, "--choose", "3,1"]) == 0
     out, err = capsys.readouterr()
     assert out.split() == [str(Path("foxes", name)) for name in ("sheet.png", "refined/03.png", "refined/01.png")]
@@ -109,7 +109,7 @@ def test_a_draft_is_the_picture_that_generate_draws_with_its_seed(words, tiny_fo
         assert pictures()["drafts/02.png"] == alone.tobytes()
 
 
-def test_without_a_terminal_it_stops_after_the_sheet_and_says_how_to_go_on(words, then, capsys):
+def test_without_a_terminal_it_stops_after_the_sheet_and_prints_how_to_continue(words, then, capsys):
     assert main([*words, *then, "--pick", "1", "--dtype", "fp32"]) == 0
     out, err = capsys.readouterr()
     assert out == str(Path("foxes/sheet.png")) + "\n"
@@ -129,7 +129,7 @@ def test_without_a_model_to_refine_with_it_stops_after_the_sheet_too(words, then
     assert list(pictures()) == ["drafts/01.png", "drafts/02.png", "drafts/03.png", "refined/02.png"]
 
 
-def test_the_same_command_again_draws_nothing_and_tells_the_same(finished, words, then, capsys, monkeypatch):
+def test_the_same_command_again_draws_nothing_and_prints_the_same(finished, words, then, capsys, monkeypatch):
     before, seen = files(), steps_counted(monkeypatch)
     for again in ([*words, *then, "--choose", "1,3", "--json"], ["draft", "--resume", "foxes", "--json"]):
         assert main(again) == 0
@@ -141,7 +141,7 @@ def test_the_same_command_again_draws_nothing_and_tells_the_same(finished, words
     assert files() == before
 
 
-def test_a_seed_that_was_drawn_is_kept_and_the_default_folder_is_named_by_the_prompt(words, capsys, monkeypatch):
+def test_a_random_seed_is_kept_and_the_default_folder_is_named_by_the_prompt(words, capsys, monkeypatch):
     words = [word for word in words if word not in ("--seed", "5", "-o", "foxes")]
     assert main(words) == 0
     assert main(words) == 0
@@ -173,7 +173,7 @@ def interrupt_at(monkeypatch, index: int, step: int) -> None:
     monkeypatch.setattr(Terminal, "show", show)
 
 
-def test_interrupted_it_says_what_is_there_and_the_same_command_goes_on(unbroken, words, then, capsys, monkeypatch):
+def test_after_an_interrupt_the_same_command_resumes(unbroken, words, then, capsys, monkeypatch):
     words = [*words, *then, "--choose", "1,3"]
     with monkeypatch.context() as patched:
         interrupt_at(patched, index=2, step=1)
@@ -190,7 +190,7 @@ def test_interrupted_it_says_what_is_there_and_the_same_command_goes_on(unbroken
     assert kept.items() <= files().items()
 
 
-def test_interrupted_while_refining_it_goes_on_with_what_was_chosen(unbroken, words, then, capsys, monkeypatch):
+def test_after_an_interrupt_while_refining_the_chosen_drafts_are_kept(unbroken, words, then, capsys, monkeypatch):
     with monkeypatch.context() as patched:
         interrupt_at(patched, index=0, step=9)  # the drafts have two steps
         assert main([*words, *then, "--choose", "1,3"]) == 130
@@ -200,8 +200,8 @@ def test_interrupted_while_refining_it_goes_on_with_what_was_chosen(unbroken, wo
 
 
 @pytest.mark.slow
-def test_killed_at_any_picture_it_goes_on_and_ends_at_the_same_pictures(unbroken, words, then):
-    """Killed hard once among the drafts and once while refining."""
+def test_after_a_kill_the_same_pictures_are_drawn(unbroken, words, then):
+    """The process is killed once while drafting and once while refining."""
     words = [*words, *then, "--choose", "1,3"]
     for last in ("drafts/01.png", "refined/01.png"):
         with subprocess.Popen([*COMMAND, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
@@ -235,11 +235,11 @@ def test_ctrl_c_ends_the_process_with_130_and_without_a_traceback(words):
     assert document["go_on"] == "inkstream draft --resume foxes"
 
 
-# Asked
+# Choosing drafts
 
 
 @pytest.mark.slow
-def test_on_a_terminal_the_drafts_are_asked_for_until_they_can_be(words, then):
+def test_on_a_terminal_it_asks_until_the_answer_is_valid(words, then):
     main([*words, "--quiet"])
     ours, theirs = pty.openpty()
     asking = [*COMMAND, "draft", "--resume", "foxes", *then, "--pick", "2"]
@@ -263,17 +263,17 @@ def test_on_a_terminal_the_drafts_are_asked_for_until_they_can_be(words, then):
 
 
 @pytest.mark.parametrize("text", ["3,7", "3 7", " 3, 7, ", "3,7,3"])
-def test_numbers_are_read_as_people_write_them(text):
+def test_numbers_of_drafts_are_read_in_common_notations(text):
     assert numbers_of(text, 16, 2) == (3, 7)
 
 
 @pytest.mark.parametrize("text", ["", "0", "17", "a", "-1", "3-7", "²"])
-def test_what_is_no_number_of_a_draft_is_refused(text):
+def test_an_invalid_number_of_a_draft_is_refused(text):
     with pytest.raises(InputError, match="choose from 1 to 16"):
         numbers_of(text, 16, None)
 
 
-# Refused
+# Errors
 
 
 @pytest.mark.parametrize(
@@ -291,7 +291,7 @@ def test_what_is_no_number_of_a_draft_is_refused(text):
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_a_folder_that_holds_other_drafts_is_refused_and_stays_as_it_is(finished, capsys, more, named):
+def test_a_folder_with_other_drafts_is_refused_and_not_changed(finished, capsys, more, named):
     before = files()
     refused(["draft", "--resume", "foxes", *more], capsys, named)
     assert files() == before
@@ -326,7 +326,7 @@ def test_the_same_command_with_another_setting_is_refused(finished, words, capsy
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_what_cannot_be_drafted_is_refused_in_one_line(words, capsys, monkeypatch, more, named):
+def test_an_invalid_command_is_refused_in_one_line(words, capsys, monkeypatch, more, named):
     Path("photos").mkdir()
     Path("photos/photo.png").write_bytes(b"mine")
     Path("broken").mkdir()

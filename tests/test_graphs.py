@@ -1,6 +1,6 @@
-"""Small forwards are recorded by shape and replayed with what they are given; the CPU is left as it is.
+"""CUDA graphs: small forwards are recorded by shape and replayed with new inputs; models on a CPU are not changed.
 
-What is recorded here is computed again from the memory that a CUDA graph would read, into that it would write.
+The recorder here has no GPU: a replay computes again from the memory that a CUDA graph would read.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from inkstream.nn.qwen3 import Qwen3
 
 
 class Recorder:
-    """Counts what it records, and holds memory fast as a graph does."""
+    """A recorder that counts recordings and keeps its memory fixed, as a CUDA graph does."""
 
     def __init__(self):
         self.count = 0
@@ -63,7 +63,7 @@ def random(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def zimage(prompt: int, width: int, times=(0.25, 0.5), seed: int = 0):
-    """A model's own way to what `forward` takes."""
+    """A model and a sample that it has prepared."""
     model = random(ZImageTransformer(TURBO.tiny.transformer))
     scales = model.scales(times)
     sample = model.prepare(normal(prompt, 32, seed=seed), 4, width)
@@ -93,10 +93,10 @@ def test_steps_prompts_and_seeds_replay_one_recording(family):
     for seed, (t, given) in enumerate([(0.25, sample), (0.5, sample), (0.25, sample), (0.5, other), (0.25, sample)]):
         (plain,), asked = draw(model, [given], [t], seed)
         assert torch.equal(replayed(asked)[0], plain)
-    assert recorder.count == 1  # the second of them
+    assert recorder.count == 1  # at the second forward
 
 
-def test_answers_are_not_written_over_by_the_next_step():
+def test_the_next_step_does_not_overwrite_earlier_outputs():
     model, sample = zimage(5, 4)
     replayed = partial(forward_transformer, Recordings(Recorder()), model.forward)
     given = [draw(model, [sample], [0.5], seed) for seed in range(4)]
@@ -104,7 +104,7 @@ def test_answers_are_not_written_over_by_the_next_step():
     assert all(torch.equal(ours, plain[0]) for ours, (plain, _) in zip(kept, given))
 
 
-def test_a_solver_may_write_over_what_it_asked():
+def test_a_solver_may_overwrite_its_query():
     model, sample = zimage(5, 4)
     replayed = partial(forward_transformer, Recordings(Recorder()), model.forward)
     x = normal(16, 4, 4)
@@ -115,7 +115,7 @@ def test_a_solver_may_write_over_what_it_asked():
 
 
 @pytest.mark.parametrize("family", [zimage, flux])
-def test_other_shapes_and_other_company_are_other_recordings(family):
+def test_other_shapes_or_batches_have_recordings_of_their_own(family):
     model, short = family(3, 4)
     _, long = family(50, 4)
     _, wide = family(3, 6)
@@ -130,8 +130,8 @@ def test_other_shapes_and_other_company_are_other_recordings(family):
         assert recorder.count == count
 
 
-def test_guidance_asks_twice_at_one_point():
-    """One tensor of noise for two prompts stays one, so that what is the same for both is computed once."""
+def test_guidance_shares_one_noise_tensor_between_two_prompts():
+    """The noise tensor of two prompts stays one tensor in a recording, so that shared work is done once."""
     model, short = zimage(3, 4)
     _, long = zimage(50, 4)
     seen, recorder = [], Recorder()
@@ -148,11 +148,11 @@ def test_guidance_asks_twice_at_one_point():
         assert all(torch.equal(a, b) for a, b in zip(ours, plain))
     assert all(seen)
     replayed([Sample(normal(16, 4, 4), 0.5, short), Sample(normal(16, 4, 4), 0.5, long)])
-    assert not seen[-1]  # two points are another case
+    assert not seen[-1]  # two different tensors have another recording
     assert recorder.count == 1
 
 
-def test_what_is_large_not_foreseen_or_has_something_around_it_is_not_recorded(monkeypatch):
+def test_large_unprepared_or_wrapped_samples_are_not_recorded(monkeypatch):
     model, sample = zimage(5, 4)
     recorder = Recorder()
     replayed = partial(forward_transformer, Recordings(recorder), model.forward)
@@ -162,7 +162,7 @@ def test_what_is_large_not_foreseen_or_has_something_around_it_is_not_recorded(m
             plain, asked = draw(model, samples, times)
             assert torch.equal(replayed(asked)[0], plain[0])
 
-    thrice([sample], [0.75])  # no time of the schedule
+    thrice([sample], [0.75])  # a time outside the schedule
     for _ in range(3):
         replayed([Sample(normal(16, 4, 4), 0.5, sample, Around(StepCache(1, 0.0)))])
     with torch.enable_grad():
@@ -175,7 +175,7 @@ def test_what_is_large_not_foreseen_or_has_something_around_it_is_not_recorded(m
     assert recorder.count == 1
 
 
-def test_what_cannot_be_recorded_is_tried_once():
+def test_recording_is_tried_once_if_it_fails():
     tried = []
 
     def refuse(compute):
@@ -188,7 +188,7 @@ def test_what_cannot_be_recorded_is_tried_once():
     assert len(tried) == 1
 
 
-def test_the_recordings_used_least_recently_go(monkeypatch):
+def test_the_least_recently_used_recordings_are_dropped(monkeypatch):
     monkeypatch.setattr(graphs, "KEPT", 2)
     recorder = Recorder()
     recordings = Recordings(recorder)
@@ -197,7 +197,7 @@ def test_the_recordings_used_least_recently_go(monkeypatch):
         assert recorder.count == count
 
 
-def test_prompts_are_filled_up_so_that_few_lengths_are_recorded():
+def test_prompts_are_padded_so_that_few_lengths_are_recorded():
     model = random(Qwen3(TURBO.tiny.text_encoder))
     recorder = Recorder()
     replayed = partial(forward_text_encoder, Recordings(recorder), model.forward)
@@ -212,7 +212,7 @@ def test_prompts_are_filled_up_so_that_few_lengths_are_recorded():
     assert recorder.count == 2
 
 
-def test_a_model_on_the_cpu_is_left_as_it_is():
+def test_a_model_on_the_cpu_is_not_changed():
     modules = {"transformer": zimage(3, 4)[0], "text_encoder": random(Qwen3(TURBO.tiny.text_encoder))}
     for part, module in modules.items():
         replay_small(part, module)

@@ -1,4 +1,4 @@
-"""The hub, played by a server on this machine: what is asked of it, with what, and what happens when it fails."""
+"""Downloads from the hub, against a fake hub on this machine: requests, headers and failures."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ PATTERNS = ("model_index.json", "transformer/*.safetensors", "vae/*.safetensors"
 
 
 class FakeHub:
-    """A hub of one repository. `failures` maps a file to what its next requests come to; `log` holds all requests."""
+    """A fake hub with one repository. `failures`: file -> the results of its next requests; `log`: all requests."""
 
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.failures: dict[str, list[str]] = {}
-        self.status: int | None = None  # set: every request about the repository is answered so
+        self.status: int | None = None  # if set, the answer to every request about the repository
         self.code = ""
         self.repo = REPO
         self.knows_ranges = True
-        self.elsewhere = ""  # set: files are not sent but pointed to there
+        self.elsewhere = ""  # if set, files are redirected there
         self.log: list[tuple[str, str, dict[str, str]]] = []
         hub = self
 
@@ -176,14 +176,14 @@ except InputError as error:
 
 
 def call(fake: FakeHub | str, home: Path, *what: str, **more: str) -> dict[str, Any]:
-    """Functions of `hub`, called one after the other in a process of its own that is pointed at the server."""
+    """Calls functions of `hub` in turn, in another process that uses the fake hub."""
     command = [sys.executable, "-W", "error", "-c", CALL, *what]
     done = subprocess.run(command, env=environment(fake, home, **more), capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_repository_is_fetched_once_with_only_what_is_needed_and_without_the_token(fake, tmp_path):
+def test_a_repository_is_fetched_once_without_unneeded_files_or_the_token(fake, tmp_path):
     first = call(fake, tmp_path, "cached", "offer", "fetch", "cached")
     before, offer, fetched, after = first["made"]
     needed = {name: data for name, data in fake.files.items() if name.endswith("safetensors") or name == PATTERNS[0]}
@@ -207,7 +207,7 @@ def ranges(fake: FakeHub) -> list[str | None]:
     return [headers.get("range") for method, path, headers in fake.log if method == "GET" and path.endswith(LARGE)]
 
 
-def test_a_broken_connection_is_taken_up_where_it_broke(fake, tmp_path):
+def test_a_broken_download_is_resumed(fake, tmp_path):
     fake.files[LARGE] = os.urandom(24 << 20)
     fake.failures[LARGE] = ["break", "500"]
     folder = Path(call(fake, tmp_path, "fetch")["made"][0])
@@ -219,7 +219,7 @@ def test_a_broken_connection_is_taken_up_where_it_broke(fake, tmp_path):
     assert not [headers for _, _, headers in fake.log if "authorization" in headers or "hf_secret" in str(headers)]
 
 
-def test_a_process_that_was_killed_is_gone_on_from(fake, tmp_path):
+def test_the_download_of_a_killed_process_is_resumed(fake, tmp_path):
     fake.files[LARGE] = os.urandom(32 << 20)
     fake.failures[LARGE] = ["slow"]
     command = [sys.executable, "-c", CALL.replace("seen.append", "lambda n: print(n, flush=True)"), "fetch"]
@@ -235,7 +235,7 @@ def test_a_process_that_was_killed_is_gone_on_from(fake, tmp_path):
     assert int(again.removeprefix("bytes=").rstrip("-")) >= 8 << 20
 
 
-def test_a_server_that_knows_no_ranges_sends_all_again(fake, tmp_path):
+def test_a_server_without_ranges_sends_the_whole_file_again(fake, tmp_path):
     fake.files[LARGE] = os.urandom(24 << 20)
     fake.failures[LARGE] = ["break"]
     fake.knows_ranges = False
@@ -243,7 +243,7 @@ def test_a_server_that_knows_no_ranges_sends_all_again(fake, tmp_path):
     assert (folder / LARGE).read_bytes() == fake.files[LARGE]
 
 
-def test_bytes_that_are_not_what_the_hub_names_are_fetched_again(fake, tmp_path):
+def test_a_file_with_a_wrong_digest_is_fetched_again(fake, tmp_path):
     fake.files[LARGE] = bytes(20 << 20)
     fake.failures[LARGE] = ["garble"]
     folder = Path(call(fake, tmp_path, "fetch")["made"][0])
@@ -251,8 +251,8 @@ def test_bytes_that_are_not_what_the_hub_names_are_fetched_again(fake, tmp_path)
     assert ranges(fake) == ["bytes=0-"] * 2
 
 
-def test_a_link_elsewhere_is_followed_without_the_token(fake, tmp_path):
-    """As large files are: the hub answers with a signed link to another host."""
+def test_a_redirect_to_another_host_is_followed_without_the_token(fake, tmp_path):
+    """Large files: the hub redirects to a signed link on another host."""
     fake.files[LARGE] = os.urandom(20 << 20)
     elsewhere = FakeHub()
     elsewhere.files = fake.files
@@ -263,7 +263,7 @@ def test_a_link_elsewhere_is_followed_without_the_token(fake, tmp_path):
     assert not [headers for _, _, headers in elsewhere.log if "authorization" in headers]
 
 
-def test_after_a_failure_only_what_is_missing_is_fetched(fake, tmp_path):
+def test_after_a_failure_only_missing_files_are_fetched(fake, tmp_path):
     fake.failures["vae/b.safetensors"] = ["500"] * 20
     failed = call(fake, tmp_path, "fetch")
     assert fake.address in failed["error"]
@@ -276,8 +276,8 @@ def test_after_a_failure_only_what_is_missing_is_fetched(fake, tmp_path):
     assert fake.downloads() == ["vae/b.safetensors"]
 
 
-def test_a_cache_that_others_filled_in_part_is_completed(fake, tmp_path):
-    """As when another program fetched one file: the cache does not know which files the repository has."""
+def test_a_cache_that_another_program_filled_in_part_is_completed(fake, tmp_path):
+    """Another program has fetched one file, so the cache does not know the repository's list of files."""
     cache = tmp_path / "hub" / "models--someone--model"
     snapshot = cache / "snapshots" / COMMIT
     for path, content in ((cache / "refs/main", COMMIT.encode()), (snapshot / "model_index.json", b"{}")):
@@ -299,7 +299,7 @@ def test_a_cache_that_others_filled_in_part_is_completed(fake, tmp_path):
         (503, "", "refused someone/model"),
     ],
 )
-def test_what_the_hub_refuses_is_said_in_one_line(fake, tmp_path, status, code, said):
+def test_a_refusal_of_the_hub_is_one_line(fake, tmp_path, status, code, said):
     fake.status, fake.code = status, code
     for what in ("offer", "fetch"):
         error = call(fake, tmp_path, what)["error"]
@@ -308,7 +308,7 @@ def test_what_the_hub_refuses_is_said_in_one_line(fake, tmp_path, status, code, 
 
 
 @pytest.mark.slow
-def test_without_a_connection_or_offline_the_remedy_is_named(tmp_path):
+def test_without_a_connection_the_error_names_the_remedy(tmp_path):
     nobody = "http://127.0.0.1:9"
     for what in ("offer", "fetch"):
         assert "check the connection" in call(nobody, tmp_path, what)["error"]
@@ -326,12 +326,12 @@ def test_without_a_connection_or_offline_the_remedy_is_named(tmp_path):
         ("https://evil.com/huggingface.co", False),
     ],
 )
-def test_the_token_goes_to_the_official_host_alone(monkeypatch, endpoint, sent):
+def test_the_token_is_sent_to_the_official_host_alone(monkeypatch, endpoint, sent):
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     assert hub.token() is sent
 
 
-def test_a_disk_without_room_is_named(monkeypatch, tmp_path):
+def test_a_full_disk_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "not" / "yet"))
     hub.check_space(REPO, 1000)
     with pytest.raises(hub.InputError, match=r"needs 1000000000\.0 GB and .* free: make room, or set HF_HOME"):
@@ -347,7 +347,7 @@ time.sleep(60)
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends SIGINT")
-def test_ctrl_c_ends_a_download_that_runs_in_a_thread_and_keeps_what_came(fake, tmp_path):
+def test_ctrl_c_ends_a_download_in_a_thread_and_keeps_the_part(fake, tmp_path):
     fake.files[LARGE] = bytes(400 << 20)
     fake.failures[LARGE] = ["slow"]
     command = [sys.executable, "-c", IN_A_THREAD]
@@ -370,7 +370,7 @@ print(json.dumps([model.spec.name, [[e.what, e.done_bytes, e.total_bytes] for e 
 
 
 @pytest.mark.slow
-def test_a_known_name_is_downloaded_with_its_size_and_licence_shown_first(fake, tmp_path, tiny_folder):
+def test_a_download_shows_size_and_licence_first(fake, tmp_path, tiny_folder):
     fake.repo = "Tongyi-MAI/Z-Image-Turbo"
     fake.files = {str(p.relative_to(tiny_folder)): p.read_bytes() for p in tiny_folder.rglob("*") if p.is_file()}
     fake.files["README.md"] = b"# Z-Image"

@@ -1,4 +1,4 @@
-"""Pictures in: every mode and every broken file ends as upright sRGB or as one line."""
+"""Input pictures: every file becomes an upright sRGB picture or an error of one line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from inkstream.types import InputError, Request
 
 @pytest.fixture
 def saved(tmp_path):
-    """Writes a picture with Pillow, or bytes as they are, and gives its path."""
+    """A function that saves a picture or bytes and returns the path."""
 
     def save(image, name="picture.png", **options):
         path = tmp_path / name
@@ -58,7 +58,7 @@ def pixel(image, at=(0, 0)):
 
 
 def refusal(source: str, call=open_picture) -> str:
-    """The one line that such a source is refused with; nothing else may come out, warnings included."""
+    """The one-line error for a source. Fails if there is any other output, such as a warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(InputError) as caught:
@@ -97,13 +97,13 @@ def test_every_mode_becomes_rgb(saved, mode, colour, name, expected):
     assert pixel(open_picture(saved(Image.new(mode, (3, 2), colour), name))) == expected
 
 
-def test_numbers_beyond_16_bits_are_scaled_not_clipped(saved):
+def test_values_above_16_bits_are_scaled_not_clipped(saved):
     values = np.array([[0, 100_000, 200_000]], np.int32)
     picture = open_picture(saved(Image.fromarray(values), "deep.tiff"))
     assert [pixel(picture, (x, 0))[0] for x in range(3)] == [0, 128, 255]
 
 
-def test_a_float_picture_with_holes_is_still_read(saved):
+def test_a_float_picture_with_nan_values_is_read(saved):
     values = np.array([[np.nan, np.inf, -1.0, 1.0]], np.float32)
     picture = open_picture(saved(Image.fromarray(values), "float.tiff"))
     assert [pixel(picture, (x, 0))[0] for x in range(4)] == [0, 0, 0, 255]
@@ -134,7 +134,7 @@ def test_a_transparent_colour_of_an_rgb_png_becomes_white(saved):
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.png"])
-def test_of_a_moving_picture_the_first_frame_is_taken(saved, name):
+def test_the_first_frame_of_an_animation_is_taken(saved, name):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     path = saved(frames[0], name, save_all=True, append_images=frames[1:], duration=100)
     red, _, blue = pixel(open_picture(path))
@@ -163,7 +163,7 @@ def test_every_exif_orientation_is_turned_upright(saved, orientation, name):
     assert open_picture(saved(stored, name, exif=exif, **lossless)).tobytes() == upright.tobytes()
 
 
-def test_a_broken_exif_block_does_not_keep_a_picture_out(saved):
+def test_a_picture_with_a_damaged_exif_block_is_read(saved):
     for exif in (b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0%\0\0\0\x08", b"Exif\0\0"):
         assert pixel(open_picture(saved(Image.new("RGB", (4, 4), "red"), exif=exif))) == (255, 0, 0)
 
@@ -182,7 +182,7 @@ def icc(kind: bytes, space: bytes, connection: bytes, tags: dict[bytes, bytes]) 
     return start + bytes(128 - len(start)) + table + body
 
 
-def test_an_rgb_profile_is_taken_to_srgb(saved):
+def test_an_rgb_profile_is_converted_to_srgb(saved):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     swapped = profile.replace(b"rXYZ", b"....").replace(b"gXYZ", b"rXYZ").replace(b"....", b"gXYZ")
     path = saved(Image.new("RGB", (4, 4), (255, 0, 0)), icc_profile=swapped)
@@ -196,7 +196,7 @@ def test_a_picture_in_srgb_keeps_every_value(saved):
     assert open_picture(saved(noise, icc_profile=profile)).tobytes() == noise.tobytes()
 
 
-def test_a_grey_profile_is_taken_to_srgb(saved):
+def test_a_grey_profile_is_converted_to_srgb(saved):
     linear = b"curv" + bytes(4) + struct.pack(">I", 0)
     white = b"XYZ " + bytes(4) + struct.pack(">3i", 0xF6D6, 0x10000, 0xD32D)
     profile = icc(b"mntr", b"GRAY", b"XYZ ", {b"kTRC": linear, b"wtpt": white})
@@ -223,7 +223,7 @@ def test_deep_grey_is_turned_upright_too(saved):
 
 
 @pytest.mark.parametrize("profile", [b"junk", ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()])
-def test_a_profile_that_does_not_fit_is_passed_over(saved, profile):
+def test_a_profile_that_does_not_fit_is_ignored(saved, profile):
     cyan = saved(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "a.jpg", icc_profile=profile, quality=100)
     assert pixel(open_picture(cyan)) == pytest.approx((0, 255, 255), abs=3)
 
@@ -259,11 +259,11 @@ def test_a_data_url_reads_like_the_file(saved):
         ("data:image/png;base64", "is not a base64 URL"),
     ],
 )
-def test_a_source_that_leads_nowhere_says_so(source, says):
+def test_a_source_without_a_picture_is_refused_with_the_reason(source, says):
     assert says in refusal(source)
 
 
-def test_what_is_no_file_says_so(tmp_path):
+def test_a_path_that_is_not_a_file_is_refused(tmp_path):
     assert "is a folder: name one picture in it" in refusal(str(tmp_path))
     os.mkfifo(tmp_path / "pipe.png")
     assert "is not a file" in refusal(str(tmp_path / "pipe.png"))
@@ -275,7 +275,7 @@ def test_a_long_data_url_is_shortened_in_messages():
     assert len(message) < 200
 
 
-# Broken and hostile ----------------------------------------------------------------------------------------------
+# Damaged and hostile files -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_a_long_data_url_is_shortened_in_messages():
         (png(header(4, 4), (b"IDAT", b"not zlib at all")), "is damaged"),
     ],
 )
-def test_a_broken_or_hostile_file_is_refused_in_one_line(saved, data, says):
+def test_a_damaged_or_hostile_file_is_refused_in_one_line(saved, data, says):
     message = refusal(saved(data, "trouble.png"))
     assert says in message
     assert "trouble.png" in message
@@ -306,7 +306,7 @@ def test_a_broken_or_hostile_file_is_refused_in_one_line(saved, data, says):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.webp", "a.gif", "a.tiff", "a.bmp", "a.avif"])
-def test_a_picture_cut_off_anywhere_is_read_or_refused_in_one_line(saved, name):
+def test_a_truncated_picture_is_read_or_refused_in_one_line(saved, name):
     path = saved(Image.effect_noise((32, 32), 90).convert("RGB"), name)
     whole = Path(path).read_bytes()
     refused = 0
@@ -322,7 +322,7 @@ def test_a_picture_cut_off_anywhere_is_read_or_refused_in_one_line(saved, name):
 
 @settings(deadline=None)
 @given(st.binary(max_size=200), st.integers(0, 400), st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF"]))
-def test_damage_never_raises_anything_but_an_input_error(junk, at, kind):
+def test_a_damaged_picture_never_raises_anything_but_an_input_error(junk, at, kind):
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((16, 16)).convert("RGB").save(buffer, kind)
     data = bytearray(buffer.getvalue())
@@ -364,7 +364,7 @@ def test_grey_in_a_mask_is_kept(saved):
     assert torch.equal(open_mask(saved(ramp.convert("RGB")), (256, 1))[0], expected)
 
 
-def test_in_a_mask_with_transparency_what_is_clear_repaints_whatever_its_colour(saved):
+def test_a_mask_with_transparency_repaints_its_transparent_pixels_of_any_colour(saved):
     picture = Image.new("RGBA", (3, 1), (255, 255, 255, 255))
     picture.putpixel((1, 0), (255, 255, 255, 0))
     picture.putpixel((2, 0), (0, 0, 0, 51))
@@ -383,7 +383,7 @@ def test_a_mask_is_fitted_like_its_picture_and_without_ringing(saved):
 # Pixels --------------------------------------------------------------------------------------------------------------
 
 
-def test_pixels_and_pictures_are_each_others_inverse():
+def test_pixels_and_pictures_convert_both_ways_without_loss():
     picture = Image.fromarray(np.random.default_rng(1).integers(0, 256, (5, 7, 3), np.uint8))
     pixels = to_pixels(picture, 7, 5)
     assert pixels.shape == (3, 5, 7)
@@ -392,7 +392,7 @@ def test_pixels_and_pictures_are_each_others_inverse():
     assert to_image(pixels).tobytes() == picture.tobytes()
 
 
-def test_values_are_rounded_not_cut_and_clipped_outside():
+def test_values_are_rounded_and_clipped():
     values = torch.tensor([-1.0, 0.5 / 255 + 1e-4, 1.4 / 255, 254.6 / 255, 7.0]).view(1, 1, 5).expand(3, 1, 5)
     assert [to_image(values).getpixel((x, 0))[0] for x in range(5)] == [0, 1, 1, 255, 255]
 
@@ -434,5 +434,5 @@ def test_a_fitted_size_is_a_multiple_within_the_area_and_close_to_the_pictures_s
     [((1024, 768), (1024, 768)), ((1000, 600), (992, 592)), ((5, 40), (16, 32)), ((4000, 3000), (2352, 1760)),
      ((4096, 4096), (2048, 2048)), ((16384, 64), (8192, 32))],
 )  # fmt: skip
-def test_a_picture_without_a_size_asked_for_keeps_its_own(size, expected):
+def test_a_picture_keeps_its_size_if_none_is_given(size, expected):
     assert fit_size(Image.new("1", size), 16) == expected

@@ -1,4 +1,4 @@
-"""JSON prompts: the documented fields become one canonical line, and what is wrong is named in one."""
+"""JSON prompts: the documented fields become one canonical line, and an error is one line."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_fields_are_written_in_their_documented_order_on_one_line_with_colours_i
 
 
 @given(PROMPTS)
-def test_the_canonical_text_of_a_canonical_text_is_itself(prompt):
+def test_canonical_text_stays_the_same(prompt):
     text = json_prompt(prompt)
     assert json_prompt(text) == text
     assert json.loads(text).keys() == prompt.keys()
@@ -94,7 +94,7 @@ def test_the_canonical_text_of_a_canonical_text_is_itself(prompt):
         ({"scene": ["x" * 500]}, r'scene is \["x+\.\.\.: write some text'),
     ],
 )
-def test_what_is_wrong_is_named_with_its_remedy_in_one_line(source, said):
+def test_an_error_is_one_line_with_the_remedy(source, said):
     with pytest.raises(InputError, match=said) as caught:
         json_prompt(source)
     assert "\n" not in str(caught.value)
@@ -102,11 +102,11 @@ def test_what_is_wrong_is_named_with_its_remedy_in_one_line(source, said):
 
 
 @pytest.mark.parametrize("text", ["a shirt with #7 on it", "#1 fan", "hex bolts", "tag #FF8800FF", "added cafe #face"])
-def test_what_is_no_colour_is_left_alone(text):
+def test_text_that_is_not_a_colour_stays(text):
     assert json.loads(json_prompt({"scene": text}))["scene"] == text
 
 
-def test_words_that_happen_to_be_hex_digits_are_colours_in_words():
+def test_words_of_hex_digits_without_a_hash_stay():
     assert json.loads(json_prompt({"color_palette": ["facade"]}))["color_palette"] == ["facade"]
 
 

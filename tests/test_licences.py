@@ -1,4 +1,4 @@
-"""Licences: what each known model is under, where that is shown, and the setting that refuses the rest."""
+"""Licences: those of the known models, where they are shown, and the setting for commercial use only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from inkstream.types import InputError, Spec
 FREE_MODELS = {
     "pocket", "z-image-turbo", "z-image", "z-image-omni", "flux1-schnell", "flux2-klein-4b", "flux2-klein-base-4b",
 }  # fmt: skip
-"""As their repositories say; all others are under Black Forest Labs' non-commercial licences."""
+"""By their repositories. All other models are under Black Forest Labs' non-commercial licences."""
 
 SMALL = ["-W", "64", "-H", "48", "--steps", "1"]
 
@@ -32,7 +32,7 @@ def one_line(error: pytest.ExceptionInfo[InputError]) -> str:
 
 
 def own_copy(folder: Path, to: Path, card: dict | None = None) -> Path:
-    """The same model elsewhere, with a card."""
+    """A copy of a model with a card."""
     own = Path(shutil.copytree(folder, to))
     if card is not None:
         (own / "inkstream.json").write_text(json.dumps(card))
@@ -40,13 +40,13 @@ def own_copy(folder: Path, to: Path, card: dict | None = None) -> Path:
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
-def test_every_known_model_says_its_licence_and_whether_it_is_for_commercial_use(spec):
+def test_every_known_model_has_its_licence(spec):
     free = spec.name in FREE_MODELS
     assert (spec.licence, spec.commercial) == ("apache-2.0" if free else "FLUX non-commercial", free)
     assert spec.commercial == (spec.licence in FREE)
 
 
-def test_a_model_that_says_nothing_is_not_for_commercial_use():
+def test_a_model_without_a_licence_is_not_for_commercial_use():
     said = {field.name: field.default for field in fields(Spec)}
     assert (said["licence"], said["commercial"]) == ("unknown", False)
 
@@ -55,7 +55,7 @@ def test_a_model_that_says_nothing_is_not_for_commercial_use():
     ("value", "on"),
     [(None, False), ("", False), ("0", False), ("No", False), ("false", False), ("1", True), ("y", True)],
 )
-def test_the_setting_is_on_unless_it_says_off(monkeypatch, value, on):
+def test_the_setting_is_on_for_any_value_that_does_not_mean_off(monkeypatch, value, on):
     monkeypatch.delenv(SETTING, raising=False)
     if value is not None:
         monkeypatch.setenv(SETTING, value)
@@ -76,7 +76,7 @@ def test_a_refusal_names_the_model_its_licence_and_models_that_do_the_same():
 
 
 @pytest.mark.parametrize("name", ["flux1-dev", "black-forest-labs/FLUX.2-klein-9B", "someone/model"])
-def test_what_would_have_to_be_downloaded_is_refused_before_anybody_is_asked(name, tmp_path, monkeypatch, capsys):
+def test_a_model_to_download_is_refused_before_any_request_to_the_hub(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("inkstream.weights.hub.cached", lambda repo, patterns: None)
     monkeypatch.setattr("inkstream.weights.hub.offer", lambda repo, patterns: pytest.fail("the hub was asked"))
     words = ["generate", "x", "-m", name, "-o", str(tmp_path / "x.png"), "--yes"]
@@ -89,7 +89,7 @@ def test_what_would_have_to_be_downloaded_is_refused_before_anybody_is_asked(nam
         inkstream.load(name, inkstream.Machine(commercial_only=True))
 
 
-def test_an_own_folder_that_does_not_say_its_licence_is_refused_and_told_how_to_say_it(tiny_folder, tmp_path, capsys):
+def test_a_local_model_without_a_licence_is_refused_with_the_remedy(tiny_folder, tmp_path, capsys):
     words = ["generate", "x", "-m", str(tiny_folder), *SMALL, "-o", str(tmp_path / "x.png")]
     assert main([*words, "--commercial-only"]) == 2
     err = capsys.readouterr().err
@@ -110,7 +110,7 @@ def test_an_own_folder_that_does_not_say_its_licence_is_refused_and_told_how_to_
         ({"steps": 4}, False),
     ],
 )
-def test_an_own_folders_card_says_its_licence(tiny_folder, tmp_path, card, taken):
+def test_the_card_of_a_local_model_states_its_licence(tiny_folder, tmp_path, card, taken):
     own = own_copy(tiny_folder, tmp_path / "own", card)
     if taken:
         assert locate(own, commercial_only=True).spec.commercial
@@ -119,7 +119,7 @@ def test_an_own_folders_card_says_its_licence(tiny_folder, tmp_path, card, taken
         locate(own, commercial_only=True)
 
 
-def test_the_setting_holds_for_every_way_to_draw_and_not_for_converting(tiny_folder, tmp_path, monkeypatch, capsys):
+def test_the_setting_applies_to_drawing_and_not_to_converting(tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv(SETTING, "1")
     assert main(["generate", "x", "-m", str(tiny_folder), *SMALL, "-o", str(tmp_path / "x.png")]) == 2
     with pytest.raises(InputError, match="licence"):
@@ -130,7 +130,7 @@ def test_the_setting_holds_for_every_way_to_draw_and_not_for_converting(tiny_fol
     inkstream.load(tiny_folder, inkstream.Machine(commercial_only=False))
 
 
-def test_a_picture_says_what_licence_its_model_is_under(tiny_folder, tmp_path, capsys):
+def test_the_metadata_of_a_picture_names_the_licence(tiny_folder, tmp_path, capsys):
     own = own_copy(tiny_folder, tmp_path / "own", {"licence": "mine", "commercial": False, "title": "Mine"})
     for folder, expected in ((own, ("mine", False)), (tiny_folder, ("unknown", False))):
         path = tmp_path / f"{folder.name}.png"
@@ -154,7 +154,7 @@ def test_models_and_doctor_show_licences(capsys):
         assert "apache-2.0, commercial use allowed" in out
 
 
-def test_the_doctor_says_which_models_may_draw(capsys, monkeypatch):
+def test_the_doctor_shows_the_setting(capsys, monkeypatch):
     monkeypatch.setenv(SETTING, "1")
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["commercial_only"] is True
@@ -163,7 +163,7 @@ def test_the_doctor_says_which_models_may_draw(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("known", [KLEIN_4B, KLEIN_BASE_4B, KLEIN_9B_KV], ids=lambda spec: spec.name)
-def test_what_a_folders_configs_do_not_say_goes_with_it_whatever_it_is_called(known, make_folder, tmp_path):
+def test_the_card_holds_for_a_renamed_folder(known, make_folder, tmp_path):
     folder = make_folder(tmp_path / known.name, known.tiny)
     (folder / "inkstream.json").write_text(json.dumps({"licence": "mine", "commercial": True}))
     native = convert(folder, tmp_path / "native", "native")

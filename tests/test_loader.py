@@ -1,4 +1,4 @@
-"""Models from every layout they are published in; what is wrong is named before anything big is read."""
+"""Loading models from every published layout; errors are found before weights are read."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ from inkstream.weights.keymap import translate
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch, tmp_path_factory):
-    """An empty cache, and nobody to ask."""
+    """An empty cache, offline."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture
 def folder(tiny_folder, tmp_path) -> Path:
-    """A copy of the tiny turbo, to be spoiled."""
+    """A copy of the tiny turbo that a test may change."""
     return Path(shutil.copytree(tiny_folder, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")
 def native(tiny_folder, tmp_path_factory) -> Path:
-    """The tiny turbo's native folder. Not to be written to."""
+    """The tiny turbo's native folder. Tests must not change it."""
     return convert(tiny_folder, tmp_path_factory.mktemp("native") / "tiny", "native")
 
 
@@ -62,7 +62,7 @@ State = dict[str, torch.Tensor]
 
 
 def edit(path: Path, change: Callable[[State], object], metadata: dict[str, str] | None = None) -> None:
-    """Write a file anew after `change` has had its state dict."""
+    """Writes a file again after `change` has edited its state dict."""
     state = {name: tensor.clone() for name, tensor in read_state(path).items()}
     change(state)
     write_state(path, state, metadata)
@@ -78,7 +78,7 @@ def same_weights(a: inkstream.Model, b: inkstream.Model) -> bool:
 
 
 def refused(path: Path | str, *said: str) -> str:
-    """The one line that loading ends with, which names all of `said`; no weight was read for it."""
+    """The one-line error of a load. Checks that it contains all of `said` and that no weight was read."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "read_state", lambda path: pytest.fail(f"{path} was read"))
         with pytest.raises(InputError) as caught:
@@ -93,7 +93,7 @@ def refused(path: Path | str, *said: str) -> str:
 # Layouts ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_diffusers_folder_is_loaded_with_what_its_configs_say(tiny_folder, tiny_base_folder):
+def test_a_diffusers_folder_is_loaded_with_its_configs(tiny_folder, tiny_base_folder):
     for path, spec in ((tiny_folder, TURBO.tiny), (tiny_base_folder, BASE.tiny)):
         model = inkstream.load(path, device="cpu")
         expected = ("transformer", "text_encoder", "vae", "shift", "steps", "guidance", "abilities")
@@ -102,7 +102,7 @@ def test_a_diffusers_folder_is_loaded_with_what_its_configs_say(tiny_folder, tin
         assert model.spec.name == path.name
 
 
-def test_weights_are_ready_to_run_and_only_to_run(tiny_folder):
+def test_weights_are_loaded_for_inference_only(tiny_folder):
     model = inkstream.load(str(tiny_folder), device="cpu")
     for module in (model.family.transformer, model.family.text_encoder, model.family.vae):
         assert not module.training
@@ -133,7 +133,7 @@ def test_a_single_file_is_read_in_either_layout_with_a_prefix_or_without(tiny_fo
     assert same_weights(inkstream.load(tiny_folder), inkstream.load(weights(folder)))
 
 
-def test_flat_pads_and_a_left_over_norm_are_taken(tiny_folder, native, tmp_path):
+def test_flat_pad_tokens_and_an_unused_norm_are_accepted(tiny_folder, native, tmp_path):
     folder = Path(shutil.copytree(native, tmp_path / "m"))
     config = read_header(weights(folder)).metadata["config"]
 
@@ -145,7 +145,7 @@ def test_flat_pads_and_a_left_over_norm_are_taken(tiny_folder, native, tmp_path)
     assert same_weights(inkstream.load(tiny_folder), inkstream.load(folder))
 
 
-def test_a_text_encoder_may_lack_the_layer_that_nobody_reads(tiny_folder, folder):
+def test_a_text_encoder_may_lack_its_unused_last_layer(tiny_folder, folder):
     def change(state):
         for name in [name for name in state if name.startswith(("layers.2.", "norm."))]:
             del state[name]
@@ -165,7 +165,7 @@ def test_shards_are_one_model(tiny_folder, folder):
 
 # ComfyUI ------------------------------------------------------------------------------------------------------------
 
-# Sizes that can be told from shapes alone: heads as wide as the published split of a head wants, VAE groups of 32.
+# Sizes that can be inferred from shapes alone: the published head width, and VAE groups of 32.
 PLAIN = replace(
     TURBO.tiny,
     transformer=ZImageConfig(dim=64, n_layers=1, n_refiner_layers=1, n_heads=2, cap_feat_dim=32, axes_dims=(8, 12, 12)),
@@ -220,13 +220,13 @@ def test_the_old_names_of_comfyuis_folders_are_read_too(plain_folder, tree):
     assert same_weights(inkstream.load(plain_folder), inkstream.load(tree))
 
 
-def test_of_several_models_in_a_tree_one_must_be_named(tree):
+def test_a_tree_with_several_models_is_refused(tree):
     shutil.copyfile(tree / "diffusion_models/z/z_turbo.safetensors", tree / "diffusion_models/z_base.safetensors")
     refused(tree, "2 models", "diffusion_models/z/z_turbo.safetensors", "diffusion_models/z_base.safetensors")
     assert inkstream.load(tree / "diffusion_models/z_base.safetensors").spec.name == "z_base"
 
 
-def test_of_several_parts_that_fit_the_one_beside_the_model_is_taken(tree):
+def test_a_part_beside_the_model_takes_precedence_over_several_that_fit(tree):
     shutil.copyfile(tree / "vae/ae.safetensors", tree / "vae/other.safetensors")
     message = refused(tree, "vae", "ae.safetensors", "other.safetensors")
     chosen = Path(message.rsplit(" into ", 1)[1])
@@ -235,7 +235,7 @@ def test_of_several_parts_that_fit_the_one_beside_the_model_is_taken(tree):
     inkstream.load(tree)
 
 
-def test_a_part_missing_from_a_tree_is_named_with_what_was_tried(tree):
+def test_the_error_for_a_part_missing_from_a_tree_names_the_files_tried(tree):
     (tree / "vae/ae.safetensors").unlink()
     refused(tree, "vae", "sdxl.safetensors", "quant_conv")
     (tree / "vae/sdxl.safetensors").unlink()
@@ -258,26 +258,26 @@ def test_without_a_tokenizer_the_remedy_is_named(tree):
     refused(tree, "no tokenizer", "hf download Tongyi-MAI/Z-Image-Turbo --include 'tokenizer/*'")
 
 
-# What is wrong ------------------------------------------------------------------------------------------------------
+# Errors --------------------------------------------------------------------------------------------------------------
 
 
-def test_a_name_that_nobody_knows_lists_near_ones():
+def test_the_error_for_an_unknown_name_lists_similar_ones():
     assert "did you mean" in refused("z-image-trubo", "z-image-trubo is not a known model", "z-image-turbo")
     refused("sdxl", *SPECS, "OWNER/NAME")
     refused("models/not/there", "models/not/there is not a known model, file or folder")
     refused("./there.safetensors", "there.safetensors")
 
 
-def test_a_model_that_is_not_published_says_so():
+def test_an_unpublished_model_is_refused():
     refused("z-image-omni", "not published")
 
 
-def test_a_model_that_is_not_in_the_cache_says_so_offline():
+def test_offline_a_model_that_is_not_cached_is_refused():
     refused("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "HF_HUB_OFFLINE")
     refused("someone/something", "someone/something is not a file or folder here, and", "HF_HUB_OFFLINE")
 
 
-def test_a_folder_without_a_model_says_what_was_expected(tmp_path, native):
+def test_a_folder_without_a_model_is_refused_with_what_is_expected(tmp_path, native):
     refused(tmp_path, str(tmp_path), "model_index.json")
     shutil.copyfile(weights(native / "vae"), tmp_path / "vae.safetensors")
     refused(tmp_path, "vae.safetensors is not a known transformer")
@@ -325,12 +325,12 @@ def test_unknown_missing_and_misshapen_weights_are_named(folder, part):
     refused(folder, str(folder / part), f"{rows}x{columns}", f"expected {rows + 1}x{columns}")
 
 
-def test_a_missing_third_of_a_fused_weight_is_named(folder):
+def test_a_missing_part_of_a_fused_weight_is_named(folder):
     edit(weights(folder / "transformer"), lambda state: state.pop("layers.1.attention.to_k.weight"))
     refused(folder, str(folder / "transformer"), "layers.1.attention.to_k.weight is missing")
 
 
-def test_missing_names_are_the_files_own(folder):
+def test_missing_weights_have_the_names_of_the_file(folder):
     edit(weights(folder / "transformer"), lambda state: state.pop("all_x_embedder.2-1.bias"))
     refused(folder, "lacks all_x_embedder.2-1.bias")
 
@@ -366,7 +366,7 @@ def test_a_config_that_does_not_fit_its_weights_is_named(folder):
     ("field", "value"),
     [("dim", 0), ("dim", -64), ("dim", "wide"), ("n_heads", 0), ("dim", None), ("n_layers", 1.5), ("axes_dims", 3)],
 )
-def test_a_config_of_nonsense_is_named(folder, field, value):
+def test_an_invalid_config_is_named(folder, field, value):
     edit_json(folder / "transformer/config.json", **{field: value})
     refused(folder, str(folder / "transformer"))
 
@@ -378,7 +378,7 @@ def test_a_broken_json_file_is_named(folder, name, text):
     refused(folder, str(folder / name))
 
 
-def test_unknown_keys_in_a_config_are_passed_over(folder):
+def test_unknown_keys_in_a_config_are_ignored(folder):
     edit_json(folder / "transformer/config.json", some_new_key=[1, 2], _diffusers_version="9.9")
     inkstream.load(folder)
 
@@ -395,13 +395,13 @@ def test_a_shift_that_is_no_number_is_named(folder, shift):
     refused(folder, "scheduler_config.json says shift is")
 
 
-def test_the_transformers_own_folder_means_the_folder_it_lies_in(tiny_folder):
+def test_the_transformers_folder_stands_for_the_model_folder(tiny_folder):
     model = inkstream.load(tiny_folder / "transformer")
     assert same_weights(inkstream.load(tiny_folder), model)
     assert model.spec.name == tiny_folder.name
 
 
-def test_a_folder_of_several_parts_that_fit_asks_which(native, tmp_path):
+def test_several_files_that_fit_as_one_part_are_refused(native, tmp_path):
     folder = Path(shutil.copytree(native, tmp_path / "m"))
     (config,) = (folder / "vae").glob("*.json")
     metadata = {"config": config.read_text()}
@@ -465,7 +465,7 @@ def test_on_a_gpu_the_autoencoder_takes_the_models_dtype_unless_it_would_overflo
         ({"device": "meta"}, "device meta is not there"),
     ],
 )
-def test_a_device_or_dtype_that_is_not_there_is_named(tiny_folder, options, said):
+def test_an_unavailable_device_or_dtype_is_named(tiny_folder, options, said):
     with pytest.raises(InputError, match=said):
         inkstream.load(tiny_folder, **options)
 
@@ -510,7 +510,7 @@ def heavy(make_folder, tmp_path_factory) -> Path:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="measures memory as Linux does")
 def test_loading_makes_no_second_copy(heavy, tmp_path):
-    """Private memory at its highest: nothing for mapped weights, the fused ones, or the result of the cast."""
+    """Peak private memory: none for mapped weights, their own size for fused weights and the result of a cast."""
     native = convert(heavy, tmp_path / "native", "native")
     sizes = {name: tensor.nbytes for name, tensor in read_header(heavy / "transformer").tensors.items()}
     size, fused = sum(sizes.values()), sum(n for name, n in sizes.items() if ".attention.to_q." in name) * 3
@@ -524,7 +524,7 @@ def test_loading_makes_no_second_copy(heavy, tmp_path):
 
 
 def sparse(path: Path, tensors: State) -> None:
-    """A safetensors file of any size that takes no room: its header, and a hole."""
+    """A sparse safetensors file: a header and a hole, so that it takes no disk space."""
     header, offset = {}, 0
     for name, tensor in tensors.items():
         end = offset + 2 * tensor.numel()
@@ -536,7 +536,7 @@ def sparse(path: Path, tensors: State) -> None:
     os.truncate(path, 8 + len(text) + offset)
 
 
-def test_the_published_sizes_are_told_from_the_headers_of_comfyuis_files(tmp_path, plain_folder):
+def test_published_sizes_are_inferred_from_the_headers_of_comfyuis_files(tmp_path, plain_folder):
     with torch.device("meta"):
         transformer = ZImageTransformer(TURBO.transformer).state_dict()
         text_encoder = Qwen3(TURBO.text_encoder, depths=(36,)).state_dict()

@@ -1,4 +1,4 @@
-"""What a model is said to do with each option is what it does: measured on every kind of model at tiny size."""
+"""The table of options is true: the effect of each option is measured on every kind of model at tiny size."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ OTHER = {
     "mask": picture("black").convert("L"),
     "reference": (picture("blue"),),
 }
-"""A value that would show, of every option but those below."""
+"""For every option outside APART, a value that would change the picture."""
 APART = ("model", "count", "upsample")
-"""Which model and how often; and what asks for a language model, which is not at hand here."""
+"""Options that are not tested here: `upsample` needs a language model, the others do not change the picture."""
 
 
 def draw(model: Model, fields: dict) -> torch.Tensor:
@@ -61,7 +61,7 @@ def draw(model: Model, fields: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", sorted(KINDS.values()))
 @torch.no_grad()
-def test_options_change_the_picture_exactly_where_they_are_said_to(name, monkeypatch, build):
+def test_options_change_the_picture_exactly_if_the_table_says_so(name, monkeypatch, build):
     monkeypatch.setattr(kontext, "SIZES", ((32, 32),))
     spec = SPECS[name].tiny
     model, table = build(spec), options(spec)
@@ -86,7 +86,7 @@ def test_options_change_the_picture_exactly_where_they_are_said_to(name, monkeyp
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
-def test_every_model_says_of_every_option_what_it_does_with_it_and_why_if_it_does_not(spec):
+def test_every_model_has_an_effect_for_every_option_and_a_reason_if_not_honoured(spec):
     table = options(spec)
     assert list(table) == list(Request.model_fields)
     for name, option in table.items():
@@ -94,7 +94,7 @@ def test_every_model_says_of_every_option_what_it_does_with_it_and_why_if_it_doe
         assert "\n" not in option.why
 
 
-def test_only_the_schedules_said_to_use_no_shift_use_none():
+def test_unshifted_lists_exactly_the_schedules_without_a_shift():
     assert set(UNSHIFTED) == {name for name, times in SCHEDULES.items() if times(8, 3.0) == times(8, 6.0)}
 
 
@@ -122,14 +122,14 @@ def test_only_the_schedules_said_to_use_no_shift_use_none():
         ("flux1-fill-dev", {"image": picture("red"), "mask": picture("red"), "strength": 1}, []),
     ],
 )
-def test_what_has_no_effect_is_said_in_a_line_and_nothing_else_is(model, fields, said):
+def test_remarks_list_exactly_the_options_without_effect(model, fields, said):
     lines = remarks(Request(prompt="a fox", **fields), SPECS[model])
     assert len(lines) == bool(said)
     assert [words for words in said if words not in lines[0]] == []
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
-def test_a_request_that_was_completed_and_is_given_again_is_passed_over_in_silence(spec):
+def test_a_completed_request_has_no_remarks(spec):
     needed = {name: OTHER[name] for name, option in options(spec).items() if option.needed}
     assert remarks(complete(Request(prompt="a fox", **needed), spec).plain(), spec) == []
 
@@ -147,14 +147,14 @@ def test_a_request_that_was_completed_and_is_given_again_is_passed_over_in_silen
         ("flux2-dev", {"strength": 0.5}, ["strength needs a start picture"]),
     ],
 )
-def test_what_a_model_cannot_do_is_refused_before_a_picture_is_opened(model, fields, words):
+def test_rejected_options_are_refused_before_a_picture_is_opened(model, fields, words):
     with pytest.raises(InputError) as caught:
         complete(Request(prompt="a fox", **fields), SPECS[model])
     assert "\n" not in str(caught.value)
     assert [word for word in words if word not in str(caught.value)] == []
 
 
-def test_guidance_is_asked_for_twice_only_above_one_and_where_the_model_does_so():
+def test_a_request_is_guided_only_above_1_by_a_model_with_two_predictions():
     assert guided(Request(), SPECS["z-image"])
     assert not guided(Request(guidance=1), SPECS["z-image"])
     assert not guided(Request(guidance=5), SPECS["flux1-dev"])
@@ -174,11 +174,11 @@ def test_fill_encodes_its_picture_once(build):
     [((512, 512), (1024, 1024)), ((3000, 3000), (1024, 1024)), ((1920, 1080), (1360, 768)), ((600, 900), (832, 1248)),
      ((16_000, 1), (8192, 16))],
 )  # fmt: skip
-def test_a_map_is_drawn_at_its_shape_and_a_megapixel(seen, size):
+def test_a_map_gives_its_aspect_ratio_and_about_a_megapixel(seen, size):
     assert map_size(*seen, 16) == size
 
 
-def test_a_map_sets_the_size_and_a_size_that_is_asked_for_wins():
+def test_a_map_sets_the_size_unless_the_request_does():
     spec, wide = SPECS["flux1-canny-dev"], (picture("black", (320, 160)),)
     done = complete(Request(prompt="a fox", reference=wide), spec)
     assert (done.width, done.height) == (1456, 720)
@@ -186,7 +186,7 @@ def test_a_map_sets_the_size_and_a_size_that_is_asked_for_wins():
     assert (done.width, done.height) == (512, 512)
 
 
-def test_redux_which_sees_no_shape_draws_at_its_own_size():
+def test_redux_draws_at_its_default_size():
     spec = SPECS["flux1-redux-dev"]
     done = complete(Request(prompt="a fox", reference=(picture("black", (320, 160)),)), spec)
     assert (done.width, done.height) == spec.size

@@ -1,4 +1,4 @@
-"""Two processes draw what one draws: pictures, prompts, tokens or weights shared out between them.
+"""Two processes draw the same as one: pictures, prompts, tokens or weights are divided between them.
 
 torchrun --nproc-per-node 2 tests/test_parallel.py FOLDER    # writes what each process got
 """
@@ -45,7 +45,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "
             "--rdzv-endpoint", "localhost:0"]  # fmt: skip
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR", "PYTHONWARNINGS": "ignore"}
 CLOSE = 1e-5
-"""Of the largest number: how far apart sums in another order may be, in float32."""
+"""The tolerance for float32 sums in another order, relative to the largest value."""
 
 
 def with_three_heads(spec: Spec) -> Spec:
@@ -115,7 +115,7 @@ def sample(count: int = 1, **asked: Any) -> Callable[[Model], list[Tensor]]:
 
 
 def encode(width: int) -> Callable[[str], Conditioning]:
-    """Prompts of as many tokens as letters, from noise that they decide."""
+    """An encoder for tests: one token for each letter, from noise seeded by the prompt."""
     return lambda prompt: Conditioning(normal(len(prompt), width, seed=len(prompt)), (len(prompt),))
 
 
@@ -133,7 +133,7 @@ def packed(name: str) -> Callable[[Any], None]:
 
 
 def stream(transformer: Any) -> None:
-    """Let the blocks come one by one, from weights of half the size."""
+    """Streams the blocks one by one, from weights of half the size."""
     Placed(transformer.bfloat16(), "visiting", torch.device("cpu"), torch.float32).settle()
 
 
@@ -142,8 +142,8 @@ class Case:
     way: Way
     spec: Spec
     compute: Callable[[Model], list[Tensor]]
-    before: Callable[[Any], None] = lambda transformer: None  # what is done to the transformer before it is shared
-    after: Callable[[Any], None] = lambda transformer: None  # and then
+    before: Callable[[Any], None] = lambda transformer: None  # changes the transformer before it is divided
+    after: Callable[[Any], None] = lambda transformer: None  # changes it afterwards
 
 
 MIXED = ((5, 6, 10), (40, 4, 4))
@@ -201,7 +201,7 @@ WISHES: dict[str, tuple[Way | None, dict[str, Any]]] = {
     "drawn by context": (None, {"guidance": 1}),
     "drawn by tensor": ("tensor", {}),
 }
-"""How the processes share, None where they choose, and what is asked of GUIDED_FLUX2 in a folder beside WISH."""
+"""The way (None: chosen by the processes), and the fields of the request in addition to WISH."""
 
 
 def draw(folder: Path, asked: dict[str, Any], crew: Crew | None = None) -> tuple[Engine, list[Tensor]]:
@@ -214,7 +214,7 @@ def draw(folder: Path, asked: dict[str, Any], crew: Crew | None = None) -> tuple
 
 
 def weigh(engine: Engine) -> Tensor:
-    """Bytes of the transformer that is loaded."""
+    """The bytes of the loaded transformer."""
     family: Any = engine.model.family
     return torch.tensor(sum(weight.nbytes for weight in family.transformer.state_dict().values()))
 
@@ -224,7 +224,7 @@ def results(name: str, tensors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def main(folder: Path) -> None:
-    """What each of the two processes does."""
+    """The program of each of the two processes."""
     from conftest import build_model
 
     state: dict[str, Tensor] = {}
@@ -253,7 +253,7 @@ def folder(tmp_path_factory, make_folder) -> Path:
 
 @pytest.fixture(scope="module")
 def two(folder) -> tuple[list[dict[str, torch.Tensor]], str, str]:
-    """What each of two processes got, and what they said on stdout and stderr."""
+    """The results of each of two processes, and their stdout and stderr."""
     done = subprocess.run(
         [*TORCHRUN, __file__, str(folder)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )
@@ -263,7 +263,7 @@ def two(folder) -> tuple[list[dict[str, torch.Tensor]], str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_two_processes_compute_what_one_does(two, build, name):
+def test_two_processes_compute_the_same_as_one(two, build, name):
     for key, alone in results(name, run(build, CASES[name])):
         for state in two[0]:
             assert (state[key] - alone).abs().max() < CLOSE * alone.abs().max(), key
@@ -279,12 +279,12 @@ def test_an_engine_in_each_of_two_processes_draws_the_pictures_of_one(two, folde
     if name == "drawn by replicas":
         assert all(torch.equal(a, b) for a, b in zip(drawn, alone, strict=True))
         assert [key for key in second if key.startswith(name)] == [f"{name}.0"]  # of its own
-    else:  # a number next to the border between two bytes may fall on either side
+    else:  # a value near the border between two bytes may round either way
         assert max((a.int() - b.int()).abs().max() for a, b in zip(drawn, alone, strict=True)) <= 1
 
 
 @pytest.mark.slow
-def test_two_prompts_asked_apart_give_every_bit_of_asking_one_after_the_other(two, folder):
+def test_prompts_in_two_processes_give_bit_identical_pictures(two, folder):
     engine = Engine(Machine("cpu"))
     list(engine.load(str(folder / "model")))
     family: Any = engine.model.family

@@ -1,4 +1,4 @@
-"""Drafts and what is made of them: the request that refines a picture, and `inkstream refine` on tiny models."""
+"""Refining: the request that refines a picture, and `inkstream refine` on tiny models."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def picture(here) -> str:
-    """A plain picture of 96 by 64 pixels that carries nothing."""
+    """A picture of 96 x 64 pixels without metadata."""
     across, down = np.meshgrid(np.linspace(0, 255, 96), np.linspace(0, 255, 64))
     Image.fromarray(np.stack([across, down, 255 - across], -1).astype(np.uint8)).save("plain.png")
     return "plain.png"
@@ -43,7 +43,7 @@ def picture(here) -> str:
 
 @pytest.fixture
 def draft(picture) -> str:
-    """The same, with a request in it as a drawn picture carries it: complete."""
+    """The same picture with a complete request in its metadata."""
     request = Request(
         prompt="a fox", negative_prompt="blurry", model="z-image", width=96, height=64, steps=50, guidance=5.0, seed=7,
         solver="euler", schedule="simple", shift=6.0,
@@ -64,7 +64,7 @@ def wish(**fields) -> Request:
 # The request
 
 
-def test_a_model_that_takes_references_looks_at_the_draft_and_another_starts_from_it(draft):
+def test_a_model_with_references_takes_the_draft_as_one_and_others_start_from_it(draft):
     by_klein = refined(wish(), asked(draft), draft, KLEIN)
     assert (by_klein.way, by_klein.request.reference, by_klein.request.image) == ("reference", (draft,), None)
     by_krea = refined(wish(), asked(draft), draft, KREA)
@@ -73,14 +73,14 @@ def test_a_model_that_takes_references_looks_at_the_draft_and_another_starts_fro
     assert by_krea.lines[0].startswith("flux1-krea-dev starts from draft.png, at strength 0.")
 
 
-def test_a_strength_that_is_asked_for_is_the_way_and_the_way_can_be_named(draft):
+def test_a_strength_or_a_named_way_chooses_the_way(draft):
     start = refined(wish(strength=0.3), asked(draft), draft, KLEIN)
     assert (start.way, start.request.strength, start.request.reference) == ("strength", 0.3, ())
     assert refined(wish(), asked(draft), draft, KLEIN, "strength").request.image == draft
 
 
 @pytest.mark.parametrize("spec", [TURBO, BASE, KREA, KLEIN], ids=lambda spec: spec.name)
-def test_the_strength_of_any_model_leads_to_the_same_noise(draft, spec):
+def test_the_default_strength_starts_at_the_same_noise_level_for_every_model(draft, spec):
     request = refined(wish(), asked(draft), draft, spec, "strength").request
     from inkstream.engine.drawing.model import complete
 
@@ -90,7 +90,7 @@ def test_the_strength_of_any_model_leads_to_the_same_noise(draft, spec):
     assert shifted(request.strength, shift) == pytest.approx(LEVEL, abs=0.03)
 
 
-def test_prompt_seed_and_size_are_the_drafts_unless_given_and_how_it_is_run_is_the_models_own(draft):
+def test_prompt_seed_and_size_come_from_the_draft_and_the_rest_from_the_model(draft):
     request = refined(wish(), asked(draft), draft, KLEIN).request
     assert (request.prompt, request.seed, request.width, request.height) == ("a fox", 7, 96, 64)
     assert (request.model, request.steps, request.guidance, request.shift) == ("flux2-klein-4b", None, None, None)
@@ -98,7 +98,7 @@ def test_prompt_seed_and_size_are_the_drafts_unless_given_and_how_it_is_run_is_t
     assert (given.prompt, given.seed, given.steps) == ("a hare", 8, 2)
 
 
-def test_one_side_that_is_given_keeps_the_shape(draft):
+def test_one_given_side_keeps_the_aspect_ratio(draft):
     sizes = [
         refined(wish(**given), asked(draft), draft, KLEIN).request
         for given in ({"width": 192}, {"height": 128}, {"width": 192, "height": 64})
@@ -106,7 +106,7 @@ def test_one_side_that_is_given_keeps_the_shape(draft):
     assert [(request.width, request.height) for request in sizes] == [(192, 128), (192, 128), (192, 64)]
 
 
-def test_what_the_model_does_not_honour_is_left_out_and_said(draft):
+def test_options_that_the_model_ignores_are_listed_as_left_out(draft):
     by_klein = refined(wish(guidance=4), asked(draft), draft, KLEIN)
     assert (by_klein.request.negative_prompt, by_klein.request.guidance) == ("", None)
     left_out = [line.partition(" is left out")[0] for line in by_klein.lines[1:]]
@@ -116,14 +116,14 @@ def test_what_the_model_does_not_honour_is_left_out_and_said(draft):
     assert len(by_base.lines) == 1
 
 
-def test_what_somebody_chose_for_the_drafts_model_is_said_to_be_left_out(draft):
+def test_settings_of_the_drafts_model_are_listed_as_left_out(draft):
     chosen = asked(draft).model_copy(update={"steps": 20, "solver": "heun", "negative_prompt": ""})
     found = refined(wish(), chosen, draft, KLEIN)
     assert found.lines[1:] == ("left out, as set for z-image and not for flux2-klein-4b: steps 20, solver heun",)
     assert refined(wish(steps=4, solver="heun"), chosen, draft, KLEIN).lines[1:] == ()
 
 
-def test_the_drafts_references_keep_their_places_before_it(draft):
+def test_the_drafts_references_come_before_the_draft(draft):
     edit = asked(draft).model_copy(update={"reference": ("cat.png", "dog.png"), "negative_prompt": ""})
     edit = Request.model_validate(edit.model_dump())
     assert refined(wish(), edit, draft, KLEIN).request.reference == ("cat.png", "dog.png", draft)
@@ -139,7 +139,7 @@ def test_the_drafts_own_start_picture_is_not_used(draft):
     assert any("the draft's own image" in line for line in found.lines)
 
 
-def test_a_model_that_reads_references_as_words_starts_from_the_draft_unless_told_otherwise(draft):
+def test_a_model_that_encodes_references_like_text_starts_from_the_draft(draft):
     redux = SPECS["flux1-redux-dev"]
     assert refined(wish(), asked(draft), draft, redux).way == "strength"
     assert refined(wish(), asked(draft), draft, redux, "reference").request.reference == (draft,)
@@ -153,7 +153,7 @@ def test_a_model_that_reads_references_as_words_starts_from_the_draft_unless_tol
         ("flux1-canny-dev", "strength", "cannot refine pictures"),
     ],
 )
-def test_a_way_that_the_model_does_not_have_is_refused(name, way, said):
+def test_a_way_that_the_model_lacks_is_refused(name, way, said):
     with pytest.raises(InputError, match=said):
         way_for(SPECS[name], way)
 
@@ -166,7 +166,7 @@ def test_a_picture_without_a_prompt_is_refused_by_its_name(picture):
 # The command
 
 
-def test_a_draft_is_refined_by_its_own_request_and_says_what_it_was(draft, klein_folder, capsys):
+def test_a_draft_is_refined_by_its_request_and_its_metadata_names_the_draft(draft, klein_folder, capsys):
     assert main(["refine", draft, "-m", str(klein_folder)]) == 0
     out, err = capsys.readouterr()
     assert out == "draft-refined.png\n"
@@ -181,7 +181,7 @@ def test_a_draft_is_refined_by_its_own_request_and_says_what_it_was(draft, klein
         assert image.size == (96, 64)
 
 
-def test_a_strength_keeps_more_of_the_draft_the_smaller_it_is(draft, tiny_folder, capsys):
+def test_a_smaller_strength_keeps_more_of_the_draft(draft, tiny_folder, capsys):
     for strength in ("0", "0.3", "1"):
         assert main(["refine", draft, "-m", str(tiny_folder), "--strength", strength, "-o", f"{strength}.png"]) == 0
     apart = [np.abs(pixels("0.png") - pixels(f"{strength}.png")).mean() for strength in ("0", "0.3", "1")]
@@ -189,7 +189,7 @@ def test_a_strength_keeps_more_of_the_draft_the_smaller_it_is(draft, tiny_folder
     assert apart[0] == 0 < apart[1] < apart[2]
 
 
-def test_several_pictures_are_refined_and_a_prompt_stands_in_for_one_that_has_none(draft, picture, tiny_folder, capsys):
+def test_several_pictures_are_refined_and_a_prompt_replaces_a_missing_one(draft, picture, tiny_folder, capsys):
     words = ["refine", draft, picture, "-m", str(tiny_folder), "--prompt", "a hare", "-o", "out/", "--json"]
     assert main([*words, "--steps", "2"]) == 0
     document = json.loads(capsys.readouterr().out)
@@ -200,7 +200,7 @@ def test_several_pictures_are_refined_and_a_prompt_stands_in_for_one_that_has_no
     assert [asked(path).prompt for path in paths] == ["a hare", "a hare"]
 
 
-def test_another_programs_picture_is_refined_and_its_size_is_its_pixels(picture, tiny_folder, capsys):
+def test_a_picture_of_another_program_is_refined_at_its_size_in_pixels(picture, tiny_folder, capsys):
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -213,7 +213,7 @@ def test_another_programs_picture_is_refined_and_its_size_is_its_pixels(picture,
     assert (request.steps, request.guidance) == (8, 1.0)
 
 
-def test_references_that_are_gone_are_left_out_with_a_line(picture, klein_folder, capsys):
+def test_missing_references_are_left_out_with_a_line(picture, klein_folder, capsys):
     request = Request(prompt="a fox", model="flux2-klein-4b", seed=1, reference=("gone.png",))
     with Image.open(picture) as image:
         save_picture(image, "edit.png", request)
@@ -241,7 +241,7 @@ def test_references_that_are_gone_are_left_out_with_a_line(picture, klein_folder
     ],
     ids=lambda value: " ".join(value)[:40],
 )
-def test_what_cannot_be_refined_is_refused_in_one_line(draft, tiny_folder, capsys, words, named):
+def test_a_request_that_cannot_be_refined_is_refused_in_one_line(draft, tiny_folder, capsys, words, named):
     before = set(os.listdir())
     assert main(["refine", *(str(tiny_folder) if word == "MODEL" else word for word in words)]) == 2
     out, err = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Contact sheets: where pictures, marks, labels and words are."""
+"""Contact sheets: the places of pictures, marks, labels and captions."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def count(area: np.ndarray, colour: tuple[int, int, int]) -> int:
     return int((area == colour).all(-1).sum())
 
 
-def test_marks_frame_right_pictures_green_and_wrong_ones_red_and_stand_before_their_words():
+def test_marks_colour_the_frame_and_stand_before_the_caption():
     sheet = pixels(contact_sheet([Tile(BLUE, "a blue picture", mark) for mark in ("right", "wrong", "unknown")]))
     assert sheet.shape[1] == 3 * ACROSS
     for i, colour in enumerate((GREEN, RED, GRAY)):
@@ -56,7 +56,7 @@ def test_a_label_stands_below_its_picture_and_covers_nothing_of_it():
     assert count(below[:, plate.any(0).nonzero()[0].max() :], FAINT) > 20  # the seed
 
 
-def test_pictures_stand_in_rows_of_so_many_columns_under_the_heading():
+def test_pictures_are_in_rows_under_the_heading():
     tiles = [Tile(Image.new("RGB", (64, 32), (0, 0, 250 - i)), "") for i in range(5)]
     plain, headed = (contact_sheet(tiles, 2, 320, heading, "z-image") for heading in ("", "a fox " * 60))
     assert plain.width == headed.width == 2 * (320 + 2 * edge_of(320))
@@ -68,22 +68,22 @@ def test_pictures_stand_in_rows_of_so_many_columns_under_the_heading():
     assert lefts[0] == lefts[2] == lefts[4] == edge_of(320) < lefts[1] == lefts[3]
 
 
-def test_upright_pictures_take_no_more_room_than_they_need():
+def test_portrait_pictures_have_narrow_tiles():
     sheet = contact_sheet([Tile(Image.new("RGB", (32, 64)), "", label=str(i)) for i in range(3)], size=320)
     assert sheet.width == 3 * (160 + 2 * edge_of(320))
 
 
-def test_a_sheet_of_nothing_is_white():
+def test_a_sheet_without_pictures_is_white():
     assert pixels(contact_sheet([])).min() == 255
 
 
 @pytest.mark.parametrize("prompt", ["a very " * 60, "x" * 300, "写着春天" * 40], ids=["words", "a word", "Hanzi"])
-def test_long_words_are_cut_within_their_tile(prompt):
+def test_long_captions_are_cut_to_their_tile(prompt):
     lines = wrapped(prompt, TILE, TILE, indent=14)
     assert len(lines) == LINES
     assert lines[-1].endswith("…")
     assert all(font(TILE).getlength(line) <= TILE + 8 for line in lines)
 
 
-def test_short_words_stay_in_one_line():
+def test_short_captions_stay_on_one_line():
     assert wrapped("a red circle", TILE, TILE) == ["a red circle"]
