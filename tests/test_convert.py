@@ -104,7 +104,7 @@ def test_a_full_disk_is_reported_before_anything_is_written(tiny_folder, tmp_pat
 
 
 def test_an_unknown_layout_is_refused(tiny_folder, tmp_path):
-    with pytest.raises(InputError, match="layout gguf is unknown: take diffusers or native"):
+    with pytest.raises(InputError, match="layout gguf is not known: take diffusers or native"):
         convert(tiny_folder, tmp_path / "out", "gguf")
 
 

@@ -58,7 +58,7 @@ def test_a_json_prompt_is_drawn_as_its_one_line_which_the_picture_carries(draw, 
     assert draw("--json-prompt", "harbour.json", "-m", klein, "-o", "fox.png", "--seed", "3") == 0
     assert read_request("fox.png").request.prompt == CANONICAL
     told = capsys.readouterr().err
-    assert "not made for" not in told
+    assert "reads as plain text" not in told
     assert main(["generate", CANONICAL, "-m", str(klein), *SMALL, "--seed", "3", "-o", "again.png"]) == 0
     assert np.array_equal(pixels("fox.png"), pixels("again.png"))
 

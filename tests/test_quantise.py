@@ -154,7 +154,7 @@ def test_names_that_are_fused_on_either_side_stay_together():
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"quant": "q3"}, "quant q3 is unknown: take fp8, int8"),
+        ({"quant": "q3"}, "quant q3 is not known: take fp8, int8"),
         ({"quant": "q4_k", "to": "diffusers"}, "quant q4_k is a GGUF precision, and diffusers reads no GGUF"),
     ],
 )

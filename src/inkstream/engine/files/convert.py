@@ -48,9 +48,9 @@ def convert(
     """
     to = to or ("native" if quant else "diffusers")
     if to not in get_args(Layout):
-        raise InputError(f"layout {to} is unknown: take {' or '.join(get_args(Layout))}")
+        raise InputError(f"layout {to} is not known: take {' or '.join(get_args(Layout))}")
     if quant is not None and quant not in QUANTS:
-        raise InputError(f"quant {quant} is unknown: take {', '.join(QUANTS)}")
+        raise InputError(f"quant {quant} is not known: take {', '.join(QUANTS)}")
     if quant is not None and QUANTS[quant].gguf and to == "diffusers":
         raise InputError(f"quant {quant} is a GGUF precision, and diffusers reads no GGUF: leave out --to diffusers")
     dst = Path(dst).expanduser().absolute()
