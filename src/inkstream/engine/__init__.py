@@ -1,1 +1,1 @@
-"""`submit(Request) -> Iterator[Event]`, and what it stands on. No family is named here."""
+"""The engine: `submit(Request) -> Iterator[Event]`, and the parts that it uses. No family is named here."""
