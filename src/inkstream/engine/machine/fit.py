@@ -1,4 +1,4 @@
-"""Which models fit a machine, in which precision and memory plan, and about how long a picture takes."""
+"""Which models fit a machine, in which precision and placement, and about how long a picture takes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FORMATS = {"fp8": "e4m3", "w8a8": "int8"}
 
 @dataclass(frozen=True)
 class Fit:
-    """A precision and memory plan for a model: the peak in bytes, and the seconds for a picture of the model's size."""
+    """A precision and placement for a model: the peak in bytes, and the seconds for a picture of the model's size."""
 
     precision: str
     plan: str
@@ -58,9 +58,9 @@ def foreseen() -> Mapping[str, Any]:
 
 
 def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) -> list[Fit]:
-    """For each precision the fastest plan within `budget` bytes, if there is one. The first element is the best choice.
+    """For each precision the fastest placement within `budget` bytes, if there is one. The best choice comes first.
 
-    kind: "cpu"; any other value means a GPU. budget: None is unlimited. Streamed plans come last.
+    kind: "cpu"; any other value means a GPU. budget: None is unlimited. Fits with streamed layers come last.
     """
     kind = "cpu" if kind == "cpu" else "cuda"
     found = []
