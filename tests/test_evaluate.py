@@ -19,7 +19,7 @@ from inkstream.cli.terminal import Terminal
 from inkstream.engine.pictures.inputs import to_pixels
 from inkstream.engine.pictures.sheet import GRAY, GREEN, RED, TILE, edge_of
 from inkstream.evaluate import judge, measures, ocr, report, run
-from inkstream.evaluate.grades import Marks
+from inkstream.evaluate.grades import Marks, grade
 from inkstream.evaluate.report import Judged, Row
 from inkstream.evaluate.run import Job, Settings
 from inkstream.evaluate.suites import FACTS, SUITES, Case, digest, open_suite, read_suite, thin
@@ -75,6 +75,20 @@ def test_strings_of_a_suite_hardly_come_twice(pocket):
     assert len(texts) > 50
 
 
+def test_suites_of_typed_prompts_have_the_same_groups_and_no_prompt_in_common():
+    people, people2 = open_suite("people"), open_suite("people2")
+    assert (len(people), len(people2)) == (300, 160)
+    assert {case.group for case in people} == {case.group for case in people2}
+    prompts = [case.prompt.casefold() for case in (*people, *people2)]
+    assert len(set(prompts)) == len(prompts)
+
+
+def test_scenes_of_suite_people2_pass_the_graders():
+    for number, case in enumerate(open_suite("people2")[::4]):
+        marks = grade(render(case.scene, 256), case.scene, case.stated, case.open_colour)
+        assert Judged(Path(), number, 0, case.group, marks).right, case.prompt
+
+
 def test_a_file_is_read_a_case_a_line(tmp_path, pocket):
     path = tmp_path / "mine.jsonl"
     scene = next(case.scene for case in pocket if case.text)
@@ -123,7 +137,7 @@ def test_a_line_that_is_no_case_is_named(tmp_path, line, said):
 
 
 def test_unknown_suites_missing_files_and_empty_ones_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no suite fox: take pocket, text"):
+    with pytest.raises(InputError, match="no suite fox: take pocket, text, people, people2 or"):
         open_suite("fox")
     with pytest.raises(InputError, match=r"none\.jsonl cannot be read"):
         open_suite(str(tmp_path / "none.jsonl"))

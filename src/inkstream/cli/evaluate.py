@@ -53,8 +53,8 @@ def evaluate(
     model
         A model's name, a repository on the hub, or a local path.
     suite
-        pocket: 200 scenes that no training shows; text: 200 strings; people: 300 prompts as people type them;
-        or a .jsonl file, one {"prompt": ...} a line.
+        pocket: 200 scenes that no training shows; text: 200 strings; people and people2: 300 and 160
+        prompts as people type them; or a .jsonl file, one {"prompt": ...} a line.
     seeds
         Pictures of each prompt.
     limit

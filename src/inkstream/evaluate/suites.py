@@ -66,17 +66,24 @@ TEXT: tuple[Stratum, ...] = (
     *(Stratum(f"Chinese {n}", "text", 20, 0.0, (n, n)) for n in (1, 2, 3, 4)),
 )
 SUITES: dict[str, tuple[Stratum, ...]] = {"pocket": POCKET, "text": TEXT}
-"""Generated suites. Suite `people` is a file: 300 prompts as users type them, written without knowing the parser."""
+"""Generated suites."""
+
+FILES = ("people", "people2")
+"""Suites that are files of prompts as users type them, written without knowing the parser.
+
+`people` has 300 prompts. Its failures were used to improve the parser. `people2` has 160 prompts, written after the
+parser was finished: it is for measuring only.
+"""
 
 
 def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
     """Return the cases of a suite, given its name or the path of a .jsonl file. Raises InputError if it is neither."""
     if name in SUITES:
         return list(held_out_cases(SUITES[name], grammar or Grammar()))
-    if name == "people":
-        return read_suite(Path(__file__).parent / "people.jsonl")
+    if name in FILES:
+        return read_suite(Path(__file__).parent / f"{name}.jsonl")
     if not name.endswith(".jsonl"):
-        known = ", ".join([*SUITES, "people"])
+        known = ", ".join([*SUITES, *FILES])
         raise InputError(f"there is no suite {name}: take {known} or give a file that ends in .jsonl")
     return read_suite(Path(name))
 
