@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import time
@@ -662,3 +663,17 @@ def test_nothing_is_fetched_from_elsewhere_and_nothing_is_inline():
     page = studio.FILES["index.html"].decode()
     assert " style=" not in page
     assert "<script>" not in page
+
+
+# Modules ------------------------------------------------------------------------------------------------------------
+
+
+def test_modules_import_one_another_without_a_circle():
+    line = re.compile(r'^import .* from "\./([\w.]+)";$', re.MULTILINE)
+    imports = {name: line.findall(text.decode()) for name, text in studio.FILES.items() if name.endswith(".js")}
+    assert "dom.js" in imports["main.js"]
+    left = dict(imports)
+    while ready := [name for name, needs in left.items() if not left.keys() & needs]:
+        for name in ready:
+            del left[name]
+    assert not left, f"a circle is in the imports of {', '.join(left)}: move the shared function to a lower module"

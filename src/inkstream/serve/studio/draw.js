@@ -3,10 +3,9 @@
 import { post } from "./api.js";
 import { say } from "./bus.js";
 import { byId } from "./dom.js";
-import { presentForm } from "./form.js";
 import { complain, notice, speak } from "./notice.js";
 import { remember } from "./prompt.js";
-import { request } from "./wish.js";
+import { presentForm, request } from "./wish.js";
 import { t } from "./words.js";
 import { view } from "./views.js";
 import { gridOf } from "./xy.js";

@@ -6,13 +6,13 @@ import { byId, h, icon, iconButton } from "./dom.js";
 import { draft, draw } from "./draw.js";
 import { control } from "./fields.js";
 import { keep, recollect } from "./memory.js";
-import { formOf, modelOf, models, shown } from "./models.js";
+import { modelOf, models, shown } from "./models.js";
 import { complain, guarded } from "./notice.js";
 import { slots } from "./pictures.js";
 import { promptControl } from "./prompt.js";
 import { openPicture } from "./recall.js";
 import { shapeControl } from "./shape.js";
-import { chooseModel, chosenModel, isGiven, matters, PICTURES, request } from "./wish.js";
+import { chooseModel, chosenModel, isGiven, matters, openForm, PICTURES, request } from "./wish.js";
 import { known, t } from "./words.js";
 import { gridControl, gridOf } from "./xy.js";
 
@@ -30,13 +30,10 @@ const FOLLOWS = { size: ["width", "height"], upsample: ["image"] };
 let form = null; // of the chosen model, by field
 let controls = new Map();
 
-/** The form of the chosen model. */
-export const presentForm = () => form;
-
 /** Draw the form of the chosen model, the first one where none was chosen that is there. */
 export async function showForm() {
   if (!modelOf(chosenModel())) chooseModel(models()[0].id);
-  form = await formOf(chosenModel());
+  form = await openForm();
   controls = new Map();
   const rest = shown(form).filter((field) => !OPEN.includes(field.name));
   const sections = SECTIONS.map(([name, holds]) => {

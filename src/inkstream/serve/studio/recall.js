@@ -4,12 +4,11 @@ import { post } from "./api.js";
 import { say } from "./bus.js";
 import { h, icon } from "./dom.js";
 import { titleOf } from "./fields.js";
-import { presentForm } from "./form.js";
 import { formOf, modelOf, takes } from "./models.js";
 import { complain, notice } from "./notice.js";
 import { chooseFiles, put, upload } from "./pictures.js";
 import { view } from "./views.js";
-import { chooseModel, chosenModel, giveGrid, recall } from "./wish.js";
+import { chooseModel, chosenModel, giveGrid, presentForm, recall } from "./wish.js";
 import { t } from "./words.js";
 
 /** Take a request over. Its model is chosen where it is offered; what that does not take is said. */

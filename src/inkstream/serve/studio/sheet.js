@@ -1,6 +1,7 @@
 // All pictures of one job on one sheet: drafts to pick from, or a grid with its columns and rows named.
 
 import { get } from "./api.js";
+import { hear } from "./bus.js";
 import { openDialog } from "./dialog.js";
 import { h, icon, iconButton } from "./dom.js";
 import { complain } from "./notice.js";
@@ -43,6 +44,8 @@ export async function openSheet(id) {
     h("footer", {}, text, refine),
   );
 }
+
+hear("open sheet", openSheet);
 
 function face(picture, open, picked, change) {
   const pick = iconButton(

@@ -6,7 +6,6 @@ import { copyMenu } from "./copy.js";
 import { openDialog } from "./dialog.js";
 import { h, icon, iconButton } from "./dom.js";
 import { titleOf } from "./fields.js";
-import { presentForm } from "./form.js";
 import { deletePictures, markFavourite, restorePictures } from "./marks.js";
 import { takes } from "./models.js";
 import { guarded, notice } from "./notice.js";
@@ -14,9 +13,8 @@ import { addressOf, put, uploadOf } from "./pictures.js";
 import { recallRequest } from "./recall.js";
 import { openRefine } from "./refine.js";
 import { compareWith } from "./selection.js";
-import { openSheet } from "./sheet.js";
 import { view } from "./views.js";
-import { PICTURES } from "./wish.js";
+import { PICTURES, presentForm } from "./wish.js";
 import { fieldTitle, known, moment, size, t } from "./words.js";
 
 /** Show picture `index` of a sequence { size(), idAt(index), ensure?(index) }. */
@@ -138,7 +136,7 @@ function facts(picture, { close, show, next }) {
       ...uses(picture, leave),
       action("spark", t("refine"), () => (close(), openRefine([picture]))),
       action("compare", t("compareWith"), () => (close(), compareWith(picture))),
-      action("grid", t("sheet"), () => (close(), openSheet(picture.job))),
+      action("grid", t("sheet"), () => (close(), say("open sheet", picture.job))),
     ),
     h(
       "dl",

@@ -1,9 +1,8 @@
 // Before the first picture: what this is, and wishes to begin with.
 
 import { byId, h, icon } from "./dom.js";
-import { presentForm } from "./form.js";
 import { view } from "./views.js";
-import { give } from "./wish.js";
+import { give, presentForm } from "./wish.js";
 import { t } from "./words.js";
 
 /** An invitation. Each example goes into the prompt. */

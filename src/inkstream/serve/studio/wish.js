@@ -2,7 +2,7 @@
 
 import { say } from "./bus.js";
 import { keep, recollect } from "./memory.js";
-import { takes } from "./models.js";
+import { formOf, takes } from "./models.js";
 
 /** Fields that mean the same with every model. The others are kept for each: one model's numbers mean nothing to another. */
 const SHARED = new Set(["prompt", "negative_prompt", "seed", "count", "image", "mask", "reference"]);
@@ -36,6 +36,17 @@ export const chosenModel = () => state.model;
 export function chooseModel(name) {
   state.model = name;
   changed("model");
+}
+
+let present = null;
+
+/** The form of the chosen model, or null before openForm. */
+export const presentForm = () => present;
+
+/** Fetch the form of the chosen model and make it the present form. */
+export async function openForm() {
+  present = await formOf(state.model);
+  return present;
 }
 
 const drawer = (name) => (SHARED.has(name) ? state.shared : (state.own[state.model] ??= {}));
