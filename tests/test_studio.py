@@ -262,7 +262,7 @@ def test_below_the_prompt_stands_what_the_model_reads_and_what_it_does_not_know(
     page.fill("#field-seed", "3")
     hint = page.locator("#told")
     hint.get_by_text("It cannot draw: dragon").wait_for()
-    assert "For anything else take z-image-turbo." in hint.text_content()
+    assert "For anything else use z-image-turbo." in hint.text_content()
     body = {"model": "pocket", "prompt": "a red heart and a dragon", "seed": 3}
     told = served.ask("POST", "/v1/prompts", body)[2]["told"]
     assert page.text_content(".told-words") == f"The model reads: {told}"
@@ -409,7 +409,7 @@ def test_a_dropped_picture_brings_its_settings_back(served, open_page, page, tmp
     job = served.ended(served.draw(prompt="三个红色的爱心", steps=3, seed=77, guidance=2.5))
     page.fill("#prompt", "something else")
     drop(page, served.ask("GET", job["pictures"][0]["url"])[2], "found.png")
-    page.wait_for_selector(".notice >> text=Settings taken over")
+    page.wait_for_selector(".notice >> text=Settings loaded")
     found = {name: page.input_value(f"#{name}") for name in ("prompt", "field-steps", "field-seed", "field-guidance")}
     assert found == {"prompt": "三个红色的爱心", "field-steps": "3", "field-seed": "77", "field-guidance": "2.5"}
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
@@ -453,7 +453,7 @@ def test_the_gallery_is_searched_by_words_of_two_chinese_characters_seeds_and_da
     page.wait_for_selector(f".count >> text='{CATS} pictures'")
     page.wait_for_selector(".tile.loaded img[alt^='窗边的橘猫']")
     page.fill("#search", "no such thing")
-    page.wait_for_selector("text=No picture is like that.")
+    page.wait_for_selector("text=No picture matches.")
     page.click("text=Show all")
     page.get_by_label("More filters").click()
     page.fill("#search-seed", "7000123")

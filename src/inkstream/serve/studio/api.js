@@ -1,8 +1,8 @@
-// The server's public API, and its errors. The page uses nothing else.
+// Calls of the server's public API, and their errors. The page uses no other API.
 
 import { recollect } from "./memory.js";
 
-/** What the server refused, in its own words. `status` 0: it did not answer. */
+/** An error of the server, with the server's message. `status` is 0 if the server did not answer. */
 export class Refusal extends Error {
   constructor(status, error = {}) {
     super(error.message ?? `HTTP ${status}`);
@@ -14,19 +14,19 @@ export class Refusal extends Error {
 
 let needKey = null;
 
-/** Say what is to be done where the server wants a key: an async function that resolves once there is one. */
+/** Set the function that asks for a key. It is called if the server wants a key, and resolves once a key is set. */
 export function onNeedKey(ask) {
   needKey = ask;
 }
 
-/** Headers that say who asks. */
+/** The headers of authentication. */
 export function identity(key = recollect("key")) {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
 /**
- * The answer's JSON (null where it has none). body: a plain value goes as JSON, a Blob as it is. Throws Refusal; where
- * the server wants a key, it is asked for, and the call is made again.
+ * Call the API and return the answer's JSON, or null if the answer is not JSON. body: a Blob is sent as it is, another
+ * value as JSON. Throws Refusal. If the server wants a key, the user is asked for one, and the call is retried.
  */
 export async function ask(method, path, body = undefined, headers = {}) {
   const plain = body !== undefined && !(body instanceof Blob);
@@ -55,7 +55,7 @@ export const post = (path, body, headers) => ask("POST", path, body, headers);
 export const patch = (path, body) => ask("PATCH", path, body);
 export const remove = (path) => ask("DELETE", path);
 
-/** A path with a query; values that are null, false or empty are left out. */
+/** Return a path with a query. Values that are null, false or empty are left out. */
 export function withQuery(path, values) {
   const query = new URLSearchParams();
   for (const [name, value] of Object.entries(values)) {
@@ -64,7 +64,7 @@ export function withQuery(path, values) {
   return query.size ? `${path}?${query}` : path;
 }
 
-/** Bytes of a picture of this server, as a Blob. */
+/** Fetch a picture of this server as a Blob. */
 export async function bytes(path) {
   const answer = await fetch(path, { headers: identity() });
   if (!answer.ok) throw new Refusal(answer.status, (await answer.json()).error);

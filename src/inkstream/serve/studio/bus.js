@@ -1,13 +1,13 @@
-// Words that parts of the page say to each other. Who says one does not know who hears it.
+// Events between parts of the page. The sender of an event does not know its listeners.
 
 const target = new EventTarget();
 
-/** Hear a word: `hear("picture", (picture) => ...)`. */
+/** Listen to an event: `hear("picture", (picture) => ...)`. */
 export function hear(name, heard) {
   target.addEventListener(name, (event) => heard(event.detail));
 }
 
-/** Say one. */
+/** Send an event. */
 export function say(name, detail = null) {
   target.dispatchEvent(new CustomEvent(name, { detail }));
 }

@@ -1,5 +1,5 @@
-// One job in the queue: what it draws, how far it is, and what can be done with it. Updated in place, so that nothing
-// under the pointer or the focus is taken away.
+// The card of a job in the queue: its prompt, its progress and its buttons. A card is updated in place, so that the
+// focus and elements under the pointer stay.
 
 import { patch, remove } from "./api.js";
 import { h, icon, iconButton } from "./dom.js";
@@ -11,7 +11,7 @@ import { openSheet } from "./sheet.js";
 import { openViewer } from "./viewer.js";
 import { duration, known, pictureCount, t } from "./words.js";
 
-/** A job's card. {element, update}. */
+/** Return the card of a job: {element, update, tick}. */
 export function jobCard(first) {
   let job = first;
   const preview = h("img", { alt: "", class: "preview", draggable: "false" });
@@ -58,13 +58,13 @@ export function jobCard(first) {
 
 const short = (job) => job.request.prompt?.trim() || t("noWords");
 
-/** How far a running job is, 0 to 1; null while nothing can be said. */
+/** Return the progress of a running job from 0 to 1, or null if it is not known. */
 export function partOf(job) {
   const at = job.progress;
   return at ? (at.picture + at.step / at.steps) / at.of : null;
 }
 
-/** Where a job stands, in one line. */
+/** Return a line about the job's state and progress. */
 function lineOf(job) {
   const left = job.endsAt === null ? null : Math.max(0, (job.endsAt - Date.now()) / 1000);
   const soon = left === null ? null : t("left", { time: duration(left) });
@@ -141,7 +141,7 @@ function actions(job) {
   ];
 }
 
-/** Swap a waiting job with the one before or after it. */
+/** Swap a queued job with the one before it (by = -1) or after it (by = 1). */
 async function move(id, by) {
   const order = lanes().queued.map((job) => job.id);
   const at = order.indexOf(id) + by;
@@ -150,7 +150,7 @@ async function move(id, by) {
   await moveBefore(id, before);
 }
 
-/** Have a waiting job drawn before another; null is the end. */
+/** Move a queued job before another one, or to the end if `before` is null. */
 export async function moveBefore(id, before) {
   take(await patch(`/v1/jobs/${id}`, { before }));
 }

@@ -1,4 +1,4 @@
-// Two pictures over each other, and a line between them that is moved; below, how their requests differ.
+// A comparison: two pictures over each other with a movable line between them, and the differences of their requests.
 
 import { get } from "./api.js";
 import { openDialog } from "./dialog.js";
@@ -6,7 +6,7 @@ import { h } from "./dom.js";
 import { complain } from "./notice.js";
 import { fieldTitle, t } from "./words.js";
 
-/** Compare two pictures. */
+/** Open the comparison of two pictures. */
 export async function openCompare(a, b) {
   let left, right;
   try {

@@ -1,4 +1,4 @@
-// A request as a line for the terminal, curl or Python.
+// A request as a command line, a curl call or Python code.
 
 import { recollect } from "./memory.js";
 import { h, icon } from "./dom.js";
@@ -8,21 +8,21 @@ import { addressOf } from "./pictures.js";
 import { PICTURES } from "./wish.js";
 import { t } from "./words.js";
 
-/** In single quotes, as shells read it. */
+/** Quote a text for the shell. */
 const quote = (text) => (/^[\w./:=-]+$/.test(text) ? text : `'${String(text).replaceAll("'", `'\\''`)}'`);
 
 const nameOf = (upload) => `${upload.slice("upload:".length, "upload:".length + 8)}.png`;
 
-/** Lines that fetch the pictures a request names, where it is to be drawn without this server. */
+/** Return command lines that fetch the request's pictures from this server. */
 function fetching(made) {
   const names = PICTURES.flatMap((field) => made[field] ?? []);
   const key = recollect("key") ? ` -H "Authorization: Bearer $INKSTREAM_API_KEY"` : "";
   return names.map((name) => `curl -s${key} ${location.origin}${addressOf(name)} -o ${nameOf(name)}`);
 }
 
-/** The command that draws a request. */
+/** Return the command that draws a request. */
 export function asCommand(made) {
-  // What begins with a dash would be taken for an option, unless it is bound to its own.
+  // A value that begins with a dash is written as --option=value. Otherwise it would be read as an option.
   const bound = (flag, text) => (text.startsWith("-") ? [quote(`${flag}=${text}`)] : [flag, quote(text)]);
   const words = ["inkstream", "generate", bound("--prompt", made.prompt ?? "").at(-1)];
   for (const [name, value] of Object.entries(made)) {
@@ -34,14 +34,14 @@ export function asCommand(made) {
   return [...fetching(made), words.join(" ")].join("\n");
 }
 
-/** The call that puts it into this server's queue. */
+/** Return the curl call that queues a request on this server. */
 export function asCurl(made) {
   const key = recollect("key") ? ` \\\n  -H "Authorization: Bearer $INKSTREAM_API_KEY"` : "";
   const type = "-H 'Content-Type: application/json'";
   return `curl ${location.origin}/v1/jobs${key} \\\n  ${type} \\\n  -d ${quote(JSON.stringify(made))}`;
 }
 
-/** A few lines of Python that draw it with this server. */
+/** Return Python code that draws a request with this server. */
 export function asPython(made) {
   const literal = (value) => {
     if (value === true || value === false) return value ? "True" : "False";
@@ -65,7 +65,7 @@ export function asPython(made) {
   ].join("\n");
 }
 
-/** A button that copies a request in the form that is chosen. */
+/** Return a button that copies a request in the chosen format. */
 export function copyMenu(requestOf) {
   const button = h(
     "button",
@@ -79,7 +79,7 @@ export function copyMenu(requestOf) {
   ]);
 }
 
-/** Put a text into the clipboard; where the browser does not let us, show it to be copied by hand. */
+/** Copy a text to the clipboard. If the browser refuses, show the text for copying by hand. */
 export async function copy(text) {
   try {
     await navigator.clipboard.writeText(text);

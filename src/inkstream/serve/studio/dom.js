@@ -1,8 +1,8 @@
-// Elements from plain values, and the few icons. All text goes in as text, never as markup.
+// Elements from plain values, and icons. Text is inserted as text, never as markup.
 
 /**
- * An element: h("button", { class: "quiet", onclick: go, data: { id: 3 } }, "Go"). Properties that are null or false
- * are left out; children may be nested arrays, and those that are null or false are left out, too.
+ * Return an element: h("button", { class: "quiet", onclick: go, data: { id: 3 } }, "Go"). Properties and children that
+ * are null or false are left out. Children may be nested arrays.
  */
 export function h(tag, properties = {}, ...children) {
   const element = document.createElement(tag);
@@ -17,12 +17,12 @@ export function h(tag, properties = {}, ...children) {
   return element;
 }
 
-/** The element with an id. */
+/** Return the element with an id. */
 export const byId = (id) => document.getElementById(id);
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** Strokes on a field of 24 by 24. */
+/** SVG paths of icons, 24 by 24. */
 const ICONS = {
   draw: "M12 3c3.4 4.2 5.2 7 5.2 9.6a5.2 5.2 0 0 1-10.4 0C6.8 10 8.6 7.2 12 3z M5 21h14",
   queue: "M4 6h16 M4 12h16 M4 18h10",
@@ -58,7 +58,7 @@ const ICONS = {
   more: "M6 12h.01 M12 12h.01 M18 12h.01",
 };
 
-/** An icon, silent to screen readers: what it means is said by what holds it. */
+/** Return an icon. Screen readers skip it: the element around it has the label. */
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("viewBox", "0 0 24 24");
@@ -70,7 +70,7 @@ export function icon(name) {
   return svg;
 }
 
-/** A button that shows an icon alone; `label` is its name, and its tooltip. */
+/** Return a button that shows only an icon. `label` is its name and its tooltip. */
 export function iconButton(name, label, onclick, properties = {}) {
   const given = { type: "button", class: "icon-only", "aria-label": label, title: label, onclick, ...properties };
   return h("button", given, icon(name));

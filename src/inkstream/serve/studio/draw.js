@@ -1,4 +1,4 @@
-// From the form to the queue: draw, draft, refine, draw again.
+// Queues requests: drawings and drafts from the form, and requests of other modules.
 
 import { post } from "./api.js";
 import { say } from "./bus.js";
@@ -12,18 +12,18 @@ import { gridOf } from "./xy.js";
 
 const DRAFTS = 9;
 
-/** A word that makes a repetition of the same call harmless. */
+/** Return a random idempotency key: the server queues a repeated call only once. */
 const token = () =>
   Array.from(crypto.getRandomValues(new Uint8Array(16)), (byte) => byte.toString(16).padStart(2, "0")).join("");
 
-/** Queue a request, whose job the server draws whatever becomes of this page. beside: note, priority, grid. */
+/** Queue a request and return its job. beside: note, priority, grid. The job goes on if this page is closed. */
 export async function submit(made, beside = {}) {
   const job = await post("/v1/jobs", { ...made, ...beside }, { "Idempotency-Key": token() });
   say("job", job);
   return job;
 }
 
-/** Draw what the form says. */
+/** Queue the request of the form. */
 export async function draw() {
   const made = request(presentForm());
   if (empty(made)) return;
@@ -32,7 +32,7 @@ export async function draw() {
   await queue(made, grid ? { grid } : {}, t("queued"));
 }
 
-/** Draw many quick ones of it, to pick from. */
+/** Queue many pictures of the form's request with fewer steps: drafts to pick from. */
 export async function draft() {
   const form = presentForm();
   const made = request(form);
@@ -44,7 +44,7 @@ export async function draft() {
 }
 
 async function queue(made, beside, said) {
-  if (byId("draw-now").disabled) return; // the last one is on its way
+  if (byId("draw-now").disabled) return; // the last call has not been answered yet
   byId("draw-now").disabled = true;
   try {
     await submit(made, beside);
@@ -59,7 +59,7 @@ async function queue(made, beside, said) {
   }
 }
 
-/** There is nothing to draw: say so, and go there. */
+/** Return whether a request has no prompt and no reference picture. If so, show a notice and focus the prompt. */
 function empty(made) {
   if (made.prompt?.trim() || made.reference?.length) return false;
   notice(t("noPrompt"), { kind: "error" });
@@ -67,7 +67,7 @@ function empty(made) {
   return true;
 }
 
-/** Go to the field that the server did not take. */
+/** Focus the field that an error is about. */
 function point(name) {
   const place = name === "width" || name === "height" ? "size" : name;
   const field = place && document.querySelector(`[data-field="${CSS.escape(place)}"]`);

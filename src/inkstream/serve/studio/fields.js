@@ -1,16 +1,16 @@
-// One control for each type of field. A control shows its value anew when told to, and gives what the user chooses.
+// One control for each type of field. A control stores the user's choice, and `refresh` shows the stored value.
 
 import { h, iconButton } from "./dom.js";
 import { give, isGiven, valueOf } from "./wish.js";
 import { fieldTitle, known, t } from "./words.js";
 
-/** How far a slider goes where the bound itself is out of any use; the number beside it takes the rest. */
+/** Ends of sliders for fields whose maximum is far above useful values. The number box beside the slider takes all. */
 const FAR = { guidance: 12, shift: 12, cfg_normalization: 2, cache_threshold: 1 };
 
 export const titleOf = (field) => fieldTitle(field.name);
 export const helpOf = (field) => known(`help.${field.name}`, field.help);
 
-/** A field with its name, what it means, and a way back to the model's own value. {element, refresh}. */
+/** Return a field's control with its title, help and a button that resets it: {element, refresh}. */
 export function control(field) {
   const id = `field-${field.name}`;
   const { element: input, refresh } = CONTROLS[field.type](field, id);
@@ -68,7 +68,7 @@ function numeric(field, id) {
     if (slider && entry.value !== "") slider.value = entry.value;
     paint();
   });
-  entry.addEventListener("change", refresh); // what could not be taken is gone, what was left empty is the model's own
+  entry.addEventListener("change", refresh); // drops an invalid value; an empty box shows the model's default
   if (slider) {
     slider.addEventListener("input", () => {
       entry.value = slider.value;
@@ -79,7 +79,7 @@ function numeric(field, id) {
   return { element: h("div", { class: slider ? "pair" : "single" }, slider, entry), refresh };
 }
 
-/** How far the slider of a field goes; without end where it has none. */
+/** Return the end of a field's slider, or Infinity if the field has no slider. */
 function reach(field) {
   if (field.name === "steps") return Math.max(12, 3 * (field.default ?? 10));
   if (field.name in FAR) return FAR[field.name];

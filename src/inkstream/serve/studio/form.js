@@ -1,4 +1,4 @@
-// The form, drawn from the schema of the chosen model: what it does not take is not offered.
+// The form. It is built from the chosen model's schema and shows only fields that the model takes.
 
 import { hear } from "./bus.js";
 import { copyMenu } from "./copy.js";
@@ -16,7 +16,7 @@ import { chooseModel, chosenModel, isGiven, matters, openForm, PICTURES, request
 import { known, t } from "./words.js";
 import { gridControl, gridOf } from "./xy.js";
 
-/** What stands open; the rest goes into sections by its group. */
+/** Fields that are always visible. The others are in sections. */
 const OPEN = ["prompt", "upsample", "width", "height", "count", "seed", "steps", "guidance"];
 const SECTIONS = [
   ["negative", (field) => field.name === "negative_prompt"],
@@ -24,13 +24,13 @@ const SECTIONS = [
   ["finer", () => true],
 ];
 
-/** Fields that show what others say, too. */
+/** Control -> fields whose changes it also shows. */
 const FOLLOWS = { size: ["width", "height"], upsample: ["image"] };
 
 let form = null; // of the chosen model, by field
 let controls = new Map();
 
-/** Draw the form of the chosen model, the first one where none was chosen that is there. */
+/** Show the form of the chosen model. If that model is not offered, the first model becomes the chosen one. */
 export async function showForm() {
   if (!modelOf(chosenModel())) chooseModel(models()[0].id);
   form = await openForm();
@@ -77,7 +77,7 @@ function add(name, field = form.get(name), make = null) {
   return made.element;
 }
 
-/** Show what is so: values that were changed from elsewhere, and only the fields that mean anything. */
+/** Show changed values, hide fields that have no effect, and mark sections that hold given values. */
 function show(changed = "all") {
   for (const [name, made] of controls) {
     if (form.has(name)) made.element.hidden = !matters(form, name);
@@ -137,7 +137,7 @@ function modelChooser() {
   );
 }
 
-/** Show what every option means, or leave it to tooltips. */
+/** Return a button that shows or hides the explanations of all options. */
 function explainer() {
   const button = iconButton("help", t("explain"), () => {
     const on = document.body.classList.toggle("explain");

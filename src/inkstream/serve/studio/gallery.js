@@ -1,4 +1,4 @@
-// All pictures, newest first: searched on the server, scrolled through here, walked by the arrow keys.
+// The gallery of all pictures, newest first. The server searches; arrow keys move the focus.
 
 import { hear } from "./bus.js";
 import { byId, h, icon } from "./dom.js";
@@ -17,7 +17,7 @@ import { pictureCount, t } from "./words.js";
 let list = null;
 let focused = 0;
 
-/** Fill the section, and keep it true. */
+/** Fill the gallery's section and keep it up to date. */
 export function setUpGallery() {
   const section = byId("gallery");
   const search = searchBar((query) => look(query));
@@ -71,7 +71,7 @@ export function setUpGallery() {
   sizes.addEventListener("input", () => (grid.resize(Number(sizes.value)), keep("tile", Number(sizes.value))));
   grid.resize(Number(sizes.value));
 
-  const isAtTop = () => section.scrollTop < section.clientHeight; // who looks at old ones is left alone
+  const isAtTop = () => section.scrollTop < section.clientHeight; // further down, new pictures do not move the view
   hear("picture", (picture) => {
     if (isOpen(search.query())) list.prepend(picture);
     else if (isAtTop() && !search.query().deleted) lookAgain();
@@ -106,9 +106,9 @@ export function setUpGallery() {
   look(search.query());
 }
 
-const undo = new Map(); // id -> what puts a deleted picture back where it was
+const undo = new Map(); // id -> function that puts a deleted picture back at its place
 
-/** Keys in the grid: arrows, Home, End, pages; Space picks, F marks, Delete deletes. */
+/** Handle keys in the grid: arrows, Home, End and pages move; Space picks, F marks, Delete deletes. */
 function walk(event, grid, field) {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const rows = Math.max(
@@ -140,7 +140,7 @@ function walk(event, grid, field) {
   event.preventDefault();
 }
 
-/** Nothing fits: say so, with the way back. */
+/** Return the message of an empty search, with a button that shows all pictures. */
 function nothingFound(clear) {
   return h(
     "div",

@@ -1,4 +1,4 @@
-// What the server has in hand, followed as it happens. The server knows best: after any gap it is asked again.
+// The server's jobs, updated by its events. After a lost connection, all jobs are fetched again.
 
 import { get, withQuery } from "./api.js";
 import { hear, say } from "./bus.js";
@@ -8,7 +8,7 @@ import { duration, pictureCount, t } from "./words.js";
 const RECENT = 6;
 const ENDED = new Set(["succeeded", "failed", "cancelled"]);
 
-const all = new Map(); // by id; beside the server's fields: preview, loading, endsAt
+const all = new Map(); // id -> job: the server's fields and preview, loading, endsAt
 let paused = false;
 let online = null;
 
@@ -16,7 +16,7 @@ export const isEnded = (job) => ENDED.has(job.state);
 export const isPaused = () => paused;
 export const jobOf = (id) => all.get(id);
 
-/** Jobs being drawn, waiting in their order, and those that ended last. */
+/** Return the running jobs, the queued jobs in their order, and the jobs that ended last. */
 export function lanes() {
   const jobs = [...all.values()];
   return {
@@ -29,7 +29,7 @@ export function lanes() {
   };
 }
 
-/** Take a job as the server tells it, and keep what only events tell. */
+/** Store a job of the server. Its preview and loading state, which come with events, are kept. */
 export function take(job) {
   const before = all.get(job.id);
   all.set(job.id, {
@@ -42,13 +42,13 @@ export function take(job) {
   say("jobs");
 }
 
-/** No longer show a job that has ended. */
+/** Stop showing a job that has ended. */
 export function forget(id) {
   all.delete(id);
   say("jobs");
 }
 
-/** Ask for everything anew. */
+/** Fetch the queue and the recent jobs. */
 export async function reload() {
   const [queue, recent] = await Promise.all([get("/v1/queue"), get(withQuery("/v1/jobs", { limit: RECENT }))]);
   const active = [...queue.running, ...queue.queued];
@@ -63,9 +63,9 @@ export function setPaused(value) {
   say("jobs");
 }
 
-hear("job", take); // one that this page has asked for
+hear("job", take); // a job that this page has queued
 
-/** Follow what happens, for as long as the page is there. */
+/** Follow the server's events until the page is left. */
 export function follow() {
   const source = new EventSource("/v1/events");
   source.addEventListener("open", () => {

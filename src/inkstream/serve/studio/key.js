@@ -1,4 +1,4 @@
-// The API key, where the server wants one: kept in this browser, and as a cookie for pictures and events.
+// The API key, if the server wants one. The browser stores it, and a cookie authenticates pictures and events.
 
 import { identity, onNeedKey } from "./api.js";
 import { openDialog } from "./dialog.js";
@@ -8,19 +8,19 @@ import { t } from "./words.js";
 
 let asking = null;
 
-/** Whether the server takes a key; it gets the cookie by which the browser then shows it everywhere. */
+/** Return whether the server accepts a key. If it does, its answer sets the cookie of the session. */
 async function open(key) {
   const answer = await fetch("/v1/session", { method: "POST", headers: identity(key) });
   return answer.ok;
 }
 
-/** Have the key asked for wherever the server wants it, and take up the one that is kept. */
+/** Ask for a key when the server wants one, and open a session with the stored key. */
 export async function setUpKey() {
   onNeedKey(() => (asking ??= askForKey().finally(() => (asking = null))));
   if (recollect("key")) await open(recollect("key")).catch(() => {});
 }
 
-/** Ask until the server takes the key. */
+/** Ask for a key until the server accepts it. */
 export function askForKey() {
   return new Promise((resolve) => {
     const input = h("input", {
@@ -55,7 +55,7 @@ export function askForKey() {
   });
 }
 
-/** Forget the key, and begin anew. */
+/** Forget the key and reload the page. */
 export async function forgetKey() {
   await fetch("/v1/session", { method: "DELETE", headers: identity() }).catch(() => {});
   keep("key", null);

@@ -1,4 +1,4 @@
-// Keys that work everywhere, and the list of all of them.
+// Keyboard shortcuts of the whole page, and the list of all shortcuts.
 
 import { openDialog } from "./dialog.js";
 import { byId, h } from "./dom.js";
@@ -20,7 +20,7 @@ const KEYS = [
   ["?", "keyHelp"],
 ];
 
-/** Listen. */
+/** Start to handle the shortcuts. */
 export function setUpKeyboard() {
   addEventListener("keydown", (event) => {
     const open = document.querySelector("dialog[open]");
@@ -38,7 +38,7 @@ function act(event, does) {
   does();
 }
 
-/** Draw, with what is being typed: a box gives its value when it is left. */
+/** Draw with the value that is being typed. A number box stores its value when it loses the focus. */
 function drawTyped() {
   const at = document.activeElement;
   at.blur();
@@ -52,7 +52,7 @@ function search() {
   byId("search").select();
 }
 
-/** The list of keys. */
+/** Open the list of shortcuts. */
 export function help() {
   openDialog(
     "keys",

@@ -1,4 +1,4 @@
-// The studio, put together. Everything that matters lives on the server; this page can be left and opened at any time.
+// Starts the studio. Jobs and pictures are on the server: the page can be closed and opened at any time.
 
 import { get } from "./api.js";
 import { hear } from "./bus.js";
@@ -33,7 +33,7 @@ async function start() {
   await waitForEngine();
 }
 
-/** Language, look and help, at the top. */
+/** Add the buttons for language, theme and help at the top. */
 function setUpTools() {
   const dark = () =>
     (document.documentElement.dataset.theme ??
@@ -62,7 +62,7 @@ function setUpTools() {
   );
 }
 
-/** Say what the engine does until it takes jobs, which are accepted before that, too. */
+/** Show the engine's state until it is ready. Jobs are accepted before that. */
 async function waitForEngine() {
   for (;;) {
     const health = await get("/healthz").catch(() => null);
@@ -83,7 +83,7 @@ hear("online", (online) => {
 });
 hear("back", () => waitForEngine());
 hear("ended", (job) => {
-  waitForEngine(); // which may have another model now
+  waitForEngine(); // its model may have changed
   if (job.state === "failed") notice(job.error?.message ?? t("state.failed"), { kind: "error", lasting: true });
   else if (job.state === "succeeded" && job.note === "draft")
     notice(t("draftsReady"), { action: [t("pick"), () => openSheet(job.id)], lasting: true });

@@ -1,18 +1,18 @@
-// Favourites and deletions, told to the server and to whoever shows the picture. What is deleted can be brought back.
+// Favourites and deletions: calls of the server, and events for modules that show the picture. Deletions can be undone.
 
 import { patch } from "./api.js";
 import { say } from "./bus.js";
 import { complain, notice } from "./notice.js";
 import { t } from "./words.js";
 
-/** Mark one picture, or take the mark away. Returns the picture as it is then. */
+/** Set or clear a picture's favourite mark. Returns the changed picture. */
 export async function markFavourite(id, favourite) {
   const picture = await patch(`/v1/pictures/${id}`, { favourite });
   say("marked", picture);
   return picture;
 }
 
-/** Mark all; where all are marked already, take the marks away. */
+/** Mark all pictures as favourites. If all are marked already, clear the marks. */
 export async function markFavourites(pictures) {
   const favourite = !pictures.every((picture) => picture.favourite);
   try {
@@ -23,7 +23,7 @@ export async function markFavourites(pictures) {
   }
 }
 
-/** Delete pictures, and offer to undo it. */
+/** Delete pictures and show a notice with an undo button. */
 export async function deletePictures(pictures) {
   const gone = [];
   try {
@@ -37,7 +37,7 @@ export async function deletePictures(pictures) {
   if (gone.length) notice(t("deletedCount", { n: gone.length }), { action: [t("undo"), () => restorePictures(gone)] });
 }
 
-/** Bring deleted pictures back. */
+/** Restore deleted pictures. */
 export async function restorePictures(pictures) {
   try {
     for (const { id } of [...pictures].reverse()) {

@@ -1,8 +1,8 @@
-// What this browser remembers between visits. Where it may not, everything still works until the page is left.
+// Values that the browser stores between visits. If it cannot store them, they last until the page is left.
 
 const PREFIX = "inkstream.";
 
-/** What was kept under a name, or `otherwise`. */
+/** Return the value stored under a name, or `otherwise`. */
 export function recollect(name, otherwise = null) {
   try {
     return JSON.parse(localStorage.getItem(PREFIX + name)) ?? otherwise;
@@ -11,12 +11,12 @@ export function recollect(name, otherwise = null) {
   }
 }
 
-/** Keep a value; null forgets it. */
+/** Store a value; null removes it. */
 export function keep(name, value) {
   try {
     if (value === null) localStorage.removeItem(PREFIX + name);
     else localStorage.setItem(PREFIX + name, JSON.stringify(value));
   } catch {
-    // private windows, a full disk
+    // a private window or a full disk
   }
 }

@@ -1,12 +1,12 @@
-// A button that opens a short list under it. Escape, a click elsewhere or a choice closes it.
+// A button that opens a short list. Escape, a click elsewhere or a choice closes the list.
 
 import { h, icon } from "./dom.js";
 
 let count = 0;
 
 /**
- * A button with its list. items: what to list when it opens, [{ label, icon, run }], or elements as they are. Where the
- * list is empty, `empty` is said.
+ * Return a button with its list. items(): the entries when the list opens, { label, icon, run } or elements. empty: the
+ * text of a list without entries.
  */
 export function menu(button, items, empty = "") {
   const id = `menu-${(count += 1)}`;
@@ -36,7 +36,7 @@ function fill(items, list, empty) {
   });
 }
 
-/** Under the button, or above it where there is more room, and within the window. */
+/** Place a list under its button, or above it if there is more room, within the window. */
 function place(list, button) {
   const from = button.getBoundingClientRect();
   const room = innerHeight - from.bottom;

@@ -1,23 +1,23 @@
-// The models that the server offers, and the form of each.
+// The server's models, and the form of each: its fields by name.
 
 import { get } from "./api.js";
 
 let list = [];
 const forms = new Map();
 
-/** Ask the server. The first model is its default. */
+/** Fetch the list of models. The first model is the default. */
 export async function loadModels() {
   list = (await get("/v1/models")).data;
   return list;
 }
 
-/** What is offered. */
+/** Return the offered models. */
 export const models = () => list;
 
-/** One model's entry; undefined where it is not offered. */
+/** Return a model's entry, or undefined if the model is not offered. */
 export const modelOf = (name) => list.find((model) => model.id === name);
 
-/** The fields of a model by name. Waits where the engine still reads what the model is. */
+/** Return the fields of a model by name. Retries while the engine is still reading the model's files. */
 export async function formOf(name) {
   if (!forms.has(name)) {
     const form = await patiently(() => get(`/v1/models/${encodeURIComponent(name)}/form`));
@@ -26,10 +26,10 @@ export async function formOf(name) {
   return forms.get(name);
 }
 
-/** Whether a model takes a field: one that it ignores or rejects is not offered. */
+/** Return whether a model takes a field. The page does not offer fields that the model ignores or rejects. */
 export const takes = (form, name) => form.get(name)?.effect === "honours";
 
-/** The fields that a form shows. */
+/** Return the fields that a form shows. */
 export const shown = (form) => [...form.values()].filter((field) => field.effect === "honours");
 
 async function patiently(work, tries = 30) {

@@ -1,4 +1,4 @@
-// Short lines at the foot of the page: what went wrong with its remedy, what can be undone; and what is read aloud.
+// Notices: short lines at the foot of the page, such as errors. And texts that screen readers read aloud.
 
 import { byId, h, iconButton } from "./dom.js";
 import { t } from "./words.js";
@@ -6,8 +6,8 @@ import { t } from "./words.js";
 const SECONDS = 8;
 
 /**
- * Show one line. action: [label, function], a button beside it. lasting: until it is closed. Returns what takes it
- * away.
+ * Show a notice. action: [label, function] of a button in it. lasting: it stays until the user closes it. Returns a
+ * function that removes the notice.
  */
 export function notice(text, { kind = "plain", action = null, lasting = false } = {}) {
   const close = () => line.remove();
@@ -25,14 +25,14 @@ export function notice(text, { kind = "plain", action = null, lasting = false } 
   return close;
 }
 
-/** Show what the server refused. */
+/** Show an error. */
 export function complain(error) {
   if (!("status" in error)) console.error(error);
   const text = error.status === 0 ? t("noAnswer") : error.message;
   return notice(text, { kind: "error", lasting: error.status !== 0 });
 }
 
-/** An async function that complains where the given one fails. */
+/** Return an async function that shows the errors of the given one. */
 export const guarded =
   (work) =>
   async (...given) => {
@@ -46,7 +46,7 @@ export const guarded =
 
 let said = 0;
 
-/** Have screen readers say something; what is said within a second of the last is dropped unless it matters. */
+/** Let screen readers say a text. A text that does not matter is dropped within 4 seconds of the last one. */
 export function speak(text, matters = true) {
   const now = performance.now();
   if (!matters && now - said < 4000) return;

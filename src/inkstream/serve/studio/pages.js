@@ -1,11 +1,11 @@
-// A search's pictures as one long list, of which only what was looked at is here. After the first page any part of it
-// can be asked for: so many pictures behind the first page's cursor, which new pictures do not move.
+// The pictures of a search as one long list. Only parts that were looked at are loaded. After the first page, any part
+// can be fetched by its offset from the first page's cursor. New pictures do not move that cursor.
 
 import { get, withQuery } from "./api.js";
 
 const PAGE = 120;
 
-/** What the gallery needs of a picture; the rest is asked for when it is opened. */
+/** Return the fields of a picture that the gallery needs. The viewer fetches the others. */
 const slim = ({ id, job, width, height, seed, model, prompt, favourite, deleted, created, thumbnail, url }) => ({
   id,
   job,
@@ -21,29 +21,29 @@ const slim = ({ id, job, width, height, seed, model, prompt, favourite, deleted,
   url,
 });
 
-/** The list of a search. changed: called whenever there is more, or less, of it. */
+/** Return the list of a search. changed() is called after each change of the list. */
 export function pictureList(query, changed) {
-  const items = []; // with holes
+  const items = []; // parts that are not loaded are holes
   const ids = new Set();
   let total = 0;
   let begun = false;
-  let ended = false; // nobody asks any more
-  let cursor = null; // of the first page,
-  let behind = 0; // and the index that follows it
+  let ended = false; // the list is no longer used
+  let cursor = null; // the cursor of the first page
+  let behind = 0; // the index after the first page
   let wanted = [0, 1];
   let fetching = null;
-  const early = []; // news that came before the first page
+  const early = []; // new pictures that came before the first page
 
   const put = (index, pictures) => {
     for (const picture of pictures.map(slim)) {
-      if (ids.has(picture.id) && items[index]?.id !== picture.id) continue; // it came as news meanwhile
+      if (ids.has(picture.id) && items[index]?.id !== picture.id) continue; // an event has added it meanwhile
       ids.add(picture.id);
       items[index] = picture;
       index += 1;
     }
   };
 
-  /** The first index of those wanted that is not here; -1 where all are. */
+  /** Return the first wanted index that is not loaded, or -1. */
   const hole = () => {
     if (!begun) return 0;
     for (let index = wanted[0]; index < Math.min(wanted[1], total); index += 1) if (!items[index]) return index;
@@ -70,7 +70,7 @@ export function pictureList(query, changed) {
     for (let index = hole(); index >= 0 && !ended; index = hole()) if (!(await fetchFrom(index))) break;
   };
 
-  /** A new picture, which is the first. */
+  /** Add a new picture at the front. */
   const prepend = (picture) => {
     if (!begun) early.push(picture);
     if (!begun || ids.has(picture.id)) return;
@@ -88,7 +88,7 @@ export function pictureList(query, changed) {
     indexOf: (id) => (ids.has(id) ? items.findIndex((item) => item?.id === id) : -1),
     isBegun: () => begun,
 
-    /** Have the pictures from one index up to another. What was wanted before and is not any more is left out. */
+    /** Load the pictures from one index up to another. Pictures that only earlier calls wanted are not loaded. */
     async ensure(from, to = from + 1) {
       wanted = [from, to];
       fetching ??= fetchWanted().finally(() => (fetching = null));
@@ -97,7 +97,7 @@ export function pictureList(query, changed) {
 
     prepend,
 
-    /** Take a picture out; returns what puts it back. */
+    /** Remove a picture. Returns a function that puts it back. */
     take(id) {
       const index = ids.has(id) ? items.findIndex((item) => item?.id === id) : -1;
       if (index < 0) return () => {};
@@ -116,7 +116,7 @@ export function pictureList(query, changed) {
       };
     },
 
-    /** Change what is known of a picture. */
+    /** Change the fields of a picture. */
     update(id, facts) {
       const item = ids.has(id) && items.find((one) => one?.id === id);
       if (item) Object.assign(item, facts);

@@ -1,4 +1,4 @@
-// Pictures that a request brings: slots that take a file, and keep it on the server.
+// Input pictures of a request: slots that take files and upload them to the server.
 
 import { bytes, post } from "./api.js";
 import { h, icon, iconButton } from "./dom.js";
@@ -10,25 +10,25 @@ import { t } from "./words.js";
 const PREFIX = "upload:";
 const MOST = 10;
 
-/** Where a kept picture can be seen. */
+/** Return the address of an uploaded picture. */
 export const addressOf = (name) => `/v1/uploads/${name.slice(PREFIX.length)}`;
 
-/** Keep a picture's bytes on the server; the name by which requests mean it. */
+/** Upload a picture. Returns its name in requests. */
 export async function upload(blob) {
   return PREFIX + (await post("/v1/uploads", blob)).id;
 }
 
-/** The same of a picture of the gallery. */
+/** Upload a picture of the gallery. Returns its name in requests. */
 export const uploadOf = async (picture) => upload(await bytes(picture.url));
 
-/** Put a picture into a field: the only one, or one more. */
+/** Put a picture into a field. A field of several pictures gets one more. */
 export function put(field, name) {
   if (field.type === "picture") give(field, name);
   else if (valueOf(field).length >= MOST) notice(t("tooManyPictures", { n: MOST }), { kind: "error" });
   else give(field, [...valueOf(field), name]);
 }
 
-/** Let the user choose files. */
+/** Let the user choose files. taken(files) is called with them. */
 export function chooseFiles(several, taken) {
   const input = h("input", { type: "file", accept: "image/*", multiple: several });
   input.addEventListener("change", () => taken([...input.files]));
@@ -36,8 +36,8 @@ export function chooseFiles(several, taken) {
 }
 
 /**
- * The slots of a field. {element, refresh}. tools: buttons for a start picture or a mask that stands in its slot, each
- * made by (field, name) => element; painting a mask and drawing beyond the edges belong here.
+ * Return the slots of a field: {element, refresh}. tools: functions (field, name) => element that make buttons for a
+ * filled slot, such as one that paints a mask.
  */
 export function slots(field, tools = []) {
   const several = field.type === "pictures";
@@ -69,7 +69,7 @@ function slot(field, name, place, several, tools) {
   const label = several ? `${titleOf(field)} ${place + 1}` : titleOf(field);
   const drop = () => give(field, several ? valueOf(field).filter((_, i) => i !== place) : null);
   const image = h("img", { src: addressOf(name), alt: label });
-  image.addEventListener("error", drop); // the server keeps it no more
+  image.addEventListener("error", drop); // the server has deleted it
   return h(
     "figure",
     { class: "slot" },

@@ -1,4 +1,4 @@
-// The prompt, and those that were drawn before: a list to choose from, or Alt with the arrows.
+// The prompt, and the history of prompts: a list to choose from, or Alt with the arrow keys.
 
 import { h, icon } from "./dom.js";
 import { titleOf } from "./fields.js";
@@ -10,16 +10,16 @@ import { t } from "./words.js";
 
 const MOST = 200;
 
-/** Prompts that were drawn, the last one first. */
+/** Return the prompts that were drawn, newest first. */
 export const history = () => recollect("prompts", []);
 
-/** Remember a prompt. */
+/** Add a prompt to the history. */
 export function remember(prompt) {
   const text = prompt.trim();
   if (text) keep("prompts", [text, ...history().filter((one) => one !== text)].slice(0, MOST));
 }
 
-/** The control, for the form of a model. {element, refresh}. */
+/** Return the control of the prompt for a model's form: {element, refresh}. */
 export function promptControl(field, form) {
   const area = h("textarea", {
     id: "prompt",
@@ -35,7 +35,7 @@ export function promptControl(field, form) {
     place = -1;
     give(field, area.value);
   });
-  let place = -1; // in the history; -1 is what is being written
+  let place = -1; // index in the history; -1: the prompt that is being written
   let written = "";
   area.addEventListener("keydown", (event) => {
     const by = { ArrowUp: 1, ArrowDown: -1 }[event.key];
@@ -63,7 +63,7 @@ export function promptControl(field, form) {
   return { element: h("div", { class: "field prompt", data: { field: "prompt" } }, head, area, hint), refresh };
 }
 
-/** Past prompts, and a box that narrows them down. */
+/** Return the past prompts as buttons, and a box that filters them. */
 function chooser(field) {
   const all = history();
   if (!all.length) return [];

@@ -1,4 +1,4 @@
-// The queue as it is shown: what is being drawn, large; what waits, in order; what ended last.
+// The queue: running jobs are large, queued jobs follow in order, then the jobs that ended last.
 
 import { ask } from "./api.js";
 import { hear } from "./bus.js";
@@ -12,7 +12,7 @@ import { t } from "./words.js";
 const cards = new Map();
 const KIND = "application/x-inkstream-job";
 
-/** Fill the section, and keep it true. */
+/** Fill the queue's section and keep it up to date. */
 export function setUpQueue() {
   const pause = h("button", { type: "button", id: "pause", class: "small", onclick: guarded(togglePause) });
   const parts = Object.fromEntries(
@@ -73,7 +73,7 @@ function show(parts, empty, titles, pause) {
   countOf("queue", active);
 }
 
-/** Put elements into an order, moving only those that are elsewhere. */
+/** Arrange the children of a place in order. Elements that are already in order are not moved. */
 function arrange(place, elements) {
   for (const old of [...place.children]) if (!elements.includes(old)) old.remove();
   elements.forEach((element, i) => {
@@ -85,7 +85,7 @@ async function togglePause() {
   setPaused((await ask("PATCH", "/v1/queue", { paused: !isPaused() })).paused);
 }
 
-/** Let a waiting job be dragged before another one. */
+/** Let queued jobs be dragged to other places in the queue. */
 function takeDrops(place) {
   const over = (event) => event.dataTransfer.types.includes(KIND);
   place.addEventListener("dragover", (event) => {

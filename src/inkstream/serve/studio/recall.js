@@ -1,4 +1,4 @@
-// A request back into the form: from the gallery, from a job, or from a picture that is dropped anywhere or opened.
+// Recall: the form takes a request from the gallery, from a job, or from a picture that is dropped or opened.
 
 import { post } from "./api.js";
 import { say } from "./bus.js";
@@ -11,7 +11,7 @@ import { view } from "./views.js";
 import { chooseModel, chosenModel, giveGrid, presentForm, recall } from "./wish.js";
 import { t } from "./words.js";
 
-/** Take a request over. Its model is chosen where it is offered; what that does not take is said. */
+/** Take a request into the form. Its model is chosen if it is offered. A notice names the fields that were left out. */
 export async function recallRequest(made, { keepSeed = true, grid = null, remarks = [], tool = null } = {}) {
   const said = [...remarks];
   if (modelOf(made.model)) chooseModel(made.model);
@@ -27,7 +27,7 @@ export async function recallRequest(made, { keepSeed = true, grid = null, remark
   });
 }
 
-/** Take over what a picture's own metadata says. */
+/** Take the request of a picture's metadata into the form. */
 export async function recallPicture(blob) {
   try {
     const { request, tool, remarks } = await post("/v1/recall", blob);
@@ -37,10 +37,10 @@ export async function recallPicture(blob) {
   }
 }
 
-/** Choose a file to recall: what dropping does, for those who do not drag. */
+/** Let the user choose a picture to recall, instead of dropping it. */
 export const openPicture = () => chooseFiles(false, ([file]) => file && recallPicture(file));
 
-/** Where a picture can be dropped, as long as one is held over the page. */
+/** Set up the targets for dropped pictures. They are visible while a file is dragged over the page. */
 export function setUpDrop() {
   const target = (name, text) =>
     h("div", { class: "drop-target", data: { drop: name } }, icon(name === "recall" ? "recall" : "picture"), text);

@@ -1,4 +1,4 @@
-// The last step of draft, pick, refine: the picked pictures drawn anew by a better model, or larger, with their words.
+// Refining: picked pictures are drawn again with their prompts, by a better model or larger.
 
 import { get } from "./api.js";
 import { openDialog } from "./dialog.js";
@@ -14,16 +14,16 @@ import { fieldTitle, t } from "./words.js";
 const SCALES = [1, 1.5, 2];
 const STRENGTH = 0.5;
 
-/** What a picture says of itself that another model can use, too: not its number of steps and the like. */
+/** Fields that are copied from a picture's request. The others, such as steps, mean little to another model. */
 const TAKEN = ["prompt", "negative_prompt", "seed"];
 
-/** How a model can draw a picture anew: by looking at it, by starting from it, or not at all. */
+/** Return the field by which a model takes a picture to refine: `reference`, `image` or null. */
 export function wayOf(form) {
-  if ([...form.values()].some((field) => field.needed)) return null; // it wants other pictures than a draft
+  if ([...form.values()].some((field) => field.needed)) return null; // the model needs other input pictures
   return takes(form, "reference") ? "reference" : takes(form, "image") ? "image" : null;
 }
 
-/** The request that refines a picture, which is kept as `upload`. */
+/** Return the request that refines a picture. upload: the picture's name on the server. */
 export function refinement(picture, form, { model, upload, strength, scale }) {
   const made = { model };
   for (const name of TAKEN) if (picture.request[name] && takes(form, name)) made[name] = picture.request[name];
@@ -36,7 +36,7 @@ export function refinement(picture, form, { model, upload, strength, scale }) {
   return made;
 }
 
-/** Ask how, and queue a job for each picture. */
+/** Open the dialog of refining. It queues one job for each picture. */
 export async function openRefine(pictures) {
   let ways;
   try {

@@ -1,11 +1,12 @@
-// A grid of tiles of which only those in sight exist. Its cost does not grow with the number of pictures.
+// A grid of tiles. Only visible tiles exist, so the cost does not grow with the number of pictures.
 
-const MARGIN = 2; // rows kept beyond what is seen
-const STILL = 90; // milliseconds without scrolling, after which pictures are loaded
+const MARGIN = 2; // rows kept above and below the visible ones
+const STILL = 90; // pictures are loaded after so many milliseconds without scrolling
 
 /**
- * view: what scrolls; field: what holds the tiles. source: { size(), need(from, to) }, of which `need` is told which
- * tiles are in sight. tile: { make(index), show(element, index, calm), gone(element) }; calm: not in the midst of a fling.
+ * Return a grid. view: the element that scrolls; field: the element that holds the tiles. source: { size(), need(from,
+ * to) }; need is called with the range of visible tiles. tile: { make(index), show(element, index, calm),
+ * gone(element) }; calm is false during fast scrolling.
  */
 export function scroller(view, field, source, tile) {
   const tiles = new Map(); // by index
@@ -82,19 +83,19 @@ export function scroller(view, field, source, tile) {
   new ResizeObserver(() => (measure(), ask())).observe(field);
 
   return {
-    /** Show what there is now. */
+    /** Show the present state of the source. */
     refresh: () => ask(true),
     columns: () => columns,
     elementOf: (index) => tiles.get(index) ?? null,
 
-    /** Tiles of about so many pixels. */
+    /** Set the approximate side of tiles in pixels. */
     resize(pixels) {
       wanted = pixels;
       measure();
       ask();
     },
 
-    /** Bring a tile into sight, and give its element. */
+    /** Scroll a tile into view and return its element. */
     reveal(index) {
       const top = field.offsetTop + Math.floor(index / columns) * (side + gap);
       const head = parseFloat(getComputedStyle(view).scrollPaddingTop) || 0;

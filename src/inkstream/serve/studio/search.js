@@ -1,4 +1,4 @@
-// What the gallery shows: words, and below them the model, the seed, days, favourites, deleted ones.
+// The gallery's search: words, model, seed, days, favourites and deleted pictures.
 
 import { h, icon } from "./dom.js";
 import { models } from "./models.js";
@@ -6,10 +6,10 @@ import { t } from "./words.js";
 
 const DAY = 86_400;
 
-/** Unix seconds of the beginning of a day as the date box gives it, in this place's time. */
+/** Return the beginning of a day of a date box in Unix seconds, in the local time zone. */
 const beginning = (day) => (day ? new Date(`${day}T00:00`).getTime() / 1000 : null);
 
-/** The search's controls. changed(query) is called when something is looked for; clear() looks for everything. */
+/** Return the controls of the search. changed(query) is called after each change; clear() clears the search. */
 export function searchBar(changed) {
   const words = h("input", {
     type: "search",
@@ -92,7 +92,7 @@ export function searchBar(changed) {
   return { element: h("div", { class: "search-row" }, box, favourite, deleted, more), filters, query, clear };
 }
 
-/** Whether a query looks for everything there is. */
+/** Return whether a query finds all pictures. */
 export const isOpen = (query) => Object.values(query).every((value) => !value);
 
 function toggle(name, label) {

@@ -1,4 +1,4 @@
-// Pictures that are picked in the gallery or a sheet, and what can be done with all of them.
+// Pictures that are picked in the gallery, and the actions on all of them.
 
 import { hear, say } from "./bus.js";
 import { openCompare } from "./compare.js";
@@ -13,19 +13,19 @@ const picked = new Map(); // id -> picture, in the order they were picked
 export const isPicked = (id) => picked.has(id);
 export const pickedCount = () => picked.size;
 
-/** Pick a picture, or take that back. */
+/** Pick a picture, or unpick it. */
 export function toggle(picture) {
   if (!picked.delete(picture.id)) picked.set(picture.id, picture);
   say("picked");
 }
 
-/** Pick nothing. */
+/** Unpick all pictures. */
 export function clearPicked() {
   picked.clear();
   say("picked");
 }
 
-/** Pick a first picture to compare, and say how to go on. */
+/** Pick a picture for a comparison. The comparison opens once two pictures are picked. */
 export function compareWith(picture) {
   if (!picked.has(picture.id)) picked.set(picture.id, picture);
   say("picked");
@@ -33,7 +33,7 @@ export function compareWith(picture) {
   else notice(t("pickSecond"));
 }
 
-/** The bar that stands at the foot of the gallery while something is picked. */
+/** Return the bar at the foot of the gallery. It is visible while pictures are picked. */
 export function selectionBar() {
   const text = h("p", { role: "status" });
   const compare = h(

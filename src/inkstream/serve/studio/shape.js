@@ -1,4 +1,4 @@
-// Width and height: a few shapes of the model's own area, and the numbers themselves.
+// Width and height: aspect ratios at the area of the model's default size, and number boxes.
 
 import { h, iconButton } from "./dom.js";
 import { give, isGiven, valueOf } from "./wish.js";
@@ -14,7 +14,7 @@ const SHAPES = [
   [9, 16],
 ];
 
-/** The sides of a shape, of about the area of the model's own size, in multiples of what it takes. */
+/** Return [width, height] of an aspect ratio: about the area of the default size, in multiples of the fields' step. */
 export function sides([across, down], width, height) {
   const area = width.default * height.default;
   const unit = width.step ?? 16;
@@ -22,7 +22,7 @@ export function sides([across, down], width, height) {
   return [round(Math.sqrt((area * across) / down)), round(Math.sqrt((area * down) / across))];
 }
 
-/** The control. {element, refresh}. */
+/** Return the control of width and height: {element, refresh}. */
 export function shapeControl(width, height) {
   const w = entry(width, t("field.width"));
   const hgt = entry(height, t("field.height"));
@@ -77,7 +77,7 @@ export function shapeControl(width, height) {
   return { element, refresh };
 }
 
-/** A side in pixels. Empty, it is the model's own, or the start picture's. */
+/** Return the box of a side in pixels. An empty box means the start picture's side, or else the model's default. */
 function entry(field, label) {
   const box = h("input", {
     type: "number",

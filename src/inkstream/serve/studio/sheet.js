@@ -1,4 +1,4 @@
-// All pictures of one job on one sheet: drafts to pick from, or a grid with its columns and rows named.
+// The sheet of a job: all its pictures, as drafts to pick from or as a grid with titles of columns and rows.
 
 import { get } from "./api.js";
 import { hear } from "./bus.js";
@@ -82,7 +82,7 @@ function face(picture, open, picked, change) {
   return element;
 }
 
-/** A table whose heads are the values of the two fields. */
+/** Return the grid as a table. Its headings are the values of the two fields. */
 function table(job, pictures, cell) {
   const { x, y } = job.grid;
   const tell = (value) => (typeof value === "string" ? known(`choice.${value}`, value) : String(value));
@@ -110,6 +110,6 @@ function table(job, pictures, cell) {
     ),
   );
   const whole = h("table", { class: "sheet-grid" }, h("thead", {}, head), h("tbody", {}, rows));
-  whole.style.setProperty("--rows", rows.length); // as large as all of them fit on the page
+  whole.style.setProperty("--rows", rows.length); // the style fits all rows into the page
   return whole;
 }

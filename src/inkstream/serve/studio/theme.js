@@ -1,4 +1,4 @@
-// The look and the language, set before the first paint. A plain script: modules run too late for that.
+// Sets the theme and the language before the first paint. This is a plain script, because modules run too late.
 
 (() => {
   const read = (name) => {

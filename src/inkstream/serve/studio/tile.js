@@ -1,12 +1,12 @@
-// One picture in the gallery: the picture itself is a button; marking and picking are small ones in its corners.
+// The tile of a picture in the gallery. The picture is a button; small buttons in its corners mark and pick it.
 
 import { h, iconButton } from "./dom.js";
 import { isPicked, toggle } from "./selection.js";
 import { t } from "./words.js";
 
-/** Tiles for the scroller. list(): the present list; act: { open(index), favourite(id), focused() -> index }. */
+/** Return the scroller's tiles. list(): the present list; act: { open(index), favourite(id), focused() -> index }. */
 export function tileMaker(list, act) {
-  const shown = new WeakMap(); // element -> what it shows
+  const shown = new WeakMap(); // element -> key of its content
 
   return {
     make(index) {
@@ -61,7 +61,7 @@ export function tileMaker(list, act) {
     },
 
     gone(element) {
-      element.querySelector("img").removeAttribute("src"); // a load under way ends
+      element.querySelector("img").removeAttribute("src"); // stops a download of the picture
     },
   };
 }

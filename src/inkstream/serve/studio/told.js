@@ -1,4 +1,4 @@
-// Below the prompt: what a model that writes prompts out would be told, and what it does not understand.
+// The hint below the prompt: the expanded prompt that the model gets, and the parts that it does not understand.
 
 import { post } from "./api.js";
 import { hear } from "./bus.js";
@@ -6,11 +6,11 @@ import { h } from "./dom.js";
 import { chosenModel, valueOf } from "./wish.js";
 import { t } from "./words.js";
 
-const PAUSE = 400; // ms without a key pressed
+const PAUSE = 400; // milliseconds after the last key
 const DECIDES = ["prompt", "negative_prompt", "seed", "upsample"];
 const HEARD = new Set([...DECIDES, "image", "all"]);
 
-/** The server's notes -> their names here, in either language; others are shown as the server says them. */
+/** Patterns of the server's notes, and the names of their translations. Other notes are shown unchanged. */
 const NOTES = [
   [/; the prompt names none of them$/, "note.nothing"],
   [/; it cannot draw: (?<words>.+)$/, "note.unknown"],
@@ -25,11 +25,11 @@ const NOTES = [
 
 let asked = 0;
 let waiting = 0;
-let fields = null; // of the chosen model
+let fields = null; // the chosen model's fields by name
 const words = h("p", { class: "told-words" });
 const notes = h("ul", { class: "told-notes", "aria-live": "polite" });
 
-/** The hint, for the form of a model. */
+/** Return the hint for a model's form. */
 export function toldHint(form) {
   fields = form;
   clear();
@@ -43,7 +43,7 @@ function clear() {
   notes.replaceChildren();
 }
 
-/** Ask the server, where the model writes the prompt out. An answer that comes too late is not shown. */
+/** Ask the server for the expanded prompt, if the model expands prompts. An outdated answer is not shown. */
 async function ask() {
   clearTimeout(waiting);
   const body = { model: chosenModel() };
@@ -57,7 +57,7 @@ async function ask() {
     const answer = await post("/v1/prompts", body);
     if (own === asked) show(body, answer);
   } catch {
-    if (own === asked) clear(); // what is wrong is said when it is drawn
+    if (own === asked) clear(); // drawing shows the error
   }
 }
 
@@ -67,7 +67,7 @@ function show(body, { told, notes: lines }) {
   notes.replaceChildren(...lines.map((line) => h("li", {}, noteOf(line))));
 }
 
-/** A note in the reader's language. */
+/** Return a note in the user's language. */
 function noteOf(line) {
   for (const [pattern, name] of NOTES) {
     const match = pattern.exec(line);

@@ -1,4 +1,4 @@
-// One picture, large: what it was made of, and what can be made of it. The arrow keys walk through its neighbours.
+// The viewer: one large picture, its request, and actions on it. Arrow keys show the pictures before and after it.
 
 import { get } from "./api.js";
 import { say } from "./bus.js";
@@ -36,7 +36,7 @@ export function openViewer(sequence, index) {
     const id = sequence.idAt(at);
     if (!id) return dialog.close();
     const found = await get(`/v1/pictures/${id}`);
-    if (sequence.idAt(at) !== id || !dialog.open) return undefined; // already walked on
+    if (sequence.idAt(at) !== id || !dialog.open) return undefined; // the user has moved on
     picture = found;
     image.src = picture.url;
     image.alt = picture.prompt || t("noWords");
@@ -49,7 +49,7 @@ export function openViewer(sequence, index) {
     at += by;
     show();
   };
-  /** After a deletion the next one stands at the same place. */
+  /** Show the picture that took the place of a deleted one. */
   const next = () => {
     if (!sequence.size()) return dialog.close();
     at = Math.min(at, sequence.size() - 1);
@@ -149,7 +149,7 @@ function facts(picture, { close, show, next }) {
 
 const action = (name, text, onclick) => h("button", { type: "button", onclick }, icon(name), text);
 
-/** Fields of the chosen model that this picture could go into. */
+/** Return buttons that put the picture into a field of the form. */
 function uses(picture, leave) {
   const form = presentForm();
   const into = (name, text) =>
@@ -188,7 +188,7 @@ function pairs(picture) {
   ];
 }
 
-/** The pictures it was made from. */
+/** Return the input pictures of a request. */
 function given(made) {
   const names = PICTURES.flatMap((field) => made[field] ?? []).filter((name) => name.startsWith("upload:"));
   return names.length

@@ -1,4 +1,4 @@
-// The three views of the page. A wide window shows all, a narrow one shows one and a bar to change it.
+// The three views of the page. A wide window shows all; a narrow one shows one view and a bar to switch.
 
 import { byId, h, icon } from "./dom.js";
 import { keep, recollect } from "./memory.js";
@@ -7,7 +7,7 @@ import { t } from "./words.js";
 const VIEWS = ["draw", "queue", "gallery"];
 const NARROW = matchMedia("(max-width: 899px)");
 
-/** Show a view. onlyNarrow: where all are shown, nothing happens. */
+/** Show a view. onlyNarrow: do nothing in a wide window. */
 export function view(name, { onlyNarrow = false } = {}) {
   if (onlyNarrow && !NARROW.matches) return;
   document.body.dataset.view = name;
@@ -16,10 +16,10 @@ export function view(name, { onlyNarrow = false } = {}) {
     else button.removeAttribute("aria-current");
   }
   keep("view", name);
-  dispatchEvent(new Event("resize")); // what was hidden had no size
+  dispatchEvent(new Event("resize")); // hidden elements had no size
 }
 
-/** Fill the bar. */
+/** Fill the bar of views and show the last view. */
 export function setUpViews() {
   byId("views").append(
     ...VIEWS.map((name) =>
@@ -35,7 +35,7 @@ export function setUpViews() {
   view(VIEWS.includes(recollect("view")) ? recollect("view") : "draw");
 }
 
-/** A number beside a view's name; 0 shows none. */
+/** Show a number beside a view's name; 0 hides it. */
 export function countOf(name, value) {
   byId("views").querySelector(`[data-count="${name}"]`).textContent = value || "";
 }

@@ -1,11 +1,11 @@
-// Before the first picture: what this is, and wishes to begin with.
+// The welcome in an empty gallery, with example prompts.
 
 import { byId, h, icon } from "./dom.js";
 import { view } from "./views.js";
 import { give, presentForm } from "./wish.js";
 import { t } from "./words.js";
 
-/** An invitation. Each example goes into the prompt. */
+/** Return the welcome. A click on an example puts it into the prompt. */
 export function welcome() {
   const examples = [1, 2, 3, 4].map((n) => t(`example${n}`));
   const use = (prompt) => {

@@ -1,21 +1,21 @@
-// What is to be drawn: the values of the form, kept in this browser, and the request that they make.
+// The values of the form, which the browser stores, and the request that is made of them.
 
 import { say } from "./bus.js";
 import { keep, recollect } from "./memory.js";
 import { formOf, takes } from "./models.js";
 
-/** Fields that mean the same with every model. The others are kept for each: one model's numbers mean nothing to another. */
+/** Fields whose values all models share. Values of other fields are stored for each model. */
 const SHARED = new Set(["prompt", "negative_prompt", "seed", "count", "image", "mask", "reference"]);
 export const PICTURES = ["image", "mask", "reference"];
 
-/** Fields that mean nothing unless another one is set, and whether it is. */
+/** Fields that have no effect unless another field is set -> the test of that field. */
 const NEEDS = {
   strength: (value) => value("image") !== null,
   mask: (value) => value("image") !== null,
   cache_threshold: (value) => value("cache") !== "none",
 };
 
-/** Fields whose own value depends on others: no prompt is written out by itself where a picture is started from. */
+/** Fields whose default depends on other fields. With a start picture, `upsample` is off by default. */
 const OWN = { upsample: (field) => Boolean(field.default) && !state.shared.image };
 
 const state = { model: null, shared: {}, own: {}, grid: null, ...recollect("wish", {}) };
@@ -30,7 +30,7 @@ function changed(name) {
 
 addEventListener("pagehide", () => keep("wish", state));
 
-/** The chosen model's name. */
+/** Return the chosen model's name. */
 export const chosenModel = () => state.model;
 
 export function chooseModel(name) {
@@ -40,7 +40,7 @@ export function chooseModel(name) {
 
 let present = null;
 
-/** The form of the chosen model, or null before openForm. */
+/** Return the form of the chosen model, or null before openForm. */
 export const presentForm = () => present;
 
 /** Fetch the form of the chosen model and make it the present form. */
@@ -51,31 +51,31 @@ export async function openForm() {
 
 const drawer = (name) => (SHARED.has(name) ? state.shared : (state.own[state.model] ??= {}));
 
-/** The model's own value of a field. */
+/** Return a field's default. */
 const ownOf = (field) => OWN[field.name]?.(field) ?? field.default;
 
-/** A field's value: what was given, else the model's own. */
+/** Return a field's value: the given one, or else the default. */
 export function valueOf(field) {
   const given = drawer(field.name)[field.name];
   return given === undefined ? ownOf(field) : given;
 }
 
-/** Whether a value was given that is not the model's own. */
+/** Return whether a field has a value other than its default. */
 export const isGiven = (field) => !same(valueOf(field), ownOf(field));
 
-/** Give a field a value; null, or the model's own, takes it back. */
+/** Set a field's value. null and the default clear it. */
 export function give(field, value) {
   if (value === null || same(value, ownOf(field))) delete drawer(field.name)[field.name];
   else drawer(field.name)[field.name] = value;
   changed(field.name);
 }
 
-/** Whether a field means anything as things stand. */
+/** Return whether a field has an effect with the present values. */
 export function matters(form, name) {
   return NEEDS[name]?.((other) => (takes(form, other) ? valueOf(form.get(other)) : null)) ?? true;
 }
 
-/** The grid, or null: {x: {field, values}, y: {field, values} or null}. */
+/** Return the grid, {x: {field, values}, y: {field, values} or null}, or null. */
 export const grid = () => state.grid;
 
 export function giveGrid(value) {
@@ -83,7 +83,7 @@ export function giveGrid(value) {
   changed("grid");
 }
 
-/** The request as it goes to the server: only what differs from the model's own, and means something. */
+/** Return the request for the server: only values that differ from defaults and have an effect. */
 export function request(form) {
   const made = { model: state.model };
   for (const field of form.values()) {
@@ -94,8 +94,8 @@ export function request(form) {
 }
 
 /**
- * Take a request over into the form of its model, and forget what was there. keepSeed: false leaves the seed open.
- * Returns the names of the fields that the model does not take.
+ * Replace the values of the form by a request's. keepSeed: whether to take the seed, too. Returns the names of fields
+ * that the model does not take.
  */
 export function recall(made, form, { keepSeed = true } = {}) {
   state.shared = {};
@@ -107,13 +107,14 @@ export function recall(made, form, { keepSeed = true } = {}) {
     const field = form.get(name);
     if (!field || field.effect !== "honours") {
       if (field && !same(value, field.default)) left.push(name);
-    } else if ((name in OWN || !same(value, field.default)) && (keepSeed || name !== "seed")) drawer(name)[name] = value;
+    } else if ((name in OWN || !same(value, field.default)) && (keepSeed || name !== "seed"))
+      drawer(name)[name] = value;
   }
   changed("all");
   return left;
 }
 
-/** Whether two values are the same; pictures are lists. */
+/** Return whether two values are equal. Lists are compared item by item. */
 function same(a, b) {
   return Array.isArray(a) && Array.isArray(b) ? a.length === b.length && a.every((one, i) => one === b[i]) : a === b;
 }

@@ -1,4 +1,4 @@
-// 中文。
+// Chinese texts.
 
 export const zh = {
   skip: "跳到提示词",

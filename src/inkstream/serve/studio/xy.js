@@ -1,4 +1,4 @@
-// A grid: one or two fields that differ from picture to picture, drawn as one job.
+// X/Y grids: one job whose pictures differ in one or two fields.
 
 import { byId, h } from "./dom.js";
 import { titleOf } from "./fields.js";
@@ -6,7 +6,7 @@ import { models, shown } from "./models.js";
 import { giveGrid, grid, PICTURES } from "./wish.js";
 import { known, t } from "./words.js";
 
-/** The values that a text means for a field: split at commas, text at line ends. */
+/** Return the values of a field in a text. Values of text fields are lines; others are separated by commas. */
 export function parse(text, field) {
   const parts = text
     .split(field.type === "text" ? /\n/ : /[,，、\s]+/)
@@ -16,14 +16,14 @@ export function parse(text, field) {
   return field.type === "boolean" ? parts.map((part) => part === "true") : parts;
 }
 
-/** The fields that a grid can go along. */
+/** Return the fields that a grid can vary, by name. */
 function axes(form) {
   const model = { name: "model", title: t("model"), type: "choice", choices: models().map((one) => one.id) };
   const fields = shown(form).filter((field) => field.name !== "count" && !PICTURES.includes(field.name));
   return new Map([...fields, ...(models().length > 1 ? [model] : [])].map((field) => [field.name, field]));
 }
 
-/** The grid as the server takes it, of fields that the model takes; null where there is none. */
+/** Return the grid for the server, with fields that the model takes, or null. */
 export function gridOf(form) {
   const fields = axes(form);
   const { x = null, y = null } = grid() ?? {};
@@ -31,7 +31,7 @@ export function gridOf(form) {
   return first ? { x: first, ...(second ? { y: second } : {}) } : null;
 }
 
-/** The control. {element, refresh}; it is empty while there is no grid. */
+/** Return the control of the grid: {element, refresh}. */
 export function gridControl(form) {
   const fields = axes(form);
   const body = h("div", { class: "axes" });
@@ -75,7 +75,7 @@ function axis(side, fields, now, redraw, count) {
   );
 }
 
-/** What the values of an axis are chosen or written in. They are kept as they are written, without drawing it anew. */
+/** Return the boxes of an axis' values. Typing stores the values without rebuilding the boxes. */
 function values(field, own, count) {
   const note = (made) => {
     own.values = made;
@@ -115,7 +115,7 @@ function values(field, own, count) {
   return entry;
 }
 
-/** Values to begin with. */
+/** Return example values of a field. */
 function suggest(field) {
   if (field.type === "boolean") return [false, true];
   if (field.choices) return field.choices.slice(0, 3);
