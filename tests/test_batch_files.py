@@ -178,7 +178,7 @@ def test_the_same_command_again_draws_only_what_is_missing_damaged_or_changed(wo
     assert main(["batch", "foxes.txt", *loud]) == 0
     said = problems(capsys)
     assert "1 of 4 pictures are there, 3 to draw" in said
-    assert "1 rows have changed since: they are drawn anew, and the old pictures stay" in said
+    assert "1 rows have changed: they are drawn again, and the old pictures stay" in said
     after = pictures_in(Path("out"))
     assert {name for name in after if after[name] != before.get(name)} > {one, two}
     assert after[three] == before[three]
@@ -217,7 +217,7 @@ def test_an_interrupt_keeps_finished_pictures_and_prints_how_to_resume(words, ca
 
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(["batch", "foxes.txt", *(word for word in words if word != "--quiet"), "--slots", "1"]) == 130
-    assert "pictures are in out: the same command goes on" in problems(capsys)[-1]
+    assert "pictures are in out: the same command resumes" in problems(capsys)[-1]
     assert 0 < len(lines_in(Path("out"))) < 40
 
 
@@ -259,9 +259,9 @@ def test_all_bad_rows_are_named_before_anything_is_drawn(words, capsys):
     for line in named:
         told[int(line.partition(": ")[0].rpartition(" ")[2])] += line.partition(": ")[2] + "\n"
     assert "width 33 is not a multiple of 16" in told[1]
-    assert "'stpes' is no field of a request: did you mean steps?" in told[2]
-    assert "is no JSON" in told[3]
-    assert "is no JSON object" in told[4]
+    assert "'stpes' is not a field of a request: did you mean steps?" in told[2]
+    assert "is not valid JSON" in told[3]
+    assert "is not a JSON object" in told[4]
     assert "width 7 is too small: give 16 or more" in told[5]
     assert "steps 0 is too small: give 1 or more" in told[5]
     assert "there is no prompt" in told[6]
@@ -279,7 +279,7 @@ def test_all_bad_rows_are_named_before_anything_is_drawn(words, capsys):
         ("promt,seed\na fox,1\n", 1, "column 'promt' is no field of a request"),
         ("prompt;seed\na fox;1\n", 1, "put commas between them"),
         ("prompt,seed\na fox, red,1\n", 2, "has 3 cells under 2 names"),
-        ('prompt,seed\n"a fox,1\n', 2, "is no CSV"),
+        ('prompt,seed\n"a fox,1\n', 2, "is not valid CSV"),
     ],
 )
 def test_an_invalid_table_is_refused_with_its_line_number(text, line, says, tmp_path):
@@ -293,9 +293,9 @@ def test_an_invalid_table_is_refused_with_its_line_number(text, line, says, tmp_
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["rows.pdf"], "let it end in .txt, .csv, .jsonl"),
+        (["rows.pdf"], "its name must end in .txt, .csv, .jsonl"),
         (["none.txt"], "cannot be read"),
-        (["empty.txt"], "holds no row"),
+        (["empty.txt"], "has no rows"),
         (["rows.txt", "--ray", "--server", "http://127.0.0.1:1"], "give one of them"),
         (["rows.txt", "--engines", "2"], "add --ray"),
         (["rows.txt", "--slots", "0"], "give 1 or more"),

@@ -113,7 +113,7 @@ def test_without_a_terminal_it_stops_after_the_sheet_and_prints_how_to_continue(
     assert main([*words, *then, "--pick", "1", "--dtype", "fp32"]) == 0
     out, err = capsys.readouterr()
     assert out == str(Path("foxes/sheet.png")) + "\n"
-    again = err.split("go on with: ")[1].strip()
+    again = err.split("resume with: ")[1].strip()
     assert again == "inkstream draft --resume foxes --dtype=fp32 --choose NUMBERS"
     drawn = pictures()
     assert main(shlex.split(again.replace("NUMBERS", "2"))[1:]) == 0
@@ -123,7 +123,7 @@ def test_without_a_terminal_it_stops_after_the_sheet_and_prints_how_to_continue(
 
 def test_without_a_model_to_refine_with_it_stops_after_the_sheet_too(words, then, capsys):
     assert main(words) == 0
-    again = capsys.readouterr().err.split("go on with: ")[1].strip()
+    again = capsys.readouterr().err.split("resume with: ")[1].strip()
     assert again == "inkstream draft --resume foxes --choose NUMBERS --refine-with MODEL"
     assert main(["draft", "--resume", "foxes", "--choose", "2", *then]) == 0
     assert list(pictures()) == ["drafts/01.png", "drafts/02.png", "drafts/03.png", "refined/02.png"]
@@ -180,7 +180,7 @@ def test_after_an_interrupt_the_same_command_resumes(unbroken, words, then, caps
         assert main(words) == 130
     err = capsys.readouterr().err
     assert "stopped; 2 of 3 drafts and 0 of 2 refined pictures are in foxes" in err
-    assert "go on with: inkstream draft --resume foxes\n" in err
+    assert "resume with: inkstream draft --resume foxes\n" in err
     kept = files()
     assert list(kept) == [STATE, "drafts/01.png", "drafts/02.png"]
     seen = steps_counted(monkeypatch)
@@ -257,9 +257,9 @@ def test_on_a_terminal_it_asks_until_the_answer_is_valid(words, then):
     os.close(ours)
     assert process.returncode == 0, shown
     assert out.split()[1:] == [str(Path("foxes/refined/03.png")), str(Path("foxes/refined/01.png"))]
-    assert shown.count(b"which 2 of the 3 drafts") == 3
+    assert shown.count(b"numbers of 2 of the 3 drafts") == 3
     assert b"there is no draft 7: choose from 1 to 3" in shown
-    assert b"1 drafts are named, and 2 were to be picked" in shown
+    assert b"1 drafts are named, but --pick is 2" in shown
 
 
 @pytest.mark.parametrize("text", ["3,7", "3 7", " 3, 7, ", "3,7,3"])
@@ -310,7 +310,7 @@ def test_the_same_command_with_another_setting_is_refused(finished, words, capsy
     [
         ([], ["no prompt"]),
         (["a fox", "-c", "300"], ["--count 300", "256 or less"]),
-        (["a fox", "-c", "2", "--pick", "3", "--refine-with", "z-image"], ["--pick 3 of 2"]),
+        (["a fox", "-c", "2", "--pick", "3", "--refine-with", "z-image"], ["--pick 3 is more than 2"]),
         (["a fox", "--pick", "0"], ["--pick 0", "1 or more"]),
         (["a fox", "--pick", "2"], ["--refine-with"]),
         (["a fox", "--choose", "3"], ["--refine-with"]),
@@ -319,9 +319,9 @@ def test_the_same_command_with_another_setting_is_refused(finished, words, capsy
         (["a fox", "--refine-with", "nowhere"], ["nowhere"]),
         (["a fox", "--device", "abacus"], ["abacus", "cpu"]),
         (["a fox", "-W", "100", "-m", "z-image"], ["width 100", "96 or 112"]),
-        (["a fox", "-o", "photos"], ["photos holds other things", "--output"]),
+        (["a fox", "-o", "photos"], ["photos has files that are not drafts", "--output"]),
         (["a fox", "-o", "photos/photo.png"], ["photo.png", "a file is in the way"]),
-        (["--resume", "photos"], ["photos holds no drafts", "inkstream draft"]),
+        (["--resume", "photos"], ["photos has no drafts", "inkstream draft"]),
         (["a fox", "-o", "broken"], ["draft.json cannot be read", "--output"]),
     ],
     ids=lambda value: " ".join(value)[:40],

@@ -579,7 +579,7 @@ def test_prompts_of_ones_own_are_drawn_even_where_nothing_can_judge_them(words, 
     assert main(words) == 0
     shown = capsys.readouterr()
     assert "diversity over seeds" in shown.out
-    assert "nothing was judged" in shown.err
+    assert "nothing was graded" in shown.err
     assert main([*words, "--ceiling"]) == 2
     assert "no prompt of this suite has a scene" in capsys.readouterr().err
 

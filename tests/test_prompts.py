@@ -91,7 +91,7 @@ def test_a_picture_is_drawn_again_with_another_json_prompt(draw, klein, capsys):
         (b'{"scene": "x", "sceen": "y"}', 'has a field "sceen", which FLUX.2 does not know: did you mean scene?'),
         (b'{"color_palette": ["#f80"]}', 'color_palette has the colour "#f80": write #FF8800'),
         (b'{"scene": "x",}', "cannot be read at line 1"),
-        (b"\xff\xfe", "is no text in UTF-8"),
+        (b"\xff\xfe", "is not UTF-8 text"),
         (None, "cannot be read (No such file or directory): give a file, or - for stdin"),
     ],
 )

@@ -218,14 +218,14 @@ def test_missing_references_are_left_out_with_a_line(picture, klein_folder, caps
     with Image.open(picture) as image:
         save_picture(image, "edit.png", request)
     assert main(["refine", "edit.png", "-m", str(klein_folder), "-o", "refined.png"]) == 0
-    assert "edit.png: its references are left out, as they are no longer there: gone.png" in capsys.readouterr().err
+    assert "edit.png: its references are left out, because these files are missing: gone.png" in capsys.readouterr().err
     assert asked("refined.png").reference == ("edit.png",)
 
 
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        (["plain.png", "-m", "MODEL"], ["plain.png carries no request", "--prompt"]),
+        (["plain.png", "-m", "MODEL"], ["plain.png has no request", "--prompt"]),
         (["draft.png"], ["--model", "missing"]),
         (["-m", "MODEL"], ["PICTURES", "--help"]),
         (["nowhere.png", "-m", "MODEL"], ["nowhere.png", "check the path"]),

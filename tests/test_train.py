@@ -451,7 +451,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, cache, capsys):
 
     threading.Thread(target=interrupt, daemon=True).start()
     assert main(["train", str(path), "--output", str(folder)]) == 130
-    assert f"go on with: inkstream train {path} --output {folder} --resume" in capsys.readouterr().err
+    assert f"resume with: inkstream train {path} --output {folder} --resume" in capsys.readouterr().err
     assert len(list_checkpoints(folder / "checkpoints")) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

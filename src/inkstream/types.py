@@ -220,21 +220,20 @@ class Machine:
     Parameters
     ----------
     device
-        cpu, cuda, cuda:1 or mps; by default the best device there is.
+        cpu, cuda, cuda:1 or mps; default: the best available device.
     dtype
-        bf16, fp32 or fp16; by default the one that suits the device.
+        bf16, fp32 or fp16; default: the best for the device.
     memory
-        The most memory that the model may take on the device, like 8GiB; on the CPU, the whole process. By default all
-        that is free.
+        Memory limit, such as 8GiB: of the model on a GPU, of the process on a CPU; default: the free memory.
     placement
-        resident: all parts stay on the device. parked: only the parts at work are on it. streamed: only the layers at
-        work are on it. By default the fastest placement that the memory allows.
+        resident: all parts of the model stay on the device; parked: only parts in use; streamed: only layers in use;
+        default: the fastest that fits the memory.
     attention
-        The attention kernels of the transformer, on GPUs. auto takes the fastest that gives the same numbers.
+        Attention kernels of the transformer on GPUs; auto: the fastest that give the same numbers.
     compile
-        Compile the blocks of the transformer. The first picture waits for the compiler. Meant for GPUs.
+        Compile the transformer's blocks. The first picture takes longer; meant for GPUs.
     commercial_only
-        Refuse models whose licence does not allow commercial use. INKSTREAM_COMMERCIAL_ONLY=1 always does.
+        Refuse models without commercial use in their licence; INKSTREAM_COMMERCIAL_ONLY=1 does so for all commands.
     """
 
     device: str | None = None

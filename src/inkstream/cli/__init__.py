@@ -1,4 +1,4 @@
-"""The command line: one short function per command. Results go to stdout, talk to stderr; torch is imported late."""
+"""The command line: a short function per command. Results go to stdout, messages to stderr; torch is imported late."""
 
 from __future__ import annotations
 
@@ -16,70 +16,69 @@ from inkstream import __version__
 from inkstream.quant import QuantName
 
 Json = Annotated[bool, Parameter(show_default=False, help="Print one JSON document on stdout.")]
-Yes = Annotated[bool, Parameter(alias="-y", show_default=False, help="Download what is missing without asking.")]
+Yes = Annotated[bool, Parameter(alias="-y", show_default=False, help="Download missing files without asking.")]
 
 app = App(
     name="inkstream",
     version=__version__,
-    help="Text to image with Z-Image, on your own machine.",
-    help_epilogue="inkstream COMMAND --help lists a command's options; --debug adds the traceback to an error.",
+    help="Text to image on your own machine.",
+    help_epilogue="inkstream COMMAND --help lists the options of a command; --debug shows the traceback of an error.",
     help_format="plaintext",  # markdown would cost a third of the time of --help
     default_parameter=Parameter(negative=""),
-    suppress_keyboard_interrupt=False,  # `main` has a way of its own
+    suppress_keyboard_interrupt=False,  # `main` handles it
 )
 READ_STDIN = ("--prompt", "--json-prompt")
 GENERATE = """Draw pictures of a prompt, or draw a picture again.
 
-The prompt is read from stdin where it is -. Where stdout is a pipe and neither --output nor --json is given, the
-picture itself goes there, as a PNG. Options left out take the model's own defaults."""
-app.command("inkstream.cli.generate:generate", help=GENERATE)  # by its path: its options need a slow import
+The prompt - reads stdin. If stdout is a pipe, the picture goes there as a PNG, unless --output or --json is given.
+Missing options have the model's defaults."""
+app.command("inkstream.cli.generate:generate", help=GENERATE)  # given as a path, because its options import slowly
 
-REFINE = """Draw pictures anew with another model, by the requests they carry.
+REFINE = """Draw pictures again with another model, using the requests in their metadata.
 
-Prompt, size and seed are the picture's unless they are given; how the model is run is its own. Where it takes
-references it looks at the picture, else it starts from it: a line says which."""
+The prompt, size and seed come from the picture, unless given. Steps, guidance and similar options have the model's
+defaults. A model that takes references gets the picture as a reference; another model starts from the picture. A line
+says which."""
 app.command("inkstream.cli.refine:refine", help=REFINE)
 
-DRAFT = """Draw many drafts, choose from a sheet of them, and refine the chosen ones with a bigger model.
+DRAFT = """Draw many drafts, choose from a contact sheet, and refine the chosen drafts with a bigger model.
 
-A folder takes the drafts, the sheet, what is refined, and the state. The same command goes on where it was stopped,
-and so does --resume FOLDER: no picture is drawn twice."""
+The folder gets the drafts, the contact sheet, the refined pictures and the state. The same command, or
+--resume FOLDER, resumes an interrupted run: no picture is drawn twice."""
 app.command("inkstream.cli.draft:draft", help=DRAFT)
 
-BATCH = """Draw a file of requests into a folder, many at once.
+BATCH = """Draw a file of requests into a folder, several at once.
 
-The same command goes on where it was stopped: pictures that are there are not drawn again, rows that failed are tried
-again, rows that have changed are drawn anew. The exit code is 1 where some failed."""
+The same command resumes an interrupted run. It keeps finished pictures, retries failed rows, and draws changed rows
+again. The exit code is 1 if some rows failed."""
 app.command("inkstream.cli.batch:batch", help=BATCH)
 
-EVALUATE = """Draw a suite of prompts with a model and say how much of what was asked is there.
+EVALUATE = """Draw a suite of prompts with a model and grade the pictures.
 
-A table goes to stdout; pictures, a contact sheet and the numbers as JSON go to a folder. The same command goes on
-where it was stopped: pictures that are there are not drawn again."""
+The table of results goes to stdout. A folder gets the pictures, a contact sheet and the results as JSON. The same
+command resumes an interrupted run: finished pictures are not drawn again."""
 app.command("inkstream.cli.evaluate:evaluate", name="eval", help=EVALUATE)
 
-SERVE = """Serve pictures over HTTP, with a queue that outlives whatever dies.
+SERVE = """Serve pictures over HTTP, with a queue that survives crashes.
 
-Only this machine reaches it until a key was made with `inkstream serve keys add NAME`. Ctrl-C stops it; what was being
-drawn starts again with the next start."""
+Only this machine can connect, until you make a key with `inkstream serve keys add NAME`. Ctrl-C stops the server.
+Unfinished jobs start again with the next start of the server."""
 app.command("inkstream.cli.serve:serve", help=SERVE)
 
-MCP = """Let agents draw, over the Model Context Protocol on stdin and stdout.
+MCP = """Let agents draw: a server of the Model Context Protocol on stdin and stdout.
 
-Tools: generate, edit, list_models. Pictures are written to a folder too, so that edit can name them."""
+Tools: generate, edit, list_models. Pictures are also written to a folder, so that edit can use their paths."""
 app.command("inkstream.cli.mcp:mcp", help=MCP)
 
-BENCH = """Time us beside other implementations, turn by turn in one run.
+BENCH = """Time inkstream and other implementations in turns, in one run.
 
-What is not installed is left out. Run in the repository, it knows how to drive diffusers and stable-diffusion.cpp."""
+Other implementations are diffusers and stable-diffusion.cpp, if installed. Timing them needs the repository."""
 app.command("inkstream.cli.bench:bench", help=BENCH)
 
 
 @app.command
-def info(
-    picture: Annotated[str, Parameter(help="A PNG, WebP or JPEG, whoever wrote it.")], *, json: Json = False
-) -> None:
-    """Show what a picture is and the request it carries."""
+def info(picture: Annotated[str, Parameter(help="A PNG, WebP or JPEG of any program.")], *, json: Json = False) -> None:
+    """Show a picture's format and the request in its metadata."""
     from inkstream.cli.lines import print_facts, print_json
     from inkstream.engine.pictures.metadata import describe
 
@@ -89,7 +88,7 @@ def info(
 
 @app.command
 def models(*, json: Json = False) -> None:
-    """List the models that are known by name."""
+    """List the known models."""
     from inkstream.cli.lines import print_json
     from inkstream.cli.models import list_models, print_models
 
@@ -101,12 +100,12 @@ def models(*, json: Json = False) -> None:
 def doctor(
     *, memory: Annotated[str | None, Parameter(name="--for", show_default=False)] = None, json: Json = False
 ) -> None:
-    """Show what this machine has, which models fit it, in which precision, and which one to take.
+    """Show this machine's device and memory, the models that fit, their precision, and the recommended model.
 
     Parameters
     ----------
     memory
-        Answer for another machine, with a GPU of so much memory, like 8GiB.
+        Answer for a machine with a GPU of this memory, such as 8GiB.
     """
     from inkstream.cli.doctor import examine, print_findings
     from inkstream.cli.lines import print_json
@@ -129,7 +128,7 @@ def convert(
     quant: Annotated[QuantName | None, Parameter(show_default=False)] = None,
     yes: Yes = False,
 ) -> None:
-    """Write a model in another layout, or in fewer bits.
+    """Convert a model to another layout, or quantise it.
 
     Parameters
     ----------
@@ -138,12 +137,12 @@ def convert(
     folder
         The folder to write.
     to
-        diffusers: every part in its folder, the default; native: the transformer as one file beside the other parts,
-        the default with --quant.
+        diffusers: each part in its own folder, the default; native: the transformer as one file beside the other
+        parts, the default with --quant.
     quant
-        Pack the weights of transformer and text encoders. fp8: 8-bit floats, multiplied as such where a GPU can; int8,
-        nf4, int4: unpacked to be used; w8a8: int8 that is multiplied as such, fast on CPUs; q8_0 to q2_k: GGUF files;
-        bf16, fp16: in full.
+        Quantise the weights of transformer and text encoders. fp8: 8-bit floats, multiplied in fp8 if the GPU can;
+        int8, nf4, int4: unpacked before use; w8a8: multiplied in int8, fast on CPUs; q8_0 to q2_k: GGUF files; bf16,
+        fp16: not quantised.
     """
     from inkstream.cli.download import agree_to_download
     from inkstream.cli.terminal import Terminal
@@ -160,11 +159,11 @@ def train(
     recipe: Annotated[str, Parameter(help="A TOML file: see docs/training.md.")],
     *,
     output: Annotated[
-        str | None, Parameter(alias="-o", show_default=False, help="Folder of the run; runs/NAME of the recipe if not.")
+        str | None, Parameter(alias="-o", show_default=False, help="Folder of the run; default: runs/RECIPE.")
     ] = None,
-    resume: Annotated[bool, Parameter(show_default=False, help="Go on from the folder's last checkpoint.")] = False,
+    resume: Annotated[bool, Parameter(show_default=False, help="Resume from the folder's last checkpoint.")] = False,
     export: Annotated[
-        bool, Parameter(show_default=False, help="Write the model of the last checkpoint and train no further.")
+        bool, Parameter(show_default=False, help="Write the model of the last checkpoint without training.")
     ] = False,
     set_: Annotated[
         list[str] | None,
@@ -172,17 +171,17 @@ def train(
     ] = None,
     json: Json = False,
 ) -> int:
-    """Train a model as a recipe says."""
+    """Train a model from a recipe."""
     from inkstream.cli.train import train
 
     return train(recipe, output, resume, export, set_ or [], json)
 
 
 def run() -> NoReturn:
-    """The process: `main`, and the way out.
+    """Run `main`, and end the process without the interpreter's cleanup.
 
-    It is a short one: to take torch apart would take as long as a third of its import, and a thread that is still
-    loading or downloading would be waited for, or crash.
+    The cleanup of torch takes a third of the time of its import. A thread that is still loading or downloading would
+    delay the exit, or crash.
     """
     code = main()
     for stream in (sys.stdout, sys.stderr):
@@ -192,16 +191,18 @@ def run() -> NoReturn:
 
 
 def cores_allowed(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int | None:
-    """How many cores' time a container may use; None where nothing limits it. torch would start a thread for each core
-    that there is."""
+    """Return the number of cores that the container may use, or None without a limit.
+
+    Without this, torch starts a thread for each core of the machine.
+    """
     with suppress(OSError, ValueError):
         allowed, period = quota.read_text().split()
-        return min(max(1, round(int(allowed) / int(period))), os.cpu_count() or 1)  # ValueError: "max", no limit
+        return min(max(1, round(int(allowed) / int(period))), os.cpu_count() or 1)  # ValueError: "max" means no limit
     return None
 
 
 def join_dashes(words: Sequence[str]) -> list[str]:
-    """A dash joined to the option before it, if that reads stdin, or else to the prompt's: alone it is no value."""
+    """Join each "-" to the option before it if that reads stdin, else to --prompt. cyclopts takes no "-" as a value."""
     joined: list[str] = []
     for word in words:
         if word == "-" and joined and joined[-1] in READ_STDIN:
@@ -212,11 +213,11 @@ def join_dashes(words: Sequence[str]) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. The exit code: 0 done, 1 our own error, 2 what was asked cannot be done, 130 interrupted."""
+    """Run one command. Returns the exit code: 0 success, 1 internal error, 2 impossible request, 130 interrupted."""
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = join_dashes([word for word in words if word != "--debug"])
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin cost every other process its time
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads would slow down other processes
     if cores := cores_allowed():
         os.environ.setdefault("OMP_NUM_THREADS", str(cores))
     if not debug:
@@ -228,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has had enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except Exception as error:

@@ -1,4 +1,4 @@
-"""`inkstream batch`: a file of requests drawn into a folder, on any machine; it goes on where it was stopped."""
+"""`inkstream batch`: draws a file of requests into a folder, here or elsewhere; an interrupted run can be resumed."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ if TYPE_CHECKING:
     from inkstream.clients.many import Told
 
 EVERY = 30.0
-"""Seconds between two lines of progress where there is no bar."""
+"""Seconds between lines of progress if there is no progress bar."""
 PICTURES = ("image", "mask", "reference")
 
 
 class Common(Request, frozen=True):
-    """A Request as options, for all rows that do not say otherwise."""
+    """A Request as options. They apply to all rows that do not set the field."""
 
-    seed: int | None = Field(0, ge=0, lt=2**63, description="What the seeds of rows that give none are made from.")
+    seed: int | None = Field(0, ge=0, lt=2**63, description="Base of the seeds of rows without a seed.")
 
 
 as_options(Common, bare=())
 NOTHING = Common.model_validate({})
 
 Row = tuple[int, dict[str, Any]]
-"""The line of the file that it begins in, and those fields of a Request that it gives."""
+"""The first line number of a row, and the fields of a Request that it gives."""
 
 
 def batch(
@@ -67,29 +67,29 @@ def batch(
     Parameters
     ----------
     prompts
-        A .txt file of a prompt a line; a .csv, whose first line names fields of a request; a .jsonl of objects of them.
+        A .txt file with one prompt a line, a .csv file with fields of a request in its first line, or a .jsonl file.
     out
-        Folder of the pictures and of manifest.jsonl, a line about each.
+        Folder of the pictures and of manifest.jsonl, which has a line for each picture.
     slots
-        Pictures that are drawn at once: they share every pass through the model.
+        Number of pictures drawn at once: they share each forward pass of the model.
     ray
-        Draw on Ray, with several engines: on the cluster that RAY_ADDRESS names, or on one it starts here.
+        Draw with Ray and several engines, on the cluster of RAY_ADDRESS, or on a new one on this machine.
     engines
-        Engines on Ray; else one for each GPU.
+        Number of engines with Ray; default: one for each GPU.
     metadata
-        What a picture carries: its request and that a model made it, only the latter, or nothing.
+        Metadata of pictures. full: the request, and a mark that a model made the picture; minimal: only the mark.
     json
-        Print one JSON document on stdout when all is done.
+        Print one JSON document on stdout at the end.
     quiet
-        No progress and no talk, only errors.
+        Print no progress and no messages, only errors.
     yes
-        Download what is missing without asking.
+        Download missing files without asking.
     """
     for name, value in (("--slots", slots), ("--engines", engines)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value} draws nothing: give 1 or more")
     if ray and machine.server is not None:
-        raise InputError("--ray and --server both say where to draw: give one of them")
+        raise InputError("--ray and --server are both given: give one of them")
     if engines is not None and not ray:
         raise InputError(f"--engines {engines} is for Ray: add --ray, or leave it out")
     with Terminal(quiet) as terminal:
@@ -105,7 +105,7 @@ def batch(
             todo = manifest.missing(wanted)
             terminal.say(f"{len(wanted) - len(todo)} of {len(wanted)} pictures are there, {len(todo)} to draw")
             if changed:
-                terminal.say(f"{changed} rows have changed since: they are drawn anew, and the old pictures stay")
+                terminal.say(f"{changed} rows have changed: they are drawn again, and the old pictures stay")
             drawn: list[dict[str, Any]] = []
             failed: list[tuple[Wanted, str]] = []
             try:
@@ -113,12 +113,12 @@ def batch(
                     follow(told, todo, manifest, drawn, failed, terminal, json)
             except KeyboardInterrupt:
                 there = len(wanted) - len(todo) + len(drawn)
-                terminal.say(f"stopped; {there} of {len(wanted)} pictures are in {out}: the same command goes on")
+                terminal.say(f"stopped; {there} of {len(wanted)} pictures are in {out}: the same command resumes")
                 raise
     for one, error in failed:
         print(f"{prompts}, line {one.row}: {one_line(error)}", file=sys.stderr)
     if failed:
-        print(f"{len(failed)} of {len(wanted)} pictures failed: the same command tries them again", file=sys.stderr)
+        print(f"{len(failed)} of {len(wanted)} pictures failed: the same command retries them", file=sys.stderr)
     if json:
         listed = [{"row": one.row, "index": one.index, "error": error} for one, error in failed]
         there = len(wanted) - len(todo)
@@ -126,11 +126,11 @@ def batch(
     return 1 if failed else 0
 
 
-# What is asked for
+# Requests of the file
 
 
 def understand(prompts: Path, common: Request, machine: Anywhere, terminal: Terminal) -> list[Wanted]:
-    """The pictures that a file asks for. InputError where a row cannot be drawn; all such rows are named before."""
+    """Return the pictures of a file. Prints an error for each invalid row, then raises InputError if there was one."""
     rows, problems = read_rows(prompts)
     check = offers(machine)
     wanted: list[Wanted] = []
@@ -148,19 +148,19 @@ def understand(prompts: Path, common: Request, machine: Anywhere, terminal: Term
         print(f"{prompts}, line {line}: {one_line(problem)}", file=sys.stderr)
     if problems:
         count = len({line for line, _ in problems})
-        raise InputError(f"{count} rows of {prompts} cannot be drawn: mend the lines named above; nothing was drawn")
+        raise InputError(f"{count} rows of {prompts} cannot be drawn: fix the lines named above; nothing was drawn")
     if not rows:
-        raise InputError(f"{prompts} holds no row: write a prompt a line")
+        raise InputError(f"{prompts} has no rows: write one prompt a line")
     return wanted
 
 
 def complete_row(line: int, fields: Mapping[str, Any], common: Request, folder: Path) -> Request:
-    """A row's request: what it says, else what is said for all, and a seed. Its paths begin at the file's folder."""
+    """Return a row's request: its fields, the common fields and a seed. Paths are relative to `folder`."""
     for name in fields:
         if name not in Request.model_fields:
             near = difflib.get_close_matches(name, Request.model_fields, n=1)
             hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"{name[:100]!r} is no field of a request: {hint}see inkstream batch --help")
+            raise InputError(f"{name[:100]!r} is not a field of a request: {hint}see inkstream batch --help")
     given = {name: getattr(common, name) for name in common.model_fields_set} | dict(fields)
     if fields.get("seed") is None:
         given["seed"] = seed_of(line, common.seed or 0)
@@ -185,12 +185,12 @@ def complete_row(line: int, fields: Mapping[str, Any], common: Request, folder: 
 
 
 def seed_of(line: int, base: int) -> int:
-    """The seed of a row that has none: the same in every run, and for every row another."""
+    """Return the seed of a row without one. It is the same in every run and differs between rows."""
     return int.from_bytes(hashlib.sha256(f"{base} {line}".encode()).digest()[:4], "big")
 
 
 def pictures_of(line: int, request: Request) -> Iterator[Wanted]:
-    """The pictures of a row, each as a request of its own, with the seeds that `count` gives them."""
+    """Yield the pictures of a row, each with its own request and seed."""
     from inkstream.clients.manifest import Wanted, digest
 
     for index, one in enumerate(singles(request)):
@@ -200,7 +200,7 @@ def pictures_of(line: int, request: Request) -> Iterator[Wanted]:
 
 
 def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
-    """What looks at a request before it is drawn: InputError where it cannot be; what has no effect, a line each."""
+    """Return a check of requests. It returns remarks on fields without effect, and raises InputError."""
     if machine.server is not None:
         offered = [spec.name for spec in make_drawer(machine).models()]
 
@@ -219,7 +219,7 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
     known: dict[str, Spec | InputError | None] = {}
 
     def spec_of(model: str) -> Spec | None:
-        """InputError where there is no such model; None where only a download would tell."""
+        """Return the Spec, or None if a download is needed first. Raises InputError if there is no such model."""
         if model not in known:
             try:
                 known[model] = SPECS[model] if model in SPECS else None if downloads(model) else locate(model).spec
@@ -241,20 +241,20 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
     return look_here
 
 
-# Reading
+# Reading the file
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[tuple[int, str]]]:
-    """The rows of a file; of those that cannot be read, the line and what to do. InputError if it is no such file."""
+    """Return the rows, and the line numbers and errors of invalid rows. Raises InputError for other files."""
     readers = {".txt": read_text, ".csv": read_csv, ".jsonl": read_json_lines}
     if path.suffix.lower() not in readers:
-        raise InputError(f"{path} is no file of requests: let it end in {', '.join(readers)}")
+        raise InputError(f"{path} is not a file of requests: its name must end in {', '.join(readers)}")
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}): check the path") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path} is no text in UTF-8: save it as such") from None
+        raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     rows: list[Row] = []
     problems: list[tuple[int, str]] = []
     for line, found in readers[path.suffix.lower()](text):
@@ -272,7 +272,7 @@ def read_text(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
 
 
 def read_csv(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Cells that are empty give nothing. Several references stand in one cell, with ; between them."""
+    """Yield rows of CSV. Empty cells set nothing; ";" separates several references in one cell."""
     cells = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
@@ -282,7 +282,7 @@ def read_csv(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, f"is no CSV ({error}): put text with commas, quotes or line ends in double quotes"
+            yield line, f"is not valid CSV ({error}): put text with commas, quotes or line ends in double quotes"
             continue
         if not any(cell.strip() for cell in row):
             continue
@@ -309,9 +309,9 @@ def read_json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
         try:
             found = json_.loads(written)
         except ValueError as error:
-            yield line, f'is no JSON ({error}): write it as {{"prompt": "a red circle"}}'
+            yield line, f'is not valid JSON ({error}): write it as {{"prompt": "a red circle"}}'
             continue
-        yield line, found if isinstance(found, dict) else 'is no JSON object: write it as {"prompt": "a red circle"}'
+        yield line, found if isinstance(found, dict) else 'is not a JSON object: write it as {"prompt": "a red circle"}'
 
 
 # Drawing
@@ -325,7 +325,7 @@ def way(
     engines: int | None,
     metadata: Literal["full", "minimal", "none"],
 ) -> Generator[Told, None, None]:
-    """What becomes of the pictures that are not there yet, as it happens."""
+    """Yield events of the missing pictures, with their places in `todo`."""
     requests = [one.request for one in todo]
     if not requests:
         return
@@ -348,7 +348,7 @@ def follow(
     terminal: Terminal,
     json: bool,
 ) -> None:
-    """Keep what is drawn, note what fails, and show how far it is."""
+    """Write finished pictures, record failures, and show the progress."""
     progress = Progress(len(todo), terminal)
     for place, event in told:
         if isinstance(event, Loading):
@@ -367,18 +367,18 @@ def follow(
 
 
 class Progress:
-    """How many pictures are done, those under way by their steps, and when all will be."""
+    """Progress of a run: finished pictures, steps of unfinished ones, and the remaining time."""
 
     def __init__(self, total: int, terminal: Terminal):
         self.total = total
         self.terminal = terminal
         self.done = 0
         self.under_way: dict[int, float] = {}
-        self.began: float | None = None  # the first step: loading is not drawing
+        self.began: float | None = None  # time of the first step: loading does not count
         self.said = time.monotonic()
 
     def move(self, place: int, share: float | None, failed: int) -> None:
-        """A picture is done by so much; None: wholly."""
+        """Record the finished share of a picture; None: it is complete or has failed."""
         now = time.monotonic()
         self.began = self.began or now
         if share is None:
@@ -396,7 +396,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """As people say it: 12 s, 5 min, 2 h 10 min."""
+    """Return a duration as text: 12 s, 5 min, 2 h 10 min."""
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{seconds:.0f} s"

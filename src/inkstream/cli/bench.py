@@ -1,4 +1,4 @@
-"""`inkstream bench`: cases timed beside what others take for them, in one run, as lines and as a record."""
+"""`inkstream bench`: times cases with inkstream and other implementations in one run; prints lines, writes a record."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ def bench(
     record: Annotated[str | None, Parameter(show_default=False)] = None,
     json: Annotated[bool, Parameter(show_default=False)] = False,
 ) -> None:
-    """Time us beside other implementations, turn by turn in one run.
+    """Time inkstream and other implementations in turns, in one run.
 
     Parameters
     ----------
     cases
-        Which, with commas between: cpu and gpu are all of a kind; tiny, medium, real-width, turbo-1024 ... are single
-        ones.
+        Cases, separated by commas. cpu and gpu are all cases of a device; tiny, medium, real-width, turbo-1024 and
+        others are single cases.
     repeats
-        Timed pictures of each contender and case; else the case's own number.
+        Timed pictures of each implementation and case; default: the case's number.
     threads
-        Threads of each contender on the CPU; else one for each core.
+        CPU threads of each implementation; default: one for each core.
     seconds
-        Begin no further case after so long.
+        Start no further case after this time.
     rehearse
-        Go through all of it at 2 blocks of width 64 and 64 pixels, on the CPU: its times mean nothing.
+        Run all cases with tiny models of 2 blocks, at 64 pixels, on the CPU. The times mean nothing.
     record
         Write benchmarks/records/NAME.json.
     json
-        Print one JSON document on stdout when all is done.
+        Print one JSON document on stdout at the end.
     """
     for name, value in (("--repeats", repeats), ("--threads", threads)):
         if value is not None and value < 1:
@@ -64,7 +64,7 @@ def bench(
     count = threads or cores_allowed() or os.cpu_count() or 1
     with Terminal() as terminal:
         if not PEERS.is_dir():
-            terminal.say(f"there is no folder {PEERS} here, so nobody else is timed: run it in the repository")
+            terminal.say(f"there is no folder {PEERS} here, so only inkstream is timed: run it in the repository")
         until = None if seconds is None else time.monotonic() + seconds
         words = repeat(cases, repeats, threads, seconds, rehearse, record)
         rows: list[dict[str, Any]] = []
@@ -75,7 +75,7 @@ def bench(
             rows.append(row)
             if not json:
                 terminal.print(describe(row))
-            if record:  # again with every row, so that a run that is cut short leaves what it has
+            if record:  # after every row, so that an interrupted run leaves its rows
                 place = write_record(record, date.today().isoformat(), words, peers, rows)
         if place:
             terminal.say(str(place))
@@ -86,7 +86,7 @@ def bench(
 def repeat(
     cases: str, repeats: int | None, threads: int | None, seconds: float | None, rehearse: bool, record: str | None
 ) -> str:
-    """The command that measures the same again."""
+    """Return the command that repeats the measurement."""
     words = ["inkstream", "bench", "--cases", cases]
     for name, value in (("repeats", repeats), ("threads", threads), ("seconds", seconds)):
         words += [] if value is None else [f"--{name}", f"{value:g}"]

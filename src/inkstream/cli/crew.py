@@ -1,4 +1,4 @@
-"""One command in several processes, as torchrun starts them: the first speaks and writes, the others draw along."""
+"""One command in several processes that torchrun starts. Process 0 prints and writes; the others only draw."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from inkstream.engine.machine.parallel import Crew, Way
 
 GRACE = 3.0
-"""Seconds that an interrupted process has to end by itself."""
+"""Seconds that an interrupted process has to end by itself, before it is ended."""
 
 
 def follows() -> bool:
-    """Whether this is one of them, but not the first."""
+    """Return whether this is a process other than process 0."""
     return count_processes() > 1 and os.environ["RANK"] != "0"
 
 
 def join(way: Way | None, device: str | None) -> Crew | None:
-    """The processes that draw together; None where there is one. InputError where a way is given to one."""
+    """Join the processes that draw together; None if there is only one. Raises InputError if one process gets a way."""
     if way is None and count_processes() == 1:  # so torch need not be imported yet
         return None
     from inkstream.engine.machine.parallel import join_crew
@@ -38,8 +38,10 @@ def join(way: Way | None, device: str | None) -> Crew | None:
 
 
 def follow(way: Way | None, machine: Machine) -> int:
-    """Draw along with the first process, which says what. The exit code: what cannot be done the first one says, too,
-    but for what happens to pictures of one's own."""
+    """Draw together with process 0, which decides what to draw. Returns the exit code.
+
+    Process 0 reports the errors. Only an error in pictures of this process, with way "replicas", is raised here.
+    """
     drawing, crew = False, None
     try:
         crew = join(way, machine.device)
@@ -55,7 +57,7 @@ def follow(way: Way | None, machine: Machine) -> int:
 
 
 def end_when_interrupted() -> None:
-    """From now on Ctrl-C ends this process soon, even one that waits for another, which Python does not interrupt."""
+    """Let Ctrl-C end this process after GRACE seconds, even while it waits for another process."""
     told, tells = socket.socketpair()
     tells.setblocking(False)
     signal.set_wakeup_fd(tells.fileno(), warn_on_full_buffer=False)

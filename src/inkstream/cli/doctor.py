@@ -1,4 +1,4 @@
-"""What a machine has, and which models fit it."""
+"""`inkstream doctor`: the facts of a machine, and the models that fit it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from inkstream.engine.files.licences import SETTING, in_words, is_commercial_onl
 from inkstream.families import RECOMMENDED
 
 PACKAGES = ("inkstream", "torch", "tokenizers", "safetensors", "huggingface-hub", "pillow", "pydantic")
-DRAWS = {False: "models of any licence", True: f"models for commercial use alone: {SETTING} is set"}
+DRAWS = {False: "models of any licence", True: f"models for commercial use only: {SETTING} is set"}
 
 
 def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
-    """Versions, device, memory, disk, hub and the models that fit, as JSON.
+    """Return versions, device, memory, disk, hub and the models that fit, as JSON.
 
-    memory: bytes of another machine's GPU, asked about in place of this one's. timed: measure how fast this one is.
+    memory: bytes of another machine's GPU, instead of this machine. timed: measure the speed of this machine.
     """
     import torch
     from huggingface_hub import constants
@@ -77,14 +77,14 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
 
 
 def print_findings(findings: dict[str, Any], asked: bool = False) -> None:
-    """The same as lines. asked: about another machine, so that this one's own facts are left out."""
+    """Print the findings. asked: they are about another machine: facts of this one are left out."""
     device, hub, budget = findings["device"], findings["hub"], findings["for"]["budget_bytes"]
     memory = " of ".join(in_gigabytes(n) if n else "unknown" for n in (device["free_bytes"], device["memory_bytes"]))
     lines = {
         "versions": ", ".join(f"{name} {version}" for name, version in findings["versions"].items()),
         "system": findings["system"],
         "device": f"{device['name']} ({device['title']}), {device['cores']} cores, {memory} free",
-        "hub": hub["endpoint"] + (", not asked: HF_HUB_OFFLINE is set" if hub["offline"] else ""),
+        "hub": hub["endpoint"] + (", not used: HF_HUB_OFFLINE is set" if hub["offline"] else ""),
         "cache": f"{hub['cache']}, {in_gigabytes(hub['free_bytes'])} free",
     }
     models = {
@@ -98,34 +98,34 @@ def print_findings(findings: dict[str, Any], asked: bool = False) -> None:
 
 
 def recommend(models: Sequence[Mapping[str, Any]]) -> str | None:
-    """The model to take of those that fit and may be used."""
+    """Return the recommended model among those that fit and may be used, or None."""
     allowed = {m["name"] for m in models if m["fits"] and (m["commercial"] or not is_commercial_only())}
     return next((name for name in RECOMMENDED if name in allowed), None)
 
 
 def judge(fits: Sequence[Mapping[str, Any]], budget: int | None) -> str:
-    """How a model fits: the way to take first, and the smallest."""
+    """Return how a model fits: the recommended way, and the way with the least memory."""
     if not fits:
         return "does not fit" + ("" if budget is None else f" {in_gibibytes(budget)}")
     least = min(fits, key=lambda fit: fit["peak"])
-    return describe(fits[0]) + ("" if least is fits[0] else f", at the least {describe(least)}")
+    return describe(fits[0]) + ("" if least is fits[0] else f", smallest: {describe(least)}")
 
 
 def describe(fit: Mapping[str, Any]) -> str:
-    """One way that a model fits."""
+    """Return one way in which a model fits, as text."""
     time = "" if fit["seconds"] is None else f", about {in_time(fit['seconds'])} a picture"
     return f"{fit['precision']} {fit['plan']} ({in_gibibytes(fit['peak'])}{time})"
 
 
 def in_time(seconds: float) -> str:
-    """Seconds as people say them, no more exactly than they are known."""
+    """Return a duration as text, rounded to the precision of the estimate."""
     if seconds < 90:
         return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def advise(models: Sequence[Mapping[str, Any]]) -> str:
-    """The model to take, and the commands that take it."""
+    """Return the recommended model and the commands that draw with it."""
     name = recommend(models)
     if name is None:
         return "nothing fits: free some memory, or draw on another machine"

@@ -1,4 +1,4 @@
-"""Nothing is downloaded before its size and licence were shown and somebody agreed."""
+"""Consent to downloads: the user sees size and licence, and agrees, before anything is downloaded."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from inkstream.types import InputError
 
 
 def agree_to_download(name: str, yes: bool, terminal: Terminal, commercial_only: bool | None = None) -> None:
-    """Ask once, where the model of that name would have to be downloaded. InputError where nobody agrees.
+    """Ask for consent if the model must be downloaded. Raises InputError without consent.
 
-    commercial_only: refuse a licence that does not allow commercial use; None follows the setting.
+    commercial_only: refuse a licence that does not allow commercial use; None: as the setting says.
     """
     from inkstream.engine.files.licences import check_licence, is_commercial_only, known_as
     from inkstream.engine.files.sources import downloads, repository
 
     if not downloads(name):
         return
-    from inkstream.weights import hub  # a slow import, which a model that is here does not need
+    from inkstream.weights import hub  # a slow import, only needed for downloads
 
     wanted = {repo: files for repo, files in downloads(name).items() if hub.cached(repo, files) is None}
     if not wanted:
@@ -38,4 +38,4 @@ def agree_to_download(name: str, yes: bool, terminal: Terminal, commercial_only:
     elif not (sys.stdin.isatty() and sys.stderr.isatty()):
         raise InputError(f"{name} is not downloaded yet ({what}): add --yes to download it, or give -m a local path")
     elif not terminal.ask(f"Download {what}?"):
-        raise InputError(f"{name} was not downloaded: give -m the path of a copy, or say y")
+        raise InputError(f"{name} was not downloaded: answer y, or give -m the path of a copy")

@@ -1,6 +1,6 @@
-"""`inkstream draft`: many quick drafts, a sheet to choose from, the chosen ones refined; it goes on where it stopped.
+"""`inkstream draft`: draws many drafts and a contact sheet, and refines the chosen ones. A stopped run can be resumed.
 
-What is done is told by the pictures in the folder, each written whole or not at all; the state says what was asked.
+The pictures in the folder are the progress; each is written atomically. The state file holds the request.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ AFTER = Group("After the drafts", sort_key=0.5)
 
 
 class Drafts(Request, frozen=True):
-    """A Request as options, of so many pictures as a sheet can show."""
+    """A Request as options, with at most 256 pictures: a contact sheet shows no more."""
 
-    count: int = Field(16, ge=1, le=256, description="How many drafts; the seed goes up by 1 from each to the next.")
+    count: int = Field(16, ge=1, le=256, description="Number of drafts; draft i has seed + i.")
 
 
 as_options(Drafts)
@@ -45,7 +45,7 @@ NOTHING = Drafts.model_validate({})
 
 
 class State(BaseModel):
-    """What was asked of a folder. Its request has every field set, the seed too: a draft is the same whenever drawn."""
+    """The state of a folder. Its request has a seed, so a draft is the same whenever it is drawn."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,11 +57,11 @@ class State(BaseModel):
     chosen: tuple[int, ...] = ()  # drafts are numbered from 1
 
     def draft(self, number: int) -> Request:
-        """The request that draws that draft alone."""
+        """Return the request of one draft."""
         return next(singles(self.request, number - 1))
 
     def path(self, folder: Path, number: int, kind: Literal["drafts", "refined"]) -> Path:
-        """Where that draft is, or what was made of it."""
+        """Return the path of a draft or of its refined picture."""
         width = max(2, len(str(self.request.count)))
         return folder / kind / f"{number:0{width}}.png"
 
@@ -81,30 +81,30 @@ def draft(
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
 ) -> None:
-    """Draw many drafts, choose from a sheet of them, refine the chosen ones with a bigger model.
+    """Draw many drafts, choose from a contact sheet, and refine the chosen drafts with a bigger model.
 
     Parameters
     ----------
     pick
-        How many drafts are to be chosen; else as many as you like.
+        Number of drafts to choose; default: any number.
     choose
-        Numbers of the drafts to refine, as 3,7; else they are asked for.
+        Numbers of the drafts to refine, such as 3,7; default: the command asks.
     refine_with
-        The model that refines the chosen drafts.
+        Model that refines the chosen drafts.
     refine_strength
-        Start from the draft, and leave it so far, 0 to 1; else as the model does best, see inkstream refine.
+        Start from the draft and change it this much, 0 to 1; default: as in inkstream refine.
     json_prompt
-        File that holds the prompt as JSON, as FLUX.2 reads it: scene, subjects, style, camera ...; - is stdin.
+        File with a JSON prompt for FLUX.2, with fields such as scene, subjects, style, camera; - reads stdin.
     resume
-        Go on in this folder, as was asked when it was begun.
+        Resume the run of this folder with its options.
     output
-        Folder to write to, else drafts/ and the prompt's first words.
+        Output folder; default: drafts/ and the first words of the prompt.
     json
-        Print one JSON document on stdout when all is done.
+        Print one JSON document on stdout at the end.
     quiet
-        No progress and no talk, only errors.
+        Print no progress and no messages, only errors.
     yes
-        Download what is missing without asking.
+        Download missing files without asking.
     """
     with Terminal(quiet) as terminal:
         folder, state = resumed(wish, resume, output) if resume else begun(wish, json_prompt, output, terminal)
@@ -131,16 +131,16 @@ def draft(
             if len(missing(folder, state, "drafts")) < state.request.count:
                 again = go_on(folder, state, ran)
                 if again:
-                    terminal.say(f"go on with: {again}")
+                    terminal.say(f"resume with: {again}")
                 if json:
                     print_json(describe(folder, state, again))
 
 
-# What was asked
+# Options and state
 
 
 def begun(wish: Drafts, json_prompt: str | None, output: Path | None, terminal: Terminal) -> tuple[Path, State]:
-    """The folder of a whole command and its state, which is there already where the command was given before."""
+    """Return the folder and the state of a command with a prompt. The state is read if the folder already has one."""
     request = understand(wish, None, terminal.say, json_prompt).model_copy(update={"count": wish.count})
     folder = output or Path("drafts") / slug(request.prompt)
     if (folder / STATE).exists():
@@ -148,29 +148,29 @@ def begun(wish: Drafts, json_prompt: str | None, output: Path | None, terminal: 
         refuse_changes(state.request, request.model_dump(exclude={"seed"} if request.seed is None else None), folder)
         return folder, state
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise InputError(f"{folder} holds other things than drafts: give another --output")
+        raise InputError(f"{folder} has files that are not drafts: give another --output")
     seed = secrets.randbelow(2**32) if request.seed is None else request.seed
     return folder, State(request=Request.model_validate(request.model_dump() | {"seed": seed}))
 
 
 def resumed(wish: Drafts, folder: Path, output: Path | None) -> tuple[Path, State]:
-    """A folder that was begun earlier, and its state; of the wish, what is given has to be as it was."""
+    """Return a folder and its state. Given options must equal those of the state."""
     if output is not None:
-        raise InputError(f"--resume {folder} and --output {output} both name the folder: give one of them")
+        raise InputError(f"--resume {folder} and --output {output} are both given: give one of them")
     if not (folder / STATE).exists():
-        raise InputError(f"{folder} holds no drafts to go on with: give a folder that inkstream draft has written")
+        raise InputError(f"{folder} has no drafts to resume: give a folder of inkstream draft")
     state = read_state(folder)
     refuse_changes(state.request, wish.model_dump(include=wish.model_fields_set), folder)
     return folder, state
 
 
 def refuse_changes(before: Request, asked: Mapping[str, Any], folder: Path) -> None:
-    """InputError where drafts of something else would be mixed with those of the folder."""
+    """Raise InputError if a given field differs from that of the folder's drafts."""
     for name, value in asked.items():
         if (held := getattr(before, name)) != value:
             held, value = (repr(v[:60]) if isinstance(v, str) else v for v in (held, value))
             shown = name.replace("_", " ")
-            raise InputError(f"{folder} holds drafts with {shown} {held}, not {value}: give another --output")
+            raise InputError(f"{folder} has drafts with {shown} {held}, not {value}: give another --output")
 
 
 def settled(
@@ -181,23 +181,23 @@ def settled(
     refine_with: str | None,
     refine_strength: float | None,
 ) -> State:
-    """The state with what is asked for after the drafts. What some are refined with already cannot change."""
+    """Return the state with the options of choosing and refining. They cannot change once drafts are chosen."""
     asked = {"refine_with": refine_with, "refine_strength": refine_strength}
     for name, value in asked.items():
         if state.chosen and value is not None and value != getattr(state, name):
             option = "--" + name.replace("_", "-")
             raise InputError(
                 f"the drafts chosen in {folder} are refined with {option} {getattr(state, name)}, not {value}: "
-                "use inkstream refine for another picture of them"
+                "use inkstream refine to refine them differently"
             )
     if pick is not None and choose is None and state.chosen and pick != len(state.chosen):
         raise InputError(f"{len(state.chosen)} drafts of {folder} are chosen, not {pick}: choose more with --choose")
     given = {name: value for name, value in (*asked.items(), ("pick", pick)) if value is not None}
     state = State.model_validate(state.model_dump() | given)
     if state.pick is not None and state.pick > state.request.count:
-        raise InputError(f"--pick {state.pick} of {state.request.count} drafts cannot be: pick fewer, or draw more")
+        raise InputError(f"--pick {state.pick} is more than {state.request.count} drafts: pick fewer, or draw more")
     if (pick or choose) and state.refine_with is None:
-        raise InputError("drafts are picked to be refined: say with which model, as --refine-with flux2-klein-4b")
+        raise InputError("--pick and --choose need a refining model: add, for example, --refine-with flux2-klein-4b")
     if choose is None:
         return state
     chosen = numbers_of(choose, state.request.count, pick)
@@ -205,19 +205,19 @@ def settled(
 
 
 def numbers_of(text: str, count: int, pick: int | None) -> tuple[int, ...]:
-    """The drafts that were named, as 3,7. InputError where there is none of that number, or not so many were wanted."""
+    """Return the draft numbers in a text such as 3,7. Raises InputError if one is unknown or not `pick` are named."""
     words = re.split(r"[\s,]+", text.strip(" ,"))
     wrong = [word for word in words if not (word.isascii() and word.isdigit() and 1 <= int(word) <= count)]
     if wrong:
-        raise InputError(f"there is no draft {wrong[0] or 'without a number'}: choose from 1 to {count}, as 1,2")
+        raise InputError(f"there is no draft {wrong[0] or 'without a number'}: choose from 1 to {count}, such as 1,2")
     numbers = tuple(dict.fromkeys(map(int, words)))
     if pick is not None and len(numbers) != pick:
-        raise InputError(f"{len(numbers)} drafts are named, and {pick} were to be picked: name {pick}")
+        raise InputError(f"{len(numbers)} drafts are named, but --pick is {pick}: name {pick}")
     return numbers
 
 
 def read_state(folder: Path) -> State:
-    """InputError where it was not written by us."""
+    """Read the state of a folder. Raises InputError if the file is not valid."""
     path = folder / STATE
     try:
         return State.model_validate_json(path.read_bytes())
@@ -231,24 +231,24 @@ def write_state(folder: Path, state: State) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """The file with these bytes, whole at every moment: as it was, or as it is."""
+    """Replace a file atomically."""
     part = path.with_name(f".{path.name}.part")
     part.write_bytes(data)
     os.replace(part, path)
 
 
-# What is done
+# Drawing and refining
 
 
 def look_ahead(folder: Path, state: State, yes: bool, commercial_only: bool | None, terminal: Terminal) -> Spec | None:
-    """Refuse now what could not be done later, and download what is agreed to. The Spec of the model that refines."""
+    """Check the whole run and ask for downloads. Returns the Spec of the model that refines, or None if not needed."""
     from inkstream.engine.drawing.refine import way_for
 
     undrawn = missing(folder, state, "drafts")
     if undrawn:
         check(state.request)
     try_folder(folder)
-    for left in folder.glob("*/.*.part"):  # of a process that was killed
+    for left in folder.glob("*/.*.part"):  # left by a killed process
         left.unlink(missing_ok=True)
     if undrawn:
         agree_to_download(state.request.model, yes, terminal, commercial_only)
@@ -260,7 +260,7 @@ def look_ahead(folder: Path, state: State, yes: bool, commercial_only: bool | No
 
 
 def missing(folder: Path, state: State, kind: Literal["drafts", "refined"]) -> list[int]:
-    """Numbers of the pictures that are still to be drawn."""
+    """Return the numbers of missing drafts or refined pictures."""
     wanted = range(1, state.request.count + 1) if kind == "drafts" else state.chosen
     return [number for number in wanted if not state.path(folder, number, kind).exists()]
 
@@ -281,7 +281,7 @@ def draw_drafts(engine: Engine, folder: Path, state: State, terminal: Terminal) 
 
 
 def write_sheet(folder: Path, state: State) -> None:
-    """The drafts with their numbers, once; larger where there are few."""
+    """Write the contact sheet of numbered drafts, unless it exists. Few drafts get larger tiles."""
     import io
 
     from PIL.Image import Resampling
@@ -297,7 +297,7 @@ def write_sheet(folder: Path, state: State) -> None:
     for number in range(1, count + 1):
         picture = open_picture(str(state.path(folder, number, "drafts")))
         width, height = picture.size
-        picture.thumbnail((size, size), Resampling.LANCZOS)  # many large ones would not fit into memory
+        picture.thumbnail((size, size), Resampling.LANCZOS)  # many large pictures would not fit into memory
         tiles.append(Tile(picture, f"seed {state.draft(number).seed}", label=str(number)))
     note = f"{Path(state.request.model).name}, {width} x {height}"
     columns = math.ceil(math.sqrt(count * height / width))
@@ -307,11 +307,11 @@ def write_sheet(folder: Path, state: State) -> None:
 
 
 def ask(folder: Path, state: State, terminal: Terminal) -> tuple[int, ...]:
-    """The drafts that the user names, asked until they can be; none where there is nobody to ask, or no answer."""
+    """Ask for the drafts to refine until the answer is valid. Empty without a terminal or an answer."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return ()
-    wanted = f"which {state.pick}" if state.pick else "which"
-    question = f"{wanted} of the {state.request.count} drafts shall {state.refine_with} refine? numbers, as 1,2:"
+    wanted = f"{state.pick} of the" if state.pick else "the"
+    question = f"numbers of {wanted} {state.request.count} drafts for {state.refine_with} to refine, such as 1,2:"
     while answer := terminal.read(question):
         try:
             return numbers_of(answer, state.request.count, state.pick)
@@ -323,7 +323,7 @@ def ask(folder: Path, state: State, terminal: Terminal) -> tuple[int, ...]:
 def refine_chosen(
     engine: Engine, folder: Path, state: State, spec: Spec | None, terminal: Terminal, json: bool
 ) -> None:
-    """Refine the chosen drafts that are not yet, and print where each is."""
+    """Refine the chosen drafts that are not refined yet, and print the paths."""
     from inkstream.engine.drawing.refine import origin
 
     asked = {"model": state.refine_with, "strength": state.refine_strength}
@@ -343,11 +343,11 @@ def refine_chosen(
             terminal.print(str(path))
 
 
-# What is told
+# Reports
 
 
 def told(folder: Path, state: State) -> str:
-    """How much is done, in words."""
+    """Return the progress of a folder as text."""
     count, chosen = state.request.count, len(state.chosen)
     drafts = f"{count - len(missing(folder, state, 'drafts'))} of {count} drafts"
     refined = f" and {chosen - len(missing(folder, state, 'refined'))} of {chosen} refined pictures" if chosen else ""
@@ -355,7 +355,7 @@ def told(folder: Path, state: State) -> str:
 
 
 def go_on(folder: Path, state: State, ran: list[str]) -> str | None:
-    """The command that does what is left; None where nothing is."""
+    """Return the command that continues the run, or None if it is complete."""
     words = ["inkstream", "draft", "--resume", str(folder), *ran]
     if not missing(folder, state, "drafts"):
         if not state.chosen:
@@ -366,7 +366,7 @@ def go_on(folder: Path, state: State, ran: list[str]) -> str | None:
 
 
 def describe(folder: Path, state: State, again: str | None) -> dict[str, Any]:
-    """What the folder holds, as JSON."""
+    """Return the contents of the folder as JSON."""
     undrawn, unrefined = (missing(folder, state, kind) for kind in ("drafts", "refined"))
     sheet = folder / SHEET
     return {

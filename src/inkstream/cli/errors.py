@@ -1,4 +1,4 @@
-"""Whatever goes wrong becomes one line that names the value and the remedy, and an exit code."""
+"""Errors as one line, which names the value and the remedy, and an exit code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from inkstream.types import InputError
 
 
 def explain(error: Exception) -> tuple[str, int]:
-    """The line to print and the exit code: 2 where the user can mend it, 1 where we have to."""
+    """Return the line to print and the exit code: 2 if the user can fix the error, 1 for an internal error."""
     cause = error.__cause__
     if isinstance(cause, pydantic.ValidationError):
         error = cause
@@ -26,7 +26,7 @@ def explain(error: Exception) -> tuple[str, int]:
         return explain_value(first, "--" + str(first["loc"][0]).replace("_", "-")), 2
     if isinstance(error, cyclopts.UnusedCliTokensError):
         word = (error.unused_tokens or ["?"])[0]
-        return one_line(f"{word} is one word too many: put a prompt of several words in quotes"), 2
+        return one_line(f"{word} is not expected here: put a prompt of several words in quotes"), 2
     if isinstance(error, cyclopts.MissingArgumentError) and error.argument is not None:
         name = error.argument.name
         name = name.lstrip("-").upper() if error.argument.index is not None else error.keyword or name
@@ -37,11 +37,11 @@ def explain(error: Exception) -> tuple[str, int]:
         line = one_line(str(error))
         remedy = " ".join(["inkstream", *(error.command_chain or []), "--help"])
         return line if "Did you mean" in line or "Choose from" in line else f"{line} See {remedy}", 2
-    return one_line(f"{type(error).__name__}: {error} (this is our error: --debug shows where it happened)"), 1
+    return one_line(f"{type(error).__name__}: {error} (internal error: --debug shows the traceback)"), 1
 
 
 def explain_value(wrong: ErrorDetails, name: str) -> str:
-    """A value that a Request does not take, under the name it was given by, and what it would take instead."""
+    """Return a line about an invalid value of a Request: its name, the value and the remedy."""
     context: dict[str, Any] = wrong.get("ctx", {})
     bounds = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
     kind, value = wrong["type"], one_line(str(wrong["input"]))
@@ -61,10 +61,10 @@ def explain_value(wrong: ErrorDetails, name: str) -> str:
         "float_parsing": "is not a number: give one such as 0.6",
         "finite_number": "is not a finite number: give one such as 0.6",
     }
-    return f"{name} {value} " + remedies.get(kind, "cannot be taken: " + wrong["msg"]).format(**bounds)
+    return f"{name} {value} " + remedies.get(kind, "is not valid: " + wrong["msg"]).format(**bounds)
 
 
 def one_line(text: str) -> str:
-    """Text with its line breaks and runs of spaces made single spaces, and at most 500 characters of it."""
+    """Return a text as one line of at most 500 characters, with single spaces."""
     text = " ".join(text.split())
     return text if len(text) <= 500 else text[:497] + "..."

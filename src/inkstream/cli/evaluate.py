@@ -1,4 +1,4 @@
-"""`inkstream eval`: a suite drawn by a model, judged, and told as a table, a record and a contact sheet."""
+"""`inkstream eval`: draws a suite of prompts, grades the pictures, and writes a table, a record and a contact sheet."""
 
 from __future__ import annotations
 
@@ -46,41 +46,41 @@ def evaluate(
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
 ) -> None:
-    """Draw a suite of prompts with a model and say how much of what was asked is there.
+    """Draw a suite of prompts with a model and grade the pictures.
 
     Parameters
     ----------
     model
         A model's name, a repository on the hub, or a local path.
     suite
-        pocket: 200 scenes that no training shows; text: 200 strings; people and people2: 300 and 160
-        prompts as people type them; or a .jsonl file, one {"prompt": ...} a line.
+        pocket: 200 scenes outside the training data; text: 200 strings; people, people2: 300 and 160 prompts as people
+        type them; or a .jsonl file with one {"prompt": ...} a line.
     seeds
-        Pictures of each prompt.
+        Pictures per prompt, each with its own seed.
     limit
-        At most so many prompts, spread evenly over the suite.
+        Number of prompts at most, spread evenly over the suite.
     steps
-        Steps of the solver; else the model's own.
+        Steps of the solver; default: the model's.
     guidance
-        Classifier-free guidance scale, 1 is off; else the model's own.
+        Classifier-free guidance scale, 1 is off; default: the model's.
     width
-        Width in pixels of prompts that name none; else the model's own.
+        Width in pixels of prompts without one; default: the model's.
     height
-        Height in pixels of prompts that name none; else the model's own.
+        Height in pixels of prompts without one; default: the model's.
     sweep
-        Draw 40 prompts, or --limit, also with 2 to 50 steps and, where the model guides, guidance 1 to 6.
+        Also draw 40 prompts, or --limit, with 2 to 50 steps, and with guidance 1 to 6 if the model takes guidance.
     ceiling
-        Judge the true pictures, and what the model's autoencoder makes of them, instead of drawing.
+        Grade the true pictures, and their reconstructions by the model's autoencoder, instead of drawing.
     ocr
-        Let a second, independent reader judge the text too; needs the extra "ocr".
+        Also read text with a second, independent reader; needs the extra "ocr".
     output
-        Folder to write to, else evaluation/MODEL-SUITE.
+        Output folder; default: evaluation/MODEL-SUITE.
     json
-        Print one JSON document on stdout when all is done.
+        Print one JSON document on stdout at the end.
     quiet
-        No progress and no talk, only errors.
+        Print no progress and no messages, only errors.
     yes
-        Download what is missing without asking.
+        Download missing files without asking.
     """
     for name, value, most in (("--seeds", seeds, 1000), ("--limit", limit, None)):
         if value is not None and not 1 <= value <= (most or value):
@@ -118,7 +118,7 @@ def evaluate(
                     swept = judge_sweep(engine.model, few, settings, folder, terminal.show)
             except KeyboardInterrupt:
                 drawn = sum(job.path(folder).exists() for job in jobs)
-                terminal.say(f"stopped; {drawn} of {len(jobs)} pictures are in {folder}: the same command goes on")
+                terminal.say(f"stopped; {drawn} of {len(jobs)} pictures are in {folder}: the same command resumes")
                 raise
         name = "ceiling" if ceiling else "report"
         ran = facts(engine.model, model, suite, jobs, len(cases), seeds)
@@ -131,7 +131,7 @@ def evaluate(
             print_json({**ran, "record": str(place), "sheet": str(sheet), "rows": numbers})
             return
         if all(picture.right is None for picture in judged):
-            terminal.say("nothing was judged: give the prompts a scene, or a text and --ocr")
+            terminal.say("nothing was graded: give the prompts a scene, or a text and --ocr")
         for line in (*table(rows), *(["", *matrix(swept, IN_SWEEPS)] if swept else [])):
             terminal.print(line)
         for path in (place, sheet):
@@ -139,7 +139,7 @@ def evaluate(
 
 
 def facts(model: Model, name: str, suite: str, jobs: Sequence[Job], prompts: int, seeds: int) -> dict[str, Any]:
-    """How a suite was run, as JSON; what differs between its prompts is left out."""
+    """Return the settings of a run as JSON. Settings that differ between prompts are left out."""
     shown = ("width", "height", "steps", "guidance", "shift", "solver", "schedule")
     values = {field: {getattr(job.request, field) for job in jobs} for field in shown}
     return {
@@ -154,7 +154,7 @@ def facts(model: Model, name: str, suite: str, jobs: Sequence[Job], prompts: int
 
 
 def repeat(model: str, suite: str, limit: int | None, settings: Settings, sweep: bool, ceiling: bool, ocr: bool) -> str:
-    """The command that measures the same again."""
+    """Return the command that repeats the evaluation."""
     words = ["inkstream", "eval", model, "--suite", suite]
     for name, value in {**asdict(settings), "limit": limit}.items():
         words += [] if value is None else [f"--{name}", str(value)]

@@ -1,4 +1,4 @@
-"""`inkstream generate`: a Request's fields are its options; pictures are written as they are done."""
+"""`inkstream generate`: its options are the fields of a Request. Each picture is written when it is finished."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ THE_REAL_ONE = "for photographs and long texts add -m z-image-turbo (a download 
 
 
 def as_options(wish: type[Request], bare: Collection[str] = ("prompt",), without: Collection[str] = ()) -> None:
-    """Make the fields of a kind of Request options. bare: may stand without their name; without: are no options."""
+    """Make the fields of a kind of Request options. bare: positional fields; without: fields that are not options."""
     for name, field in wish.model_fields.items():
         field.kw_only = name not in bare
         shown = name not in without
         default = field.default not in (None, "") and field.default is not False and not field.is_required()
-        no = f"--no-{name}" if name == "upsample" else ""  # the one switch that a model may have on by itself
+        no = f"--no-{name}" if name == "upsample" else ""  # the only switch that a model may turn on by default
         option = Parameter(alias=SHORT.get(name), show_default=default, parse=shown, show=shown, negative=no)
         field.metadata = [*field.metadata, option]  # a new list: the old one is shared with Request
 
 
 class Wish(Request, frozen=True):
-    """A Request as options; only the prompt may stand without its name."""
+    """A Request as options. Only the prompt is positional."""
 
 
 as_options(Wish)
@@ -77,24 +77,24 @@ def generate(
     Parameters
     ----------
     json_prompt
-        File that holds the prompt as JSON, as FLUX.2 reads it: scene, subjects, style, camera ...; - is stdin.
+        File with a JSON prompt for FLUX.2, with fields such as scene, subjects, style, camera; - reads stdin.
     source
-        Take the request from this picture's metadata; options given beside it win.
+        Read the request from this picture's metadata. Given options override it.
     output
-        File (.png, .webp, .jpg) or folder to write to, else the current folder. Nothing is overwritten.
+        Output file (.png, .webp, .jpg) or folder; default: the current folder. Existing files are not overwritten.
     metadata
-        What a picture carries: its request and that a model made it, only the latter, or nothing.
+        Metadata of pictures. full: the request, and a mark that a model made the picture; minimal: only the mark.
     parallel
-        What the processes share that torchrun started, one for each GPU: the pictures, the two prompts of guidance, a
-        picture's tokens, or the transformer's weights; else what suits the request.
+        How the processes of torchrun, one for each GPU, share the work: by pictures (replicas), by the two prompts of
+        guidance (cfg), by a picture's tokens (context) or by weights (tensor); default: the best for the request.
     dry_run
-        Show how much memory the request needs under each placement, and the placement that is chosen. Draw nothing.
+        Print the memory of each placement for this request, and the chosen placement; draw nothing.
     json
-        Print one JSON document on stdout when all is done.
+        Print one JSON document on stdout at the end.
     quiet
-        No progress and no talk, only errors.
+        Print no progress and no messages, only errors.
     yes
-        Download what is missing without asking.
+        Download missing files without asking.
     """
     if follows():
         return follow(parallel, machine)
@@ -103,7 +103,7 @@ def generate(
         request = understand(wish, source, terminal.say, json_prompt)
         piped = output is None and not json and not sys.stdout.isatty()
         if piped and request.count > 1:
-            raise InputError(f"--count {request.count} does not go into a pipe, which holds one picture: give --output")
+            raise InputError(f"--count {request.count} is too many for a pipe, which takes one picture: give --output")
         place = None if piped else find_place(output, request.count)
         if machine.server is not None:
             if dry_run:
@@ -113,7 +113,7 @@ def generate(
             check(request)
             agree_to_download(request.model, yes, terminal, machine.commercial_only)
             if "model" not in wish.model_fields_set and source is None:
-                terminal.say(f"drawing with {request.model}, the small model that comes along; {THE_REAL_ONE}")
+                terminal.say(f"drawing with {request.model}, the small built-in model; {THE_REAL_ONE}")
         if dry_run:
             print_plans(make_engine(machine).placing(request), request, json)
             return 0
@@ -138,7 +138,7 @@ def generate(
 
 
 def print_plans(placing: Placing, request: Request, as_json: bool) -> None:
-    """Print the memory that the model needs under each placement, phase by phase, and the placement that is chosen."""
+    """Print the memory of each placement by phase, and the chosen placement."""
     chosen, budget = placing.choose(request), placing.budget
     if as_json:
         plans = [
@@ -159,7 +159,7 @@ def print_plans(placing: Placing, request: Request, as_json: bool) -> None:
 def understand(
     wish: Request, source: Path | None, say: Callable[[str], None], json_prompt: str | None = None
 ) -> Request:
-    """The request that the options, stdin and the metadata of `source` make together; options win."""
+    """Return the request of the options, stdin and the metadata of `source`. Options override metadata."""
     given = {name: getattr(wish, name) for name in wish.model_fields_set}
     if json_prompt is not None:
         if "prompt" in given:
@@ -172,7 +172,7 @@ def understand(
 
         found = read_request(source)
         for name, value in found.ignored.items():
-            say(f"{source}: {name} is not taken over: {value}")
+            say(f"{source}: {name} is ignored: {value}")
         given = found.request.model_dump(include=found.request.model_fields_set) | given
     elif not given.get("prompt", "").strip() and not given.get("reference"):
         raise InputError("there is no prompt: say what to draw, as in inkstream generate 'a lighthouse in fog'")
@@ -180,7 +180,7 @@ def understand(
 
 
 def read_json_prompt(file: str) -> str:
-    """The prompt in a file of JSON, checked, as the one line a model reads. InputError names file, field and remedy."""
+    """Read a JSON prompt and return it as one line. Raises InputError with the file, the field and the remedy."""
     from inkstream.families.flux2.json_prompt import json_prompt
 
     try:
@@ -189,7 +189,7 @@ def read_json_prompt(file: str) -> str:
         reason = error.strerror or "no file"
         raise InputError(f"--json-prompt {file} cannot be read ({reason}): give a file, or - for stdin") from None
     except UnicodeDecodeError:
-        raise InputError(f"--json-prompt {file} is no text in UTF-8: save it as such") from None
+        raise InputError(f"--json-prompt {file} is not UTF-8 text: save it as UTF-8") from None
     try:
         return json_prompt(text.removeprefix("\ufeff"))
     except InputError as error:
@@ -199,10 +199,10 @@ def read_json_prompt(file: str) -> str:
 def find_place(
     output: str | None, count: int, name: Callable[[Request, int], str] | None = None
 ) -> Callable[[Request, int], Path]:
-    """From a picture's complete request and its index to the path it is written to, which is free.
+    """Return a function from a picture's complete request and index to a free path.
 
-    name: what a picture is called in a folder, where it is not the prompt and the seed. InputError where nothing can be
-    written, or where what was asked for is taken.
+    name: returns a picture's file name in a folder; default: prompt and seed. Raises InputError if the place cannot be
+    written to, or if the file exists.
     """
     from inkstream.engine.pictures.metadata import free_name, picture_format
 
@@ -215,12 +215,12 @@ def find_place(
     try_folder(path.parent)
     stems = [path.stem] if count == 1 else [f"{path.stem}-{index + 1}" for index in range(count)]
     for taken in (path.with_stem(stem) for stem in stems if path.with_stem(stem).exists()):
-        raise InputError(f"{taken} is already there and is not overwritten: give another --output")
+        raise InputError(f"{taken} exists and is not overwritten: give another --output")
     return lambda request, index: free_name(path.parent, stems[index], path.suffix)
 
 
 def try_folder(folder: Path) -> None:
-    """Make the folder if need be and write in it, so that no picture is drawn in vain."""
+    """Make the folder and test that it can be written to, so that no picture is lost."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -231,12 +231,12 @@ def try_folder(folder: Path) -> None:
 
 
 def slug(prompt: str) -> str:
-    """The first words of a prompt as a file name."""
+    """Return the first words of a prompt as a file name."""
     return "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-_") or "picture"
 
 
 def check(request: Request) -> None:
-    """Refuse what can be seen to be wrong before anything big is fetched or read."""
+    """Check a request before anything big is downloaded or read. Raises InputError."""
     from inkstream.engine.drawing.model import complete
     from inkstream.families import SPECS
 
@@ -246,7 +246,7 @@ def check(request: Request) -> None:
 
 
 def check_pictures(request: Request) -> None:
-    """InputError where a picture that the request names is none."""
+    """Raise InputError if an input picture of the request cannot be read."""
     from inkstream.engine.pictures.inputs import open_header
 
     for picture in (request.image, request.mask, *request.reference):
@@ -264,16 +264,16 @@ def draw(
     before: int = 0,
     total: int | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Draw the pictures and write each, to its place or to stdout; what is yielded describes it, as JSON.
+    """Draw the pictures, write each to its place or to stdout, and yield its description as JSON.
 
-    extra: JSON kept in the picture beside its request. before, total: of more pictures than this request's, how many
-    came earlier, and how many there are, for the progress that is shown.
+    extra: JSON for the picture's metadata, beside its request. before, total: if the request is part of a larger run,
+    the number of earlier pictures and of all pictures, for the progress.
     """
     from inkstream.engine.drawing.writing import wording
     from inkstream.engine.pictures.metadata import free_name, save_picture
 
     written, known = "", None
-    told = ""  # the prompt that was last shown: where a grammar writes, each picture has its own
+    told = ""  # the last shown prompt: a grammar expands the prompt differently for each picture
     for event in drawer.submit(request):
         if isinstance(event, Step):
             terminal.show(replace(event, index=before + event.index, count=total or event.count))
@@ -299,12 +299,12 @@ def draw(
             facts: Any = {"request": event.request, "spec": spec, "metadata": metadata, "extra": kept}
             try:
                 save_picture(event.image, path or sys.stdout.buffer, **facts)
-            except InputError as error:  # a JPEG's metadata has little room; the picture must not be lost
+            except InputError as error:  # a JPEG has little room for metadata; the picture must not be lost
                 if path is None:
                     raise
                 path = free_name(path.parent, path.stem, ".png")
                 save_picture(event.image, path, **facts)
-                terminal.say(f"{error}; so it was saved as {path.name}")
+                terminal.say(f"{error}; saved as {path.name} instead")
             yield {
                 "path": str(path) if path else None,
                 "seed": event.request.seed,
@@ -317,7 +317,7 @@ def draw(
 
 
 def repeat(request: Request, seed: int, machine: Machine, crew: Crew | None) -> str:
-    """The command that draws the same again: what was asked for, and the seed."""
+    """Return the command that draws the same pictures again."""
     fields = request.model_copy(update={"seed": seed}).model_dump(exclude_defaults=True)
     fields |= options_of(machine)
     start = ["inkstream"]

@@ -12,7 +12,7 @@ def print_json(document: Any) -> None:
 
 
 def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
-    """One `name: value` a line; what holds several facts is indented below its name."""
+    """Print one `name: value` a line. A nested mapping is indented below its name."""
     width = max((len(name) for name in facts), default=0)
     for name, value in facts.items():
         label = name.replace("_", " ") + ":"
@@ -25,10 +25,10 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
 
 
 def in_gigabytes(count: int) -> str:
-    """A number of bytes as people read it: 32.9 GB, 410 MB."""
+    """Return a number of bytes as text: 32.9 GB, 410 MB."""
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def in_gibibytes(count: int) -> str:
-    """A number of bytes of memory, in the unit that cards are sold in: 3.71 GiB."""
+    """Return a number of bytes of memory as text, in the unit of GPUs: 3.71 GiB."""
     return f"{count / 2**30:.2f} GiB"

@@ -1,4 +1,4 @@
-"""The options that choose what a model runs on. All commands that draw have the same ones."""
+"""Options of what a model runs on, shared by all commands that draw."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ Here = Annotated[Machine, Parameter(name="*", group=RUN)]
 @Parameter(name="*", group=RUN)
 @dataclass(frozen=True)
 class Anywhere(Machine):
-    """A machine, or a server that draws instead of it."""
+    """The options of a machine, or a server that draws instead."""
 
     server: Annotated[
         str | None,
-        Parameter(help="Draw on this server, as http://127.0.0.1:8400. INKSTREAM_API_KEY holds your key."),
+        Parameter(help="Draw on this server, such as http://127.0.0.1:8400; INKSTREAM_API_KEY is its API key."),
     ] = None
 
 

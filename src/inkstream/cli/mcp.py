@@ -1,4 +1,4 @@
-"""`inkstream mcp`: drawing as tools for agents, over the Model Context Protocol on stdin and stdout."""
+"""`inkstream mcp`: tools for agents, over the Model Context Protocol on stdin and stdout."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 FROM_PICTURES = ("image", "mask", "strength", "reference")
 """Fields of a Request that only `edit` takes."""
 TOOLS = {
-    "generate": "Draw pictures of a prompt. Each comes back small, with its seed and the path of the whole file.",
-    "edit": "Draw from pictures: repaint what a mask says, start from one (image), or look at some (reference). "
-    "Pictures are paths of files, as generate and edit give them, or data URLs.",
-    "list_models": "List the models that can be asked for: what each takes, its usual size and its licence.",
+    "generate": "Draw pictures of a prompt. Returns each at reduced size, with its seed and the path of the full file.",
+    "edit": "Draw from pictures: start from one (image), repaint the white part of a mask (mask), or use some as "
+    "references (reference). Pictures are file paths, such as those that generate and edit return, or data URLs.",
+    "list_models": "List the available models: what each takes, its default size and its licence.",
 }
 SHOWN = 1024
-"""Pixels of the longer side of a picture as an agent sees it; the file is whole."""
+"""Longer side in pixels of the picture that an agent gets. The file has the full size."""
 LISTED = ("name", "title", "licence", "commercial", "abilities", "size", "steps", "guidance")
 
 
@@ -44,16 +44,16 @@ def mcp(
     machine: Anywhere = ANYWHERE,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False)] = False,
 ) -> None:
-    """Let agents draw, over the Model Context Protocol.
+    """Let agents draw: a server of the Model Context Protocol.
 
     Parameters
     ----------
     model
-        The model that draws where the agent names none; else Pocket, or the server's first.
+        Model for requests without one; default: Pocket, or the server's first model.
     output
-        Folder of the pictures; else inkstream among your pictures.
+        Output folder; default: inkstream in your pictures folder.
     yes
-        Download a model that the agent asks for without asking you.
+        Download models that the agent requests without asking.
     """
     try:
         import anyio
@@ -72,7 +72,7 @@ def mcp(
 
 
 def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool = False) -> Server[Any]:
-    """The MCP server of one machine, whose pictures are written to a folder. InputError where that cannot be."""
+    """Return the MCP server. Pictures are written to a folder. Raises InputError if that is not possible."""
     import mcp.types as protocol
     from mcp.server import Server
 
@@ -114,9 +114,9 @@ def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool =
 
 
 def understand(tool: str, given: dict[str, Any], model: str | None) -> Request:
-    """The request that a tool's arguments make. InputError names what cannot be taken."""
+    """Return the request of a tool's arguments. Raises InputError for invalid ones."""
     if tool == "generate" and (pictures := sorted(given.keys() & set(FROM_PICTURES))):
-        raise InputError(f"{pictures[0]} belongs to a picture: call edit instead")
+        raise InputError(f"{pictures[0]} is not an argument of generate: call edit instead")
     if tool == "edit" and not (given.get("image") or given.get("reference")):
         raise InputError("there is no picture to edit: give image or reference")
     fields = given if model is None else {"model": model, **given}
@@ -135,7 +135,7 @@ def list_models(drawer: Drawer) -> str:
 
 
 def keep(drawer: Drawer, done: Done, path: Path) -> list[ContentBlock]:
-    """Write a picture, and say where it is and what it looks like."""
+    """Write a picture. Returns its path, its facts and a small copy."""
     from mcp.types import ImageContent
 
     from inkstream.engine.pictures.metadata import save_picture
@@ -152,7 +152,7 @@ def keep(drawer: Drawer, done: Done, path: Path) -> list[ContentBlock]:
 
 
 async def _each(events: Iterator[Event]) -> AsyncIterator[Event]:
-    """Events, each waited for in a thread; whoever is cancelled meanwhile leaves when the step is done."""
+    """Yield events, each computed in a thread. A cancelled task ends after the present step."""
     from anyio import to_thread
 
     while (event := await to_thread.run_sync(next, events, None)) is not None:
@@ -160,7 +160,7 @@ async def _each(events: Iterator[Event]) -> AsyncIterator[Event]:
 
 
 def _schema(without: tuple[str, ...]) -> dict[str, Any]:
-    """What a tool takes: the fields of a Request."""
+    """Return the JSON schema of a tool's arguments: the fields of a Request."""
     schema = Request.model_json_schema()
     fields = {name: field for name, field in schema["properties"].items() if name not in without}
     return {"type": "object", "properties": fields, "required": ["prompt"], "additionalProperties": False}

@@ -1,4 +1,4 @@
-"""The models that are known by name, as `inkstream models` lists them."""
+"""`inkstream models`: lists the known models."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from inkstream.engine.files.licences import in_words
 from inkstream.families import SPECS
 
 TELLING = ("negative_prompt", "guidance", "cache", "image", "strength", "mask", "reference")
-"""Options by which models differ. What goes with guidance goes as the negative prompt does."""
+"""Options by which models differ. Other options of guidance behave as the negative prompt does."""
 
 
 def list_models() -> list[dict[str, Any]]:
-    """What is known of each model, as JSON."""
+    """Return the facts of each model as JSON."""
     from inkstream.engine.machine.fit import fits, foreseen, here, measure_speed
     from inkstream.engine.machine.loader import choose_device, choose_dtype
     from inkstream.weights.hub import cached
@@ -57,7 +57,7 @@ def list_models() -> list[dict[str, Any]]:
 
 
 def print_models(known: list[dict[str, Any]]) -> None:
-    """A paragraph for each model, and which to take."""
+    """Print a paragraph for each model, and the recommended model."""
     for model in known:
         defaults = model["defaults"]
         size = in_gigabytes(model["download_bytes"]) if model["download_bytes"] else ""
@@ -78,7 +78,7 @@ def print_models(known: list[dict[str, Any]]) -> None:
 
 
 def in_a_word(option: Mapping[str, Any]) -> str:
-    """What a model does with an option."""
+    """Return what a model does with an option: needs, takes, bears, ignores or rejects."""
     if option["effect"] != "honours":
         return option["effect"]
     return "needs" if option.get("needed") else "bears" if option.get("why") else "takes"

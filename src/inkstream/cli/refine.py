@@ -1,4 +1,4 @@
-"""`inkstream refine`: pictures drawn anew by another model, their requests read from them."""
+"""`inkstream refine`: draws pictures again with another model, using the requests in their metadata."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Anew(Request, frozen=True):
-    """What is to be otherwise than in the draft, as options; the model has no default."""
+    """Fields that override the draft's request, as options. The model has no default."""
 
-    model: str = Field(description="The model that draws the picture anew: its name, a repository, or a local path.")
+    model: str = Field(description="Model that draws the picture again: a name, a repository, or a local path.")
     strength: float | None = Field(
-        None, ge=0, le=1, description="Start from the picture, and leave it so far: 0 keeps it, 1 ignores it."
+        None, ge=0, le=1, description="Start from the picture and change it this much: 0 keeps it, 1 ignores it."
     )
 
 
@@ -46,26 +46,26 @@ def refine(
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False, group=RUN)] = False,
 ) -> None:
-    """Draw pictures anew with another model, by the requests they carry.
+    """Draw pictures again with another model, using the requests in their metadata.
 
     Parameters
     ----------
     pictures
-        PNG, WebP or JPEG, one or more, whoever wrote them.
+        One or more PNG, WebP or JPEG files of any program.
     reference
-        Let the model look at the picture as a reference, which is the default where it takes references.
+        Use the picture as a reference. This is the default if the model takes references.
     json_prompt
-        File that holds the prompt as JSON, as FLUX.2 reads it: scene, subjects, style, camera ...; - is stdin.
+        File with a JSON prompt for FLUX.2, with fields such as scene, subjects, style, camera; - reads stdin.
     output
-        File (.png, .webp, .jpg) or folder to write to, else the current folder. Nothing is overwritten.
+        Output file (.png, .webp, .jpg) or folder; default: the current folder. Existing files are not overwritten.
     metadata
-        What a picture carries: its request and that a model made it, only the latter, or nothing.
+        Metadata of pictures. full: the request, and a mark that a model made the picture; minimal: only the mark.
     json
-        Print one JSON document on stdout when all is done.
+        Print one JSON document on stdout at the end.
     quiet
-        No progress and no talk, only errors.
+        Print no progress and no messages, only errors.
     yes
-        Download what is missing without asking.
+        Download missing files without asking.
     """
     if reference and wish.strength is not None:
         raise InputError(f"--reference and --strength {wish.strength:g} are two ways to refine: give one of them")
@@ -102,7 +102,7 @@ def refine(
 
 
 def find_spec(model: str, yes: bool, terminal: Terminal, commercial_only: bool | None) -> Spec:
-    """What the model is, after downloading it if that is agreed to. InputError where it cannot be loaded."""
+    """Return the model's Spec, after a download with consent. Raises InputError if the model cannot be loaded."""
     agree_to_download(model, yes, terminal, commercial_only)
     from inkstream.engine.files.licences import check_licence, is_commercial_only
     from inkstream.engine.files.sources import locate
@@ -114,7 +114,7 @@ def find_spec(model: str, yes: bool, terminal: Terminal, commercial_only: bool |
 
 
 def read_draft(picture: str, wish: Request, terminal: Terminal) -> Request:
-    """What the picture was drawn by; nothing where it carries no request and the prompt is given instead."""
+    """Return the picture's request. If it has none: an empty one with a given prompt, else raises InputError."""
     from inkstream.engine.pictures.inputs import open_header
     from inkstream.engine.pictures.metadata import read_request
 
@@ -124,16 +124,16 @@ def read_draft(picture: str, wish: Request, terminal: Terminal) -> Request:
     except InputError as error:
         if wish.prompt.strip():
             return Request.model_validate({})
-        raise InputError(f"{picture} carries no request: say with --prompt what it shows") from error
+        raise InputError(f"{picture} has no request in its metadata: give --prompt") from error
     request = found.request
     if gone := [path for path in request.reference if not os.path.isfile(path)]:
-        terminal.say(f"{picture}: its references are left out, as they are no longer there: {', '.join(gone)}")
+        terminal.say(f"{picture}: its references are left out, because these files are missing: {', '.join(gone)}")
         request = Request.model_validate(request.model_dump(include=request.model_fields_set - {"reference"}))
     return request
 
 
 def plan(wish: Request, draft: Request, picture: str, spec: Spec, reference: bool, terminal: Terminal) -> Refinement:
-    """How a picture is refined, checked before anything big is read, and said."""
+    """Return how a picture is refined. The request is checked first, and remarks are printed."""
     from inkstream.engine.drawing.model import complete
     from inkstream.engine.drawing.refine import refined
 

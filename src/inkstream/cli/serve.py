@@ -1,4 +1,4 @@
-"""`inkstream serve`: the server, and the keys it knows. Torch is only ever imported by the engine's process."""
+"""`inkstream serve`: the server and its API keys. Only the engine's process imports torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from inkstream.cli.machine import HERE
 from inkstream.types import InputError, Machine
 
 serve = App(name="serve", help_format="plaintext", default_parameter=Parameter(negative=""))
-keys = App(name="keys", help="Make, list and remove the keys that a server knows.", help_format="plaintext")
+keys = App(name="keys", help="Make, list and remove the API keys of a server.", help_format="plaintext")
 serve.command(keys)
 
 Data = Annotated[Path | None, Parameter(show_default=False)]
@@ -46,38 +46,38 @@ def run(
     Parameters
     ----------
     host
-        Address to listen on. One that others can reach is refused until there is a key.
+        Address to listen on. An address that other machines can reach needs a key.
     port
         Port to listen on.
     model
-        A model that may be asked for: a known name, a path, or NAME=PATH; again for more. The first is the default.
-        Left out, every known model that is downloaded.
+        A model to offer: a known name, a path, or NAME=PATH; repeat the option for more. The first is the default.
+        Without it, the server offers all known models that are downloaded.
     alias
-        NAME=MODEL: another name of a model in OpenAI's API, as in dall-e-3=z-image-turbo; again for more.
+        NAME=MODEL: another name for a model in OpenAI's API, such as dall-e-3=z-image-turbo; repeat for more.
     strict
-        Refuse OpenAI's names of models that are no alias. Else the only model that is offered answers to them.
+        Refuse OpenAI's model names that are not aliases. Without it, a single offered model answers to them.
     api_key_file
-        File of the keys; else keys.json in the data folder.
+        File of the keys; default: keys.json in the data folder.
     data
-        Folder of queue, history and pictures; else one in your home.
+        Folder of queue, history and pictures; default: a folder in your home.
     slots
-        Jobs that are drawn at once: they share every pass through the model.
+        Number of jobs drawn at once: they share each forward pass of the model.
     queue
-        Jobs that may wait; more are answered with 429.
+        Number of jobs that may wait. Further jobs are refused with status 429.
     max_pixels
-        Pixels of the largest picture that is drawn.
+        Largest number of pixels of a picture.
     max_pictures
-        Pictures of one job.
+        Largest number of pictures of a job.
     max_body
-        MiB of a request's body.
+        Largest request body in MiB.
     time_limit
-        Seconds one job may take.
+        Longest time of a job in seconds.
     fetch
-        Take pictures by URL, too; never from private addresses.
+        Also take input pictures by URL, but not from private addresses.
     log_prompts
-        Write prompts into the log.
+        Write prompts to the log.
     yes
-        Download what is missing without asking.
+        Download missing files without asking.
     """
     import uvicorn
 
@@ -88,7 +88,7 @@ def run(
 
     for option, value in {"port": port, "slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
         if value < 1:
-            raise InputError(f"--{option} {value} leaves nothing: give 1 or more")
+            raise InputError(f"--{option} {value} is out of range: give 1 or more")
     for name in model or []:
         agree(name, yes)
     limits = Limits(
@@ -120,9 +120,9 @@ def run(
 
 
 async def listen(server: Any, jobs: Any) -> None:
-    """Serve until a signal, or until the engine turns out to be impossible.
+    """Serve until a signal, or until the engine cannot start at all.
 
-    Streams of events have no end of their own and would be waited for, so they are ended first.
+    Event streams do not end by themselves, so they are closed first.
     """
     loop = asyncio.get_running_loop()
     stop = server.handle_exit
@@ -152,33 +152,33 @@ def add(
     data: Data = None,
     api_key_file: Annotated[Path | None, Parameter(show_default=False)] = None,
 ) -> None:
-    """Make a key and print it, once: only its hash is kept. A running server takes it at once.
+    """Make a key and print it. Only its hash is stored: it cannot be shown again. A running server accepts it at once.
 
     Parameters
     ----------
     name
-        Whose it is, as logs and records name it.
+        Name of the key's owner in logs and records.
     per_minute
-        Jobs it may ask for in a minute.
+        Largest number of jobs per minute.
     pictures_per_day
-        Pictures it may have in a day.
+        Largest number of pictures per day.
     queued
-        Jobs of it that may wait at once.
+        Largest number of waiting jobs.
     priority
-        The highest priority it may give, -10 to 10.
+        Highest priority of its jobs, -10 to 10.
     admin
-        It sees the jobs of all keys, may pause the queue, and reads the metrics.
+        The key may see the jobs of all keys, pause the queue, and read the metrics.
     data
-        The server's data folder; else the one in your home.
+        The server's data folder; default: the one in your home.
     api_key_file
-        File of the keys; else keys.json in the data folder.
+        File of the keys; default: keys.json in the data folder.
     """
     from inkstream.serve.keys import add_key
 
     limits = {"per_minute": per_minute, "pictures_per_day": pictures_per_day, "queued": queued}
     for field, value in limits.items():
         if value is not None and value <= 0:
-            raise InputError(f"--{field.replace('_', '-')} {value:g} leaves nothing: give 1 or more, or leave it out")
+            raise InputError(f"--{field.replace('_', '-')} {value:g} is out of range: give 1 or more, or leave it out")
     if not -10 <= priority <= 10:
         raise InputError(f"--priority {priority} is out of range: give -10 to 10")
     print(add_key(file_of_keys(data, api_key_file), name, time.time(), **limits, priority=priority, admin=admin))
@@ -188,14 +188,14 @@ def add(
 def list_(
     *, data: Data = None, api_key_file: Data = None, json: Annotated[bool, Parameter(show_default=False)] = False
 ) -> None:
-    """List the keys, without what makes them work.
+    """List the keys: names and limits, without secrets.
 
     Parameters
     ----------
     data
-        The server's data folder; else the one in your home.
+        The server's data folder; default: the one in your home.
     api_key_file
-        File of the keys; else keys.json in the data folder.
+        File of the keys; default: keys.json in the data folder.
     json
         Print one JSON document on stdout.
     """
@@ -210,16 +210,16 @@ def list_(
 
 @keys.command
 def remove(name: str, *, data: Data = None, api_key_file: Data = None) -> None:
-    """Remove a key. A running server knows it no more.
+    """Remove a key. A running server refuses it at once.
 
     Parameters
     ----------
     name
-        Whose it is.
+        Name of the key's owner.
     data
-        The server's data folder; else the one in your home.
+        The server's data folder; default: the one in your home.
     api_key_file
-        File of the keys; else keys.json in the data folder.
+        File of the keys; default: keys.json in the data folder.
     """
     from inkstream.serve.keys import remove_key
 
@@ -227,14 +227,14 @@ def remove(name: str, *, data: Data = None, api_key_file: Data = None) -> None:
 
 
 def describe(key: Any) -> dict[str, Any]:
-    """What may be shown of a key."""
+    """Return the facts of a key, without its hash."""
     shown = {"name": key.name, "created": time.strftime("%Y-%m-%d", time.gmtime(key.created))}
     limits = {name: getattr(key, name) for name in ("per_minute", "pictures_per_day", "queued", "priority", "admin")}
     return shown | {name: value for name, value in limits.items() if value}
 
 
 def folder(data: Path | None) -> Path:
-    """The data folder: as asked, or in the user's home."""
+    """Return the data folder: the given one, or the one in the user's home."""
     from platformdirs import user_data_path
 
     return data or user_data_path("inkstream", appauthor=False) / "server"
@@ -245,7 +245,7 @@ def file_of_keys(data: Path | None, api_key_file: Path | None) -> Path:
 
 
 def agree(name: str, yes: bool) -> None:
-    """InputError where a model would have to be downloaded and nobody agreed; the engine downloads it when it loads."""
+    """Raise InputError if a model must be downloaded without consent. The engine downloads it when it loads it."""
     from inkstream.cli.lines import in_gigabytes
     from inkstream.families import SPECS
     from inkstream.serve.engines.models import is_here

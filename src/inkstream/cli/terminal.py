@@ -1,4 +1,4 @@
-"""Events on a terminal: a progress bar where stderr is one; where it is not, only lines."""
+"""Events on stderr: a progress bar on a terminal, else only lines."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Terminal:
-    """Shows events on stderr while it is open. `quiet`: shows nothing, only prints results."""
+    """Shows events on stderr while it is open. quiet: shows nothing and only prints results."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -47,24 +47,24 @@ class Terminal:
         print(result, flush=True)
 
     def say(self, line: str, once: bool = False) -> None:
-        """Print a line of talk on stderr; `once`: unless it was said before."""
+        """Print a message on stderr. once: do not repeat a message."""
         if not self.quiet and not (once and line in self._said):
             self._said.add(line)
             self._hide()
             print(line, file=sys.stderr, flush=True)
 
     def ask(self, question: str) -> bool:
-        """Whether the user says yes."""
+        """Ask a question. Returns whether the user answers yes."""
         return self.read(f"{question} [y/N]").lower() in ("y", "yes")
 
     def read(self, question: str) -> str:
-        """The line that the user answers; empty where there is none."""
+        """Ask a question. Returns the answer, which is empty without input."""
         self._hide()
         print(f"{question} ", file=sys.stderr, end="", flush=True)
         return sys.stdin.readline().strip()
 
     def show(self, event: Event) -> None:
-        """Move the bar on to this event."""
+        """Show an event."""
         if isinstance(event, Queued) and event.position:
             self._move(f"{event.position} ahead", 0, None, "")
         elif isinstance(event, Loading) and event.note:
@@ -80,7 +80,7 @@ class Terminal:
             self._move(picture, event.step, event.steps, f"step {event.step} of {event.steps}, {rate}")
 
     def wait(self, what: str, done: int, total: int, note: str = "") -> None:
-        """Move the bar to so much of something that is told in other words than events."""
+        """Show progress that is not an event: `done` of `total`."""
         self._move(what, done, total or None, note or (f"{done} of {total}" if total else ""))
 
     def _move(self, what: str, done: int, total: int | None, note: str) -> None:
@@ -92,6 +92,6 @@ class Terminal:
         self._progress.update(self._task, description=what, completed=done, total=total, note=note)
 
     def _hide(self) -> None:
-        """Take the bar away; the next event brings it back."""
+        """Hide the progress bar until the next event."""
         if self._progress is not None and self._progress.live.is_started:
             self._progress.stop()

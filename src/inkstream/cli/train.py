@@ -1,4 +1,4 @@
-"""`train`: messages of a run on a terminal. Imports torch late."""
+"""`inkstream train`: shows the messages of a run. Imports torch late."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Any
 from inkstream.cli.terminal import Terminal
 
 EVERY = 10.0
-"""Seconds between lines of what is made ready, where there is no terminal."""
+"""Seconds between lines of preparation without a terminal."""
 
 
 def train(recipe: str, output: str | None, resume: bool, only_export: bool, changes: list[str], json: bool) -> int:
-    """Follow the recipe. The exit code: 130 where it was interrupted, after saving."""
+    """Train from a recipe. Returns the exit code: 130 if the run was interrupted, after saving."""
     from inkstream.cli.lines import print_json
     from inkstream.train.loop import Finished, Graded, HeldOut, Preview, Progress, Resumed, Saved, export_last
     from inkstream.train.loop import train as run
@@ -48,8 +48,8 @@ def train(recipe: str, output: str | None, resume: bool, only_export: bool, chan
             elif isinstance(message, Preview):
                 terminal.say(f"drew {message.path}")
             elif isinstance(message, Resumed):
-                changed = f"; changed since: {', '.join(message.changed)}" if message.changed else ""
-                terminal.say(f"going on from step {message.step}{changed}")
+                changed = f"; changed: {', '.join(message.changed)}" if message.changed else ""
+                terminal.say(f"resuming from step {message.step}{changed}")
             elif isinstance(message, Finished):
                 last = message
             elif stopped.asked:
@@ -58,17 +58,17 @@ def train(recipe: str, output: str | None, resume: bool, only_export: bool, chan
                 return 130
             else:
                 told = _prepare(terminal, message, told)
-        if last is None:  # one of several processes: the first one speaks
+        if last is None:  # one of several processes: process 0 prints
             return 130 if stopped.asked else 0
         if last.model is None:
-            terminal.say(f"{last.why}: saved at step {last.step}; go on with: {again}")
+            terminal.say(f"{last.why}: saved at step {last.step}; resume with: {again}")
     document = {"folder": str(folder), "step": last.step, "model": None if last.model is None else str(last.model)}
     print_json(document) if json else print(last.model or folder)
     return 130 if stopped.asked and last.model is None else 0
 
 
 def _grader(run: Any) -> Any:
-    """What grades pictures as the recipe's table says; None where it asks for none."""
+    """Return the function that grades pictures, or None if the recipe does not grade."""
     if not run.graded:
         return None
     from inkstream.evaluate.judge import grade_drawings
@@ -79,7 +79,7 @@ def _grader(run: Any) -> Any:
 
 
 def _prepare(terminal: Terminal, message: Any, told: float) -> float:
-    """On a terminal the bar moves; elsewhere there is a line every ten seconds. told: when the last one was."""
+    """Show preparation: a bar on a terminal, else a line every EVERY seconds. told: time of the last line."""
     now = time.monotonic()
     if sys.stderr.isatty():
         terminal.wait(message.what, message.done, message.total)
@@ -102,7 +102,7 @@ def _progress(terminal: Terminal, message: Any) -> None:
 
 
 class _Stop:
-    """The first Ctrl-C or SIGTERM is remembered, so that a step is finished and saved; the second one ends at once."""
+    """The first Ctrl-C or SIGTERM ends the run after the present step and a save. The second one ends it at once."""
 
     asked = False
 
@@ -118,4 +118,4 @@ class _Stop:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("stopping after this step; once more ends at once, without saving", file=sys.stderr)
+        print("stopping after this step; repeat to stop at once without saving", file=sys.stderr)
