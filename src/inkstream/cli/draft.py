@@ -6,7 +6,6 @@ The pictures in the folder are the progress; each is written atomically. The sta
 from __future__ import annotations
 
 import math
-import os
 import re
 import secrets
 import shlex
@@ -231,10 +230,11 @@ def write_state(folder: Path, state: State) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Replace a file atomically."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_bytes(data)
-    os.replace(part, path)
+    """Write a file atomically: a reader finds the old content or the new."""
+    from inkstream.disk import whole_file
+
+    with whole_file(path) as part:
+        part.write_bytes(data)
 
 
 # Drawing and refining

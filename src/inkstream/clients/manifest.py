@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from inkstream.disk import take
+from inkstream.disk import PART, take, whole_file
 from inkstream.engine.pictures.inputs import read_source
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 from inkstream.types import InputError, Request
@@ -51,7 +51,7 @@ class Manifest:
             folder.mkdir(parents=True, exist_ok=True)
             refusal = f"another run draws into {folder}: wait until it ends, or give another --out"
             self._lock = take(folder / ".lock", refusal)
-            for part in folder.glob(".*.part"):  # left by a killed process
+            for part in folder.glob(f".*{PART}"):  # left by a killed process
                 part.unlink()
             self._lines = {(line["row"], line["index"]): line for line in self._read()}
         self._log = None
@@ -121,12 +121,8 @@ class Manifest:
     def _write(self, name: str, data: bytes) -> Path:
         """Write a file atomically: a reader finds the old content or the new."""
         path = self.folder / name
-        part = path.with_name(f".{name}.part")
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with whole_file(path, flush=True) as part:
+            part.write_bytes(data)
         return path
 
     def _read(self) -> Iterator[dict[str, Any]]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import secrets
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from inkstream.disk import PART, flush_to_disk, whole_folder
 from inkstream.types import InputError
 from inkstream.weights.files import read_tensors, write_state
 
@@ -33,20 +32,15 @@ class Checkpoint:
 def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> Path:
     """Write folder/step-N, then remove all checkpoints but the last `keep`. The write is atomic."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".step-*"):  # left by a killed process
+    for left in folder.glob(f".*{PART}"):  # left by a killed process
         shutil.rmtree(left, ignore_errors=True)
     path = folder / f"step-{saved.step:08d}"
-    temporary = folder / f".{path.name}.{secrets.token_hex(4)}"
-    temporary.mkdir()
-    for name in ("weights", "ema", "optimiser"):
-        write_state(temporary / f"{name}.safetensors", getattr(saved, name))
     state = {"step": saved.step, "cpu_seconds": saved.cpu_seconds, "recipe": saved.recipe}
-    (temporary / "state.json").write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    for file in (*temporary.iterdir(), temporary):
-        _flush(file)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(temporary, path)
-    _flush(folder)
+    with whole_folder(path, flush=True) as temporary:
+        for name in ("weights", "ema", "optimiser"):
+            write_state(temporary / f"{name}.safetensors", getattr(saved, name))
+        (temporary / "state.json").write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    flush_to_disk(folder)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return path
@@ -71,12 +65,3 @@ def load_checkpoint(folder: Path) -> Checkpoint:
         raise InputError(f"{path}/state.json is damaged ({error}): remove {path} to resume an older one") from error
     tensors = {name: read_tensors(path / f"{name}.safetensors") for name in ("weights", "ema", "optimiser")}
     return Checkpoint(step, tensors["weights"], tensors["ema"], tensors["optimiser"], recipe, cpu_seconds)
-
-
-def _flush(path: Path) -> None:
-    """Flush a file or folder to disk (fsync). Without it, a rename may survive a crash while the data is lost."""
-    file = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(file)
-    finally:
-        os.close(file)

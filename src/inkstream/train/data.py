@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from inkstream.disk import whole_file, whole_folder
 from inkstream.families import Family
 from inkstream.train.objectives import Batch
 from inkstream.train.pictures import Size, Source, draw_all
@@ -264,12 +262,11 @@ def keep_captions(
             firsts.append(len(tokens))
         tokens.append(family.tokens(""))
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{secrets.token_hex(4)}.npz")
-        np.savez(
-            temporary, tokens=np.array([i for ids in tokens for i in ids], np.int32),
-            ends=np.cumsum([len(ids) for ids in tokens]), firsts=np.array(firsts),
-        )  # fmt: skip
-        os.replace(temporary, path)
+        with whole_file(path) as temporary, temporary.open("wb") as file:
+            np.savez(
+                file, tokens=np.array([i for ids in tokens for i in ids], np.int32),
+                ends=np.cumsum([len(ids) for ids in tokens]), firsts=np.array(firsts),
+            )  # fmt: skip
     with np.load(path, allow_pickle=False) as file:
         yield Captions(file["tokens"], file["ends"], file["firsts"])
 
@@ -282,11 +279,9 @@ def keep_states(
     number = len(captions.ends)
     if not path.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        temporary.mkdir()
         lengths: list[int] = []
         pooled: list[np.ndarray] = []
-        try:
+        with whole_folder(path) as temporary:
             with (temporary / "tokens.bin").open("wb") as file:  # appended: the number of rows is unknown
                 for start in range(0, number, ENCODED_AT_ONCE):
                     some = range(start, min(start + ENCODED_AT_ONCE, number))
@@ -300,9 +295,6 @@ def keep_states(
             np.save(temporary / "ends.npy", np.cumsum(lengths))
             if pooled:
                 np.save(temporary / "pooled.npy", np.concatenate(pooled))
-            os.replace(temporary, path)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     ends, vectors = np.load(path / "ends.npy"), path / "pooled.npy"
     bits = np.memmap(path / "tokens.bin", np.int16, "r").reshape(int(ends[-1]), -1)
     yield States(bits, ends, np.load(vectors) if vectors.is_file() else None)
@@ -357,9 +349,7 @@ def _kept(
     names = {size: f"{size[0]}x{size[1]}.npy" for size in sizes}
     if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-        temporary.mkdir()
-        try:
+        with whole_folder(folder) as temporary:
             files: dict[Size, Any] = {
                 size: np.lib.format.open_memmap(
                     temporary / names[size], "w+", dtype, shape=(len(sizes[size]), *shapes[size])
@@ -370,7 +360,4 @@ def _kept(
                 yield Preparing(what, done, count)
             for file in files.values():
                 file.flush()
-            os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     yield [Samples(size, np.array(sizes[size]), np.load(folder / names[size], mmap_mode="r")) for size in sizes]

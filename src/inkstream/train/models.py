@@ -5,9 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import secrets
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
@@ -17,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inkstream.disk import whole_folder
 from inkstream.engine.files.convert import TOKENIZER, tokenizer_class
 from inkstream.engine.files.sources import CARD, Found, encoder_of, locate, locate_part, write_card
 from inkstream.engine.machine.install import Placement
@@ -228,9 +226,7 @@ def export(begun: Start, spec: Spec, states: Mapping[str, Mapping[str, Tensor]],
     states: new weights of the trained parts, with inkstream's names; other parts keep their weights. An existing folder
     is replaced when the new one is complete.
     """
-    temporary = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(folder) as temporary:
         documents: dict[str, Any] = {**begun.kind.documents(spec), CARD: write_card(spec)}
         for name, files in begun.words.items():
             documents["model_index.json"] |= tokenizer_class(name, files.get("tokenizer_config.json", b"{}"))
@@ -255,13 +251,6 @@ def export(begun: Start, spec: Spec, states: Mapping[str, Mapping[str, Tensor]],
             (temporary / name).mkdir(exist_ok=True)
             path = temporary / name / f"{stem}.safetensors"
             write_state(path, translate(rules, state, back=True), shard_bytes=5_000_000_000)
-        old = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}")
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 

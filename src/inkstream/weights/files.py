@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -16,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from inkstream.disk import whole_file
 from inkstream.quant.packed import Weight
 from inkstream.types import InputError
 from inkstream.weights import dialects, gguf
@@ -345,18 +344,6 @@ def _tensor(entry: Mapping[str, Any]) -> Tensor:
     if end - begin != tensor.nbytes:
         raise ValueError(f"{end - begin} bytes for {entry['dtype']} {entry['shape']}")
     return tensor
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder. It is renamed to `path` at the end, or removed if an error occurs."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def few(names: Sequence[str], count: int = 3) -> str:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from inkstream.disk import whole_file, whole_folder
 from inkstream.engine.files.quantise import QUANTS, Quant, in_safetensors, plan, weights
 from inkstream.engine.files.sources import CARD, Found, Progress, Source, locate, write_card
 from inkstream.families import Part
 from inkstream.quant import QuantName
 from inkstream.quant.packed import Weight
 from inkstream.types import InputError, Loading
-from inkstream.weights.files import whole_file, write_state, write_stream
+from inkstream.weights.files import write_state, write_stream
 from inkstream.weights.gguf import FILE_TYPES, write_gguf
 from inkstream.weights.keymap import Rule
 
@@ -62,15 +61,8 @@ def convert(
     needed = sum(weight.nbytes for write in writes for weight in write.plan.values())
     _check_space(dst, needed)
     dst.parent.mkdir(parents=True, exist_ok=True)
-    temporary = dst.with_name(f".{dst.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
+    with whole_folder(dst) as temporary:
         _write(source, temporary, to, writes, tell, needed)
-        if dst.exists():
-            dst.rmdir()
-        os.replace(temporary, dst)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return dst
 
 

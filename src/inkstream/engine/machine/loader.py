@@ -164,7 +164,7 @@ def check_machine(machine: Machine) -> tuple[torch.device, torch.dtype]:
     return device, dtype
 
 
-def choose_device(name: torch.device | str | None = None) -> torch.device:
+def choose_device(name: str | None = None) -> torch.device:
     """Return the device of that name, or the best there is. Raises InputError if it is not there."""
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name is None:
@@ -180,7 +180,7 @@ def choose_device(name: torch.device | str | None = None) -> torch.device:
     return device
 
 
-def choose_dtype(name: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+def choose_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """Return the dtype of that name, or the device's default: bfloat16 if the hardware computes it, else float32.
 
     float16 is never a default: activations of Z-Image leave its range.
@@ -191,10 +191,9 @@ def choose_dtype(name: torch.dtype | str | None, device: torch.device) -> torch.
         else:
             fast = device.type == "mps" and torch.backends.mps.is_macos_or_newer(14, 0)
         return torch.bfloat16 if fast else torch.float32
-    dtype = DTYPES.get(name) if isinstance(name, str) else name
-    if dtype not in DTYPES.values():
+    if name not in DTYPES:
         raise InputError(f"dtype {name} is not supported: take {', '.join(DTYPES)}")
-    return dtype  # type: ignore[return-value]
+    return DTYPES[name]
 
 
 def dtype_of(part: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from PIL import Image, PngImagePlugin
 from pydantic import ValidationError
 
 from inkstream import __version__
+from inkstream.disk import temporary
 from inkstream.engine.pictures import foreign
 from inkstream.engine.pictures.comfyui import read_comfyui
 from inkstream.engine.pictures.inputs import decoding, open_header, read_source, short_name
@@ -194,7 +194,7 @@ def _exif(parameters: str) -> bytes:
 def _write_new(path: Path, data: bytes) -> None:
     """Writes a new file, whole or not at all. InputError if the path exists or cannot be written."""
     name = short_name(str(path))
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
+    part = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
