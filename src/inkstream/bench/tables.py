@@ -26,7 +26,7 @@ def shown(name: str, folder: Path = RECORDS) -> str:
         return "Not measured yet.\n"
     record = read_record(name, folder)
     machine = record["machine"]
-    on = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} cores"
+    on = machine["accelerator"] or f"{machine['cpu']}, {machine['cores']} core{'' if machine['cores'] == 1 else 's'}"
     beside = ", ".join(f"{peer} {version}" for peer, version in record["peers"].items())
     facts = f"{on}, torch {machine['torch']}" + (f", compared with {beside}" if beside else "")
     words, numbers = next(columns for prefix, columns in TABLES.items() if name.startswith(prefix))
