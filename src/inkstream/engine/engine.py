@@ -231,7 +231,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 def advice(request: Request, model: Model) -> list[str]:
     """Return one line for each option that has no effect on this model, or a poor one. request: as it was given."""
-    lines = []
+    lines: list[str] = []
     if model.placement != "resident":
         lines.append(f"placement {model.placement}: weights come to the device when they are used, to save memory")
     for name in ("prompt", "negative_prompt"):
@@ -242,7 +242,7 @@ def advice(request: Request, model: Model) -> list[str]:
 
 def remarks(request: Request, spec: Spec) -> list[str]:
     """Return the lines of `advice` that follow from the model's Spec. Values that equal the default are left out."""
-    lines = []
+    lines: list[str] = []
     for name, option in options(spec, request).items():
         if not option.why or option.needed or name not in request.model_fields_set:
             continue

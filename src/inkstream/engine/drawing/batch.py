@@ -71,7 +71,7 @@ class Member:
 
     drawing: Drawing
     since: int  # the value of Batch._answered when its picture arrived
-    events: deque[Event] = field(default_factory=deque)  # not yet read by the caller
+    events: deque[Event] = field(default_factory=deque[Event])  # not yet read by the caller
     begun: bool = False
     alone: bool = False  # it has yielded Alone: it waits for the others to end, or runs alone
     ask: Ask | None = None  # not yet answered

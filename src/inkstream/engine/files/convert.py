@@ -55,7 +55,7 @@ def convert(
     dst = Path(dst).expanduser().absolute()
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise InputError(f"{dst} already exists: take another name, or remove it first")
-    tell = progress or (lambda event: None)
+    tell: Progress = progress or (lambda event: None)
     source = locate(src, tell)
     writes = [_plan_part(source, part, to, quant) for part in source.parts]
     needed = sum(weight.nbytes for write in writes for weight in write.plan.values())

@@ -40,7 +40,7 @@ def check_licence(name: str, spec: Spec | None) -> None:
     """InputError if a model's licence forbids commercial use or is unknown. spec: None for an unknown model."""
     if spec is not None and spec.commercial:
         return
-    needed = frozenset() if spec is None else spec.abilities & {"image", "mask", "references"}
+    needed: frozenset[str] = frozenset() if spec is None else spec.abilities & {"image", "mask", "references"}
     others = [s.name for s in SPECS.values() if s.commercial and (s.repo or s.folder) and needed <= s.abilities]
     instead = f"take {', '.join(others)} (--commercial-only or {SETTING} is on)"
     if spec is None or spec.licence == UNKNOWN:

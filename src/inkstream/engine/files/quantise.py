@@ -71,7 +71,8 @@ def weights(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]
 
 def _batches(groups: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> Iterator[list[str]]:
     """Joins groups of names into batches of at most BATCH bytes. A larger group is a batch of its own."""
-    batch, size = [], 0
+    batch: list[str] = []
+    size = 0
     for names in groups:
         own = sum(sizes[name] for name in names)
         if batch and size + own > BATCH:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, StrictBool, ValidationError
@@ -21,7 +21,7 @@ from inkstream.engine.files.licences import FREE, UNKNOWN, check_licence, known_
 from inkstream.families import CARD, FAMILIES, SPECS, Family, Part, family_of, parts_of
 from inkstream.nn.config import read_config
 from inkstream.quant.packed import Weight
-from inkstream.types import GuidanceKind, InputError, Loading, Request, Spec
+from inkstream.types import GuidanceKind, InputError, Loading, Request, Spec, as_object
 from inkstream.weights.files import few, list_weights, read_header, strip_prefix
 from inkstream.weights.keymap import Rule, translate
 
@@ -86,7 +86,7 @@ def locate(name: Path | str, progress: Progress | None = None, commercial_only: 
     known = known_as(str(name))
     if commercial_only and repository(str(name)):
         check_licence(str(name), known)
-    tell = progress or (lambda event: None)
+    tell: Progress = progress or (lambda event: None)
     path, title = _resolve(str(name), tell)
     path, title = _transformer_in(path, title)
     root = path.parent
@@ -500,22 +500,23 @@ def _stated_config(part: Part, path: Path, metadata: Mapping[str, str]) -> Any:
         return _config(part, _read_json(path / "config.json"), path / "config.json")
     if "config" in metadata:
         try:
-            data = json.loads(metadata["config"])
+            data = as_object(json.loads(metadata["config"]))
         except ValueError:
             return None
-        return _config(part, data, path) if isinstance(data, dict) else None
+        return None if data is None else _config(part, data, path)
     return None
 
 
 def _config(part: Part, data: Mapping[str, Any], path: Path) -> Any:
     """The part's config from JSON. InputError if a value has another type than in the published config."""
     try:
-        config = read_config(part.others.get(data.get("model_type", ""), part.config), data)
+        kind: Any = part.others.get(data.get("model_type", ""), part.config)
+        config: Any = read_config(kind, data)
     except TypeError as error:
         raise InputError(f"{path} holds no known config ({error}): take the one published with the weights") from error
     for field in fields(config):
         value, published = getattr(config, field.name), field.default
-        kinds = (int, float) if isinstance(published, float) else type(published)
+        kinds = (int, float) if isinstance(published, float) else (cast("type", type(published)),)
         if published is not None and not isinstance(value, kinds):
             raise InputError(f"{path} says {field.name} is {value!r}: expected something like {published!r}")
     return config
@@ -541,10 +542,10 @@ class Unset(TorchFunctionMode):
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text("utf-8"))
+        data = as_object(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read as JSON ({error}): download it again") from error
-    if not isinstance(data, dict):
+    if data is None:
         raise InputError(f"{path} is not a JSON object: download it again")
     return data
 

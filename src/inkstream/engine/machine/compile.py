@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,14 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
 
 def compile_region(region: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
     """The compiled function; it compiles at its first call. A forward with adapters calls the original function."""
-    compiled = torch.compile(region, backend=backend)
+    compiled: Callable[..., Any] = torch.compile(region, backend=backend)  # pyright: ignore[reportUnknownMemberType]
 
     @wraps(region)
     def call(*given: Any) -> Any:
         if any(isinstance(one, Forward) and one.adapted for one in given):
             return region(*given)
         for tensor in tensors_of(given):
-            torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # pyright: ignore[reportPrivateUsage]
         return compiled(*given)
 
     return call
@@ -52,5 +52,5 @@ def tensors_of(given: Any) -> Iterator[Tensor]:
     elif isinstance(given, Rope):
         yield from (given.cos, given.sin)
     elif isinstance(given, list | tuple):
-        for one in given:
+        for one in cast("Sequence[Any]", given):
             yield from tensors_of(one)

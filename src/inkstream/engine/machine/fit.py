@@ -63,7 +63,7 @@ def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) 
     kind: "cpu"; any other value means a GPU. budget: None is unlimited. Fits with streamed layers come last.
     """
     kind = "cpu" if kind == "cpu" else "cuda"
-    found = []
+    found: list[Fit] = []
     for precision in ORDER[kind] if spec.folder is None else ("bf16",):  # the shipped model has one precision
         peaks = {plan: max(foreseen()[spec.name][kind][precision][plan].values()) for plan in PLACEMENTS}
         plan = next((plan for plan, peak in peaks.items() if budget is None or peak <= budget), None)
@@ -103,9 +103,9 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     rate_int8 = rate
     if device.type == "cpu":
         b = torch.ones(side, side, dtype=torch.int8)
-        rate_int8 = 2 * side**3 / _seconds(lambda: torch._int_mm(b, b), device)  # pyright: ignore[reportPrivateImportUsage]
+        rate_int8 = 2 * side**3 / _seconds(lambda: torch._int_mm(b, b), device)  # pyright: ignore
     weight = torch.randn(1024, 1024)
-    unpacked = {}
+    unpacked: dict[str, float] = {}
     for precision in ORDER["cpu"]:
         if precision not in ("bf16", "w8a8"):
             packed = pack(FORMATS.get(precision, precision), weight).to(device)
@@ -117,7 +117,7 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
 
 def _seconds(compute: Callable[[], object], device: torch.device) -> float:
     """The seconds of the fastest of three runs."""
-    times = []
+    times: list[float] = []
     for _ in range(3):
         began = perf_counter()
         compute()

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ def replay_small(part: str, module: nn.Module) -> None:
     is_shared = getattr(module, "is_shared", False)  # a forward waits for other processes
     device = next(module.parameters()).device
     if known and not is_shared and device.type == "cuda" and not comes_and_goes(module):
-        module.forward = partial(kinds[part], Recordings(partial(record, device)), module.forward)
+        replayed: Any = partial(kinds[part], Recordings(partial(record, device)), module.forward)
+        module.forward = replayed
 
 
 def comes_and_goes(module: nn.Module) -> bool:
@@ -187,9 +188,10 @@ def rebuild(tree: Any, each: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return each(tree)
     if isinstance(tree, Mapping):
-        return {key: rebuild(value, each) for key, value in tree.items()}
+        return {key: rebuild(value, each) for key, value in cast("Mapping[Any, Any]", tree).items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(rebuild(value, each) for value in tree)
+        kind: Any = type(cast("Sequence[Any]", tree))
+        return kind(rebuild(value, each) for value in cast("Sequence[Any]", tree))
     if is_dataclass(tree) and not isinstance(tree, type):
         return replace(tree, **{f.name: rebuild(getattr(tree, f.name), each) for f in fields(tree)})
     return tree
@@ -213,9 +215,9 @@ def shapes_of(tree: Any) -> Any:
         if isinstance(tree, Tensor):
             return order[id(tree)], tuple(tree.shape), tree.dtype
         if isinstance(tree, Mapping):
-            return tuple(shape(value) for value in tree.values())
+            return tuple(shape(value) for value in cast("Mapping[Any, Any]", tree).values())
         if isinstance(tree, list | tuple):
-            return tuple(shape(value) for value in tree)
+            return tuple(shape(value) for value in cast("Sequence[Any]", tree))
         if is_dataclass(tree) and not isinstance(tree, type):
             return type(tree), *(shape(getattr(tree, f.name)) for f in fields(tree))
         return tree

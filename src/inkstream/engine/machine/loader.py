@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -77,7 +77,7 @@ def open_model(name: Path | str, machine: Machine = ANY, progress: Progress | No
 
 def read_model(opened: Opened, placement: str, progress: Progress | None = None) -> Model:
     """Read an opened model's weights: the second half of `load`. An opened model can be read once."""
-    tell = progress or (lambda event: None)
+    tell: Progress = progress or (lambda event: None)
     source, device, dtypes = opened.source, opened.device, opened.dtypes
     modules = {
         part: read(
@@ -133,7 +133,7 @@ def read(
 
 
 @contextmanager
-def weights_of(found: Found, dtype: torch.dtype, packed: bool) -> Iterator[Mapping[str, Weight]]:
+def weights_of(found: Found, dtype: torch.dtype, packed: bool) -> Generator[Mapping[str, Weight]]:
     """Yield a part's weights under our names. Weights that need no change are views of the files."""
     wanted = found.module.state_dict().keys()
     raw = strip_prefix(read_state(found.path), PREFIXES)

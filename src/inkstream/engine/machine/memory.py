@@ -96,7 +96,7 @@ def typical(spec: Spec) -> Request:
     """Return a typical request at the model's own size."""
     needed = {name for name, option in options(spec).items() if option.needed}
     blank = Image.new("RGB", spec.size, "white")  # as a mask: all of it is repainted
-    pictures = {"image": blank, "mask": blank, "reference": (blank,)}
+    pictures: dict[str, Any] = {"image": blank, "mask": blank, "reference": (blank,)}
     return Request(prompt="a lighthouse in fog, " * 12, **{name: pictures[name] for name in needed & pictures.keys()})
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import torch
@@ -74,7 +74,7 @@ def own_device(name: str | None, local: int, beside: int) -> torch.device:
         raise InputError(f"{beside} processes cannot share {device}: start one process, or give --device cpu")
     if device.type != "cuda":
         return device
-    if device.index is not None:
+    if device.index is not None:  # pyright: ignore[reportUnnecessaryComparison]
         raise InputError(f"device {name} is one GPU for {beside} processes: give --device cuda for one GPU each")
     if beside > (gpus := torch.cuda.device_count()):
         raise InputError(f"{beside} processes were started for {gpus} GPUs: start {gpus}, or give --device cpu")
@@ -101,7 +101,7 @@ class Crew:
         size = torch.tensor([len(words)])
         dist.broadcast(size, 0)
         text = (
-            torch.from_numpy(np.frombuffer(words, np.uint8).copy())
+            torch.tensor(list(words), dtype=torch.uint8)
             if self.rank == 0
             else torch.empty(int(size), dtype=torch.uint8)
         )
@@ -109,7 +109,7 @@ class Crew:
         return type(request).model_validate_json(text.numpy().tobytes())
 
     @contextmanager
-    def in_turn(self) -> Iterator[None]:
+    def in_turn(self) -> Generator[None]:
         """A context that the first process of each machine passes before the others, since it may have to download."""
         if not self._first_of_machine:
             self.wait()
@@ -119,7 +119,7 @@ class Crew:
 
     def wait(self) -> None:
         """A barrier: blocks until every process has called it."""
-        dist.all_reduce(torch.zeros(1))
+        dist.all_reduce(torch.zeros(1))  # pyright: ignore[reportUnknownMemberType]
 
     def settle(self, request: Request, spec: Spec) -> Loading:
         """Chooses what the processes divide if no way was given, and reports it. InputError as in `check`."""
@@ -127,8 +127,9 @@ class Crew:
         self.check(request, spec)
         if self.way == "cfg":
             half = self.count // 2
-            halves = [dist.new_group([*range(start, start + half)]) for start in (0, half)]
-            self._group = Group(self.rank % half, half, halves[self.rank // half])  # type: ignore[arg-type]
+            new_group = cast("Callable[[list[int]], Any]", dist.new_group)  # pyright: ignore[reportUnknownMemberType]
+            halves = [new_group([*range(start, start + half)]) for start in (0, half)]
+            self._group = Group(self.rank % half, half, halves[self.rank // half])
         return Loading("processes", note=f"{self.count} processes: {WAYS[self.way]} (--parallel {self.way})")
 
     def check(self, request: Request, spec: Spec) -> None:
@@ -196,7 +197,7 @@ class Crew:
             return
         if self.rank > 0:
             dist.send(torch.tensor([done.seconds]), 0)
-            dist.send(torch.from_numpy(np.array(done.image)), 0)
+            dist.send(torch.as_tensor(np.array(done.image)), 0)
             return
         for rank in range(1, min(self.count, done.count - done.index)):
             seconds = torch.empty(1)

@@ -31,7 +31,7 @@ class _Count(TorchDispatchMode):
     """Counts the bytes of live storages: adds each new storage once, and subtracts it when it is freed."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.alive: dict[int, int] = {}
         self.now = self.most = 0
 
@@ -46,7 +46,7 @@ class _Count(TorchDispatchMode):
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+        key = storage._cdata  # pyright: ignore[reportPrivateUsage]
         if key in self.alive:
             return
         self.alive[key] = storage.nbytes()
@@ -60,7 +60,7 @@ class _Count(TorchDispatchMode):
 
 def id_of(tensor: Tensor) -> int:
     """The identity of a tensor's storage."""
-    return tensor.untyped_storage()._cdata
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
 
 
 class _Attention(TorchFunctionMode):

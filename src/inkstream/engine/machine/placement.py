@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -77,7 +77,8 @@ class Placed:
         self, module: nn.Module, place: Place, device: torch.device, dtype: torch.dtype, copied: Sequence[str] = ()
     ):
         self.device, self.dtype = device, dtype
-        tables = {name: m for name, m in module.named_modules() if place != "resident" and isinstance(m, TABLES)}
+        modules: dict[str, Any] = {} if place == "resident" else dict(cast("Any", module).named_modules())
+        tables: dict[str, nn.Module] = {name: inner for name, inner in modules.items() if isinstance(inner, TABLES)}
         self.tables = list(tables.values())
         self.streams: dict[Blocks, Streamed] = {}
         self.guests: list[Guest] = []
@@ -91,7 +92,7 @@ class Placed:
         visitors = [guest for s in self.streams.values() for guest in (*s.guests, *s.apart)] + self.guests
         visiting = {(w.owner, w.name) for guest in visitors for w in (*guest.away, *guest.here)}
         self.staying = [w for w in weights_of(module, list(tables)) if (w.owner, w.name) not in visiting]
-        state, homes = module.state_dict(), {id(w.owner._parameters.get(w.name)) for w in self.staying}
+        state, homes = module.state_dict(), {id(w.owner._parameters.get(w.name)) for w in self.staying}  # pyright: ignore[reportPrivateUsage]
         self.copied = sum(state[name].nbytes for name in copied if id(state[name]) not in homes)
 
     @property
@@ -103,7 +104,7 @@ class Placed:
     @property
     def working(self) -> int:
         """More bytes on the device while the part works. On a CPU, pages at home that are read count too."""
-        pages = pages_seen if self.device.type == "cpu" else lambda guest: 0
+        pages: Callable[[Guest], int] = pages_seen if self.device.type == "cpu" else lambda guest: 0
         rooms = [guest.nbytes + pages(guest) for guest in self.guests]
         for stream in self.streams.values():  # one after the other
             rooms.append(stream.nbytes + max(map(pages, stream.guests), default=0))

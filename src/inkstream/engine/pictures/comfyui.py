@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from inkstream.engine.pictures.foreign import Reading, find_model, find_schedule, find_solver, is_number, take_loras
+from inkstream.types import as_object
 
 Node = dict[str, Any]
 """{"class_type": str, "inputs": {name: value, or [id of another node, number of its output]}}"""
@@ -23,9 +24,9 @@ def read_comfyui(graph: Mapping[str, Any]) -> Reading | None:
 
     None if no sampler is found. Samplers that work on the first sampler's result are noted as ignored.
     """
-    if isinstance(graph.get("prompt"), dict):
-        graph = graph["prompt"]
-    nodes = {k: v for k, v in graph.items() if isinstance(v, dict) and isinstance(v.get("inputs"), dict)}
+    graph = as_object(graph.get("prompt")) or graph
+    found = {key: as_object(node) for key, node in graph.items()}
+    nodes = {key: node for key, node in found.items() if node and as_object(node.get("inputs")) is not None}
     reading = Reading({}, {})
     sampler = _first_sampler(nodes, reading)
     if sampler is None:
@@ -68,9 +69,8 @@ def _class(node: Node) -> str:
 
 def _linked(nodes: Mapping[str, Node], value: Any) -> Node | None:
     """The node that a link points to; None if `value` is not a link or the node does not exist."""
-    if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str | int):
-        return nodes.get(str(value[0]))
-    return None
+    link = cast("list[Any]", value) if isinstance(value, list) else []
+    return nodes.get(str(link[0])) if len(link) == 2 and isinstance(link[0], str | int) else None
 
 
 def _upstream(nodes: Mapping[str, Node], *links: Any) -> Iterator[Node]:
@@ -185,7 +185,8 @@ def _read_model(nodes: Mapping[str, Node], link: Any, reading: Reading) -> None:
         inputs = node["inputs"]
         names = [inputs[key] for key in ("unet_name", "ckpt_name", "gguf_name", "model_name") if key in inputs]
         if "lora" in _class(node).lower():
-            loras = [v["lora"] for v in inputs.values() if isinstance(v, dict) and v.get("on") and "lora" in v]
+            given = [as_object(value) or {} for value in inputs.values()]
+            loras: list[Any] = [value["lora"] for value in given if value.get("on") and "lora" in value]
             loras += [f"{inputs['lora_name']}:{inputs.get('strength_model', 1)}"] if "lora_name" in inputs else []
             reading.ignored.setdefault("loras", []).extend(loras)
         elif names:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeGuard, get_args
 
 from inkstream.families import SPECS
-from inkstream.types import Request, ScheduleName, SolverName
+from inkstream.types import Request, ScheduleName, SolverName, as_object
 
 
 class Reading(NamedTuple):
@@ -36,8 +36,10 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
 
 
-_SOLVERS: dict[str, str] = {_plain(name): name for name in get_args(SolverName)}
-_SOLVERS |= {_plain(theirs): ours for ours, theirs in A1111_SOLVERS.items()}
+_SOLVERS: dict[str, str] = {
+    **{_plain(name): name for name in get_args(SolverName)},
+    **{_plain(theirs): ours for ours, theirs in A1111_SOLVERS.items()},
+}
 _SCHEDULES: dict[str, str] = {_plain(name): name for name in get_args(ScheduleName)}
 
 _PRECISION = re.compile(
@@ -207,8 +209,8 @@ _SIZED = {"prompt": "prompt", "seed": "seed", "steps": "steps", "width": "width"
 
 def read_swarmui(data: Mapping[str, Any]) -> Reading | None:
     """Fields of SwarmUI's object `sui_image_params`. Its cfgscale is our guidance; its creativity is our strength."""
-    params = data.get("sui_image_params")
-    if not isinstance(params, dict):
+    params = as_object(data.get("sui_image_params"))
+    if params is None:
         return None
     reading = Reading({}, {})
     names = {**_SIZED, "negativeprompt": "negative_prompt", "cfgscale": "guidance", "sigmashift": "shift"}
@@ -248,8 +250,9 @@ def read_invokeai(data: Mapping[str, Any]) -> Reading | None:
     _take(data, {**names, "strength": "strength"}, reading)
     if data.get("scheduler"):
         find_solver(data["scheduler"], reading)
-    if isinstance(model := data.get("model"), dict):
-        find_model(model.get("name") or model.get("model_name"), reading)
+    model = data.get("model")
+    if named := as_object(model):
+        find_model(named.get("name") or named.get("model_name"), reading)
     elif model:
         find_model(model, reading)
     harmless = {"app_version", "generation_mode", "rand_device", "scheduler", "model", "strength", "canvas_v2_metadata"}

@@ -8,10 +8,10 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -64,7 +64,7 @@ def open_mask(source: str, size: tuple[int, int]) -> Tensor:
     grey = colour.convert("RGB").convert("L") if alpha is None else ImageOps.invert(alpha)
     # Bilinear, because a sharper filter overshoots and would change pixels that must be kept.
     grey = ImageOps.fit(grey, size, Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.asarray(grey, np.float32) / 255)
+    return torch.as_tensor(np.asarray(grey, np.float32) / 255)
 
 
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
@@ -74,7 +74,7 @@ def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     pixels = np.asarray(image.convert("RGB"), np.float32) / 255
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return torch.as_tensor(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 def to_image(pixels: Tensor) -> Image.Image:
@@ -153,7 +153,7 @@ def short_name(source: str) -> str:
 
 
 @contextmanager
-def decoding(name: str) -> Iterator[None]:
+def decoding(name: str) -> Generator[None]:
     """A context for calls into Pillow: suppresses its warnings and turns every error into an InputError of one line."""
     try:
         with warnings.catch_warnings():
@@ -229,7 +229,8 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     if profile:
         with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            srgb = cast("Any", ImageCms.createProfile("sRGB"))  # pyright: ignore[reportUnknownMemberType]
+            converted = ImageCms.profileToProfile(image, source, srgb, outputMode="RGB")
             if converted is not None:
                 return converted
     return image.convert("RGB")

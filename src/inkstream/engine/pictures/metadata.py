@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
@@ -23,7 +23,7 @@ from inkstream.disk import temporary
 from inkstream.engine.pictures import foreign
 from inkstream.engine.pictures.comfyui import read_comfyui
 from inkstream.engine.pictures.inputs import decoding, open_header, read_source, short_name
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import InputError, Request, Spec, as_object
 
 SOFTWARE = f"inkstream {__version__}"
 VERSION = 1
@@ -48,7 +48,9 @@ class Found:
 
     request: Request  # only the fields in request.model_fields_set were found
     source: Source  # the program whose format was read
-    ignored: dict[str, Any] = field(default_factory=dict)  # settings that have no field here, by their original name
+    ignored: dict[str, Any] = field(
+        default_factory=dict[str, Any]
+    )  # settings that have no field here, by their original name
     raw: str = ""  # the text that was read
 
 
@@ -143,9 +145,9 @@ def encode_picture(
 def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None) -> str:
     """Our JSON, in ASCII. An input picture given as a `data:` URL is replaced by its sha256."""
     fields = request.model_dump(mode="json", exclude_none=True)
-    left_out = {}
+    left_out: dict[str, str] = {}
     for name in PICTURE_FIELDS:
-        given = fields.get(name) or []
+        given: str | list[str] = fields.get(name) or []
         pictures = [given] if isinstance(given, str) else given
         if any(picture.startswith("data:") for picture in pictures):
             kept = [hashlib.sha256(read_source(p)).hexdigest() if p.startswith("data:") else p for p in pictures]
@@ -251,16 +253,14 @@ def describe(source: str | Path) -> dict[str, Any]:
         facts["source"] = found.source
         facts["request"] = found.request.model_dump(mode="json", include=found.request.model_fields_set)
         facts["ignored"] = found.ignored
-        if found.source == "inkstream" and isinstance(record := foreign.parse_json(found.raw), dict):
+        if found.source == "inkstream" and (record := as_object(foreign.parse_json(found.raw))):
             known = ("model", "licence", "commercial", "software")
             facts |= {key: _short(record[key]) for key in known if key in record}
-            extra = record.get("extra")
-            extra = extra if isinstance(extra, dict) else {}
+            extra = as_object(record.get("extra")) or {}
             for name in ("upsampled_from", "told"):
                 if isinstance(given := extra.get(name), str):
                     facts[name] = _short(given)
-            origin = extra.get("refined_from")
-            if isinstance(origin, dict):
+            if origin := as_object(extra.get("refined_from")):
                 facts["refined_from"] = {_short(key): _short(value) for key, value in islice(origin.items(), 10)}
     return {key: value for key, value in facts.items() if value not in (None, {})}
 
@@ -354,9 +354,9 @@ def _readings(key: str, raw: str) -> Iterator[tuple[Source, foreign.Reading | No
     data = foreign.parse_json(raw)
     if key == "inkstream":
         yield "inkstream", _read_record(data)
-    elif isinstance(data, dict):
+    elif (found := as_object(data)) is not None:
         for source, read in _JSON_READERS.items():
-            yield source, read(data)
+            yield source, read(found)
     elif key in ("parameters", "comment"):
         yield "a1111", foreign.read_a1111(raw)
         if key == "parameters" and raw:
@@ -365,10 +365,9 @@ def _readings(key: str, raw: str) -> Iterator[tuple[Source, foreign.Reading | No
 
 def _read_record(data: Any) -> foreign.Reading | None:
     """Reads our own JSON, of this version or a newer one."""
-    if not isinstance(data, dict) or not isinstance(data.get("request"), dict):
-        return None
-    left_out = data.get("left_out")
-    return foreign.Reading(dict(data["request"]), dict(left_out) if isinstance(left_out, dict) else {})
+    record = as_object(data) or {}
+    request = as_object(record.get("request"))
+    return None if request is None else foreign.Reading(dict(request), dict(as_object(record.get("left_out")) or {}))
 
 
 FLAGS = frozenset(name for name, field in Request.model_fields.items() if field.annotation is bool)
@@ -378,7 +377,7 @@ FLAGS = frozenset(name for name, field in Request.model_fields.items() if field.
 def _validate(source: Source, reading: foreign.Reading) -> tuple[Request, Source, dict[str, Any]]:
     """A Request of the valid fields, the source, and the ignored settings with the invalid fields added."""
     ignored = dict(reading.ignored)
-    fields = {}
+    fields: dict[str, Any] = {}
     for name, value in reading.fields.items():
         if isinstance(value, bool) and name not in FLAGS:
             ignored[name] = value
@@ -398,13 +397,15 @@ def _validate(source: Source, reading: foreign.Reading) -> tuple[Request, Source
 
 def _short(value: Any) -> Any:
     """A value for display: numbers stay, short lists of texts stay, anything else becomes one printable line."""
-    if isinstance(value, list) and len(value) <= 20 and all(isinstance(v, str) for v in value):
-        return [_short(v) for v in value]
-    if value is None or isinstance(value, bool) or (foreign.is_number(value) and abs(value) < 2**64):  # no NaN
-        return value
+    items = cast("list[Any]", value) if isinstance(value, list) else None
+    if items is not None and len(items) <= 20 and all(isinstance(item, str) for item in items):
+        return [_short(item) for item in items]
+    number = cast("Any", value)
+    if value is None or isinstance(value, bool) or (foreign.is_number(number) and abs(number) < 2**64):  # no NaN
+        return number
     try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
+        text = value if isinstance(value, str) else json.dumps(number, ensure_ascii=False, default=repr)
     except (ValueError, RecursionError):
-        text = type(value).__name__
+        text = type(number).__name__
     line = "".join(c if c.isprintable() else " " for c in text[:200])
     return line if len(text) <= 200 else line + "..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from PIL import Image
@@ -27,7 +28,8 @@ def fit_preview(family: Family, device: torch.device) -> Callable[[Tensor], Imag
     with torch.inference_mode():
         latents = family.encode_image(pictures.to(device)).float().cpu()
     colours = F.adaptive_avg_pool2d(pictures, (latents.shape[-2], latents.shape[-1]))
-    weight = torch.linalg.lstsq(_rows(latents), colours.movedim(1, -1).reshape(-1, 3)).solution  # (C + 1, 3)
+    solve = cast("Callable[[Tensor, Tensor], tuple[Tensor, ...]]", torch.linalg.lstsq)  # pyright: ignore[reportUnknownMemberType]
+    weight, *_ = solve(_rows(latents), colours.movedim(1, -1).reshape(-1, 3))  # (C + 1, 3)
 
     def preview(latents: Tensor) -> Image.Image:
         h, w = latents.shape[-2:]
