@@ -320,7 +320,7 @@ def test_a_server_draws_a_file_and_a_refused_row_is_listed_and_retried(server, t
     shown = capsys.readouterr()
     told = json.loads(shown.out)
     assert [one["row"] for one in told["failed"]] == [2]
-    assert "rows.jsonl, line 2: steps 51 is too many here: take at most 50" in shown.err
+    assert "rows.jsonl, line 2: steps 51 is too many: take at most 50" in shown.err
     before = pictures_in(Path("out"))
     assert len(before) == 2
     assert main([*command, "--steps", "1"]) == 1

@@ -87,7 +87,7 @@ def test_what_was_accepted_is_drawn_once_a_full_disk_has_room_again(process):
     jobs = [process.ask("POST", "/v1/jobs", SMALL | {"steps": 30, "count": 2, "width": 128}) for _ in range(4)]
     limit_files(process, 1)
     assert "answered 503" in (text := answer(process, "POST", "/v1/jobs", SMALL))
-    assert "then ask again" in text
+    assert "then try again" in text
     assert str(process.folder) not in text
     time.sleep(2.0)  # the drawing goes on, and nothing of it can be kept
     assert process.ask("GET", "/healthz")["status"] == "ok"

@@ -231,7 +231,7 @@ def another(id: str, kind: str, **inputs: Any) -> dict[str, Any]:
         (filled(n3={"latent_image": ["3", 0]}), 400, "node 3: latent_image comes from the same node"),
         (filled(n3={"cfg": 1000}), 400, "cfg 1000"),
         (filled(n5={"batch_size": 0}), 400, "batch_size 0"),
-        (filled(n5={"batch_size": 100}), 400, "batch_size 100 is more than one job may have"),
+        (filled(n5={"batch_size": 100}), 400, "batch_size 100 is too many for one job"),
         (filled(n3={"model": ["4", 1]}), 400, "node 3: model must be a MODEL, and output 1 of node 4 is none"),
         (filled(n3={"model": ["20", 0]}), 400, "node 3: model is no link"),
         (filled(n6={"text": ["4", 0]}), 400, "node 6: text is a link"),

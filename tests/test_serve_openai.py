@@ -310,7 +310,7 @@ def test_keys_quotas_and_a_full_queue_are_refused_as_the_package_knows_them(tmp_
     assert refused.value.code == "insufficient_quota"
     assert int(refused.value.response.headers["retry-after"]) > 0
     client = openai.OpenAI(api_key="guessed", base_url=client.base_url, max_retries=0)
-    with client, pytest.raises(openai.AuthenticationError, match="not known here") as refused:
+    with client, pytest.raises(openai.AuthenticationError, match="the key is not known") as refused:
         client.images.generate(**SMALL)
     assert refused.value.code == "invalid_api_key"
     headers = {"Authorization": f"Bearer {other}"}

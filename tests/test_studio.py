@@ -207,7 +207,7 @@ def test_a_refused_request_is_told_in_a_line_beside_its_field(open_page, page):
     page.get_by_label("Height", exact=True).fill("4096")
     page.fill("#prompt", "far too large")
     page.keyboard.press("Control+Enter")
-    page.wait_for_selector(".notice.error >> text=4096x4096 is larger than this server draws")
+    page.wait_for_selector(".notice.error >> text=4096x4096 is more than this server draws")
 
 
 def test_what_is_being_typed_counts_when_a_key_draws(served, page):

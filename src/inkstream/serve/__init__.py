@@ -1,1 +1,1 @@
-"""The server: HTTP in front, a queue in SQLite, the engine in a process of its own. Nothing here imports torch."""
+"""The server: HTTP, a queue in SQLite, and the engine in a separate process. The server process never imports torch."""

@@ -1,4 +1,7 @@
-"""The application: routers behind one guard, who knows keys, sizes and origins. Each router is one line in ROUTERS."""
+"""The ASGI application: routers behind one guard, which checks keys, origins and body sizes.
+
+Each router is one line in ROUTERS.
+"""
 
 from __future__ import annotations
 
@@ -41,22 +44,22 @@ ROUTERS = (
     comfyui.router,
     studio.router,
 )
-"""All that answers; the studio, at `/`, among it."""
+"""All routers. The studio, at `/`, is one of them."""
 OPEN = ("/", "/healthz", "/readyz", "/openapi.json")
-"""Paths that need no key. Every other path asks for one where there are keys, whether or not a route is there."""
+"""Paths that need no key. If the server has keys, every other path needs one, even a path without a route."""
 OPEN_BELOW = "/studio/"
-"""The studio's scripts and styles, which need no key either."""
+"""Prefix of the paths of the studio's scripts and styles. They need no key."""
 HOST = re.compile(r"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(:[0-9]{1,5})?")
-"""What a Host header may be: a name or an address, with a port or without one."""
+"""A valid Host header: a name or an address, with or without a port."""
 SLOWEST = 4096
-"""Bytes of a body in a second, on the average, beyond the time that each may take."""
+"""Bytes of a body for each second beyond `body_seconds`: a body with a lower average speed is refused."""
 log = logging.getLogger("inkstream.serve")
 
 
 def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
-    """The application of one server. InputError where it cannot be: address, folder, keys, models.
+    """Make the application of one server.
 
-    make: starts the engine.
+    make: starts the engine. Raises InputError if the address, the folder, the keys or the models are not usable.
     """
     keys = Keys(settings.keys)
     check_address(settings.host, bool(keys))
@@ -81,9 +84,9 @@ def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
         version=__version__,
         description="Text to image on your own machine.",
         lifespan=life,
-        docs_url=None,  # its page would load scripts from elsewhere
+        docs_url=None,  # its page would load scripts from another server
         redoc_url=None,
-        redirect_slashes=False,  # such a redirect would lead to whatever the Host header names
+        redirect_slashes=False,  # a redirect would go to the host in the Host header
         generate_unique_id_function=lambda route: route.name,
     )
     app.state.service = service
@@ -92,16 +95,16 @@ def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
     app.add_exception_handler(Refused, _refuse)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _refuse_invalid)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _refuse_http)  # type: ignore[arg-type]
-    app.add_exception_handler(sqlite3.Error, _tell_trouble)  # type: ignore[arg-type]
-    app.add_exception_handler(OSError, _tell_trouble)  # type: ignore[arg-type]
-    app.add_exception_handler(Exception, _apologise)
+    app.add_exception_handler(sqlite3.Error, _answer_disk_error)  # type: ignore[arg-type]
+    app.add_exception_handler(OSError, _answer_disk_error)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _answer_internal_error)
     app.add_middleware(Guard, service=service)
     app.openapi = lambda: _document(app)  # type: ignore[method-assign]
     return app
 
 
 class Guard:
-    """In front of every route: who asks, from where, and how large a body; what was answered, into the log."""
+    """Middleware before every route: checks key, origin and body size, and logs the answers."""
 
     def __init__(self, app: ASGIApp, service: Service):
         self.app = app
@@ -113,12 +116,13 @@ class Guard:
             return
         began = time.perf_counter()
         if scope["type"] == "websocket":
-            # A browser lets any page open one, so the page is checked as if something were changed.
+            # A browser lets any page open a WebSocket, so the origin is checked as for a request that changes data.
             request = Request({**scope, "type": "http", "method": "CONNECT"})
             try:
-                scope["caller"] = await self._who(request)
+                scope["caller"] = await self._identify(request)
             except Refused as refusal:
-                self._note(request, scope, 403, time.perf_counter() - began)  # which servers make of this close
+                # An ASGI server answers this early close with 403.
+                self._record(request, scope, 403, time.perf_counter() - began)
                 await send({"type": "websocket.close", "code": 1008, "reason": refusal.message})
                 return
             await self.app(scope, receive, send)
@@ -131,11 +135,11 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *SAFE]
-                self._note(request, scope, status, time.perf_counter() - began)
+                self._record(request, scope, status, time.perf_counter() - began)
             await send(message)
 
         try:
-            caller = await self._who(request)
+            caller = await self._identify(request)
             if caller is not None:
                 scope["caller"] = caller
             body = self._limited(request, receive)
@@ -144,14 +148,14 @@ class Guard:
             return
         await self.app(scope, body, answer)
 
-    async def _who(self, request: Request) -> Caller | None:
-        """Whoever asks; None where an open path does not ask. Refused where nobody is named who may.
+    async def _identify(self, request: Request) -> Caller | None:
+        """The caller of a request; None for an open path on a server with keys. Raises Refused without a valid key.
 
-        Nothing here goes by `request.url`: it is made of the Host header, which the client chooses.
+        This method never uses `request.url`: it is made from the Host header, which the client chooses.
         """
         keys, path = self.service.keys, route_path(request.scope)
         if not path.startswith("/"):
-            raise Refused(400, f"the target {path[:100]} is no path: ask for a path that begins with /")
+            raise Refused(400, f"the target {path[:100]} is not a path: send a path that begins with /")
         _check_origin(request, _host_of(request.scope), open_to_all=not keys)
         if not keys:
             return ANYONE
@@ -165,14 +169,17 @@ class Guard:
                 self.service.jobs.secret, path, until, signature, time.time()
             ):
                 return LINK
-            raise Refused(401, "this server asks for a key: send it as Authorization: Bearer KEY", code="no_api_key")
+            raise Refused(401, "this server needs a key: send it as Authorization: Bearer KEY", code="no_api_key")
         key = keys.remembered(given) or await to_thread.run_sync(keys.check, given)
         if key is None:
-            raise Refused(401, "the key is not known here: check it, or ask for a new one", code="invalid_api_key")
+            raise Refused(401, "the key is not known: check it, or ask for a new one", code="invalid_api_key")
         return Caller(key.name, None if key.admin else key.name, key)
 
     def _limited(self, request: Request, receive: Receive) -> Receive:
-        """The body, up to its limit, and not slower than its limit."""
+        """`receive` with limits on the size and the slowness of the body. Raises Refused if Content-Length is too big.
+
+        Later, a body that is too slow is answered with 408, and a body that is too large with 413.
+        """
         limits = self.service.settings.limits
         length = request.headers.get("content-length", "0")
         if length.isdecimal() and int(length) > limits.body_bytes:
@@ -182,12 +189,12 @@ class Guard:
         async def next_piece() -> Message:
             nonlocal read, whole
             if whole:
-                return await receive()  # waits until the client leaves
+                return await receive()  # waits until the client disconnects
             left = began + limits.body_seconds + read / SLOWEST - time.monotonic()
             try:
                 message = await asyncio.wait_for(receive(), min(left, limits.body_seconds))
             except TimeoutError:
-                raise HTTPException(408, "the body came too slowly: send it again") from None
+                raise HTTPException(408, "the body arrived too slowly: send it again") from None
             read += len(message.get("body", b""))
             whole = not message.get("more_body", False)
             if read > limits.body_bytes:
@@ -200,7 +207,7 @@ class Guard:
         most = self.service.settings.limits.body_bytes >> 20
         return Refused(413, f"the body has more than {most} MiB: scale the pictures down", code="body_too_large")
 
-    def _note(self, request: Request, scope: Scope, status: int, seconds: float) -> None:
+    def _record(self, request: Request, scope: Scope, status: int, seconds: float) -> None:
         route = getattr(scope.get("route"), "path", "other")
         self.service.metrics.http.labels(request.method, route, str(status)).observe(seconds)
         if status >= 400:
@@ -221,35 +228,35 @@ SAFE = (
 
 
 def route_path(scope: Scope) -> str:
-    """The path that the router goes by: what follows the path under which the application stands."""
+    """The path that the router uses: the request's path without the application's root path."""
     path, root = scope["path"], scope.get("root_path", "")
     return path[len(root) :] if root and path.startswith(f"{root}/") else path
 
 
 def _host_of(scope: Scope) -> str:
-    """The Host header; empty where there is none, as in HTTP/1.0. Refused where it is no host, or there are two."""
+    """The Host header; empty if there is none, as in HTTP/1.0. Raises Refused if it is not valid or comes twice."""
     hosts = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
     if len(hosts) > 1:
-        raise Refused(400, f"there are {len(hosts)} Host headers: send one")
+        raise Refused(400, f"the request has {len(hosts)} Host headers: send one")
     if hosts and not HOST.fullmatch(hosts[0]):
-        raise Refused(400, f"Host {hosts[0][:100]!r} is no host: send a name or an address, and a port if need be")
+        raise Refused(400, f"Host {hosts[0][:100]!r} is not a host: send a name or an address, with or without a port")
     return hosts[0] if hosts else ""
 
 
 def _check_origin(request: Request, host: str, open_to_all: bool) -> None:
-    """Refused where a page of another site sends the request, through a browser that can reach us when it cannot.
+    """Raise Refused if a page of another site sends the request through the user's browser.
 
-    open_to_all: there are no keys, so only names of this machine are answered to; another one may have been made to
-    point here (DNS rebinding). A bearer token is let through: no browser sends one unless a page's script has it.
+    open_to_all: the server has no keys, so it answers only to names of this machine. Any other name may point here by
+    DNS rebinding. A request with a bearer token passes: a browser never adds one by itself.
     """
     if open_to_all and _name_of(host) not in LOCAL_NAMES:
-        raise Refused(403, f"this server is not called {host[:100]}: use localhost, or start it with keys")
+        raise Refused(403, f"without keys the server does not answer to {host[:100]}: use localhost, or make a key")
     origin = request.headers.get("origin")
     bearer = request.headers.get("authorization", "").lower().startswith("bearer ")
     if origin is None or bearer or request.method in ("GET", "HEAD", "OPTIONS"):
         return
     if origin.partition("://")[2] != host:
-        raise Refused(403, f"pages of {origin[:100]} may not ask this server")
+        raise Refused(403, f"pages of {origin[:100]} may not use this server: send a bearer token")
 
 
 def _name_of(host: str) -> str:
@@ -276,24 +283,29 @@ async def _refuse_invalid(request: Request, error: RequestValidationError) -> Re
 
 async def _refuse_http(request: Request, error: HTTPException) -> Response:
     path = quote(request.scope["path"])
-    message = {404: f"there is nothing at {path[:200]}", 405: f"{request.method} is not taken here"}
+    message = {
+        404: f"there is nothing at {path[:200]}: see /openapi.json",
+        405: f"{path[:200]} does not support {request.method}: see /openapi.json",
+    }
     answer = _answer(Refused(error.status_code, message.get(error.status_code, str(error.detail))))
     answer.headers.update(error.headers or {})
     return answer
 
 
-async def _tell_trouble(request: Request, error: OSError | sqlite3.Error) -> Response:
+async def _answer_disk_error(request: Request, error: OSError | sqlite3.Error) -> Response:
     log.error("the disk or the database failed", exc_info=error, extra={"reason": str(error)})
     return _answer(explain_trouble(error))
 
 
-async def _apologise(request: Request, error: Exception) -> Response:
+async def _answer_internal_error(request: Request, error: Exception) -> Response:
     return _answer(Refused(500, f"{type(error).__name__} in the server, see its log"))
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    """The OpenAPI document, with what FastAPI cannot know: bodies that do not fit get 400, not 422, those that are too
-    large or too slow 413 and 408; keys are asked for where there are some."""
+    """The OpenAPI document with corrections that FastAPI cannot know.
+
+    An invalid body gets 400, not 422; a slow body gets 408, a large one 413. Keys are optional: a server may have none.
+    """
     if app.openapi_schema is None:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for path in document["paths"].values():

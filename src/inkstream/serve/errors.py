@@ -1,4 +1,4 @@
-"""Answers that refuse: one exception, one body in OpenAI's form, whatever the route."""
+"""Error answers: all routes use one exception and one body, in the form of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -22,37 +22,37 @@ KINDS = {
     503: "server_error",
 }
 MEANINGS = {
-    400: "What was asked cannot be done; the message names the value and the remedy.",
-    401: "No key, or one that is not known here.",
-    403: "The key may not do this.",
-    404: "There is no such thing, or it is another key's.",
-    405: "The path does not take this method.",
-    408: "The body came too slowly.",
-    409: "The idempotency key was used for another body.",
-    413: "The body is larger than is taken.",
-    429: "The queue, the quota or the rate is spent: try again after Retry-After seconds.",
-    500: "The drawing failed by an error of the server's own.",
-    503: "The server is stopping, the engine is not there, or nothing can be written to the server's folder.",
+    400: "The request cannot be done; the message names the value and the remedy.",
+    401: "The request has no key, or the server does not know the key.",
+    403: "The key does not allow this.",
+    404: "It does not exist, or it belongs to another key.",
+    405: "The path does not support this method.",
+    408: "The body arrived too slowly.",
+    409: "The idempotency key was used with another body, or the job is not in the right state.",
+    413: "The body is too large.",
+    429: "The queue is full, or the quota or the rate limit is reached: try again after Retry-After seconds.",
+    500: "The drawing failed because of an error in the server.",
+    503: "The server is stopping, the engine is not running, or the server cannot write to its folder.",
 }
 
 
 class Error(BaseModel):
-    """Why something was refused or failed."""
+    """The reason why a request was refused or a job failed."""
 
     message: str = Field(description="One line that names the value and the remedy.")
-    type: str = Field(description="Kind of error, as OpenAI's API names them.")
+    type: str = Field(description="Kind of error, by OpenAI's names.")
     param: str | None = Field(None, description="The field that is wrong.")
-    code: str | None = Field(None, description="A word that programs can go by.")
+    code: str | None = Field(None, description="A code for programs.")
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is not a success."""
+    """The body of every error answer."""
 
     error: Error
 
 
 class Refused(Exception):
-    """An answer other than success. retry_after: seconds until it is worth asking again."""
+    """An error answer. retry_after: seconds after which the client should try again."""
 
     def __init__(
         self,
@@ -77,51 +77,51 @@ class Refused(Exception):
 
 
 def is_broken(error: Exception) -> bool:
-    """Whether SQLite met damage, not a full disk, a lock or a lack of rights."""
+    """Whether the error means a damaged database, and not a full disk, a lock or missing permission."""
     return type(error) is sqlite3.DatabaseError
 
 
 def _as_text(given: str) -> str:
-    """What can be sent: half a surrogate pair, which JSON can name, cannot."""
+    """The text with `?` in place of half surrogate pairs: UTF-8 cannot encode them."""
     return given.encode(errors="replace").decode()
 
 
 def reason_of(error: OSError | sqlite3.Error) -> str:
-    """What the system or SQLite calls it, without the paths that OSError names."""
+    """The error's text from the system or SQLite, without the paths that OSError adds."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def disk_full() -> Refused:
-    """There is no room for what was asked."""
-    line = "the server's disk is full: free some of it, then ask again"
+    """The answer to a request that the disk has no space for."""
+    line = "the server's disk is full: free some space, then try again"
     return Refused(503, line, code="disk_full", retry_after=60)
 
 
 REFUSALS = ("EROFS", "EIO", "EACCES", "EPERM", "ENOENT")
-"""What the system says of a folder that nothing can be written to, or that is gone."""
+"""Error codes of the system for a folder that is not writable or does not exist."""
 
 
 def explain_trouble(error: OSError | sqlite3.Error) -> Refused:
-    """An error of the disk or the database as an answer: what has happened, what helps."""
+    """The answer to an error of the disk or the database: one line with the cause and the remedy."""
     if is_broken(error):
-        return Refused(500, "the server's database is damaged: start the server again, which mends it", code="damaged")
+        return Refused(500, "the server's database is damaged: restart the server to repair it", code="damaged")
     name = getattr(error, "sqlite_errorname", None) or errno.errorcode.get(getattr(error, "errno", None) or 0, "")
     if name in ("SQLITE_FULL", "ENOSPC", "EDQUOT", "EFBIG"):
         return disk_full()
     if name.startswith(("SQLITE_READONLY", "SQLITE_IOERR", "SQLITE_CANTOPEN", "SQLITE_BUSY")) or name in REFUSALS:
-        line = f"the server cannot write to its folder ({reason_of(error)}): mend that, then ask again"
+        line = f"the server cannot write to its folder ({reason_of(error)}): fix that, then try again"
         return Refused(503, line, code="not_writable", retry_after=60)
     return Refused(500, f"{type(error).__name__} in the server, see its log")
 
 
 def answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What a route declares for the statuses it may refuse with, beside those that the guard may."""
+    """The error answers that a route declares: the given statuses, and 400, 401 and 403, which the guard may give."""
     declared = sorted({*statuses, 400, 401, 403})
     return {status: {"model": ErrorBody, "description": MEANINGS[status]} for status in declared}
 
 
 def explain(problems: Iterable[Any]) -> Refused:
-    """Pydantic's first complaint as an answer: the field, what was given, what is taken."""
+    """The answer to pydantic's first error: the field, the given value and the rule."""
     problem = next(iter(problems))
     place = [str(part) for part in problem["loc"] if part not in ("body", "query", "path", "header")]
     name = ".".join(place)
@@ -129,15 +129,15 @@ def explain(problems: Iterable[Any]) -> Refused:
     if problem["type"] == "json_invalid":
         return Refused(400, "the body is not JSON: send one JSON object", code="invalid_json")
     if not name:
-        return Refused(400, f"the body cannot be taken: {message}")
+        return Refused(400, f"the body is not valid: {message}")
     given = problem.get("input")
     shown = f" {given}" if isinstance(given, int | float | str) and len(str(given)) <= 100 else ""
     line = f"{name}{shown}: {message}"
     if problem["type"] == "extra_forbidden":
-        line = f"{name} is not a field that is known here: leave it out"
+        line = f"{name} is not a known field: leave it out"
     return Refused(400, line[:500], param=name[:200])
 
 
 def explain_invalid(error: ValidationError) -> Refused:
-    """The same, of an error that pydantic raised."""
+    """The answer to an error that pydantic raised."""
     return explain(error.errors(include_url=False, include_context=False))

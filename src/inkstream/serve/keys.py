@@ -1,4 +1,4 @@
-"""Who may ask: keys, of which only a scrypt hash is kept, with what each may spend."""
+"""API keys and their limits. Only a scrypt hash of each key is stored."""
 
 from __future__ import annotations
 
@@ -22,29 +22,33 @@ from inkstream.types import InputError
 
 PREFIX = "ink"
 COST = {"n": 1 << 14, "r": 8, "p": 1}
-"""Of scrypt (RFC 7914): 16 MiB and some 50 ms for a guess."""
+"""Parameters of scrypt (RFC 7914): one guess costs 16 MiB and about 50 ms."""
 COOKIE = "inkstream_key"
 
 
 @dataclass(frozen=True)
 class Key:
-    """A key as it is kept. Limits of None are none."""
+    """A key as it is stored. A limit that is None does not limit anything."""
 
     name: str
-    id: str  # the part of the key that finds it; no secret
+    id: str  # the part of the key that identifies it; not secret
     salt: str
     hash: str
     created: float
-    per_minute: float | None = None  # jobs that may be asked for in a minute
+    per_minute: float | None = None  # new jobs in a minute
     pictures_per_day: int | None = None
-    queued: int | None = None  # jobs waiting at once
-    priority: int = 0  # the highest it may give
-    admin: bool = False  # sees every key's jobs, pauses the queue, reads the metrics
+    queued: int | None = None  # waiting jobs at one time
+    priority: int = 0  # highest priority that its jobs may have
+    admin: bool = False  # sees the jobs of all keys, pauses the queue, reads the metrics
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks. scope: whose things are shown, None everybody's. link: it holds a signed link, for one path."""
+    """Who sent a request.
+
+    scope: name of the key whose jobs and pictures the caller sees; None for those of all keys. link: the caller has a
+    signed link to one path instead of a key.
+    """
 
     name: str
     scope: str | None
@@ -57,58 +61,61 @@ class Caller:
 
 
 ANYONE = Caller("", None)
-"""Whoever reaches a server without keys, which only this machine can."""
+"""The caller of a server without keys. Only this machine can reach such a server."""
 LINK = Caller("", None, link=True)
-"""Whoever holds a signed link."""
+"""The caller with a signed link."""
 
 
 class Keys:
-    """The keys in a file, which is read again when it changes."""
+    """The keys in a file. A changed file is read again."""
 
     def __init__(self, path: Path):
         self.path = path
         self._stamp: tuple[int, int] | None = None
         self._keys: dict[str, Key] = {}
-        self._asked = False
-        self._known: dict[bytes, Key] = {}  # digest of a whole key that was checked -> whose it is
-        self._checking = threading.Lock()  # one guess at a time costs processor time, however many are made
+        self._required = False
+        self._known: dict[bytes, Key] = {}  # digest of the text of a checked key -> the key
+        self._checking = threading.Lock()  # only one guess at a time uses processor time
         self._buckets: dict[str, tuple[float, float]] = {}
         self._read()
 
     def __bool__(self) -> bool:
-        """Whether a key is asked for: there is one, or there has been one. Removing the last opens nothing."""
+        """Whether requests need a key: true once there was one. Removing the last key does not open the server."""
         self._read()
-        return self._asked
+        return self._required
 
     def all(self) -> list[Key]:
         self._read()
         return sorted(self._keys.values(), key=lambda key: key.name)
 
     def remembered(self, text: str) -> Key | None:
-        """The key, if `check` has found it right before. Costs nothing."""
+        """The key of a text that `check` accepted before, else None. Needs no scrypt."""
         self._read()
         return self._known.get(hashlib.sha256(text.encode()).digest())
 
     def holds(self, caller: Caller) -> bool:
-        """Whether the caller's key, if there is one, has not been removed since."""
+        """Whether the caller's key still exists. True for a caller without a key."""
         self._read()
         return caller.key is None or self._keys.get(caller.key.id) == caller.key
 
     def check(self, text: str) -> Key | None:
-        """The key that this is, or None. Takes some 50 ms: for threads."""
+        """The key of a text, or None if there is no such key. Takes about 50 ms: call it in a thread."""
         match = re.fullmatch(rf"{PREFIX}_([0-9a-f]{{8}})_([A-Za-z0-9_-]{{20,80}})", text)
         key = self._keys.get(match[1]) if match else None
         if match is None or key is None:
             return None
         with self._checking:
             right = hmac.compare_digest(_hash(match[2], key.salt), key.hash)
-        if not right or self._keys.get(match[1]) != key:  # it may have been removed meanwhile
+        if not right or self._keys.get(match[1]) != key:  # the key may have been removed during the check
             return None
         self._known[hashlib.sha256(text.encode()).digest()] = key
         return key
 
     def spend(self, key: Key, now: float) -> None:
-        """One job of this minute's. Refused with the seconds to wait where they are spent (a token bucket)."""
+        """Count one job against the key's rate limit, a token bucket.
+
+        now: unix seconds. Raises Refused, with the seconds to wait, if the bucket is empty.
+        """
         if key.per_minute is None:
             return
         size = max(1.0, key.per_minute)
@@ -118,7 +125,7 @@ class Keys:
             wait = math.ceil((1 - left) * 60 / key.per_minute - 1e-6)
             raise Refused(
                 429,
-                f"{key.per_minute:g} jobs a minute are all this key may ask for: try again in {wait} s",
+                f"this key may start {key.per_minute:g} jobs a minute: try again in {wait} s",
                 code="rate_limit_exceeded",
                 retry_after=wait,
             )
@@ -134,27 +141,30 @@ class Keys:
         if stamp != self._stamp:
             self._keys = {key.id: key for key in read_keys(self.path)}
             self._known = {}
-            self._asked = self._asked or bool(self._keys)
+            self._required = self._required or bool(self._keys)
             self._stamp = stamp
 
 
 def read_keys(path: Path) -> list[Key]:
-    """The keys in a file; none where there is no file. InputError where it is no such file."""
+    """The keys in a file; empty if there is no file. Raises InputError if the file is not a key file."""
     try:
         return [Key(**key) for key in json.loads(path.read_text("utf-8"))["keys"]]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no file of keys ({error}): give another --api-key-file") from None
+        raise InputError(f"{path} is not a key file ({error}): give another --api-key-file") from None
 
 
 def add_key(path: Path, name: str, now: float, **limits: Any) -> str:
-    """A new key, which is written nowhere: only its hash is. limits: fields of Key. InputError if the name is taken."""
+    """Add a key to the file and return its text. The file holds only the hash of the text.
+
+    limits: fields of Key. Raises InputError if the name is taken or not valid.
+    """
     keys = read_keys(path)
     if not re.fullmatch(r"[\w.@-]{1,64}", name):
-        raise InputError(f"{name!r} is no name for a key: take letters, digits, dots and dashes, at most 64")
+        raise InputError(f"{name!r} is not a valid key name: take at most 64 letters, digits, dots and dashes")
     if any(key.name == name for key in keys):
-        raise InputError(f"there is a key {name} already: remove it first, or take another name")
+        raise InputError(f"there is already a key {name}: remove it first, or take another name")
     identity, secret, salt = secrets.token_hex(4), secrets.token_urlsafe(32), secrets.token_hex(16)
     key = Key(name, identity, salt, _hash(secret, salt), now, **limits)
     _write(path, [*keys, key])
@@ -162,16 +172,16 @@ def add_key(path: Path, name: str, now: float, **limits: Any) -> str:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """InputError where there is no such key."""
+    """Remove a key from the file. Raises InputError if there is no such key."""
     keys = read_keys(path)
     if all(key.name != name for key in keys):
         known = ", ".join(key.name for key in keys) or "none"
-        raise InputError(f"there is no key {name}: there is {known}")
+        raise InputError(f"there is no key {name}: the keys are {known}")
     _write(path, [key for key in keys if key.name != name])
 
 
 def given_key(headers: Mapping[str, str], cookies: Mapping[str, str]) -> str | None:
-    """The key that a request carries: as a bearer token, as the password of basic authentication, or in the cookie."""
+    """The key of a request: from its bearer token, its password of basic authentication, or its cookie."""
     kind, _, value = headers.get("authorization", "").partition(" ")
     if kind.lower() == "bearer":
         return value.strip()
@@ -184,12 +194,12 @@ def given_key(headers: Mapping[str, str], cookies: Mapping[str, str]) -> str | N
 
 
 def sign(secret: str, path: str, until: int) -> str:
-    """What makes a path readable without a key until a time in unix seconds."""
+    """The signature that makes a path readable without a key. until: unix seconds."""
     return hmac.new(secret.encode(), f"{path}\n{until}".encode(), "sha256").hexdigest()
 
 
 def is_signed(secret: str, path: str, until: str, signature: str, now: float) -> bool:
-    """Whether `sign` made this signature, and its time has not passed."""
+    """Whether `sign` made this signature and it has not expired."""
     if not until.isdecimal() or len(until) > 12 or int(until) < now:
         return False
     return hmac.compare_digest(sign(secret, path, int(until)).encode(), signature.encode())
@@ -200,7 +210,7 @@ def _hash(secret: str, salt: str) -> str:
 
 
 def _write(path: Path, keys: list[Key]) -> None:
-    """The file, readable by its owner alone, whole or not at all."""
+    """Write the key file. Only its owner can read it. The file is replaced in one step, so it is never incomplete."""
     part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)

@@ -1,4 +1,4 @@
-"""What one server takes, and from whom: settings of the process, limits of a request. Frozen, without surroundings."""
+"""Settings of the server process and limits of a request: frozen data, and functions that check a request."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that one request, one key or the whole server may ask for."""
+    """Upper limits for one request, one key or the whole server."""
 
     body_bytes: int = 64 << 20
-    body_seconds: float = 30.0  # without a byte of the body
+    body_seconds: float = 30.0  # longest pause between two pieces of a body
     upload_pixels: int = 32 << 20
-    pixels: int = 2048 * 2048  # of a picture that is drawn
+    pixels: int = 2048 * 2048  # of a drawn picture
     pictures: int = 64  # of one job
     steps: int = 200
     prompt: int = 32_000  # characters
-    queue: int = 200  # jobs waiting, of all keys
-    seconds: float = 4 * 3600.0  # one job may run
-    upload_total: int = 2 << 30  # bytes of uploads of one key
-    reserve: int = 64 << 20  # bytes of the disk that are left free: with less, nothing is accepted or begun
+    queue: int = 200  # waiting jobs of all keys together
+    seconds: float = 4 * 3600.0  # running time of one job
+    upload_total: int = 2 << 30  # bytes of all uploads of one key
+    reserve: int = 64 << 20  # bytes of free disk space: with less, the server accepts and starts no job
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server was started."""
+    """The options that the server was started with."""
 
     data: Path
     host: str = "127.0.0.1"
     port: int = 8400
-    models: tuple[str, ...] = ()  # names or NAME=PATH; none: all known ones that are here
-    key_file: Path | None = None  # else keys.json in `data`
+    models: tuple[str, ...] = ()  # names or NAME=PATH; empty: all known models that are downloaded
+    key_file: Path | None = None  # None: keys.json in `data`
     machine: Machine = Machine()  # noqa: RUF009  (frozen)
-    slots: int = 4  # jobs drawn at once, sharing the engine's forwards
+    slots: int = 4  # jobs drawn at the same time; they share the model's forward passes
     limits: Limits = field(default_factory=Limits)
     log_prompts: bool = False
-    fetch: bool = False  # pictures given by URL
+    fetch: bool = False  # download pictures that are given by URL
     preload: bool = True
-    aliases: tuple[str, ...] = ()  # NAME=MODEL: other names of models, of OpenAI's API
-    strict: bool = False  # the only model does not answer to OpenAI's names of theirs
+    aliases: tuple[str, ...] = ()  # NAME=MODEL: more names of models in OpenAI's API
+    strict: bool = False  # True: OpenAI's model names do not mean the only model
 
     @property
     def keys(self) -> Path:
@@ -53,7 +53,7 @@ class Settings:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach an address. Names other than localhost count as reachable."""
+    """Whether only this machine can reach an address. Any name except localhost counts as reachable by others."""
     if host == "localhost":
         return True
     try:
@@ -63,7 +63,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_address(host: str, has_keys: bool) -> None:
-    """InputError where others could reach a server that asks for no key."""
+    """Raise InputError if other machines could reach a server that asks for no key."""
     if not has_keys and not is_loopback(host):
         raise InputError(
             f"--host {host} can be reached by others and no key is set: "
@@ -72,7 +72,7 @@ def check_address(host: str, has_keys: bool) -> None:
 
 
 def check_text(*texts: str) -> None:
-    """Refused where a text holds half a surrogate pair, which JSON can name and UTF-8 cannot."""
+    """Raise Refused if a text holds half a surrogate pair. JSON can express such a half, UTF-8 cannot."""
     try:
         "\n".join(texts).encode()
     except UnicodeEncodeError:
@@ -80,7 +80,7 @@ def check_text(*texts: str) -> None:
 
 
 def check(request: Request, spec: Spec | None, limits: Limits) -> None:
-    """Refused, with the field, where a request asks for more than is given."""
+    """Raise Refused, with the name of the field, if a request exceeds a limit. spec: None while it is not known."""
     if len(request.prompt) > limits.prompt or len(request.negative_prompt) > limits.prompt:
         name = "prompt" if len(request.prompt) > limits.prompt else "negative_prompt"
         raise Refused(400, f"{name} has more than {limits.prompt} characters: shorten it", param=name)
@@ -90,11 +90,11 @@ def check(request: Request, spec: Spec | None, limits: Limits) -> None:
     if width * height > limits.pixels:
         most = int(limits.pixels**0.5) // 16 * 16
         raise Refused(
-            400, f"{width}x{height} is larger than this server draws: take at most {most}x{most}", param="width"
+            400, f"{width}x{height} is more than this server draws: take at most {most}x{most}", param="width"
         )
     if request.count > limits.pictures:
         raise Refused(
-            400, f"count {request.count} is more than one job may have: take at most {limits.pictures}", param="count"
+            400, f"count {request.count} is too many for one job: take at most {limits.pictures}", param="count"
         )
     if (request.steps or 0) > limits.steps:
-        raise Refused(400, f"steps {request.steps} is too many here: take at most {limits.steps}", param="steps")
+        raise Refused(400, f"steps {request.steps} is too many: take at most {limits.steps}", param="steps")

@@ -1,4 +1,4 @@
-"""The log: one JSON object a line on stderr. No prompt is in it unless that was asked for."""
+"""The log: one JSON object for each line on stderr. It contains no prompts, except with --log-prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "tas
 
 
 class Lines(logging.Formatter):
-    """A record as JSON: time, level, what happened, and the facts given as `extra`."""
+    """Formats a log record as JSON: time, level, event, and the values given as `extra`."""
 
     def format(self, record: logging.LogRecord) -> str:
         facts = {name: value for name, value in vars(record).items() if name not in KNOWN}
@@ -21,14 +21,14 @@ class Lines(logging.Formatter):
             "event": record.getMessage(),
             **facts,
         }
-        if record.exc_info and record.exc_info[0] is not None:  # the place, not the values: they may be a prompt
+        if record.exc_info and record.exc_info[0] is not None:  # only places in the code: values may be prompts
             line["error"] = record.exc_info[0].__name__
             line["at"] = _places(record.exc_info[2])
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
 def set_up(stream: TextIO = sys.stderr) -> None:
-    """Ours and uvicorn's records go to one stream."""
+    """Send the records of inkstream and uvicorn to one stream."""
     handler = logging.StreamHandler(stream)
     handler.setFormatter(Lines())
     for name in ("inkstream.serve", "uvicorn", "uvicorn.error"):
@@ -36,10 +36,11 @@ def set_up(stream: TextIO = sys.stderr) -> None:
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"
         logger.setLevel(logging.INFO)
-    logging.getLogger("uvicorn.access").disabled = True  # the server logs its answers itself
+    logging.getLogger("uvicorn.access").disabled = True  # app.Guard logs the answers
 
 
 def _places(trace: object) -> str:
+    """The last eight places of a traceback, as FILE:LINE."""
     places = []
     while trace is not None:
         code = trace.tb_frame.f_code  # type: ignore[attr-defined]

@@ -1,9 +1,9 @@
-"""The server on Ray Serve: one ingress, which owns queue, history and pictures, and as many engines as there is work.
+"""The server on Ray Serve: one ingress with the queue, the history and the pictures, and one or more engines.
 
     serve run inkstream.serve.ray:app data=/srv/inkstream models=z-image-turbo gpus=1 most_engines=4
 
-The ingress is the same application as `inkstream serve`; only its engine is replaced by a Ray deployment whose replicas
-are engines. Nothing is shared between machines: pictures go along with the messages, in both directions.
+The ingress is the same application as `inkstream serve`. Its engine is a Ray deployment, and each replica of that
+deployment is one engine. Machines share no files: messages carry the pictures in both directions.
 """
 
 from __future__ import annotations
@@ -30,34 +30,34 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 ENGINES = "Engine"
-"""Name of the deployment of engines; the ingress is called Server."""
+"""Name of the deployment of engines. The ingress is the deployment Server."""
 GRACE = 60.0
-"""Seconds that an engine may go on with a run that nobody wants, before it ends itself."""
+"""Seconds that a cancelled run may take to stop. After that, its engine ends itself."""
 log = logging.getLogger("inkstream.serve")
 
 
 class Args(BaseModel):
-    """What `serve run` takes after the application's name, as name=value; a config file's `args`."""
+    """Arguments of the application: NAME=VALUE after `serve run APP`, or `args` in a config file."""
 
     model_config = ConfigDict(extra="forbid")
 
     data: Path
-    models: str = Field("", description="Names or NAME=PATH, with commas between; none: all that the ingress has.")
-    aliases: str = Field("", description="NAME=MODEL, with commas between: other names in OpenAI's API.")
-    strict: bool = Field(False, description="Refuse OpenAI's names of models that are no alias.")
-    host: str = Field("0.0.0.0", description="Where Ray's proxy listens; others than 127.0.0.1 need keys.")
+    models: str = Field("", description="Names or NAME=PATH, comma-separated; empty: all models of the ingress.")
+    aliases: str = Field("", description="NAME=MODEL, comma-separated: more names of models in OpenAI's API.")
+    strict: bool = Field(False, description="Refuse OpenAI's model names unless they are aliases.")
+    host: str = Field("0.0.0.0", description="Address of Ray's proxy. Any address except 127.0.0.1 needs keys.")
     key_file: Path | None = None
     least_engines: int = Field(1, ge=0)
     most_engines: int = Field(1, ge=1)
-    slots: int = Field(4, ge=1, description="Jobs that one engine draws at once.")
-    cpus: float = Field(1, ge=0, description="Of one engine.")
-    gpus: float = Field(0, ge=0, description="Of one engine.")
-    machine: Machine = Field(Machine(), description="The options of one engine, as of `inkstream serve`.")
+    slots: int = Field(4, ge=1, description="Jobs that one engine draws at the same time.")
+    cpus: float = Field(1, ge=0, description="CPUs of one engine.")
+    gpus: float = Field(0, ge=0, description="GPUs of one engine.")
+    machine: Machine = Field(Machine(), description="Options of one engine, as in `inkstream serve`.")
     fetch: bool = False
 
 
 def app(args: dict[str, Any]) -> Any:
-    """The application for Ray Serve. ValidationError or InputError where it cannot be."""
+    """The application for Ray Serve. Raises ValidationError or InputError if the arguments are not valid."""
     from ray import serve  # pyright: ignore[reportMissingImports]
 
     given = Args.model_validate(args)
@@ -69,7 +69,7 @@ def app(args: dict[str, Any]) -> Any:
         strict=given.strict,
         key_file=given.key_file,
         machine=given.machine,
-        # More than the engines there are can draw, up to what the most would: Ray sees them wait, and starts more.
+        # Enough jobs for `most_engines`. Jobs beyond the present engines wait in Ray, so that Ray starts more engines.
         slots=given.slots * given.most_engines,
         fetch=given.fetch,
     )
@@ -96,14 +96,14 @@ def app(args: dict[str, Any]) -> Any:
         serve.ingress(ingress)(),
         name="Server",
         num_replicas=1,
-        max_ongoing_requests=1000,  # streams of events are requests that last
+        max_ongoing_requests=1000,  # each stream of events is one long request
         ray_actor_options={"num_cpus": 0},
     )
     return server.bind(engines.bind(asdict(settings.machine)))
 
 
 class Engine:
-    """A replica: one engine. It knows nothing of queues, keys or HTTP, as the worker of `inkstream serve` does not."""
+    """A replica: one engine. Like the worker of `inkstream serve`, it does not know queues, keys or HTTP."""
 
     def __init__(self, machine: Mapping[str, Any]):
         self.name = f"{socket.gethostname()}:{os.getpid()}"
@@ -118,14 +118,14 @@ class Engine:
             self.trouble = str(error)
 
     async def hello(self) -> dict[str, Any]:
-        """Whether it can draw, what it has drawn so far, and how many runs it has in hand."""
+        """`ready` with the counts of drawn pictures and of runs, or `unusable` if the engine could not be made."""
         if self.trouble:
             return {"event": "unusable", "error": self.trouble}
         known = {"engine": self.name, "drawn": self.drawn, "runs": self._runs()}
         return {"event": "ready", "seconds": 0.0, "memory": memory(), **known}
 
     async def tell(self, message: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What it says to a message that is about no run: `load` or `describe`."""
+        """The engine's answers to a message without a run: `load` or `describe`."""
         told: list[dict[str, Any]] = []
         worker = Worker(self.engine, self.parts, lambda **one: told.append(one), self.free)
         if "load" in message:
@@ -138,7 +138,7 @@ class Engine:
         return told
 
     async def draw(self, message: Mapping[str, Any]) -> AsyncIterator[dict[str, Any]]:
-        """All it says of one run, to its end; a picture's bytes are with it. Closing it stops the run within a step."""
+        """Yield all messages of one run; a picture's message has its bytes. Closing stops the run within one step."""
         letters: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
@@ -171,26 +171,26 @@ class Engine:
 
 
 class RayEngines:
-    """All engines, as the queue sees its one: jobs are handed to whichever is least busy, and what it says is told on.
+    """All engines behind the interface of one: Ray gives each run to the least busy engine.
 
-    An engine that dies takes only its own runs with it; Ray starts another.
+    If an engine dies, only its own runs are lost. Ray starts another engine.
     """
 
     def __init__(self, first: Mapping[str, Any], told: Callable[[dict[str, Any]], None], died: Callable[[], None]):
         self.parts = Path(first["parts"])
         self.told = told
         self._runs: dict[str, asyncio.Task[None]] = {}
-        self._others: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._handle: Any = None
 
     def start(self) -> None:
         from ray import serve  # pyright: ignore[reportMissingImports]
 
         self._handle = serve.get_deployment_handle(ENGINES, serve.get_replica_context().app_name)
-        self._do(self._greet())
+        self._start_task(self._wait_for_engine())
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Tell an engine."""
+        """Send a message to an engine."""
         if "cancel" in message:
             if message["cancel"] in self._runs:
                 self._runs[message["cancel"]].cancel()
@@ -198,21 +198,21 @@ class RayEngines:
             self._runs[message["draw"]] = task = asyncio.create_task(self._draw(message))
             task.add_done_callback(lambda task: self._ended(message["draw"], task))
         else:
-            self._do(self._ask(message))
+            self._start_task(self._ask(message))
 
     def kill(self) -> None:
-        """Nothing: an engine that does not stop a run ends itself."""
+        """Do nothing: an engine that cannot stop a run ends itself."""
 
     async def stop(self) -> None:
-        """Begin nothing more, and leave what is being drawn; the next start draws it again."""
-        tasks = [*self._runs.values(), *self._others]
+        """Cancel all runs. The next start draws them again."""
+        tasks = [*self._runs.values(), *self._tasks]
         self.told = lambda message: None
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _greet(self) -> None:
-        """The first engine to come answers; until then jobs wait."""
+    async def _wait_for_engine(self) -> None:
+        """Wait for the first engine. Jobs wait until it answers."""
         for wait in itertools.chain((1.0, 2.0, 5.0), itertools.repeat(10.0)):
             try:
                 self.told(await self._handle.hello.remote())
@@ -229,7 +229,7 @@ class RayEngines:
             log.error("an engine did not answer", extra={"error": type(error).__name__})
 
     async def _draw(self, message: Mapping[str, Any]) -> None:
-        """One run, wherever it is drawn."""
+        """Draw one run on any engine, and pass its messages on."""
         stream: Any = None
         try:
             carried = {**message, "request": await asyncio.to_thread(read_pictures, message["request"])}
@@ -242,17 +242,17 @@ class RayEngines:
             if stream is not None:
                 stream.cancel()
             raise
-        except Exception as error:  # its engine is gone, or the machine it ran on
+        except Exception as error:  # the engine or its machine is gone
             log.warning("engine ended", extra={"error": type(error).__name__})
             self.told({"run": message["draw"], "event": "lost"})
 
     def _ended(self, run: str, task: asyncio.Task[None]) -> None:
-        """A task that is cancelled before it begins says nothing itself."""
+        """Report a cancelled run: a task that is cancelled before it starts cannot report itself."""
         self._runs.pop(run, None)
         if task.cancelled():
             self.told({"run": run, "event": "cancelled"})
 
-    def _do(self, work: Any) -> None:
+    def _start_task(self, work: Any) -> None:
         task = asyncio.create_task(work)
-        self._others.add(task)
-        task.add_done_callback(self._others.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

@@ -1,4 +1,4 @@
-"""What the native API says, as types: they check the bodies and are the OpenAPI document."""
+"""Types of the native API. They validate request bodies and define the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from inkstream.types import Request
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 Pair = Annotated[list[int], Field(min_length=2, max_length=2)]
-"""Two numbers. Not a tuple: its schema in JSON is one that few tools read."""
+"""Two numbers. It is not a tuple because few tools can read the JSON schema of a tuple."""
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
 
 class Axis(BaseModel):
-    """One side of a grid: a field of the request, and the value it takes in each row or column."""
+    """One axis of a grid: a field of the request, and its value in each row or column."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     field: str = Field(max_length=40, description="A field of the request.")
-    values: list[Any] = Field(min_length=1, max_length=64, description="What it is in each column or row.")
+    values: list[Any] = Field(min_length=1, max_length=64, description="Its value in each column or row.")
 
 
 class Grid(BaseModel):
-    """One picture for every pair of values, as one job."""
+    """A job with one picture for each pair of values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,43 +34,45 @@ class Grid(BaseModel):
 
 
 class JobBody(Request, frozen=True):
-    """A request, and how it is to be queued. Pictures are data URLs or `upload:ID`."""
+    """A request, and options for the queue. Pictures are data URLs or `upload:ID`."""
 
-    priority: int = Field(0, ge=-10, le=10, description="Higher is drawn earlier.")
-    note: str = Field("", max_length=1000, description="Kept with the job, not drawn.")
+    priority: int = Field(0, ge=-10, le=10, description="Jobs with a higher priority are drawn earlier.")
+    note: str = Field("", max_length=1000, description="Stored with the job. It has no effect on the picture.")
     grid: Grid | None = Field(None, description="Draw one picture for each pair of values.")
 
 
 class PromptBody(BaseModel):
-    """A prompt, and what decides how a model writes it out. What is left out is as in a request."""
+    """A prompt, and the fields that decide how a model writes it out. Defaults are those of a request."""
 
     model_config = ConfigDict(extra="forbid")
 
-    model: str = Field("pocket", max_length=200, description="One of /v1/models; the first when left out.")
+    model: str = Field("pocket", max_length=200, description="One of /v1/models. The default is the first of them.")
     prompt: str = ""
     negative_prompt: str = ""
-    seed: int | None = Field(None, ge=0, lt=2**63, description="Other seeds give other words; 0 when left out.")
-    upsample: bool | None = Field(None, description="As in a request: null is the model's own habit.")
+    seed: int | None = Field(None, ge=0, lt=2**63, description="Another seed can give other words. The default is 0.")
+    upsample: bool | None = Field(None, description="As in a request: null is the model's default.")
 
 
 class PromptTold(BaseModel):
-    """What a model would be told."""
+    """The prompt that a model would read."""
 
-    told: str = Field(description="The prompt as the model's grammar writes it out; as given where it has none.")
-    notes: list[str] = Field(description="What the grammar did not understand, a line each.")
+    told: str = Field(description="The prompt as the model's grammar writes it out, or unchanged without a grammar.")
+    notes: list[str] = Field(description="One line for each part that the grammar did not understand.")
 
 
 class JobPatch(BaseModel):
-    """Where in the queue a waiting job stands."""
+    """A new place in the queue for a waiting job."""
 
     model_config = ConfigDict(extra="forbid")
 
-    priority: int | None = Field(None, ge=-10, le=10, description="Higher is drawn earlier.")
-    before: str | None = Field(None, max_length=64, description="The job to be drawn before; null is the end.")
+    priority: int | None = Field(None, ge=-10, le=10, description="Jobs with a higher priority are drawn earlier.")
+    before: str | None = Field(
+        None, max_length=64, description="Id of the job that comes next after this one; null moves it to the end."
+    )
 
 
 class QueuePatch(BaseModel):
-    """Whether new jobs are begun."""
+    """Whether the server starts waiting jobs."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -78,7 +80,7 @@ class QueuePatch(BaseModel):
 
 
 class PicturePatch(BaseModel):
-    """What is changed of a picture. Deleting is undone by `deleted: false` for a week."""
+    """Changes to a picture. For one week, `deleted: false` restores a deleted picture."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -87,9 +89,9 @@ class PicturePatch(BaseModel):
 
 
 class Progress(BaseModel):
-    """How far a running job is."""
+    """Progress of a running job."""
 
-    picture: int = Field(description="The picture being drawn, from 0.")
+    picture: int = Field(description="Index of the picture that is being drawn, from 0.")
     of: int
     step: int
     steps: int
@@ -103,7 +105,7 @@ class Picture(BaseModel):
     index: int
     cell: Pair | None = Field(None, description="Column and row in a grid.")
     created: float = Field(description="Unix seconds.")
-    seconds: float = Field(description="Drawing it took.")
+    seconds: float = Field(description="Drawing time.")
     width: int
     height: int
     bytes: int
@@ -114,13 +116,13 @@ class Picture(BaseModel):
     prompt: str
     favourite: bool
     deleted: bool
-    request: dict[str, Any] = Field(description="The complete request that draws it alone.")
+    request: dict[str, Any] = Field(description="The complete request that draws only this picture.")
     url: str
     thumbnail: str
 
 
 class Job(BaseModel):
-    """A wish and what became of it."""
+    """A job: a request with its state and its pictures."""
 
     id: str
     state: State
@@ -129,43 +131,43 @@ class Job(BaseModel):
     ended: float | None
     priority: int
     note: str
-    key: str = Field(description="Name of the key it was given with; empty without keys.")
-    position: int | None = Field(description="Jobs of the same key that are begun before it; null unless queued.")
-    eta: float | None = Field(description="Seconds until it ends, as far as that can be foreseen.")
+    key: str = Field(description="Name of the key that sent it; empty on a server without keys.")
+    position: int | None = Field(description="Number of jobs of the same key that start earlier; null unless queued.")
+    eta: float | None = Field(description="Estimated seconds until it ends; null if ended or unknown.")
     progress: Progress | None
-    request: dict[str, Any] = Field(description="As it was given, with its seed.")
+    request: dict[str, Any] = Field(description="The request as sent, with its seed.")
     grid: Grid | None
     pictures: list[Picture]
     error: Error | None
-    remarks: list[str] = Field(description="What of the request has no effect, or not a good one.")
+    remarks: list[str] = Field(description="Fields of the request that have no effect or a poor one.")
 
 
 class Jobs(BaseModel):
     """A page of jobs, newest first."""
 
     jobs: list[Job]
-    next: str | None = Field(description="Give it as `before` for the next page; null at the end.")
+    next: str | None = Field(description="Value of `before` for the next page; null on the last page.")
 
 
 class Queue(BaseModel):
-    """What is drawn now and what will be, in order."""
+    """Running jobs, and waiting jobs in their order."""
 
     paused: bool
     running: list[Job]
     queued: list[Job]
-    eta: float | None = Field(description="Seconds until all that is listed is drawn.")
+    eta: float | None = Field(description="Estimated seconds until all listed jobs have ended; null if unknown.")
 
 
 class Pictures(BaseModel):
     """A page of pictures, newest first."""
 
     pictures: list[Picture]
-    next: str | None = Field(description="Give it as `before` for the next page; null at the end.")
-    total: int = Field(description="Pictures that match, on all pages.")
+    next: str | None = Field(description="Value of `before` for the next page; null on the last page.")
+    total: int = Field(description="Number of matching pictures on all pages.")
 
 
 class Upload(BaseModel):
-    """A picture that was sent; requests name it `upload:ID`."""
+    """An uploaded picture. A request refers to it as `upload:ID`."""
 
     id: str
     width: int
@@ -177,12 +179,12 @@ class Recalled(BaseModel):
     """The request found in a picture's metadata."""
 
     request: dict[str, Any]
-    tool: str = Field(description="The program that wrote it.")
-    remarks: list[str] = Field(description="What could not be taken over.")
+    tool: str = Field(description="The program that wrote the metadata.")
+    remarks: list[str] = Field(description="Parts of the metadata that are not in the request.")
 
 
 class Details(BaseModel):
-    """What is ours in an entry of the list of models."""
+    """Our additions to an entry of OpenAI's list of models."""
 
     title: str
     licence: str
@@ -192,11 +194,11 @@ class Details(BaseModel):
     multiple: int
     defaults: dict[str, Any]
     loaded: bool
-    ready: bool = Field(description="False while the engine has not said yet what this model is.")
+    ready: bool = Field(description="False until the engine has read the model's description.")
 
 
 class Model(BaseModel):
-    """A model that may be asked for."""
+    """An offered model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -233,14 +235,14 @@ class Field_(BaseModel):
 
 
 class Form(BaseModel):
-    """The fields that a model's form shows."""
+    """The fields of a model's form."""
 
     model: str
     fields: list[Field_]
 
 
 class Health(BaseModel):
-    """How the server is."""
+    """State of the server."""
 
     status: Literal["ok", "starting"]
     version: str
