@@ -216,7 +216,7 @@ def another(id: str, kind: str, **inputs: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("graph", "status", "words"),
     [
-        (workflow(), 404, "ckpt_name model.safetensors is not offered here: take pocket"),
+        (workflow(), 404, "ckpt_name model.safetensors is not offered: take pocket"),
         (filled(n3={"sampler_name": "ddim"}), 400, "node 3: sampler_name ddim is not done here"),
         (filled(n3={"scheduler": "karras"}), 400, "node 3: scheduler karras"),
         (filled(n3={"denoise": 0.5}), 400, "node 3: denoise 0.5"),

@@ -291,7 +291,7 @@ def test_a_strict_server_knows_no_names_but_its_own(tmp_path, start_server):
         ("dall-e-3", "write it as NAME=MODEL"),
         ("=pocket", "write it as NAME=MODEL"),
         ("dall-e-3=turbo", "take pocket"),
-        ("pocket=pocket", "has a meaning already"),
+        ("pocket=pocket", "is already taken"),
     ],
 )
 def test_an_alias_that_cannot_be_is_refused_at_the_start(tmp_path, alias, words):

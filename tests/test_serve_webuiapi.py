@@ -70,7 +70,7 @@ def test_a_picture_is_drawn_on_and_what_its_mask_leaves_black_is_kept(api):
         ({"scheduler": "karras"}, "/sdapi/v1/schedulers"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
         ({"controlnet_units": [webuiapi.ControlNetUnit()], "alwayson_scripts": {}}, "alwayson_scripts"),
-        ({"override_settings": {"sd_model_checkpoint": "sdxl"}}, "model sdxl is not offered here: take pocket"),
+        ({"override_settings": {"sd_model_checkpoint": "sdxl"}}, "model sdxl is not offered: take pocket"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers"),
     ],
 )

@@ -527,7 +527,7 @@ def find_model(parts: Service, title: str) -> str:
     name = re.sub(r"(\.safetensors)?( \[[0-9a-f]+\])?$", "", title)
     if name not in parts.models:
         known = ", ".join(parts.models)
-        raise Refused(404, f"model {title[:100]} is not offered here: take {known}", param="sd_model_checkpoint",
+        raise Refused(404, f"model {title[:100]} is not offered: take {known}", param="sd_model_checkpoint",
                       code="model_not_found")  # fmt: skip
     return name
 

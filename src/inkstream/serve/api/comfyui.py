@@ -314,7 +314,7 @@ def _model(nodes: Graph, known: str | None, models: list[str]) -> str:
     for name in (named, known):
         if name in models:
             return name
-    message = f"ckpt_name {named} is not offered here: take {', '.join(models)}"
+    message = f"ckpt_name {named} is not offered: take {', '.join(models)}"
     raise Refused(404, message, param="prompt", code="model_not_found")
 
 

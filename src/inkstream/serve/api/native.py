@@ -161,5 +161,5 @@ def number_of(last: Job | Picture | None, before: str) -> int:
 
 def find_model(parts: Service, name: str) -> Offered:
     if name not in parts.models:
-        raise Refused(404, f"model {name} is not offered here: take {', '.join(parts.models)}", code="model_not_found")
+        raise Refused(404, f"model {name} is not offered: take {', '.join(parts.models)}", code="model_not_found")
     return parts.models[name]

@@ -357,7 +357,7 @@ def find_model(parts: Service, name: str | None) -> str | None:
     if len(parts.models) == 1 and not parts.settings.strict:
         return next(iter(parts.models))
     known = ", ".join(parts.models)
-    message = f"model {name} is not offered here: take {known}, or start the server with --alias {name}=MODEL"
+    message = f"model {name} is not offered: take {known}, or start the server with --alias {name}=MODEL"
     raise Refused(404, message, param="model", code="model_not_found")
 
 

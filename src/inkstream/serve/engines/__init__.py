@@ -1,1 +1,1 @@
-"""The engine's side: its process, the worker in it, the models that it offers, and its speed."""
+"""The engine for the server: its process, its worker, the offered models and their measured speed."""

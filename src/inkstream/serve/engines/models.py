@@ -1,4 +1,4 @@
-"""The models a server draws with: which may be asked for, what each is, and the form of its options."""
+"""The models that a server offers, their descriptions, and the forms of their options."""
 
 from __future__ import annotations
 
@@ -29,36 +29,40 @@ GROUPS = {
     "guidance_until": "guidance",
     "image": "pictures", "mask": "pictures", "strength": "pictures", "reference": "pictures",
 }  # fmt: skip
-"""Where in the form a field stands; one that is not named here goes under `more`."""
+"""Field -> its group in the form. A field that is missing here belongs to the group `more`."""
 STEPS = {"guidance": 0.1, "shift": 0.1, "strength": 0.01, "cfg_truncation": 0.05, "guidance_from": 0.05,
          "guidance_until": 0.05, "cfg_normalization": 0.1}  # fmt: skip
 
 
 @dataclass
 class Offered:
-    """A model that may be asked for. spec: None until the engine has looked at its files; error: why it never will."""
+    """A model that requests may name.
+
+    spec: None until the engine has read its files. error: why the model cannot be used, else empty.
+    """
 
     name: str
-    source: str  # what the engine is told: a known name, or a path
+    source: str  # name or path of the model for the engine
     spec: Spec | None
     error: str = ""
 
 
 def offer(asked: Sequence[str], commercial_only: bool | None = None) -> dict[str, Offered]:
-    """The allow-list, by the names requests use; the first is the default.
+    """The offered models by name. The first is the default.
 
-    asked: known names, paths, or NAME=PATH; none means every known model that is here. InputError where one cannot be.
+    asked: known names, paths, or NAME=PATH; empty for all known models that are downloaded. Raises InputError if one
+    does not exist or its licence is not allowed.
     """
     if not asked:
         only = is_commercial_only(commercial_only)
         here = [spec for spec in SPECS.values() if is_here(spec) and (spec.commercial or not only)]
-        here.sort(key=lambda spec: spec.folder is None)  # the one that ships with us is the default
+        here.sort(key=lambda spec: spec.folder is None)  # the model in the package comes first and is the default
         return {spec.name: Offered(spec.name, spec.name, spec) for spec in here}
     models: dict[str, Offered] = {}
     for one in asked:
         model = _offered(one)
         if model.name in models:
-            raise InputError(f"two models are called {model.name}: name one of them, as in --model other=PATH")
+            raise InputError(f"two models are called {model.name}: rename one, as in --model other=PATH")
         if is_commercial_only(commercial_only) and model.spec is not None:
             check_licence(model.name, model.spec)
         models[model.name] = model
@@ -66,29 +70,32 @@ def offer(asked: Sequence[str], commercial_only: bool | None = None) -> dict[str
 
 
 def read_aliases(given: Sequence[str], models: dict[str, Offered]) -> dict[str, str]:
-    """Other names -> the models they mean. given: NAME=MODEL. InputError where one cannot be."""
+    """Alias -> name of its model. given: NAME=MODEL. Raises InputError if one is not valid."""
     aliases: dict[str, str] = {}
     for one in given:
         name, equals, model = (word.strip() for word in one.partition("="))
         if not (name and equals):
-            raise InputError(f"--alias {one} gives no name to a model: write it as NAME=MODEL")
+            raise InputError(f"--alias {one} has no name or no model: write it as NAME=MODEL")
         if model not in models:
-            raise InputError(f"--alias {one} means no model that is offered: take {', '.join(models)}")
+            raise InputError(f"--alias {one}: {model} is not offered, take {', '.join(models)}")
         if name in models or name in aliases:
-            raise InputError(f"--alias {one}: {name} has a meaning already, take another name")
+            raise InputError(f"--alias {one}: {name} is already taken, take another name")
         aliases[name] = model
     return aliases
 
 
 def is_here(spec: Spec) -> bool:
-    """Whether a known model needs no download. Asks nobody."""
+    """Whether a known model is already on this machine. Makes no network request."""
     from inkstream.weights import hub
 
     return spec.folder is not None or bool(spec.repo and hub.cached(spec.repo, ["*.safetensors"]))
 
 
 def choose(models: dict[str, Offered], request: Request) -> tuple[Request, Offered]:
-    """The request with the model that it means, and that model. Refused where it is none of those that are offered."""
+    """The request with the name of its model, and the model. Raises Refused if the model is not offered or not usable.
+
+    A request without a model gets the first model. A repository's name means the known model from it.
+    """
     if "model" not in request.model_fields_set:
         name = next(iter(models))
     else:
@@ -98,7 +105,7 @@ def choose(models: dict[str, Offered], request: Request) -> tuple[Request, Offer
                 name = model.name
     if name not in models:
         known = ", ".join(models)
-        message = f"model {name[:100]} is not offered here: take {known}"
+        message = f"model {name[:100]} is not offered: take {known}"
         raise Refused(404, message, param="model", code="model_not_found")
     if models[name].error:
         raise Refused(503, f"model {name} cannot be used: {models[name].error}", param="model")
@@ -106,7 +113,7 @@ def choose(models: dict[str, Offered], request: Request) -> tuple[Request, Offer
 
 
 def describe(model: Offered, created: float, loaded: bool) -> Model:
-    """A model as the list has it."""
+    """The model's entry in the list of models. created: unix seconds."""
     spec = model.spec
     if spec is None:
         details = Details(title=model.name, licence="unknown", commercial=False, abilities=[], size=[1024, 1024],
@@ -126,14 +133,14 @@ def describe(model: Offered, created: float, loaded: bool) -> Model:
 
 
 def form(model: Offered, limits: Limits) -> Form:
-    """The fields of a model's form: what each takes and does with this model."""
+    """The fields of a model's form: for each its values, its default and its effect on this model."""
     return Form(model=model.name, fields=list(_fields(spec_of(model), limits)))
 
 
 def spec_of(model: Offered) -> Spec:
-    """What a model is. Refused with 503 until the engine has said it."""
+    """The model's Spec. Raises Refused with 503 until the engine has described the model."""
     if model.spec is None:
-        raise Refused(503, f"the engine has not said yet what {model.name} is: try again", retry_after=2)
+        raise Refused(503, f"the engine has not described {model.name} yet: try again in 2 s", retry_after=2)
     return model.spec
 
 
@@ -169,7 +176,7 @@ def _fields(spec: Spec, limits: Limits) -> Iterator[Field_]:
 
 
 def _kind(name: str, field: FieldInfo) -> tuple[Any, list[str] | None]:
-    """What kind of field it is, and the words that it takes where these are few."""
+    """The type of a field, and its choices if it has a fixed list of them."""
     kind = next((k for k in get_args(field.annotation) if k is not type(None)), field.annotation)
     if name in PICTURE_FIELDS:
         return ("pictures" if field.default == () else "picture"), None
@@ -183,7 +190,7 @@ def _kind(name: str, field: FieldInfo) -> tuple[Any, list[str] | None]:
 
 
 def _bounds(field: FieldInfo) -> tuple[float | None, float | None]:
-    """The least and the most a number may be; one that must only lie above or below a bound gets the bound."""
+    """The minimum and the maximum of a number. An exclusive minimum stays as it is, an exclusive maximum loses 1."""
     low = high = None
     for rule in field.metadata:
         if isinstance(rule, Ge | Gt):
@@ -199,18 +206,18 @@ def _offered(asked: str) -> Offered:
         return Offered(asked, asked, SPECS[asked])
     source = Path(path if equals else asked).expanduser()
     if equals and path in SPECS:
-        return Offered(_word(name), path, SPECS[path])
+        return Offered(_slug(name), path, SPECS[path])
     if not source.exists():
         raise InputError(f"--model {asked} is neither a known model nor a path: see inkstream models")
     own = source.name if source.is_dir() else source.stem
-    return Offered(_word(name if equals else own), str(source.resolve()), None)
+    return Offered(_slug(name if equals else own), str(source.resolve()), None)
 
 
-def _word(name: str) -> str:
-    """A name that stands in an address."""
+def _slug(name: str) -> str:
+    """The name with only those characters that need no escape in a URL, at most 64. InputError if none is left."""
     word = re.sub(r"[^\w.-]+", "-", name, flags=re.ASCII).strip("-.")
     if not word:
-        raise InputError(f"--model {name!r} gives the model no name: write it as NAME=PATH")
+        raise InputError(f"--model {name!r} has no usable name: write it as NAME=PATH with letters or digits")
     return word[:64]
 
 

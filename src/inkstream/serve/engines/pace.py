@@ -1,4 +1,4 @@
-"""How long drawing takes: learnt from the pictures that were drawn, foreseen for those that wait."""
+"""Drawing time: learnt from drawn pictures, estimated for waiting jobs."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from inkstream.types import Request
 
 
 class Pace:
-    """Seconds for a unit of work, of each model. Work is steps times megapixels times predictions a step."""
+    """Seconds for one unit of work, for each model. Work is steps x megapixels x predictions in a step."""
 
     def __init__(self, models: dict[str, Offered]):
         self.models = models
         self._pace: dict[str, float] = {}
 
     def work(self, request: Request) -> float:
-        """Of one picture."""
+        """The work of one picture."""
         model = self.models.get(request.model)
         spec = None if model is None else model.spec
         width = request.width or (spec.size[0] if spec else 1024)
@@ -27,25 +27,28 @@ class Pace:
         return steps * (width * height / 2**20) * (2 if twice else 1)
 
     def learn(self, request: Request, seconds: float, shared: float = 1.0) -> None:
-        """One picture took so long while so many were drawn at once; later ones count more."""
+        """Learn from one picture. Later pictures count more (a moving average).
+
+        seconds: its drawing time. shared: mean number of jobs that were drawn at the same time.
+        """
         pace = seconds / shared / max(1e-6, self.work(request))
         known = self._pace.get(request.model)
         self._pace[request.model] = pace if known is None else 0.7 * known + 0.3 * pace
 
     def knows(self, model: str) -> bool:
-        """Whether the model was timed."""
+        """Whether at least one picture of the model was timed."""
         return model in self._pace
 
     def seconds(self, model: str, work: float) -> float:
-        """For some work alone; where the model was never timed, as if a unit took one."""
+        """Seconds for some work if nothing else is drawn. A model without timing counts 1 s for a unit of work."""
         return work * self._pace.get(model, 1.0)
 
 
 def ends(running: Sequence[float], waiting: Sequence[float | None], slots: int) -> list[float | None]:
-    """Seconds until each job ends, the running ones first.
+    """Seconds until each job ends: first the running jobs, then the waiting ones.
 
-    Both are seconds of drawing alone that are left, waiting ones in order; so many as there are slots share the engine
-    evenly. None is not known, and leaves what comes after it unknown, too.
+    running, waiting: seconds that each job needs if it is drawn alone; waiting jobs are in queue order. slots: number
+    of jobs that share the engine evenly. None means unknown; the jobs after an unknown one are unknown, too.
     """
     left = dict(enumerate(running))
     known = next((place for place, seconds in enumerate(waiting) if seconds is None), len(waiting))

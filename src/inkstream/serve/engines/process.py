@@ -1,4 +1,4 @@
-"""The engine's process as the server sees it: started, spoken to in lines of JSON, started again when it dies."""
+"""The engine process as the server sees it: started, used through lines of JSON, and restarted if it dies."""
 
 from __future__ import annotations
 
@@ -13,36 +13,40 @@ from contextlib import suppress
 from typing import Any, Protocol
 
 LINE = 32 << 20
-"""Bytes of the longest message: a preview is a few thousand."""
+"""Bytes of the longest message. A preview has a few thousand."""
 PATIENCE = 30.0
-"""Seconds between tries to start an engine that keeps dying, at most."""
+"""Longest pause, in seconds, before a restart of an engine that keeps dying."""
 log = logging.getLogger("inkstream.serve")
 
 COMMAND = (sys.executable, "-m", "inkstream.serve.engines.worker")
 
 
 class Engine(Protocol):
-    """What draws, as the queue sees it, wherever it is."""
+    """The interface of an engine for the queue, whether it is a process or a cluster."""
 
     def start(self) -> None: ...
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Tell it; what it cannot hear is lost, and that is told."""
+        """Send a message. If the engine is gone, the message is lost and `died` is called."""
         ...
 
     def kill(self) -> None:
-        """End it at once, where it does not stop what it was told to."""
+        """End the engine at once, when it does not stop a cancelled run."""
         ...
 
     async def stop(self) -> None: ...
 
 
 MakeEngine = Callable[[Mapping[str, Any], Callable[[dict[str, Any]], None], Callable[[], None]], Engine]
-"""From the first message, and whom to call with each message of the engine and at its death, to an engine."""
+"""Makes an engine from three arguments: the first message to it, `told` (called with each of its messages), and `died`
+(called when it has died)."""
 
 
 class EngineProcess:
-    """Keeps one engine running until `stop`. told: called with each message; died: called when one has ended."""
+    """Keeps one engine process running until `stop`.
+
+    first: the first message to each process. told: called with each message from it. died: called when it has ended.
+    """
 
     def __init__(
         self,
@@ -57,28 +61,28 @@ class EngineProcess:
         self.command = command
         self.process: Process | None = None
         self._stopping = False
-        self._has_drawn = False  # this engine
+        self._has_drawn = False  # whether the present process has drawn a picture
         self._keeping: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._keeping = asyncio.create_task(self._keep())
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Tell the engine; what it cannot hear any more is lost, and its death is told."""
+        """Send a message to the engine. If the engine has died, the message is lost and `died` is called."""
         if self.process is not None and self.process.stdin is not None and not self.process.stdin.is_closing():
             self.process.stdin.write(json.dumps(message).encode() + b"\n")
 
     def kill(self) -> None:
-        """End the engine at once; another one is started."""
+        """End the engine process at once. A new one is started."""
         if self.process is not None and self.process.returncode is None:
             with suppress(ProcessLookupError):
                 self.process.kill()
 
     async def stop(self) -> None:
-        """End the engine, and start no other."""
+        """End the engine process and start no new one."""
         self._stopping = True
         if self.process is not None and self.process.stdin is not None:
-            self.process.stdin.close()  # which it takes as the end
+            self.process.stdin.close()  # the worker ends when its stdin closes
             with suppress(TimeoutError):
                 await asyncio.wait_for(self.process.wait(), 5.0)
         self.kill()
@@ -104,42 +108,42 @@ class EngineProcess:
             try:
                 self.died()
             except Exception:
-                log.exception("the engine's death was not understood")
+                log.exception("error while handling the end of the engine")
             await asyncio.sleep(pause)
 
     async def _run(self) -> None:
-        """One engine's life."""
+        """Start one engine process and handle its messages until it ends."""
         self._has_drawn = False
         self.process = await asyncio.create_subprocess_exec(
             *self.command, stdin=PIPE, stdout=PIPE, stderr=PIPE, limit=LINE, env=os.environ | {"PYTHONUNBUFFERED": "1"}
         )
         process = self.process
         assert process.stdout is not None
-        talk = asyncio.create_task(self._log(process))
+        logging_task = asyncio.create_task(self._log(process))
         try:
             self.send(self.first)
             async for line in process.stdout:
                 if not line.endswith(b"\n"):
-                    break  # cut short by its death
+                    break  # the process died while it wrote this line
                 try:
                     message = json.loads(line)
                 except ValueError:
-                    log.error("engine said what is no JSON")
+                    log.error("the engine sent a line that is not JSON")
                     continue
                 try:
                     self._has_drawn |= message["event"] == "picture"
                     self.told(message)
                 except Exception:
-                    log.exception("a message of the engine was not understood")
+                    log.exception("error while handling a message of the engine")
             await process.wait()
             with suppress(TimeoutError):
-                await asyncio.wait_for(talk, 1.0)  # its last words
+                await asyncio.wait_for(logging_task, 1.0)  # the last lines on its stderr
         finally:
             self.kill()
-            talk.cancel()
+            logging_task.cancel()
 
     async def _log(self, process: Process) -> None:
-        """What the engine writes to stderr goes into the log, a line each."""
+        """Copy each line from the engine's stderr into the log."""
         assert process.stderr is not None
         with suppress(ValueError, asyncio.CancelledError):
             async for line in process.stderr:

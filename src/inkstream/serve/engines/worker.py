@@ -1,8 +1,8 @@
-"""The engine's process: jobs come in on stdin, events go out on stdout, a line of JSON each; pictures go as files.
+"""The engine process: it reads jobs from stdin and writes events to stdout, one JSON object a line. Pictures are files.
 
     python -m inkstream.serve.engines.worker
 
-It knows nothing of queues, keys or HTTP. When stdin closes, whoever started it is gone, and so is it.
+It does not know queues, keys or HTTP. When stdin closes, the server is gone, and the process ends.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ FACTS = (
     "name", "family", "steps", "guidance", "shift", "guides", "shift_rule", "size", "multiple", "solver", "schedule",
     "strength", "licence", "commercial", "title", "writer",
 )  # fmt: skip
-"""Fields of a Spec that the server wants to know."""
+"""Fields of a Spec that the server uses."""
 THREADS = 256
-"""Things done at once, at most: the server's slots, and what it asks beside them. What is not needed is not started."""
+"""Most threads: one for each slot of the server and each other message. A thread is started only when it is needed."""
 
 
 class Unsaved(Exception):
-    """A finished picture could not be written."""
+    """A finished picture could not be written to the disk."""
 
 
 class Voice:
-    """Says one message at a time, from whatever thread."""
+    """Writes messages to a file descriptor, one JSON line each. Many threads may use it at the same time."""
 
     def __init__(self, handle: int):
         self._handle = handle
@@ -58,10 +58,11 @@ class Voice:
 
 
 class Worker:
-    """An engine and the runs it has in hand.
+    """An engine and its present runs.
 
-    free: cleared while a model is loaded ahead. Runs wait for it, since loading another model takes the first one out
-    of the engine's memory. Workers that share an engine share it.
+    parts: folder for finished pictures. say: called with the fields of each message. free: cleared while a model is
+    preloaded; runs wait until it is set, because their model would replace the preloaded one in the engine's memory.
+    Workers that share an engine share `free`.
     """
 
     def __init__(self, engine: Engine, parts: Path, say: Callable[..., None], free: threading.Event | None = None):
@@ -73,7 +74,7 @@ class Worker:
         self.cancelled: set[str] = set()
 
     def draw(self, message: Mapping[str, Any]) -> None:
-        """Draw one request to its end, telling of every step; whatever happens, the last word is an end."""
+        """Draw one request and send a message for each step. The last message always says how the run ended."""
         run = message["draw"]
         self.free.wait()
         try:
@@ -91,7 +92,7 @@ class Worker:
         self.say(run=run, memory=memory(), **end)
 
     def cancel(self, run: str) -> None:
-        """Stop a run at its next event, if it has not ended by itself."""
+        """Stop a run at its next event, unless it has ended."""
         if run in self.live:
             self.cancelled.add(run)
 
@@ -106,7 +107,7 @@ class Worker:
                 if isinstance(event, Loading):
                     written = event.text or written
                     noted += [event.note] if event.note else []
-                    if not advised:  # between the pictures of a job nothing is loaded, a prompt is written out at most
+                    if not advised:  # between two pictures of a job, Loading only means that a prompt is written out
                         done, total = event.done_bytes, event.total_bytes
                         self.say(run=run, event="loading", what=event.what, done=done, total=total)
                 elif isinstance(event, Step):
@@ -130,7 +131,7 @@ class Worker:
         return {"event": "done"}
 
     def _save(self, run: str, done: Done, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
-        """Write a picture beside the others, where the server takes it from. What it carries names no path of ours."""
+        """Write a picture into the folder `parts`, where the server takes it. Its metadata contains no path."""
         from inkstream.engine.drawing.writing import wording
         from inkstream.engine.pictures.metadata import PICTURE_FIELDS, encode_picture
 
@@ -157,7 +158,7 @@ class Worker:
         }
 
     def load(self, name: str, source: str) -> None:
-        """Have a model ready before anybody asks for it. Nothing is drawn, and `free` was cleared before."""
+        """Preload a model before the first job. The caller has cleared `free`; this method sets it again."""
         try:
             for event in self.engine.load(source):
                 self.say(event="loading", what=event.what, done=event.done_bytes, total=event.total_bytes)
@@ -171,7 +172,7 @@ class Worker:
             self.free.set()
 
     def describe(self, name: str, source: str) -> None:
-        """Say what a model that only its files know is, without reading its weights."""
+        """Send the description of a model that is given by its path. The weights are not read."""
         from inkstream.engine.files.sources import locate
 
         try:
@@ -186,22 +187,22 @@ class Worker:
 
 
 def open_gate() -> threading.Event:
-    """An event that is set."""
+    """A new event that is already set."""
     gate = threading.Event()
     gate.set()
     return gate
 
 
 def read_spec(facts: Mapping[str, Any]) -> Spec:
-    """The Spec that `describe` told of; the configs of its parts are left out."""
+    """The Spec from the message of `describe`, without the configs of the model's parts."""
     known = {**facts, "size": tuple(facts["size"]), "abilities": frozenset(facts["abilities"])}
     return Spec(transformer=None, text_encoder=None, vae=None, **known)
 
 
 def read_pictures(request: Mapping[str, Any]) -> dict[str, Any]:
-    """The request with the files it names in place of their paths, so that a picture's metadata names none of them.
+    """The request with file contents, as data URLs, in place of paths: a picture's metadata must not contain paths.
 
-    What is in place already stays.
+    Data URLs in the request stay as they are.
     """
     from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 
@@ -221,14 +222,14 @@ def read_pictures(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_url(image: Image) -> str:
-    """A preview, small enough to be sent at every step."""
+    """A preview as a JPEG in a data URL, small enough to be sent at each step."""
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, "JPEG", quality=80)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def memory() -> dict[str, int]:
-    """Bytes in use: this process's now, and the most a GPU has held."""
+    """Bytes of memory: `process`, in use by this process now; `gpu`, the peak on the GPU."""
     import torch
 
     used = {}
@@ -243,7 +244,7 @@ def memory() -> dict[str, int]:
 
 
 def report(error: Exception) -> None:
-    """Where an error of ours happened, without the values that led to it: they may be somebody's prompt."""
+    """Print where an internal error happened, without values: a value may be a prompt."""
     place, trace = [], error.__traceback__
     while trace is not None:
         place.append(f"{Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno}")
@@ -259,21 +260,21 @@ def make_engine(machine: Mapping[str, Any]) -> Engine:
 
 
 def listen(messages: queue.SimpleQueue[dict[str, Any]]) -> None:
-    """Hand on what comes in. At its end the process ends, whatever it is doing: nobody could hear the rest."""
+    """Put each message from stdin into the queue. End the process when stdin closes: the server is gone."""
     for line in sys.stdin.buffer:
         messages.put(json.loads(line))
     os._exit(0)
 
 
 def obey(worker: Worker, threads: ThreadPoolExecutor, message: Mapping[str, Any]) -> None:
-    """Begin what a message asks for. Called with the messages in their order."""
+    """Start the action of a message. Messages come in their order."""
     if "draw" in message:
         worker.live.add(message["draw"])
         threads.submit(worker.draw, message)
     elif "cancel" in message:
         worker.cancel(message["cancel"])
     elif "load" in message:
-        if not worker.live:  # else there is a model ready, or will be
+        if not worker.live:  # a run loads its own model
             worker.free.clear()
             threads.submit(worker.load, message["load"], message["source"])
     elif "describe" in message:
@@ -281,12 +282,12 @@ def obey(worker: Worker, threads: ThreadPoolExecutor, message: Mapping[str, Any]
 
 
 def main() -> None:
-    """Serve whoever started this process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the server, which then closes our stdin
+    """Handle the messages of the server that started this process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the server closes our stdin
     messages: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=listen, args=(messages,), daemon=True).start()
     voice = Voice(os.dup(1))
-    os.dup2(2, 1)  # what others print must not get between the messages
+    os.dup2(2, 1)  # libraries that print to stdout must not disturb the messages
     warnings.simplefilter("ignore")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     first = messages.get()
@@ -297,7 +298,7 @@ def main() -> None:
         voice.say(event="unusable", error=str(error))
         return
     worker = Worker(engine, Path(first["parts"]), voice.say)
-    threads = ThreadPoolExecutor(THREADS)  # used again: each new one would bring memory and helpers of its own along
+    threads = ThreadPoolExecutor(THREADS)  # reused, because each new thread would cost memory and helper threads
     voice.say(event="ready", seconds=round(time.perf_counter() - began, 3), memory=memory())
     while True:
         obey(worker, threads, messages.get())
