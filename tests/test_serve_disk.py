@@ -216,11 +216,11 @@ def test_a_disk_that_fills_up_in_the_middle_of_the_drawing_costs_no_picture(moun
 def test_a_start_on_a_full_disk_or_in_a_folder_that_must_not_be_written_to_says_so(mounted, tmp_path, capsys):
     disk = mounted("size=512k")
     assert main(["serve", f"--data={disk / 'data'}", "--model=pocket", "--port=18412"]) == 2
-    assert "is full: free some of it" in capsys.readouterr().err.splitlines()[-1]
+    assert "is full: free some space" in capsys.readouterr().err.splitlines()[-1]
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     for folder in (disk / "data", disk / "other"):
         assert main(["serve", f"--data={folder}", "--model=pocket", "--port=18412"]) == 2
-        assert "cannot be written to (Read-only file system)" in capsys.readouterr().err.splitlines()[-1]
+        assert "is not writable (Read-only file system)" in capsys.readouterr().err.splitlines()[-1]
 
 
 @linux

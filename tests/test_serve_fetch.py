@@ -174,7 +174,7 @@ def test_what_is_larger_than_is_taken_is_not_read_to_its_end(outside, monkeypatc
 
 
 def test_a_server_that_fetches_refuses_private_addresses_and_one_that_does_not_says_so(tmp_path, start_server):
-    for fetches, words in ((True, "is not a public address"), (False, "this server fetches no pictures")):
+    for fetches, words in ((True, "is not a public address"), (False, "this server downloads no pictures")):
         settings = Settings(tmp_path / str(fetches), models=("pocket",), fetch=fetches)
         served = start_server(settings, engine="input()")
         body = {"prompt": "x", "image": "http://[::ffff:127.0.0.1]/x.png"}

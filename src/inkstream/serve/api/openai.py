@@ -469,7 +469,7 @@ async def stream(parts: Service, job: Job, asked: Asked, kind: Kind) -> AsyncIte
                 yield _line("error", failure(schema.Job.model_validate(data)).body())
             if happening.name in schema.ENDED:
                 return
-    yield _line("error", Refused(503, "the server is stopping: ask again in a while").body())
+    yield _line("error", Refused(503, "the server is stopping: try again in 5 s").body())
 
 
 def partial_steps(steps: int, count: int) -> list[int]:

@@ -1,1 +1,1 @@
-"""The queue: jobs and pictures in SQLite, who is next, and what the engine is told."""
+"""The queue: jobs and pictures in SQLite, the order of the jobs, and the messages to and from the engine."""

@@ -1,4 +1,4 @@
-"""After damage: the rows that a broken database still has, and what files without a row tell of themselves."""
+"""Repair after damage: reads the rows left in a broken database, and makes rows for files that have none."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ from inkstream.serve.errors import is_broken
 from inkstream.types import InputError
 
 HOLE = 10_000
-"""Row numbers in a row that may be unreadable before a table's end is taken to be reached."""
+"""Number of consecutive unreadable row numbers after which a table counts as read to its end."""
 
 
 def is_sound(db: sqlite3.Connection, as_json: Mapping[str, str]) -> bool:
-    """Whether every page of a database is as SQLite wrote it, and the columns table -> "a, b" hold JSON or nothing."""
+    """Whether a database passes SQLite's integrity check and its JSON columns hold JSON or NULL.
+
+    as_json: table -> its JSON columns, as in "a, b".
+    """
     try:
         if db.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
             return False
@@ -52,7 +55,10 @@ def set_aside(path: Path, stamp: str) -> Path:
 
 
 def salvage(broken: Path, db: sqlite3.Connection, as_json: Mapping[str, str]) -> dict[str, int]:
-    """Copy every row that can be read out of a broken database into an empty one; how many, by table."""
+    """Copy every readable row of a broken database into an empty one, and return the number of rows for each table.
+
+    as_json: table -> its JSON columns. Rows whose JSON is not valid are left out.
+    """
     tables = [row[0] for row in db.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
     counts = {}
     with closing(sqlite3.connect(broken, isolation_level=None)) as source:
@@ -65,7 +71,7 @@ def salvage(broken: Path, db: sqlite3.Connection, as_json: Mapping[str, str]) ->
             counts[table] = 0
             db.execute("BEGIN")
             for row in _rows(source, table, columns):
-                with suppress(sqlite3.DatabaseError):  # a row that breaks a rule was not written by us
+                with suppress(sqlite3.DatabaseError):  # leave out a damaged row that violates a constraint
                     sql = f"INSERT OR IGNORE INTO {table} ({', '.join(columns)}) SELECT {marks} WHERE {only or 1}"
                     counts[table] += db.execute(sql, row).rowcount
             db.execute("COMMIT")
@@ -73,17 +79,17 @@ def salvage(broken: Path, db: sqlite3.Connection, as_json: Mapping[str, str]) ->
 
 
 def picture_facts(path: Path) -> dict[str, Any]:
-    """A picture's columns as its file tells them. InputError where it is broken or carries no request of ours."""
+    """A picture's columns, read from its file. Raises InputError if the file is broken or not from inkstream."""
     found = read_request(path)
     request = found.request
     if found.source != "inkstream" or request.seed is None:
-        raise InputError(f"{short_name(str(path))} carries no request of ours")
+        raise InputError(f"{short_name(str(path))} has no request from inkstream in its metadata")
     data = path.read_bytes()
     with decoding(short_name(str(path))), Image.open(path) as image:
         width, height = image.size
-        image.verify()  # every chunk to the last
+        image.verify()  # checks all chunks
     return {
-        "seconds": 0.0,  # nobody knows
+        "seconds": 0.0,  # unknown
         "width": width,
         "height": height,
         "bytes": len(data),
@@ -95,7 +101,7 @@ def picture_facts(path: Path) -> dict[str, Any]:
 
 
 def upload_facts(path: Path) -> tuple[int, int, str]:
-    """Width, height and format of an upload's file. InputError where it is no picture."""
+    """Width, height and format of an upload's file. Raises InputError if the file is not a picture."""
     image = open_header(str(path))
     return *image.size, image.format or "PNG"
 
@@ -105,27 +111,31 @@ def _valid(column: str) -> str:
 
 
 def _rows(db: sqlite3.Connection, table: str, columns: list[str]) -> Iterator[tuple[Any, ...]]:
-    """The rows of a table that can be read. By their numbers, past the holes; without numbers, from both ends."""
+    """The readable rows of a table.
+
+    A table with row numbers is read by number, so that damaged places can be skipped. A table without them is read from
+    its start and from its end.
+    """
     listed = ", ".join(columns)
     try:
         db.execute(f"SELECT rowid FROM {table} LIMIT 0")
-    except sqlite3.OperationalError:  # it has no numbers, or is not there
+    except sqlite3.OperationalError:  # the table has no row numbers or does not exist
         for order in ("", f" ORDER BY {columns[0]} DESC"):
             with suppress(sqlite3.DatabaseError):
                 yield from db.execute(f"SELECT {listed} FROM {table}{order}")
         return
     except sqlite3.DatabaseError:
-        return  # not even its schema can be read
+        return  # the schema is unreadable
     last, missed = -1, 0
     while missed < HOLE and last < 2**63 - 1:
         try:
             for row in db.execute(f"SELECT rowid, {listed} FROM {table} WHERE rowid > ? ORDER BY rowid", (last,)):
-                last, missed = max(last, row[0]), 0  # a damaged number may go backwards
+                last, missed = max(last, row[0]), 0  # a damaged row number may be smaller than the last one
                 yield row[1:]
             return
         except sqlite3.DatabaseError:
             last, missed = last + 1, missed + 1
-            # The cursor reads a row ahead, so a row beside a hole is read by its own number.
+            # The cursor reads one row ahead, so a row next to a damaged one must be read by its own number.
             with suppress(sqlite3.DatabaseError):
                 for row in db.execute(f"SELECT {listed} FROM {table} WHERE rowid = ?", (last,)):
                     missed = 0

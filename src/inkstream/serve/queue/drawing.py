@@ -1,7 +1,7 @@
-"""What is in the engine's hands: runs are begun, followed and stopped; what becomes of them is told to the queue.
+"""Runs: starts, follows and stops the work of the engine, and reports the results to the queue.
 
-A run is one try at what is left of a job. What it has finished is in the store at once, so that the next try, after a
-death of the engine or of the server, goes on behind it.
+A run is one attempt to draw the remaining pictures of a job. Each finished picture is stored at once. If the engine or
+the server dies, the next run starts after the stored pictures.
 """
 
 from __future__ import annotations
@@ -31,56 +31,56 @@ from inkstream.serve.queue.store import Job, Store
 from inkstream.types import Request, singles
 
 SWITCH = 5.0
-"""Seconds that loading another model is thought to take until it was measured."""
+"""Assumed seconds to load another model, until a load was measured."""
 GRACE = 60.0
-"""Seconds that a run may go on after it was stopped, before its engine is ended."""
+"""Seconds that a cancelled run may take to stop. After that, the engine is killed."""
 log = logging.getLogger("inkstream.serve")
 
 
 class Queue(Protocol):
-    """Who is told of runs."""
+    """The receiver of the results of runs. `job` is a job's id."""
 
     def finished(self, job: str) -> None:
-        """All its pictures are there."""
+        """The job has all its pictures."""
         ...
 
     def failed(self, job: str, message: str, status: int) -> None:
-        """It cannot be drawn: 400 where who asked can mend it, else 500."""
+        """The job cannot be drawn. status: 400 if the client can correct the request, else 500."""
         ...
 
     def lost(self, job: str, died: bool) -> None:
-        """Its run has ended before it was done. died: with the engine."""
+        """The job's run has ended too early. died: the engine has died."""
         ...
 
     def unsaved(self, job: str, reason: str) -> None:
-        """Its picture could not be kept: the disk is full, or must not be written to."""
+        """A picture of the job could not be stored: the disk is full or not writable."""
         ...
 
     def changed(self) -> None:
-        """A slot is free, or the engine is there, or gone."""
+        """A slot is free, or the engine is ready, or the engine has died."""
         ...
 
 
 @dataclass
 class Run:
-    """One try at a job. What an earlier one still says is void, since it has another id."""
+    """One attempt to draw a job. Each run has its own id, so late messages of an earlier run are ignored."""
 
     id: str
     job: Job
-    model: str  # of this part of the job
-    before: int  # pictures of the job that come before this run's
+    model: str  # model of this part of the job
+    before: int  # number of pictures of the job before the first picture of this run
     began: float  # monotonic time
     last: tuple[str, dict[str, Any]] = ("loading", {"what": "model", "done": None, "total": None})
     progress: schema.Progress | None = None
     picture_began: float | None = None
-    steps: int = 0  # of this picture, and the runs that shared them, added up
-    shared: int = 0
-    stopped: float | None = None  # when it was told to stop
-    unsaved: str = ""  # why its last picture could not be kept
+    steps: int = 0  # steps of this picture so far
+    shared: int = 0  # sum over these steps of the number of runs at that step
+    stopped: float | None = None  # monotonic time at which it was cancelled
+    unsaved: str = ""  # why its last picture could not be stored
 
 
 class Drawing:
-    """The engine's process and the runs it has in hand. Lives in one event loop."""
+    """The engine and its runs. All methods run in one event loop."""
 
     def __init__(
         self,
@@ -100,26 +100,26 @@ class Drawing:
         self.queue = queue
         self.pace = Pace(models)
         first = {"machine": asdict(settings.machine), "parts": str(store.parts.resolve())}
-        self.engine = make(first, self._told, self._died)
+        self.engine = make(first, self._receive, self._died)
         self.ready = False
-        self.unusable = ""  # why no engine can be made as the server was started
-        self.give_up: Callable[[], None] = lambda: None  # called then
+        self.unusable = ""  # why no engine can be made with the server's options
+        self.give_up: Callable[[], None] = lambda: None  # called when no engine can be made
         self.loaded: str | None = None  # the model in the engine's memory
         self.device: str | None = None
-        self.switch = SWITCH  # seconds it takes to load another
+        self.switch = SWITCH  # seconds to load another model
         self.runs: dict[str, Run] = {}
 
     def has_room(self, model: str) -> bool:
-        """Whether a job of a model can be begun. Models take turns: those at once are of one."""
+        """Whether a job with this model can start now. All runs at one time have the same model."""
         same = all(run.model == model for run in self.runs.values())
         return self.ready and same and len(self.runs) < self.settings.slots
 
     def run_of(self, job: str) -> Run | None:
-        """The run of a job that still wants it."""
+        """The job's run, or None if it has none or its run was cancelled."""
         return next((run for run in self.runs.values() if run.job.id == job and run.stopped is None), None)
 
     def begin(self, job: Job) -> None:
-        """Hand the engine what is left to draw of a job: of its first part that is not done, the pictures not drawn."""
+        """Start a run for the job's first incomplete part: it draws the missing pictures of that part."""
         drawn = {picture.place: picture for picture in self.store.pictures_of(job.id)}
         first = next((place for place in range(job.total) if place not in drawn), None)
         if first is None:
@@ -131,11 +131,12 @@ class Drawing:
             skip = first - start
             update: dict[str, Any] = {"seed": next(singles(request, skip)).seed, "count": request.count - skip}
             given = request.prompt if request.upsample else ""
-            if skip and request.upsample and not drawn[start].request["upsample"]:  # words chosen with the first seed
+            # The first seed chose the written-out prompt, so a run that starts later must reuse that prompt.
+            if skip and request.upsample and not drawn[start].request["upsample"]:
                 update |= {"upsample": False, "prompt": drawn[start].request["prompt"]}
             request = request.model_copy(update=update)
             fields = request.model_dump(mode="json", exclude_unset=True) | self._paths(request)
-        except Refused as refusal:  # what was accepted has gone since: a model that is offered no more, an upload
+        except Refused as refusal:  # a model or an upload that the job needs is no longer there
             self.queue.failed(job.id, refusal.message, 400)
             return
         run = Run(secrets.token_hex(8), job, model.name, first, time.monotonic())
@@ -145,40 +146,41 @@ class Drawing:
         self.engine.send({"draw": run.id, "name": model.name, "request": fields, "upsampled_from": given})
 
     def stop(self, job: str) -> None:
-        """Stop a job's run within one step. It keeps its slot until the engine says that it has stopped."""
+        """Cancel a job's run; it stops within one step. Its slot is free when the engine confirms the stop."""
         run = self.run_of(job)
         if run is not None:
             run.stopped = time.monotonic()
             self.engine.send({"cancel": run.id})
 
     def check_time(self) -> None:
-        """End what takes too long; the engine too, where it does not stop."""
+        """Fail jobs that exceed the time limit, and kill the engine if a cancelled run does not stop."""
         now, most = time.monotonic(), self.settings.limits.seconds
         for run in list(self.runs.values()):
             if run.stopped is None and now - run.began > most:
-                self.queue.failed(run.job.id, f"it took more than {most:g} s, which is all a job has here", 400)
+                line = f"the job took more than {most:g} s: ask for less work, or raise --time-limit"
+                self.queue.failed(run.job.id, line, 400)
             elif run.stopped is not None and now - run.stopped > GRACE:
-                log.error("engine does not stop a run, and is ended", extra={"job": run.job.id})
+                log.error("the engine does not stop a cancelled run and is killed", extra={"job": run.job.id})
                 self.engine.kill()
                 return
 
     def left(self, run: Run) -> float:
-        """Seconds of drawing alone until a run's job ends."""
+        """Estimated seconds until the run's job ends, if it were drawn alone."""
         works = [self.pace.work(part) for part in parts_of(run.job) for _ in range(part.count)]
         at = run.progress
         done = run.before if at is None else at.picture
         share = 0.0 if at is None else at.step / at.steps
         return self.pace.seconds(run.model, sum(works[done:]) - share * works[done])
 
-    # What the engine says ---------------------------------------------------------------------------------------------
+    # Messages of the engine -------------------------------------------------------------------------------------------
 
-    def _told(self, message: dict[str, Any]) -> None:
-        """One message of the engine."""
+    def _receive(self, message: dict[str, Any]) -> None:
+        """Handle one message of the engine."""
         for kind, size in message.get("memory", {}).items():
             self.metrics.memory.labels(kind).set(size)
         event = message["event"]
         if "run" not in message:
-            self._told_of_itself(event, message)
+            self._receive_state(event, message)
             return
         run = self.runs.get(message["run"])
         if run is None:
@@ -193,7 +195,7 @@ class Drawing:
             try:
                 handlers[event](run, message)
             except (sqlite3.Error, OSError) as error:
-                log.error("a picture cannot be kept", extra={"job": run.job.id, "error": str(error)})
+                log.error("a picture cannot be stored", extra={"job": run.job.id, "error": str(error)})
                 run.unsaved, run.stopped = reason_of(error), time.monotonic()
                 self.engine.send({"cancel": run.id})
                 if "file" in message:
@@ -205,14 +207,15 @@ class Drawing:
             self.queue.unsaved(run.job.id, run.unsaved or message["error"])
         elif event == "failed":
             self.queue.failed(run.job.id, message["error"], 400 if message["kind"] == "input" else 500)
-        elif event in ("cancelled", "lost"):  # lost: with the one engine of several that drew it
+        elif event in ("cancelled", "lost"):  # lost: one of several engines has died
             self.metrics.deaths.inc(event == "lost")
             self.queue.lost(run.job.id, died=event == "lost")
         elif (job := self.store.job(run.job.id)) is not None and job.state == "running":
-            self.begin(job)  # its next part, or its end
+            self.begin(job)  # starts the next part, or finishes the job
         self.queue.changed()
 
-    def _told_of_itself(self, event: str, message: dict[str, Any]) -> None:
+    def _receive_state(self, event: str, message: dict[str, Any]) -> None:
+        """Handle a message about the engine or a model, not about a run."""
         if event == "ready":
             self.ready = True
             self.metrics.ready.set(1)
@@ -230,18 +233,18 @@ class Drawing:
             self.models[message["model"]].spec = read_spec(message["spec"])
         elif event == "unusable":
             self.unusable = message["error"]
-            log.error("engine cannot be made", extra={"error": self.unusable})
+            log.error("the engine cannot be made", extra={"error": self.unusable})
             self.give_up()
         elif event == "unloadable":
             self.models[message["model"]].error = message["error"]
-            log.error("model cannot be used", extra={"model": message["model"], "error": message["error"]})
+            log.error("the model cannot be used", extra={"model": message["model"], "error": message["error"]})
 
     def _loading(self, run: Run, message: dict[str, Any]) -> None:
         run.last = "loading", {name: message[name] for name in ("what", "done", "total")}
         self._tell(run, *run.last)
 
     def _remarks(self, run: Run, message: dict[str, Any]) -> None:
-        """The model is there, and the first step is done."""
+        """Handle the first step of a job: the model is loaded."""
         seconds = time.monotonic() - run.began
         self.metrics.stage.labels("prepare").observe(seconds)
         self.device = message["device"]
@@ -261,7 +264,7 @@ class Drawing:
         run.progress = schema.Progress(
             picture=run.before + message["picture"], of=run.job.total, step=message["step"], steps=message["steps"]
         )
-        if not self.pace.knows(run.model):  # a first guess, from a first step
+        if not self.pace.knows(run.model):  # a first estimate from the first step
             self.pace.learn(part_at(run.job, run.progress.picture)[0], seconds * message["steps"], len(self.runs))
         self.metrics.step.labels(run.model).observe(seconds)
         self.metrics.batch.observe(len(self.runs))
@@ -271,7 +274,7 @@ class Drawing:
         self._tell(run, *run.last)
 
     def _picture(self, run: Run, message: dict[str, Any]) -> None:
-        """Take a finished picture in, if its job still wants it."""
+        """Store a finished picture, if its job is still running."""
         asked = run.job.request
         given = {name: asked[name] for name in PICTURE_FIELDS if asked.get(name)}
         facts = message | {"request": message["request"] | given}
@@ -288,7 +291,7 @@ class Drawing:
         self._tell(run, "picture", tell_picture(picture, run.job).model_dump(mode="json"), lasting=True)
 
     def _died(self) -> None:
-        """The engine is gone, and with it all runs."""
+        """Handle the death of the engine: all runs are lost."""
         self.ready, self.loaded = False, None
         self.metrics.ready.set(0)
         self.metrics.deaths.inc()
@@ -303,13 +306,13 @@ class Drawing:
     # The rest ---------------------------------------------------------------------------------------------------------
 
     def _paths(self, request: Request) -> dict[str, Any]:
-        """The files of a request's pictures. Refused where one is not there."""
+        """Picture field -> path of its upload, or list of paths. Raises Refused if an upload does not exist."""
         paths: dict[str, Any] = {}
         for name, place, given in pictures_in(request):
             upload = self.store.upload(given.removeprefix(PREFIX))
             file = None if upload is None else self.store.uploads / upload.file
             if file is None or not file.exists():
-                raise Refused(400, f"{given} is no longer kept: upload it again")
+                raise Refused(400, f"{given} was removed: upload it again")
             paths[name] = str(file.resolve()) if place is None else [*paths.get(name, ()), str(file.resolve())]
         return paths
 

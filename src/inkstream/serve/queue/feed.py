@@ -1,4 +1,4 @@
-"""What happens to jobs, told as it happens: numbered, to whoever listens, and kept a while for those who come back."""
+"""Events of jobs, sent to listeners in order. Recent events are kept for clients that reconnect."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 KEPT = 500
-"""Happenings that are remembered for listeners who were away."""
+"""Number of lasting events that are kept for clients that reconnect."""
 BEHIND = 500
-"""Happenings that a listener may not have read yet; who is slower is let go, and may come back."""
+"""Most unread events of one listener. A slower listener is disconnected and may reconnect."""
 
 
 class Happening(NamedTuple):
-    """One thing that happened to one job. `lasting` ones are told again to those who missed them."""
+    """One event of one job. lasting: the event is sent again to a client that missed it."""
 
     number: int
     job: str
@@ -29,7 +29,7 @@ class Happening(NamedTuple):
 
 
 class Listener:
-    """What one client has still to read. Ends with None."""
+    """The unread events of one client. None in the queue means the end."""
 
     def __init__(self, job: str | None, key: str | None):
         self.job = job
@@ -37,11 +37,11 @@ class Listener:
         self.waiting: asyncio.Queue[Happening | None] = asyncio.Queue()
 
     def wants(self, happening: Happening) -> bool:
-        """Whether it is about the job, or a job of the key, that is listened to; None stands for any."""
+        """Whether the event belongs to the listener's job and key; None means any."""
         return self.job in (None, happening.job) and (self.key is None or self.key == happening.key)
 
     async def all(self, ping: float) -> AsyncIterator[Happening]:
-        """Happenings as they come; one named `ping` after so many seconds of silence. Ends when there are no more."""
+        """Yield events as they happen, until the end of the feed. After `ping` seconds without one, yield a `ping`."""
         while True:
             try:
                 happening = await asyncio.wait_for(self.waiting.get(), ping)
@@ -53,17 +53,17 @@ class Listener:
 
 
 class Feed:
-    """All that happens, in the order it does. Lives in one event loop."""
+    """All events in their order. All methods run in one event loop."""
 
     def __init__(self) -> None:
-        self._secret = secrets.token_bytes(16)  # numbers of another run of the server mean nothing here
-        self.number = 0  # of the last happening
+        self._secret = secrets.token_bytes(16)  # event ids from before a restart of the server are not valid
+        self.number = 0  # number of the last event
         self._kept: deque[Happening] = deque(maxlen=KEPT)
         self._listeners: set[Listener] = set()
         self.closed = False
 
     def tell(self, job: str, key: str, name: str, data: dict[str, Any], lasting: bool = True) -> None:
-        """Something happened. What is not lasting (a step, a place in the queue) is soon said anew anyway."""
+        """Send an event to all listeners. lasting: False for a step or a queue position, which is soon out of date."""
         self.number += 1
         happening = Happening(self.number, job, key, name, data, lasting)
         if lasting:
@@ -74,11 +74,11 @@ class Feed:
             if listener.waiting.qsize() < BEHIND:
                 listener.waiting.put_nowait(happening)
             elif lasting:
-                self._let_go(listener)
+                self._disconnect(listener)
 
     @contextmanager
     def listen(self, job: str | None = None, key: str | None = None) -> Iterator[Listener]:
-        """Everything from now on that happens to a job, or to any job of a key."""
+        """A listener to the events of a job, or of all jobs of a key, from now on."""
         listener = Listener(job, key)
         if self.closed:
             listener.waiting.put_nowait(None)
@@ -92,11 +92,14 @@ class Feed:
         return bool(self._listeners)
 
     def name_of(self, happening: Happening) -> str:
-        """What a client gives back as Last-Event-ID. The number is hidden: it counts what happens to other keys."""
+        """The event's id, which a client sends back as Last-Event-ID.
+
+        The id hides the number, because the number also counts the events of other keys.
+        """
         return self._name(happening.number)
 
     def missed(self, last: str | None, listener: Listener) -> list[Happening] | None:
-        """What a listener has missed since the happening it names; None where that is not known any more."""
+        """The lasting events after the event with the id `last`; None if that event is too old or unknown."""
         match = re.fullmatch("([0-9a-f]{16})-([0-9a-f]{16})", last or "")
         number = -1 if match is None else int(match[2], 16) ^ int(self._hash(match[1]), 16)
         if self._name(number) != last or (len(self._kept) == KEPT and number < self._kept[0].number - 1):
@@ -104,19 +107,19 @@ class Feed:
         return [happening for happening in self._kept if happening.number > number and listener.wants(happening)]
 
     def close(self) -> None:
-        """The server stops: every listener comes to its end."""
+        """End all listeners, because the server stops."""
         self.closed = True
         for listener in list(self._listeners):
-            self._let_go(listener)
+            self._disconnect(listener)
 
     def _name(self, number: int) -> str:
-        """What a number is called: the same word each time, from which nobody without the secret can tell it."""
+        """The id of an event number: always the same, and unreadable without the secret."""
         salt = self._hash(str(number))
         return f"{salt}-{number ^ int(self._hash(salt), 16):016x}"
 
     def _hash(self, text: str) -> str:
         return hashlib.blake2b(text.encode(), key=self._secret, digest_size=8).hexdigest()
 
-    def _let_go(self, listener: Listener) -> None:
+    def _disconnect(self, listener: Listener) -> None:
         self._listeners.discard(listener)
         listener.waiting.put_nowait(None)

@@ -1,4 +1,4 @@
-"""What a job is made of: one request, or one for each cell of a grid; and whether its model can draw them."""
+"""Splits a job into its requests, one for each cell of a grid, and checks that its models can draw them."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from inkstream.types import InputError, Request, Spec
 
 
 def split(request: Request, grid: Grid | None) -> list[Request]:
-    """The requests that a job is made of: one, or one for each cell of its grid, row by row.
+    """The requests of a job: one, or one for each cell of its grid, row by row.
 
-    Refused where a field is none, or does not take a value.
+    Raises Refused if a field of the grid does not exist or a value is not valid.
     """
     if grid is None:
         return [request]
@@ -24,9 +24,9 @@ def split(request: Request, grid: Grid | None) -> list[Request]:
         raise Refused(400, "a grid has one picture in each cell: leave count out", param="count")
     for name in axes(grid):
         if name not in Request.model_fields or name in ("count", *PICTURE_FIELDS):
-            raise Refused(400, f"{name} is no field that a grid can go along", param="grid")
+            raise Refused(400, f"{name} cannot be an axis of a grid: take a field such as steps or seed", param="grid")
     if grid.y is not None and grid.x.field == grid.y.field:
-        raise Refused(400, f"both sides of the grid are {grid.x.field}: take another field for y", param="grid")
+        raise Refused(400, f"both axes of the grid are {grid.x.field}: take another field for y", param="grid")
     given = request.model_dump(exclude_unset=True)
     cells = []
     for y in grid.y.values if grid.y else [None]:
@@ -45,7 +45,7 @@ def axes(grid: Grid) -> list[str]:
 
 
 def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits) -> int:
-    """How many pictures they are. Refused where one of them cannot be drawn, or all together are too many."""
+    """The number of pictures of all parts. Raises Refused if a part cannot be drawn or the number is too large."""
     for part in parts:
         part, model = choose(models, part)
         if not part.prompt.strip() and not part.reference:
@@ -55,7 +55,7 @@ def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits
             _check_spec(part, model.spec)
     total = sum(part.count for part in parts)
     if total > limits.pictures:
-        raise Refused(400, f"a grid of {total} pictures is too many here: take at most {limits.pictures}", param="grid")
+        raise Refused(400, f"a grid of {total} pictures is too large: take at most {limits.pictures}", param="grid")
     return total
 
 

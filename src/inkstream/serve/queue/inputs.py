@@ -1,4 +1,4 @@
-"""Pictures that a request brings: only data, uploads and, where allowed, fetched ones. A path is never opened."""
+"""Input pictures of a request: data URLs, uploads and, if allowed, downloads by URL. A path is never opened."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ PREFIX = "upload:"
 
 
 def examine(data: bytes, key: str, now: float, limits: Limits, param: str | None = None) -> Upload:
-    """The upload that a picture's bytes become. Refused where they are none, or too large. For threads."""
+    """The Upload record for a picture's bytes. Raises Refused if they are not a picture or have too many pixels.
+
+    Call it in a thread.
+    """
     try:
         image = open_header(as_data(data))
     except InputError as error:
@@ -28,7 +31,7 @@ def examine(data: bytes, key: str, now: float, limits: Limits, param: str | None
     if width * height > limits.upload_pixels:
         raise Refused(
             400,
-            f"{param or 'the picture'} is {width}x{height}: at most {limits.upload_pixels >> 20} megapixels are taken",
+            f"{param or 'the picture'} is {width}x{height}: send at most {limits.upload_pixels >> 20} megapixels",
             param=param,
             code="invalid_image",
         )
@@ -39,12 +42,12 @@ def examine(data: bytes, key: str, now: float, limits: Limits, param: str | None
 
 
 def as_data(data: bytes) -> str:
-    """Bytes as a data URL, of whatever type: readers go by the content."""
+    """Bytes as a data URL without a specific media type: readers detect the type from the content."""
     return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
 
 
 def pictures_in(request: Request) -> Iterator[tuple[str, int | None, str]]:
-    """Every picture that a request names: its field, its place where there are several, what is given."""
+    """Each picture of a request: its field, its index (None unless the field is a list), and its value."""
     for name in PICTURE_FIELDS:
         given = getattr(request, name)
         if isinstance(given, str):
@@ -55,9 +58,10 @@ def pictures_in(request: Request) -> Iterator[tuple[str, int | None, str]]:
 
 
 def decode(request: Request, fetch: Callable[[str], bytes] | None, limits: Limits) -> dict[str, tuple[bytes, str]]:
-    """What a request gives as data or by address: as given -> its bytes, and the field. For threads.
+    """Pictures that a request gives as data URLs or URLs: value -> (bytes, field).
 
-    Refused where it names anything else, such as a path.
+    fetch: downloads a URL; None if that is not allowed. Raises Refused for any other value, such as a path. Call it in
+    a thread.
     """
     found: dict[str, tuple[bytes, str]] = {}
     for name, place, given in pictures_in(request):
@@ -73,19 +77,22 @@ def decode(request: Request, fetch: Callable[[str], bytes] | None, limits: Limit
             if fetch is None:
                 raise Refused(
                     400,
-                    f"{param} is an address, and this server fetches no pictures: send it as a data URL or upload it",
+                    f"{param} is a URL, and this server downloads no pictures: send a data URL or upload the picture",
                     param=param,
                 )
             found[given] = fetch(given), param
         else:
-            raise Refused(400, f"{param} is neither a data URL nor upload:ID: no other is opened", param=param)
+            raise Refused(400, f"{param} is neither a data URL nor upload:ID: send one of them", param=param)
         if len(found[given][0]) > limits.body_bytes:
             raise Refused(400, f"{param} has more than {limits.body_bytes >> 20} MiB: scale it down first", param=param)
     return found
 
 
 def keep(store: Store, request: Request, found: dict[str, tuple[bytes, Upload]], key: str | None) -> Request:
-    """The request with every picture as `upload:ID`, all of them kept. key: None may name anybody's uploads."""
+    """Store the pictures in `found`, and return the request with every picture as `upload:ID`.
+
+    key: whose uploads the request may use; None for all. Raises Refused if an upload does not exist.
+    """
     for data, upload in found.values():
         store.add_upload(upload, data)
     names: dict[str, Any] = {}
@@ -96,6 +103,6 @@ def keep(store: Store, request: Request, found: dict[str, tuple[bytes, Upload]],
             own = given
         else:
             param = name if place is None else f"{name}.{place}"
-            raise Refused(400, f"{param} names no upload that is here: upload it again", param=param, code="no_upload")
+            raise Refused(400, f"{param} names an unknown upload: upload it again", param=param, code="no_upload")
         names[name] = own if place is None else (*names.get(name, ()), own)
     return request.model_copy(update=names) if names else request

@@ -1,7 +1,7 @@
-"""The queue: jobs are accepted, put in order, drawn by the engine, and end exactly once, whatever dies in between.
+"""The queue: it accepts jobs, orders them and has the engine draw them. Each job ends exactly once, even after a crash.
 
-The store is the truth; what is kept here beside it (who waits, who listens, whose turn it is) can be lost. All of it
-happens in one event loop, so nothing needs a lock.
+The store is the authority. State that exists only here (waiting jobs, listeners, fair sharing) may be lost. Everything
+runs in one event loop, so no lock is needed.
 """
 
 from __future__ import annotations
@@ -42,32 +42,37 @@ from inkstream.serve.schema import ENDED, Grid
 from inkstream.types import Request
 
 DEATHS = 6
-"""Engines that may die over one picture before its job is given up."""
+"""A job fails after this many deaths of the engine during one picture."""
 HOLD = 5.0
-"""Seconds until something is begun again after a picture, or a change of the queue, could not be written."""
+"""Seconds for which no job starts after a picture or a change of the queue could not be written."""
 PING = 15.0
-"""Seconds of silence after which a stream says that it is still there."""
+"""Seconds without an event after which a stream sends a ping."""
 log = logging.getLogger("inkstream.serve")
 
 
 @dataclass
 class Clocks:
-    """Turns of the keys: seconds of work each was given, and where the job begun last stood."""
+    """State of the fair sharing between keys.
+
+    keys: key -> seconds of work it has received. now: that number, for the key of the job that started last, before
+    the job was added.
+    """
 
     keys: dict[str, float] = field(default_factory=dict)
     now: float = 0.0
 
     def enter(self, key: str) -> None:
-        """A key that asked for nothing has saved nothing up."""
+        """Add a key that had no jobs. It gets no credit for the time without jobs."""
         self.keys[key] = max(self.keys.get(key, 0.0), self.now)
 
     def spend(self, key: str, seconds: float) -> None:
+        """Count a job that starts."""
         self.now = self.keys.get(key, 0.0)
         self.keys[key] = self.now + seconds
 
 
 class Jobs:
-    """The queue of one server. `start` and `stop` frame its life; everything else is called in its event loop."""
+    """The queue of one server. Call `start` first and `stop` last; all methods run in one event loop."""
 
     def __init__(
         self,
@@ -90,31 +95,31 @@ class Jobs:
         if not self.secret:
             self.secret = secrets.token_hex(32)
             store.put_setting("secret", self.secret)
-        self.full = False  # nothing is begun, since it could not be kept
-        self._held = 0.0  # until then
-        self._owed: dict[str, Callable[[], None]] = {}  # job -> what of it must still be written
+        self._on_hold = False  # no job starts, because results could not be stored
+        self._held_until = 0.0  # monotonic time of the next attempt
+        self._unwritten: dict[str, Callable[[], None]] = {}  # job -> change of its state that must still be written
         self._waiting: dict[str, Job] = {}
-        self._work: dict[str, float] = {}  # of each that waits
-        self._order: list[str] | None = None
+        self._work: dict[str, float] = {}  # waiting job -> its work
+        self._order: list[str] | None = None  # None: it must be computed again
         self._clocks = Clocks()
-        self._waiters: dict[str, int] = {}  # clients that wait for a job's answer
+        self._waiters: dict[str, int] = {}  # job -> number of clients that wait for its answer
         self._watch: asyncio.Task[None] | None = None
 
-    # Life -----------------------------------------------------------------------------------------------------------
+    # Start and stop -------------------------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Take up what the last server left, and start an engine."""
+        """Load the jobs of the previous server and start the engine."""
         for picture in self.store.recent(50):
             self.drawing.pace.learn(Request.model_validate(picture.request), picture.seconds)
         for job in self.store.recover(time.time()):
-            self._wait(job)
+            self._add_waiting(job)
         if self._waiting:
-            log.info("queue taken up", extra={"jobs": len(self._waiting)})
+            log.info("queue restored", extra={"jobs": len(self._waiting)})
         self.drawing.engine.start()
-        self._watch = asyncio.create_task(self._watching())
+        self._watch = asyncio.create_task(self._watch_loop())
 
     async def stop(self) -> None:
-        """End the engine. What is running will start again with the next server."""
+        """Stop the engine. Running jobs start again with the next server."""
         self.feed.close()
         if self._watch is not None:
             self._watch.cancel()
@@ -122,7 +127,7 @@ class Jobs:
                 await self._watch
         await self.drawing.engine.stop()
 
-    # Asking ---------------------------------------------------------------------------------------------------------
+    # New jobs -------------------------------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -135,23 +140,26 @@ class Jobs:
         token: str | None = None,
         waited: bool = False,
     ) -> Job:
-        """Accept a request, whose pictures are uploads. No death of a process loses it from now on.
+        """Accept a request and return its job. From now on, no crash of a process loses the job.
 
-        token: the client's idempotency key; the same one with the same request gives the same job again. waited: of no
-        use once the client is gone. Refused where it asks for too much, or the queue, quota or rate is spent.
+        request: its pictures must be uploads. token: the client's idempotency key; the same key with the same request
+        returns the same job. waited: True if nobody needs the job once the client has left. Raises Refused if the
+        request exceeds a limit, the queue is full, or the quota or the rate limit is reached.
         """
         request, _ = choose(self.models, request)
         digest = _digest(request, grid, priority, note)
         check_text(request.prompt, request.negative_prompt, note)
         if token is not None and (job := self.store.repeated(caller.name, token)) is not None:
             if job.digest != digest:
-                raise Refused(409, "this idempotency key was used for another body: take a new one", code="idempotency")
+                line = "this idempotency key was used with another body: take a new key"
+                raise Refused(409, line, code="idempotency")
             return job
         parts = split(request, grid)
         total = check_parts(parts, self.models, self.settings.limits)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         if seed + request.count > 2**63:
-            raise Refused(400, f"seed {seed} leaves no room for {request.count} pictures: lower it", param="seed")
+            line = f"seed {seed} is too large for {request.count} pictures: take at most {2**63 - request.count}"
+            raise Refused(400, line, param="seed")
         self._admit(caller, priority, total)
         if not self._of_key(caller.name):
             self._clocks.enter(caller.name)
@@ -168,16 +176,16 @@ class Jobs:
             waited=waited,
             uploads={given.removeprefix(PREFIX) for part in parts for _, _, given in pictures_in(part)},
         )
-        self._wait(job)
+        self._add_waiting(job)
         extra = {"prompt": request.prompt} if self.settings.log_prompts else {}
         log.info("job accepted", extra={"job": job.id, "key": job.key, "model": job.model, "pictures": total, **extra})
         self.changed()
         return self._stored(job.id)
 
     async def draw(self, job: Job) -> AsyncGenerator[Happening, None]:
-        """Everything that happens to a job, from its present state to its end. Leaving it early cancels the job.
+        """Yield the events of a job, from its present state to its end. Closing the iterator early cancels the job.
 
-        The server's own `submit(Request) -> Iterator[Event]`: for routes whose client waits for the answer.
+        It is for routes whose client waits for the answer, like `Engine.submit` in one process.
         """
         self._waiters[job.id] = self._waiters.get(job.id, 0) + 1
         try:
@@ -188,16 +196,16 @@ class Jobs:
             self._waiters[job.id] -= 1
             if not self._waiters[job.id]:
                 del self._waiters[job.id]
-                if not self.feed.closed:  # a server that stops has not been left by its client
+                if not self.feed.closed:  # when the server stops, the client has not left
                     self._write(job.id, self._end, "cancelled")
 
     async def run(self, http: HTTPRequest, job: Job) -> schema.Job:
-        """Wait until a job has ended, and return it. A client that leaves meanwhile cancels it, within one step.
+        """Wait until a job has ended, and return it. If the client disconnects, the job is cancelled within one step.
 
-        Refused with 503 where the server stops first; with 499, for the log, where the client is gone.
+        Raises Refused with 503 if the server stops first, and with 499, for the log, if the client has left.
         """
-        drawing = asyncio.create_task(self._last(job))
-        leaving = asyncio.create_task(_left(http))
+        drawing = asyncio.create_task(self._wait_for_end(job))
+        leaving = asyncio.create_task(_wait_for_disconnect(http))
         try:
             await asyncio.wait([drawing, leaving], return_when=asyncio.FIRST_COMPLETED)
             if not drawing.done():
@@ -211,9 +219,10 @@ class Jobs:
     async def follow(
         self, identity: str, last: str | None = None, ping: float = PING
     ) -> AsyncGenerator[Happening, None]:
-        """A job's present state, or what was missed since `last`, then all that happens to it, to its end.
+        """Yield the events of a job, up to its end.
 
-        Every `ping` seconds of silence a happening named `ping` is given.
+        last: id of the last event that the client has seen; the missed events come first. Without it, or if it is too
+        old, the job's present state comes first. ping: after so many seconds without an event, yield a `ping`.
         """
         with self.feed.listen(job=identity) as listener:
             missed = self.feed.missed(last, listener)
@@ -231,7 +240,7 @@ class Jobs:
     async def follow_all(
         self, caller: Caller, last: str | None = None, ping: float = PING
     ) -> AsyncGenerator[Happening, None]:
-        """The same of all jobs that a caller may see; it has no end."""
+        """Yield the events of all jobs that the caller may see, like `follow`, but without end."""
         with self.feed.listen(key=caller.scope) as listener:
             missed = self.feed.missed(last, listener)
             if missed is None:
@@ -242,16 +251,16 @@ class Jobs:
             async for happening in listener.all(ping):
                 yield happening
 
-    # Changing -------------------------------------------------------------------------------------------------------
+    # Changes --------------------------------------------------------------------------------------------------------
 
     def cancel(self, identity: str) -> None:
-        """End a job that has not ended; its run stops within one step."""
+        """Cancel a job, unless it has ended. Its run stops within one step."""
         self._end(identity, "cancelled")
 
     def move(self, job: Job, caller: Caller, patch: schema.JobPatch) -> None:
-        """Another place in the queue. Refused where the job does not wait, or may not stand there."""
+        """Change a job's place in the queue. Raises Refused if the job is not waiting or may not have that place."""
         if job.id not in self._waiting:
-            raise Refused(409, f"job {job.id} is {job.state}: only one that waits can be moved", code="not_queued")
+            raise Refused(409, f"job {job.id} is {job.state}: move only queued jobs", code="not_queued")
         priority = job.priority if patch.priority is None else patch.priority
         place = job.place
         if "before" in patch.model_fields_set:
@@ -261,26 +270,27 @@ class Jobs:
             if patch.before is None:
                 place = max((other.place for other in others), default=0.0) + 1
             elif index is None:
-                raise Refused(400, f"{patch.before} is no job of the same key that waits", param="before")
+                line = f"before {patch.before} is not a queued job of the same key: take one from /v1/queue"
+                raise Refused(400, line, param="before")
             else:
                 priority = others[index].priority if patch.priority is None else priority
                 place = (others[index].place + (others[index - 1].place if index else others[0].place - 2)) / 2
         _check_priority(caller, priority)
         self.store.move(job.id, priority, place)
-        self._wait(self._stored(job.id))
+        self._add_waiting(self._stored(job.id))
         self.changed()
 
     def pause(self, paused: bool) -> None:
-        """Begin no more jobs, or go on. What is being drawn is finished."""
+        """Pause or resume the start of jobs. Running jobs continue."""
         self.paused = paused
         self.store.put_setting("paused", str(int(paused)))
         self.feed.tell("", "", "queue", {"paused": paused})
         self.changed()
 
-    # Telling --------------------------------------------------------------------------------------------------------
+    # State ----------------------------------------------------------------------------------------------------------
 
     def order(self) -> list[str]:
-        """The jobs that wait, in the order they will be begun."""
+        """Ids of the waiting jobs, in the order in which they start."""
         if self._order is None:
             waiting = [
                 Waiting(job.id, job.key, job.priority, job.place, job.model, self._cost(job))
@@ -291,7 +301,7 @@ class Jobs:
         return self._order
 
     def etas(self) -> dict[str, float | None]:
-        """Seconds until each job that has not ended does, where that can be foreseen."""
+        """Active job -> estimated seconds until it ends, None if unknown."""
         pace, runs = self.drawing.pace, list(self.drawing.runs.values())
         if not all(pace.knows(run.model) for run in runs):
             return dict.fromkeys(job.id for job in self._active())
@@ -301,43 +311,45 @@ class Jobs:
         return dict(zip([*(run.job.id for run in runs), *(job.id for job in waiting)], foreseen))
 
     def tell(self, job: Job) -> schema.Job:
-        """A job as the API has it."""
+        """The job's API record."""
         return self.tell_all([job])[0]
 
     def tell_all(self, jobs: Sequence[Job]) -> list[schema.Job]:
-        """The same of several."""
+        """The API records of several jobs."""
         waits = any(job.state not in ENDED for job in jobs)
         etas = self.etas() if waits else {}
         positions = self._positions() if waits else {}
         return [self._tell(job, positions.get(job.id), etas.get(job.id)) for job in jobs]
 
     def signed(self, path: str, seconds: int = 3600) -> str:
-        """The same path, readable without a key for a while."""
+        """The path with a signature: it is readable without a key for so many seconds."""
         until = int(time.time()) + seconds
         return f"{path}?until={until}&signature={sign(self.secret, path, until)}"
 
-    # What becomes of runs -------------------------------------------------------------------------------------------
+    # Results of runs (drawing.Queue) --------------------------------------------------------------------------------
 
     def finished(self, job: str) -> None:
-        """All its pictures are there."""
+        """The job has all its pictures."""
         self._write(job, self._end, "succeeded")
 
     def failed(self, job: str, message: str, status: int) -> None:
-        """It cannot be drawn: 400 where who asked can mend it, else 500."""
+        """The job cannot be drawn. status: 400 if the client can correct the request, else 500."""
         code = "drawing_failed" if status == 500 else None
         self._write(job, self._end, "failed", {"message": message, "type": KINDS[status], "param": None, "code": code})
 
     def lost(self, job: str, died: bool) -> None:
-        """Its run has ended before it was done; unless it has ended itself, it waits again, at the place it had."""
-        self._write(job, self._lost, died, f"the engine died {DEATHS} times over this picture")
+        """The job's run has ended too early. If the job is still running, it waits again at its old place."""
+        line = f"the engine died {DEATHS} times during this picture: ask for a smaller one, or see the server's log"
+        self._write(job, self._requeue, died, line)
 
     def unsaved(self, job: str, reason: str) -> None:
-        """Its picture could not be kept: it waits again, and all others with it, for a while."""
+        """A picture of the job could not be stored: the job waits again, and no job starts for `HOLD` seconds."""
         self._hold(reason)
-        self._write(job, self._lost, True, f"the picture cannot be saved ({reason}): free some of the server's disk")
+        line = f"the picture cannot be saved ({reason}): free space on the server's disk"
+        self._write(job, self._requeue, True, line)
 
     def changed(self) -> None:
-        """Something about the queue has: begin what can be begun, and tell who waits where it stands."""
+        """The queue or the engine has changed: start all jobs that can start, and report positions to listeners."""
         self._order = None
         while self._next():
             self._order = None
@@ -349,43 +361,44 @@ class Jobs:
                 data = {"position": position, "eta": _rounded(etas[identity])}
                 self.feed.tell(identity, self._waiting[identity].key, "queued", data, lasting=False)
 
-    # Inside ---------------------------------------------------------------------------------------------------------
+    # Private --------------------------------------------------------------------------------------------------------
 
     def _admit(self, caller: Caller, priority: int, pictures: int) -> None:
-        """Refused where the queue, the key's share of it, its day or its minute is spent."""
+        """Raise Refused if the disk or the queue is full, or the key has reached one of its limits."""
         _check_priority(caller, priority)
         limits, key, now = self.settings.limits, caller.key, time.time()
         if self.store.free() < limits.reserve:
             raise disk_full()
         if len(self._waiting) >= limits.queue:
-            raise self._full(f"the queue is full ({limits.queue} jobs)")
+            raise self._queue_full(f"the queue is full ({limits.queue} jobs)")
         if key is None:
             return
         mine = self._of_key(key.name)
         if key.queued is not None and sum(job.id in self._waiting for job in mine) >= key.queued:
-            raise self._full(f"{key.queued} jobs of this key wait already")
+            raise self._queue_full(f"{key.queued} jobs of this key are already waiting")
         if key.pictures_per_day is not None:
             left = key.pictures_per_day - self.store.drawn_today(key.name, now) - sum(job.total for job in mine)
             if pictures > left:
                 raise Refused(
                     429,
-                    f"this key has {key.pictures_per_day} pictures a day, of which {max(0, left)} are left",
+                    f"this key may draw {key.pictures_per_day} pictures a day and has {max(0, left)} left: try again "
+                    "after midnight UTC",
                     code="insufficient_quota",
                     retry_after=math.ceil(86_400 - now % 86_400),
                 )
         self.keys.spend(key, now)
 
-    def _full(self, why: str) -> Refused:
-        """A place is free again when the next job ends."""
+    def _queue_full(self, why: str) -> Refused:
+        """The answer to a job that the queue has no place for. A place is free when the next job ends."""
         wait = max(1, math.ceil(min([eta for eta in self.etas().values() if eta is not None], default=5.0)))
         return Refused(429, f"{why}: try again in {wait} s", code="queue_full", retry_after=wait)
 
     def _next(self) -> bool:
-        """Begin the next job, if there is one and the engine has room for it."""
+        """Start the next job. False if no job is waiting or none can start now."""
         if self.paused or not self._waiting:
             return False
         job = self._waiting[self.order()[0]]
-        if not self.drawing.has_room(job.model) or not self._can_keep():
+        if not self.drawing.has_room(job.model) or not self._can_store():
             return False
         try:
             begun = self.store.start(job.id, time.time())
@@ -395,13 +408,13 @@ class Jobs:
         self._clocks.spend(job.key, self._cost(job))
         del self._waiting[job.id], self._work[job.id]
         if begun:
-            log.info("job begun", extra={"job": job.id, "key": job.key, "model": job.model})
+            log.info("job started", extra={"job": job.id, "key": job.key, "model": job.model})
             self.metrics.stage.labels("wait").observe(time.time() - job.created)
             self.drawing.begin(self._stored(job.id))
         return True
 
-    def _can_keep(self) -> bool:
-        """Whether there is room for what would be begun."""
+    def _can_store(self) -> bool:
+        """Whether the disk has enough free space to start a job, and the last failed write is long enough ago."""
         try:
             free = self.store.free()
         except OSError as error:
@@ -409,34 +422,34 @@ class Jobs:
             return False
         if free < self.settings.limits.reserve:
             self._hold("the disk is full")
-        elif time.monotonic() >= self._held:
-            self.full = False
-        return not self.full
+        elif time.monotonic() >= self._held_until:
+            self._on_hold = False
+        return not self._on_hold
 
     def _hold(self, reason: str) -> None:
-        """Begin nothing for a while."""
-        if not self.full:
-            log.error("nothing is begun until something can be written again", extra={"reason": reason})
-        self.full, self._held = True, time.monotonic() + HOLD
+        """Start no job for `HOLD` seconds."""
+        if not self._on_hold:
+            log.error("no job starts until the disk can be written again", extra={"reason": reason})
+        self._on_hold, self._held_until = True, time.monotonic() + HOLD
 
     def _write(self, job: str, change: Callable[..., None], *values: Any) -> None:
-        """Note what has become of a job; later, where that cannot be written now."""
+        """Write a change of a job's state. If the disk refuses it, `_watch_loop` tries again."""
         try:
             change(job, *values)
         except (sqlite3.Error, OSError) as error:
             self._hold(str(error))
-            self._owed[job] = partial(change, job, *values)
+            self._unwritten[job] = partial(change, job, *values)
 
-    def _lost(self, job: str, died: bool, message: str) -> None:
-        """A job waits again; it fails with the message where that has led nowhere too often."""
+    def _requeue(self, job: str, died: bool, message: str) -> None:
+        """Put a running job back into the queue. After `DEATHS` failures it fails with the message instead."""
         if not self.store.requeue(job, died):
             return
-        self._wait(self._stored(job))
+        self._add_waiting(self._stored(job))
         if self._waiting[job].deaths >= DEATHS:
             self.failed(job, message, 500)
 
     def _end(self, identity: str, state: str, error: dict[str, Any] | None = None) -> None:
-        """A job ends, once: what comes later changes nothing."""
+        """End a job. If it has already ended, nothing changes."""
         if not self.store.end(identity, state, time.time(), error):
             return
         waited = self._waiting.pop(identity, None) is not None
@@ -450,18 +463,18 @@ class Jobs:
         if waited:
             self.changed()
 
-    async def _watching(self) -> None:
-        """Now and then: end what takes too long, write what could not be written, and tidy the store."""
+    async def _watch_loop(self) -> None:
+        """Once a second: end jobs that take too long and retry failed writes. Once an hour: tidy the store."""
         tidied = time.monotonic()
         while True:
             await asyncio.sleep(1.0)
             try:
                 self.drawing.check_time()
-                for job, change in list(self._owed.items()):
+                for job, change in list(self._unwritten.items()):
                     change()
-                    if self._owed.get(job) is change:  # it may have come to owe another one
-                        del self._owed[job]
-                if self.full:
+                    if self._unwritten.get(job) is change:  # the call may have left another change
+                        del self._unwritten[job]
+                if self._on_hold:
                     self.changed()
                 if time.monotonic() - tidied > 3600:
                     tidied = time.monotonic()
@@ -470,23 +483,23 @@ class Jobs:
                 self._hold(str(error))
 
     def _stored(self, identity: str) -> Job:
-        """A job that is known to be there, as the store has it now."""
+        """A job that exists, as it is now in the store."""
         job = self.store.job(identity)
         assert job is not None
         return job
 
-    def _wait(self, job: Job) -> None:
-        """A job joins those that wait."""
+    def _add_waiting(self, job: Job) -> None:
+        """Add a job to the waiting jobs, or replace it there."""
         self._waiting[job.id] = job
         self._work[job.id] = sum(part.count * self.drawing.pace.work(part) for part in parts_of(job))
         self._order = None
 
     def _cost(self, job: Job) -> float:
-        """Seconds that a job which waits is thought to take, alone."""
+        """Estimated seconds that a waiting job takes if it is drawn alone."""
         return self.drawing.pace.seconds(job.model, self._work[job.id])
 
     def _positions(self) -> dict[str, int]:
-        """Of each job that waits: how many of the same key will be begun before it. Jobs of others are not counted."""
+        """Waiting job -> number of jobs of the same key that start before it. Jobs of other keys do not count."""
         before: Counter[str] = Counter()
         positions = {}
         for identity in self.order():
@@ -502,7 +515,7 @@ class Jobs:
         return identity in self._waiting or self.drawing.run_of(identity) is not None
 
     def _of_key(self, key: str) -> list[Job]:
-        """A key's jobs that wait or run."""
+        """The key's waiting and running jobs."""
         return [job for job in self._active() if job.key == key]
 
     def _tell(self, job: Job, position: int | None, eta: float | None) -> schema.Job:
@@ -527,7 +540,7 @@ class Jobs:
         )
 
     def _state(self, identity: str) -> list[Happening]:
-        """A job's present state as happenings: its pictures so far, and where it stands."""
+        """A job's present state as events: one for each picture so far, then its position, progress or end."""
         job = self._stored(identity)
         told = self.tell(job)
         data = [("picture", picture.model_dump(mode="json")) for picture in told.pictures]
@@ -540,16 +553,17 @@ class Jobs:
             data.append(("queued", {"position": told.position, "eta": told.eta}))
         return [Happening(self.feed.number, job.id, job.key, name, one, False) for name, one in data]
 
-    async def _last(self, job: Job) -> schema.Job:
-        """The job once it has ended; cancelled if this is."""
+    async def _wait_for_end(self, job: Job) -> schema.Job:
+        """The job after its end. If this task is cancelled, the job is cancelled, too."""
         async with aclosing(self.draw(job)) as happenings:
             async for happening in happenings:
                 if happening.name in ENDED:
                     return schema.Job.model_validate(happening.data)
-        raise Refused(503, "the server is stopping: ask again in a while", retry_after=5)
+        raise Refused(503, "the server is stopping: try again in 5 s", retry_after=5)
 
 
 def _digest(request: Request, grid: Grid | None, priority: int, note: str) -> str:
+    """A hash of the body, to recognise a repeated request."""
     body = [request.model_dump(mode="json"), None if grid is None else grid.model_dump(mode="json"), priority, note]
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
@@ -557,14 +571,14 @@ def _digest(request: Request, grid: Grid | None, priority: int, note: str) -> st
 def _check_priority(caller: Caller, priority: int) -> None:
     most = 10 if caller.key is None else caller.key.priority
     if priority > most:
-        raise Refused(403, f"priority {priority} is more than this key may give: at most {most}", param="priority")
+        raise Refused(403, f"priority {priority} is too high for this key: give at most {most}", param="priority")
 
 
 def _rounded(seconds: float | None) -> float | None:
     return None if seconds is None else round(max(0.0, seconds), 2)
 
 
-async def _left(http: HTTPRequest) -> None:
-    """Returns when the client has left. The body must have been read."""
+async def _wait_for_disconnect(http: HTTPRequest) -> None:
+    """Return when the client has disconnected. The body must have been read."""
     while (await http.receive())["type"] != "http.disconnect":
         pass

@@ -1,4 +1,4 @@
-"""Rows of the store as other parts want them: a job's request and grid, a picture as the API has it."""
+"""Converts rows of the store: a job to its request, grid and parts, a picture to its API record."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from inkstream.types import Request
 
 
 def request_of(job: Job) -> Request:
-    """What was asked, with the seed it was given."""
+    """The job's request, with its seed."""
     return Request.model_validate(job.request)
 
 
@@ -19,12 +19,12 @@ def grid_of(job: Job) -> Grid | None:
 
 
 def parts_of(job: Job) -> list[Request]:
-    """The requests that a job is made of."""
+    """The requests of a job, one for each part."""
     return split(request_of(job), grid_of(job))
 
 
 def part_at(job: Job, place: int) -> tuple[Request, int]:
-    """The request that picture `place` of a job belongs to, and the place of that request's first picture."""
+    """The part that draws picture `place` of a job, and the place of that part's first picture."""
     start = 0
     for part in parts_of(job):
         if place < start + part.count:
@@ -34,7 +34,7 @@ def part_at(job: Job, place: int) -> tuple[Request, int]:
 
 
 def tell_picture(picture: Picture, job: Job | None) -> schema.Picture:
-    """A picture as the API has it. job: its own, which says where in a grid it is."""
+    """The picture's API record. job: the picture's job, which gives its place in a grid; None if unknown."""
     columns = len(job.grid["x"]["values"]) if job is not None and job.grid is not None else 0
     return schema.Picture(
         id=picture.id,

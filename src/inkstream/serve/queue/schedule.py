@@ -1,4 +1,4 @@
-"""The order of the queue: by priority, then by turns between keys, weighed by the work they ask for."""
+"""The order of the queue: by priority, then fair sharing between keys, weighted by the work of their jobs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 
 class Waiting(NamedTuple):
-    """A job that waits. cost: seconds it is thought to take; place: its order among the jobs of its key."""
+    """A waiting job. cost: estimated seconds; place: its order among the jobs of its key."""
 
     id: str
     key: str
@@ -21,11 +21,11 @@ class Waiting(NamedTuple):
 def in_order(
     waiting: Iterable[Waiting], clocks: Mapping[str, float], model: str | None = None, switch: float = 0.0
 ) -> list[Waiting]:
-    """The jobs in the order they will be begun.
+    """The jobs in the order in which they start.
 
-    clocks: key -> seconds of work it has been given; the key that has had least is next (start-time fair queueing,
-    Goyal 1996), and its own jobs keep their order. A job for another model than the one that is loaded counts `switch`
-    seconds more, so that keys who use two models do not make the engine load one for every picture.
+    clocks: key -> seconds of work it has received. The key with the least work is next (start-time fair queueing, Goyal
+    1996); jobs of one key keep their order. model: the loaded model. A job for another model counts `switch` seconds
+    more, so that keys with two models do not make the engine load a model for each picture.
     """
     levels: dict[int, dict[str, deque[Waiting]]] = {}
     for job in sorted(waiting, key=lambda job: job.place):

@@ -1,9 +1,8 @@
-"""Jobs, pictures and uploads in one SQLite file, beside it the pictures themselves. What is here outlives any process.
+"""Jobs, pictures and uploads: rows in one SQLite file, and the picture files. They survive the death of any process.
 
-Rows are written by the server's event loop alone, through one connection; searches read through a second one, from
-threads. A picture's file is moved to its place before its row is written, so that every row has its file. A file that
-has no row, after a crash or beside an older database, gets one at the next start: no picture is ever removed but by
-whoever deleted it.
+Only the server's event loop writes rows, through one connection. Searches read from threads through a second one. A
+picture's file is moved to its place before its row is committed, so every row has its file. A file without a row, after
+a crash or next to an older database, gets a row at the next start. Only pictures that a user deleted are removed.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ from inkstream.types import InputError
 
 VERSION = 1
 WEEK = 7 * 86_400.0
-"""Seconds for which a deleted picture can be brought back, and an upload that nothing names is kept."""
+"""Seconds for which a deleted picture can be restored and an unused upload is kept."""
 
 START_ROOM = 1 << 20
-"""Bytes of the disk that a start needs."""
+"""Bytes of free disk space that a start needs."""
 log = logging.getLogger("inkstream.serve")
 
 LATE = 60.0
-"""Seconds after which an operating system has surely written a file to the disk."""
+"""Seconds after which the operating system has certainly written a file to the disk."""
 
 TABLES = """
 CREATE TABLE jobs (
@@ -120,7 +119,7 @@ CREATE TABLE settings (name TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID
 
 @dataclass(frozen=True)
 class Job:
-    """A row of the queue and of the history. `request` names pictures as `upload:ID`, and has its seed."""
+    """A row of the queue and the history. `request` refers to pictures as `upload:ID` and always has a seed."""
 
     number: int
     id: str
@@ -132,12 +131,12 @@ class Job:
     priority: int
     place: float  # order among the jobs of one key
     model: str
-    total: int  # pictures it will have
+    total: int  # number of pictures of the complete job
     note: str
-    waited: int  # 1: of no use once the client that asked is gone
-    deaths: int  # engines that died while drawing it, since its last picture
+    waited: int  # 1: nobody needs it once its client has left
+    deaths: int  # deaths of the engine during this job since its last picture
     token: str | None  # the client's idempotency key
-    digest: str  # of the body, to tell a repetition from a mistake
+    digest: str  # hash of the body: another body with the same token is refused
     grid: dict[str, Any] | None
     error: dict[str, Any] | None
     remarks: list[str]
@@ -160,18 +159,18 @@ class Picture:
     bytes: int
     type: str
     sha256: str
-    file: str  # below the folder of pictures
+    file: str  # path below the folder `pictures`
     seed: int
     model: str
     favourite: int
     deleted: float | None
-    words: str  # what a search looks in
+    words: str  # text that a search looks in
     request: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Upload:
-    """A picture that was sent, named by its content."""
+    """A row for an uploaded picture. Its id depends on the key and the content."""
 
     id: str
     key: str
@@ -185,9 +184,9 @@ class Upload:
 
 @dataclass(frozen=True)
 class Search:
-    """What to look for in the gallery. Every word of `text` must be there, in any case of letters."""
+    """Conditions of a search in the gallery. Each word of `text` must occur; upper and lower case are the same."""
 
-    key: str | None = None  # None: of all keys
+    key: str | None = None  # None: pictures of all keys
     text: str = ""
     model: str | None = None
     seed: int | None = None
@@ -210,9 +209,9 @@ TYPES = {
     "PPM": "image/x-portable-pixmap",
     "JPEG2000": "image/jp2",
 }
-"""Media types of uploads, by Pillow's names of their formats."""
+"""Pillow's name of a format -> media type of an upload."""
 NAME = re.compile(r"p[0-9a-f]{20}")
-"""A picture's name."""
+"""A picture's id."""
 JOB, PICTURE, UPLOAD = (", ".join(field.name for field in fields(row)) for row in (Job, Picture, Upload))
 
 
@@ -225,22 +224,28 @@ def _read(kind: Any, row: Sequence[Any]) -> Any:
 
 
 def new_job_id() -> str:
-    """A name that nobody can guess."""
+    """A random id for a job, which nobody can guess."""
     return "j" + secrets.token_hex(10)
 
 
 def picture_id(job: str, place: int) -> str:
-    """The name of a job's picture, which nobody can guess who does not know the job's; a file's name tells both."""
+    """The id of a job's picture, made from the job's id. Nobody can guess it without the job's id.
+
+    A file is named after its picture's id, so a file without a row can be matched to its job and place.
+    """
     return "p" + hashlib.sha256(f"{job} {place}".encode()).hexdigest()[:20]
 
 
 def upload_id(key: str, data: bytes) -> str:
-    """The name of what a key has sent."""
+    """The id of an upload: the same key and bytes give the same id."""
     return "u" + hashlib.sha256(key.encode() + b"\0" + data).hexdigest()[:32]
 
 
 class Store:
-    """The folder of a server's data; one server at a time. InputError where another one has it, or a newer one had."""
+    """The data folder of a server. Only one server at a time can open it.
+
+    Raises InputError if another server has it, a newer version wrote it, or it cannot be used.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -255,7 +260,7 @@ class Store:
             self._lock = take(folder / "lock", busy)
             try:
                 if self.free() < START_ROOM:
-                    raise InputError(f"the disk of {folder} is full: free some of it, or give another --data")
+                    raise InputError(f"the disk of {folder} is full: free some space, or give another --data")
                 self._db = self._open_sound(folder / "inkstream.db")
                 self._reader = _open(folder / "inkstream.db")
                 self._log = (folder / "inkstream.db-wal").open("rb+", buffering=0)
@@ -263,13 +268,13 @@ class Store:
                 self._lock.close()
                 raise
         except OSError as error:
-            raise InputError(f"{folder} cannot be written to ({error.strerror}): give another --data") from None
+            raise InputError(f"{folder} is not writable ({error.strerror}): give another --data") from None
         except sqlite3.Error as error:
             raise InputError(f"{folder}/inkstream.db cannot be used ({error}): give another --data") from None
         self._reading = threading.Lock()
 
     def _open_sound(self, path: Path) -> sqlite3.Connection:
-        """The database, made if there is none. One that is damaged is kept aside, and what it still tells is taken."""
+        """Open the database, or make it. A damaged one is kept under another name and its readable rows are copied."""
         try:
             db = _open(path)
             version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -285,7 +290,7 @@ class Store:
                 raise
         aside = set_aside(path, time.strftime("%Y%m%d-%H%M%S", time.gmtime()))
         new = path.with_name("inkstream-new.db")
-        for old in (new, Path(f"{new}-wal")):  # of a start that was interrupted here
+        for old in (new, Path(f"{new}-wal")):  # left by a start that was interrupted here
             old.unlink(missing_ok=True)
         with closing(_open(new)) as db:
             _make(db)
@@ -293,10 +298,8 @@ class Store:
         for end in ("-wal", "-shm"):
             Path(f"{path}{end}").unlink(missing_ok=True)
         os.replace(new, path)
-        told = ", ".join(f"{count} {table}" for table, count in counts.items())
-        log.warning(
-            f"inkstream.db was damaged: it is kept as {aside.name}, and what could be read is taken over: {told}"
-        )
+        copied = ", ".join(f"{count} {table}" for table, count in counts.items())
+        log.warning(f"inkstream.db was damaged: it is kept as {aside.name}; these rows were copied from it: {copied}")
         return _open(path)
 
     def close(self) -> None:
@@ -320,7 +323,7 @@ class Store:
         waited: bool = False,
         uploads: Iterable[str] = (),
     ) -> Job:
-        """A job that waits. No death of a process loses it from now on; of the machine, none once it is settled."""
+        """Add a queued job. It survives the crash of any process, and after `settle` a crash of the machine."""
         identity = new_job_id()
         with self._change() as db:
             number = db.execute(
@@ -334,11 +337,11 @@ class Store:
         return self._one(Job, "number = ?", number)
 
     def job(self, identity: str, key: str | None = None) -> Job | None:
-        """The job of that name, if it is of that key; None stands for any."""
+        """The job with that id. None if it does not exist or belongs to another key. key: None for any key."""
         return self._one(Job, "id = ? AND (? IS NULL OR key = ?)", identity, key, key)
 
     def repeated(self, key: str, token: str) -> Job | None:
-        """The job that a key has already asked for with this idempotency key."""
+        """The job that was sent before with this key and idempotency key."""
         return self._one(Job, "key = ? AND token = ?", key, token)
 
     def active(self) -> list[Job]:
@@ -346,7 +349,7 @@ class Store:
         return self._all(Job, "state IN ('queued', 'running') ORDER BY number")
 
     def list_jobs(self, key: str | None, state: str | None, before: int | None, limit: int) -> list[Job]:
-        """Jobs newest first; before: only with a smaller number."""
+        """Jobs, newest first. key, state: None for all. before: only jobs with a smaller number."""
         return self._all(
             Job,
             "(? IS NULL OR key = ?) AND (? IS NULL OR state = ?) AND number < ? ORDER BY number DESC LIMIT ?",
@@ -354,12 +357,12 @@ class Store:
         )  # fmt: skip
 
     def start(self, identity: str, now: float) -> bool:
-        """queued -> running; whether it was queued."""
+        """Change a job from queued to running. False if it was not queued."""
         sql = "UPDATE jobs SET state = 'running', started = ? WHERE id = ? AND state = 'queued'"
         return self._set(sql, now, identity)
 
     def requeue(self, identity: str, died: bool) -> bool:
-        """running -> queued, at the place it had. died: its engine did."""
+        """Change a job from running to queued, at its old place. died: count one death of the engine."""
         sql = (
             "UPDATE jobs SET state = 'queued', started = NULL, ended = NULL, deaths = deaths + ?"
             " WHERE id = ? AND state = 'running'"
@@ -367,12 +370,12 @@ class Store:
         return self._set(sql, int(died), identity)
 
     def end(self, identity: str, state: str, now: float, error: Mapping[str, Any] | None = None) -> bool:
-        """queued or running -> succeeded, failed or cancelled; False where it had ended before, which stands."""
+        """Change a job from queued or running to succeeded, failed or cancelled. False if it has ended before."""
         sql = "UPDATE jobs SET state = ?, ended = ?, error = ? WHERE id = ? AND state IN ('queued', 'running')"
         return self._set(sql, state, now, None if error is None else json.dumps(error), identity)
 
     def move(self, identity: str, priority: int, place: float) -> bool:
-        """Another place in the queue, of a job that waits."""
+        """Change the priority and the place of a queued job. False if it is not queued."""
         sql = "UPDATE jobs SET priority = ?, place = ? WHERE id = ? AND state = 'queued'"
         return self._set(sql, priority, place, identity)
 
@@ -382,9 +385,10 @@ class Store:
     # Pictures -------------------------------------------------------------------------------------------------------
 
     def add_picture(self, job: Job, place: int, now: float, part: Path, facts: Mapping[str, Any]) -> Picture | None:
-        """Take a finished file in. None where the job has ended or has that picture already: the file is removed then.
+        """Move a finished file to its place and add its row.
 
-        facts: seconds, width, height, bytes, sha256 and the complete request.
+        If the job is not running or already has that picture, the file is removed and the result is None. facts:
+        seconds, width, height, bytes, sha256 and the complete request.
         """
         identity = picture_id(job.id, place)
         file = f"{time_folder(now)}/{identity}.png"
@@ -408,7 +412,7 @@ class Store:
     def _insert_picture(
         self, identity: str, job: str, place: int, key: str, created: float, file: str, facts: Mapping[str, Any]
     ) -> bool:
-        """Whether it was not there before."""
+        """Add a picture's row. False if it exists."""
         request = facts["request"]
         lines = (request.get("prompt", ""), request.get("negative_prompt", ""), request["model"], str(request["seed"]))
         sql = (
@@ -425,19 +429,19 @@ class Store:
         return self._one(Picture, "id = ? AND (? IS NULL OR key = ?)", identity, key, key)
 
     def pictures_of(self, job: str) -> list[Picture]:
-        """A job's pictures in their order, those that were deleted too."""
+        """A job's pictures in order, deleted ones included."""
         return self._all(Picture, "job = ? ORDER BY place", job)
 
     def recent(self, limit: int) -> list[Picture]:
-        """The pictures drawn last whose time was taken, whoever asked for them."""
+        """The latest pictures with a known drawing time, of all keys."""
         return self._all(Picture, "seconds > 0 AND number > (SELECT coalesce(max(number), 0) FROM pictures) - ?", limit)
 
     def with_content(self, sha256: str, key: str | None) -> Picture | None:
-        """A picture of a key whose file has this content."""
+        """A picture of the key whose file has this SHA-256. key: None for any key."""
         return self._one(Picture, "sha256 = ? AND (? IS NULL OR key = ?)", sha256, key, key)
 
     def mark(self, identity: str, favourite: bool | None, deleted: float | None, undelete: bool = False) -> None:
-        """Set or clear the favourite mark; note the time of deletion, or take it back."""
+        """Set or clear the favourite mark; set the time of deletion, or clear it with `undelete`."""
         if favourite is not None:
             self._set("UPDATE pictures SET favourite = ? WHERE id = ?", favourite, identity)
         if undelete:
@@ -446,15 +450,16 @@ class Store:
             self._set("UPDATE pictures SET deleted = ? WHERE id = ? AND deleted IS NULL", deleted, identity)
 
     def search(self, wanted: Search, before: int | None, limit: int, offset: int = 0) -> tuple[list[Picture], int]:
-        """Pictures that match, newest first, and how many there are on all pages. For threads: it reads every row.
+        """One page of matching pictures, newest first, and the number of matches on all pages.
 
-        offset: so many are left out after `before`.
+        before: only pictures with a smaller number. offset: skip so many of these. Call it in a thread: it reads the
+        index of all pictures.
         """
         conditions, values = _conditions(wanted)
         found = f"SELECT number FROM pictures WHERE {conditions} AND number < ? ORDER BY number DESC LIMIT ? OFFSET ?"
         with self._reading:
             total = self._reader.execute(f"SELECT count(*) FROM pictures WHERE {conditions}", values).fetchone()[0]
-            rows = self._reader.execute(  # the index answers what is inside; only what is shown is read whole
+            rows = self._reader.execute(  # the inner query uses only the index; whole rows are read only for the page
                 f"SELECT {PICTURE} FROM pictures WHERE number IN ({found}) ORDER BY number DESC",
                 (*values, 2**62 if before is None else before, limit, offset),
             ).fetchall()
@@ -463,7 +468,7 @@ class Store:
     # Uploads --------------------------------------------------------------------------------------------------------
 
     def add_upload(self, upload: Upload, data: bytes) -> None:
-        """Keep a picture that was sent; one that is here already only becomes new again."""
+        """Store an uploaded picture. If it exists, only its time is updated."""
         path = self.uploads / upload.file
         if not path.exists() or path.stat().st_size != len(data):
             part = path.with_suffix(".part")
@@ -473,9 +478,9 @@ class Store:
             except OSError:
                 part.unlink(missing_ok=True)
                 raise
-        self._note_upload(upload)
+        self._put_upload(upload)
 
-    def _note_upload(self, upload: Upload) -> None:
+    def _put_upload(self, upload: Upload) -> None:
         values = [getattr(upload, field.name) for field in fields(Upload)]
         self._set(f"INSERT OR REPLACE INTO uploads ({UPLOAD}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)", *values)
 
@@ -483,23 +488,23 @@ class Store:
         return self._one(Upload, "id = ? AND (? IS NULL OR key = ?)", identity, key, key)
 
     def uploaded(self, key: str) -> int:
-        """Bytes of a key's uploads."""
+        """Bytes of all uploads of a key."""
         return self._db.execute("SELECT coalesce(sum(bytes), 0) FROM uploads WHERE key = ?", (key,)).fetchone()[0]
 
-    # The rest -------------------------------------------------------------------------------------------------------
+    # Other ----------------------------------------------------------------------------------------------------------
 
     def drawn_today(self, key: str, now: float) -> int:
-        """Pictures a key has been given this day (UTC), whether it kept them or not."""
+        """Number of pictures that were drawn for a key today (UTC), deleted ones included."""
         sql = "SELECT pictures FROM usage WHERE key = ? AND day = ?"
         row = self._db.execute(sql, (key, int(now // 86_400))).fetchone()
         return row[0] if row else 0
 
     def settle(self) -> None:
-        """Have the disk hold what was changed, not only the operating system. Takes milliseconds: for threads."""
+        """Flush all changes to the disk. Takes milliseconds: call it in a thread."""
         os.fsync(self._log.fileno())
 
     def free(self) -> int:
-        """Bytes that the disk has room for. OSError where the folder is gone."""
+        """Free bytes of the disk. Raises OSError if the folder does not exist."""
         return shutil.disk_usage(self.folder).free
 
     def setting(self, name: str, default: str = "") -> str:
@@ -510,11 +515,11 @@ class Store:
         self._set("INSERT OR REPLACE INTO settings VALUES (?, ?)", name, value)
 
     def recover(self, now: float) -> list[Job]:
-        """What a server that starts makes of what the last one left; the jobs that wait, oldest first.
+        """Clean up after the previous server, and return the waiting jobs, oldest first.
 
-        Running jobs wait again, or have succeeded where only the word was missing; those whose client waited for the
-        answer are cancelled, for it is gone. Where the machine lost power, rows whose file did not reach the disk are
-        removed, and these pictures drawn again. Files without a row get one.
+        Running jobs are queued again; a job that has all its pictures has succeeded. Jobs whose client waited for the
+        answer are cancelled, because the client is gone. After a loss of power, rows whose file did not reach the disk
+        are removed, and these pictures are drawn again. Files without a row get one.
         """
         shutil.rmtree(self.parts, ignore_errors=True)
         self.parts.mkdir(mode=0o700)
@@ -536,9 +541,10 @@ class Store:
         return self.active()
 
     def _find_pictures(self) -> None:
-        """Give a row to each picture of ours that has none: of its job, where that is known, else of one of its own.
+        """Add a row for each picture file that has none.
 
-        What is broken, or not ours, stays where it is.
+        The row gets the file's job, or a new job id if the job is unknown. A file that is broken or not from inkstream
+        stays where it is.
         """
         known = {row[0] for row in self._db.execute("SELECT file FROM pictures")}
         strays = {
@@ -560,15 +566,18 @@ class Store:
                 facts = picture_facts(path)
             except (InputError, OSError) as error:
                 log.warning(
-                    "a file is no picture of ours, and is left alone", extra={"file": path.name, "error": error}
+                    "a file is not a picture of this server: ignored", extra={"file": path.name, "error": error}
                 )
                 continue
             job, place, key = places.get(identity, ("j" + identity[1:], 0, ""))
             found += self._insert_picture(identity, job, place, key, path.stat().st_mtime, file, facts)
-        log.warning("pictures were found that the history did not know", extra={"pictures": found})
+        log.warning("added rows for pictures that had none", extra={"pictures": found})
 
     def _find_uploads(self, now: float) -> None:
-        """The same of uploads. Their names tell whose they are, if that is somebody who is known here."""
+        """Add a row for each upload file that has none.
+
+        The file's name is a hash of key and content. The key is found if a row of a job or an upload has it.
+        """
         known = {row[0] for row in self._db.execute("SELECT file FROM uploads")}
         keys = {row[0] for row in self._db.execute("SELECT key FROM jobs UNION SELECT key FROM uploads")}
         for path in self.uploads.glob("u*"):
@@ -578,18 +587,18 @@ class Store:
                 try:
                     width, height, kind = upload_facts(path)
                 except InputError as error:
-                    log.warning("a file is no upload and is left alone", extra={"file": path.name, "error": error})
+                    log.warning("a file is not an upload: ignored", extra={"file": path.name, "error": error})
                     continue
                 data = path.read_bytes()
                 key = next((key for key in keys if upload_id(key, data) == path.stem), "")
                 media = TYPES.get(kind, "application/octet-stream")
-                self._note_upload(Upload(path.stem, key, now, width, height, len(data), media, path.name))
+                self._put_upload(Upload(path.stem, key, now, width, height, len(data), media, path.name))
 
     def tidy(self, now: float) -> None:
-        """Remove for good what was deleted a week ago, and uploads that nothing has named for a week."""
+        """Remove pictures that were deleted more than a week ago, and unused uploads that are older than a week."""
         gone = self._all(Picture, "deleted < ?", now - WEEK)
         idle = self._all(Upload, "created < ? AND id NOT IN (SELECT upload FROM used)", now - WEEK)
-        for picture in gone:  # files first: one without a row would be found again
+        for picture in gone:  # files first: a file without a row would get one at the next start
             (self.pictures / picture.file).unlink(missing_ok=True)
             self.thumbnail_of(picture).unlink(missing_ok=True)
         for upload in idle:
@@ -599,16 +608,16 @@ class Store:
             db.executemany("DELETE FROM uploads WHERE id = ?", [(upload.id,) for upload in idle])
 
     def thumbnail_of(self, picture: Picture) -> Path:
-        """Where its thumbnail is, or will be."""
+        """Path of the picture's thumbnail, whether it exists or not."""
         return self.thumbnails / f"{picture.id}.webp"
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
-        """One transaction, all of it or nothing."""
+        """One transaction: all changes in the block are written, or none."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield self._db
-            self._db.execute("COMMIT")  # which may fail too, and then leave the transaction open
+            self._db.execute("COMMIT")  # if it fails, the transaction stays open and needs the ROLLBACK
         except BaseException:
             with suppress(sqlite3.Error):
                 self._db.execute("ROLLBACK")
@@ -627,7 +636,7 @@ class Store:
 
 
 def _is_whole(path: Path, picture: Picture) -> bool:
-    """Whether a picture's file is there, to the last byte."""
+    """Whether a picture's file exists and has the SHA-256 of its row."""
     try:
         return hashlib.sha256(path.read_bytes()).hexdigest() == picture.sha256
     except OSError:
@@ -635,12 +644,15 @@ def _is_whole(path: Path, picture: Picture) -> bool:
 
 
 def time_folder(now: float) -> str:
-    """The folder of pictures of a time: 2026-11."""
+    """Name of the folder for pictures of that time, as in 2026-11."""
     return time.strftime("%Y-%m", time.gmtime(now))
 
 
 def _conditions(wanted: Search) -> tuple[str, list[Any]]:
-    """The WHERE clause of a search. instr, not FTS5: its trigrams do not find Chinese words of two characters."""
+    """The WHERE clause of a search, and its values.
+
+    It uses instr instead of FTS5: FTS5's trigrams do not find Chinese words of two characters.
+    """
     pairs: list[tuple[str, Any]] = [
         ("key = ?", wanted.key),
         ("model = ?", wanted.model),
