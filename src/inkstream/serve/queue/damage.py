@@ -41,7 +41,10 @@ def is_sound(db: sqlite3.Connection, as_json: Mapping[str, str]) -> bool:
 
 
 def set_aside(path: Path, stamp: str) -> Path:
-    """A copy of a database under another name, its log too, which nothing writes to again. OSError where none fits."""
+    """Copy a database, and its WAL file if there is one, to `NAME-damaged-STAMP`, and return the path of the copy.
+
+    SQLite may merge the copied WAL file into the copy when `salvage` reads it. Raises OSError if the disk is full.
+    """
     aside = path.with_name(f"{path.stem}-damaged-{stamp}{path.suffix}")
     try:
         for end in ("", "-wal"):
