@@ -70,7 +70,7 @@ def test_a_name_is_taken_once_and_must_be_one(tmp_path):
         add_key(tmp_path / "keys.json", "ann", 1.0)
     with pytest.raises(InputError, match="not a valid key name"):
         add_key(tmp_path / "keys.json", "a b", 1.0)
-    with pytest.raises(InputError, match="there is ann"):
+    with pytest.raises(InputError, match="the keys are ann"):
         remove_key(tmp_path / "keys.json", "bob")
 
 

@@ -58,14 +58,14 @@ def test_a_picture_is_drawn_on_and_what_its_mask_leaves_black_is_kept(api):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"enable_hr": True}, "enable_hr true is not done here: leave it out, and ask for the whole size"),
+        ({"enable_hr": True}, "enable_hr true is not supported: leave it out, and give the full size"),
         ({"restore_faces": True}, "restore_faces"),
         ({"tiling": True}, "tiling"),
         ({"styles": ["noir"]}, "styles"),
         ({"subseed_strength": 0.5}, "subseed_strength"),
         ({"s_churn": 1}, "s_churn"),
-        ({"eta": 0.5}, "eta 0.5 is not done with Euler a: give 1"),
-        ({"s_noise": 1.1}, "s_noise 1.1 is not done with Euler a"),
+        ({"eta": 0.5}, "eta 0.5 is not supported with Euler a: give 1"),
+        ({"s_noise": 1.1}, "s_noise 1.1 is not supported with Euler a"),
         ({"sampler_name": "DPM fast"}, "/sdapi/v1/samplers"),
         ({"scheduler": "karras"}, "/sdapi/v1/schedulers"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
@@ -137,9 +137,9 @@ def test_extras_give_the_picture_back_and_refuse_to_enlarge_it(api):
     picture = Image.new("RGB", (16, 8), "teal")
     assert api.extra_single_image(picture).image.tobytes() == picture.tobytes()
     assert [image.size for image in api.extra_batch_images([picture, picture]).images] == [(16, 8)] * 2
-    with pytest.raises(RuntimeError, match=r"upscaler_1 Lanczos is not here: give None, or draw larger"):
+    with pytest.raises(RuntimeError, match=r"upscaler_1 Lanczos is not known: give None, or draw larger"):
         api.extra_single_image(picture, upscaler_1=webuiapi.Upscaler.Lanczos)
-    with pytest.raises(RuntimeError, match="no faces are mended"):
+    with pytest.raises(RuntimeError, match="is not supported: give 0"):
         api.extra_batch_images([picture], gfpgan_visibility=1)
 
 

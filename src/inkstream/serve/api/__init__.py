@@ -1,1 +1,1 @@
-"""HTTP: our own routes and those of other programs' clients."""
+"""HTTP routes: the native API, and the APIs of OpenAI, A1111 and ComfyUI."""

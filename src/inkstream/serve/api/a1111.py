@@ -1,4 +1,4 @@
-"""A1111's API, as far as its clients call it: what it asks for is drawn, what it cannot be is refused by its name."""
+"""A1111's API, as far as its clients use it. A field that the server does not support is refused by its name."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from inkstream.types import InputError, Request, ScheduleName, SolverName
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 
 NOTE = "a1111"
-"""The note of jobs that come this way: `progress` and `interrupt` are about no others."""
+"""Note of the jobs of this API. `progress` and `interrupt` concern only these jobs."""
 OFF: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False, None),
     "restore_faces": (False, None),
@@ -72,11 +72,11 @@ OFF: dict[str, tuple[Any, ...]] = {
     "s_churn": (0, None),
     "s_min_uncond": (0, None),
 }
-"""What would change the picture and is not done here -> the values that say that it need not be."""
-REMEDIES = {"enable_hr": "leave it out, and ask for the whole size with width and height"}
-"""What to do instead, where that is more than to leave it out."""
+"""Unsupported field that would change the picture -> its values that mean "off". Other values are refused."""
+REMEDIES = {"enable_hr": "leave it out, and give the full size in width and height"}
+"""Unsupported field -> remedy in the error message. For all others the remedy is to leave the field out."""
 NOISY = {"eta": ("euler_ancestral",), "s_noise": ("euler_ancestral", "lcm")}
-"""How much noise a solver adds at its steps, in A1111's words -> our solvers that add any; ours add 1."""
+"""A1111's factor for the noise that a solver adds -> our solvers that add noise. They only support the factor 1."""
 UNHEEDED = (
     "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name",
     "hr_additional_modules", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg",
@@ -84,72 +84,72 @@ UNHEEDED = (
     "do_not_save_samples", "do_not_save_grid", "save_images", "force_task_id", "override_settings_restore_afterwards",
     "include_init_images", "image_cfg_scale",
 )  # fmt: skip
-"""What is taken whatever it is: it belongs to something that is off, or changes no picture."""
+"""Fields whose values are not checked: they belong to a feature that is off, or never change the picture."""
 MASKED = (
     "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res",
     "inpaint_full_res_padding",
 )  # fmt: skip
 OURS = ("resize_mode", *MASKED)
-"""How A1111 does what is done here in one way: taken, and named in the answer's `info` as ignored."""
+"""Options of A1111 for things that this server always does in the same way. They are listed in `info` as ignored."""
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "CLIP_stop_at_last_layers": (0, 1, None),
     "sd_vae": ("Automatic", "None", "", None),
     "forge_additional_modules": ([], None),
     "samples_format": ("png", None),
 }
-"""The same of settings; beside sd_model_checkpoint, which chooses the model."""
+"""Unsupported setting -> its values that mean "off", as in OFF."""
 
 
 def _declare(document: dict[str, Any]) -> None:
-    """What else is taken, into the schema."""
+    """Add the accepted fields that are not fields of the model to its JSON schema."""
     document["properties"] |= {name: {"enum": list(values)} for name, values in OFF.items()}
     document["properties"] |= {name: {} for name in (*UNHEEDED, *OURS)}
 
 
 class Settings(BaseModel):
-    """Settings that can be changed: the model."""
+    """Settings that a client can change: only the model."""
 
     model_config = ConfigDict(extra="forbid")
 
-    sd_model_checkpoint: str | None = Field(None, max_length=200, description="A title or name of /sd-models.")
+    sd_model_checkpoint: str | None = Field(None, max_length=200, description="A title or name from /sd-models.")
 
     @model_validator(mode="before")
     @classmethod
-    def _pass(cls, fields: Any) -> Any:
+    def _drop_off(cls, fields: Any) -> Any:
         return _without(fields, SETTINGS)
 
 
 class Drawing(BaseModel):
-    """What A1111's API asks of a drawing. A field left out takes the model's own default."""
+    """The fields of A1111's txt2img. A missing field has the model's default, not A1111's."""
 
     model_config = ConfigDict(extra="forbid", json_schema_extra=_declare)
 
     prompt: str = ""
     negative_prompt: str = ""
-    seed: int = Field(-1, ge=-1, lt=2**63, description="-1 draws one.")
+    seed: int = Field(-1, ge=-1, lt=2**63, description="-1 means a random seed.")
     sampler_name: str | None = Field(None, max_length=100)
-    sampler_index: str | None = Field(None, max_length=100, description="An older name of sampler_name.")
+    sampler_index: str | None = Field(None, max_length=100, description="Old name of sampler_name.")
     scheduler: str | None = Field(None, max_length=100)
     batch_size: int = Field(1, ge=1, le=64)
-    n_iter: int = Field(1, ge=1, le=64, description="Pictures are batch_size times this.")
+    n_iter: int = Field(1, ge=1, le=64, description="The number of pictures is batch_size times n_iter.")
     steps: int | None = Field(None, ge=1, le=1000)
     cfg_scale: float | None = Field(None, ge=0, le=100, allow_inf_nan=False)
     distilled_cfg_scale: float | None = Field(
-        None, ge=0, le=100, allow_inf_nan=False, description="Guidance of models that read it as a number."
+        None, ge=0, le=100, allow_inf_nan=False, description="Guidance of models that read it as an input."
     )
     width: int | None = Field(None, ge=16, le=8192)
     height: int | None = Field(None, ge=16, le=8192)
     denoising_strength: float | None = Field(None, ge=0, le=1)
-    eta: float | None = Field(None, ge=0, le=1, description="Noise that Euler a adds at its steps: 1, or 0 for none.")
-    s_noise: float | None = Field(None, description="A factor of the noise that solvers add at their steps: 1.")
+    eta: float | None = Field(None, ge=0, le=1, description="Noise of Euler a: 1, or 0 for none.")
+    s_noise: float | None = Field(None, description="Factor for the noise of solvers that add noise: only 1.")
     override_settings: Settings | None = None
     send_images: bool = True
 
-    _ignored: list[str] = PrivateAttr(default_factory=list)  # fields given that have no effect
+    _ignored: list[str] = PrivateAttr(default_factory=list)  # given fields that have no effect
 
     @model_validator(mode="wrap")
     @classmethod
-    def _pass(cls, fields: Any, handler: ModelWrapValidatorHandler[Drawing]) -> Drawing:
+    def _drop_off(cls, fields: Any, handler: ModelWrapValidatorHandler[Drawing]) -> Drawing:
         if not _is_object(fields):
             return handler(fields)
         known = {name: value for name, value in fields.items() if name not in (*UNHEEDED, *OURS)}
@@ -160,22 +160,22 @@ class Drawing(BaseModel):
 
 
 class FromPicture(Drawing):
-    """The same, from a picture."""
+    """The fields of A1111's img2img."""
 
     init_images: list[str] = Field(min_length=1, max_length=1, description="Base64 or a data URL.")
-    mask: str | None = Field(None, description="White is repainted, black is kept.")
+    mask: str | None = Field(None, description="White areas are repainted, black areas are kept.")
 
 
 class Drawn(BaseModel):
-    """The answer to a drawing."""
+    """The answer of txt2img and img2img."""
 
     images: list[str] = Field(description="PNGs as base64.")
-    parameters: dict[str, JsonValue] = Field(description="What was asked for.")
-    info: str = Field(description="JSON: seeds, sizes, the texts that the pictures carry.")
+    parameters: dict[str, JsonValue] = Field(description="The fields of the request.")
+    info: str = Field(description="JSON text: seeds, sizes and the text in each picture's metadata.")
 
 
 class Picture(BaseModel):
-    """A picture to be read."""
+    """A picture whose metadata is read."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -183,14 +183,14 @@ class Picture(BaseModel):
 
 
 class Extras(BaseModel):
-    """What A1111's API asks of pictures that are there: to be enlarged, and faces to be mended."""
+    """Common fields of A1111's extras: upscaling and face restoration. Only values that change nothing are allowed."""
 
     model_config = ConfigDict(extra="forbid")
 
-    upscaler_1: str = Field("None", max_length=200, description="None: there are no upscalers.")
-    upscaler_2: str = Field("None", max_length=200, description="None: there are no upscalers.")
-    gfpgan_visibility: float = Field(0, ge=0, le=1, description="0: no faces are mended.")
-    codeformer_visibility: float = Field(0, ge=0, le=1, description="0: no faces are mended.")
+    upscaler_1: str = Field("None", max_length=200, description="Only None: there are no upscalers.")
+    upscaler_2: str = Field("None", max_length=200, description="Only None: there are no upscalers.")
+    gfpgan_visibility: float = Field(0, ge=0, le=1, description="Only 0: there is no face restoration.")
+    codeformer_visibility: float = Field(0, ge=0, le=1, description="Only 0: there is no face restoration.")
     codeformer_weight: float = 0
     resize_mode: int = 0
     show_extras_results: bool = True
@@ -203,13 +203,13 @@ class Extras(BaseModel):
 
 
 class ExtrasOfOne(Extras):
-    """The same of one picture."""
+    """Extras for one picture."""
 
     image: str = Field(description="Base64 or a data URL.")
 
 
 class Named(BaseModel):
-    """A picture of several."""
+    """One picture of a batch."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -218,27 +218,27 @@ class Named(BaseModel):
 
 
 class ExtrasOfMany(Extras):
-    """The same of several."""
+    """Extras for a batch of pictures."""
 
     imageList: list[Named] = Field(max_length=64)
 
 
 class Unchanged(BaseModel):
-    """The picture as it was sent."""
+    """The unchanged picture."""
 
     html_info: str = ""
     image: str
 
 
 class AllUnchanged(BaseModel):
-    """The pictures as they were sent."""
+    """The unchanged pictures."""
 
     html_info: str = ""
     images: list[str]
 
 
 class Info(BaseModel):
-    """What a picture carries."""
+    """A picture's metadata."""
 
     info: str
     items: dict[str, str]
@@ -246,7 +246,7 @@ class Info(BaseModel):
 
 
 class Progress(BaseModel):
-    """How far the caller's drawing is."""
+    """Progress of the caller's drawing."""
 
     progress: float
     eta_relative: float
@@ -260,15 +260,15 @@ DRAWING = answers(400, 404, 409, 429, 500, 503)
 
 @router.post("/txt2img", responses=DRAWING)
 async def txt2img(parts: Parts, who: Who, http: HTTPRequest, body: Drawing) -> Drawn:
-    """Draw pictures of a prompt. Leaving before the answer cancels the drawing."""
+    """Draw pictures from a prompt. If the client disconnects before the answer, the job is cancelled."""
     if body.denoising_strength:
-        body = body.model_copy(update={"denoising_strength": None})  # of the second pass, which is off
+        body = body.model_copy(update={"denoising_strength": None})  # it belongs to the second pass, which is off
     return await draw(parts, who, http, body, {})
 
 
 @router.post("/img2img", responses=DRAWING)
 async def img2img(parts: Parts, who: Who, http: HTTPRequest, body: FromPicture) -> Drawn:
-    """Draw from a picture, all of it or what a mask says."""
+    """Draw from a picture. A mask limits the change to a part of it."""
     pictures = {"image": as_url(body.init_images[0])}
     if body.mask is not None:
         pictures["mask"] = as_url(body.mask)
@@ -277,9 +277,9 @@ async def img2img(parts: Parts, who: Who, http: HTTPRequest, body: FromPicture) 
 
 @router.get("/progress", responses=answers(400))
 async def get_progress(
-    parts: Parts, who: Who, skip_current_image: Annotated[bool, Query(description="Leave the preview out.")] = False
+    parts: Parts, who: Who, skip_current_image: Annotated[bool, Query(description="Omit the preview.")] = False
 ) -> Progress:
-    """How far the drawing is that came this way first, with its preview."""
+    """Progress and preview of the caller's first drawing that has not ended."""
     job = next(iter(drawings(parts, who)), None)
     told = None if job is None else parts.jobs.tell(job)
     at = None if told is None else told.progress
@@ -304,7 +304,7 @@ async def get_progress(
 
 @router.post("/interrupt", responses=answers(503))
 async def interrupt(parts: Parts, who: Who) -> dict[str, JsonValue]:
-    """Stop what came this way: those who wait for it get the pictures that are done."""
+    """Cancel the caller's drawings. Clients that wait for them get the finished pictures."""
     for job in drawings(parts, who):
         parts.jobs.cancel(job.id)
     return {}
@@ -312,9 +312,9 @@ async def interrupt(parts: Parts, who: Who) -> dict[str, JsonValue]:
 
 @router.post("/skip", responses=answers(400))
 async def skip(parts: Parts, who: Who) -> dict[str, JsonValue]:
-    """Nothing, where nothing is drawn. Refused during a drawing, which cannot go on without one of its pictures."""
+    """Does nothing while nothing is drawn. Refused during a drawing: the server cannot skip one of its pictures."""
     if drawings(parts, who):
-        raise Refused(400, "skip: a drawing here gives all its pictures or stops: stop it with /sdapi/v1/interrupt")
+        raise Refused(400, "skip: one picture of a drawing cannot be skipped: cancel it with /sdapi/v1/interrupt")
     return {}
 
 
@@ -327,7 +327,7 @@ async def get_options(parts: Parts, who: Who) -> dict[str, JsonValue]:
 
 @router.post("/options", responses=answers(400, 404, 503))
 async def set_options(parts: Parts, who: Who, body: Settings) -> dict[str, JsonValue]:
-    """Choose the model of later drawings that name none, by this key."""
+    """Choose the model for later drawings of this key that do not name one."""
     if body.sd_model_checkpoint is not None:
         parts.store.put_setting(f"a1111.model.{who.name}", find_model(parts, body.sd_model_checkpoint))
     return {}
@@ -350,7 +350,7 @@ async def list_schedulers(who: Who) -> list[dict[str, JsonValue]]:
 
 @router.get("/sd-models", responses=answers())
 async def list_sd_models(parts: Parts, who: Who) -> list[dict[str, JsonValue]]:
-    """The models that may be asked for."""
+    """The offered models."""
     nothing: dict[str, JsonValue] = {"hash": None, "sha256": None, "config": None}
     return [{"title": name, "model_name": name, "filename": name, **nothing} for name in parts.models]
 
@@ -371,14 +371,14 @@ NONE: dict[str, JsonValue] = {
     "extensions": [],
     "cmd-flags": {},
 }
-"""What clients look for at their start, and there is none of."""
+"""Lists that clients read when they start -> the empty answer: this server has none of these things."""
 REFRESHED = ("refresh-checkpoints", "refresh-loras", "refresh-vae")
-"""Lists that clients have read again. The models are those that the server was started with."""
+"""Routes that reload a list. They do nothing, because the models are fixed when the server starts."""
 
 
-def _giving(answer: JsonValue) -> Callable[[Who], Awaitable[Response]]:
+def _constant_route(answer: JsonValue) -> Callable[[Who], Awaitable[Response]]:
     async def give(who: Who) -> Response:
-        """There are none here."""
+        """Always the same answer: this server has none of these things."""
         return JSONResponse(answer)
 
     return give
@@ -386,52 +386,55 @@ def _giving(answer: JsonValue) -> Callable[[Who], Awaitable[Response]]:
 
 for _path, _answer in NONE.items():
     _name = f"list_{_path.replace('-', '_')}"
-    router.add_api_route(f"/{_path}", _giving(_answer), name=_name, responses=answers(), response_model=None)
+    router.add_api_route(f"/{_path}", _constant_route(_answer), name=_name, responses=answers(), response_model=None)
 for _path in REFRESHED:
     _name, _methods = _path.replace("-", "_"), ["POST"]
     router.add_api_route(
-        f"/{_path}", _giving(None), name=_name, methods=_methods, responses=answers(), response_model=None
+        f"/{_path}", _constant_route(None), name=_name, methods=_methods, responses=answers(), response_model=None
     )
 
 
 @router.get("/memory", responses=answers())
 async def get_memory(who: Who) -> dict[str, dict[str, JsonValue]]:
-    """Bytes of the machine's memory. What the GPU has in use is a matter of `/metrics`."""
-    ram: dict[str, JsonValue] = {"error": "this system does not say"}
+    """Bytes of the machine's memory. `/metrics` has the GPU memory in use."""
+    ram: dict[str, JsonValue] = {"error": "this system does not report its memory"}
     if {"SC_AVPHYS_PAGES", "SC_PHYS_PAGES"} <= getattr(os, "sysconf_names", {}).keys():
         free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
         ram = {"free": free, "used": total - free, "total": total}
-    return {"ram": ram, "cuda": {"error": "the engine's process tells it: see /metrics"}}
+    return {"ram": ram, "cuda": {"error": "see /metrics"}}
 
 
 @router.post("/interrogate", responses=answers(400))
 async def interrogate(who: Who) -> Response:
     """Refused: no model here describes pictures."""
-    raise Refused(400, "interrogate: no model here describes pictures; /sdapi/v1/png-info reads what they carry")
+    raise Refused(400, "interrogate: no model here describes pictures: read their metadata with /sdapi/v1/png-info")
 
 
 @router.post("/extra-single-image", responses=answers(400))
 async def extra_single_image(parts: Parts, who: Who, body: ExtrasOfOne) -> Unchanged:
-    """The picture as it was sent, as A1111 gives it for the upscaler None. Refused for any other."""
+    """The unchanged picture, as A1111 returns it for the upscaler None. Any other upscaler is refused."""
     return Unchanged(image=(await unchanged(parts, who, body, {"image": body.image}))[0])
 
 
 @router.post("/extra-batch-images", responses=answers(400))
 async def extra_batch_images(parts: Parts, who: Who, body: ExtrasOfMany) -> AllUnchanged:
-    """The same of several."""
+    """The unchanged pictures, as A1111 returns them for the upscaler None. Any other upscaler is refused."""
     given = {f"imageList.{place}.data": one.data for place, one in enumerate(body.imageList)}
     return AllUnchanged(images=await unchanged(parts, who, body, given))
 
 
 async def unchanged(parts: Service, who: Who, body: Extras, given: dict[str, str]) -> list[str]:
-    """Pictures, by their fields, in base64. Refused where one is none, or they are to be changed."""
+    """The pictures in base64. given: field -> picture.
+
+    Raises Refused if a value is not a picture, or the request asks for a change.
+    """
     for name in ("upscaler_1", "upscaler_2"):
         if (upscaler := getattr(body, name)) not in ("", "None"):
-            raise Refused(400, f"{name} {upscaler} is not here: give None, or draw larger with width and height",
+            raise Refused(400, f"{name} {upscaler} is not known: give None, or draw larger with width and height",
                           param=name)  # fmt: skip
     for name in ("gfpgan_visibility", "codeformer_visibility"):
         if visibility := getattr(body, name):
-            raise Refused(400, f"{name} {visibility:g}: no faces are mended here, give 0", param=name)
+            raise Refused(400, f"{name} {visibility:g} is not supported: give 0", param=name)
 
     def work(param: str, picture: str) -> str:
         try:
@@ -446,7 +449,7 @@ async def unchanged(parts: Service, who: Who, body: Extras, given: dict[str, str
 
 @router.post("/png-info", responses=answers(400))
 async def png_info(who: Who, body: Picture) -> Info:
-    """What a picture says of how it was drawn; nothing where it does not say."""
+    """The request in a picture's metadata, or empty fields if it has none."""
     try:
         found = await to_thread.run_sync(read_request, as_url(body.image))
     except InputError as error:
@@ -459,11 +462,11 @@ async def png_info(who: Who, body: Picture) -> Info:
     return Info(info=text, items={"parameters": text}, parameters=fields)
 
 
-# Asking -------------------------------------------------------------------------------------------------------------
+# Reading requests ---------------------------------------------------------------------------------------------------
 
 
 def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]) -> Request:
-    """The Request that does it. Refused for a model, sampler or schedule that is none, and for LoRAs."""
+    """The Request for a body. Raises Refused for an unknown model, sampler or scheduler, and for LoRAs."""
     fields: dict[str, Any] = dict(pictures)
     reading = Reading(fields, {})
     for name, find, given in (
@@ -474,10 +477,10 @@ def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]
             find(given, reading)
             if reading.ignored:
                 where = "samplers" if name == "sampler_name" else "schedulers"
-                raise Refused(400, f"{name} {given[:100]} is not known here: take one of /sdapi/v1/{where}", param=name)
+                raise Refused(400, f"{name} {given[:100]} is not known: take one of /sdapi/v1/{where}", param=name)
     fields["prompt"] = take_loras(body.prompt, reading)
     if reading.ignored:
-        raise Refused(400, f"prompt names the LoRA {reading.ignored['loras'][0]}, and there are none here",
+        raise Refused(400, f"prompt has the LoRA {reading.ignored['loras'][0]}, which is not supported: leave it out",
                       param="prompt")  # fmt: skip
     same = {
         "negative_prompt": body.negative_prompt or None,
@@ -503,7 +506,7 @@ def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]
 
 
 def _take_noise(body: Drawing, fields: dict[str, Any], default: SolverName) -> None:
-    """Euler a without noise is Euler; other amounts than ours are refused where the solver adds noise."""
+    """Apply `eta` and `s_noise`. Euler a with eta 0 is Euler. For a solver that adds noise, only 1 is allowed."""
     solver = fields.get("solver", default)
     if solver == "euler_ancestral" and body.eta == 0:
         fields["solver"] = solver = "euler"
@@ -513,17 +516,19 @@ def _take_noise(body: Drawing, fields: dict[str, Any], default: SolverName) -> N
             body._ignored.append(name)
         elif value not in (None, 1):
             sampler = A1111_SOLVERS.get(solver, solver)
-            raise Refused(400, f"{name} {value:g} is not done with {sampler}: give 1, or another sampler", param=name)
+            raise Refused(
+                400, f"{name} {value:g} is not supported with {sampler}: give 1, or another sampler", param=name
+            )
 
 
 def chosen(parts: Service, who: Who) -> str:
-    """The model of drawings that name none: the one set, while it is offered."""
+    """The model for drawings that do not name one: the one in the caller's options if it is offered, else the first."""
     name = parts.store.setting(f"a1111.model.{who.name}")
     return name if name in parts.models else next(iter(parts.models))
 
 
 def find_model(parts: Service, title: str) -> str:
-    """A model by its title, which other programs end with a hash. Refused where there is none."""
+    """The model with that title. Programs may add `.safetensors` or a hash. Raises Refused if it is not offered."""
     name = re.sub(r"(\.safetensors)?( \[[0-9a-f]+\])?$", "", title)
     if name not in parts.models:
         known = ", ".join(parts.models)
@@ -533,7 +538,7 @@ def find_model(parts: Service, title: str) -> str:
 
 
 def as_url(picture: str) -> str:
-    """A picture in base64, with or without what makes it a data URL, as one."""
+    """A picture as a data URL. picture: base64, or already a data URL."""
     return picture if picture[:5].lower() == "data:" else f"data:image/png;base64,{picture}"
 
 
@@ -542,21 +547,24 @@ def _is_object(fields: Any) -> bool:
 
 
 def _without(fields: Any, off: dict[str, tuple[Any, ...]]) -> Any:
-    """The fields without those that ask for nothing. Refused where one of them asks for something."""
+    """The fields without the unsupported ones. Raises Refused if an unsupported one is not off. off: as OFF."""
     if not _is_object(fields):
         return fields
     for name, neutral in off.items():
         if name in fields and fields[name] not in neutral:
             value = json.dumps(fields[name])[:100]
-            raise Refused(400, f"{name} {value} is not done here: {REMEDIES.get(name, 'leave it out')}", param=name)
+            raise Refused(400, f"{name} {value} is not supported: {REMEDIES.get(name, 'leave it out')}", param=name)
     return {name: value for name, value in fields.items() if name not in off}
 
 
-# Answering ----------------------------------------------------------------------------------------------------------
+# Answers ------------------------------------------------------------------------------------------------------------
 
 
 async def draw(parts: Service, who: Who, http: HTTPRequest, body: Drawing, pictures: dict[str, str]) -> Drawn:
-    """The pictures, once they are done or interrupted; they are drawn for as long as the client waits."""
+    """Draw, and return the pictures when the job has ended or was interrupted.
+
+    If the client disconnects, the job is cancelled.
+    """
     request = await parts.take_pictures(who, to_request(parts, who, body, pictures))
     job = parts.jobs.submit(who, request, note=NOTE, waited=True)
     done = await parts.jobs.run(http, job)
@@ -570,7 +578,7 @@ async def draw(parts: Service, who: Who, http: HTTPRequest, body: Drawing, pictu
 
 
 def describe(done: schema.Job, body: Drawing) -> dict[str, JsonValue]:
-    """What A1111 says of pictures beside them."""
+    """The content of `info` in the answer."""
     requests = [Request.model_validate(picture.request) for picture in done.pictures]
     first = requests[0] if requests else Request.model_validate(done.request)
     return {
@@ -596,7 +604,7 @@ def describe(done: schema.Job, body: Drawing) -> dict[str, JsonValue]:
 
 
 def drawings(parts: Service, who: Who) -> list[Job]:
-    """The caller's jobs that came this way and have not ended, those that are drawn first."""
+    """The caller's active jobs of this API: running ones first, then by age."""
     jobs = [job for job in parts.store.active() if job.note == NOTE and job.key == who.name]
     return sorted(jobs, key=lambda job: (job.state != "running", job.created))
 
@@ -611,7 +619,7 @@ async def preview(parts: Service, job: Job) -> str | None:
 
 
 def _read(parts: Service, picture: schema.Picture) -> str:
-    """A picture's file as base64. For threads."""
+    """A picture's file as base64. Call it in a thread."""
     stored = parts.store.picture(picture.id)
     assert stored is not None
     return base64.b64encode((parts.store.pictures / stored.file).read_bytes()).decode()

@@ -1,4 +1,4 @@
-"""ComfyUI's prompt API, as far as programs draw through its standard graph; every other node is refused by its name."""
+"""ComfyUI's prompt API for its standard graph. Any other node is refused by its name."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Graph = dict[str, dict[str, Any]]
 
 
 class Kind(NamedTuple):
-    """A class of nodes: its inputs and their types, the types of its outputs."""
+    """A class of nodes: its inputs with their types, and the types of its outputs."""
 
     inputs: dict[str, str]
     outputs: tuple[str, ...] = ()
@@ -58,47 +58,47 @@ NODES = {
     "SaveImage": Kind({"images": "IMAGE", "filename_prefix": "STRING"}),
     "PreviewImage": Kind({"images": "IMAGE"}),
 }  # fmt: skip
-"""The nodes of the standard graph, and those that start it from a picture."""
+"""The nodes of the standard graph, and the nodes to start from a picture."""
 SAVES = {"SaveImage": "output", "PreviewImage": "temp"}
-"""Nodes whose pictures are the answer -> the type that ComfyUI gives their files."""
+"""Class of an output node -> ComfyUI's type of its files."""
 LINKED = frozenset(type for kind in NODES.values() for type in kind.outputs)
-"""Types that come from other nodes; an input of another type is given as it is."""
+"""Types whose inputs are links to other nodes. Inputs of all other types are values."""
 NUMBERS = {"INT": int, "FLOAT": float}
 IN_GRAPH = {"guidance": "cfg", "count": "batch_size", "strength": "denoise"}
-"""A request's field -> the input of a graph that gives it."""
+"""Field of a Request -> name of the input in the graph, for error messages."""
 FROM_READING = {"solver": "sampler_name", "schedule": "scheduler"}
-"""What the reader of graphs calls an input -> its name."""
+"""Name of an input in `read_comfyui` -> its name in the graph."""
 Id = Annotated[str, Field(pattern=r"^[\w.:-]{1,64}$")]
-"""Of a node or a client."""
+"""Id of a node or a client."""
 
 
 class Node(BaseModel):
-    """One node of a graph. What else is in it, such as its title, draws nothing."""
+    """One node of a graph. Other fields, such as its title, are ignored."""
 
     class_type: str = Field(max_length=200)
     inputs: dict[str, JsonValue]
 
 
 class Prompt(BaseModel):
-    """A graph to be drawn."""
+    """A graph to draw."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: dict[Id, Node] = Field(min_length=1, max_length=200)
-    client_id: Id | None = Field(None, description="Who is told of it at /comfyui/ws.")
-    extra_data: dict[str, JsonValue] | None = Field(None, description="Draws nothing.")
+    client_id: Id | None = Field(None, description="The client at /comfyui/ws that gets its messages.")
+    extra_data: dict[str, JsonValue] | None = Field(None, description="No effect.")
 
 
 class Accepted(BaseModel):
-    """A graph that will be drawn."""
+    """An accepted graph."""
 
     prompt_id: str
-    number: int = Field(description="Jobs of the same key that are begun before it.")
+    number: int = Field(description="Number of jobs of the same key that start earlier.")
     node_errors: dict[str, JsonValue] = {}
 
 
 class Uploaded(BaseModel):
-    """A picture that LoadImage can name."""
+    """An uploaded picture for LoadImage."""
 
     name: str
     subfolder: str = ""
@@ -106,18 +106,18 @@ class Uploaded(BaseModel):
 
 
 class Origin(NamedTuple):
-    """Where a job came from, which its note keeps."""
+    """The client and the nodes that a job came from. The job's note stores them."""
 
-    client: str  # "-" where none was named
-    sampler: str  # the sampler's id in the graph
-    saves: dict[str, str]  # ids of the nodes whose pictures are the answer -> type of their files
+    client: str  # "-" if the client gave no id
+    sampler: str  # id of the KSampler in the graph
+    saves: dict[str, str]  # id of an output node -> type of its files
 
     def note(self) -> str:
         return " ".join(["comfyui", self.client, self.sampler, *(f"{kind}:{id}" for id, kind in self.saves.items())])
 
 
 def origin_of(job: Job) -> Origin | None:
-    """None for a job that came another way."""
+    """The Origin in a job's note; None for a job of another API."""
     name, *words = job.note.split(" ")
     if name != "comfyui" or len(words) < 3:
         return None
@@ -130,7 +130,7 @@ def origin_of(job: Job) -> Origin | None:
 
 @router.post("/prompt", responses=answers(400, 404, 409, 429, 503))
 async def draw_prompt(parts: Parts, who: Who, body: Prompt) -> Accepted:
-    """Accept a graph. It is drawn whatever becomes of the client."""
+    """Accept a graph. It is drawn even if the client leaves."""
     graph = {id: node.model_dump() for id, node in body.prompt.items()}
     request, origin = read_graph(graph, body.client_id or "-", list(parts.models))
     try:
@@ -145,7 +145,7 @@ async def draw_prompt(parts: Parts, who: Who, body: Prompt) -> Accepted:
 async def get_history(
     parts: Parts, who: Who, id: Annotated[str, Path(max_length=64, description="The prompt's id.")]
 ) -> dict[str, JsonValue]:
-    """What a prompt has given, once it has ended; nothing before, or where there is none."""
+    """The outputs of a prompt that has ended. Empty if it has not ended or does not exist."""
     job = parts.store.job(id, who.scope)
     origin = None if job is None else origin_of(job)
     if job is None or origin is None or job.state not in schema.ENDED:
@@ -167,7 +167,7 @@ async def view(
     subfolder: Annotated[str, Query(max_length=200)] = "",
     type: Literal["output", "temp"] = "output",
 ) -> Any:
-    """A picture that a prompt has given."""
+    """A picture of a prompt."""
     picture = find_picture(parts, who, filename.removesuffix(".png"))
     return send(parts.store.pictures / picture.file, picture.type, picture.sha256, None)
 
@@ -186,17 +186,17 @@ UPLOAD = {
 
 @router.post("/api/upload/image", responses=answers(400, 429, 503), openapi_extra=UPLOAD)
 async def upload_image(parts: Parts, who: Who, http: HTTPRequest) -> Uploaded:
-    """Keep a picture for LoadImage. The same bytes get the same name."""
+    """Store a picture for LoadImage. The same bytes get the same name."""
     async with http.form(max_files=1, max_fields=10) as form:
         file = form.get("image")
         if not isinstance(file, UploadFile):
-            raise Refused(400, "image is missing: send the picture as a file of a form", param="image")
+            raise Refused(400, "image is missing: send the picture as a file in a form", param="image")
         return Uploaded(name=(await keep(parts, who, file, "image")).removeprefix(PREFIX))
 
 
 @router.get("/object_info", responses=answers())
 async def list_nodes(parts: Parts, who: Who) -> dict[str, JsonValue]:
-    """The nodes that a graph may have, with the values they take."""
+    """The supported nodes with the values of their inputs."""
     return {name: describe(name, list(parts.models)) for name in NODES}
 
 
@@ -204,13 +204,13 @@ async def list_nodes(parts: Parts, who: Who) -> dict[str, JsonValue]:
 async def get_node(
     parts: Parts, who: Who, name: Annotated[str, Path(max_length=200, description="A class of nodes.")]
 ) -> dict[str, JsonValue]:
-    """The same of one class; nothing where it is none that is here."""
+    """One class of nodes; empty if it is not supported."""
     return {name: describe(name, list(parts.models))} if name in NODES else {}
 
 
 @router.websocket("/ws")
 async def follow(socket: WebSocket, clientId: str = "") -> None:
-    """What becomes of the prompts that a client sends, in ComfyUI's messages."""
+    """ComfyUI's messages about the prompts of one client."""
     parts: Service = socket.app.state.service
     who: Caller = socket.scope["caller"]
     client = clientId or secrets.token_hex(16)
@@ -220,7 +220,7 @@ async def follow(socket: WebSocket, clientId: str = "") -> None:
         queue = {"exec_info": {"queue_remaining": remaining}}
         await socket.send_json({"type": "status", "data": {"status": queue, "sid": client}})
 
-        async def tell() -> None:
+        async def send_messages() -> None:
             began: set[str] = set()
             async for happening in listener.all(PING):
                 if not parts.keys.holds(who):
@@ -229,48 +229,51 @@ async def follow(socket: WebSocket, clientId: str = "") -> None:
                 origin = None if job is None else origin_of(job)
                 if origin is None or origin.client != client:
                     continue
-                for name, data in tellings(happening, origin, first=happening.job not in began):
+                for name, data in messages_for(happening, origin, first=happening.job not in began):
                     await socket.send_json({"type": name, "data": data | {"prompt_id": happening.job}})
                 if happening.name != "queued":
                     began.add(happening.job)
 
-        telling = asyncio.create_task(tell())
-        leaving = asyncio.create_task(_left(socket))
+        sending = asyncio.create_task(send_messages())
+        leaving = asyncio.create_task(_wait_for_disconnect(socket))
         try:
-            await asyncio.wait([telling, leaving], return_when=asyncio.FIRST_COMPLETED)
-            if telling.done():
+            await asyncio.wait([sending, leaving], return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
                 with suppress(WebSocketDisconnect):
-                    telling.result()
-                    await socket.close(1001)  # the server stops, or the client reads too slowly
+                    sending.result()
+                    await socket.close(1001)  # the server stops, the key was removed, or the client reads too slowly
         finally:
-            for task in (telling, leaving):
+            for task in (sending, leaving):
                 task.cancel()
-            await asyncio.gather(telling, leaving, return_exceptions=True)
+            await asyncio.gather(sending, leaving, return_exceptions=True)
 
 
-async def _left(socket: WebSocket) -> None:
-    """Until the client has left. What it says is not heeded."""
+async def _wait_for_disconnect(socket: WebSocket) -> None:
+    """Return when the client has disconnected. Messages from it are ignored."""
     while (await socket.receive())["type"] != "websocket.disconnect":
         pass
 
 
-# Asking -------------------------------------------------------------------------------------------------------------
+# Reading graphs -----------------------------------------------------------------------------------------------------
 
 
 def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, Origin]:
-    """The Request that draws what a graph saves. Refused, with the node, where it is not the standard one."""
+    """The Request for the pictures that a graph saves, and its Origin.
+
+    models: names of the offered models. Raises Refused, with the node's id, if the graph is not the standard one.
+    """
     saves = {id: SAVES[node["class_type"]] for id, node in graph.items() if node["class_type"] in SAVES}
     if not saves:
         raise Refused(400, "the graph saves no picture: end it with SaveImage", param="prompt")
     nodes = check_nodes(graph, list(saves))
     samplers = [id for id, node in nodes.items() if node["class_type"] == "KSampler"]
     if len(samplers) != 1:
-        raise Refused(400, f"the graph has {len(samplers)} nodes KSampler: one pass is drawn", param="prompt")
+        raise Refused(400, f"the graph has {len(samplers)} KSampler nodes: send exactly one", param="prompt")
     inputs = nodes[samplers[0]]["inputs"]
     if not 0 <= inputs["denoise"] <= 1:
         raise _refused(samplers[0], f"denoise {inputs['denoise']:g} is out of range: give 0 to 1")
     if inputs["latent_image"][0] == samplers[0]:
-        raise _refused(samplers[0], "latent_image comes from the same node: give an EmptyLatentImage")
+        raise _refused(samplers[0], "latent_image comes from the same node: link an EmptyLatentImage")
     for id in saves:
         _expect(nodes, id, "images", "VAEDecode")
     for id, node in nodes.items():
@@ -279,9 +282,9 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
         elif node["class_type"] == "VAEEncode":
             _expect(nodes, id, "pixels", "LoadImage")
         elif node["class_type"] == "ConditioningZeroOut" and inputs["cfg"] != 1:
-            raise _refused(id, "ConditioningZeroOut is taken where cfg is 1: give an empty CLIPTextEncode")
+            raise _refused(id, "ConditioningZeroOut needs cfg 1: link an empty CLIPTextEncode instead, or give cfg 1")
     reading = read_comfyui(nodes)
-    assert reading is not None  # there is a sampler
+    assert reading is not None  # the graph has a sampler
     fields = {name: value for name, value in reading.fields.items() if value is not None}
     fields["model"] = _model(nodes, fields.get("model"), models)
     ignored = {name: value for name, value in reading.ignored.items() if name != "model"}
@@ -290,7 +293,7 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
         fields["image"] = PREFIX + str(ignored.pop("image"))
     for name, value in ignored.items():
         name = FROM_READING.get(name, name)
-        raise _refused(samplers[0], f"{name} {str(value)[:100]} is not done here: see /comfyui/object_info")
+        raise _refused(samplers[0], f"{name} {str(value)[:100]} is not supported: see /comfyui/object_info")
     try:
         return Request.model_validate(fields), Origin(client, samplers[0], saves)
     except ValidationError as error:
@@ -298,7 +301,7 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
 
 
 def _renamed(refusal: Refused) -> Refused:
-    """A refusal of a request's field, by the name that the field has in the graph."""
+    """The refusal with the field's name in the graph."""
     name = refusal.param or ""
     refusal.message = refusal.message.replace(name, IN_GRAPH.get(name, name), 1)
     refusal.param = "prompt"
@@ -306,11 +309,11 @@ def _renamed(refusal: Refused) -> Refused:
 
 
 def _model(nodes: Graph, known: str | None, models: list[str]) -> str:
-    """The offered model that the graph loads, by its name or as the known model that a file of that name holds."""
+    """The offered model that the graph loads. known: the known model that a file of that name contains, if any."""
     names = {node["inputs"]["ckpt_name"] for node in nodes.values() if "ckpt_name" in node["inputs"]}
     named = " and ".join(sorted(names))[:200]
     if len(names) > 1:
-        raise Refused(400, f"the graph loads {named}: one model draws", param="prompt")
+        raise Refused(400, f"the graph loads {named}: load one model", param="prompt")
     for name in (named, known):
         if name in models:
             return name
@@ -319,7 +322,10 @@ def _model(nodes: Graph, known: str | None, models: list[str]) -> str:
 
 
 def check_nodes(graph: Graph, saves: list[str]) -> Graph:
-    """The nodes that the saved pictures depend on, their numbers as numbers. Refused where one does not fit."""
+    """The nodes that the saved pictures depend on, with numbers converted. Raises Refused if a node is not valid.
+
+    saves: ids of the output nodes.
+    """
     found: Graph = {}
     pending = list(saves)
     while pending:
@@ -329,7 +335,7 @@ def check_nodes(graph: Graph, saves: list[str]) -> Graph:
         given, inputs = graph[id]["inputs"], {}
         for name, type in _kind(graph, id).inputs.items():
             if name not in given:
-                raise _refused(id, f"{name} is missing")
+                raise _refused(id, f"{name} is missing: give it, see /comfyui/object_info")
             inputs[name] = _check_input(graph, id, name, type, given[name])
             if isinstance(inputs[name], list):
                 pending.append(inputs[name][0])
@@ -340,22 +346,22 @@ def check_nodes(graph: Graph, saves: list[str]) -> Graph:
 def _kind(graph: Graph, id: str) -> Kind:
     name = graph[id]["class_type"]
     if name not in NODES:
-        raise _refused(id, f"{name} is not here: take {', '.join(NODES)}")
+        raise _refused(id, f"{name} is not supported: take {', '.join(NODES)}")
     return NODES[name]
 
 
 def _check_input(graph: Graph, id: str, name: str, type: str, value: Any) -> Any:
-    """An input's value, or the link it is."""
+    """An input's value, or its link as [id, output number]. Raises Refused if it does not have the input's type."""
     if type in LINKED:
         source, number = value if isinstance(value, list) and len(value) == 2 else ("", 0)
         if str(source) not in graph:
-            raise _refused(id, f"{name} is no link to a node that is there")
+            raise _refused(id, f"{name} is not a link to a node of the graph: give [id, output number]")
         gives = dict(enumerate(_kind(graph, str(source)).outputs))
         if not isinstance(number, int) or gives.get(number) != type:
-            raise _refused(id, f"{name} must be a {type}, and output {str(number)[:100]} of node {source} is none")
+            raise _refused(id, f"output {str(number)[:100]} of node {source} is not a {type}: link one to {name}")
         return [str(source), number]
     if isinstance(value, list | dict):
-        raise _refused(id, f"{name} is a link: give the value itself")
+        raise _refused(id, f"{name} is a list or an object: give the value itself")
     if type not in NUMBERS:
         text = "" if value is None else str(value)
         if not text and type in ("SOLVERS", "SCHEDULES"):
@@ -364,27 +370,27 @@ def _check_input(graph: Graph, id: str, name: str, type: str, value: Any) -> Any
     try:
         number = NUMBERS[type](value)
     except (TypeError, ValueError, OverflowError):
-        raise _refused(id, f"{name} {str(value)[:100]} is no number") from None
+        raise _refused(id, f"{name} {str(value)[:100]} is not a number: give a number") from None
     if not math.isfinite(number) or (isinstance(value, float) and number != value):
-        raise _refused(id, f"{name} {value} is not taken: give a {'whole' if type == 'INT' else 'finite'} number")
+        raise _refused(id, f"{name} {value} is not valid: give a {'whole' if type == 'INT' else 'finite'} number")
     return number
 
 
 def _expect(nodes: Graph, id: str, name: str, kind: str) -> None:
     source = nodes[id]["inputs"][name][0]
     if nodes[source]["class_type"] != kind:
-        raise _refused(id, f"{name} comes from {nodes[source]['class_type']}: it is taken from {kind}")
+        raise _refused(id, f"{name} comes from {nodes[source]['class_type']}: link it to {kind}")
 
 
 def _refused(id: str, message: str) -> Refused:
     return Refused(400, f"node {id}: {message}", param="prompt")
 
 
-# Answering ----------------------------------------------------------------------------------------------------------
+# Answers ------------------------------------------------------------------------------------------------------------
 
 
-def tellings(happening: Happening, origin: Origin, first: bool) -> list[tuple[str, dict[str, Any]]]:
-    """What happened to a job as ComfyUI's messages. first: of this job, beside that it waits."""
+def messages_for(happening: Happening, origin: Origin, first: bool) -> list[tuple[str, dict[str, Any]]]:
+    """An event of a job as ComfyUI's messages: (type, data). first: it is the job's first event after `queued`."""
     if happening.name in ("queued", "ping", "picture"):
         return []
     told: list[tuple[str, dict[str, Any]]] = []
@@ -402,7 +408,7 @@ def tellings(happening: Happening, origin: Origin, first: bool) -> list[tuple[st
 
 
 def messages(job: schema.Job, origin: Origin) -> list[Any]:
-    """How a job ended, as a pair of ComfyUI's: the name of a message, and its data."""
+    """The end of a job as ComfyUI's messages: [type, data]."""
     if job.state == "succeeded":
         return [["execution_success", {"prompt_id": job.id}]]
     place = {"prompt_id": job.id, "node_id": origin.sampler, "node_type": "KSampler", "executed": []}
@@ -413,7 +419,7 @@ def messages(job: schema.Job, origin: Origin) -> list[Any]:
 
 
 def outputs(job: schema.Job, origin: Origin) -> dict[str, Any]:
-    """The pictures of each node that saves some; none of a job that failed."""
+    """Id of an output node -> its pictures. Empty unless the job has succeeded."""
     if job.state != "succeeded":
         return {}
     names = [f"{picture.id}.png" for picture in job.pictures]
@@ -424,7 +430,7 @@ def outputs(job: schema.Job, origin: Origin) -> dict[str, Any]:
 
 
 def describe(name: str, models: list[str]) -> dict[str, Any]:
-    """A class of nodes as ComfyUI tells of it."""
+    """A class of nodes in the form of ComfyUI's object_info."""
     choices = {"MODELS": models, "SOLVERS": list(get_args(SolverName)), "SCHEDULES": list(get_args(ScheduleName)),
                "UPLOADS": []}  # fmt: skip
     kind = NODES[name]

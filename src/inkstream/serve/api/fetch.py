@@ -1,4 +1,4 @@
-"""Pictures by URL, where a server was told to fetch them: only from public addresses, and never more than is taken."""
+"""Downloads pictures by URL, if the server has --fetch: only from public addresses and up to a size limit."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ from urllib.parse import urljoin, urlsplit
 from inkstream.serve.errors import Refused
 
 MOST = 32 << 20
+"""Largest download in bytes."""
 SECONDS = 15.0
-"""From a connection to its last byte, at each address on the way."""
+"""Time limit for each address, from the connection to the last byte."""
 HOPS = 3
+"""Most requests for one URL, redirects included."""
 GLOBAL = IPv6Network("2000::/3")
-"""All that IANA has given out of IPv6; what lies outside is local or reserved (RFC 4291)."""
+"""The IPv6 addresses that IANA has allocated; all others are local or reserved (RFC 4291)."""
 TRANSLATED = IPv6Network("64:ff9b::/96")
-"""IPv4 addresses inside IPv6 (RFC 6052), which a gateway may lead back into a private network."""
+"""IPv4 addresses in IPv6 (RFC 6052): a gateway may route them into a private network."""
 SPECIAL = (
-    IPv4Network("192.0.0.0/24"),  # protocol assignments (RFC 6890), which `is_global` takes in parts for public
-    IPv4Network("192.88.99.0/24"),  # relays of 6to4 (RFC 7526)
+    IPv4Network("192.0.0.0/24"),  # protocol assignments (RFC 6890); `is_global` counts some of them as public
+    IPv4Network("192.88.99.0/24"),  # 6to4 relays (RFC 7526)
     IPv6Network("3fff::/20"),  # documentation (RFC 9637)
 )
 
 
 def fetch(url: str) -> bytes:
-    """The bytes at an http or https URL. Refused where its host is not a public one, or it is too large or slow.
+    """Download the bytes at an http or https URL.
 
-    The address is looked up once, checked, and that very address is connected to, at every redirect anew: a name that
-    changes its mind meanwhile leads nowhere else.
+    The host's addresses are looked up once and checked, and the connection goes to a checked address. This happens for
+    each redirect, so a name that changes its address (DNS rebinding) cannot lead to a private one. Raises Refused if
+    the host is not public, or the answer is an error, too large or too slow.
     """
     for _ in range(HOPS):
         answer = _get(url)
         if isinstance(answer, bytes):
             return answer
         url = answer
-    raise Refused(400, f"{_short(url)} leads from one address to the next: send the picture itself")
+    raise Refused(400, f"{_short(url)} is reached after too many redirects: send the picture itself")
 
 
 def is_public(address: IPv4Address | IPv6Address) -> bool:
-    """Whether an address is one of the open internet: not this machine, its network, or a cloud's inside."""
+    """Whether an address is on the public internet, not on this machine, a private network or inside a cloud."""
     if isinstance(address, IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
         if address in TRANSLATED:
@@ -57,18 +60,18 @@ def is_public(address: IPv4Address | IPv6Address) -> bool:
 
 
 def _get(url: str) -> bytes | str:
-    """The bytes, or where they are instead."""
+    """The bytes at a URL, or the URL that it redirects to."""
     try:
         parts = urlsplit(url)
         port = parts.port or {"http": 80, "https": 443}[parts.scheme]
         connection = http.client.HTTPConnection(host := parts.hostname or "", port)
     except (KeyError, ValueError, http.client.InvalidURL):
-        raise Refused(400, f"{_short(url)} is no http or https address: send the picture itself") from None
+        raise Refused(400, f"{_short(url)} is not an http or https URL: send the picture itself") from None
     if port not in (80, 443) or parts.username is not None:
-        raise Refused(400, f"{_short(url)} names a port or a user: send the picture itself")
+        raise Refused(400, f"{_short(url)} has a port or a user name: send the picture itself")
     try:
         plain = _connect(host, port)
-        with _hung_up_after(SECONDS, plain):
+        with _closed_after(SECONDS, plain):
             secure = parts.scheme == "https"
             connection.sock = ssl.create_default_context().wrap_socket(plain, server_hostname=host) if secure else plain
             path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -81,7 +84,7 @@ def _get(url: str) -> bytes | str:
             data = answer.read(MOST + 1)
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = type(error).__name__
-        raise Refused(400, f"{_short(url)} cannot be fetched ({reason}): send the picture itself") from None
+        raise Refused(400, f"{_short(url)} cannot be downloaded ({reason}): send the picture itself") from None
     finally:
         connection.close()
     if len(data) > MOST:
@@ -90,17 +93,20 @@ def _get(url: str) -> bytes | str:
 
 
 @contextmanager
-def _hung_up_after(seconds: float, connection: socket.socket) -> Iterator[None]:
-    """A connection that lives so long at most, however slowly its bytes come. TimeoutError where that was too short."""
-    late = threading.Event()
-    with connection.dup() as same:  # which TLS does not take over
+def _closed_after(seconds: float, connection: socket.socket) -> Iterator[None]:
+    """Shut the connection down after so many seconds, and then raise TimeoutError.
 
-        def hang_up() -> None:
+    A socket's own timeout would start again with each byte.
+    """
+    late = threading.Event()
+    with connection.dup() as same:  # a second handle, because the TLS socket takes over the first one
+
+        def shut_down() -> None:
             late.set()
             with suppress(OSError):
                 same.shutdown(socket.SHUT_RDWR)
 
-        watch = threading.Timer(seconds, hang_up)
+        watch = threading.Timer(seconds, shut_down)
         watch.start()
         try:
             yield
@@ -114,7 +120,7 @@ def _hung_up_after(seconds: float, connection: socket.socket) -> Iterator[None]:
 
 
 def _connect(host: str, port: int) -> socket.socket:
-    """A connection to the first address of a host, all of which must be public."""
+    """A connection to the host's first address. Raises Refused unless all its addresses are public."""
     addresses = [ip_address(found[4][0]) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(map(is_public, addresses)):
         raise Refused(400, f"{_short(host)} is not a public address: send the picture itself")
@@ -122,5 +128,5 @@ def _connect(host: str, port: int) -> socket.socket:
 
 
 def _short(url: str) -> str:
-    """An address as messages name it: without what follows its path, which may be secret."""
+    """A URL for messages: printable, at most 100 characters, and without its query, which may be secret."""
     return "".join(c for c in url.partition("?")[0][:100] if c.isprintable())

@@ -1,4 +1,4 @@
-"""The gallery: pictures with their files and thumbnails, uploads, and what a picture was made of."""
+"""The gallery: pictures with their files and thumbnails, uploads, and requests from a picture's metadata."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ log = logging.getLogger("inkstream.serve")
 THUMBNAIL = 256
 """Pixels of a thumbnail's longer side."""
 FOREVER = "private, max-age=31536000, immutable"
+GONE = "the picture's file was removed from the server's folder: draw the picture again"
 Name = Annotated[str, Path(max_length=64, description="The picture's id.")]
 Match = Annotated[str | None, Header(alias="If-None-Match", max_length=1000)]
 BODY = {
@@ -41,11 +42,11 @@ BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
-UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "The client has it already."}}
+UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "The client already has the file."}}
 
 
 def file_answer(kind: str) -> dict[int | str, dict[str, Any]]:
-    """What a route declares whose answer is a picture's file."""
+    """OpenAPI response of a route that answers with a picture's file. kind: its media type."""
     return {200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}}}}}
 
 
@@ -59,10 +60,10 @@ async def search_pictures(
     since: Annotated[float | None, Query(allow_inf_nan=False, description="Unix seconds.")] = None,
     until: Annotated[float | None, Query(allow_inf_nan=False, description="Unix seconds.")] = None,
     favourite: bool | None = None,
-    deleted: Annotated[bool, Query(description="Look among the deleted ones instead.")] = False,
+    deleted: Annotated[bool, Query(description="Search the deleted pictures instead.")] = False,
     limit: Limit = 60,
     before: Before = None,
-    offset: Annotated[int, Query(ge=0, lt=2**62, description="Pictures to leave out after `before`.")] = 0,
+    offset: Annotated[int, Query(ge=0, lt=2**62, description="Number of pictures to skip after `before`.")] = 0,
 ) -> schema.Pictures:
     """Pictures, newest first."""
     wanted = Search(who.scope, q, model, seed, since, until, favourite, deleted)
@@ -80,7 +81,7 @@ async def get_picture(parts: Parts, who: Who, id: Name) -> schema.Picture:
 
 @router.patch("/v1/pictures/{id}", responses=answers(400, 404, 503))
 async def mark_picture(parts: Parts, who: Who, id: Name, body: schema.PicturePatch) -> schema.Picture:
-    """Mark a picture as a favourite, delete it, or undo that."""
+    """Mark a picture as a favourite or delete it, or undo either."""
     picture = find_picture(parts, who, id)
     deleted = time.time() if body.deleted else None
     parts.store.mark(picture.id, body.favourite, deleted, undelete=body.deleted is False)
@@ -93,7 +94,7 @@ async def mark_picture(parts: Parts, who: Who, id: Name, body: schema.PicturePat
     response_class=Response,
 )
 async def get_file(parts: Parts, who: Who, id: Name, match: Match = None) -> Any:
-    """The picture itself, with its request in it."""
+    """The picture's file, with the request in its metadata."""
     picture = find_picture(parts, who, id)
     return send(parts.store.pictures / picture.file, picture.type, picture.sha256, match)
 
@@ -104,20 +105,20 @@ async def get_file(parts: Parts, who: Who, id: Name, match: Match = None) -> Any
     response_class=Response,
 )
 async def get_thumbnail(parts: Parts, who: Who, id: Name, match: Match = None) -> Any:
-    """The picture small, made when it is first asked for."""
+    """The picture's thumbnail. It is made at the first request."""
     picture = find_picture(parts, who, id)
     path, tag = parts.store.thumbnail_of(picture), f"{picture.sha256}-{THUMBNAIL}"
     if not path.exists():
         source = parts.store.pictures / picture.file
         data = await to_thread.run_sync(make_thumbnail, source, path)
-        if not path.exists():  # the disk is full, or must not be written to
+        if not path.exists():  # the disk is full or not writable
             return Response(data, media_type="image/webp")
     return send(path, "image/webp", tag, match)
 
 
 @router.post("/v1/uploads", status_code=201, responses=answers(400, 429, 503), openapi_extra=BODY)
 async def add_upload(parts: Parts, who: Who, request: Request) -> schema.Upload:
-    """Keep a picture, so that requests can name it. The same bytes get the same id."""
+    """Store a picture, so that requests can use it as `upload:ID`. The same bytes get the same id."""
     data = await request.body()
     upload = await parts.examine(who, data)
     parts.store.add_upload(upload, data)
@@ -128,7 +129,7 @@ async def add_upload(parts: Parts, who: Who, request: Request) -> schema.Upload:
     "/v1/uploads/{id}", responses=file_answer("image/*") | UNCHANGED | answers(400, 404), response_class=Response
 )
 async def get_upload(parts: Parts, who: Who, id: Name, match: Match = None) -> Any:
-    """A picture that was sent."""
+    """An uploaded picture."""
     upload = parts.store.upload(id, who.scope)
     if upload is None:
         raise Refused(404, f"there is no upload {id}", code="not_found")
@@ -137,9 +138,9 @@ async def get_upload(parts: Parts, who: Who, id: Name, match: Match = None) -> A
 
 @router.post("/v1/recall", responses=answers(400, 404), openapi_extra=BODY)
 async def recall(parts: Parts, who: Who, request: Request) -> schema.Recalled:
-    """The request in a picture's metadata, ours or another program's. 404 where it carries none.
+    """The request in a picture's metadata, from inkstream or another program. 404 if it has none.
 
-    A picture of the caller's own gallery also recalls the pictures it was made from.
+    For a picture of the caller's own gallery, the request also has the pictures it was made from.
     """
     data = await request.body()
     found = await to_thread.run_sync(read_recalled, data)
@@ -148,7 +149,7 @@ async def recall(parts: Parts, who: Who, request: Request) -> schema.Recalled:
 
 
 def read_recalled(data: bytes) -> schema.Recalled:
-    """What a picture's bytes say of how it was drawn. Files that it names are left out. For threads."""
+    """The request in the metadata of a picture's bytes, without names of files. Call it in a thread."""
     try:
         found = read_request(as_data(data))
     except InputError as error:
@@ -159,7 +160,7 @@ def read_recalled(data: bytes) -> schema.Recalled:
     remarks = [f"{name}: {value}" for name, value in found.ignored.items()]
     for name in PICTURE_FIELDS:
         if fields.pop(name, None):
-            remarks.append(f"{name}: it names a file, which is not opened; give the picture again")
+            remarks.append(f"{name}: the metadata names a file, which is not opened; add the picture again")
     return schema.Recalled(request=fields, tool=found.source, remarks=remarks)
 
 
@@ -168,7 +169,10 @@ def tell(parts: Service, picture: Picture) -> schema.Picture:
 
 
 def find_picture(parts: Service, who: Who, identity: str) -> Picture:
-    """A picture that the caller may see. Refused where there is none; a signed link ends when it is deleted."""
+    """The picture with that id. Raises Refused if it does not exist or the caller may not see it.
+
+    A signed link to a deleted picture is refused, too.
+    """
     picture = parts.store.picture(identity, who.scope)
     if picture is None or (who.link and picture.deleted is not None):
         raise Refused(404, f"there is no picture {identity}", code="not_found")
@@ -176,19 +180,25 @@ def find_picture(parts: Service, who: Who, identity: str) -> Picture:
 
 
 def send(path: FilePath, kind: str, tag: str, match: str | None) -> Response:
-    """A file that never changes, or word that the client has it. Refused where somebody took it away."""
+    """The answer with a file that never changes, or 304 if the client has it. Raises Refused if the file is missing.
+
+    tag: the file's ETag. match: the header If-None-Match.
+    """
     headers = {"ETag": f'"{tag}"', "Cache-Control": FOREVER}
     if match is not None and f'"{tag}"' in match:
         return Response(status_code=304, headers=headers)
     if not path.exists():
-        raise Refused(404, "the file is not there any more: somebody removed it from the server's folder")
+        raise Refused(404, GONE)
     return FileResponse(path, media_type=kind, headers=headers)
 
 
 def make_thumbnail(source: FilePath, path: FilePath) -> bytes:
-    """Its bytes, written whole where they can be. Refused where the picture is gone or damaged. For threads."""
+    """Make a picture's thumbnail, write it to `path` if the disk allows it, and return its bytes.
+
+    Raises Refused if the picture's file is missing or damaged. Call it in a thread.
+    """
     if not source.exists():
-        raise Refused(404, "the file is not there any more: somebody removed it from the server's folder")
+        raise Refused(404, GONE)
     try:
         image = open_picture(str(source))
     except InputError:
@@ -202,5 +212,5 @@ def make_thumbnail(source: FilePath, path: FilePath) -> bytes:
         os.replace(part, path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        log.warning("a thumbnail cannot be kept", extra={"error": str(error)})
+        log.warning("a thumbnail cannot be stored", extra={"error": str(error)})
     return buffer.getvalue()

@@ -21,16 +21,18 @@ router = APIRouter(tags=["jobs"])
 Name = Annotated[str, Path(max_length=64, description="The job's id.")]
 Token = Annotated[
     str | None,
-    Header(alias="Idempotency-Key", min_length=1, max_length=255, description="The same key gives the same job again."),
+    Header(alias="Idempotency-Key", min_length=1, max_length=255, description="The same key returns the same job."),
 ]
-LastEvent = Annotated[str | None, Header(alias="Last-Event-ID", max_length=64, description="The last event seen.")]
-Before = Annotated[str | None, Query(max_length=64, description="`next` of the page before.")]
+LastEvent = Annotated[
+    str | None, Header(alias="Last-Event-ID", max_length=64, description="Id of the last event seen.")
+]
+Before = Annotated[str | None, Query(max_length=64, description="`next` of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=500)]
 
 
 @router.post("/v1/jobs", status_code=202, responses=answers(400, 404, 409, 429, 503))
 async def add_job(parts: Parts, who: Who, body: schema.JobBody, response: Response, token: Token = None) -> schema.Job:
-    """Accept a request. From then on it is drawn whatever happens to the client, the server or the engine."""
+    """Accept a request. The job is then drawn even if the client leaves or the server or the engine crashes."""
     fields = body.model_dump(exclude_unset=True, exclude={"priority", "note", "grid"})
     request = await parts.take_pictures(who, Request.model_validate(fields))
     job = parts.jobs.submit(who, request, note=body.note, priority=body.priority, grid=body.grid, token=token)
@@ -52,40 +54,40 @@ async def list_jobs(
 
 @router.get("/v1/jobs/{id}", responses=answers(400, 404))
 async def get_job(parts: Parts, who: Who, id: Name) -> schema.Job:
-    """One job as it is now."""
+    """One job in its present state."""
     return parts.jobs.tell(find_job(parts, who, id))
 
 
 @router.delete("/v1/jobs/{id}", responses=answers(400, 404, 503))
 async def cancel_job(parts: Parts, who: Who, id: Name) -> schema.Job:
-    """Cancel a job; a running one stops within one step and keeps the pictures it has. One that has ended stays so."""
+    """Cancel a job. A running job stops within one step and keeps its pictures; an ended job does not change."""
     parts.jobs.cancel(find_job(parts, who, id).id)
     return parts.jobs.tell(find_job(parts, who, id))
 
 
 @router.patch("/v1/jobs/{id}", responses=answers(400, 404, 409, 503))
 async def move_job(parts: Parts, who: Who, id: Name, body: schema.JobPatch) -> schema.Job:
-    """Move a job that waits."""
+    """Move a queued job."""
     parts.jobs.move(find_job(parts, who, id), who, body)
     return parts.jobs.tell(find_job(parts, who, id))
 
 
 @router.get("/v1/jobs/{id}/events", responses=EVENTS | answers(400, 404), response_class=Response)
 async def follow_job(parts: Parts, who: Who, id: Name, last: LastEvent = None) -> Any:
-    """A job's present state, then everything that happens to it, to its end."""
+    """A job's present state, then its events, up to its end."""
     job = find_job(parts, who, id)
     return stream(parts, who, parts.jobs.follow(job.id, last))
 
 
 @router.get("/v1/events", responses=EVENTS | answers(400), response_class=Response)
 async def follow_all(parts: Parts, who: Who, last: LastEvent = None) -> Any:
-    """Everything that happens to any job that the key may see. It has no end."""
+    """The events of all jobs that the key may see. The stream has no end."""
     return stream(parts, who, parts.jobs.follow_all(who, last), named=True)
 
 
 @router.get("/v1/queue", responses=answers())
 async def get_queue(parts: Parts, who: Who) -> schema.Queue:
-    """What is drawn now, and what will be, in order."""
+    """Running jobs, and queued jobs in their order."""
     active = {job.id: job for job in parts.store.active() if who.scope in (None, job.key)}
     running = [job for job in active.values() if job.state == "running"]
     queued = [active[identity] for identity in parts.jobs.order() if identity in active]
@@ -101,16 +103,16 @@ async def get_queue(parts: Parts, who: Who) -> schema.Queue:
 
 @router.patch("/v1/queue", responses=answers(400, 503))
 async def pause_queue(parts: Parts, who: Who, body: schema.QueuePatch) -> schema.Queue:
-    """Begin no more jobs, or go on. With keys, only an admin's may."""
+    """Pause or resume the start of jobs. On a server with keys, this needs an admin's key."""
     if not who.admin:
-        raise Refused(403, "only an admin's key may pause the queue")
+        raise Refused(403, "this key may not pause the queue: use an admin's key")
     parts.jobs.pause(body.paused)
     return await get_queue(parts, who)
 
 
 @router.get("/v1/models", responses=answers(), tags=["models"])
 async def list_models(parts: Parts, who: Who) -> schema.Models:
-    """The models that may be asked for; the first is the default."""
+    """The offered models. The first is the default."""
     loaded = parts.jobs.drawing.loaded
     return schema.Models(data=[describe(m, parts.started, m.name == loaded) for m in parts.models.values()])
 
@@ -126,13 +128,13 @@ async def get_model(parts: Parts, who: Who, name: ModelName) -> schema.Model:
 
 @router.get("/v1/models/{name}/form", responses=answers(400, 404, 503), tags=["models"])
 async def get_form(parts: Parts, who: Who, name: ModelName) -> schema.Form:
-    """The options of a model: what each takes, and what the model does with it."""
+    """The options of a model: their values, and their effect on this model."""
     return form(find_model(parts, name), parts.settings.limits)
 
 
 @router.post("/v1/prompts", responses=answers(400, 404, 503), tags=["models"])
 async def write_prompt(parts: Parts, who: Who, body: schema.PromptBody) -> schema.PromptTold:
-    """What the model would be told of a prompt, and what it does not understand of it. Nothing is drawn."""
+    """The prompt that the model would read, and notes on what its grammar does not understand. Nothing is drawn."""
     request, model = choose(parts.models, Request.model_validate(body.model_dump(exclude_unset=True)))
     spec = spec_of(model)
     check_text(request.prompt, request.negative_prompt)
@@ -145,7 +147,7 @@ async def write_prompt(parts: Parts, who: Who, body: schema.PromptBody) -> schem
 
 
 def find_job(parts: Service, who: Who, identity: str) -> Job:
-    """A job that the caller may see. Refused where there is none."""
+    """The job with that id. Raises Refused if it does not exist or the caller may not see it."""
     job = parts.store.job(identity, who.scope)
     if job is None:
         raise Refused(404, f"there is no job {identity}", code="not_found")
@@ -153,9 +155,9 @@ def find_job(parts: Service, who: Who, identity: str) -> Job:
 
 
 def number_of(last: Job | Picture | None, before: str) -> int:
-    """The number of the row that a page ended with. Refused where the caller may see none of that name."""
+    """The number of the last row of the previous page. Raises Refused if `last` is None: `before` is unknown."""
     if last is None:
-        raise Refused(400, f"before {before} names nothing that is here: give `next` of a page", param="before")
+        raise Refused(400, f"before {before} is not known: give `next` of a page", param="before")
     return last.number
 
 

@@ -1,4 +1,4 @@
-"""OpenAI's images API: generations and edits, answered whole or as events. Its clients work here as they are."""
+"""OpenAI's images API: generations and edits, with one answer or a stream of events. Its clients work unchanged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from starlette.datastructures import UploadFile
 from inkstream.engine.drawing.options import FEW, options
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS, encode_picture, picture_format
 from inkstream.serve import schema
-from inkstream.serve.api.gallery import FOREVER, find_picture
+from inkstream.serve.api.gallery import FOREVER, GONE, find_picture
 from inkstream.serve.api.native import Token
 from inkstream.serve.api.service import EVENT_STREAM, Parts, Service, Who
 from inkstream.serve.engines.models import choose, spec_of
@@ -37,45 +37,45 @@ router = APIRouter(tags=["openai"])
 Format = Literal["png", "jpeg", "webp"]
 Kind = Literal["image_generation", "image_edit"]
 QUALITY = 95
-"""Of a JPEG or WebP where no compression is asked for."""
+"""Quality of a JPEG or WebP without `output_compression`."""
 IMAGES = 16
-"""Pictures that one edit may bring, as OpenAI has it."""
+"""Most pictures in one edit, as in OpenAI's API."""
 NAMES = re.compile(r"(dall-e|gpt-image|chatgpt-image)-[\w.-]{1,100}", re.ASCII)
-"""OpenAI's names of models, which programs send unasked."""
+"""OpenAI's model names. Many programs send one without being told to."""
 EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
-"""A quality -> times the model's own steps. The others are its own steps."""
+"""Quality -> factor for the model's default number of steps. All other qualities use the default."""
 
 
 class Asked(BaseModel):
-    """What OpenAI's API asks of either route, as far as there is something here that can do it."""
+    """The fields of both routes of OpenAI's API, as far as this server supports them."""
 
     model_config = ConfigDict(extra="forbid", protected_namespaces=())
 
-    prompt: str = Field(min_length=1, description="What to draw, in plain words.")
-    model: str | None = Field(None, max_length=200, description="One of /v1/models; the first when left out.")
-    n: int | None = Field(None, ge=1, le=10, description="How many pictures.")
+    prompt: str = Field(min_length=1, description="What to draw.")
+    model: str | None = Field(None, max_length=200, description="One of /v1/models. The default is the first of them.")
+    n: int | None = Field(None, ge=1, le=10, description="Number of pictures.")
     size: str | None = Field(
         None,
         pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
-        description="WIDTHxHEIGHT, both multiples of 16, or auto: the model's own, or that of the picture edited.",
+        description="WIDTHxHEIGHT, both multiples of 16, or auto: the model's default size, or the edited picture's.",
     )
     quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
         None,
-        description="low is half the model's own steps, high and hd half as many again; no effect where they are few.",
+        description="low: half of the model's default steps; high, hd: 1.5 times. No effect if they are few.",
     )
-    style: Literal["vivid", "natural"] | None = Field(None, description="Without effect.")
-    background: Literal["auto", "opaque"] | None = Field(None, description="Always opaque.")
-    moderation: Literal["auto", "low"] | None = Field(None, description="Nothing is moderated here.")
-    output_format: Format | None = Field(None, description="png when left out.")
+    style: Literal["vivid", "natural"] | None = Field(None, description="No effect.")
+    background: Literal["auto", "opaque"] | None = Field(None, description="All pictures are opaque.")
+    moderation: Literal["auto", "low"] | None = Field(None, description="No effect: there is no moderation.")
+    output_format: Format | None = Field(None, description="The default is png.")
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of a JPEG or WebP.")
     response_format: Literal["b64_json", "url"] | None = Field(
-        None, description="When left out b64_json, and url for the names dall-e-2 and dall-e-3, as OpenAI has it."
+        None, description="The default is b64_json, but url for the models dall-e-2 and dall-e-3, as in OpenAI's API."
     )
-    stream: bool | None = Field(None, description="Answer with events.")
-    partial_images: int | None = Field(None, ge=0, le=3, description="Small pictures sent meanwhile; with stream.")
-    user: str | None = Field(None, max_length=1000, description="Kept with the job as its note.")
+    stream: bool | None = Field(None, description="Answer with a stream of events.")
+    partial_images: int | None = Field(None, ge=0, le=3, description="Number of previews in the stream.")
+    user: str | None = Field(None, max_length=1000, description="Stored as the job's note.")
 
-    _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # what was given without effect -> why
+    _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # given field without effect -> reason
 
     @property
     def format(self) -> Format:
@@ -83,10 +83,10 @@ class Asked(BaseModel):
 
 
 TRANSLATED = ("prompt", "model", "width", "height", "count", *PICTURE_FIELDS)
-"""Fields of a Request that OpenAI has its own words for."""
+"""Fields of a Request that have other names in OpenAI's API."""
 OWN = {name: (field.annotation, field) for name, field in Request.model_fields.items() if name not in TRANSLATED}
 BODY = create_model("ImageBody", __base__=Asked, **OWN)  # type: ignore[call-overload]
-"""Asked, and beside it every other field of a Request under its own name."""
+"""Asked, plus all other fields of a Request under their own names."""
 INSTEAD = {
     "width": "size",
     "height": "size",
@@ -98,13 +98,13 @@ INSTEAD = {
     "safety_identifier": "user",
     "reference": "image",
 }
-"""Names that other servers and tools have for what is known here by another."""
+"""Field name of other servers and tools -> the name in this API."""
 PARAMS = {"width": "size", "height": "size", "count": "n"}
-"""What the queue calls a field -> what it is called here."""
+"""Field of a Request -> its name in this API, for error messages."""
 
 
 class Source(BaseModel):
-    """A picture of an edit that is sent as JSON: a data URL, or the id of an upload."""
+    """A picture of an edit in a JSON body: a data URL, or the id of an upload."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -113,7 +113,7 @@ class Source(BaseModel):
 
 
 class Sources(BaseModel):
-    """The pictures of an edit that is sent as JSON."""
+    """The pictures of an edit in a JSON body."""
 
     images: list[Source] = Field(min_length=1, max_length=IMAGES)
     mask: Source | None = None
@@ -124,15 +124,15 @@ class Drawn(BaseModel):
 
     b64_json: str | None = None
     url: str | None = Field(default=None, description="Readable without a key for an hour.")
-    revised_prompt: str | None = Field(default=None, description="The prompt as the model wrote it out, where it did.")
+    revised_prompt: str | None = Field(default=None, description="The prompt that the model read, if it differs.")
     inkstream: schema.Picture
 
 
 class Remarks(BaseModel):
-    """What is ours in an answer."""
+    """Our additions to an answer."""
 
     job: str
-    remarks: list[str] = Field(description="What of the request has no effect, or not a good one.")
+    remarks: list[str] = Field(description="Fields of the request that have no effect or a poor one.")
 
 
 class Images(BaseModel):
@@ -149,13 +149,13 @@ class Images(BaseModel):
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "model": Images,
-        "description": "The pictures; with `stream` server-sent events.",
+        "description": "The pictures, or server-sent events with `stream`.",
         "content": EVENT_STREAM,
         "headers": {
             "Inkstream-Model": {"schema": {"type": "string"}, "description": "The model that draws."},
             "Inkstream-Ignored": {
                 "schema": {"type": "string"},
-                "description": "Fields that were given and have no effect, with commas between.",
+                "description": "Given fields that have no effect, comma-separated.",
             },
         },
     },
@@ -171,7 +171,7 @@ def _several(kind: dict[str, Any]) -> dict[str, Any]:
 
 
 def _body(kind: str, required: str | None = None, **pictures: Any) -> dict[str, Any]:
-    """What the OpenAPI document says of a body of one media type."""
+    """OpenAPI content of a request body. kind: its media type; required: one more required field."""
     names = SCHEMA["required"] + ([required] if required else [])
     return {kind: {"schema": {**SCHEMA, "properties": SCHEMA["properties"] | pictures, "required": names}}}
 
@@ -191,7 +191,7 @@ EDIT = {
 
 @router.post("/v1/images/generations", responses=ANSWERS, openapi_extra=GENERATION, response_model=None)
 async def generate_images(parts: Parts, who: Who, http: HTTPRequest, token: Token = None) -> Response:
-    """Draw pictures of a prompt. Leaving before the answer cancels the drawing."""
+    """Draw pictures from a prompt. If the client disconnects before the answer, the job is cancelled."""
     asked = settle(parts, understand(await read_json(http)))
     return await draw(parts, who, http, asked, to_request(asked), "image_generation", token)
 
@@ -200,8 +200,9 @@ async def generate_images(parts: Parts, who: Who, http: HTTPRequest, token: Toke
 async def edit_images(parts: Parts, who: Who, http: HTTPRequest, token: Token = None) -> Response:
     """Draw from pictures.
 
-    With a mask the first is repainted where the mask is clear, or white where it is opaque. Without one, a model that
-    takes references looks at all; to another, or beside `strength`, the first is what it starts from.
+    With a mask, the first picture is repainted where the mask is transparent, or white if the mask is opaque. Without a
+    mask, a model that supports references uses all pictures as references. Another model, or any model with
+    `strength`, starts from the first picture.
     """
     if http.headers.get("content-type", "").startswith("multipart/form-data"):
         async with http.form(max_files=IMAGES + 1, max_fields=100) as form:
@@ -233,27 +234,27 @@ async def get_image(
     output_format: Format,
     output_compression: Annotated[int, Query(ge=0, le=100)] = QUALITY,
 ) -> Response:
-    """A picture in the format that `url` was asked for in."""
+    """A picture in the requested format. `url` in an answer points here."""
     data = await encode(parts, find_picture(parts, who, id), output_format, output_compression)
     return Response(data, media_type=f"image/{output_format}", headers={"Cache-Control": FOREVER})
 
 
-# Asking -------------------------------------------------------------------------------------------------------------
+# Reading requests ---------------------------------------------------------------------------------------------------
 
 
 async def read_json(http: HTTPRequest) -> dict[str, Any]:
-    """The body, which must be a JSON object."""
+    """The JSON object in the body. Raises Refused if the body is anything else."""
     try:
-        fields = from_json(await http.body())  # which knows half a surrogate pair from text, as json does not
+        fields = from_json(await http.body())  # unlike json, it refuses half a surrogate pair
     except ValueError:
         raise Refused(400, "the body is not JSON: send one JSON object", code="invalid_json") from None
     if not isinstance(fields, dict):
-        raise Refused(400, "the body is JSON, but no object: send one JSON object", code="invalid_json")
+        raise Refused(400, "the body is JSON, but not an object: send one JSON object", code="invalid_json")
     return fields
 
 
 def read_form(items: list[tuple[str, Any]]) -> tuple[dict[str, str], list[UploadFile], list[UploadFile]]:
-    """The fields of a form, its pictures, its masks. Refused where one is what it cannot be."""
+    """The fields, the pictures and the masks of a form. Raises Refused if one has the wrong kind or is given twice."""
     fields: dict[str, str] = {}
     files: dict[str, list[UploadFile]] = {"image": [], "mask": []}
     for name, value in items:
@@ -263,7 +264,7 @@ def read_form(items: list[tuple[str, Any]]) -> tuple[dict[str, str], list[Upload
                 raise Refused(400, f"{kind} is text: send it as a file", param=kind)
             files[kind].append(value)
         elif isinstance(value, UploadFile):
-            raise Refused(400, f"{name[:200]} is no field for a file: send pictures as image", param=name[:200])
+            raise Refused(400, f"{name[:200]} is not a file field: send pictures as image", param=name[:200])
         elif name in fields:
             raise Refused(400, f"{name[:200]} is given twice: give it once", param=name[:200])
         else:
@@ -271,12 +272,12 @@ def read_form(items: list[tuple[str, Any]]) -> tuple[dict[str, str], list[Upload
     if not files["image"]:
         raise Refused(400, "image is missing: send the picture to edit as a file", param="image")
     if len(files["mask"]) > 1:
-        raise Refused(400, "mask is given twice: one mask goes with the first picture", param="mask")
+        raise Refused(400, "mask is given twice: send one mask, for the first picture", param="mask")
     return fields, files["image"], files["mask"]
 
 
 async def keep(parts: Service, who: Who, file: UploadFile, param: str) -> str:
-    """A picture of a form, kept, as a request names it."""
+    """Store a picture of a form, and return it as `upload:ID`."""
     data = await file.read()
     upload = await parts.examine(who, data, param)
     parts.store.add_upload(upload, data)
@@ -284,13 +285,14 @@ async def keep(parts: Service, who: Who, file: UploadFile, param: str) -> str:
 
 
 def read_source(source: Source, param: str) -> str:
-    """A picture of a JSON body, as a request names it."""
+    """A picture of a JSON body, as `upload:ID` or as the given URL."""
     if (source.image_url is None) == (source.file_id is None):
         raise Refused(400, f"{param} needs either image_url or file_id: give one of them", param=param)
     return PREFIX + source.file_id if source.file_id is not None else source.image_url or ""
 
 
 def understand_sources(fields: Mapping[str, Any]) -> Sources:
+    """Validate the pictures of a JSON body. Raises Refused if one is not valid."""
     try:
         return Sources.model_validate(fields)
     except ValidationError as error:
@@ -298,11 +300,11 @@ def understand_sources(fields: Mapping[str, Any]) -> Sources:
 
 
 def understand(fields: Mapping[str, Any]) -> Asked:
-    """What is asked. Refused, with its name, for any field that is not known or does not fit."""
+    """Validate the fields of a body. Raises Refused, with the field's name, for an unknown field or a wrong value."""
     for name in INSTEAD.keys() & fields.keys():
-        raise Refused(400, f"{name} is not a field that is known here: give {INSTEAD[name]} instead", param=name)
+        raise Refused(400, f"{name} is not a known field: give {INSTEAD[name]} instead", param=name)
     if fields.get("background") == "transparent":
-        message = "background transparent is not drawn here: every picture is opaque, so leave it out"
+        message = "background transparent is not supported, every picture is opaque: leave it out"
         raise Refused(400, message, param="background")
     try:
         asked = BODY.model_validate(fields)
@@ -310,20 +312,20 @@ def understand(fields: Mapping[str, Any]) -> Asked:
         raise explain_invalid(error) from None
     if asked.output_compression not in (None, 100) and asked.format == "png":
         raise Refused(
-            400, "output_compression has no meaning for png: give output_format jpeg or webp",
+            400, "output_compression has no effect on png: give output_format jpeg or webp",
             param="output_compression",
         )  # fmt: skip
     if asked.partial_images and not asked.stream:
-        raise Refused(400, "partial_images come as events: give stream as well", param="partial_images")
+        raise Refused(400, "partial_images needs a stream of events: give stream as well", param="partial_images")
     if asked.stream and asked.response_format == "url":
-        raise Refused(400, "events carry the picture itself: leave response_format out", param="response_format")
+        raise Refused(400, "events contain the picture itself: leave response_format out", param="response_format")
     return asked
 
 
 def settle(parts: Service, asked: Asked) -> Asked:
-    """The same in words that are meant here: an offered model, steps for a quality; and what has no effect, noted.
+    """Replace OpenAI's names with ours: an offered model for `model`, `steps` for `quality`.
 
-    Refused where the name of the model means none.
+    Fields without effect are noted in `_ignored`. Raises Refused if `model` does not mean an offered model.
     """
     changes: dict[str, Any] = {"model": find_model(parts, asked.model)}
     ignored: dict[str, str] = {}
@@ -346,9 +348,10 @@ def settle(parts: Service, asked: Asked) -> Asked:
 
 
 def find_model(parts: Service, name: str | None) -> str | None:
-    """The model that a name means: what it is an alias of, or the only one there is for a name of OpenAI's.
+    """The model that a name means: an alias means its model, and OpenAI's names mean the only model, if there is one.
 
-    None is the first. Refused for a name of OpenAI's that means none.
+    Another name is returned as it is, and no name as None, which is the first model. Raises Refused for one of OpenAI's
+    names without a meaning.
     """
     if not name or name in parts.models or not (name in parts.aliases or NAMES.fullmatch(name)):
         return name or None
@@ -362,12 +365,12 @@ def find_model(parts: Service, name: str | None) -> str | None:
 
 
 def find_spec(parts: Service, asked: Asked) -> Spec:
-    """What the model is that is asked for. Refused with 503 until the engine has said it."""
+    """The Spec of the requested model. Raises Refused with 503 until the engine has described the model."""
     return spec_of(choose(parts.models, to_request(asked))[1])
 
 
 def to_request(asked: Asked, **pictures: Any) -> Request:
-    """The Request that does it, with the pictures of an edit under the names they have in one."""
+    """The Request for a body. pictures: field of a Request -> pictures of an edit."""
     fields = {name: getattr(asked, name) for name in asked.model_fields_set & OWN.keys()} | pictures
     if asked.model is not None:
         fields["model"] = asked.model
@@ -382,36 +385,39 @@ def to_request(asked: Asked, **pictures: Any) -> Request:
 
 
 def cast_pictures(given: list[str], mask: str | None, asked: Asked, spec: Spec) -> dict[str, Any]:
-    """What each picture of an edit is to the model. Refused where there is one that it cannot be anything to."""
+    """Field of a Request (`image`, `mask`, `reference`) -> pictures of an edit.
+
+    Raises Refused if the model cannot use all pictures.
+    """
     takes_references = options(spec)["reference"].effect == "honours"
     starts = mask is not None or "strength" in asked.model_fields_set or not takes_references
     references = given[1:] if starts else given
     if references and not takes_references:
-        raise Refused(400, f"{spec.name} starts from one picture and looks at no others: send one image", param="image")
+        raise Refused(400, f"{spec.name} uses one picture as its start and no others: send one image", param="image")
     most = 1 if "map" in spec.abilities else 10
     if len(references) > most:
-        raise Refused(400, f"{spec.name} looks at {most} of these at most: send fewer", param="image")
+        raise Refused(400, f"{spec.name} takes at most {most} references: send fewer images", param="image")
     return ({"image": given[0]} if starts else {}) | ({"mask": mask} if mask is not None else {}) | (
         {"reference": references} if references else {}
     )  # fmt: skip
 
 
 def _renamed(refusal: Refused) -> Refused:
-    """The same about the field's name here."""
+    """The refusal with the field's name in this API."""
     refusal.param = PARAMS.get(refusal.param or "", refusal.param)
     return refusal
 
 
-# Answering ----------------------------------------------------------------------------------------------------------
+# Answers ------------------------------------------------------------------------------------------------------------
 
 
 async def draw(
     parts: Service, who: Who, http: HTTPRequest, asked: Asked, request: Request, kind: Kind, token: str | None
 ) -> Response:
-    """The answer to a request, whole or as events; it is drawn for as long as the client waits."""
+    """Draw a request and answer, at once or as events. If the client disconnects, the job is cancelled."""
     if request.count > parts.settings.limits.pictures:
         most = parts.settings.limits.pictures
-        raise Refused(400, f"n {request.count} is more than one request may have here: at most {most}", param="n")
+        raise Refused(400, f"n {request.count} is too many for one request: take at most {most}", param="n")
     try:
         request = await parts.take_pictures(who, request)
         job = parts.jobs.submit(who, request, note=asked.user or "", token=token, waited=True)
@@ -437,7 +443,7 @@ async def draw(
 
 
 async def present(parts: Service, http: HTTPRequest, asked: Asked, picture: schema.Picture) -> Drawn:
-    """A picture as it was asked for: in the answer, or behind an address."""
+    """A picture of the answer, as base64 or as a signed URL."""
     drawn = Drawn(inkstream=picture, revised_prompt=None if picture.prompt == asked.prompt else picture.prompt)
     if asked.response_format != "url":
         drawn.b64_json = await fetch(parts, asked, picture.id)
@@ -448,7 +454,7 @@ async def present(parts: Service, http: HTTPRequest, asked: Asked, picture: sche
 
 
 async def stream(parts: Service, job: Job, asked: Asked, kind: Kind) -> AsyncIterator[bytes]:
-    """A job as OpenAI's events: previews on the way, each picture when it is done."""
+    """Yield a job as OpenAI's events: previews during the drawing, and each finished picture."""
     async with aclosing(parts.jobs.draw(job)) as happenings:
         async for happening in happenings:
             data = happening.data
@@ -473,14 +479,14 @@ async def stream(parts: Service, job: Job, asked: Asked, kind: Kind) -> AsyncIte
 
 
 def partial_steps(steps: int, count: int) -> list[int]:
-    """The steps after which a partial picture is sent: evenly spread, before the last; fewer where steps are few."""
+    """The steps after which a partial picture is sent: evenly spread, never the last; fewer if steps are few."""
     return sorted({round(steps * place / (count + 1)) for place in range(1, count + 1)} - {0, steps})
 
 
 def failure(job: schema.Job) -> Refused:
-    """The answer that tells of a job that gave no pictures."""
+    """The error answer for a job that failed or was cancelled."""
     if job.error is None:
-        return Refused(409, "the job was cancelled by somebody else", code="cancelled")
+        return Refused(409, "another client cancelled the job: send the request again", code="cancelled")
     status = 400 if job.error.type == KINDS[400] else 500
     return Refused(status, job.error.message, param=job.error.param, code=job.error.code)
 
@@ -498,14 +504,14 @@ def _line(name: str, data: Mapping[str, Any]) -> bytes:
 
 
 async def fetch(parts: Service, asked: Asked, identity: str) -> str:
-    """A picture just drawn, in the format asked for, as base64."""
+    """A finished picture in the requested format, as base64."""
     picture = parts.store.picture(identity)
     assert picture is not None
     return base64.b64encode(await encode(parts, picture, asked.format, _quality(asked))).decode()
 
 
 async def encode(parts: Service, picture: Picture, output_format: Format, quality: int) -> bytes:
-    """A picture's file, or its pixels and its metadata in another format. Refused where somebody took it away."""
+    """A picture's bytes in a format, with its metadata. Raises Refused if its file is missing."""
     model = parts.models.get(picture.model)
     path = parts.store.pictures / picture.file
 
@@ -519,17 +525,17 @@ async def encode(parts: Service, picture: Picture, output_format: Format, qualit
         with Image.open(io.BytesIO(data)) as image:
             try:
                 return encode_picture(image, kind, request, spec, max(1, quality))
-            except InputError:  # a JPEG's metadata has little room
+            except InputError:  # the metadata is too long for a JPEG
                 return encode_picture(image, kind, request, spec, max(1, quality), metadata="minimal")
 
     try:
         return await to_thread.run_sync(work)
     except FileNotFoundError:
-        raise Refused(404, "the file is not there any more: somebody removed it from the server's folder") from None
+        raise Refused(404, GONE) from None
 
 
 def reencode(preview: str, output_format: Format) -> tuple[str, str]:
-    """A preview's size, and itself in another format as base64. For threads."""
+    """A preview's size, and its bytes in another format as base64. Call it in a thread."""
     with Image.open(io.BytesIO(base64.b64decode(preview.partition(",")[2]))) as image:
         buffer = io.BytesIO()
         image.save(buffer, picture_format(output_format))

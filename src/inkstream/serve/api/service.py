@@ -1,4 +1,4 @@
-"""What every router works with: the parts of the server, who asks, and answers that go on as events."""
+"""Shared by all routers: the parts of the server, the caller, and answers that are streams of events."""
 
 from __future__ import annotations
 
@@ -39,12 +39,13 @@ class Service:
     started: float
     aliases: dict[str, str] = field(default_factory=dict)  # name in OpenAI's API -> model
     fetchers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
-    """Threads that may wait for other servers: the rest are for what is here."""
+    """Limits the threads that wait for other servers, so that local work always finds a thread."""
 
     async def take_pictures(self, caller: Caller, request: types.Request) -> types.Request:
-        """The request with every picture it brings kept, as `upload:ID`. Refused where one is none, or may not be.
+        """Store all pictures of a request, and return it with each picture as `upload:ID`.
 
-        The first step of every route that draws; the second is `jobs.submit`.
+        Every route that draws calls this first and `jobs.submit` second. Raises Refused if a value is not a picture, or
+        the picture is too large.
         """
         if next(pictures_in(request), None) is None:
             return request
@@ -56,14 +57,17 @@ class Service:
         return keep(self.store, request, uploads, caller.scope)
 
     async def examine(self, caller: Caller, data: bytes, param: str | None = None) -> Any:
-        """The upload that bytes become. Refused where they are no picture, or the caller's room is full."""
+        """The Upload record for a picture's bytes.
+
+        Raises Refused if they are not a picture, the disk is full, or the key's uploads take too much space.
+        """
         limits = self.settings.limits
         if self.store.free() < limits.reserve:
             raise disk_full()
         room = limits.upload_total - self.store.uploaded(caller.name)
         if caller.key is not None and len(data) > room:
             raise Refused(
-                429, f"uploads of this key take {limits.upload_total >> 20} MiB: unused ones go after a week",
+                429, f"this key has {limits.upload_total >> 20} MiB of uploads: unused ones are removed after a week",
                 code="insufficient_quota", retry_after=86_400,
             )  # fmt: skip
         return await to_thread.run_sync(examine, data, caller.name, time.time(), limits, param)
@@ -74,7 +78,7 @@ def _service(request: Request) -> Service:
 
 
 def _caller(request: Request, _: Annotated[Any, Depends(HTTPBearer(auto_error=False, description="A key."))]) -> Caller:
-    """Who asks, as the guard in front of all routes found."""
+    """The caller, as identified by app.Guard."""
     return request.scope["caller"]
 
 
@@ -83,9 +87,9 @@ Who = Annotated[Caller, Depends(_caller)]
 
 
 def stream(parts: Service, who: Caller, happenings: AsyncIterator[Happening], named: bool = False) -> StreamingResponse:
-    """Happenings as server-sent events; named: each says which job it is about.
+    """Events of jobs as server-sent events. named: each event contains its job's id.
 
-    They end when the client leaves or when its key is removed: at the next happening, a ping at the latest.
+    The stream ends when the client disconnects or its key is removed, at the next event or ping.
     """
 
     async def lines() -> AsyncIterator[bytes]:
@@ -112,11 +116,11 @@ EVENT_STREAM: dict[str, Any] = {
         }
     }
 }
-"""What a route declares of events, as OpenAPI 3.2 has it: each is an object whose `data` is JSON."""
+"""OpenAPI 3.2 schema of a stream of events: each is an object whose `data` is JSON."""
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "Server-sent events, as they happen.",
         "content": EVENT_STREAM,
     }
 }
-"""What a route declares whose answer is events."""
+"""OpenAPI response of a route that answers with a stream of events."""

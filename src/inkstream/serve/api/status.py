@@ -1,4 +1,4 @@
-"""How the server is: health, readiness, numbers; and the cookie by which a page in a browser carries its key."""
+"""Health, readiness and metrics of the server, and the cookie that holds a key for pages in a browser."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def health(parts: Service) -> schema.Health:
 
 @router.get("/healthz")
 async def healthz(parts: Parts) -> schema.Health:
-    """200 as long as the server answers."""
+    """200 while the server runs."""
     return health(parts)
 
 
-@router.get("/readyz", responses={503: {"model": schema.Health, "description": "The engine does not take jobs yet."}})
+@router.get("/readyz", responses={503: {"model": schema.Health, "description": "The engine does not accept jobs yet."}})
 async def readyz(parts: Parts) -> schema.Health:
-    """200 once the engine takes jobs. Jobs are accepted before that, too."""
+    """200 once the engine accepts jobs, else 503. The queue also accepts jobs before that."""
     state = health(parts)
     return state if parts.jobs.drawing.ready else JSONResponse(state.model_dump(), 503)  # type: ignore[return-value]
 
@@ -44,15 +44,15 @@ async def readyz(parts: Parts) -> schema.Health:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **answers()},
 )
 async def metrics(parts: Parts, who: Who) -> Response:
-    """Numbers for Prometheus. With keys, only an admin's reads them: they name the others."""
+    """Metrics for Prometheus. On a server with keys, this needs an admin's key: the metrics contain all keys' names."""
     if not who.admin:
-        raise Refused(403, "only an admin's key may read the metrics")
+        raise Refused(403, "this key may not read the metrics: use an admin's key")
     return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 @router.post("/v1/session", status_code=204, responses=answers(), response_class=Response)
 async def open_session(parts: Parts, who: Who, request: Request) -> Response:
-    """Keep the key in a cookie, so that pictures and events can be asked for by a page."""
+    """Put the key into a cookie, so that a page can load pictures and events."""
     answer = Response(status_code=204)
     key = given_key(request.headers, request.cookies)
     if key is not None:
@@ -62,7 +62,7 @@ async def open_session(parts: Parts, who: Who, request: Request) -> Response:
 
 @router.delete("/v1/session", status_code=204, responses=answers(), response_class=Response)
 async def close_session(parts: Parts, who: Who) -> Response:
-    """Forget the key."""
+    """Remove the key's cookie."""
     answer = Response(status_code=204)
     answer.delete_cookie(COOKIE, httponly=True, samesite="strict")
     return answer

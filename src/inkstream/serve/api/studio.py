@@ -1,4 +1,4 @@
-"""The studio: a page and its own scripts and styles, which speak only the public API. Nothing is built or fetched."""
+"""The studio: a page with its own scripts and styles, which use only the public API. There is no build step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; connect-src 'self'; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""Scripts and styles are files of this server: nothing inline, nothing from elsewhere."""
+"""Content security policy: scripts and styles come from this server's files, never inline."""
 
 router = APIRouter(include_in_schema=False)
 
@@ -28,7 +28,7 @@ def read_files(folder: FilePath = FOLDER) -> dict[str, bytes]:
 
 
 def digest_of(files: dict[str, bytes]) -> str:
-    """A word that changes when any of the files does. It stands in their addresses, so browsers may keep them."""
+    """A hash of all files. It is part of their URLs, so browsers may cache them without limit."""
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
@@ -41,7 +41,7 @@ DIGEST = digest_of(FILES)
 
 @router.api_route("/", methods=["GET", "HEAD"])
 async def studio(match: Annotated[str | None, Header(alias="If-None-Match")] = None) -> Response:
-    """The page. It names the files by their digest, so it alone is asked for again."""
+    """The page. Its links contain the digest, so a browser asks again only for the page itself."""
     headers = {"ETag": f'"{DIGEST}"', "Cache-Control": "no-cache", "Content-Security-Policy": POLICY}
     if match is not None and f'"{DIGEST}"' in match:
         return Response(status_code=304, headers=headers)
@@ -51,9 +51,9 @@ async def studio(match: Annotated[str | None, Header(alias="If-None-Match")] = N
 
 @router.api_route("/studio/{digest}/{name:path}", methods=["GET", "HEAD"])
 async def studio_file(digest: str, name: Annotated[str, Path(max_length=100)]) -> Response:
-    """One of its files. Under an older digest it is the present one, which no browser is to keep."""
+    """One of the studio's files. A URL with an old digest gives the present file, which browsers must not cache."""
     if name not in FILES:
-        raise Refused(404, f"there is nothing at /studio/{digest[:100]}/{name}")
+        raise Refused(404, f"there is nothing at /studio/{digest[:100]}/{name}: load / again")
     caching = "public, max-age=31536000, immutable" if digest == DIGEST else "no-cache"
     kind = TYPES[FilePath(name).suffix]
     return Response(FILES[name], media_type=kind, headers={"Cache-Control": caching})
