@@ -1,4 +1,4 @@
-"""Connections that say nothing, or half of what they should, are ended: uvicorn itself waits for ever for a head."""
+"""Time limits for HTTP connections: uvicorn itself waits without limit for the head of a request."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from typing import Any
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD = 10.0
-"""Seconds that a connection has to say all of a request's head, from its first byte or its opening."""
+"""Seconds for the whole head of a request, from the start of the connection or the head's first byte."""
 
 FILES = 65_536
-"""Files and connections that the process may have open, where the system allows as many."""
+"""Wanted limit of open files and connections of the process."""
 
 Base: Any = H11Protocol
-"""httptools drops the host of an absolute target, which is to be refused."""
+"""h11 instead of httptools: httptools drops the host of an absolute target, and the server must refuse such a target."""
 
 
 class Connection(Base):
-    """One of h11's, with patience for a head that has an end."""
+    """uvicorn's h11 connection with a time limit for the head of a request."""
 
-    _watch: asyncio.TimerHandle | None = None
+    _head_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._wait_for_head()
+        self._start_head_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        upgraded = self.transport.get_protocol() is not self  # a WebSocket, which has a protocol of its own
+        upgraded = self.transport.get_protocol() is not self  # now a WebSocket, with its own protocol class
         if upgraded or (self.cycle is not None and not self.cycle.response_complete):
-            self._forget()
-        elif self._watch is None:
-            self._wait_for_head()
+            self._stop_head_timer()
+        elif self._head_timer is None:
+            self._start_head_timer()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._forget()  # the next head may be waited for as long as uvicorn keeps a connection
+        self._stop_head_timer()  # uvicorn's keep-alive limit applies until the next head begins
 
     def connection_lost(self, error: Exception | None) -> None:
-        self._forget()
+        self._stop_head_timer()
         super().connection_lost(error)
 
-    def _wait_for_head(self) -> None:
-        self._watch = asyncio.get_running_loop().call_later(HEAD, self.transport.abort)
+    def _start_head_timer(self) -> None:
+        self._head_timer = asyncio.get_running_loop().call_later(HEAD, self.transport.abort)
 
-    def _forget(self) -> None:
-        if self._watch is not None:
-            self._watch.cancel()
-            self._watch = None
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
 
 def allow_many() -> None:
-    """Raise the process's own limit of open files, which is 1,024 on many systems, as far as it may."""
+    """Raise the process's limit of open files to FILES or the system's maximum. Many systems start with 1,024."""
     with suppress(ImportError, ValueError, OSError):  # Windows has no such limit
         import resource
 
