@@ -239,6 +239,7 @@ def run_here() -> dict[str, Any]:
     import uvicorn
 
     from inkstream.serve.app import build
+    from inkstream.serve.connections import Connection
     from inkstream.serve.engines.process import EngineProcess
     from inkstream.serve.keys import add_key
     from inkstream.serve.limits import Settings
@@ -248,7 +249,7 @@ def run_here() -> dict[str, Any]:
         key = add_key(Path(folder) / "keys.json", "root", 0.0, admin=True)
         engine = partial(EngineProcess, command=(sys.executable, "-c", IDLE))
         app = build(Settings(Path(folder), models=("pocket",)), engine)
-        config = uvicorn.Config(app, "127.0.0.1", 0, http="h11", log_config=None, timeout_graceful_shutdown=2)
+        config = uvicorn.Config(app, "127.0.0.1", 0, http=Connection, log_config=None, timeout_graceful_shutdown=2)
         server = uvicorn.Server(config)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
         thread.start()
