@@ -15,7 +15,7 @@ FILES = 65_536
 """Wanted limit of open files and connections of the process."""
 
 Base: Any = H11Protocol
-"""h11 instead of httptools: httptools drops the host of an absolute target, and the server must refuse such a target."""
+"""h11 instead of httptools: httptools drops the host of an absolute target, but such a target must be refused."""
 
 
 class Connection(Base):

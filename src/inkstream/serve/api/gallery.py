@@ -45,9 +45,9 @@ BODY = {
 UNCHANGED: dict[int | str, dict[str, Any]] = {304: {"description": "The client already has the file."}}
 
 
-def file_answer(kind: str) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI response of a route that answers with a picture's file. kind: its media type."""
-    return {200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}}}}}
+def file_answer(*kinds: str) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI response of a route that answers with a picture's file. kinds: its possible media types."""
+    return {200: {"content": {kind: {"schema": {"type": "string", "format": "binary"}} for kind in kinds}}}
 
 
 @router.get("/v1/pictures", responses=answers(400))

@@ -23,7 +23,7 @@ from starlette.datastructures import UploadFile
 from inkstream.engine.drawing.options import FEW, options
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS, encode_picture, picture_format
 from inkstream.serve import schema
-from inkstream.serve.api.gallery import FOREVER, GONE, find_picture
+from inkstream.serve.api.gallery import FOREVER, GONE, file_answer, find_picture
 from inkstream.serve.api.native import Token
 from inkstream.serve.api.service import EVENT_STREAM, Parts, Service, Who
 from inkstream.serve.engines.models import choose, spec_of
@@ -223,8 +223,7 @@ async def edit_images(parts: Parts, who: Who, http: HTTPRequest, token: Token = 
 
 @router.get(
     "/v1/images/{id}/file.{output_format}",
-    responses={200: {"content": {f"image/{kind}": {"schema": BINARY} for kind in ("jpeg", "png", "webp")}}}
-    | answers(400, 404),
+    responses=file_answer("image/jpeg", "image/png", "image/webp") | answers(400, 404),
     response_class=Response,
 )
 async def get_image(
