@@ -204,6 +204,11 @@ class Served:
         assert self._server.started
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
 
+    @property
+    def connections(self) -> set[Any]:
+        """The connections that are open."""
+        return self._server.server_state.connections
+
     def stop(self) -> None:
         self.service.jobs.feed.close()
         self._server.should_exit = True

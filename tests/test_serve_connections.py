@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import socket
 import struct
 import subprocess
@@ -91,6 +92,43 @@ def test_a_connection_that_is_reset_in_the_middle_costs_nobody_anything(bare):
         connection.sendall(first)
         connection.close()
     assert bare.ask("GET", "/healthz")[0] == 200
+
+
+@pytest.fixture(scope="module")
+def large(bare):
+    """The path of a picture of 24 MB, which no socket's buffer holds."""
+    picture = io.BytesIO()
+    Image.frombytes("RGB", (2048, 4096), random.Random(0).randbytes(3 * 2048 * 4096)).save(picture, "BMP")
+    status, _, upload = bare.ask("POST", "/v1/uploads", picture.getvalue())
+    assert status == 201
+    return f"/v1/uploads/{upload['id']}", len(picture.getvalue())
+
+
+def test_a_client_that_stops_reading_an_answer_is_disconnected(bare, large, monkeypatch, until):
+    monkeypatch.setattr(connections, "WRITE", 0.5)
+    path, size = large
+    before = len(bare.connections)
+    with socket.create_connection(("127.0.0.1", bare.port), timeout=30) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        until(lambda: len(bare.connections) == before + 1)
+        until(lambda: len(bare.connections) == before)
+        read = 0
+        while data := connection.recv(1 << 20):  # what the sockets hold
+            read += len(data)
+    assert read < size
+
+
+def test_a_client_that_reads_an_answer_slowly_gets_all_of_it(bare, large, monkeypatch):
+    monkeypatch.setattr(connections, "WRITE", 0.5)
+    path, size = large
+    began, read = time.monotonic(), 0
+    with socket.create_connection(("127.0.0.1", bare.port), timeout=30) as connection:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        while data := connection.recv(1 << 20):
+            read += len(data)
+            time.sleep(0.05)
+    assert read > size
+    assert time.monotonic() - began > 2 * connections.WRITE
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -168,7 +168,7 @@ def test_a_drawing_that_somebody_else_cancels_ends_with_an_error(client, server,
     ("fields", "param", "words"),
     [
         ({"size": "100x96"}, "size", "multiple of 16"),
-        ({"size": "4096x4096"}, "size", "larger than this server draws"),
+        ({"size": "4096x4096"}, "size", "more than this server draws"),
         ({"size": "big"}, "size", "pattern"),
         ({"n": 9}, "n", "at most 8"),
         ({"n": 11}, "n", "10"),

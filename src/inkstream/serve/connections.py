@@ -11,6 +11,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 HEAD = 10.0
 """Seconds for the whole head of a request, from the start of the connection or the head's first byte."""
 
+WRITE = 120.0
+"""Seconds after which a connection is ended if its client has read nothing of the waiting data."""
+
 FILES = 65_536
 """Wanted limit of open files and connections of the process."""
 
@@ -19,13 +22,23 @@ Base: Any = H11Protocol
 
 
 class Connection(Base):
-    """uvicorn's h11 connection with a time limit for the head of a request."""
+    """uvicorn's h11 connection with time limits for the head of a request and for a client that does not read."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # writing is paused exactly while data waits for the client
         self._start_head_timer()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._check_progress()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop_write_timer()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -41,6 +54,7 @@ class Connection(Base):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(error)
 
     def _start_head_timer(self) -> None:
@@ -50,6 +64,19 @@ class Connection(Base):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _check_progress(self, before: int | None = None) -> None:
+        """End the connection if no data has left the write buffer. before: bytes in it at the last check."""
+        left = self.transport.get_write_buffer_size()
+        if before is not None and left >= before:
+            self.transport.abort()
+        else:
+            self._write_timer = asyncio.get_running_loop().call_later(WRITE, self._check_progress, left)
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
 
 def allow_many() -> None:
