@@ -7,8 +7,10 @@ import http.client
 import io
 import json
 import re
+import sys
 import urllib.parse
 import urllib.request
+from contextlib import closing
 
 import pytest
 from PIL import Image
@@ -84,6 +86,23 @@ def test_an_address_gives_the_picture_in_the_format_asked_for(client):
     with urllib.request.urlopen(answer.data[0].url) as reply:
         assert reply.headers["Content-Type"] == "image/webp"
         assert Image.open(io.BytesIO(reply.read())).size == (32, 32)
+
+
+def test_a_proxy_on_this_machine_may_say_that_addresses_are_https(tmp_path, start_server):
+    key = add_key(tmp_path / "keys.json", "ann", 0.0)
+    served = start_server(Settings(tmp_path, models=("pocket",)))
+    headers = {"Authorization": f"Bearer {key}", "Host": "pictures.example.org", "X-Forwarded-Proto": "https"}
+    body = {**SMALL, **ONE_STEP, "response_format": "url"}
+    proxies = {"127.0.0.1": "https"}
+    if sys.platform == "linux":  # has all of 127.0.0.0/8; of these, uvicorn trusts 127.0.0.1
+        proxies["127.0.0.2"] = "http"
+    for proxy, scheme in proxies.items():
+        connection = http.client.HTTPConnection("127.0.0.1", served.port, source_address=(proxy, 0))
+        with closing(connection):
+            connection.request("POST", "/v1/images/generations", json.dumps(body), headers)
+            answer = json.loads(connection.getresponse().read())
+        assert answer["data"][0]["url"].startswith(f"{scheme}://pictures.example.org/v1/images/")
+    served.stop()
 
 
 def test_an_edit_starts_from_the_picture_and_keeps_what_its_mask_does_not_clear(client, circle):
