@@ -1,4 +1,4 @@
-"""A1111's API, as its clients ask: what they send as a matter of course is taken, what matters is done or refused."""
+"""A1111's API for its clients: the fields they always send are accepted, other fields are supported or refused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USUAL = {
     "override_settings_restore_afterwards": True, "save_images": True, "send_images": True, "subseed": -1,
     "subseed_strength": 0.0, "alwayson_scripts": {}, "script_name": None, "s_churn": 0.0, "refiner_switch_at": 0.8,
 }  # fmt: skip
-"""What chat programs send along."""
+"""Fields that chat programs send."""
 
 
 def opened(content: str) -> Image.Image:
@@ -40,7 +40,7 @@ def ask(server, method: str, path: str, body=None):
     return answer
 
 
-def test_what_chat_programs_send_draws_what_the_native_api_draws(server):
+def test_a_request_of_a_chat_program_draws_the_same_picture_as_the_native_api(server):
     own = server.ended(server.draw(seed=7, steps=2, solver="euler"))
     native = Image.open(io.BytesIO(server.ask("GET", own["pictures"][0]["url"])[2]))
     answer = ask(server, "POST", "/txt2img", {**SMALL, **USUAL})
@@ -48,7 +48,7 @@ def test_what_chat_programs_send_draws_what_the_native_api_draws(server):
     assert answer["parameters"]["steps"] == 2
 
 
-def test_batches_times_rounds_give_as_many_pictures_with_their_seeds_and_texts(server):
+def test_batch_size_times_n_iter_pictures_have_their_seeds_and_texts(server):
     answer = ask(server, "POST", "/txt2img", {**SMALL, "batch_size": 2, "n_iter": 2})
     info = json.loads(answer["info"])
     assert len(answer["images"]) == 4
@@ -58,7 +58,7 @@ def test_batches_times_rounds_give_as_many_pictures_with_their_seeds_and_texts(s
     assert (found.fields["prompt"], int(found.fields["seed"])) == ("a red circle", 8)
 
 
-def test_a_picture_is_drawn_on_and_what_its_mask_leaves_black_is_kept(server):
+def test_img2img_keeps_the_black_part_of_the_mask(server):
     start = Image.new("RGB", (48, 32), "orange")
     mask = Image.new("L", (48, 32))
     mask.paste(255, (32, 0, 48, 32))
@@ -85,13 +85,13 @@ def test_a_picture_is_drawn_on_and_what_its_mask_leaves_black_is_kept(server):
         ({"turbo": True}, "turbo", "leave it out"),
     ],
 )
-def test_what_cannot_be_done_is_refused_by_its_name(server, fields, param, words):
+def test_an_unsupported_value_is_refused_with_the_name_of_its_field(server, fields, param, words):
     status, _, answer = server.ask("POST", f"{API}/txt2img", {**SMALL, **fields})
     assert (status, answer["error"]["param"]) == (400, param)
     assert words in answer["error"]["message"]
 
 
-def test_the_progress_of_a_drawing_is_told_and_interrupting_it_gives_what_is_done(server, until):
+def test_progress_is_reported_and_interrupt_returns_the_finished_pictures(server, until):
     answers = []
     body = {**SMALL, "width": 128, "height": 128, "steps": 25, "n_iter": 4}
     thread = threading.Thread(target=lambda: answers.append(ask(server, "POST", "/txt2img", body)))
@@ -107,7 +107,7 @@ def test_the_progress_of_a_drawing_is_told_and_interrupting_it_gives_what_is_don
     assert ask(server, "GET", "/progress")["progress"] == 0
 
 
-def test_an_interruption_leaves_jobs_alone_that_came_another_way(server):
+def test_interrupt_does_not_touch_jobs_of_other_apis(server):
     server.ask("PATCH", "/v1/queue", {"paused": True})
     job = server.draw()
     ask(server, "POST", "/interrupt")
@@ -116,7 +116,7 @@ def test_an_interruption_leaves_jobs_alone_that_came_another_way(server):
     assert server.ended(job)["state"] == "succeeded"
 
 
-def test_what_clients_look_for_at_their_start_is_there(server):
+def test_the_lists_that_clients_read_at_their_start_exist(server):
     assert [model["title"] for model in ask(server, "GET", "/sd-models")] == ["pocket"]
     assert {"Euler", "DPM++ 2M"} <= {sampler["name"] for sampler in ask(server, "GET", "/samplers")}
     assert {"automatic", "simple"} <= {schedule["name"] for schedule in ask(server, "GET", "/schedulers")}
@@ -133,7 +133,7 @@ def test_the_model_is_set_by_its_title(server):
     assert server.ask("POST", f"{API}/options", {"eta_noise_seed_delta": 1})[0] == 400
 
 
-def test_a_picture_tells_how_it_was_drawn(server):
+def test_the_request_of_a_picture_is_read_from_its_metadata(server):
     drawn = ask(server, "POST", "/txt2img", SMALL)["images"][0]
     told = ask(server, "POST", "/png-info", {"image": f"data:image/png;base64,{drawn}"})
     assert told["info"].startswith("a red circle\nSteps: 2")

@@ -1,4 +1,4 @@
-"""Slow and half-open connections by the hundred, bombs for pictures, bodies of endless depth: the server goes on."""
+"""The server survives hundreds of slow connections, clients that do not read, decompression bombs and nested bodies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PIECES = {
 
 
 def is_open(connection: socket.socket) -> bool:
-    """Whether the server has not hung up. What it said before is read."""
+    """Whether the server has not closed the connection. Reads and drops all data from the server."""
     connection.setblocking(False)
     try:
         while connection.recv(65536):
@@ -45,7 +45,7 @@ def is_open(connection: socket.socket) -> bool:
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory, start_server):
-    """A server whose engine takes nothing; it has little patience."""
+    """A server with short time limits, whose engine ignores all messages."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(connections, "HEAD", 2.0)
         settings = Settings(tmp_path_factory.mktemp("bare"), models=("pocket",), limits=Limits(body_seconds=2.0))
@@ -54,14 +54,14 @@ def bare(tmp_path_factory, start_server):
         served.stop()
 
 
-def test_a_socket_outlives_the_patience_for_a_head(bare):
+def test_a_websocket_has_no_time_limit_for_a_head(bare):
     with connect(f"ws://127.0.0.1:{bare.port}/comfyui/ws") as socket:
         socket.recv(timeout=5)
-        with pytest.raises(TimeoutError):  # it says nothing, and it is not closed
+        with pytest.raises(TimeoutError):  # no message comes, and the socket stays open
             socket.recv(timeout=2 * connections.HEAD)
 
 
-def test_slow_and_half_open_connections_by_the_hundred_keep_nobody_out_and_are_ended(bare, until):
+def test_300_slow_and_half_open_connections_block_nobody_and_are_ended(bare, until):
     began = time.monotonic()
     held = []
     for number in range(300):
@@ -76,7 +76,7 @@ def test_slow_and_half_open_connections_by_the_hundred_keep_nobody_out_and_are_e
         for connection, more in open_:
             try:
                 connection.setblocking(True)
-                connection.sendall(more)  # a byte now and then, to be thought alive
+                connection.sendall(more)  # single bytes, to look alive
             except OSError:
                 pass
         time.sleep(0.3)
@@ -85,7 +85,7 @@ def test_slow_and_half_open_connections_by_the_hundred_keep_nobody_out_and_are_e
         connection.close()
 
 
-def test_a_connection_that_is_reset_in_the_middle_costs_nobody_anything(bare):
+def test_connections_that_are_reset_do_no_harm(bare):
     for first, _ in list(PIECES.values()) * 10:
         connection = socket.create_connection(("127.0.0.1", bare.port), timeout=30)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -141,7 +141,7 @@ def png(width: int, height: int, text: bytes = b"") -> bytes:
 
 
 def resized(kind: str, places: list[tuple[int, str, int]]) -> bytes:
-    """A small file that says it is enormous. places: where its header has a size, its struct format, the lie."""
+    """A small file whose header has an enormous size. places: offset in the header, struct format, false value."""
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, kind)
     data = bytearray(buffer.getvalue())
@@ -157,7 +157,7 @@ def jpeg() -> bytes:
 
 
 def webp() -> bytes:
-    """An extended header of 16384 x 16384, which is all that WebP has."""
+    """A WebP whose extended header says 16384 x 16384, the format's maximum."""
     body = b"WEBPVP8X" + struct.pack("<I", 10) + b"\x02\0\0\0" + b"\xff\x3f\0" * 2
     body += b"ANIM" + struct.pack("<I", 6) + bytes(6)
     frame = resized("WEBP", [])[12:]
@@ -185,7 +185,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_bomb_of_a_picture_is_refused_in_a_line(bare, name):
+def test_a_decompression_bomb_is_refused_in_one_line(bare, name):
     for path in ("/v1/uploads", "/v1/recall"):
         status, _, body = bare.ask("POST", path, BOMBS[name])
         assert status == 400, (path, body)
@@ -194,7 +194,7 @@ def test_a_bomb_of_a_picture_is_refused_in_a_line(bare, name):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the most memory a process had, as Linux counts it")
-def test_no_bomb_takes_much_memory(tmp_path):
+def test_no_decompression_bomb_uses_much_memory(tmp_path):
     program = """import resource, sys
 from pathlib import Path
 from inkstream.serve.errors import Refused
@@ -234,7 +234,7 @@ NESTED = {
 
 
 @pytest.mark.parametrize("name", NESTED)
-def test_a_body_of_endless_depth_or_size_is_refused_in_a_line(bare, name):
+def test_a_deeply_nested_or_invalid_body_is_refused_in_one_line(bare, name):
     drawing = ("/v1/jobs", "/v1/images/generations", "/v1/images/edits", "/sdapi/v1/txt2img")
     for path in (*drawing, "/v1/prompts", "/v1/queue"):
         method = "PATCH" if path == "/v1/queue" else "POST"

@@ -1,4 +1,4 @@
-"""What was drawn and asked for outlives a damaged, an older and an empty database, and files that were cut short."""
+"""Pictures and jobs survive a damaged, an older and an empty database, and truncated files."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ COUNT = 60
 
 
 def write_png(path: Path, seed: int = 1) -> Path:
-    """A small picture with our metadata, as the engine writes it."""
+    """A small picture with inkstream's metadata, as the engine writes it."""
     request = Request(prompt=f"picture {seed}", model="pocket", seed=seed, width=32, height=32, steps=1)
     path.write_bytes(encode_picture(Image.new("RGB", (32, 32), (seed % 256, 0, 0)), "PNG", request))
     return path
 
 
 def filled(folder: Path) -> list[str]:
-    """A folder with COUNT jobs that have their picture and COUNT that wait; the pictures' names."""
+    """Make a folder with COUNT ended jobs with a picture each and COUNT waiting jobs. Returns the pictures' ids."""
     store = Store(folder)
     store.recover(0.0)
     made = []
@@ -66,9 +66,7 @@ def overwrite(path: Path, start: int, count: int) -> None:
     [(0, 1, 0), (b"picture 40 ", 4, 60), (b"picture 41 ", 1, 100), (1, 10_000, 0), (0, 10_000, 0)],
     ids=["the first page", "four pages of jobs", "a page", "all pages but the first", "all pages"],
 )
-def test_a_damaged_database_is_kept_aside_and_every_picture_and_what_can_be_read_is_kept(
-    tmp_path, first, pages, jobs, caplog
-):
+def test_a_damaged_database_is_kept_and_all_pictures_and_readable_rows_survive(tmp_path, first, pages, jobs, caplog):
     made = filled(tmp_path)
     path = tmp_path / "inkstream.db"
     start = path.read_bytes().index(first) // PAGE if isinstance(first, bytes) else first
@@ -92,7 +90,7 @@ def test_a_damaged_database_is_kept_aside_and_every_picture_and_what_can_be_read
     again.close()
 
 
-def test_a_hole_costs_only_the_rows_that_lay_in_it(tmp_path):
+def test_damaged_pages_lose_only_their_own_rows(tmp_path):
     filled(tmp_path)
     path = tmp_path / "inkstream.db"
     content = path.read_bytes()
@@ -106,7 +104,7 @@ def test_a_hole_costs_only_the_rows_that_lay_in_it(tmp_path):
     store.close()
 
 
-def test_a_row_whose_text_was_damaged_costs_only_itself(tmp_path):
+def test_a_row_with_damaged_json_is_the_only_one_lost(tmp_path):
     filled(tmp_path)
     path = tmp_path / "inkstream.db"
     content = path.read_bytes()
@@ -118,7 +116,7 @@ def test_a_row_whose_text_was_damaged_costs_only_itself(tmp_path):
     store.close()
 
 
-def test_a_database_that_was_cut_short_is_mended(tmp_path):
+def test_a_truncated_database_is_repaired(tmp_path):
     made = filled(tmp_path)
     path = tmp_path / "inkstream.db"
     with path.open("rb+") as file:
@@ -138,7 +136,7 @@ def test_a_sound_database_is_left_as_it_is(tmp_path):
     store.close()
 
 
-def test_a_start_that_is_cut_off_while_it_mends_loses_nothing(tmp_path, monkeypatch):
+def test_an_interrupted_repair_loses_nothing(tmp_path, monkeypatch):
     made = filled(tmp_path)
     overwrite(tmp_path / "inkstream.db", 4 * PAGE, 4 * PAGE)
 
@@ -155,7 +153,7 @@ def test_a_start_that_is_cut_off_while_it_mends_loses_nothing(tmp_path, monkeypa
     store.close()
 
 
-def test_pictures_beside_an_empty_or_an_older_database_are_found_again(tmp_path, start_server):
+def test_pictures_are_found_again_with_an_empty_or_older_database(tmp_path, start_server):
     served = start_server(Settings(tmp_path, models=("pocket",)))
     first = served.ended(served.draw(prompt="the first", seed=1))
     served.service.store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -179,7 +177,7 @@ def test_pictures_beside_an_empty_or_an_older_database_are_found_again(tmp_path,
         served.stop()
 
 
-def test_a_picture_whose_row_a_crash_kept_from_the_disk_is_its_jobs_and_not_drawn_again(tmp_path):
+def test_a_picture_whose_row_was_lost_in_a_crash_gets_it_back_and_is_not_drawn_again(tmp_path):
     store = Store(tmp_path)
     store.recover(0.0)
     job = store.add_job(key="k", now=100.0, request={"model": "pocket", "prompt": "x", "seed": 1}, total=2)
@@ -197,7 +195,7 @@ def test_a_picture_whose_row_a_crash_kept_from_the_disk_is_its_jobs_and_not_draw
     store.close()
 
 
-def test_what_is_no_whole_picture_of_ours_is_neither_shown_nor_removed(tmp_path):
+def test_broken_and_foreign_files_are_neither_shown_nor_removed(tmp_path):
     store = Store(tmp_path)
     folder = store.pictures / "2026-11"
     folder.mkdir()
@@ -214,7 +212,7 @@ def test_what_is_no_whole_picture_of_ours_is_neither_shown_nor_removed(tmp_path)
     store.close()
 
 
-def test_uploads_beside_an_empty_database_are_found_again_and_keep_their_owner_where_jobs_name_him(tmp_path):
+def test_uploads_are_found_again_and_keep_their_key_if_the_database_has_it(tmp_path):
     for owner, known in (("ann", True), ("ben", False)):
         store = Store(tmp_path / owner)
         store.recover(0.0)
@@ -250,7 +248,7 @@ def test_a_picture_that_is_deleted_for_good_does_not_come_back_after_a_crash(tmp
     store.close()
 
 
-def test_damage_that_comes_while_it_runs_is_told_in_a_line_and_mended_by_the_next_start(tmp_path, start_server):
+def test_damage_during_a_run_is_reported_in_one_line_and_repaired_at_the_next_start(tmp_path, start_server):
     made = filled(tmp_path)
     served = start_server(Settings(tmp_path, models=("pocket",)), engine="input()")
     served.service.store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -269,7 +267,7 @@ def test_damage_that_comes_while_it_runs_is_told_in_a_line_and_mended_by_the_nex
     served.stop()
 
 
-def test_a_picture_that_was_cut_short_since_is_said_to_be_damaged(tmp_path, start_server):
+def test_a_truncated_picture_is_reported_as_damaged(tmp_path, start_server):
     filled(tmp_path)
     served = start_server(Settings(tmp_path, models=("pocket",)), engine="input()")
     one, other = served.ask("GET", "/v1/pictures?limit=2")[2]["pictures"]

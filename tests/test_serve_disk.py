@@ -1,4 +1,4 @@
-"""A disk that is full in the middle of a save, a folder that must not be written to, and two servers on one folder."""
+"""A disk that becomes full during a save, a read-only folder, and two servers on one folder."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def script() -> Any:
 
 @pytest.fixture(scope="module")
 def process(tmp_path_factory) -> Iterator[Any]:
-    """`inkstream serve` as a process of its own, whose engine is ready."""
+    """`inkstream serve` as a separate process with a ready engine."""
     server = script().Server(tmp_path_factory.mktemp("disk") / "data")
     server.start()
     soon(lambda: server.ask("GET", "/readyz"))
@@ -50,7 +50,7 @@ def process(tmp_path_factory) -> Iterator[Any]:
 
 
 def soon(ask: Callable[[], Any], wanted: Callable[[Any], Any] = lambda answer: True) -> Any:
-    """The answer, once there is one that is wanted."""
+    """Call `ask` until its result is wanted, and return the result."""
     end = time.monotonic() + 300
     while True:
         try:
@@ -63,7 +63,7 @@ def soon(ask: Callable[[], Any], wanted: Callable[[Any], Any] = lambda answer: T
 
 
 def limit_files(server: Any, size: int) -> None:
-    """No file of a server or its engine may grow beyond this, as on a full disk; -1: as it was."""
+    """Limit the size of every file of the server and its engine, as on a full disk. -1 removes the limit."""
     import resource
 
     for pid in (server.process.pid, *server.engines()):
@@ -72,7 +72,7 @@ def limit_files(server: Any, size: int) -> None:
 
 
 def answer(server: Any, method: str, path: str, body: Any = None) -> str:
-    """The text of a refusal."""
+    """The message of an error answer."""
     with pytest.raises(AssertionError) as refused:
         server.ask(method, path, body)
     return str(refused.value)
@@ -83,13 +83,13 @@ def ended(process: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 @linux
-def test_what_was_accepted_is_drawn_once_a_full_disk_has_room_again(process):
+def test_accepted_jobs_are_drawn_when_a_full_disk_has_space_again(process):
     jobs = [process.ask("POST", "/v1/jobs", SMALL | {"steps": 30, "count": 2, "width": 128}) for _ in range(4)]
     limit_files(process, 1)
     assert "answered 503" in (text := answer(process, "POST", "/v1/jobs", SMALL))
     assert "then try again" in text
     assert str(process.folder) not in text
-    time.sleep(2.0)  # the drawing goes on, and nothing of it can be kept
+    time.sleep(2.0)  # the drawing continues, but nothing can be saved
     assert process.ask("GET", "/healthz")["status"] == "ok"
     states = {process.ask("GET", f"/v1/jobs/{job['id']}")["state"] for job in jobs}
     assert states <= {"queued", "running"}
@@ -106,7 +106,7 @@ def test_what_was_accepted_is_drawn_once_a_full_disk_has_room_again(process):
 
 
 @linux
-def test_a_server_that_is_killed_on_a_full_disk_has_lost_nothing_of_what_it_accepted(process):
+def test_a_server_killed_on_a_full_disk_loses_no_accepted_job(process):
     before = process.ask("GET", "/v1/pictures")["total"]
     job = process.ask("POST", "/v1/jobs", SMALL | {"steps": 30, "width": 128})
     limit_files(process, 1)
@@ -119,7 +119,7 @@ def test_a_server_that_is_killed_on_a_full_disk_has_lost_nothing_of_what_it_acce
 
 
 @linux
-def test_an_upload_that_does_not_fit_leaves_no_half_of_it(process):
+def test_an_upload_that_does_not_fit_leaves_no_partial_file(process):
     limit_files(process, 1000)
     noise = Image.frombytes("L", (64, 64), os.urandom(4096))
     buffer = io.BytesIO()
@@ -136,7 +136,7 @@ def test_an_upload_that_does_not_fit_leaves_no_half_of_it(process):
     assert urllib.request.urlopen(request, timeout=30).status == 201
 
 
-def test_a_picture_that_can_never_be_kept_fails_its_job_and_says_why(tmp_path, start_server, until, monkeypatch):
+def test_a_picture_that_can_never_be_saved_fails_its_job_with_the_reason(tmp_path, start_server, until, monkeypatch):
     from inkstream.serve.queue import jobs
 
     monkeypatch.setattr(jobs, "HOLD", 0.0)
@@ -154,7 +154,7 @@ def test_a_picture_that_can_never_be_kept_fails_its_job_and_says_why(tmp_path, s
     served.stop()
 
 
-def test_a_disk_with_less_than_the_reserve_takes_nothing_and_shows_what_it_has(tmp_path, start_server, until):
+def test_below_the_disk_reserve_nothing_is_accepted_and_the_gallery_works(tmp_path, start_server, until):
     served = start_server(Settings(tmp_path, models=("pocket",)))
     done = served.ended(served.draw())
     served.ask("PATCH", "/v1/queue", {"paused": True})
@@ -174,7 +174,7 @@ def test_a_disk_with_less_than_the_reserve_takes_nothing_and_shows_what_it_has(t
 
 @pytest.fixture
 def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """`mounted(options)` is a file system in memory, as a folder; where that is not allowed the test is skipped."""
+    """`mounted(options)` mounts a file system in memory and returns its folder. Skips the test without permission."""
     folder = tmp_path / "mounted"
     folder.mkdir()
 
@@ -192,7 +192,7 @@ def mounted(tmp_path) -> Iterator[Callable[[str], Path]]:
     subprocess.run(["umount", "-l", str(folder)], capture_output=True)
 
 
-def test_a_disk_that_fills_up_in_the_middle_of_the_drawing_costs_no_picture(mounted, start_server, until):
+def test_a_disk_that_fills_up_during_a_drawing_loses_no_picture(mounted, start_server, until):
     disk = mounted("size=4m")
     served = start_server(Settings(disk / "data", models=("pocket",), limits=Limits(reserve=0)))
     first = served.ended(served.draw(seed=1))
@@ -204,7 +204,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_the_drawing_costs_no_picture(moun
     until(lambda: served.service.jobs.full)
     assert served.ask("GET", "/healthz")[0] == 200
     assert served.ask("GET", first["pictures"][0]["url"])[0] == 200
-    assert served.ask("GET", first["pictures"][0]["thumbnail"])[0] == 200  # though it cannot be kept
+    assert served.ask("GET", first["pictures"][0]["thumbnail"])[0] == 200  # although it cannot be saved
     assert list(disk.glob("data/thumbnails/*")) == []
     ballast.unlink()
     done = [served.ended(job) for job in jobs]
@@ -213,7 +213,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_the_drawing_costs_no_picture(moun
     served.stop()
 
 
-def test_a_start_on_a_full_disk_or_in_a_folder_that_must_not_be_written_to_says_so(mounted, tmp_path, capsys):
+def test_a_start_on_a_full_disk_or_in_a_read_only_folder_is_refused(mounted, tmp_path, capsys):
     disk = mounted("size=512k")
     assert main(["serve", f"--data={disk / 'data'}", "--model=pocket", "--port=18412"]) == 2
     assert "is full: free some space" in capsys.readouterr().err.splitlines()[-1]
@@ -224,7 +224,7 @@ def test_a_start_on_a_full_disk_or_in_a_folder_that_must_not_be_written_to_says_
 
 
 @linux
-def test_a_second_server_on_the_folder_is_refused_and_the_first_goes_on(process, capsys):
+def test_a_second_server_on_the_same_folder_is_refused_and_the_first_continues(process, capsys):
     job = process.ask("POST", "/v1/jobs", SMALL | {"steps": 20, "width": 128})
     assert main(["serve", f"--data={process.folder}", "--model=pocket", "--port=18413"]) == 2
     assert "in use by another server: stop it" in capsys.readouterr().err.splitlines()[-1]
@@ -232,7 +232,7 @@ def test_a_second_server_on_the_folder_is_refused_and_the_first_goes_on(process,
 
 
 @pytest.mark.parametrize("name", ["EROFS", "EACCES", "EPERM", "ENOENT", "EIO"])
-def test_a_folder_that_cannot_be_written_to_is_named_as_such(name):
+def test_an_error_of_a_read_only_or_missing_folder_is_reported_as_not_writable(name):
     refusal = explain_trouble(OSError(getattr(errno, name), "reason", "/path/of/ours"))
     assert (refusal.status, refusal.code) == (503, "not_writable")
     assert "/path/of/ours" not in refusal.message

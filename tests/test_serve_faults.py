@@ -1,4 +1,4 @@
-"""Nothing that was accepted is lost or drawn twice, whatever is killed; who leaves stops the work he waited for."""
+"""A killed process loses no accepted job and draws none twice. A client that leaves cancels the job it waits for."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from inkstream.types import Request
 HANGS = """import json, sys
 print(json.dumps({'event': 'ready', 'seconds': 0}), flush=True)
 sys.stdin.read()"""
-"""An engine that takes jobs and never says a word of them."""
+"""An engine that accepts jobs and never sends a message about them."""
 SCRIPT = Path(__file__).parent.parent / "scripts" / "serve_faults.py"
 
 
 def engine(program: str) -> partial[EngineProcess]:
-    """A Python program as the engine."""
+    """An engine that runs a Python program."""
     return partial(EngineProcess, command=(sys.executable, "-c", program))
 
 
@@ -54,7 +54,7 @@ def test_jobs_survive_the_death_of_the_engine_and_of_the_server(tmp_path):
     assert outcome["at_work"] > 0
 
 
-def test_an_engine_that_cannot_start_is_tried_again_and_jobs_wait(tmp_path, until):
+def test_an_engine_that_cannot_start_is_restarted_and_jobs_wait(tmp_path, until):
     from inkstream.serve.app import build
 
     async def live() -> tuple[int, str]:
@@ -69,13 +69,13 @@ def test_an_engine_that_cannot_start_is_tried_again_and_jobs_wait(tmp_path, unti
     assert asyncio.run(live()) == (3, "queued")
 
 
-def test_a_server_whose_engine_cannot_be_made_ends_and_says_why(tmp_path, capsys):
+def test_a_server_whose_engine_cannot_be_made_ends_with_the_reason(tmp_path, capsys):
     words = ["serve", "--port=18411", f"--data={tmp_path}", "--model=pocket", "--dtype=int3"]
     assert main(words) == 2
     assert "int3" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_picture_that_kills_every_engine_is_given_up(tmp_path):
+def test_a_picture_that_kills_every_engine_fails_its_job(tmp_path):
     from inkstream.serve.app import build
     from inkstream.serve.queue.jobs import DEATHS
 
@@ -100,7 +100,7 @@ def test_a_picture_that_kills_every_engine_is_given_up(tmp_path):
 
 
 def synchronous(server: Any) -> None:
-    """A route that waits for its pictures, as OpenAI's do."""
+    """Add a route that waits for its pictures, as OpenAI's routes do."""
     if any(getattr(route, "path", "") == "/v1/draw-and-wait" for route in server.app.routes):
         return
     jobs = server.service.jobs
@@ -111,14 +111,14 @@ def synchronous(server: Any) -> None:
         return await jobs.run(http, jobs.submit(ANYONE, request, waited=True))
 
 
-def test_a_route_that_waits_answers_with_the_job_that_has_ended(server):
+def test_a_route_that_waits_answers_with_the_ended_job(server):
     synchronous(server)
     body = {"prompt": "a red circle", "width": 32, "height": 32, "steps": 1, "seed": 5}
     status, _, job = server.ask("POST", "/v1/draw-and-wait", body)
     assert (status, job["state"], job["pictures"][0]["seed"]) == (200, "succeeded", 5)
 
 
-def test_a_client_that_leaves_stops_its_work_within_a_step(server, until):
+def test_a_client_that_leaves_stops_its_job_within_one_step(server, until):
     synchronous(server)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
     body = {"prompt": "a red circle", "width": 128, "height": 128, "steps": 50, "count": 8}
@@ -137,7 +137,7 @@ def test_a_client_that_leaves_stops_its_work_within_a_step(server, until):
     assert server.service.store.pictures_of(job.id) == []
 
 
-def test_a_job_that_takes_too_long_fails_and_says_so(tmp_path, start_server):
+def test_a_job_that_takes_too_long_fails_with_the_reason(tmp_path, start_server):
     served = start_server(Settings(tmp_path, models=("pocket",), limits=Limits(seconds=0.1)), engine=HANGS)
     done = served.ended(served.draw())
     assert done["state"] == "failed"
@@ -145,7 +145,7 @@ def test_a_job_that_takes_too_long_fails_and_says_so(tmp_path, start_server):
     served.stop()
 
 
-def test_an_engine_that_does_not_stop_a_run_is_ended(tmp_path, start_server, until, monkeypatch):
+def test_an_engine_that_does_not_stop_a_run_is_killed(tmp_path, start_server, until, monkeypatch):
     monkeypatch.setattr("inkstream.serve.queue.drawing.GRACE", 0.1)
     served = start_server(Settings(tmp_path, models=("pocket",)), engine=HANGS)
     job = served.draw()
@@ -155,7 +155,7 @@ def test_an_engine_that_does_not_stop_a_run_is_ended(tmp_path, start_server, unt
     served.stop()
 
 
-def test_a_server_that_stops_ends_its_streams_and_its_jobs_wait_for_the_next(tmp_path, start_server, until):
+def test_a_stopping_server_ends_its_streams_and_the_next_one_draws_its_jobs(tmp_path, start_server, until):
     served = start_server(Settings(tmp_path, models=("pocket",)), engine=HANGS)
     job = served.draw()
     events = served.events(f"/v1/jobs/{job['id']}/events")
@@ -168,7 +168,7 @@ def test_a_server_that_stops_ends_its_streams_and_its_jobs_wait_for_the_next(tmp
     again.stop()
 
 
-def test_an_uploads_absence_fails_its_job_only(server):
+def test_a_missing_upload_fails_only_its_own_job(server):
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "blue").save(buffer, "PNG")
     upload = server.ask("POST", "/v1/uploads", buffer.getvalue())[2]
@@ -181,7 +181,7 @@ def test_an_uploads_absence_fails_its_job_only(server):
     assert server.ended(other)["state"] == "succeeded"
 
 
-def test_only_what_waits_for_a_server_that_stops_is_refused(tmp_path):
+def test_only_requests_that_wait_for_a_stopping_server_are_refused(tmp_path):
     from inkstream.serve.app import build
 
     async def live() -> int:
@@ -205,7 +205,7 @@ def test_only_what_waits_for_a_server_that_stops_is_refused(tmp_path):
     assert asyncio.run(live()) == 503
 
 
-def test_an_engine_that_draws_before_it_dies_is_started_again_at_once():
+def test_an_engine_that_has_drawn_before_it_dies_is_restarted_at_once():
     draws = "import json; print(json.dumps({'event': 'picture'}), flush=True)"
 
     async def deaths_of(program: str, seconds: float) -> int:

@@ -1,4 +1,4 @@
-"""No picture's URL leads to a private address: however that is written, by no redirect, by no name that changes."""
+"""No URL of a picture reaches a private address: in no spelling, by no redirect and by no name that changes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PUBLIC = "93.184.215.14"
      "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:a00:1::", "2001:db8::1", "3fff::1", "5f00::1", "100::1", "ff02::1",
      "192.0.0.8", "192.88.99.1", "198.18.0.1", "240.0.0.1", "255.255.255.255"],
 )  # fmt: skip
-def test_no_address_of_the_inside_is_public(address):
+def test_no_private_address_counts_as_public(address):
     assert not is_public(ip_address(address))
 
 
@@ -37,7 +37,7 @@ def test_no_address_of_the_inside_is_public(address):
      "http://127.1/", "http://0/", "http://[::1", "http://[v1.x]/", "http://a\x00b/", "http://127.0.0.1\\@x/",
      "http://x:99999/", "http://\uff11\uff12\uff17.0.0.1/"],
 )  # fmt: skip
-def test_however_an_address_of_this_machine_is_written_it_is_refused_in_a_line(url, monkeypatch):
+def test_every_spelling_of_a_local_address_is_refused_in_one_line(url, monkeypatch):
     monkeypatch.setattr(socket, "create_connection", lambda *_, **__: pytest.fail("it was connected to"))
     with pytest.raises(Refused, match="send the picture itself") as refused:
         fetch(url)
@@ -45,10 +45,10 @@ def test_however_an_address_of_this_machine_is_written_it_is_refused_in_a_line(u
 
 
 class Outside:
-    """The open internet, as far as these tests go: names, and one server that all public addresses lead to."""
+    """A fake internet: host names, and one server behind all public addresses."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        self.names: dict[str, list[list[str]]] = {}  # name -> what it is at each look-up, the last one from then on
+        self.names: dict[str, list[list[str]]] = {}  # name -> its addresses at each look-up; the last entry stays
         self.reached: list[str] = []
         self.answers: Callable[[socket.socket], None] = lambda connection: None
         self.listening = socket.create_server(("127.0.0.1", 0))
@@ -89,7 +89,7 @@ def outside(monkeypatch) -> Iterator[Outside]:
         yield one
 
 
-def test_what_is_at_a_public_address_is_fetched(outside):
+def test_a_file_at_a_public_address_is_downloaded(outside):
     outside.names["pictures.example"] = [[PUBLIC]]
     outside.answers = lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npixels")
     assert fetch("http://pictures.example/x.png") == b"pixels"
@@ -119,7 +119,7 @@ def test_redirects_in_a_circle_end(outside):
         fetch("http://pictures.example/x.png")
 
 
-def test_a_name_that_changes_leads_only_to_the_address_that_was_checked(outside):
+def test_a_name_that_changes_its_address_leads_only_to_the_checked_one(outside):
     outside.names["rebound.example"] = [[PUBLIC], ["127.0.0.1"]]
     outside.answers = lambda connection: connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx")
     assert fetch("http://rebound.example/") == b"x"
@@ -136,7 +136,7 @@ def test_a_name_with_one_private_address_among_public_ones_is_refused(outside):
 
 
 @pytest.mark.parametrize("head", [b"", b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n"], ids=["head", "body"])
-def test_what_comes_a_byte_at_a_time_is_not_waited_for(outside, head, monkeypatch):
+def test_a_download_that_sends_single_bytes_is_ended(outside, head, monkeypatch):
     monkeypatch.setattr(module, "SECONDS", 0.5)
     outside.names["slow.example"] = [[PUBLIC]]
 
@@ -156,7 +156,7 @@ def test_what_comes_a_byte_at_a_time_is_not_waited_for(outside, head, monkeypatc
     assert time.monotonic() - began < 10
 
 
-def test_what_is_larger_than_is_taken_is_not_read_to_its_end(outside, monkeypatch):
+def test_a_download_that_is_too_large_is_not_read_to_its_end(outside, monkeypatch):
     monkeypatch.setattr(module, "MOST", 1 << 20)
     outside.names["large.example"] = [[PUBLIC]]
 
@@ -173,7 +173,7 @@ def test_what_is_larger_than_is_taken_is_not_read_to_its_end(outside, monkeypatc
         fetch("http://large.example/")
 
 
-def test_a_server_that_fetches_refuses_private_addresses_and_one_that_does_not_says_so(tmp_path, start_server):
+def test_private_addresses_are_refused_with_fetch_and_all_urls_without(tmp_path, start_server):
     for fetches, words in ((True, "is not a public address"), (False, "this server downloads no pictures")):
         settings = Settings(tmp_path / str(fetches), models=("pocket",), fetch=fetches)
         served = start_server(settings, engine="input()")

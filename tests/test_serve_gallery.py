@@ -1,4 +1,4 @@
-"""The gallery and the models over HTTP, and what the OpenAPI document says of them."""
+"""The gallery and the models over HTTP, and their OpenAPI document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from inkstream.types import InputError, Request
 
 @pytest.fixture(scope="module")
 def drawn(server):
-    """A job that has ended, with two pictures."""
+    """An ended job with two pictures."""
     return server.ended(server.draw(prompt="一只橘猫 and a Blue kite", count=2, seed=4242, width=64))
 
 
@@ -63,7 +63,7 @@ def test_a_favourite_is_marked_and_a_deletion_is_undone(server, drawn):
     assert server.ask("GET", "/v1/pictures?q=kite")[2]["total"] == 2
 
 
-def test_a_thumbnail_is_small_made_once_and_not_sent_twice(server, drawn):
+def test_a_thumbnail_is_made_once_and_not_sent_again_to_the_same_client(server, drawn):
     picture = drawn["pictures"][0]
     status, headers, data = server.ask("GET", picture["thumbnail"])
     assert (status, headers["content-type"]) == (200, "image/webp")
@@ -73,7 +73,7 @@ def test_a_thumbnail_is_small_made_once_and_not_sent_twice(server, drawn):
     assert server.ask("GET", picture["url"], headers={"If-None-Match": '"other"'})[0] == 200
 
 
-def test_a_picture_whose_file_was_taken_away_is_not_found(server):
+def test_a_picture_whose_file_was_removed_is_not_found(server):
     picture = server.ended(server.draw())["pictures"][0]
     row = server.service.store.picture(picture["id"])
     (server.service.store.pictures / row.file).unlink()
@@ -81,7 +81,7 @@ def test_a_picture_whose_file_was_taken_away_is_not_found(server):
     assert server.ask("GET", picture["thumbnail"])[0] == 404
 
 
-def test_a_picture_says_how_it_was_drawn(server, drawn):
+def test_recall_reads_the_request_of_a_picture(server, drawn):
     status, _, found = server.ask("POST", "/v1/recall", png(server, drawn["pictures"][1]))
     assert (status, found["tool"], found["request"]["seed"]) == (200, "inkstream", 4243)
     assert found["request"] == drawn["pictures"][1]["request"]
@@ -94,7 +94,7 @@ def test_a_picture_of_this_server_recalls_its_start_picture_too(server, drawn):
     assert found["request"]["image"] == f"upload:{upload['id']}"
 
 
-def test_metadata_that_names_a_file_of_the_server_gets_it_from_nobody(server, tmp_path):
+def test_a_path_in_metadata_is_never_opened(server, tmp_path):
     from inkstream.engine.pictures.metadata import save_picture
 
     save_picture(Image.new("RGB", (16, 16)), tmp_path / "a.png", Request(prompt="x", image="/etc/passwd"))
@@ -104,7 +104,7 @@ def test_metadata_that_names_a_file_of_the_server_gets_it_from_nobody(server, tm
     assert any("image" in line for line in found["remarks"])
 
 
-def test_what_is_no_picture_or_carries_nothing_is_said_to_be_so(server):
+def test_recall_refuses_other_files_and_pictures_without_a_request(server):
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, "PNG")
     assert server.ask("POST", "/v1/recall", buffer.getvalue())[0] == 404
@@ -134,7 +134,7 @@ def test_the_list_of_models_is_openais_with_details_of_ours(server):
     assert server.ask("GET", "/v1/models/gpt")[0] == 404
 
 
-def test_the_form_has_every_field_with_what_the_model_does_with_it(server):
+def test_the_form_has_each_field_with_its_effect_on_the_model(server):
     fields = {field["name"]: field for field in server.ask("GET", "/v1/models/pocket/form")[2]["fields"]}
     assert set(fields) == set(Request.model_fields) - {"model"}
     table = options(SPECS["pocket"])
@@ -162,7 +162,7 @@ def test_a_local_copy_of_a_model_that_writes_prompts_out_has_the_same_form(tmp_p
     served.stop()
 
 
-def test_what_a_model_would_be_told_is_what_it_is_told(server):
+def test_the_prompts_route_gives_the_prompt_that_a_drawing_uses(server):
     body = {"prompt": "a dragon and a red heart", "negative_prompt": "blue", "seed": 3}
     status, _, answer = server.ask("POST", "/v1/prompts", body)
     request = Request.model_validate(body)
@@ -175,7 +175,7 @@ def test_what_a_model_would_be_told_is_what_it_is_told(server):
 
 
 @pytest.mark.parametrize("asked", [{"upsample": False}, {"prompt": "a dragon", "upsample": False}])
-def test_a_prompt_that_is_not_written_out_is_told_as_it_is(server, asked):
+def test_a_prompt_that_is_not_written_out_is_returned_unchanged(server, asked):
     body = {"prompt": "a red heart", **asked}
     assert server.ask("POST", "/v1/prompts", body)[2] == {"told": body["prompt"], "notes": []}
 
@@ -222,7 +222,7 @@ def test_a_model_from_a_folder_is_described_by_the_engine_and_draws(tmp_path, ti
     served.stop()
 
 
-def test_the_document_declares_no_answer_that_is_not_given(server):
+def test_the_document_declares_a_success_and_the_errors_of_keys_and_no_422(server):
     document = server.ask("GET", "/openapi.json")[2]
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
@@ -235,7 +235,7 @@ def test_the_document_declares_no_answer_that_is_not_given(server):
     assert len(names) == len(set(names))
 
 
-def test_what_is_not_there_is_refused_in_the_same_form(server):
+def test_unknown_paths_and_methods_and_invalid_json_get_errors_in_the_same_form(server):
     status, _, body = server.ask("GET", "/v1/nothing")
     assert (status, body["error"]["type"]) == (404, "not_found_error")
     assert server.ask("PUT", "/v1/jobs")[0] == 405
@@ -244,7 +244,7 @@ def test_what_is_not_there_is_refused_in_the_same_form(server):
     assert server.ask("GET", "/docs")[0] == 404  # its page would load scripts from elsewhere
 
 
-def test_health_readiness_and_numbers_are_told(server, until, drawn):
+def test_health_readiness_and_metrics_are_reported(server, until, drawn):
     assert server.ask("GET", "/healthz")[2]["status"] == "ok"
     assert server.ask("GET", "/readyz")[0] == 200
     text = server.ask("GET", "/metrics")[2].decode()

@@ -1,5 +1,7 @@
-"""No route of a server with keys answers without one, whatever the headers: with the packages that are installed here,
-and, as the record says, with the oldest and the newest that are allowed."""
+"""No route of a server with keys answers without a key, with any headers.
+
+This is tested with the installed packages; the record has the oldest and the newest allowed packages.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,14 @@ def script() -> Any:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for their annotations
+    sys.modules[spec.name] = module  # dataclasses looks for annotations there
     spec.loader.exec_module(module)
     return module
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """The table, with the packages that are installed."""
+    """The table, with the installed packages."""
     done = subprocess.run([sys.executable, SCRIPT, "--here"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -42,7 +44,7 @@ def test_no_route_answers_without_a_key_whatever_the_headers(found, script):
     assert {row["case"]: row["unguarded"] for row in found["rows"]} == {name: [] for name in script.CASES}
 
 
-def test_every_route_takes_a_key(found):
+def test_every_route_accepts_a_key(found):
     assert [route for route, status in found["routes"].items() if status == 401] == []
     assert {route: status for route, status in found["routes"].items() if route.startswith("WS")} == {
         "WS /comfyui/ws": 101
@@ -64,7 +66,7 @@ def test_the_table_has_every_route_of_the_document(found, tmp_path):
     assert len(document) > 40
 
 
-def test_an_answer_that_should_have_been_refused_is_named(script):
+def test_an_answer_that_should_be_refused_is_listed(script):
     for route, status in ((("GET", "/v1/jobs"), 200), (("WS", "/comfyui/ws"), 101)):
         for name in ("a good Host", "Host: x?", "target /studio/../...", "target http://evil.example/..."):
             statuses = {way: {route: status} for way in script.WAYS}

@@ -1,7 +1,7 @@
-"""What is one key's is nobody else's, route by route: ann reaches for what is bob's, by every way the document has.
+"""A key has no access to another key's data: ann tries to reach bob's data through every route of the document.
 
-A route without a case fails. Every case also ends with a look at all that bob has, which must be as it was, and nothing
-that ann is told may name anything of bob's that she did not name herself.
+Each route needs a case. After each case, bob's data must be unchanged. No answer to ann may contain an id or a word of
+bob's that her request did not contain.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from inkstream.serve.limits import Settings
 
 TOKEN = "an idempotency key"
 CLIENT = "client"
-"""What both call themselves at ComfyUI's socket."""
+"""The client id of both keys at ComfyUI's WebSocket."""
 EMPTY = ("/comfyui/history/{id}", "/comfyui/object_info/{name}")
-"""Routes that say of nothing that it is nothing, as ComfyUI does."""
+"""Routes that answer 200 with an empty object for an unknown id, as ComfyUI does."""
 SMALL = {"width": 32, "height": 32, "steps": 1, "model": "pocket"}
 BOBS = {**SMALL, "prompt": "bobswords", "seed": 424242, "note": "a1111"}
-"""A job of bob's that waits. The note makes it one of those that A1111's routes are about."""
+"""The body of a waiting job of bob's. With this note, the job belongs to A1111's routes."""
 
 
 def picture(colour: str) -> bytes:
@@ -66,7 +66,7 @@ def form(data: bytes) -> tuple[bytes, dict[str, str]]:
 
 
 class World:
-    """A server whose queue is paused, with a job drawn, one deleted picture, one waiting job and an upload of bob's."""
+    """A server with a paused queue. bob has an ended job, a deleted picture, a waiting job and an upload."""
 
     def __init__(self, folder: Any, start_server: Any):
         limits = {"ann": {"queued": 50}, "bob": {"queued": 50}, "root": {"admin": True}}
@@ -96,18 +96,18 @@ class World:
         }  # fmt: skip
 
     def ask(self, name: str, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:
-        """Status and body, as that key's."""
+        """Status and body of a request with the key of that name."""
         status, _, answer = self.served.ask(method, path, body, {**self.keys[name], **(headers or {})})
         return status, answer
 
     def bob(self, method: str, path: str, body: Any = None, headers: Any = None) -> Any:
-        """What bob gets, which is a success."""
+        """The body of a successful request by bob."""
         status, answer = self.ask("bob", method, path, body, headers)
         assert status < 300, answer
         return answer
 
     def ann(self, method: str, path: str, body: Any = None, headers: Any = None) -> tuple[int, Any]:
-        """What ann gets, in which nothing of bob's is that she did not name herself."""
+        """Status and body of a request by ann. Fails if the answer has data of bob's that the request did not have."""
         status, found, answer = self.served.ask(method, path, body, {**self.keys["ann"], **(headers or {})})
         given = path + (body.decode("latin-1") if isinstance(body, bytes) else json.dumps(body))
         told = (answer.decode("latin-1") if isinstance(answer, bytes) else json.dumps(answer)) + json.dumps(found)
@@ -115,7 +115,7 @@ class World:
         return status, answer
 
     def refused(self, method: str, path: str, body: Any = None, headers: Any = None) -> None:
-        """There is nothing there for ann; the words are those of what was never there."""
+        """Check that ann gets the same 404 as for an id that never existed."""
         status, answer = self.ann(method, path, body, headers)
         assert status == 404
         for identity in (self.drawn, self.waiting, self.picture, self.deleted, self.upload):
@@ -124,22 +124,22 @@ class World:
                 nothing = self.ann(method, elsewhere, body, headers)[1]
                 assert json.dumps(answer).replace(identity, identity[0] + "0" * 20) == json.dumps(nothing)
         if method == "GET" and headers is None and not path.endswith("/events"):
-            assert self.ask("bob", method, path)[0] == 200  # it is there
+            assert self.ask("bob", method, path)[0] == 200  # it exists
 
     def begin(self, name: str, path: str, body: Any, headers: Any = None) -> int:
-        """The status of an answer that would last; the client leaves at once."""
+        """The status of an answer that is a long stream. The client leaves at once."""
         with closing(http.client.HTTPConnection("127.0.0.1", self.served.port, timeout=60)) as connection:
             sent = {"Content-Type": "application/json", **self.keys[name], **(headers or {})}
             connection.request("POST", path, json.dumps(body), sent)
             return connection.getresponse().status
 
     def socket(self, name: str) -> Any:
-        """ComfyUI's socket as that key's."""
+        """ComfyUI's WebSocket with the key of that name."""
         return connect(f"ws://127.0.0.1:{self.served.port}/comfyui/ws?clientId={CLIENT}",
                        additional_headers=self.keys[name])  # fmt: skip
 
     def forget(self, job: str) -> None:
-        """What bob did for one case is taken back, so that all he has is as it was."""
+        """Delete a job that bob added in one case, so that his data is as before."""
         with self.served.service.store._change() as db:
             db.execute("DELETE FROM jobs WHERE id = ?", (job,))
 
@@ -147,7 +147,7 @@ class World:
         return self.ask(name, "GET", "/v1/queue")[1]["queued"]
 
     def owned(self) -> Any:
-        """All that bob has."""
+        """All of bob's data."""
         paths = ("/v1/jobs", "/v1/pictures", "/v1/pictures?deleted=true", "/v1/queue", "/sdapi/v1/options",
                  "/sdapi/v1/progress")  # fmt: skip
         store = self.served.service.store
@@ -163,7 +163,7 @@ def world(tmp_path_factory, start_server) -> Iterator[World]:
 
 
 @pytest.fixture(autouse=True)
-def bobs_things_stay(world):
+def bobs_data_does_not_change(world):
     before = world.owned()
     yield
     for job in world.waits_of("ann"):
@@ -172,7 +172,7 @@ def bobs_things_stay(world):
 
 
 CASES: dict[str, Callable[[World], None]] = {}
-"""Route of the document -> how ann reaches for what is bob's by it."""
+"""Route of the document -> the case in which ann tries to reach bob's data through it."""
 
 
 def case(*routes: str) -> Callable[[Callable[[World], None]], Callable[[World], None]]:
@@ -184,19 +184,19 @@ def case(*routes: str) -> Callable[[Callable[[World], None]], Callable[[World], 
 
 
 @case("GET /healthz", "GET /readyz")
-def what_is_open_names_nobody(world: World) -> None:
+def open_paths_name_no_key(world: World) -> None:
     for path in ("/healthz", "/readyz"):
         assert world.ann("GET", path)[0] == 200
 
 
 @case("GET /metrics")
-def numbers_of_all_are_an_admins(world: World) -> None:
+def only_an_admin_reads_the_metrics(world: World) -> None:
     assert world.ann("GET", "/metrics")[0] == 403
     assert b'key="bob"' in world.ask("root", "GET", "/metrics")[1]
 
 
 @case("POST /v1/session", "DELETE /v1/session")
-def a_cookie_is_the_key_it_was_made_with(world: World) -> None:
+def a_cookie_holds_the_key_it_was_made_with(world: World) -> None:
     status, found, _ = world.served.ask("POST", "/v1/session", None, world.keys["ann"])
     assert status == 204
     cookie = {"Cookie": found["set-cookie"].partition(";")[0]}
@@ -207,7 +207,7 @@ def a_cookie_is_the_key_it_was_made_with(world: World) -> None:
 
 
 @case("POST /v1/jobs")
-def a_request_names_nothing_of_anothers(world: World) -> None:
+def a_request_cannot_use_uploads_of_another_key(world: World) -> None:
     names = f"upload:{world.upload}"
     own = world.ann("POST", "/v1/uploads", picture("red"))[1]["id"]
     for given in ({"image": names}, {"reference": [names]}, {"image": f"upload:{own}", "mask": names},
@@ -220,11 +220,11 @@ def a_request_names_nothing_of_anothers(world: World) -> None:
     status, job = world.ann("POST", "/v1/jobs", body, token)
     assert (status, job["key"], job["position"]) == (202, "ann", 0)  # bob's that waits is not counted
     assert world.ann("POST", "/v1/jobs", body, token)[1]["id"] == job["id"]
-    assert world.ann("POST", "/v1/jobs", {**body, "prompt": "y"}, token)[0] == 409  # it is hers
+    assert world.ann("POST", "/v1/jobs", {**body, "prompt": "y"}, token)[0] == 409  # it is her own idempotency key
 
 
 @case("GET /v1/jobs")
-def jobs_are_listed_for_their_key_alone(world: World) -> None:
+def jobs_are_listed_only_for_their_key(world: World) -> None:
     own = [world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x"})[1]["id"] for _ in range(2)]
     listed = world.ann("GET", "/v1/jobs?limit=500")[1]["jobs"]
     assert {job["key"] for job in listed} == {"ann"}
@@ -238,7 +238,7 @@ def jobs_are_listed_for_their_key_alone(world: World) -> None:
 
 
 @case("GET /v1/jobs/{id}", "DELETE /v1/jobs/{id}", "GET /v1/jobs/{id}/events")
-def a_job_is_there_for_its_key_alone(world: World) -> None:
+def a_job_exists_only_for_its_key(world: World) -> None:
     for job in (world.drawn, world.waiting):
         world.refused("GET", f"/v1/jobs/{job}")
         world.refused("DELETE", f"/v1/jobs/{job}")
@@ -247,7 +247,7 @@ def a_job_is_there_for_its_key_alone(world: World) -> None:
 
 
 @case("PATCH /v1/jobs/{id}")
-def a_job_is_moved_by_its_key_alone_and_among_its_own(world: World) -> None:
+def a_job_is_moved_only_by_its_key_and_among_its_own_jobs(world: World) -> None:
     world.refused("PATCH", f"/v1/jobs/{world.waiting}", {"priority": -5})
     world.refused("PATCH", f"/v1/jobs/{world.waiting}", {"before": None})
     own = world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x"})[1]["id"]
@@ -258,7 +258,7 @@ def a_job_is_moved_by_its_key_alone_and_among_its_own(world: World) -> None:
 
 
 @case("GET /v1/events")
-def events_are_told_to_their_key_alone(world: World) -> None:
+def events_are_sent_only_to_their_key(world: World) -> None:
     bobs = world.served.events("/v1/events", world.keys["bob"])
     seen, event, data = next(bobs)
     assert (event, data["job"]) == ("queued", world.waiting)
@@ -278,12 +278,12 @@ def events_are_told_to_their_key_alone(world: World) -> None:
         stream.close()
         numbers = [name.partition("-")[2] for name in names]
         assert len({len(number) for number in numbers}) == 1
-        assert all(int(number, 16) > 2**32 for number in numbers)  # nothing is counted in the open
+        assert all(int(number, 16) > 2**32 for number in numbers)  # the ids do not show a count
         world.forget(other)
 
 
 @case("GET /v1/queue")
-def the_queue_is_ones_own(world: World) -> None:
+def the_queue_has_only_ones_own_jobs(world: World) -> None:
     queue = world.ann("GET", "/v1/queue")[1]
     assert (queue["queued"], queue["running"], queue["eta"]) == ([], [], 0.0)
     own = [world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x"})[1]["id"] for _ in range(2)]
@@ -292,12 +292,12 @@ def the_queue_is_ones_own(world: World) -> None:
 
 
 @case("PATCH /v1/queue")
-def the_queue_of_all_is_an_admins(world: World) -> None:
+def only_an_admin_pauses_the_queue(world: World) -> None:
     assert world.ann("PATCH", "/v1/queue", {"paused": False})[0] == 403
 
 
 @case("GET /v1/models", "GET /v1/models/{name}", "GET /v1/models/{name}/form")
-def models_are_everybodys(world: World) -> None:
+def all_keys_see_the_models(world: World) -> None:
     for path in ("/v1/models", "/v1/models/pocket", "/v1/models/pocket/form"):
         status, answer = world.ann("GET", path)
         assert status == 200
@@ -305,7 +305,7 @@ def models_are_everybodys(world: World) -> None:
 
 
 @case("GET /v1/pictures")
-def a_search_finds_and_counts_ones_own(world: World) -> None:
+def a_search_finds_and_counts_only_ones_own_pictures(world: World) -> None:
     for query in ("", "q=bobswords", "q=424242", "seed=424242", "model=pocket", "favourite=true", "deleted=true",
                   "offset=1", "limit=1", "since=0", "until=9999999999"):  # fmt: skip
         status, found = world.ann("GET", f"/v1/pictures?{query}")
@@ -320,7 +320,7 @@ def a_search_finds_and_counts_ones_own(world: World) -> None:
     "GET /v1/pictures/{id}", "PATCH /v1/pictures/{id}", "GET /v1/pictures/{id}/file", "GET /v1/pictures/{id}/thumbnail",
     "GET /v1/images/{id}/file.{output_format}",
 )  # fmt: skip
-def a_picture_is_there_for_its_key_alone(world: World) -> None:
+def a_picture_exists_only_for_its_key(world: World) -> None:
     tags = {"If-None-Match": ", ".join(f'"{mark}", "{mark}-256"' for mark in world.marks if len(mark) == 64)}
     for one in (world.picture, world.deleted):
         world.refused("GET", f"/v1/pictures/{one}")
@@ -333,11 +333,11 @@ def a_picture_is_there_for_its_key_alone(world: World) -> None:
             f"/v1/images/{one}/file.webp",
         ):
             world.refused("GET", path)
-            world.refused("GET", path, headers=tags)  # not even word that it has not changed
+            world.refused("GET", path, headers=tags)  # not even 304
 
 
 @case("POST /v1/uploads", "GET /v1/uploads/{id}")
-def the_same_bytes_are_another_upload_for_another_key(world: World) -> None:
+def keys_do_not_share_uploads(world: World) -> None:
     status, own = world.ann("POST", "/v1/uploads", world.sent)
     assert status == 201
     assert own["id"] != world.upload
@@ -347,10 +347,10 @@ def the_same_bytes_are_another_upload_for_another_key(world: World) -> None:
 
 
 @case("POST /v1/recall", "POST /sdapi/v1/png-info")
-def a_picture_of_anothers_recalls_what_it_carries_and_no_more(world: World) -> None:
+def recall_of_another_keys_picture_gives_only_its_metadata(world: World) -> None:
     assert f"upload:{world.upload}" in json.dumps(world.bob("POST", "/v1/recall", world.file))
     status, found = world.ask("ann", "POST", "/v1/recall", world.file)
-    assert (status, found["request"]["prompt"]) == (200, "bobswords")  # it is written in the bytes that she has
+    assert (status, found["request"]["prompt"]) == (200, "bobswords")  # the file's metadata has it
     assert world.upload not in json.dumps(found)
     encoded = base64.b64encode(world.file).decode()
     status, found = world.ask("ann", "POST", "/sdapi/v1/png-info", {"image": encoded})
@@ -359,7 +359,7 @@ def a_picture_of_anothers_recalls_what_it_carries_and_no_more(world: World) -> N
 
 
 @case("POST /v1/prompts")
-def what_a_prompt_becomes_is_the_same_for_everybody(world: World) -> None:
+def a_written_out_prompt_is_the_same_for_all_keys(world: World) -> None:
     body = {"model": "pocket", "prompt": "a red heart and a dragon", "seed": 3}
     status, told = world.ann("POST", "/v1/prompts", body)
     assert status == 200
@@ -367,7 +367,7 @@ def what_a_prompt_becomes_is_the_same_for_everybody(world: World) -> None:
 
 
 @case("POST /v1/images/generations")
-def a_generation_is_ones_own_whatever_its_idempotency_key(world: World) -> None:
+def keys_do_not_share_idempotency_keys_of_generations(world: World) -> None:
     body = {"prompt": "x", "model": "pocket", "size": "32x32", "steps": 1, "stream": True}
     assert world.begin("ann", "/v1/images/generations", body, {"Idempotency-Key": TOKEN + "2"}) == 200
     newest = world.ann("GET", "/v1/jobs?limit=1")[1]["jobs"][0]
@@ -378,7 +378,7 @@ def a_generation_is_ones_own_whatever_its_idempotency_key(world: World) -> None:
 
 
 @case("POST /v1/images/edits")
-def an_edit_names_nothing_of_anothers(world: World) -> None:
+def an_edit_cannot_use_uploads_of_another_key(world: World) -> None:
     body = {"prompt": "x", "model": "pocket", "size": "32x32", "steps": 1}
     own = {"file_id": world.ann("POST", "/v1/uploads", picture("red"))[1]["id"]}
     for theirs in ({"file_id": world.upload}, {"image_url": f"upload:{world.upload}"}, {"file_id": world.picture}):
@@ -388,7 +388,7 @@ def an_edit_names_nothing_of_anothers(world: World) -> None:
 
 
 @case("POST /sdapi/v1/txt2img", "POST /sdapi/v1/interrupt", "GET /sdapi/v1/progress")
-def a_drawing_that_is_waited_for_is_ones_own_to_watch_and_to_stop(world: World) -> None:
+def progress_and_interrupt_concern_only_ones_own_drawings(world: World) -> None:
     assert world.ann("GET", "/sdapi/v1/progress")[1]["state"]["job"] == ""
     assert world.ann("POST", "/sdapi/v1/interrupt")[0] == 200
     assert world.bob("GET", f"/v1/jobs/{world.waiting}")["state"] == "queued"
@@ -407,14 +407,14 @@ def a_drawing_that_is_waited_for_is_ones_own_to_watch_and_to_stop(world: World) 
 
 
 @case("POST /sdapi/v1/img2img")
-def a_drawing_starts_from_nothing_of_anothers(world: World) -> None:
+def img2img_cannot_use_uploads_of_another_key(world: World) -> None:
     for given in (f"upload:{world.upload}", world.upload, world.picture, f"/v1/pictures/{world.picture}/file"):
         body = {"prompt": "x", "init_images": [given], "steps": 1, "width": 32, "height": 32}
         assert world.ann("POST", "/sdapi/v1/img2img", body)[0] == 400
 
 
 @case("GET /sdapi/v1/options", "POST /sdapi/v1/options")
-def a_chosen_model_is_ones_own(world: World) -> None:
+def each_key_chooses_its_own_model(world: World) -> None:
     assert world.bob("GET", "/sdapi/v1/options")["sd_model_checkpoint"] == "second"
     assert world.ann("GET", "/sdapi/v1/options")[1]["sd_model_checkpoint"] == "pocket"
     assert world.ann("POST", "/sdapi/v1/options", {"sd_model_checkpoint": "pocket"})[0] == 200
@@ -426,8 +426,8 @@ def a_chosen_model_is_ones_own(world: World) -> None:
     "script-info", "extensions", "cmd-flags",
 )), *(f"POST /sdapi/v1/refresh-{name}" for name in ("checkpoints", "loras", "vae")), "GET /comfyui/object_info",
       "GET /comfyui/object_info/{name}")  # fmt: skip
-def lists_of_what_there_is_are_everybodys(world: World) -> None:
-    for route in [route for route, function in CASES.items() if function is lists_of_what_there_is_are_everybodys]:
+def all_keys_see_the_lists(world: World) -> None:
+    for route in [route for route, function in CASES.items() if function is all_keys_see_the_lists]:
         method, _, path = route.replace("{name}", "LoadImage").partition(" ")
         status, answer = world.ann(method, path)
         assert status == 200
@@ -436,19 +436,19 @@ def lists_of_what_there_is_are_everybodys(world: World) -> None:
 
 
 @case("GET /sdapi/v1/memory")
-def memory_is_the_machines(world: World) -> None:
+def memory_is_that_of_the_machine(world: World) -> None:
     status, answer = world.ann("GET", "/sdapi/v1/memory")
     assert (status, {*answer}) == (200, {"ram", "cuda"})
 
 
 @case("POST /sdapi/v1/skip")
-def a_drawing_of_anothers_is_not_there_to_skip(world: World) -> None:
+def skip_ignores_drawings_of_another_key(world: World) -> None:
     assert world.ann("POST", "/sdapi/v1/skip") == (200, {})
     assert world.ask("bob", "POST", "/sdapi/v1/skip")[0] == 400  # bob's waits
 
 
 @case("POST /sdapi/v1/interrogate", "POST /sdapi/v1/extra-single-image", "POST /sdapi/v1/extra-batch-images")
-def a_picture_of_anothers_cannot_be_sent_by_its_name(world: World) -> None:
+def extras_cannot_use_uploads_of_another_key(world: World) -> None:
     for given in (f"upload:{world.upload}", world.upload, world.picture, f"/v1/pictures/{world.picture}/file"):
         for path, body in (
             ("extra-single-image", {"image": given}),
@@ -461,7 +461,7 @@ def a_picture_of_anothers_cannot_be_sent_by_its_name(world: World) -> None:
 
 
 @case("POST /comfyui/prompt")
-def a_graph_loads_nothing_of_anothers_and_its_number_counts_nothing_of_anothers(world: World) -> None:
+def a_graph_cannot_use_uploads_of_another_key_and_its_number_counts_only_own_jobs(world: World) -> None:
     for given in (world.upload, f"upload:{world.upload}", world.picture, f"/v1/pictures/{world.picture}/file"):
         assert world.ann("POST", "/comfyui/prompt", {"prompt": graph(given)})[0] == 400
     own = world.ann("POST", "/comfyui/api/upload/image", *form(picture("red")))[1]["name"]
@@ -472,7 +472,7 @@ def a_graph_loads_nothing_of_anothers_and_its_number_counts_nothing_of_anothers(
 
 
 @case("POST /comfyui/api/upload/image")
-def the_same_bytes_are_another_upload_for_another_key_of_comfyuis(world: World) -> None:
+def keys_do_not_share_uploads_of_comfyui(world: World) -> None:
     status, own = world.ann("POST", "/comfyui/api/upload/image", *form(world.sent))
     assert status == 200
     assert own["name"] != world.upload
@@ -480,14 +480,14 @@ def the_same_bytes_are_another_upload_for_another_key_of_comfyuis(world: World) 
 
 
 @case("GET /comfyui/history/{id}")
-def a_history_is_there_for_its_key_alone(world: World) -> None:
+def a_history_exists_only_for_its_key(world: World) -> None:
     assert world.graphed in world.bob("GET", f"/comfyui/history/{world.graphed}")
     for job in (world.graphed, world.drawn, world.waiting, "j" + "0" * 20):
         assert world.ann("GET", f"/comfyui/history/{job}") == (200, {})
 
 
 @case("GET /comfyui/view")
-def a_file_is_shown_to_its_key_alone(world: World) -> None:
+def a_file_is_sent_only_to_its_key(world: World) -> None:
     for one in (world.picture, world.deleted):
         for kind in ("output", "temp"):
             world.refused("GET", f"/comfyui/view?filename={one}.png&type={kind}")
@@ -502,7 +502,7 @@ def a_file_is_shown_to_its_key_alone(world: World) -> None:
 
 
 @case("WS /comfyui/ws")
-def a_socket_tells_its_key_alone(world: World) -> None:
+def a_websocket_gets_only_messages_of_its_key(world: World) -> None:
     with world.socket("bob") as bobs, world.socket("ann") as anns:  # both call themselves the same
         status = json.loads(bobs.recv(timeout=10))["data"]["status"]
         assert status["exec_info"]["queue_remaining"] == len(world.waits_of("bob")) == 1
@@ -525,7 +525,7 @@ def a_socket_tells_its_key_alone(world: World) -> None:
 
 
 def routes_of(world: World) -> list[str]:
-    """Every operation of the document, and every socket, which the document has no words for."""
+    """All operations of the document, and all WebSockets, which OpenAPI cannot describe."""
     paths = world.served.ask("GET", "/openapi.json")[2]["paths"]
     sockets = [f"WS {route.path}" for router in ROUTERS for route in router.routes
                if isinstance(route, WebSocketRoute)]  # fmt: skip
@@ -537,11 +537,11 @@ def test_every_route_has_a_case(world):
 
 
 @pytest.mark.parametrize("route", CASES)
-def test_one_key_gets_at_nothing_of_anothers(world, route):
+def test_a_key_gets_nothing_of_another_key(world, route):
     CASES[route](world)
 
 
-def test_a_path_that_names_what_is_anothers_is_not_found_by_any_route(world):
+def test_no_route_finds_the_ids_of_another_key(world):
     for route in [route for route in routes_of(world) if "{" in route]:
         method, _, path = route.partition(" ")
         for identity in (world.drawn, world.waiting, world.picture, world.deleted, world.upload):

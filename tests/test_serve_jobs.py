@@ -1,4 +1,4 @@
-"""Jobs over HTTP: accepted, drawn by the real engine, told of as they go, ended once."""
+"""Jobs over HTTP: they are accepted, drawn by the real engine, reported as events, and end once."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_seed_is_drawn_when_the_job_is_accepted(server):
     assert server.ended(job)["pictures"][0]["seed"] == job["request"]["seed"]
 
 
-def test_events_tell_of_steps_with_previews_pictures_and_the_end(server):
+def test_events_have_steps_with_previews_pictures_and_the_end(server):
     job = server.draw(steps=40, count=2)  # so many that the listener is there before the end, on fast machines too
     told = list(server.events(f"/v1/jobs/{job['id']}/events"))
     names = [name for _, name, _ in told]
@@ -55,13 +55,13 @@ def test_events_tell_of_steps_with_previews_pictures_and_the_end(server):
     assert told[-1][2]["pictures"] == [data for _, name, data in told if name == "picture"]
 
 
-def test_events_of_a_job_that_has_ended_tell_its_pictures_and_its_end(server):
+def test_events_of_an_ended_job_are_its_pictures_and_its_end(server):
     done = server.ended(server.draw())
     names = [name for _, name, _ in server.events(f"/v1/jobs/{done['id']}/events")]
     assert names == ["picture", "succeeded"]
 
 
-def test_a_listener_who_comes_back_is_told_only_what_it_missed(server):
+def test_a_client_that_reconnects_gets_only_the_missed_events(server):
     job = server.draw(steps=40, count=2)
     told = list(server.events(f"/v1/jobs/{job['id']}/events"))
     first = next(identity for identity, name, _ in told if name == "picture")
@@ -98,7 +98,7 @@ def test_the_same_idempotency_key_gives_the_same_job_and_another_body_is_a_confl
     server.ended(first)
 
 
-def test_a_paused_queue_begins_nothing_and_can_be_put_in_another_order(server):
+def test_a_paused_queue_starts_no_job_and_can_be_reordered(server):
     server.ask("PATCH", "/v1/queue", {"paused": True})
     try:
         a, b, c = (server.draw(note=name) for name in "abc")
@@ -120,7 +120,7 @@ def test_a_paused_queue_begins_nothing_and_can_be_put_in_another_order(server):
     assert server.ask("PATCH", f"/v1/jobs/{a['id']}", {"priority": 1})[0] == 409
 
 
-def test_a_running_job_that_is_cancelled_stops_and_keeps_the_pictures_it_has(server):
+def test_a_cancelled_running_job_stops_and_keeps_its_pictures(server):
     job = server.draw(steps=20, count=8, width=128, height=128)
     for _, name, _ in server.events(f"/v1/jobs/{job['id']}/events"):
         if name == "picture":
@@ -133,7 +133,7 @@ def test_a_running_job_that_is_cancelled_stops_and_keeps_the_pictures_it_has(ser
     assert server.ask("GET", f"/v1/jobs/{job['id']}")[2] == ended
 
 
-def test_a_job_that_has_ended_stays_as_it_is_when_it_is_cancelled(server):
+def test_cancelling_an_ended_job_changes_nothing(server):
     done = server.ended(server.draw())
     assert server.ask("DELETE", f"/v1/jobs/{done['id']}")[2] == done
 
@@ -170,7 +170,7 @@ def test_a_grid_is_one_job_with_a_picture_for_each_pair(server):
         ({"seed": 2**63 - 1, "count": 2}, "seed"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused_by_name(server, change, param):
+def test_an_invalid_field_is_refused_by_its_name(server, change, param):
     body = {"prompt": "a red circle", "width": 32, "height": 32, "steps": 1, **change}
     status, _, answer = server.ask("POST", "/v1/jobs", body)
     assert status == (404 if param == "model" else 400)
@@ -178,7 +178,7 @@ def test_what_cannot_be_drawn_is_refused_by_name(server, change, param):
     assert answer["error"]["message"].count("\n") == 0
 
 
-def test_a_picture_to_start_from_is_drawn_with_and_leaves_no_path_in_the_metadata(server):
+def test_a_start_picture_is_used_and_leaves_no_path_in_the_metadata(server):
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "red").save(buffer, "PNG")
     status, _, upload = server.ask("POST", "/v1/uploads", buffer.getvalue())
@@ -210,6 +210,6 @@ def test_jobs_are_listed_newest_first_a_page_at_a_time(server):
     assert server.ask("GET", "/v1/jobs?before=x")[0] == 400
 
 
-def test_what_has_no_effect_is_remarked(server):
+def test_a_field_without_effect_gets_a_remark(server):
     done = server.ended(server.draw(guidance=1, negative_prompt="blue"))
     assert any("negative prompt" in line for line in done["remarks"])

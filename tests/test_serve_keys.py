@@ -1,4 +1,4 @@
-"""Who may ask, and for how much: keys, quotas, addresses, origins, sizes."""
+"""Access and its limits: keys, quotas, addresses, origins, sizes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from inkstream.types import InputError
 
 @pytest.fixture(scope="module")
 def keyed(tmp_path_factory, start_server):
-    """A server with keys, whose engine draws nothing, and the keys by name."""
+    """A server with keys and an engine that draws nothing, and the keys by name."""
     folder = tmp_path_factory.mktemp("keyed")
     keys = {
         "ann": add_key(folder / "keys.json", "ann", 0.0, pictures_per_day=4, queued=2),
@@ -37,7 +37,7 @@ def keyed(tmp_path_factory, start_server):
     served.stop()
 
 
-def test_only_a_hash_of_a_key_is_kept_and_only_for_its_owner(tmp_path):
+def test_only_hashes_of_keys_are_stored_in_a_file_that_only_its_owner_reads(tmp_path):
     path = tmp_path / "keys.json"
     text = add_key(path, "ann", 1.0)
     assert text.split("_", 2)[2] not in path.read_text()
@@ -64,7 +64,7 @@ def test_keys_are_made_and_removed_while_a_server_runs(tmp_path):
     assert keys.check(text) is None
 
 
-def test_a_name_is_taken_once_and_must_be_one(tmp_path):
+def test_a_key_name_is_valid_and_used_once(tmp_path):
     add_key(tmp_path / "keys.json", "ann", 1.0)
     with pytest.raises(InputError, match="already"):
         add_key(tmp_path / "keys.json", "ann", 1.0)
@@ -105,7 +105,7 @@ def test_the_document_says_which_routes_ask_for_a_key(tmp_path):
     assert {*paths} - asking == {*paths} & {*OPEN}
 
 
-def test_once_there_was_a_key_removing_the_last_opens_nothing(tmp_path, start_server):
+def test_removing_the_last_key_does_not_open_a_running_server(tmp_path, start_server):
     add_key(tmp_path / "keys.json", "ann", 0.0)
     served = start_server(Settings(tmp_path, models=("pocket",)), engine="input()")
     assert served.ask("GET", "/v1/jobs")[0] == 401
@@ -116,12 +116,12 @@ def test_once_there_was_a_key_removing_the_last_opens_nothing(tmp_path, start_se
     served.stop()
 
 
-def test_no_redirect_leads_to_what_a_host_header_names(keyed):
+def test_no_redirect_uses_the_host_header(keyed):
     server, keys = keyed
     assert server.ask("GET", "/v1/jobs/", headers={**keys["ann"], "Host": "evil.example"})[0] == 404
 
 
-def test_a_removed_key_hears_no_more_on_a_stream_that_is_open(tmp_path, start_server, monkeypatch):
+def test_an_open_stream_of_a_removed_key_ends(tmp_path, start_server, monkeypatch):
     monkeypatch.setattr("inkstream.serve.queue.jobs.PING", 0.5)
     path = tmp_path / "keys.json"
     texts = {name: add_key(path, name, 0.0, admin=name == "root") for name in ("root", "bob")}
@@ -138,7 +138,7 @@ def test_a_removed_key_hears_no_more_on_a_stream_that_is_open(tmp_path, start_se
         served.stop()
 
 
-def test_a_websocket_at_a_path_that_has_none_is_closed(tmp_path):
+def test_a_websocket_at_an_unknown_path_is_closed(tmp_path):
     app = build(Settings(tmp_path, models=("pocket",)))
     app.state.service.store.close()
     told = []
@@ -157,7 +157,7 @@ def test_a_websocket_at_a_path_that_has_none_is_closed(tmp_path):
     assert [message["type"] for message in told] == ["websocket.close"]
 
 
-def test_without_its_key_nobody_gets_in(keyed):
+def test_a_request_without_a_valid_key_is_refused(keyed):
     server, keys = keyed
     for headers in ({}, {"Authorization": "Bearer nonsense"}, {"Authorization": "Bearer ink_00000000_" + "a" * 43}):
         status, found, body = server.ask("GET", "/v1/jobs", headers=headers)
@@ -202,7 +202,7 @@ def test_a_key_sees_its_own_jobs_and_an_admins_sees_all(keyed):
     assert server.ask("DELETE", f"/v1/jobs/{job['id']}", headers=keys["ann"])[2]["state"] == "cancelled"
 
 
-def test_one_keys_uploads_are_not_anothers(keyed):
+def test_a_key_cannot_use_the_uploads_of_another_key(keyed):
     import io
 
     from PIL import Image
@@ -220,7 +220,7 @@ def test_one_keys_uploads_are_not_anothers(keyed):
     assert (status, answer["error"]["code"]) == (400, "no_upload")
 
 
-def test_quota_rate_priority_and_a_full_queue_are_kept_to(keyed):
+def test_quota_rate_priority_and_queue_limits_are_enforced(keyed):
     server, keys = keyed
     for job in server.ask("GET", "/v1/queue", headers=keys["root"])[2]["queued"]:
         server.ask("DELETE", f"/v1/jobs/{job['id']}", headers=keys["root"])
@@ -239,7 +239,7 @@ def test_quota_rate_priority_and_a_full_queue_are_kept_to(keyed):
     assert [ask("root"), ask("root")] == ["queued", "queue_full"]
 
 
-def test_a_rate_is_given_back_with_time(tmp_path):
+def test_a_rate_limit_recovers_with_time(tmp_path):
     add_key(tmp_path / "keys.json", "bob", 0.0, per_minute=2)
     keys = Keys(tmp_path / "keys.json")
     (key,) = keys.all()
@@ -260,10 +260,10 @@ def test_a_signature_opens_one_path_until_its_time():
     assert not is_signed("other", "/v1/pictures/p1/file", "1000", signature, 999.0)
 
 
-def test_a_signed_path_needs_no_key_and_another_does(keyed):
+def test_a_signed_path_needs_no_key_and_any_other_path_does(keyed):
     server, _ = keyed
     path = server.service.jobs.signed("/v1/pictures/p1/file")
-    assert server.ask("GET", path)[0] == 404  # asked, and not there
+    assert server.ask("GET", path)[0] == 404  # the signature is accepted, but there is no such picture
     assert server.ask("GET", path.replace("p1", "p2"))[0] == 401
     assert server.ask("DELETE", path)[0] == 401
 
@@ -275,7 +275,7 @@ def test_without_keys_only_this_machines_own_names_are_answered(server):
     assert (status, body["error"]["type"]) == (403, "permission_error")
 
 
-def test_pages_of_other_sites_may_change_nothing(server):
+def test_pages_of_other_sites_cannot_change_anything(server):
     body = {"prompt": "x", "steps": 1, "width": 32, "height": 32}
     assert server.ask("POST", "/v1/jobs", body, {"Origin": "https://evil.example"})[0] == 403
     assert server.ask("POST", "/v1/jobs", body, {"Origin": "null"})[0] == 403
@@ -288,7 +288,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server):
     status, _, body = server.ask("POST", "/v1/uploads", b"x" * (5 << 20))
     assert (status, body["error"]["type"]) == (413, "invalid_request_error")
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
-    pieces = (b"x" * (1 << 20) for _ in range(6))  # chunked, so its length is not said
+    pieces = (b"x" * (1 << 20) for _ in range(6))  # chunked, so there is no Content-Length
     try:
         connection.request("POST", "/v1/uploads", pieces, encode_chunked=True, headers={"Transfer-Encoding": "chunked"})
         assert connection.getresponse().status == 413
@@ -298,7 +298,7 @@ def test_a_body_that_is_too_large_is_refused_before_it_is_read(server):
         connection.close()
 
 
-def test_a_body_that_does_not_come_is_not_waited_for(tmp_path, start_server):
+def test_a_body_that_does_not_arrive_is_refused(tmp_path, start_server):
     served = start_server(Settings(tmp_path, models=("pocket",), limits=Limits(body_seconds=0.2)), engine="input()")
     connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
     connection.putrequest("POST", "/v1/uploads")

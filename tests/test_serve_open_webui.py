@@ -1,4 +1,4 @@
-"""Open WebUI's three image engines: the requests that it sends, as it sends them, and what it reads of the answers."""
+"""Open WebUI's three image engines: its requests, exactly as it sends them, and the parts of the answers it reads."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def png(colour: str) -> bytes:
 
 
 def form(fields: dict[str, str], files: list[tuple[str, bytes]]) -> tuple[bytes, dict[str, str]]:
-    """A form as it builds one, and its header."""
+    """The body and the header of a form, as Open WebUI sends it."""
     boundary = uuid.uuid4().hex
     body = b""
     for name, value in fields.items():
@@ -51,7 +51,7 @@ def form(fields: dict[str, str], files: list[tuple[str, bytes]]) -> tuple[bytes,
     ("model", "more"),
     [("dall-e-2", {"response_format": "b64_json"}), ("dall-e-3", {"response_format": "b64_json"}), ("gpt-image-1", {})],
 )
-def test_its_openai_engine_generates_under_the_names_it_offers(server, model, more):
+def test_its_openai_engine_generates_with_each_model_name_it_offers(server, model, more):
     params = {"steps": 1}  # IMAGES_OPENAI_API_PARAMS
     body = {"model": model, "prompt": PROMPT, "n": 1, "size": "512x512", **more, **params}
     headers = {"Authorization": "Bearer ", "Content-Type": "application/json", **USER}
@@ -94,7 +94,7 @@ def test_its_automatic1111_engine_chooses_a_model_and_generates(server):
 
 
 def workflow() -> dict[str, Any]:
-    """ComfyUI's standard graph of text to image, which Open WebUI ships."""
+    """ComfyUI's standard graph for text to image, which Open WebUI contains."""
     return {
         "3": {
             "inputs": {"seed": 0, "steps": 20, "cfg": 8, "sampler_name": "euler", "scheduler": "normal", "denoise": 1,
@@ -113,7 +113,7 @@ def workflow() -> dict[str, Any]:
 
 
 def filled(**inputs: Any) -> dict[str, Any]:
-    """The same with what its settings put into it; inputs by the node's id: n3={"steps": 2}."""
+    """The graph with the values of Open WebUI's settings. inputs: "n" and a node's id -> values, as n3={"steps": 2}."""
     graph = workflow()
     mine = {"n3": {"steps": 2, "seed": 7, "cfg": 1}, "n4": {"ckpt_name": "pocket"}, "n5": {"width": 32, "height": 32},
             "n6": {"text": PROMPT}}  # fmt: skip
@@ -129,7 +129,7 @@ def comfy(server, path: str, body: Any = None, headers: dict[str, str] | None = 
 
 
 def generate(server, graph: dict[str, Any], key: str = "") -> tuple[list[bytes], list[dict[str, Any]], dict[str, Any]]:
-    """What it does with a graph: pictures, the messages it was sent meanwhile, what the history says."""
+    """Draw a graph as Open WebUI does. Returns the pictures, the messages of the WebSocket, and the history."""
     client = str(uuid.uuid4())
     messages = []
     address = f"ws://127.0.0.1:{server.port}/comfyui/ws?clientId={client}"
@@ -197,7 +197,7 @@ def test_its_comfyui_engine_edits_a_picture(server):
     assert all(abs(is_ - was) < 40 for is_, was in zip(middle, (255, 165, 0)))
 
 
-def test_what_its_settings_write_as_text_is_a_number_all_the_same(server):
+def test_numbers_that_its_settings_send_as_text_are_read_as_numbers(server):
     graph = filled(n3={"cfg": "1", "steps": "2"}, n7={"text": None}, n5={"batch_size": "1"})
     pictures, _, _ = generate(server, graph)
     assert opened(pictures[0]).size == (32, 32)
@@ -250,7 +250,7 @@ def another(id: str, kind: str, **inputs: Any) -> dict[str, Any]:
          | {"11": {"class_type": "LoadImage", "inputs": {"image": "x"}}}, 400, "node 10: images comes from LoadImage"),
     ],
 )  # fmt: skip
-def test_a_graph_that_is_another_is_refused_with_its_node(server, graph, status, words):
+def test_an_unsupported_graph_is_refused_with_the_node(server, graph, status, words):
     answered, _, answer = comfy(server, "/prompt", {"prompt": graph, "client_id": str(uuid.uuid4())})
     assert answered == status, answer
     assert words in answer["error"]["message"]
@@ -263,7 +263,7 @@ def test_a_graph_of_two_passes_is_refused(server):
     assert (status, answer["error"]["message"]) == (400, "the graph has 2 KSampler nodes: send exactly one")
 
 
-def test_nodes_that_lead_to_no_saved_picture_are_not_asked_about(server):
+def test_nodes_that_no_saved_picture_depends_on_are_ignored(server):
     pictures, _, _ = generate(server, another("10", "Note", text="see there"))
     assert len(pictures) == 1
 
@@ -300,7 +300,7 @@ def test_a_server_that_stops_ends_its_sockets(tmp_path, start_server):
         assert closed.value.rcvd.code in (1001, 1012)  # going away, restarting
 
 
-def test_keys_are_asked_for_and_see_their_own_alone(tmp_path, start_server):
+def test_a_key_is_needed_and_sees_only_its_own_prompts(tmp_path, start_server):
     ada, bob = (add_key(tmp_path / "keys.json", name, 0.0) for name in ("ada", "bob"))
     served = start_server(Settings(tmp_path, models=("pocket",)))
     try:

@@ -1,4 +1,4 @@
-"""OpenAI's API, as its own Python package finds it: generate, edit, stream, and what is refused."""
+"""OpenAI's API through its Python package: generations, edits, streams and refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ openai = pytest.importorskip("openai")
 PROMPT = "a red circle"
 SMALL = {"prompt": PROMPT, "size": "32x32", "model": "pocket"}
 ONE_STEP = {"steps": 1, "seed": 7}
-"""Ours, which the package sends as it is told to."""
+"""Fields of ours, for the package's `extra_body`."""
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def circle() -> tuple[str, bytes]:
     return saved(Image.new("RGB", (48, 32), "orange"))
 
 
-def test_generations_gives_pictures_of_the_size_asked_for_and_ours_beside_them(client, server):
+def test_generations_returns_pictures_of_the_requested_size_with_their_records(client, server):
     answer = client.images.generate(**SMALL, n=2, extra_body=ONE_STEP)
     assert [opened(one.b64_json).size for one in answer.data] == [(32, 32)] * 2
     assert (answer.size, answer.output_format, answer.background) == ("32x32", "png", "opaque")
@@ -67,7 +67,7 @@ def test_it_draws_what_the_native_api_draws(client, server):
 
 
 @pytest.mark.parametrize(("kind", "pillow"), [("jpeg", "JPEG"), ("webp", "WEBP")])
-def test_another_format_carries_the_request_too_and_less_quality_takes_fewer_bytes(client, tmp_path, kind, pillow):
+def test_other_formats_have_the_request_in_their_metadata_and_a_quality(client, tmp_path, kind, pillow):
     sizes = []
     for quality in (90, 5):
         answer = client.images.generate(**SMALL, output_format=kind, output_compression=quality, extra_body=ONE_STEP)
@@ -80,7 +80,7 @@ def test_another_format_carries_the_request_too_and_less_quality_takes_fewer_byt
     assert (found.prompt, found.seed, found.steps) == (PROMPT, 7, 1)
 
 
-def test_an_address_gives_the_picture_in_the_format_asked_for(client):
+def test_the_url_gives_the_picture_in_the_requested_format(client):
     answer = client.images.generate(**SMALL, response_format="url", output_format="webp", extra_body=ONE_STEP)
     assert answer.data[0].b64_json is None
     with urllib.request.urlopen(answer.data[0].url) as reply:
@@ -88,7 +88,7 @@ def test_an_address_gives_the_picture_in_the_format_asked_for(client):
         assert Image.open(io.BytesIO(reply.read())).size == (32, 32)
 
 
-def test_a_proxy_on_this_machine_may_say_that_addresses_are_https(tmp_path, start_server):
+def test_x_forwarded_proto_of_a_proxy_on_this_machine_makes_urls_https(tmp_path, start_server):
     key = add_key(tmp_path / "keys.json", "ann", 0.0)
     served = start_server(Settings(tmp_path, models=("pocket",)))
     headers = {"Authorization": f"Bearer {key}", "Host": "pictures.example.org", "X-Forwarded-Proto": "https"}
@@ -105,7 +105,7 @@ def test_a_proxy_on_this_machine_may_say_that_addresses_are_https(tmp_path, star
     served.stop()
 
 
-def test_an_edit_starts_from_the_picture_and_keeps_what_its_mask_does_not_clear(client, circle):
+def test_an_edit_keeps_the_opaque_part_of_the_mask(client, circle):
     mask = Image.new("RGBA", (48, 32), "black")
     mask.paste((0, 0, 0, 0), (32, 0, 48, 32))
     answer = client.images.edit(image=circle, mask=saved(mask), prompt=PROMPT, model="pocket", extra_body=ONE_STEP)
@@ -126,7 +126,7 @@ def test_without_a_mask_a_model_without_references_starts_from_the_one_picture(c
     assert refused.value.param == "image"
 
 
-def test_an_edit_may_be_json_that_names_uploads_or_carries_data(server, circle):
+def test_an_edit_in_json_takes_uploads_and_data_urls(server, circle):
     upload = server.ask("POST", "/v1/uploads", circle[1])[2]["id"]
     data = "data:image/png;base64," + base64.b64encode(circle[1]).decode()
     same = {"prompt": PROMPT, **ONE_STEP}
@@ -138,7 +138,7 @@ def test_an_edit_may_be_json_that_names_uploads_or_carries_data(server, circle):
     assert answers[0][2]["data"][0]["b64_json"] == answers[1][2]["data"][0]["b64_json"]
 
 
-def test_events_bring_partial_pictures_and_then_each_picture(client):
+def test_events_have_partial_pictures_and_then_each_picture(client):
     told = list(client.images.generate(**SMALL, stream=True, partial_images=2, extra_body={"steps": 4, "seed": 7}))
     kinds = ["image_generation.partial_image"] * 2 + ["image_generation.completed"]
     assert [event.type for event in told] == kinds
@@ -170,10 +170,10 @@ def test_a_client_that_leaves_stops_its_drawing(client, server, until, caplog):
     next(iter(events))
     events.close()
     until(lambda: newest()["state"] == "cancelled" and newest()["request"]["steps"] == 49)
-    assert "Exception" not in caplog.text  # it is no fault of the server's
+    assert "Exception" not in caplog.text  # a client that leaves is not an error
 
 
-def test_a_drawing_that_somebody_else_cancels_ends_with_an_error(client, server, until):
+def test_a_stream_whose_job_another_client_cancels_ends_with_an_error(client, server, until):
     long = {"prompt": PROMPT, "size": "256x256", "stream": True, "partial_images": 3, "extra_body": {"steps": 48}}
     events = client.images.generate(**long)
     next(iter(events))
@@ -203,7 +203,7 @@ def test_a_drawing_that_somebody_else_cancels_ends_with_an_error(client, server,
         ({"extra_body": {"steps": 51}}, "steps", "at most 50"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_done_is_refused_by_its_name(client, fields, param, words):
+def test_an_unsupported_value_is_refused_with_the_name_of_its_field(client, fields, param, words):
     with pytest.raises(openai.BadRequestError, match=words) as refused:
         client.images.generate(**{**SMALL, **fields})
     assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
@@ -219,7 +219,7 @@ def steps_of(answer) -> list[int]:
     return [one.inkstream["request"]["steps"] for one in answer.data]
 
 
-def test_a_quality_is_a_number_of_steps_where_the_model_takes_many(client):
+def test_quality_sets_the_steps_of_a_model_with_many_steps(client):
     same = {**SMALL, "extra_body": {"seed": 7}}
     own = steps_of(client.images.generate(**same))
     assert own == [16]
@@ -231,7 +231,7 @@ def test_a_quality_is_a_number_of_steps_where_the_model_takes_many(client):
     assert given.parse().inkstream["remarks"] == ["quality hd has no effect: steps were given"]
 
 
-def test_what_has_no_effect_is_named_in_a_header(client):
+def test_fields_without_effect_are_listed_in_a_header(client):
     answer = client.images.with_raw_response.generate(**SMALL, style="vivid", quality="low", extra_body=ONE_STEP)
     assert answer.headers["Inkstream-Ignored"] == "quality, style"
     assert answer.headers["Inkstream-Model"] == "pocket"
@@ -252,19 +252,19 @@ def test_what_has_no_effect_is_named_in_a_header(client):
          "quality": "auto", "size": "auto"},
     ],
 )  # fmt: skip
-def test_what_librechats_tools_send_gives_what_they_read(client, sent):
+def test_requests_of_librechats_tools_get_the_answers_they_expect(client, sent):
     (picture,) = client.images.generate(**sent).data
     if sent["model"] == "gpt-image-1":
         assert opened(picture.b64_json).size == (128, 128)
         return
     path = urllib.parse.urlsplit(picture.url).path
-    assert path.endswith(".png")  # the file it saves is called by that
+    assert path.endswith(".png")  # the program names its file after it
     with urllib.request.urlopen(picture.url) as reply:
         assert Image.open(io.BytesIO(reply.read())).size == (512, 512)
 
 
 @pytest.mark.parametrize("name", ["dall-e-2", "dall-e-3", "gpt-image-1", "gpt-image-1.5", "chatgpt-image-latest"])
-def test_the_only_model_answers_to_openais_names_and_as_they_do(client, name):
+def test_openais_model_names_mean_the_only_model(client, name):
     answer = client.images.with_raw_response.generate(**{**SMALL, "model": name}, extra_body=ONE_STEP)
     assert answer.headers["Inkstream-Model"] == "pocket"
     (picture,) = answer.parse().data
@@ -313,12 +313,12 @@ def test_a_strict_server_knows_no_names_but_its_own(tmp_path, start_server):
         ("pocket=pocket", "is already taken"),
     ],
 )
-def test_an_alias_that_cannot_be_is_refused_at_the_start(tmp_path, alias, words):
+def test_an_invalid_alias_is_refused_at_the_start(tmp_path, alias, words):
     with pytest.raises(InputError, match=words):
         build(Settings(tmp_path, models=("pocket",), aliases=(alias,)))
 
 
-def test_keys_quotas_and_a_full_queue_are_refused_as_the_package_knows_them(tmp_path, start_server):
+def test_a_wrong_key_a_used_up_quota_and_a_full_queue_raise_the_packages_errors(tmp_path, start_server):
     key = add_key(tmp_path / "keys.json", "somebody", 0.0, pictures_per_day=2)
     other = add_key(tmp_path / "keys.json", "other", 0.0)
     settings = Settings(tmp_path, models=("pocket",), limits=Limits(queue=1))
@@ -340,25 +340,25 @@ def test_keys_quotas_and_a_full_queue_are_refused_as_the_package_knows_them(tmp_
     served.stop()
 
 
-def test_what_is_no_picture_is_refused(client):
+def test_an_upload_that_is_not_a_picture_is_refused(client):
     with pytest.raises(openai.BadRequestError, match="not a picture") as refused:
         client.images.edit(image=("a.png", b"no picture"), prompt=PROMPT)
     assert (refused.value.code, refused.value.param) == ("invalid_image", "image")
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"prompt": "\\ud800"}', b"[" * 100_000, b"\xff"])
-def test_a_body_that_is_no_json_object_is_refused(server, body):
+def test_a_body_that_is_not_a_json_object_is_refused(server, body):
     assert server.ask("POST", "/v1/images/generations", body)[0] == 400
     assert server.ask("POST", "/v1/images/edits", body)[0] == 400
 
 
 @pytest.mark.parametrize("given", [{}, {"image_url": "/etc/passwd"}, {"file_id": "../x"}, {"image_url": "http://a/b"}])
-def test_an_edit_opens_nothing_but_data_and_uploads(server, given):
+def test_an_edit_takes_only_data_urls_and_uploads(server, given):
     status, _, answer = server.ask("POST", "/v1/images/edits", {"prompt": PROMPT, "images": [given]})
     assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
 
 
-def test_models_are_listed_and_the_document_names_what_is_taken(client, server):
+def test_models_are_listed_and_the_document_has_the_fields(client, server):
     assert [model.id for model in client.models.list()] == ["pocket"]
     paths = server.ask("GET", "/openapi.json")[2]["paths"]
     content = paths["/v1/images/edits"]["post"]["requestBody"]["content"]

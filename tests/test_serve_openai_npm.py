@@ -1,4 +1,4 @@
-"""OpenAI's API, as its npm package finds it, which is installed into a temporary folder where that is asked for."""
+"""OpenAI's API through its npm package, which INKSTREAM_NPM=1 installs into a temporary folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def opened(content: str) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def told(server, tmp_path_factory) -> dict[str, Any]:
-    """What the package was answered."""
+    """The answers that the package got."""
     folder = tmp_path_factory.mktemp("npm")
     (folder / "package.json").write_text("{}")
     subprocess.run(["npm", "install", "--no-audit", "--no-fund", "openai"], cwd=folder, check=True, timeout=300)
@@ -46,13 +46,13 @@ def test_it_lists_the_models_and_generates(told):
     assert told["ignored"] == "style"
 
 
-def test_a_name_of_openais_is_answered_with_an_address(told):
+def test_one_of_openais_model_names_gets_a_url(told):
     kind, content = told["fetched"]
     assert kind == "image/png"
     assert opened(content).tobytes() == opened(told["generated"][0]).tobytes()
 
 
-def test_it_edits_and_keeps_what_the_mask_does_not_clear(told):
+def test_it_edits_and_keeps_the_opaque_part_of_the_mask(told):
     image = opened(told["edited"])
     assert image.crop((0, 0, 16, 32)).getcolors() == [(512, (255, 165, 0))]
     assert image.crop((40, 0, 48, 32)).getcolors() != [(256, (255, 165, 0))]
@@ -64,7 +64,7 @@ def test_it_reads_events(told):
     assert opened(told["events"][1][1]).size == (32, 32)
 
 
-def test_it_knows_what_was_refused(told):
+def test_it_raises_its_own_errors_for_refusals(told):
     assert told["errors"] == [
         ["BadRequestError", 400, "size", None],
         ["BadRequestError", 400, "background", None],

@@ -1,4 +1,4 @@
-"""The parts of the queue that need no engine: order, foresight, the feed, the store."""
+"""The parts of the queue that need no engine: order, estimates, the feed, the store."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from inkstream.types import InputError, Request
 
 
 def waiting(*jobs: tuple[Any, ...]) -> list[Waiting]:
-    """Jobs of (name, key, priority, cost), in the order they came."""
+    """Waiting jobs from (name, key, priority, cost), in the order in which they were sent."""
     return [Waiting(name, key, level, place, "pocket", cost) for place, (name, key, level, cost) in enumerate(jobs)]
 
 
@@ -36,17 +36,17 @@ def test_a_higher_priority_goes_first():
     assert names(in_order(waiting(("a", "x", 0, 1), ("b", "x", 5, 1), ("c", "y", -1, 1)), {})) == "bac"
 
 
-def test_a_key_with_many_jobs_does_not_keep_the_others_waiting():
+def test_a_key_with_many_jobs_does_not_delay_other_keys():
     jobs = waiting(("a", "x", 0, 1), ("b", "x", 0, 1), ("c", "x", 0, 1), ("d", "y", 0, 1), ("e", "z", 0, 1))
     assert names(in_order(jobs, {})) == "adebc"
 
 
-def test_turns_are_weighed_by_work_not_by_jobs():
+def test_turns_are_weighted_by_work_and_not_by_jobs():
     jobs = waiting(("a", "x", 0, 4), ("b", "x", 0, 4), ("c", "y", 0, 1), ("d", "y", 0, 1), ("e", "y", 0, 1))
     assert names(in_order(jobs, {})) == "acdeb"
 
 
-def test_a_key_that_was_given_work_waits_for_those_that_were_not():
+def test_a_key_that_received_work_waits_for_keys_that_did_not():
     assert names(in_order(waiting(("a", "x", 0, 1), ("b", "y", 0, 1)), {"x": 10.0})) == "ba"
 
 
@@ -58,7 +58,7 @@ def test_the_loaded_model_is_kept_for_a_while_but_not_for_ever():
 
 
 @given(st.lists(st.tuples(st.sampled_from("xyz"), st.integers(-2, 2), st.floats(0, 9)), max_size=30))
-def test_every_job_is_in_the_order_once_and_each_keys_stay_in_theirs(jobs):
+def test_the_order_has_each_job_once_and_keeps_the_order_within_a_key(jobs):
     order = in_order(waiting(*((str(i), *job) for i, job in enumerate(jobs))), {"x": 3.0}, "pocket", 5.0)
     assert sorted(job.place for job in order) == list(range(len(jobs)))
     for key in "xyz":
@@ -75,7 +75,7 @@ def test_jobs_end_one_after_the_other_in_one_slot_and_share_the_engine_in_severa
 
 
 @given(st.lists(st.floats(0, 99), max_size=9), st.integers(1, 5))
-def test_however_many_share_the_engine_all_work_is_done_in_the_same_time(seconds, slots):
+def test_the_total_time_does_not_depend_on_the_number_of_slots(seconds, slots):
     found = ends([], seconds, slots)
     assert max(found, default=0.0) == pytest.approx(sum(seconds))
     assert all(end >= own - 1e-6 for end, own in zip(found, seconds))
@@ -93,7 +93,7 @@ def test_pace_is_learnt_from_pictures_and_grows_with_steps_and_pixels():
     assert 2.0 < pace.seconds("m", pace.work(small)) < 4.0
 
 
-def test_a_listener_that_comes_back_gets_what_it_missed_of_what_lasts():
+def test_a_listener_that_reconnects_gets_the_missed_lasting_events():
     feed = Feed()
     with feed.listen(job="a") as listener:
         feed.tell("a", "", "picture", {"n": 1})
@@ -104,13 +104,13 @@ def test_a_listener_that_comes_back_gets_what_it_missed_of_what_lasts():
         assert [h.name for h in feed.missed(seen, listener) or []] == ["succeeded"]
         assert feed.missed(None, listener) is None
         assert feed.missed("other-1", listener) is None
-        assert feed.missed(f"{seen[:-1]}{int(seen[-1], 16) ^ 1:x}", listener) is None  # a name that was made up
+        assert feed.missed(f"{seen[:-1]}{int(seen[-1], 16) ^ 1:x}", listener) is None  # a forged id
         other = Feed()
         other.tell("a", "", "picture", {"n": 1})
         assert feed.missed(other.name_of(Happening(1, "a", "", "picture", {"n": 1}, True)), listener) is None
 
 
-def test_the_name_of_a_happening_does_not_tell_how_many_there_were():
+def test_an_event_id_does_not_reveal_the_number_of_events():
     feed = Feed()
     names = [feed.name_of(Happening(number, "a", "", "step", {}, False)) for number in (0, 1, 2, 500)]
     assert names == [feed.name_of(Happening(number, "a", "", "step", {}, False)) for number in (0, 1, 2, 500)]
@@ -118,7 +118,7 @@ def test_the_name_of_a_happening_does_not_tell_how_many_there_were():
     assert all(int(part, 16) > 2**40 for name in names for part in name.split("-"))
 
 
-def test_who_listens_to_a_key_hears_nothing_of_others():
+def test_a_listener_of_a_key_gets_no_events_of_other_keys():
     feed = Feed()
     with feed.listen(key="x") as listener:
         feed.tell("a", "x", "picture", {})
@@ -126,7 +126,7 @@ def test_who_listens_to_a_key_hears_nothing_of_others():
         assert listener.waiting.qsize() == 1
 
 
-def test_a_listener_that_does_not_read_loses_steps_and_is_then_let_go():
+def test_a_listener_that_does_not_read_loses_steps_and_is_then_disconnected():
     feed = Feed()
     with feed.listen() as listener:
         for _ in range(BEHIND + 50):
@@ -136,7 +136,7 @@ def test_a_listener_that_does_not_read_loses_steps_and_is_then_let_go():
         assert not feed.listened_to()
 
 
-def test_silence_is_filled_with_pings_and_the_end_ends_it():
+def test_a_listener_gets_pings_in_silence_and_ends_when_the_feed_closes():
     async def listen() -> list[str]:
         feed, heard = Feed(), []
         with feed.listen() as listener:
@@ -173,7 +173,7 @@ def add_picture(store: Store, job: Any, place: int = 0, now: float = 100.0, **re
 
 
 def restarted(store: Store) -> Store:
-    """Another server on the same folder, after this one ended."""
+    """The store of a new server on the same folder, after this one is closed."""
     store.close()
     return Store(store.folder)
 
@@ -187,9 +187,9 @@ def test_a_job_ends_once(store):
     assert store.job(job.id).state == "cancelled"
 
 
-def test_a_picture_is_taken_in_once_and_only_while_its_job_runs(store):
+def test_a_picture_is_stored_once_and_only_while_its_job_runs(store):
     job = add_job(store, total=2)
-    assert add_picture(store, job) is None  # it does not run yet
+    assert add_picture(store, job) is None  # the job is not running yet
     store.start(job.id, 1.0)
     picture = add_picture(store, job)
     assert picture is not None
@@ -201,11 +201,11 @@ def test_a_picture_is_taken_in_once_and_only_while_its_job_runs(store):
     assert list(store.parts.iterdir()) == []
 
 
-def test_after_a_crash_running_jobs_wait_again_and_half_written_files_are_gone(store):
+def test_after_a_crash_running_jobs_are_queued_and_half_written_files_are_removed(store):
     running, finished, waited, queued = (add_job(store, waited=i == 2) for i in range(4))
     for job in (running, finished, waited):
         store.start(job.id, 1.0)
-    kept = add_picture(store, finished)  # and the server dies before it notes the end
+    kept = add_picture(store, finished)  # and the server dies before it writes the end
     own = store.pictures / "1970-01" / "mine.png"
     own.write_bytes(b"not ours")
     (store.parts / "half").write_bytes(b"half")
@@ -239,7 +239,7 @@ def test_two_servers_do_not_share_a_folder(store):
         Store(store.folder)
 
 
-def test_a_folder_of_a_newer_version_is_left_alone(store):
+def test_a_folder_of_a_newer_version_is_refused_and_not_changed(store):
     store.close()
     with sqlite3.connect(store.folder / "inkstream.db") as db:
         db.execute("PRAGMA user_version = 99")
@@ -263,7 +263,7 @@ def test_every_word_is_found_in_any_case_and_in_chinese_of_two_characters(store,
     assert total == len(found)
 
 
-def test_a_deleted_picture_can_be_brought_back_for_a_week(store):
+def test_a_deleted_picture_can_be_restored_for_a_week(store):
     job = add_job(store)
     store.start(job.id, 1.0)
     picture = add_picture(store, job)
@@ -280,7 +280,7 @@ def test_a_deleted_picture_can_be_brought_back_for_a_week(store):
     assert store.drawn_today("", 100.0) == 1  # what was drawn stays counted
 
 
-def test_uploads_go_after_a_week_unless_a_job_names_them(store):
+def test_uploads_are_removed_after_a_week_unless_a_job_uses_them(store):
     for name in ("ua", "ub"):
         store.add_upload(Upload(name, "", 100.0, 1, 1, 1, "image/png", f"{name}.png"), b"x")
     add_job(store, uploads=["ua"])
@@ -289,7 +289,7 @@ def test_uploads_go_after_a_week_unless_a_job_names_them(store):
     assert store.upload("ub") is None
 
 
-def test_the_same_idempotency_key_of_another_caller_is_another(store):
+def test_callers_do_not_share_idempotency_keys(store):
     add_job(store, token="t")
     assert store.repeated("", "t") is not None
     assert store.repeated("someone", "t") is None

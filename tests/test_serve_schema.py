@@ -1,4 +1,4 @@
-"""The OpenAPI document, tried on the server that gives it: no 5xx, and no answer that is not declared."""
+"""The OpenAPI document against its server: no 5xx answers and no undeclared answers."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ EASY: dict[str, dict[str, Any]] = {
     "/sdapi/v1/txt2img": {"prompt": "x", "width": 32, "height": 32, "steps": 1, "batch_size": 1, "n_iter": 1,
                           "sampler_name": None, "sampler_index": None, "scheduler": None, "override_settings": None},
 }  # fmt: skip
-"""What makes a body that fits one that can be drawn at once."""
+"""Changes to a valid body that make it quick to draw."""
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory, start_server, make_folder) -> Iterator[Any]:
-    """A server whose one model draws a picture in no time, with something of everything in its store."""
+    """A server with one very quick model, and at least one job, picture and upload in its store."""
     spec = replace(BASE.tiny, steps=1, guidance=1.0, size=(32, 32))
     folder = make_folder(tmp_path_factory.mktemp("models") / "quick", spec)
     (folder / CARD).write_text(json.dumps(write_card(spec)))
@@ -66,7 +66,7 @@ def document(quick) -> dict[str, Any]:
 
 
 def complaints(served: Any, document: dict[str, Any], mode: Any, examples: int, only: str = "") -> dict[str, str]:
-    """Operation -> what is wrong with an answer to it. Half of what is asked is about what is there."""
+    """Operation -> the fault of an answer. Half of the requests use ids that exist."""
     found = {}
     load_all_checks()
     checks = CHECKS.get_by_names(CHECKED)
@@ -99,17 +99,17 @@ def complaints(served: Any, document: dict[str, Any], mode: Any, examples: int, 
     return found
 
 
-def test_what_the_document_allows_gets_an_answer_that_it_declares(quick, document):
+def test_valid_requests_get_declared_answers(quick, document):
     assert complaints(quick, document, schemathesis.GenerationMode.POSITIVE, examples=6) == {}
     states = {job["state"] for job in quick.ask("GET", "/v1/jobs?limit=500")[2]["jobs"]}
     assert "succeeded" in states
 
 
-def test_what_the_document_forbids_is_refused_as_it_declares(quick, document):
+def test_invalid_requests_are_refused_as_declared(quick, document):
     assert complaints(quick, document, schemathesis.GenerationMode.NEGATIVE, examples=5) == {}
 
 
-def test_an_answer_that_is_not_declared_is_found(quick, document):
+def test_an_undeclared_answer_is_found(quick, document):
     told = copy.deepcopy(document)
     del told["paths"]["/v1/jobs/{id}"]["get"]["responses"]["404"]
     told["components"]["schemas"]["Queue"]["properties"]["paused"] = {"type": "string"}

@@ -1,4 +1,4 @@
-"""A1111's API, as the package webuiapi calls it: every method of its ordinary use, with the defaults that it sends."""
+"""A1111's API through the package webuiapi: its usual methods, with the default values that it sends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def api(server):
     api.session.close()
 
 
-def test_a_prompt_alone_is_drawn_with_all_that_the_package_sends_by_itself(api):
+def test_a_prompt_is_drawn_with_the_packages_default_fields(api):
     answer = api.txt2img(prompt="a red circle", steps=1)
     assert answer.image.size == (512, 512)
     assert (answer.info["sampler_name"], answer.info["steps"], answer.info["cfg_scale"]) == ("Euler a", 1, 7)
@@ -41,7 +41,7 @@ def test_batches_come_with_their_seeds(api):
     assert answer.info["all_seeds"] == [7, 8, 9, 10]
 
 
-def test_a_picture_is_drawn_on_and_what_its_mask_leaves_black_is_kept(api):
+def test_img2img_keeps_the_black_part_of_the_mask(api):
     start = Image.new("RGB", (32, 32), "orange")
     drawn = api.img2img([start], **SMALL)
     assert drawn.image.size == (32, 32)
@@ -74,7 +74,7 @@ def test_a_picture_is_drawn_on_and_what_its_mask_leaves_black_is_kept(api):
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers"),
     ],
 )
-def test_what_would_draw_something_else_is_refused_by_its_name(api, fields, words):
+def test_a_field_that_would_change_the_picture_is_refused_by_its_name(api, fields, words):
     with pytest.raises(RuntimeError) as refused:
         api.txt2img(**SMALL, **fields)
     status, text = refused.value.args
@@ -82,7 +82,7 @@ def test_what_would_draw_something_else_is_refused_by_its_name(api, fields, word
     assert words in text
 
 
-def test_progress_is_told_skipping_is_refused_and_interrupting_gives_what_is_done(server, api, until):
+def test_progress_works_skip_is_refused_and_interrupt_returns_finished_pictures(server, api, until):
     assert api.skip() == {}
     answers = []
     long = {**SMALL, "width": 128, "height": 128, "steps": 25, "n_iter": 4}
@@ -97,7 +97,7 @@ def test_progress_is_told_skipping_is_refused_and_interrupting_gives_what_is_don
     assert api.get_progress()["progress"] == 0
 
 
-def test_options_may_be_given_back_as_they_were_and_choose_the_model(api):
+def test_options_can_be_sent_back_unchanged_and_choose_the_model(api):
     options = api.get_options()
     assert api.set_options(options) == {}
     assert api.get_options() == options
@@ -107,7 +107,7 @@ def test_options_may_be_given_back_as_they_were_and_choose_the_model(api):
     assert refused["error"]["param"] == "eta_noise_seed_delta"
 
 
-def test_what_there_is_is_listed_and_what_there_is_not_is_empty(api):
+def test_lists_have_the_models_samplers_and_schedules_and_all_others_are_empty(api):
     assert api.util_get_model_names() == ["pocket"]
     assert {"Euler", "Euler a"} <= set(api.util_get_sampler_names())
     assert {"automatic", "simple"} <= set(api.util_get_scheduler_names())
@@ -125,7 +125,7 @@ def test_what_there_is_is_listed_and_what_there_is_not_is_empty(api):
     assert "/metrics" in memory["cuda"]["error"]
 
 
-def test_a_picture_tells_how_it_was_drawn(api):
+def test_the_request_of_a_picture_is_read_from_its_metadata(api):
     told = api.png_info(api.txt2img(**SMALL).image)
     # The package saves the picture anew with its text chunks.
     assert told.info.startswith("a red circle\nSteps: 2")
@@ -133,7 +133,7 @@ def test_a_picture_tells_how_it_was_drawn(api):
     assert api.png_info(Image.new("RGB", (8, 8))).info == ""
 
 
-def test_extras_give_the_picture_back_and_refuse_to_enlarge_it(api):
+def test_extras_return_the_picture_unchanged_and_refuse_to_enlarge_it(api):
     picture = Image.new("RGB", (16, 8), "teal")
     assert api.extra_single_image(picture).image.tobytes() == picture.tobytes()
     assert [image.size for image in api.extra_batch_images([picture, picture]).images] == [(16, 8)] * 2
@@ -143,7 +143,7 @@ def test_extras_give_the_picture_back_and_refuse_to_enlarge_it(api):
         api.extra_batch_images([picture], gfpgan_visibility=1)
 
 
-def test_nothing_describes_pictures_and_that_is_said(api):
+def test_interrogate_is_refused(api):
     with pytest.raises(RuntimeError, match="no model here describes pictures"):
         api.interrogate(Image.new("RGB", (8, 8)))
 

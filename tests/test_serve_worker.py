@@ -1,4 +1,4 @@
-"""The engine's process from within: what is loaded ahead and what is drawn do not get in each other's way."""
+"""The engine's worker: a preload and a run do not disturb each other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DRAWN = {"prompt": "x", "width": 32, "height": 32, "steps": 1, "seed": 1}
 
 
 class Heard:
-    """What a worker says. The first word about loading ahead is spoken slowly: a second, or until a run speaks."""
+    """The messages of a worker. The first message of a preload waits for one second or until a run sends a message."""
 
     def __init__(self) -> None:
         self.words: list[dict[str, Any]] = []
@@ -38,7 +38,7 @@ def obeyed(messages: list[dict[str, Any]], tmp_path: Any) -> list[dict[str, Any]
     return heard.words
 
 
-def test_a_run_of_another_model_begins_when_the_model_loaded_ahead_is_there(tmp_path, tiny_folder):
+def test_a_run_of_another_model_starts_after_the_preload(tmp_path, tiny_folder):
     load = {"load": "pocket", "source": "pocket"}
     draw = {"draw": "r", "name": "turbo", "request": DRAWN | {"model": str(tiny_folder)}, "upsampled_from": ""}
     words = obeyed([load, draw], tmp_path)
@@ -49,7 +49,7 @@ def test_a_run_of_another_model_begins_when_the_model_loaded_ahead_is_there(tmp_
     assert words.index(next(word for word in words if "run" in word)) == len(own)  # the run spoke after it
 
 
-def test_a_run_after_a_model_that_cannot_be_loaded_ahead_is_drawn(tmp_path, tiny_folder):
+def test_a_run_after_a_failed_preload_is_drawn(tmp_path, tiny_folder):
     load = {"load": "gone", "source": str(tmp_path / "gone")}
     draw = {"draw": "r", "name": "turbo", "request": DRAWN | {"model": str(tiny_folder)}, "upsampled_from": ""}
     words = obeyed([load, draw], tmp_path)
@@ -57,7 +57,7 @@ def test_a_run_after_a_model_that_cannot_be_loaded_ahead_is_drawn(tmp_path, tiny
     assert words[-1]["event"] == "done"
 
 
-def test_nothing_is_loaded_ahead_of_a_run_that_came_first(tmp_path, tiny_folder):
+def test_no_model_is_preloaded_if_a_run_came_first(tmp_path, tiny_folder):
     draw = {"draw": "r", "name": "turbo", "request": DRAWN | {"model": str(tiny_folder)}, "upsampled_from": ""}
     words = obeyed([draw, {"load": "pocket", "source": "pocket"}], tmp_path)
     assert [word for word in words if "run" not in word] == []
