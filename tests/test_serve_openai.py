@@ -192,7 +192,7 @@ def test_a_stream_whose_job_another_client_cancels_ends_with_an_error(client, se
         ({"n": 9}, "n", "at most 8"),
         ({"n": 11}, "n", "10"),
         ({"quality": "ultra"}, "quality", "'low', 'medium', 'high'"),
-        ({"background": "transparent"}, "background", "opaque, so leave it out"),
+        ({"background": "transparent"}, "background", "opaque: leave it out"),
         ({"style": "noir"}, "style", "'vivid' or 'natural'"),
         ({"extra_body": {"styles": "vivid"}}, "styles", "leave it out"),
         ({"output_compression": 50}, "output_compression", "jpeg or webp"),
