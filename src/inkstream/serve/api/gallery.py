@@ -132,7 +132,7 @@ async def get_upload(parts: Parts, who: Who, id: Name, match: Match = None) -> A
     """An uploaded picture."""
     upload = parts.store.upload(id, who.scope)
     if upload is None:
-        raise Refused(404, f"there is no upload {id}", code="not_found")
+        raise Refused(404, f"there is no upload {id}: upload the picture again", code="not_found")
     return send(parts.store.uploads / upload.file, upload.type, upload.id, match)
 
 
@@ -175,7 +175,7 @@ def find_picture(parts: Service, who: Who, identity: str) -> Picture:
     """
     picture = parts.store.picture(identity, who.scope)
     if picture is None or (who.link and picture.deleted is not None):
-        raise Refused(404, f"there is no picture {identity}", code="not_found")
+        raise Refused(404, f"there is no picture {identity}: see /v1/pictures", code="not_found")
     return picture
 
 

@@ -150,7 +150,7 @@ def find_job(parts: Service, who: Who, identity: str) -> Job:
     """The job with that id. Raises Refused if it does not exist or the caller may not see it."""
     job = parts.store.job(identity, who.scope)
     if job is None:
-        raise Refused(404, f"there is no job {identity}", code="not_found")
+        raise Refused(404, f"there is no job {identity}: see /v1/jobs", code="not_found")
     return job
 
 
