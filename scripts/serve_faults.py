@@ -38,6 +38,8 @@ from typing import Any
 
 from PIL import Image
 
+from inkstream.serve.engines.process import COMMAND
+
 REQUEST = {"prompt": "a red circle", "model": "pocket", "width": 64, "height": 64, "steps": 4, "count": 2}
 AHEAD = 2
 """Jobs that a client keeps waiting while kills are still to come."""
@@ -96,7 +98,7 @@ class Server:
         pid = self.process.pid
         try:
             children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-            return [int(c) for c in children if b"serve.worker" in Path(f"/proc/{c}/cmdline").read_bytes()]
+            return [int(c) for c in children if COMMAND[-1].encode() in Path(f"/proc/{c}/cmdline").read_bytes()]
         except OSError:
             return []
 
