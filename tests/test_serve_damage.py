@@ -259,7 +259,7 @@ def test_damage_during_a_run_is_reported_in_one_line_and_repaired_at_the_next_st
     status, _, body = served.ask("GET", "/v1/pictures?limit=500")
     assert status == 500
     assert "damaged" in body["error"]["message"]
-    assert "start the server again" in body["error"]["message"]
+    assert "restart the server to repair it" in body["error"]["message"]
     assert served.ask("GET", "/healthz")[0] == 200
     served.stop()
     served = start_server(Settings(tmp_path, models=("pocket",)), engine="input()")
