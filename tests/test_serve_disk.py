@@ -201,7 +201,7 @@ def test_a_disk_that_fills_up_during_a_drawing_loses_no_picture(mounted, start_s
     with ballast.open("wb", buffering=0) as file, suppress(OSError):
         while file.write(b"x" * 4096):
             pass
-    until(lambda: served.service.jobs.full)
+    until(lambda: served.service.jobs.on_hold)
     assert served.ask("GET", "/healthz")[0] == 200
     assert served.ask("GET", first["pictures"][0]["url"])[0] == 200
     assert served.ask("GET", first["pictures"][0]["thumbnail"])[0] == 200  # although it cannot be saved

@@ -95,7 +95,7 @@ class Jobs:
         if not self.secret:
             self.secret = secrets.token_hex(32)
             store.put_setting("secret", self.secret)
-        self._on_hold = False  # no job starts, because results could not be stored
+        self.on_hold = False  # no job starts, because results could not be stored
         self._held_until = 0.0  # monotonic time of the next attempt
         self._unwritten: dict[str, Callable[[], None]] = {}  # job -> change of its state that must still be written
         self._waiting: dict[str, Job] = {}
@@ -423,14 +423,14 @@ class Jobs:
         if free < self.settings.limits.reserve:
             self._hold("the disk is full")
         elif time.monotonic() >= self._held_until:
-            self._on_hold = False
-        return not self._on_hold
+            self.on_hold = False
+        return not self.on_hold
 
     def _hold(self, reason: str) -> None:
         """Start no job for `HOLD` seconds."""
-        if not self._on_hold:
+        if not self.on_hold:
             log.error("no job starts until the disk can be written again", extra={"reason": reason})
-        self._on_hold, self._held_until = True, time.monotonic() + HOLD
+        self.on_hold, self._held_until = True, time.monotonic() + HOLD
 
     def _write(self, job: str, change: Callable[..., None], *values: Any) -> None:
         """Write a change of a job's state. If the disk refuses it, `_watch_loop` tries again."""
@@ -474,7 +474,7 @@ class Jobs:
                     change()
                     if self._unwritten.get(job) is change:  # the call may have left another change
                         del self._unwritten[job]
-                if self._on_hold:
+                if self.on_hold:
                     self.changed()
                 if time.monotonic() - tidied > 3600:
                     tidied = time.monotonic()
