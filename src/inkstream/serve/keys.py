@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from inkstream.disk import whole_file
 from inkstream.serve.errors import Refused
 from inkstream.types import InputError
 
@@ -211,14 +212,11 @@ def _hash(secret: str, salt: str) -> str:
 
 def _write(path: Path, keys: list[Key]) -> None:
     """Write the key file. Only its owner can read it. The file is replaced in one step, so it is never incomplete."""
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"version": 1, "keys": [asdict(key) for key in keys]}, file, indent=2)
-        os.replace(part, path)
+        with whole_file(path) as part:
+            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                json.dump({"version": 1, "keys": [asdict(key) for key in keys]}, file, indent=2)
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error.strerror}): give another --api-key-file") from None
-    finally:
-        part.unlink(missing_ok=True)

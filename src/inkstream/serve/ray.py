@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import logging
 import os
 import socket
@@ -18,9 +19,9 @@ import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from inkstream.serve.engines.worker import Worker, make_engine, memory, open_gate, read_pictures
 from inkstream.serve.limits import Settings
@@ -34,6 +35,11 @@ ENGINES = "Engine"
 GRACE = 60.0
 """Seconds that a cancelled run may take to stop. After that, its engine ends itself."""
 log = logging.getLogger("inkstream.serve")
+
+
+def parsed(value: Any) -> Any:
+    """A value from JSON if it is a text, as NAME=VALUE on a command line gives it."""
+    return json.loads(value) if isinstance(value, str) else value
 
 
 class Args(BaseModel):
@@ -52,7 +58,9 @@ class Args(BaseModel):
     slots: int = Field(4, ge=1, description="Jobs that one engine draws at the same time.")
     cpus: float = Field(1, ge=0, description="CPUs of one engine.")
     gpus: float = Field(0, ge=0, description="GPUs of one engine.")
-    machine: Machine = Field(Machine(), description="Options of one engine, as in `inkstream serve`.")
+    machine: Annotated[Machine, BeforeValidator(parsed)] = Field(
+        Machine(), description="Options of one engine, as in `inkstream serve`; JSON, or a table of the config file."
+    )
     fetch: bool = False
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
-import os
-import secrets
 import time
 from pathlib import Path as FilePath
 from typing import Annotated, Any
@@ -16,6 +14,7 @@ from fastapi import APIRouter, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 from PIL import Image
 
+from inkstream.disk import whole_file
 from inkstream.engine.pictures.inputs import open_picture
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS, read_request
 from inkstream.serve import schema
@@ -206,11 +205,9 @@ def make_thumbnail(source: FilePath, path: FilePath) -> bytes:
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=80)
-    part = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        part.write_bytes(buffer.getvalue())
-        os.replace(part, path)
+        with whole_file(path) as part:
+            part.write_bytes(buffer.getvalue())
     except OSError as error:
-        part.unlink(missing_ok=True)
         log.warning("a thumbnail cannot be stored", extra={"error": str(error)})
     return buffer.getvalue()

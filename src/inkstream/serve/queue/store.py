@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from inkstream.disk import take
+from inkstream.disk import PART, take, whole_file
 from inkstream.serve.errors import is_broken
 from inkstream.serve.queue.damage import is_sound, picture_facts, salvage, set_aside, upload_facts
 from inkstream.types import InputError
@@ -471,13 +471,8 @@ class Store:
         """Store an uploaded picture. If it exists, only its time is updated."""
         path = self.uploads / upload.file
         if not path.exists() or path.stat().st_size != len(data):
-            part = path.with_suffix(".part")
-            try:
+            with whole_file(path) as part:
                 part.write_bytes(data)
-                os.replace(part, path)
-            except OSError:
-                part.unlink(missing_ok=True)
-                raise
         self._put_upload(upload)
 
     def _put_upload(self, upload: Upload) -> None:
@@ -581,7 +576,7 @@ class Store:
         known = {row[0] for row in self._db.execute("SELECT file FROM uploads")}
         keys = {row[0] for row in self._db.execute("SELECT key FROM jobs UNION SELECT key FROM uploads")}
         for path in self.uploads.glob("u*"):
-            if path.suffix == ".part":
+            if path.suffix == PART:
                 path.unlink(missing_ok=True)
             elif path.name not in known:
                 try:
