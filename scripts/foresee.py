@@ -20,13 +20,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from inkstream.engine.drawing.flow import way_of
 from inkstream.engine.drawing.model import Model, complete
 from inkstream.engine.files.quantise import QUANTS, in_safetensors, prepare
 from inkstream.engine.files.sources import Found, Source, Unset
 from inkstream.engine.machine import fit
 from inkstream.engine.machine.loader import dtype_of
 from inkstream.engine.machine.memory import typical
-from inkstream.engine.machine.placement import add_up, at_home, on_meta, phases, weigh, working
+from inkstream.engine.machine.placement import add_up, at_home, on_meta, weigh, working
 from inkstream.families import SPECS, family_of, parts_of
 from inkstream.types import Request, Spec
 
@@ -68,7 +69,7 @@ def count_products(spec: Spec, request: Request) -> dict[str, int]:
     """Count the floating-point operations of each phase. A multiplication and an addition count as two."""
     model = build(as_source(spec, "bf16"), dict.fromkeys(parts_of(spec), torch.float32))
     counts = {}
-    for phase, compute in phases(model, request).items():
+    for phase, compute in way_of(model.family).phases(model, request).items():
         with FlopCounterMode(display=False) as counter, torch.inference_mode(), Undecided():
             compute()
         counts[phase] = counter.get_total_flops()

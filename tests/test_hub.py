@@ -364,7 +364,7 @@ LOAD = """
 import json, sys
 import inkstream
 events = []
-model = inkstream.load("z-image-turbo", device="cpu", progress=events.append)
+model = inkstream.load("z-image-turbo", inkstream.Machine("cpu"), progress=events.append)
 print(json.dumps([model.spec.name, [[e.what, e.done_bytes, e.total_bytes] for e in events]]))
 """
 

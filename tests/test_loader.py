@@ -483,7 +483,7 @@ def test_progress_names_each_part_and_ends_at_its_last_byte(tiny_folder):
 MEASURE = """
 import sys
 import inkstream.engine.drawing.model, inkstream.families.zimage.family
-from inkstream.engine.machine.loader import load
+from inkstream import Machine, load
 def memory():
     return int(dict(line.split(":") for line in open("/proc/self/status"))["RssAnon"].split()[0]) * 1024
 def look(event):
@@ -491,7 +491,7 @@ def look(event):
     peak = max(peak, memory() - before)
 for path, dtype in zip(sys.argv[1::2], sys.argv[2::2]):
     peak, before = 0, memory()
-    model = load(path, "cpu", dtype, progress=look)
+    model = load(path, Machine("cpu", dtype), progress=look)
     look(None)
     del model
     print(peak)

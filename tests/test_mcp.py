@@ -79,7 +79,7 @@ def test_a_picture_comes_as_an_image_and_as_a_file_that_edit_can_name(here):
         ("generate", {"prompt": "a", "width": 40}, "multiple of 16"),
         ("generate", {"prompt": "a", "model": "z-image-turbo"}, "not downloaded yet"),
         ("edit", {"prompt": "a"}, "give image or reference"),
-        ("edit", {"prompt": "a", "image": "/nowhere.png"}, "no picture"),
+        ("edit", {"prompt": "a", "image": "/nowhere.png"}, "/nowhere.png does not exist"),
         ("paint", {}, "there is no tool"),
     ],
 )

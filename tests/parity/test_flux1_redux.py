@@ -157,7 +157,9 @@ def test_redux_alone_says_where_it_belongs(folder, tmp_path):
     for part in ("image_encoder", "image_embedder"):
         shutil.copytree(folder / part, tmp_path / "redux" / part)
     (tmp_path / "redux" / "model_index.json").write_text('{"_class_name": "FluxPriorReduxPipeline"}')
-    with pytest.raises(InputError, match=r"holds image_encoder and image_embedder alone, .* beside its transformer/"):
+    with pytest.raises(
+        InputError, match=r"image_encoder and image_embedder but no transformer: .* beside its transformer/"
+    ):
         inkstream.load(tmp_path / "redux")
 
 
