@@ -152,5 +152,11 @@ def test_the_memory_of_such_a_family_is_counted_by_its_own_phases(doubler):
     assert peaks[1] > peaks[0]
 
 
+def test_a_device_alone_is_no_machine(tiny_folder):
+    for make in (inkstream.Engine, lambda machine: inkstream.load(tiny_folder, machine)):
+        with pytest.raises(InputError, match=r"'cpu' is not a Machine: give Machine\('cpu'\)"):
+            make("cpu")
+
+
 def test_the_library_names_them():
     assert {"Client", "Engine", "Machine", "Router"} <= set(inkstream.__all__)

@@ -38,9 +38,9 @@ class Engine:
     """
 
     def __init__(self, machine: Machine = ANY, previews: bool = False, crew: Crew | None = None):
+        check_machine(machine)
         if machine.compile and crew is not None:
             raise InputError("compiled blocks are for one process: leave out --compile, or torchrun")
-        check_machine(machine)
         self.machine = machine
         self.previews = previews
         self.crew = crew

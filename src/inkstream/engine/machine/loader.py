@@ -155,6 +155,10 @@ def let_go(state: Mapping[str, Weight]) -> None:
 
 def check_machine(machine: Machine) -> tuple[torch.device, torch.dtype]:
     """Return the device and dtype to use. Raises InputError if the machine has no such device, dtype or attention."""
+    if not isinstance(machine, Machine):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InputError(
+            f"{machine!r} is not a Machine: give Machine({machine!r}), with the device first, then the dtype"
+        )
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
     check_attention(machine.attention, device)

@@ -29,6 +29,9 @@ PLACEMENTS: Mapping[str, tuple[Place, Place]] = {
 }
 """Name -> the place of the transformer, and the place of the other parts, which run once for each picture."""
 
+PHASES = ("prompt", "steps", "picture")
+"""The phases of a request, in their order."""
+
 TABLES = (nn.Embedding, PackedEmbedding)
 """Tables of which few rows are read. If their part is not resident, the rows are read at home."""
 
@@ -229,11 +232,9 @@ def on_meta(
 
 def phases_of(source: Source) -> dict[str, list[str]]:
     """Phase of a request -> the parts that work in it."""
-    phases: dict[str, list[str]] = {}
-    for part in source.parts:
-        for phase in source.family.parts[part].phases:
-            phases.setdefault(phase, []).append(part)
-    return phases
+    at_work = {part: source.family.parts[part].phases for part in source.parts}
+    phases = {phase: [part for part, works in at_work.items() if phase in works] for phase in PHASES}
+    return {phase: parts for phase, parts in phases.items() if parts}
 
 
 def at_home(source: Source, part: str, dtype: torch.dtype) -> nn.Module:
