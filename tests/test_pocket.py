@@ -48,17 +48,17 @@ def test_no_model_named_is_pocket(pocket):
     assert result.images[0].size == POCKET.size
 
 
+@pytest.mark.slow
 def test_it_draws_what_it_is_told(pocket):
-    """Easy prompts, with its own settings: nearly all must be right. The whole suite is `inkstream eval pocket`."""
+    """Easy prompts, three seeds each: nearly all pictures are right. The whole suite is `inkstream eval pocket`."""
     right = []
-    for number, (name, colour) in enumerate(
-        [("circle", "red"), ("square", "blue"), ("star", "green"), ("heart", "purple")]
-    ):
+    for name, colour in [("circle", "red"), ("square", "blue"), ("star", "green"), ("heart", "purple")]:
         scene = Scene("things", Background("flat", ("white",)), (Thing(name, colour, "large", 0.5, 0.5, 0.43),))
-        request = Request(prompt=f"a large {colour} {name} in the center, on a white background", seed=number)
-        marks = grade(pocket.generate(request).images[0], scene)
-        right += [marks.object_and_colour, marks.background, marks.places == 1]
-    assert sum(right) >= 11, right
+        request = Request(prompt=f"a large {colour} {name} in the center, on a white background", seed=0, count=3)
+        for image in pocket.generate(request).images:
+            marks = grade(image, scene)
+            right.append(marks.object_and_colour and marks.background and marks.places == 1)
+    assert sum(right) >= 10, right
 
 
 def test_held_out_scenes_are_mostly_right(pocket):
