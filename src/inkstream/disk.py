@@ -33,10 +33,11 @@ def whole_file(path: Path, flush: bool = False) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path, flush: bool = False) -> Iterator[Path]:
+def whole_folder(path: Path, flush: bool = False, replace: bool = False) -> Iterator[Path]:
     """Yield a new temporary folder beside `path`. It is renamed to `path` at the end, or removed if an error occurs.
 
-    An existing folder is replaced. flush: the folder and its files are on the disk (fsync) before the rename.
+    flush: the folder and its files are on the disk (fsync) before the rename. replace: an existing folder is replaced;
+    otherwise only an empty one is, and OSError is raised for any other, which stays as it is.
     """
     part = temporary(path)
     part.mkdir(parents=True)
@@ -47,7 +48,7 @@ def whole_folder(path: Path, flush: bool = False) -> Iterator[Path]:
                 flush_to_disk(file)
         old = temporary(path)
         if path.exists():
-            os.replace(path, old)
+            os.replace(path, old) if replace else path.rmdir()
         os.replace(part, path)
         shutil.rmtree(old, ignore_errors=True)
     finally:

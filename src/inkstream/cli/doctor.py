@@ -114,7 +114,7 @@ def judge(fits: Sequence[Mapping[str, Any]], budget: int | None) -> str:
 def describe(fit: Mapping[str, Any]) -> str:
     """Return one way in which a model fits, as text."""
     time = "" if fit["seconds"] is None else f", about {in_time(fit['seconds'])} a picture"
-    return f"{fit['precision']} {fit['plan']} ({in_gibibytes(fit['peak'])}{time})"
+    return f"{fit['precision']} {fit['placement']} ({in_gibibytes(fit['peak'])}{time})"
 
 
 def in_time(seconds: float) -> str:

@@ -44,7 +44,7 @@ def make_engine(machine: Machine, crew: Crew | None = None) -> Engine:
         raise InputError("torchrun is for drawing with inkstream generate, and for training: start this without it")
     if crew is not None:
         machine = replace(machine, device=str(crew.device))
-    return Engine(Machine(**{field.name: getattr(machine, field.name) for field in fields(Machine)}), crew=crew)
+    return Engine(machine, crew=crew)
 
 
 def make_drawer(machine: Anywhere, crew: Crew | None = None) -> Drawer:

@@ -77,7 +77,10 @@ class Engine:
         return list(SPECS.values())
 
     def spec(self, name: str) -> Spec:
-        """Return the Spec of a model. Raises InputError if there is no such model. No weights are read."""
+        """Return the Spec of a model. Raises InputError if there is no such model.
+
+        No weights are read, but a model on the hub is downloaded, unless it is a known one.
+        """
         if self._name == name and self._model is not None:
             return self._model.spec
         return SPECS[name] if name in SPECS else locate(name).spec

@@ -46,7 +46,7 @@ def check_attention(name: str, device: torch.device) -> None:
     """Raises InputError for an unknown backend or one that is not available."""
     if name not in ("auto", *BACKENDS):
         raise InputError(f"attention {name} is not known: take auto, {', '.join(BACKENDS)}")
-    if name not in ("auto", *backends_on(device)):
+    if name != "auto" and name not in backends_on(device):  # backends are tried out only if one is asked for
         raise InputError(f"attention {name} is not available on {device}: {BACKENDS[name]}. Or take auto")
 
 

@@ -45,6 +45,8 @@ class Connection(Base):
         upgraded = self.transport.get_protocol() is not self  # now a WebSocket, with its own protocol class
         if upgraded or (self.cycle is not None and not self.cycle.response_complete):
             self._stop_head_timer()
+            if upgraded:  # from now on the other protocol is told when writing resumes
+                self._stop_write_timer()
         elif self._head_timer is None:
             self._start_head_timer()
 

@@ -36,7 +36,7 @@ def save_checkpoint(folder: Path, saved: Checkpoint, keep: int) -> Path:
         shutil.rmtree(left, ignore_errors=True)
     path = folder / f"step-{saved.step:08d}"
     state = {"step": saved.step, "cpu_seconds": saved.cpu_seconds, "recipe": saved.recipe}
-    with whole_folder(path, flush=True) as temporary:
+    with whole_folder(path, flush=True, replace=True) as temporary:
         for name in ("weights", "ema", "optimiser"):
             write_state(temporary / f"{name}.safetensors", getattr(saved, name))
         (temporary / "state.json").write_text(json.dumps(state, indent=2, ensure_ascii=False) + "\n", "utf-8")

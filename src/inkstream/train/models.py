@@ -226,7 +226,7 @@ def export(begun: Start, spec: Spec, states: Mapping[str, Mapping[str, Tensor]],
     states: new weights of the trained parts, with inkstream's names; other parts keep their weights. An existing folder
     is replaced when the new one is complete.
     """
-    with whole_folder(folder) as temporary:
+    with whole_folder(folder, replace=True) as temporary:
         documents: dict[str, Any] = {**begun.kind.documents(spec), CARD: write_card(spec)}
         for name, files in begun.words.items():
             documents["model_index.json"] |= tokenizer_class(name, files.get("tokenizer_config.json", b"{}"))

@@ -36,7 +36,7 @@ class Fit:
     """A precision and placement for a model: the peak in bytes, and the seconds for a picture of the model's size."""
 
     precision: str
-    plan: str
+    placement: str
     peak: int
     seconds: float | None = None
 
@@ -65,15 +65,15 @@ def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) 
     kind = "cpu" if kind == "cpu" else "cuda"
     found: list[Fit] = []
     for precision in ORDER[kind] if spec.folder is None else ("bf16",):  # the shipped model has one precision
-        peaks = {plan: max(foreseen()[spec.name][kind][precision][plan].values()) for plan in PLACEMENTS}
-        plan = next((plan for plan, peak in peaks.items() if budget is None or peak <= budget), None)
-        if plan is not None:
-            seconds = None if speed is None else foretell(spec, kind, precision, plan, speed)
-            found.append(Fit(precision, plan, peaks[plan], seconds))
-    return sorted(found, key=lambda fit: fit.plan == "streamed")
+        peaks = {placement: max(foreseen()[spec.name][kind][precision][placement].values()) for placement in PLACEMENTS}
+        placement = next((placement for placement, peak in peaks.items() if budget is None or peak <= budget), None)
+        if placement is not None:
+            seconds = None if speed is None else foretell(spec, kind, precision, placement, speed)
+            found.append(Fit(precision, placement, peaks[placement], seconds))
+    return sorted(found, key=lambda fit: fit.placement == "streamed")
 
 
-def foretell(spec: Spec, kind: str, precision: str, plan: str, speed: Speed) -> float:
+def foretell(spec: Spec, kind: str, precision: str, placement: str, speed: Speed) -> float:
     """An estimate of the seconds for one picture."""
     facts = foreseen()[spec.name]
     flops, weights = facts["flops"], facts[kind][precision]["transformer"]
@@ -82,7 +82,7 @@ def foretell(spec: Spec, kind: str, precision: str, plan: str, speed: Speed) -> 
     evaluation = flops["steps"] / products * BESIDES
     if precision in speed.unpacked:
         evaluation += numbers / speed.unpacked[precision]
-    if plan == "streamed":
+    if placement == "streamed":
         bringing = weights / speed.brought
         evaluation = evaluation + bringing if kind == "cpu" else max(evaluation, bringing)
     return (flops["prompt"] + flops["picture"]) / speed.products * BESIDES + spec.steps * evaluation

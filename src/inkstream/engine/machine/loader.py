@@ -21,7 +21,7 @@ from inkstream.families import Writer
 from inkstream.nn.attention import check_attention
 from inkstream.nn.offload import advise, is_mapped, mapped_ranges
 from inkstream.quant.packed import Weight, unpack
-from inkstream.types import InputError, Loading, Machine
+from inkstream.types import InputError, Loading, Machine, read_size
 from inkstream.weights.files import read_state, strip_prefix
 from inkstream.weights.keymap import translate
 
@@ -159,10 +159,11 @@ def check_machine(machine: Machine) -> tuple[torch.device, torch.dtype]:
         raise InputError(
             f"{machine!r} is not a Machine: give Machine({machine!r}), with the device first, then the dtype"
         )
+    if machine.memory is not None:
+        read_size(machine.memory)
     device = choose_device(machine.device)
     dtype = choose_dtype(machine.dtype, device)
     check_attention(machine.attention, device)
-    assert machine.memory_bytes != 0  # reading it raises for other text
     if machine.placement not in (None, *PLACEMENTS):
         raise InputError(f"placement {machine.placement} is not known: take {', '.join(PLACEMENTS)}")
     return device, dtype

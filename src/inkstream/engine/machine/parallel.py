@@ -101,7 +101,7 @@ class Crew:
         size = torch.tensor([len(words)])
         dist.broadcast(size, 0)
         text = (
-            torch.tensor(list(words), dtype=torch.uint8)
+            torch.as_tensor(np.frombuffer(words, np.uint8).copy())
             if self.rank == 0
             else torch.empty(int(size), dtype=torch.uint8)
         )
