@@ -139,7 +139,7 @@ def draw_dialogs(browser: Any, address: str) -> None:
     page.wait_for_selector(".tile.loaded")
     tiles = page.locator(".tile-open")
     tiles.first.click()
-    page.locator("dialog").get_by_role("button", name="All of this job").click()
+    page.locator("dialog").get_by_role("button", name="All pictures of this job").click()
     page.wait_for_selector(".sheet-grid img")
     shoot(page, "grid")
     page.keyboard.press("Escape")
