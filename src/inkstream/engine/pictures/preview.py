@@ -28,8 +28,9 @@ def fit_preview(family: Family, device: torch.device) -> Callable[[Tensor], Imag
     with torch.inference_mode():
         latents = family.encode_image(pictures.to(device)).float().cpu()
     colours = F.adaptive_avg_pool2d(pictures, (latents.shape[-2], latents.shape[-1]))
-    solve = cast("Callable[[Tensor, Tensor], tuple[Tensor, ...]]", torch.linalg.lstsq)  # pyright: ignore[reportUnknownMemberType]
-    weight, *_ = solve(_rows(latents), colours.movedim(1, -1).reshape(-1, 3))  # (C + 1, 3)
+    solve = cast("Callable[..., tuple[Tensor, ...]]", torch.linalg.lstsq)  # pyright: ignore[reportUnknownMemberType]
+    # By SVD: where channels depend on each other, the default (gelsy) gave a wrong map in one of ten runs.
+    weight, *_ = solve(_rows(latents), colours.movedim(1, -1).reshape(-1, 3), driver="gelsd")  # (C + 1, 3)
 
     def preview(latents: Tensor) -> Image.Image:
         h, w = latents.shape[-2:]

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
@@ -38,8 +39,14 @@ class Service:
     metrics: Metrics
     started: float
     aliases: dict[str, str] = field(default_factory=dict)  # name in OpenAI's API -> model
-    fetchers: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(8))
-    """Limits the threads that wait for other servers, so that local work always finds a thread."""
+
+    @cached_property
+    def fetchers(self) -> CapacityLimiter:
+        """Limits the threads that wait for other servers, so that local work always finds a thread.
+
+        It is made at its first use, because anyio 3 makes one only inside an event loop.
+        """
+        return CapacityLimiter(8)
 
     async def take_pictures(self, caller: Caller, request: types.Request) -> types.Request:
         """Store all pictures of a request, and return it with each picture as `upload:ID`.
