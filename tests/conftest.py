@@ -48,6 +48,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return LoadFileScheduling(config, log)
 
 
+@pytest.fixture
+def row_scales(monkeypatch) -> None:
+    """Lets the CPU multiply 8-bit floats with a scale for each row. Before torch 2.13 only GPUs do."""
+
+    def scaled_mm(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        out = a.float() @ b.float() * options["scale_a"] * options["scale_b"]
+        return (out if options["bias"] is None else out + options["bias"]).to(options["out_dtype"])
+
+    if torch.__version__ < (2, 13):
+        monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
+
+
 def write_folder(folder: Path, spec: Spec, seed: int = 0) -> Path:
     """A diffusers folder of random weights, in float32, with the family's tokenizers of one token a letter."""
     family = family_of(spec.family)

@@ -216,9 +216,10 @@ def test_prompts_are_encoded_the_same():
     assert_near(*both(lambda: model(ids, [2, 1])), roundings=10)
 
 
-def test_a_block_in_8_bit_floats_rounds_once_for_all_that_read_it(monkeypatch):
+def test_a_block_in_8_bit_floats_rounds_once_for_all_that_read_it(monkeypatch, request):
     """Norms and activations hand on 8 bits. On the CPU, too, torch multiplies such, if it is let."""
     if INTERPRETED:
+        request.getfixturevalue("row_scales")
         monkeypatch.setattr(quant, "has_fp8", lambda device: True)
     config = replace(TURBO.tiny.transformer, dim=48, n_heads=2)  # three times 16, as products ask
     block = packed(random(Block(config), torch.bfloat16))

@@ -206,7 +206,7 @@ class Machine:
     def plugged_in(self) -> Iterator[Machine]:
         """In the place of torch.cuda, in this thread and those that it starts. Raises the faults at the end."""
         global _plugged_in
-        getattr(torch._C, "_ensureCUDADeviceGuardSet", lambda: None)()  # torch 2.9 has none
+        torch._C._ensureCUDADeviceGuardSet()
         run = threading.Thread.run
 
         def run_with_gpus(thread: threading.Thread) -> None:

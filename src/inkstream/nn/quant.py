@@ -158,7 +158,7 @@ def multiply_int8(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 def all_multiply_int8(layers: Sequence[nn.Module], x: Tensor) -> bool:
     """Whether all layers (at least one) multiply x rounded to int8, and can share one rounding of x. x: (N, I)"""
     return (
-        bool(layers)
+        len(layers) > 0  # torch before 2.12 does not trace bool()
         and not torch.is_grad_enabled()
         and all(
             isinstance(layer, PackedLinear)
@@ -209,7 +209,7 @@ def has_fp8(device: torch.device) -> bool:
 def all_multiply_fp8(layers: Sequence[nn.Module], x: Tensor) -> bool:
     """Whether all layers (at least one) multiply x rounded to 8-bit floats. x: (N, I)"""
     return (
-        bool(layers)
+        len(layers) > 0  # torch before 2.12 does not trace bool()
         and not torch.is_grad_enabled()
         and all(
             isinstance(layer, PackedLinear) and layer.packed.dynamic and multiplies_fp8(layer.packed, x)
