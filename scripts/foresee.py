@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from inkstream.engine.drawing.flow import way_of
 from inkstream.engine.drawing.model import Model, complete
+from inkstream.engine.files.parts import Found, Unset
 from inkstream.engine.files.quantise import QUANTS, in_safetensors, prepare
-from inkstream.engine.files.sources import Found, Source, Unset
+from inkstream.engine.files.sources import Source
 from inkstream.engine.machine import fit
 from inkstream.engine.machine.loader import dtype_of
 from inkstream.engine.machine.memory import typical

@@ -12,8 +12,8 @@ import pytest
 
 from inkstream.cli import app
 from inkstream.cli.generate import Wish
+from inkstream.engine.files.cards import write_card
 from inkstream.engine.files.licences import FREE
-from inkstream.engine.files.sources import write_card
 from inkstream.families import SPECS
 from inkstream.types import Request
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from inkstream.types import InputError
-from inkstream.weights.files import DTYPES, read_header, read_state, strip_prefix, write_state
+from inkstream.weights.files import DTYPES, in_section, read_header, read_state, sections, write_state
 
 STATE = {"a.weight": torch.randn(4, 3), "b": torch.arange(5, dtype=torch.int64), "c": torch.tensor(2.0).bfloat16()}
 
@@ -258,13 +258,28 @@ def test_progress_counts_the_bytes_written(tmp_path):
 
 
 def test_a_prefix_is_taken_off_and_other_keys_stay():
-    prefixes = ("model.diffusion_model.", "diffusion_model.")
     state = {"model.diffusion_model.a": torch.ones(1), "diffusion_model.b": torch.ones(1), "c": torch.ones(1)}
-    assert list(strip_prefix(state, prefixes)) == ["a", "diffusion_model.b", "c"]
-    assert list(strip_prefix({"diffusion_model.b": torch.ones(1)}, prefixes)) == ["b"]
-    assert strip_prefix({"c": torch.ones(1)}, prefixes).keys() == {"c"}
+    assert list(in_section(state, "")) == ["a", "diffusion_model.b", "c"]
+    assert list(in_section({"diffusion_model.b": torch.ones(1)}, "")) == ["b"]
+    assert in_section({"c": torch.ones(1)}, "").keys() == {"c"}
 
 
 def test_a_key_with_and_without_its_prefix_is_refused():
-    with pytest.raises(InputError, match=r"p\.a occurs with and without the prefix"):
-        strip_prefix({"p.a": torch.ones(1), "a": torch.ones(1)}, ["p."])
+    with pytest.raises(InputError, match=r"diffusion_model\.a occurs with and without the prefix"):
+        in_section({"diffusion_model.a": torch.ones(1), "a": torch.ones(1)}, "")
+
+
+def test_sections_of_a_whole_model_are_kept_apart():
+    names = {
+        "model.diffusion_model.x": "",
+        "loose": "",
+        "vae.decoder.x": "vae.",
+        "first_stage_model.x": "first_stage_model.",
+        "text_encoders.clip_l.transformer.text_model.x": "text_encoders.clip_l.transformer.",
+        "text_encoders.t5xxl.logit_scale": "text_encoders.t5xxl.",
+        "text_encoders.tekken_model": "text_encoders.",
+    }
+    assert sections(names) == list(dict.fromkeys(names.values()))
+    for section in names.values():
+        assert [*in_section(names, section).values()] == [own for own in names.values() if own == section]
+    assert [*in_section(names, "text_encoders.clip_l.transformer.")] == ["text_model.x"]

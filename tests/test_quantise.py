@@ -12,8 +12,8 @@ import torch
 import inkstream
 from inkstream.engine.files import quantise
 from inkstream.engine.files.convert import convert
+from inkstream.engine.files.parts import locate_part
 from inkstream.engine.files.quantise import QUANTS
-from inkstream.engine.files.sources import locate_part
 from inkstream.engine.machine.install import Placement
 from inkstream.engine.machine.loader import read
 from inkstream.families import CARD

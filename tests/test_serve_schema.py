@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from PIL import Image
 
-from inkstream.engine.files.sources import write_card
+from inkstream.engine.files.cards import write_card
 from inkstream.families import CARD
 from inkstream.families.zimage.specs import BASE
 from inkstream.serve.limits import Limits, Settings

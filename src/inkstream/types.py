@@ -239,6 +239,10 @@ class Machine:
         Compile the transformer's blocks. The first picture takes longer; meant for GPUs.
     commercial_only
         Refuse models without commercial use in their licence; INKSTREAM_COMMERCIAL_ONLY=1 does so for all commands.
+    text_encoder
+        A text encoder's file to take instead of the model's own, or a folder of such files.
+    vae
+        An autoencoder's file or folder to take instead of the model's own.
     """
 
     device: str | None = None
@@ -248,6 +252,14 @@ class Machine:
     attention: AttentionName = "auto"
     compile: bool = False
     commercial_only: bool | None = None  # None follows the setting INKSTREAM_COMMERCIAL_ONLY
+    text_encoder: str | None = None
+    vae: str | None = None
+
+    @property
+    def chosen(self) -> dict[str, str]:
+        """The parts of a model to take instead of its own: text_encoder, vae -> path."""
+        paths = {"text_encoder": self.text_encoder, "vae": self.vae}
+        return {part: path for part, path in paths.items() if path is not None}
 
     @property
     def memory_bytes(self) -> int | None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import inkstream
 from inkstream.bench.child import Draw, Order, Setup, Stages, attend, to_bytes
+from inkstream.bench.random_model import write_tokenizer
 from inkstream.engine.drawing.model import Model
-from inkstream.engine.files.sources import Unset, locate
+from inkstream.engine.files.parts import Unset
 from inkstream.engine.machine.install import Placement, install
 from inkstream.engine.machine.loader import dtype_of, load
 from inkstream.families import Part, family_of, parts_of
@@ -57,8 +60,9 @@ def random_model(
         )
         for name, part in parts_of(spec).items()
     }
-    pocket = locate("pocket").tokenizers["tokenizer"]
-    tokenizers = {name: read(pocket) for name, read in family.tokenizers.items()}
+    with tempfile.TemporaryDirectory() as folder:
+        write_tokenizer(Path(folder))
+        tokenizers = {name: read(Path(folder)) for name, read in family.tokenizers.items()}
     return Model(family(spec, modules, tokenizers), device, dtype)
 
 

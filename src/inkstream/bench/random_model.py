@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from inkstream.engine.files.sources import Unset, locate
+from inkstream.engine.files.parts import Unset
+from inkstream.engine.files.sources import locate
 from inkstream.families import family_of, parts_of
 from inkstream.types import Spec
 from inkstream.weights.files import write_stream
@@ -45,10 +47,17 @@ def write_documents(spec: Spec, folder: Path) -> Path:
     for name, content in family_of(spec.family).documents(spec).items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    pocket = locate("pocket").tokenizers["tokenizer"]
     for tokenizer in family_of(spec.family).tokenizers:
-        shutil.copytree(pocket, folder / tokenizer, dirs_exist_ok=True)
+        write_tokenizer(folder / tokenizer)
     return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write Pocket's tokenizer, with the tokens of thoughts that FLUX.2 klein's template holds too."""
+    shutil.copytree(locate("pocket").tokenizers["tokenizer"], folder, dirs_exist_ok=True)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<think>", "</think>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def _draw(module: nn.Module, numbers: Tensor, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

@@ -126,6 +126,8 @@ def convert(
     *,
     to: Annotated[Literal["diffusers", "native"] | None, Parameter(show_default=False)] = None,
     quant: Annotated[QuantName | None, Parameter(show_default=False)] = None,
+    text_encoder: Annotated[str | None, Parameter(show_default=False)] = None,
+    vae: Annotated[str | None, Parameter(show_default=False)] = None,
     yes: Yes = False,
 ) -> None:
     """Convert a model to another layout, or quantise it.
@@ -143,14 +145,19 @@ def convert(
         Quantise the weights of transformer and text encoders. fp8: 8-bit floats, multiplied in fp8 if the GPU can;
         int8, nf4, int4: unpacked before use; w8a8: multiplied in int8, fast on CPUs; q8_0 to q2_k: GGUF files; bf16,
         fp16: not quantised.
+    text_encoder
+        A text encoder's file to take instead of the model's own, or a folder of such files.
+    vae
+        An autoencoder's file or folder to take instead of the model's own.
     """
     from inkstream.cli.download import agree_to_download
     from inkstream.cli.terminal import Terminal
     from inkstream.engine.files.convert import convert
+    from inkstream.types import Machine
 
     with Terminal() as terminal:
         agree_to_download(source, yes, terminal, commercial_only=False)  # nothing is drawn
-        convert(source, folder, to, terminal.show, quant)
+        convert(source, folder, to, terminal.show, quant, Machine(text_encoder=text_encoder, vae=vae).chosen)
     print(folder)
 
 

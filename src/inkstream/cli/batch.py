@@ -222,7 +222,8 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
         """Return the Spec, or None if a download is needed first. Raises InputError if there is no such model."""
         if model not in known:
             try:
-                known[model] = SPECS[model] if model in SPECS else None if downloads(model) else locate(model).spec
+                is_here = model not in SPECS and not downloads(model)
+                known[model] = locate(model, chosen=machine.chosen).spec if is_here else SPECS.get(model)
             except InputError as error:
                 known[model] = error
         found = known[model]

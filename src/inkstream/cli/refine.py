@@ -15,7 +15,7 @@ from inkstream.cli.generate import as_options, check, draw, find_place, read_jso
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE, RUN, Here, make_engine
 from inkstream.cli.terminal import Terminal
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import InputError, Machine, Request, Spec
 
 if TYPE_CHECKING:
     from inkstream.engine.drawing.refine import Refinement
@@ -81,7 +81,7 @@ def refine(
         drafts = {picture: read_draft(picture, wish, terminal) for picture in pictures}
         stems = [f"{Path(picture).stem}-refined" for picture in drafts]
         place = find_place(output, len(drafts), lambda request, index: stems[index])
-        spec = find_spec(wish.model, yes, terminal, machine.commercial_only)
+        spec = find_spec(wish.model, yes, terminal, machine)
         plans = [plan(wish, draft, picture, spec, reference, terminal) for picture, draft in drafts.items()]
         engine = make_engine(machine)
         done: list[dict[str, Any]] = []
@@ -101,14 +101,14 @@ def refine(
                 print_json({"pictures": done})
 
 
-def find_spec(model: str, yes: bool, terminal: Terminal, commercial_only: bool | None) -> Spec:
+def find_spec(model: str, yes: bool, terminal: Terminal, machine: Machine) -> Spec:
     """Return the model's Spec, after a download with consent. Raises InputError if the model cannot be loaded."""
-    agree_to_download(model, yes, terminal, commercial_only)
+    agree_to_download(model, yes, terminal, machine.commercial_only)
     from inkstream.engine.files.licences import check_licence, is_commercial_only
     from inkstream.engine.files.sources import locate
 
-    spec = locate(model, terminal.show).spec
-    if is_commercial_only(commercial_only):
+    spec = locate(model, terminal.show, chosen=machine.chosen).spec
+    if is_commercial_only(machine.commercial_only):
         check_licence(model, spec)
     return spec
 

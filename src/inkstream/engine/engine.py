@@ -83,7 +83,7 @@ class Engine:
         """
         if self._name == name and self._model is not None:
             return self._model.spec
-        return SPECS[name] if name in SPECS else locate(name).spec
+        return SPECS[name] if name in SPECS else locate(name, chosen=self.machine.chosen).spec
 
     def remarks(self, request: Request) -> list[str]:
         """Return one line for each option of the request that has no effect on the loaded model, or a poor one."""

@@ -78,6 +78,8 @@ class Part:
     """Its own repository on the hub, if it is not published with the model. Such a part is optional in the family."""
     writer: Part | None = None
     """For a text encoder: the rest of its files' weights, which make it a language model. Builds a Writer."""
+    comfyui: Callable[[Any], str] = lambda config: ""
+    """For a text encoder: config -> where ComfyUI's program keeps its tokenizer, below the program's folder, or ""."""
     phases: Sequence[str] = ("prompt",)
     """The phases of a request in which the part works: prompt, steps or picture."""
     others: Mapping[str, type] = field(default_factory=dict)

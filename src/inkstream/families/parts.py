@@ -16,6 +16,7 @@ from inkstream.nn.qwen3 import Layer, Qwen3
 from inkstream.nn.vae import Autoencoder, Flux2Autoencoder, tile_for
 from inkstream.types import InputError
 from inkstream.weights.keymap import Rule, drop, rename
+from inkstream.weights.vocabulary import QWEN_PIECES
 
 PROMPT_TOKENS = 512
 """Z-Image was trained on prompts truncated to this length, template included."""
@@ -64,7 +65,7 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()  # pyright: ignore[reportAttributeAccessIssue]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
         [
-            pre_tokenizers.Split(Regex(_PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(QWEN_PIECES), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -78,18 +79,6 @@ def _from_vocabulary(folder: Path) -> Tokenizer:
                 f"{config} gives {token['content']} number {number}, which does not follow vocab.json: copy both again"
             )
     return tokenizer
-
-
-# Contractions; a word and one mark before it; one digit; marks and the line ends after them; line ends; spaces.
-_PIECES = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-    r"|[^\r\n\p{L}\p{N}]?\p{L}+"
-    r"|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+"
-    r"|\s+(?!\S)"
-    r"|\s+"
-)
 
 
 def infer_autoencoder(shapes: Shapes) -> VAEConfig:
@@ -249,5 +238,6 @@ QWEN3 = Part(
     neutral=neutral_layer,
     packs=("layers", "embed_tokens"),
     gguf="qwen3",
+    comfyui=lambda config: "comfy/text_encoders/qwen25_tokenizer",
 )
 """Z-Image's text encoder: Qwen3 without its last layer. Files may have the `model.` prefix or not."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.disk import whole_folder
-from inkstream.engine.files.convert import TOKENIZER, tokenizer_class
-from inkstream.engine.files.sources import CARD, Found, encoder_of, locate, locate_part, write_card
+from inkstream.engine.files.cards import write_card
+from inkstream.engine.files.convert import tokenizer_class
+from inkstream.engine.files.parts import Found, locate_part
+from inkstream.engine.files.sources import locate
+from inkstream.engine.files.tokenizers import encoder_of, read_words, tokenizer_of
 from inkstream.engine.machine.install import Placement
 from inkstream.engine.machine.loader import read, vocabulary_of
-from inkstream.families import FAMILIES, SPECS, Family, Part, family_of
+from inkstream.families import CARD, FAMILIES, SPECS, Family, Part, family_of
 from inkstream.quant.packed import Packed, unpack
 from inkstream.train.optim import reads_time
 from inkstream.train.recipe import Model, Recipe
@@ -62,12 +65,12 @@ def start(recipe: Recipe) -> Start:
         name = name or source.spec.name
     elif model.family in FAMILIES:
         kind = family_of(model.family)
-        words = {} if alone else {name: read_words(model.tokenizer, name) for name in kind.tokenizers}
+        words = {} if alone else {name: words_named(model.tokenizer, name) for name in kind.tokenizers}
         if alone and model.from_:
             found["vae"] = locate_part(kind, "vae", model.from_)
     else:
         raise InputError(f"[model] family = {model.family!r} is not known: take {', '.join(FAMILIES)}")
-    tokenizers = {name: words_as_tokenizer(kind.tokenizers[name], files) for name, files in words.items()}
+    tokenizers = {name: tokenizer_of(kind.tokenizers[name], files) for name, files in words.items()}
     for part in ("vae",) if alone else [name for name, part in kind.parts.items() if name in found or not part.repo]:
         table = dict(getattr(model, part, {}))
         if "from" in table:
@@ -179,7 +182,7 @@ def initialise(module: nn.Module) -> None:
 # The tokenizer ------------------------------------------------------------------------------------------------------
 
 
-def read_words(place: Path | str, name: str = "tokenizer") -> dict[str, bytes]:
+def words_named(place: str, name: str) -> dict[str, bytes]:
     """Return a tokenizer's files by name.
 
     place: "pocket" for Pocket's own tokenizer, or a folder. If the folder has a subfolder `name`, that one is read.
@@ -187,19 +190,11 @@ def read_words(place: Path | str, name: str = "tokenizer") -> dict[str, bytes]:
     if place == "pocket":
         from inkstream.pocket.tokenizer import save_tokenizer
 
-        with _scratch() as folder:
-            save_tokenizer(folder)
-            return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+        with tempfile.TemporaryDirectory() as folder:
+            save_tokenizer(Path(folder))
+            return {path.name: path.read_bytes() for path in sorted(Path(folder).iterdir())}
     folder = Path(place).expanduser()
-    folder = folder / name if (folder / name).is_dir() else folder
-    return {file: (folder / file).read_bytes() for file in TOKENIZER if (folder / file).is_file()}
-
-
-def words_as_tokenizer(read: Callable[[Path], Any], words: Mapping[str, bytes]) -> Any:
-    with _scratch() as folder:
-        for name, content in words.items():
-            (folder / name).write_bytes(content)
-        return read(folder)
+    return read_words(folder / name if (folder / name).is_dir() else folder)
 
 
 def words_key(words: Mapping[str, Mapping[str, bytes]]) -> str:
@@ -207,14 +202,6 @@ def words_key(words: Mapping[str, Mapping[str, bytes]]) -> str:
     names = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model")
     read = [files.get(name, b"") for files in words.values() for name in names]
     return hashlib.sha256(b"".join(read)).hexdigest()
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        yield Path(folder)
 
 
 # Export -------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -40,6 +41,12 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 SUFFIXES = (".safetensors", ".gguf")
 """Suffixes of weight files that can be read, in order of preference."""
+
+MAIN = ("model.diffusion_model.", "diffusion_model.")
+"""Prefixes that single files put before the names of a transformer's weights."""
+
+_SECTION = re.compile(r"(vae|first_stage_model)\.|text_encoders\.([^.]+\.)?(transformer\.)?")
+"""Prefixes of the other parts in a file that holds a whole model, as ComfyUI saves it."""
 
 _LONGEST_MARK = 4096
 """Largest size in bytes of a format mark, the small tensor that holds the packing of another tensor."""
@@ -86,9 +93,9 @@ def read_state(path: Path | str, only: Collection[str] | None = None) -> dict[st
     return {name: weight for name, weight in state.items() if only is None or name in only}
 
 
-def read_tensors(path: Path | str) -> dict[str, Tensor]:
+def read_tensors(path: Path | str, only: Collection[str] | None = None) -> dict[str, Tensor]:
     """Read safetensors files like `read_state`, but return each tensor as it is stored, without making a Packed."""
-    return _merge((file, _read_one(file)) for file in weight_files(path)[0])
+    return _merge((file, _read_one(file, only)) for file in weight_files(path)[0])
 
 
 def weight_files(path: Path | str) -> tuple[list[Path], dict[str, str]]:
@@ -131,15 +138,26 @@ def list_weights(folder: Path, deep: bool = False) -> list[Path]:
     return [file for suffix in SUFFIXES for file in sorted(folder.glob(f"**/*{suffix}" if deep else f"*{suffix}"))]
 
 
-def strip_prefix(state: Mapping[str, T], prefixes: Sequence[str]) -> dict[str, T]:
-    """Remove from all keys the first of the prefixes that any key has. Keys without that prefix do not change.
+def sections(names: Iterable[str]) -> list[str]:
+    """Return the sections of a file that holds several parts of a model, as the prefixes of their names.
+
+    The main section, "", holds the transformer's names, which may have a prefix of their own (MAIN), and all others.
+    """
+    return list(dict.fromkeys(match[0] if (match := _SECTION.match(name)) else "" for name in names))
+
+
+def in_section(state: Mapping[str, T], section: str) -> dict[str, T]:
+    """Return the entries of a section, by their names without its prefix. In the main section, names may lack it.
 
     Raises InputError if two keys get the same name.
     """
-    prefix = next((p for p in prefixes if any(key.startswith(p) for key in state)), "")
-    stripped = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-    if len(stripped) < len(state):
-        twice = [key for key in state if key.startswith(prefix) and key.removeprefix(prefix) in state]
+    if section:
+        return {key.removeprefix(section): value for key, value in state.items() if sections([key]) == [section]}
+    main = {key: value for key, value in state.items() if not _SECTION.match(key)}
+    prefix = next((p for p in MAIN if any(key.startswith(p) for key in main)), "")
+    stripped = {key.removeprefix(prefix): value for key, value in main.items()}
+    if len(stripped) < len(main):
+        twice = [key for key in main if key.startswith(prefix) and key.removeprefix(prefix) in main]
         raise InputError(f"{few(twice)} occurs with and without the prefix {prefix}: remove one of the two")
     return stripped
 

@@ -89,8 +89,11 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {name: str(value) for name, value in read_contents(path).values.items() if value is not None}
 
 
-def read_contents(path: Path) -> Contents:
-    """Return the values and the tensors' positions, checked against the file's size. Raises as `read_gguf` does."""
+def read_contents(path: Path, whole: Collection[str] = ()) -> Contents:
+    """Return the values and the tensors' positions, checked against the file's size. Raises as `read_gguf` does.
+
+    whole: names of values that are read in full even if they are long lists.
+    """
     try:
         with path.open("rb") as file:
             start = file.read(8)
@@ -99,7 +102,7 @@ def read_contents(path: Path) -> Contents:
             if start[:4] != MAGIC or len(start) < 8:
                 raise InputError(f"{path} is cut short or not a GGUF file: download it again")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _parse(path, data)
+                return _parse(path, data, whole)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     except (struct.error, ValueError, OverflowError, RecursionError) as error:
@@ -130,24 +133,24 @@ class _Cursor:
         start = self.skip(length)
         return self.data[start : start + length].decode("utf-8")
 
-    def value(self, kind: int) -> Any:
-        """Read a value. Returns None for a list of more than _SHORT entries."""
+    def value(self, kind: int, whole: bool = False) -> Any:
+        """Read a value. Returns None for a list of more than _SHORT entries, unless `whole` is true."""
         if kind == _STRING:
             return self.text()
         if kind != _ARRAY:
             return self.number(_known(_SIMPLE, kind))
         inner, count = self.number("I"), self.number("Q")
-        if inner in _SIMPLE and count > _SHORT:
-            self.skip(count * struct.calcsize("<" + _SIMPLE[inner]))
-            return None
-        if inner == _STRING and count > _SHORT:
+        if inner in _SIMPLE and (whole or count > _SHORT):
+            start = self.skip(count * struct.calcsize("<" + _SIMPLE[inner]))
+            return struct.unpack_from(f"<{count}{_SIMPLE[inner]}", self.data, start) if whole else None
+        if inner == _STRING and count > _SHORT and not whole:
             for _ in range(count):
                 self.skip(self.number("Q"))
             return None
         return tuple(self.value(inner) for _ in range(count))
 
 
-def _parse(path: Path, data: mmap.mmap) -> Contents:
+def _parse(path: Path, data: mmap.mmap, whole: Collection[str] = ()) -> Contents:
     cursor = _Cursor(data)
     version = cursor.number("I")
     if version not in (2, 3):
@@ -158,7 +161,7 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
     values: dict[str, Any] = {}
     for _ in range(count):
         name = cursor.text()
-        values[name] = cursor.value(cursor.number("I"))
+        values[name] = cursor.value(cursor.number("I"), name in whole)
     alignment = values.get("general.alignment", ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 8 or alignment % 8:
         raise ValueError(f"an alignment of {alignment!r}")
@@ -172,9 +175,9 @@ def _parse(path: Path, data: mmap.mmap) -> Contents:
         found[name] = (shape, cursor.number("I"), cursor.number("Q"))
     begin = -(-cursor.at // alignment) * alignment
     entries = {name: _entry(path, name, *place, begin, values) for name, place in found.items()}
-    whole = max((entry.start + entry.size for entry in entries.values()), default=0)
-    if len(data) < whole:
-        raise InputError(f"{path} is cut short, it has {len(data):,} of {whole:,} bytes: download it again")
+    end = max((entry.start + entry.size for entry in entries.values()), default=0)
+    if len(data) < end:
+        raise InputError(f"{path} is cut short, it has {len(data):,} of {end:,} bytes: download it again")
     return Contents(values, entries)
 
 

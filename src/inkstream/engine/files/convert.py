@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from inkstream.disk import whole_file, whole_folder
+from inkstream.engine.files.cards import write_card
+from inkstream.engine.files.parts import Found
 from inkstream.engine.files.quantise import QUANTS, Quant, in_safetensors, plan, weights
-from inkstream.engine.files.sources import CARD, Found, Progress, Source, locate, write_card
-from inkstream.families import Part
+from inkstream.engine.files.sources import Progress, Source, locate
+from inkstream.engine.files.tokenizers import read_words
+from inkstream.families import CARD, Part
 from inkstream.quant import QuantName
 from inkstream.quant.packed import Weight
 from inkstream.types import InputError, Loading
@@ -25,11 +28,6 @@ Layout = Literal["diffusers", "native"]
 SHARD_BYTES = 5_000_000_000
 """A diffusers folder's weight file that is larger is split into shards of at most this size."""
 
-TOKENIZER = (
-    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
-    "special_tokens_map.json", "chat_template.jinja", "spiece.model",
-)  # fmt: skip
-
 
 def convert(
     src: Path | str,
@@ -37,12 +35,14 @@ def convert(
     to: Layout | None = None,
     progress: Progress | None = None,
     quant: QuantName | None = None,
+    chosen: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes the model `src` (anything `load` takes) as the folder `dst`, which `load` takes too.
 
     to: "diffusers" (the default) is the published layout, which diffusers' pipeline loads as well; "native" (the
     default with `quant`) is the transformer as one file beside the folders of the other parts. quant: the precision of
     the transformer's and text encoders' weights; None keeps them unchanged. A GGUF precision (q4_k) writes GGUF files.
+    chosen: as in `locate`.
     `dst` appears once it is complete. InputError if it exists, the disk has too little space, or `load` would fail.
     """
     to = to or ("native" if quant else "diffusers")
@@ -56,7 +56,7 @@ def convert(
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise InputError(f"{dst} already exists: take another name, or remove it first")
     tell: Progress = progress or (lambda event: None)
-    source = locate(src, tell)
+    source = locate(src, tell, chosen=chosen)
     writes = [_plan_part(source, part, to, quant) for part in source.parts]
     needed = sum(weight.nbytes for write in writes for weight in write.plan.values())
     _check_space(dst, needed)
@@ -94,19 +94,18 @@ def _write(source: Source, folder: Path, to: Layout, writes: Sequence[_Write], t
     """Writes all files of the new folder. The weights come last."""
     made = {**source.family.documents(source.spec), CARD: write_card(source.spec)}
     documents = {name: {**content, **_kept(source, name)} for name, content in made.items()}
-    for name, place in source.tokenizers.items():
-        config = place / "tokenizer_config.json"
-        documents["model_index.json"] |= tokenizer_class(name, config.read_bytes() if config.is_file() else b"{}")
+    words = {name: read_words(place) for name, place in source.tokenizers.items()}
+    for name, files in words.items():
+        documents["model_index.json"] |= tokenizer_class(name, files.get("tokenizer_config.json", b"{}"))
     alone = to == "native"
     for name, content in documents.items():
         if not (alone and name in ("model_index.json", "transformer/config.json")):
             (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-    for tokenizer, place in source.tokenizers.items():
+    for tokenizer, files in words.items():
         (folder / tokenizer).mkdir()
-        for name in TOKENIZER:
-            if (place / name).is_file():
-                shutil.copyfile(place / name, folder / tokenizer / name)
+        for name, content in files.items():
+            (folder / tokenizer / name).write_bytes(content)
 
     done = 0
 

@@ -8,13 +8,13 @@ from typing import get_args
 
 import torch
 
-from inkstream.engine.files.sources import PREFIXES, Found
+from inkstream.engine.files.parts import Found
 from inkstream.families import Part
 from inkstream.quant import QuantName
 from inkstream.quant.pack import fits, pack
 from inkstream.quant.packed import GGUF, Packed, Weight, unpack
 from inkstream.weights.dialects import is_spelt
-from inkstream.weights.files import read_header, read_state, strip_prefix
+from inkstream.weights.files import in_section, read_header, read_state
 from inkstream.weights.gguf import is_held
 from inkstream.weights.keymap import Rule, becomes, matches, translate
 
@@ -61,7 +61,7 @@ def weights(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]
     The files are mapped again for every batch, so that the batches already written leave memory.
     """
     tensors = read_header(found.path).tensors
-    raw = strip_prefix({name: name for name in tensors}, PREFIXES)
+    raw = in_section({name: name for name in tensors}, found.section)
     sizes = {name: tensors[key].nbytes for name, key in raw.items()}
     for names in _batches(_groups(raw, found.rules, rules), sizes):
         state = read_state(found.path, {raw[name] for name in names})

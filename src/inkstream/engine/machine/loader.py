@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.licences import is_commercial_only
-from inkstream.engine.files.sources import PREFIXES, Found, Progress, Source, encoder_of, locate, locate_writer
+from inkstream.engine.files.parts import Found, locate_writer
+from inkstream.engine.files.sources import Progress, Source, locate
+from inkstream.engine.files.tokenizers import encoder_of, open_tokenizer
 from inkstream.engine.machine.install import Placement, install
 from inkstream.engine.machine.placement import PLACEMENTS, Sharing, place_of
 from inkstream.families import Writer
@@ -22,7 +24,7 @@ from inkstream.nn.attention import check_attention
 from inkstream.nn.offload import advise, is_mapped, mapped_ranges
 from inkstream.quant.packed import Weight, unpack
 from inkstream.types import InputError, Loading, Machine, read_size
-from inkstream.weights.files import read_state, strip_prefix
+from inkstream.weights.files import in_section, read_state
 from inkstream.weights.keymap import translate
 
 DTYPES = {
@@ -68,8 +70,10 @@ class Opened:
 def open_model(name: Path | str, machine: Machine = ANY, progress: Progress | None = None) -> Opened:
     """Find and check a model's files: the first half of `load`."""
     device, dtype = check_machine(machine)
-    source = locate(name, progress, is_commercial_only(machine.commercial_only))
-    tokenizers = {name: source.family.tokenizers[name](folder) for name, folder in source.tokenizers.items()}
+    source = locate(name, progress, is_commercial_only(machine.commercial_only), machine.chosen)
+    tokenizers = {
+        name: open_tokenizer(source.family.tokenizers[name], place) for name, place in source.tokenizers.items()
+    }
     check_vocabulary(source, tokenizers)
     numbers = {part: sum(p.numel() for p in found.module.parameters()) for part, found in source.parts.items()}
     return Opened(source, tokenizers, machine, device, dtype, numbers)
@@ -92,7 +96,7 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
     }
 
     def read_writer() -> Writer:
-        found = locate_writer(source)
+        found = locate_writer(source.family, source.parts["text_encoder"], source.spec.name)
         writer: Any = read(found, Placement(device, opened.dtype, rules=found.rules))
         writer.attach(modules["text_encoder"], opened.tokenizers["tokenizer"])
         return writer
@@ -136,7 +140,7 @@ def read(
 def weights_of(found: Found, dtype: torch.dtype, packed: bool) -> Generator[Mapping[str, Weight]]:
     """Yield a part's weights under our names. Weights that need no change are views of the files."""
     wanted = found.module.state_dict().keys()
-    raw = strip_prefix(read_state(found.path), PREFIXES)
+    raw = in_section(read_state(found.path), found.section)
     state = {key: weight for key, weight in translate(found.rules, raw).items() if key in wanted}
     if not packed:
         state = {key: weight if isinstance(weight, Tensor) else unpack(weight, dtype) for key, weight in state.items()}

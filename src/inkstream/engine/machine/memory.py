@@ -16,7 +16,7 @@ from torch import nn
 
 from inkstream.engine.drawing.model import Complete, complete
 from inkstream.engine.drawing.options import guided, options
-from inkstream.engine.files.sources import Unset
+from inkstream.engine.files.parts import Unset
 from inkstream.engine.machine.loader import Opened
 from inkstream.engine.machine.placement import PLACEMENTS, Plan, plan_request
 from inkstream.families import parts_of

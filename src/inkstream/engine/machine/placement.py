@@ -11,7 +11,8 @@ from torch import nn
 
 from inkstream.engine.drawing.flow import way_of
 from inkstream.engine.drawing.model import Complete, Model
-from inkstream.engine.files.sources import Source, Unset
+from inkstream.engine.files.parts import Unset
+from inkstream.engine.files.sources import Source
 from inkstream.engine.machine.peak import peak_of
 from inkstream.nn.offload import Guest, Streamed, Weight, advise, is_number, read_at_home, visit_when_called, weights_of
 from inkstream.nn.quant import PackedEmbedding

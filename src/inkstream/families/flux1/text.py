@@ -154,6 +154,7 @@ CLIP = Part(
         "bare": tuple(rename(name, f"text_model.{name}") for name in ("embeddings", "encoder", "final_layer_norm")),
     },
     infer=infer_clip,
+    comfyui=lambda config: "comfy/sd1_tokenizer",
 )
 
 T5 = Part(
@@ -172,6 +173,7 @@ T5 = Part(
         *(f"encoder.block.{{}}.layer.{{}}.SelfAttention.{name}" for name in "qkvo"),
     ),
     gguf="t5encoder",
+    comfyui=lambda config: "comfy/text_encoders/t5_tokenizer",
 )
 
 

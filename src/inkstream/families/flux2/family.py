@@ -75,11 +75,21 @@ def infer_text_encoder(shapes: Shapes) -> Qwen3Config | MistralConfig:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """Reads Qwen's or Mistral's tokenizer, recognised by its special tokens. Raises InputError if it is neither."""
+    """Reads Qwen3's or Mistral's tokenizer, recognised by its special tokens. Raises InputError if it is neither.
+
+    Qwen2.5's tokenizer, and earlier copies of it in ComfyUI, lack the tokens of thoughts that klein's template has.
+    """
     try:
         return load_mistral_tokenizer(folder)
     except InputError:
-        return load_tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
+    for token in ("<think>", "</think>", KLEIN_PAD):
+        if tokenizer.encode(token, add_special_tokens=False).ids != [tokenizer.token_to_id(token)]:
+            raise InputError(
+                f"the tokenizer in {folder} has no {token}, which every prompt of FLUX.2 klein holds: take Qwen3's, "
+                f"with `hf download {KLEIN_4B.repo} --include 'tokenizer/*'`"
+            )
+    return tokenizer
 
 
 class Flux2:
@@ -110,6 +120,7 @@ class Flux2:
             count=count_text_encoder,
             packs=("layers", "embed_tokens", "model.layers", "model.embed_tokens"),
             writer=WRITER,
+            comfyui=lambda config: KLEIN_TEXT_ENCODER.comfyui(config) if isinstance(config, Qwen3Config) else "",
             others={"mistral": MistralConfig, "mistral3": MistralConfig},
         ),
         "vae": AUTOENCODER,

@@ -176,7 +176,7 @@ class Worker:
         from inkstream.engine.files.sources import locate
 
         try:
-            spec = locate(source).spec
+            spec = locate(source, chosen=self.engine.machine.chosen).spec
             facts = {field: getattr(spec, field) for field in FACTS}
             self.say(event="described", model=name, spec={**facts, "abilities": sorted(spec.abilities)})
         except InputError as error:
