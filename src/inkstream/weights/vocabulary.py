@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from inkstream.types import InputError
@@ -27,8 +28,8 @@ VALUES = ("tokens", "token_type", "scores", "merges", "precompiled_charsmap")
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 """Kinds of tokens in GGUF files and in sentencepiece's models; others are ordinary words."""
 
-MOST_WORDS = 1 << 20
-"""The most words of a vocabulary that is read."""
+MOST_WORDS, LONGEST_WORD, MOST_BYTES = 1 << 20, 1 << 10, 1 << 26
+"""Limits of a vocabulary that is read. Mistral's has 131,072 words and 15 MB."""
 
 # Contractions; a word and one mark before it; one digit; marks and the line ends after them; line ends; spaces.
 QWEN_PIECES = (
@@ -88,7 +89,10 @@ def _from_safetensors(path: Path) -> dict[str, bytes]:
     name = _carried(path)
     if name is None:
         raise InputError(f"{path} carries no tokenizer: put the model's tokenizer folder beside it")
-    data = bytes(read_tensors(path, {name})[name].flatten().numpy())
+    tensor = read_tensors(path, {name})[name]
+    if tensor.nbytes > MOST_BYTES:
+        raise ValueError(f"it has {tensor.nbytes:,} bytes, the limit is {MOST_BYTES:,}")
+    data = bytes(tensor.flatten().view(torch.uint8).numpy())
     if name.endswith(TEKKEN):
         return {"tokenizer.json": from_tekken(json.loads(data)).to_str().encode()}
     return _unigram(*_parse_spiece(data))
@@ -107,7 +111,10 @@ def from_tekken(data: Mapping[str, Any]) -> Tokenizer:
     size = int(config["default_vocab_size"])
     if not 0 < size <= MOST_WORDS:
         raise ValueError(f"a vocabulary of {size} words")
-    words = [base64.b64decode(word["token_bytes"]) for word in sorted(data["vocab"], key=lambda word: word["rank"])]
+    listed = sorted(data["vocab"], key=lambda word: word["rank"])
+    words = [base64.b64decode(word["token_bytes"], validate=True) for word in listed]
+    if max(map(len, words), default=0) > LONGEST_WORD:
+        raise ValueError(f"a word of more than {LONGEST_WORD} bytes")
     ranks = {word: rank for rank, word in enumerate(words[: size - count])}
     names = {int(special["rank"]): str(special["token_str"]) for special in specials}
     if names and not 0 <= min(names) <= max(names) < count:
