@@ -10,7 +10,7 @@ import threading
 import pytest
 from PIL import Image
 
-from inkstream.engine.pictures.foreign import read_a1111
+from inkstream.engine.pictures.foreign.a1111 import read_a1111
 
 API = "/sdapi/v1"
 SMALL = {"prompt": "a red circle", "width": 32, "height": 32, "steps": 2, "seed": 7}

@@ -170,7 +170,11 @@ def understand(
     if source is not None:
         from inkstream.engine.pictures.metadata import read_request
 
-        found = read_request(source)
+        found = read_request(source, given.get("model"))
+        if "model" not in given.keys() | found.request.model_fields_set:
+            named = found.ignored.get("model")
+            told = f"names the model {named}, which is not known here" if named else "names no model"
+            raise InputError(f"{source} {told}: choose the model to draw with, for example -m z-image-turbo")
         for name, value in found.ignored.items():
             say(f"{source}: {name} is ignored: {value}")
         given = found.request.model_dump(include=found.request.model_fields_set) | given

@@ -6,13 +6,11 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
-from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 from PIL import Image, PngImagePlugin
@@ -20,9 +18,11 @@ from pydantic import ValidationError
 
 from inkstream import __version__
 from inkstream.disk import temporary
-from inkstream.engine.pictures import foreign
-from inkstream.engine.pictures.comfyui import read_comfyui
-from inkstream.engine.pictures.inputs import decoding, open_header, read_source, short_name
+from inkstream.engine.pictures.foreign import READERS
+from inkstream.engine.pictures.foreign.a1111 import read_a1111, write_a1111
+from inkstream.engine.pictures.foreign.reading import Reading, is_number, parse_json
+from inkstream.engine.pictures.inputs import open_header, read_source, short_name
+from inkstream.engine.pictures.texts import NAMESPACES, read_texts
 from inkstream.types import InputError, Request, Spec, as_object
 
 SOFTWARE = f"inkstream {__version__}"
@@ -30,8 +30,6 @@ VERSION = 1
 """The version of our JSON. A reader of a newer version takes the fields that it knows and lists the others."""
 SUFFIXES = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
 PICTURE_FIELDS = ("image", "mask", "reference")
-MAX_TEXT = 4 * 1024 * 1024
-"""Longer metadata texts are not read. In characters."""
 JPEG_ROOM = 65_000
 """The most bytes of one metadata block in a JPEG."""
 PNG_EFFORT = 4
@@ -39,7 +37,7 @@ PNG_EFFORT = 4
 MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 Amount = Literal["full", "minimal", "none"]
-Source = Literal["inkstream", "a1111", "comfyui", "swarmui", "invokeai", "mflux", "fooocus"]
+Source = Literal["inkstream", "a1111", "comfyui", "swarmui", "invokeai", "mflux", "drawthings", "fooocus", "civitai"]
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def encode_picture(
     if not 1 <= quality <= 100:
         raise InputError(f"quality {quality} is not between 1 and 100: take 95")
     record = _record(request, spec, extra) if metadata == "full" else None
-    parameters = foreign.write_a1111(request, SOFTWARE) if metadata == "full" else None
+    parameters = write_a1111(request, SOFTWARE) if metadata == "full" else None
     buffer = io.BytesIO()
     image = image.copy()
     image.info = {}  # otherwise Pillow writes the metadata of the input file too
@@ -163,20 +161,12 @@ def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None
     return json.dumps(record)
 
 
-_NAMESPACES = {
-    "rdf": "http://www.w3.org/1999/02/22-rdf-syntax-ns#",
-    "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
-    "xmp": "http://ns.adobe.com/xap/1.0/",
-    "inkstream": "urn:inkstream:xmp:1/",
-}
-
-
 def _xmp(record: str | None) -> str:
     """An XMP packet: IPTC's DigitalSourceType says that a model made the picture. record: our JSON, or None."""
     properties = {"Iptc4xmpExt:DigitalSourceType": MADE_BY_A_MODEL}
     if record is not None:
         properties |= {"xmp:CreatorTool": SOFTWARE, "inkstream:Record": record}
-    spaces = " ".join(f'xmlns:{prefix}="{uri}"' for prefix, uri in _NAMESPACES.items())
+    spaces = " ".join(f'xmlns:{prefix}="{uri}"' for prefix, uri in NAMESPACES.items())
     body = "".join(f"<{name}>{escape(value)}</{name}>" for name, value in properties.items())
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'
@@ -220,15 +210,15 @@ def _write_new(path: Path, data: bytes) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read_request(source: str | Path) -> Found:
+def read_request(source: str | Path, model: str | None = None) -> Found:
     """The Request in a picture's metadata. InputError if there is none.
 
-    Reads our own JSON, A1111's text (also in EXIF), ComfyUI's graph, and the JSON of SwarmUI, InvokeAI, mflux and
-    Fooocus.
+    Reads our own JSON, and the formats of `foreign`. model: the model that will draw, if it is not the picture's; the
+    settings of other programs are read as that model means them.
     """
     name = short_name(str(source))
-    texts, _ = _texts(open_header(str(source)))
-    found = _find_request(texts)
+    texts, _ = read_texts(open_header(str(source)))
+    found = _find_request(texts, model)
     if found is None:
         raise InputError(f"{name} carries no request: give a prompt, or a picture saved with its metadata")
     return found
@@ -238,7 +228,7 @@ def describe(source: str | Path) -> dict[str, Any]:
     """A picture's format, size and metadata as JSON. Facts that are missing have no key."""
     image = open_header(str(source))
     size = len(read_source(str(source)))
-    texts, source_type = _texts(image)
+    texts, source_type = read_texts(image)
     found = _find_request(texts)
     facts: dict[str, Any] = {
         "picture": short_name(str(source)),
@@ -253,7 +243,7 @@ def describe(source: str | Path) -> dict[str, Any]:
         facts["source"] = found.source
         facts["request"] = found.request.model_dump(mode="json", include=found.request.model_fields_set)
         facts["ignored"] = found.ignored
-        if found.source == "inkstream" and (record := as_object(foreign.parse_json(found.raw))):
+        if found.source == "inkstream" and (record := as_object(parse_json(found.raw))):
             known = ("model", "licence", "commercial", "software")
             facts |= {key: _short(record[key]) for key in known if key in record}
             extra = as_object(record.get("extra")) or {}
@@ -265,116 +255,57 @@ def describe(source: str | Path) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value not in (None, {})}
 
 
-def _texts(image: Image.Image) -> tuple[dict[str, str], str | None]:
-    """The metadata texts of a picture by key, and its DigitalSourceType."""
-    with suppress(InputError), decoding(""):  # of a damaged picture or EXIF block, the texts found so far are used
-        if image.format == "PNG":
-            image.load()  # a PNG may hold texts behind the pixels
-    info = image.info
-    texts = {key: _recode(value) for key, value in info.items() if isinstance(key, str) and isinstance(value, str)}
-    xmp = texts.pop("XML:com.adobe.xmp", None) or info.get("xmp")
-    with suppress(InputError), decoding(""):
-        exif = image.getexif()
-        texts |= _comment(exif.get_ifd(0x8769).get(0x9286))
-        for tag in (0x010E, 0x010F, 0x0110):  # ComfyUI keeps its JSON here in WebP
-            key, colon, value = str(exif.get(tag, "")).partition(":")
-            if colon and key.lower() == "prompt":
-                texts.setdefault("prompt", value.rstrip("\0"))
-    record, source_type = _read_xmp(xmp)
-    if record is not None:
-        texts.setdefault("inkstream", record)
-    return {key: value for key, value in texts.items() if value.strip() and len(value) <= MAX_TEXT}, source_type
+_KEYS = ("inkstream", "parameters", "comment", "invokeai_metadata", "prompt", "workflow")
+"""The keys of texts that may hold a request. The first that does counts."""
 
 
-def _recode(text: str) -> str:
-    """Decodes a tEXt chunk that holds UTF-8 instead of PNG's Latin-1, as stable-diffusion.cpp writes it."""
-    if isinstance(text, PngImagePlugin.iTXt):
-        return text
-    try:
-        return text.encode("latin-1").decode()
-    except UnicodeError:
-        return text
-
-
-def _comment(value: Any) -> dict[str, str]:
-    """The text of an EXIF UserComment, under the key "comment". The first 8 bytes name the encoding."""
-    if isinstance(value, str):
-        return {"comment": value}
-    if not isinstance(value, bytes):
-        return {}
-    code, body = value[:8], value[8:]
-    if code == b"UNICODE\0":  # UTF-16 in either byte order, mostly without a byte order mark
-        order = "utf-16" if body[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-16-be"
-        if order == "utf-16-be" and body[1::2].count(0) > body[0::2].count(0):
-            order = "utf-16-le"
-        return {"comment": body.decode(order, "replace")}
-    if code.rstrip(b"\0") not in (b"ASCII", b""):
-        body = value
-    return {"comment": body.decode("utf-8", "replace")}
-
-
-def _read_xmp(xmp: Any) -> tuple[str | None, str | None]:
-    """Our JSON and the DigitalSourceType in an XMP packet. Each is None if it is missing."""
-    text = xmp.decode("utf-8", "replace") if isinstance(xmp, bytes) else xmp
-    if not isinstance(text, str) or len(text) > MAX_TEXT or "<!" in text:  # a DTD could expand entities
-        return None, None
-    try:
-        root = ElementTree.fromstring(text.strip("\0"))
-    except (ElementTree.ParseError, ValueError):
-        return None, None
-    values: dict[str, str] = {}
-    for element in root.iter():
-        values |= element.attrib  # a property may be written as an attribute of its Description
-        values.setdefault(element.tag, element.get(f"{{{_NAMESPACES['rdf']}}}resource") or element.text or "")
-    source_type = values.get(f"{{{_NAMESPACES['Iptc4xmpExt']}}}DigitalSourceType")
-    return values.get(f"{{{_NAMESPACES['inkstream']}}}Record"), source_type and _short(source_type)
-
-
-_JSON_READERS: dict[Source, Callable[[Mapping[str, Any]], foreign.Reading | None]] = {
-    "swarmui": foreign.read_swarmui,
-    "mflux": foreign.read_mflux,
-    "invokeai": foreign.read_invokeai,
-    "fooocus": foreign.read_fooocus,
-    "comfyui": read_comfyui,
-}
-
-
-def _find_request(texts: Mapping[str, str]) -> Found | None:
+def _find_request(texts: Mapping[str, str], model: str | None = None) -> Found | None:
     """The request of the first text in a known format; None if there is none."""
-    for key in ("inkstream", "parameters", "comment", "invokeai_metadata", "prompt"):
-        raw = texts.get(key, "").strip()
-        for source, reading in _readings(key, raw):
-            if reading is not None:
-                return Found(*_validate(source, reading), raw=raw)
-    return None
+    readings = ((key, source, reading) for key in _KEYS for source, reading in _readings(key, texts.get(key, "")))
+    first = next(readings, None)
+    if first is None:
+        return None
+    key, source, reading = first
+    if source == "a1111":  # nodes of ComfyUI write both: their text has no room for what a model reads beside it
+        for _, other, graph in readings:
+            if other == "comfyui":
+                reading.fill(graph)
+                break
+    if source != "inkstream":
+        reading.settle(model)
+    return Found(*_validate(source, reading), raw=texts[key].strip())
 
 
-def _readings(key: str, raw: str) -> Iterator[tuple[Source, foreign.Reading | None]]:
-    """Reads a text in every format that its key may hold. Yields None for each format that does not match."""
-    data = foreign.parse_json(raw)
+def _readings(key: str, raw: str) -> Iterator[tuple[Source, Reading]]:
+    """What a text says in every format that it is in and that its key may hold."""
+    raw = raw.strip()
+    data = parse_json(raw)
     if key == "inkstream":
-        yield "inkstream", _read_record(data)
+        if (reading := _read_record(data)) is not None:
+            yield "inkstream", reading
     elif (found := as_object(data)) is not None:
-        for source, read in _JSON_READERS.items():
-            yield source, read(found)
+        for source, read in READERS.items():
+            if (reading := read(found)) is not None:
+                yield source, reading
     elif key in ("parameters", "comment"):
-        yield "a1111", foreign.read_a1111(raw)
-        if key == "parameters" and raw:
-            yield "a1111", foreign.Reading({"prompt": raw}, {})
+        if (reading := read_a1111(raw)) is not None:
+            yield "a1111", reading
+        elif key == "parameters" and raw:
+            yield "a1111", Reading({"prompt": raw})
 
 
-def _read_record(data: Any) -> foreign.Reading | None:
+def _read_record(data: Any) -> Reading | None:
     """Reads our own JSON, of this version or a newer one."""
     record = as_object(data) or {}
     request = as_object(record.get("request"))
-    return None if request is None else foreign.Reading(dict(request), dict(as_object(record.get("left_out")) or {}))
+    return None if request is None else Reading(dict(request), dict(as_object(record.get("left_out")) or {}))
 
 
 FLAGS = frozenset(name for name, field in Request.model_fields.items() if field.annotation is bool)
 """The boolean fields. For every other field a boolean is not a valid value."""
 
 
-def _validate(source: Source, reading: foreign.Reading) -> tuple[Request, Source, dict[str, Any]]:
+def _validate(source: Source, reading: Reading) -> tuple[Request, Source, dict[str, Any]]:
     """A Request of the valid fields, the source, and the ignored settings with the invalid fields added."""
     ignored = dict(reading.ignored)
     fields: dict[str, Any] = {}
@@ -401,7 +332,7 @@ def _short(value: Any) -> Any:
     if items is not None and len(items) <= 20 and all(isinstance(item, str) for item in items):
         return [_short(item) for item in items]
     number = cast("Any", value)
-    if value is None or isinstance(value, bool) or (foreign.is_number(number) and abs(number) < 2**64):  # no NaN
+    if value is None or isinstance(value, bool) or (is_number(number) and abs(number) < 2**64):  # no NaN
         return number
     try:
         text = value if isinstance(value, str) else json.dumps(number, ensure_ascii=False, default=repr)

@@ -26,14 +26,14 @@ from pydantic import (
 )
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself has no such name before 2.11
 
-from inkstream.engine.pictures.foreign import (
+from inkstream.engine.pictures.foreign.a1111 import write_a1111
+from inkstream.engine.pictures.foreign.reading import (
     A1111_SCHEDULES,
     A1111_SOLVERS,
     Reading,
     find_schedule,
     find_solver,
     take_loras,
-    write_a1111,
 )
 from inkstream.engine.pictures.inputs import read_source
 from inkstream.engine.pictures.metadata import SOFTWARE, read_request
@@ -457,7 +457,7 @@ async def png_info(who: Who, body: Picture) -> Info:
             return Info(info="", items={}, parameters={})
         raise Refused(400, f"image: {error}", param="image", code="invalid_image") from None
     request = found.request
-    text = write_a1111(request, SOFTWARE)
+    text = write_a1111(request, SOFTWARE, None if "model" in request.model_fields_set else "")
     fields = request.model_dump(mode="json", include=request.model_fields_set - {"image", "mask", "reference"})
     return Info(info=text, items={"parameters": text}, parameters=fields)
 
@@ -468,7 +468,7 @@ async def png_info(who: Who, body: Picture) -> Info:
 def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]) -> Request:
     """The Request for a body. Raises Refused for an unknown model, sampler or scheduler, and for LoRAs."""
     fields: dict[str, Any] = dict(pictures)
-    reading = Reading(fields, {})
+    reading = Reading(fields)
     for name, find, given in (
         ("sampler_name", find_solver, body.sampler_name or body.sampler_index),
         ("scheduler", find_schedule, body.scheduler),

@@ -13,7 +13,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from starlette.datastructures import UploadFile
 
-from inkstream.engine.pictures.comfyui import read_comfyui
+from inkstream.engine.pictures.foreign.comfyui import read_comfyui
 from inkstream.serve import schema
 from inkstream.serve.api.gallery import file_answer, find_picture, send
 from inkstream.serve.api.openai import BINARY, keep
@@ -285,8 +285,9 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
             raise _refused(id, "ConditioningZeroOut needs cfg 1: link an empty CLIPTextEncode instead, or give cfg 1")
     reading = read_comfyui(nodes)
     assert reading is not None  # the graph has a sampler
-    fields = {name: value for name, value in reading.fields.items() if value is not None}
-    fields["model"] = _model(nodes, fields.get("model"), models)
+    model = _model(nodes, reading.fields.get("model"), models)
+    reading.settle(model)
+    fields = {name: value for name, value in reading.fields.items() if value is not None} | {"model": model}
     ignored = {name: value for name, value in reading.ignored.items() if name != "model"}
     fields["count"] = ignored.pop("batch_size", 1)
     if "image" in ignored:

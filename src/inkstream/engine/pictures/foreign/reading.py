@@ -1,0 +1,199 @@
+"""What is read from another program's metadata, and the names of that program's solvers, schedules and models."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard, get_args
+
+from inkstream.families.names import SCHEDULES, named
+from inkstream.types import ScheduleName, SolverName
+
+
+@dataclass
+class Reading:
+    """Fields for a Request, not yet validated; and ignored settings, by their name in the other program.
+
+    Programs keep two numbers apart: the scale of classifier-free guidance, here in `fields["guidance"]`, and the scale
+    that a model reads as an input, here `embedded`. A Request has one field for both, and `settle` chooses.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict[str, Any])
+    ignored: dict[str, Any] = field(default_factory=dict[str, Any])
+    embedded: Any = None
+    embedded_as: str = ""  # its name in the other program; empty: the program's default, which the picture does not say
+
+    def both_scales(self, value: Any) -> None:
+        """Takes a number that the program uses for whichever guidance the model has."""
+        if value is not None:
+            self.fields["guidance"] = self.embedded = value
+
+    def fill(self, other: Reading) -> None:
+        """Takes the model, and the guidance that it reads, from another text of the same picture if this lacks them."""
+        if self.embedded is None:
+            self.embedded, self.embedded_as = other.embedded, other.embedded_as
+        if "model" not in self.fields and "model" in other.fields:
+            self.fields["model"] = other.fields["model"]
+            self.ignored.pop("model", None)
+
+    def settle(self, model: str | None = None) -> None:
+        """Chooses the guidance and the schedule as the model means them. The numbers left over are ignored.
+
+        model: the model that will draw, if it is not the picture's.
+        """
+        spec = named(str(model or self.fields.get("model") or ""))
+        scale = self.fields.get("guidance")
+        if spec is not None and spec.guides == "read":
+            if self.embedded is not None:
+                self.fields["guidance"] = self.embedded
+                if self.embedded_as and as_number(scale) not in (None, 0, 1, as_number(self.embedded)):
+                    self.ignored["guidance"] = scale  # the model has no second prediction to guide by
+            elif as_number(scale) == 1:  # this says that there is no second prediction
+                del self.fields["guidance"]
+        elif self.embedded_as:
+            self.ignored[self.embedded_as] = self.embedded
+        if spec is not None and SCHEDULES.get(str(self.ignored.get("schedule"))) == spec.shift_rule:
+            del self.ignored["schedule"]  # it is the model's own
+
+
+# Names --------------------------------------------------------------------------------------------------------------
+
+A1111_SOLVERS = {
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "res_multistep": "Res Multistep",
+    "lcm": "LCM",
+}
+A1111_SCHEDULES = {"simple": "Simple", "sgm_uniform": "SGM Uniform", "normal": "Normal", "beta": "Beta"}
+
+
+def plain(name: str) -> str:
+    """A name in lower case without spaces and punctuation: `DPM++ 2M` and `dpmpp_2m` give the same."""
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("+", "p"))
+
+
+_SOLVERS: dict[str, str] = {
+    **{plain(name): name for name in get_args(SolverName)},
+    **{plain(theirs): ours for ours, theirs in A1111_SOLVERS.items()},
+    **{plain(f"{theirs} FlowMatch"): theirs.lower() for theirs in ("Euler", "Heun", "LCM")},  # SD.Next
+    "flowmatcheulerdiscretescheduler": "euler",
+    "flowmatchheundiscretescheduler": "heun",
+    "flowmatchlcmscheduler": "lcm",
+}
+_SCHEDULES: dict[str, str] = {plain(name): name for name in get_args(ScheduleName)}
+_OTHER_SCHEDULES = (
+    "karras", "exponential", "polyexponential", "uniform", "ddim_uniform", "kl_optimal", "align_your_steps", "ays",
+    "gits", "turbo", "smoothstep", "discrete", "lcm", "ltx2", "logit_normal", "linear", "cosine", "trailing", "substep",
+)  # fmt: skip
+"""Schedules of other programs that are not known here. They are only told apart from the solver's name before them."""
+_ENDINGS = {plain(name) for name in (*get_args(ScheduleName), *_OTHER_SCHEDULES, *SCHEDULES)}
+
+
+def find_solver(name: Any, reading: Reading) -> None:
+    """Sets `solver` to our solver of that name, and `schedule` if the name ends with one: `euler simple`.
+
+    A folder is dropped: `exponential/res_2s` is res_2s.
+    """
+    name = str(name)[:200].rpartition("/")[2]
+    if plain(name) not in _SOLVERS:
+        for cut in reversed([found.start() for found in re.finditer(r"[ _]", name)]):
+            if plain(name[:cut]) in _SOLVERS and plain(name[cut:]) in _ENDINGS:
+                find_schedule(name[cut + 1 :], reading)
+                name = name[:cut]
+                break
+    _find("solver", name, _SOLVERS, reading)
+
+
+def find_schedule(name: Any, reading: Reading) -> None:
+    """Sets `schedule` to our schedule of that name. "Automatic" leaves the field unset."""
+    if plain(str(name)) != "automatic":
+        _find("schedule", str(name), _SCHEDULES, reading)
+
+
+def _find(field: str, name: str, known: Mapping[str, str], reading: Reading) -> None:
+    if plain(name) in known:
+        reading.fields[field] = known[plain(name)]
+        reading.ignored.pop(field, None)
+    else:
+        reading.ignored[field] = name
+
+
+def find_model(name: Any, reading: Reading) -> None:
+    """Sets `model` to the known model of that file or repository name, in any precision. A finetune does not match."""
+    if (spec := named(str(name))) is not None:
+        reading.fields["model"] = spec.name
+        reading.ignored.pop("model", None)
+    else:
+        reading.ignored["model"] = name
+
+
+FINDERS: Mapping[str, Callable[[Any, Reading], None]] = {
+    "solver": find_solver,
+    "schedule": find_schedule,
+    "model": find_model,
+}
+"""Field -> the function that sets it from a name."""
+
+_LORA = re.compile(r"<lora:([^<>]{1,300})>")
+
+
+def take_loras(prompt: Any, reading: Reading) -> Any:
+    """Removes `<lora:name:weight>` tags from a prompt. The tags are noted as ignored."""
+    if isinstance(prompt, str) and (found := _LORA.findall(prompt)):
+        reading.ignored.setdefault("loras", []).extend(found)
+        prompt = _LORA.sub("", prompt).strip()
+    return prompt
+
+
+# Values -------------------------------------------------------------------------------------------------------------
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; None if the text is not JSON or is nested too deep."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_number(value: Any) -> float | None:
+    """A number, also one written as a text; None for anything else."""
+    try:
+        number = float(value) if is_number(value) or isinstance(value, str) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return None if math.isnan(number) else number
+
+
+def take(data: Mapping[str, Any], names: Mapping[str, str], reading: Reading) -> None:
+    """Copies the settings that have a value, under our names."""
+    for theirs, ours in names.items():
+        value, find = data.get(theirs), FINDERS.get(ours)
+        if find is not None and value:
+            find(value, reading)
+        elif find is None and value is not None:
+            reading.fields[ours] = take_loras(value, reading)
+
+
+def take_size(size: Any, reading: Reading) -> None:
+    """Reads `1024x768`, `1024*768` or `(1024, 768)`. Any other value is ignored."""
+    if found := re.fullmatch(r"\(?\s*(\d{1,6})\s*[x*,×]\s*(\d{1,6})\s*\)?", str(size)[:50]):
+        reading.fields["width"], reading.fields["height"] = found.groups()
+    elif size:
+        reading.ignored["size"] = size
+
+
+def leftovers(data: Mapping[str, Any], known: set[str], reading: Reading) -> None:
+    """Notes every setting outside `known` that has a value as ignored."""
+    for key, value in data.items():
+        if key not in known and value not in (None, "", [], {}, False):
+            reading.ignored.setdefault(key, value)
