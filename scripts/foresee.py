@@ -3,7 +3,8 @@
     python scripts/foresee.py [MODEL ...]
 
 The table has the bytes of each phase at the model's default size, on a GPU (computing in bfloat16) and on a CPU (in
-float32), the floating-point operations of each phase, and the bytes that are streamed for one evaluation. The script
+float32), the bytes that are streamed for one evaluation, and the floating-point operations of each phase, at that size
+and at half of its sides. The script
 downloads and allocates no weights. With MODEL names it updates only these models.
 """
 
@@ -50,7 +51,12 @@ def main() -> None:
 
 def foresee(spec: Spec) -> dict[str, Any]:
     request = complete(typical(spec).model_copy(update={"seed": 0}), spec)
-    found: dict[str, Any] = {"flops": count_products(spec, request)}
+    half = request.model_copy(update={"width": request.width // 2, "height": request.height // 2})
+    found: dict[str, Any] = {
+        "text_tokens": TOKENS[spec.family],
+        "flops": count_products(spec, request),
+        "flops_half": count_products(spec, half),
+    }
     for kind, dtype in COMPUTES.items():
         device = torch.device(kind)
         dtypes = {part: dtype_of(part, dtype, device) for part in parts_of(spec)}

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from inkstream.nn import quant
 from inkstream.nn.forward import ANY, PLAIN
 from inkstream.nn.layers import SwiGLU, rms_norm, rms_norm_into
 from inkstream.nn.quant import (
@@ -278,7 +279,8 @@ def test_rows_are_rounded_the_same_few_at_a_time():
 
 
 @pytest.mark.parametrize("rotated", [0, 16])
-def test_layers_that_share_rounded_rows_give_what_each_gives_alone(rotated):
+def test_layers_that_share_rounded_rows_give_what_each_gives_alone(rotated, monkeypatch):
+    monkeypatch.setattr(quant, "has_int8", lambda device: True)
     layer = SwiGLU(64, 128)
     state = {name: pack("int8", weight, dynamic=True) for name, weight in layer.state_dict().items()}
     state = {name: replace(packed, rotated=rotated) for name, packed in state.items()}

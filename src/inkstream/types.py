@@ -218,6 +218,13 @@ def read_size(text: str) -> int:
     return int(float(found[1]) * UNITS[found[2]])
 
 
+def in_time(seconds: float) -> str:
+    """Return a duration as text, rounded to the precision of the estimate."""
+    if seconds < 90:
+        return f"{max(seconds, 0.1):.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a model runs on. The command line, the server, its workers and Ray all take these options.

@@ -90,33 +90,39 @@ def info(picture: Annotated[str, Parameter(help="A PNG, WebP or JPEG of any prog
 def models(*, json: Json = False) -> None:
     """List the known models."""
     from inkstream.cli.lines import print_json
-    from inkstream.cli.models import list_models, print_models
+    from inkstream.cli.models import add_fits, list_models, print_models
 
     known = list_models()
-    print_json(known) if json else print_models(known)
+    if json:
+        add_fits(known)
+        print_json(known)
+    else:
+        print_models(known)
 
 
 @app.command
 def doctor(
-    *, memory: Annotated[str | None, Parameter(name="--for", show_default=False)] = None, json: Json = False
+    *, other: Annotated[str | None, Parameter(name="--for", show_default=False)] = None, json: Json = False
 ) -> None:
     """Show this machine's device and memory, the models that fit, their precision, and the recommended model.
 
     Parameters
     ----------
-    memory
-        Answer for a machine with a GPU of this memory, such as 8GiB.
+    other
+        Answer for a machine with this card, such as "RTX 3060", or with a GPU of this memory, such as 8GiB.
     """
-    from inkstream.cli.doctor import examine, print_findings
+    from inkstream.cli.doctor import examine, print_findings, print_software
     from inkstream.cli.lines import print_json
 
-    if memory is not None:
-        from inkstream.types import read_size
+    if not json and other is None:
+        print_software()
+    asked = None
+    if other is not None:
+        from inkstream.engine.machine.cards import find_card
 
-        findings = examine(read_size(memory))
-    else:
-        findings = examine()
-    print_json(findings) if json else print_findings(findings, asked=memory is not None)
+        asked = find_card(other)
+    findings = examine(asked)
+    print_json(findings) if json else print_findings(findings, asked=asked is not None)
 
 
 @app.command

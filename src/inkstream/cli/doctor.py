@@ -10,24 +10,40 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from inkstream.cli.lines import in_gibibytes, in_gigabytes, print_facts
 from inkstream.engine.files.licences import SETTING, in_words, is_commercial_only
-from inkstream.families import RECOMMENDED
+from inkstream.families import RECOMMENDED, SPECS
+from inkstream.types import in_time
+
+if TYPE_CHECKING:
+    from inkstream.engine.machine.cards import Card
 
 PACKAGES = ("inkstream", "torch", "tokenizers", "safetensors", "huggingface-hub", "pillow", "pydantic")
+PATIENCE = 3600
+"""Seconds for one picture. A model that takes longer is not recommended."""
+WIDTH = max(map(len, SPECS))
+"""Width of the names that `doctor` prints."""
 DRAWS = {False: "models of any licence", True: f"models for commercial use only: {SETTING} is set"}
 
 
-def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
+def examine_software() -> dict[str, Any]:
+    """Return versions and system. Torch is not imported."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {"versions": {"python": platform.python_version(), **versions}, "system": platform.platform()}
+
+
+def examine(other: Card | int | None = None, timed: bool = True) -> dict[str, Any]:
     """Return versions, device, memory, disk, hub and the models that fit, as JSON.
 
-    memory: bytes of another machine's GPU, instead of this machine. timed: measure the speed of this machine.
+    other: another machine's card or its bytes of memory, instead of this machine. timed: measure the speed of this
+    machine.
     """
     import torch
     from huggingface_hub import constants
 
+    from inkstream.engine.machine.cards import Card
     from inkstream.engine.machine.fit import fits, here, known, measure_speed
     from inkstream.engine.machine.loader import choose_device, choose_dtype
     from inkstream.engine.machine.memory import SPARE, count_weights, free_memory
@@ -35,8 +51,11 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
     device = choose_device()
     dtype = choose_dtype(None, device)
     free, total = free_memory(device)
+    memory = other.memory_bytes if isinstance(other, Card) else other
     kind, budget = here() if memory is None else ("cuda", int(SPARE * memory))
-    speed = measure_speed(device, dtype) if memory is None and timed else None
+    speed = other.speed() if isinstance(other, Card) else None
+    if other is None and timed:
+        speed = measure_speed(device, dtype)
     cache = Path(constants.HF_HUB_CACHE)
     there = next(folder for folder in (cache, *cache.parents) if folder.exists())
     models = [
@@ -50,11 +69,7 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
         for spec in known()
     ]
     return {
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in PACKAGES},
-        },
-        "system": platform.platform(),
+        **examine_software(),
         "device": {
             "name": str(device),
             "title": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
@@ -70,37 +85,54 @@ def examine(memory: int | None = None, timed: bool = True) -> dict[str, Any]:
             "offline": constants.HF_HUB_OFFLINE,
         },
         "commercial_only": is_commercial_only(),
-        "for": {"kind": kind, "memory_bytes": memory or free, "budget_bytes": budget},
+        "for": {
+            "kind": kind,
+            "card": other.title if isinstance(other, Card) else None,
+            "memory_bytes": memory or free,
+            "budget_bytes": budget,
+        },
         "models": models,
         "recommended": recommend(models),
     }
 
 
+def print_software() -> None:
+    """Print versions and system: at once, because the rest takes seconds."""
+    software = examine_software()
+    versions = ", ".join(f"{name} {version}" for name, version in software["versions"].items())
+    print_facts({"versions": versions, "system": software["system"]}, width=WIDTH)
+    sys.stdout.flush()
+
+
 def print_findings(findings: dict[str, Any], asked: bool = False) -> None:
-    """Print the findings. asked: they are about another machine: facts of this one are left out."""
+    """Print the findings but for versions and system. asked: they are about another machine."""
     device, hub, budget = findings["device"], findings["hub"], findings["for"]["budget_bytes"]
-    memory = " of ".join(in_gigabytes(n) if n else "unknown" for n in (device["free_bytes"], device["memory_bytes"]))
-    lines = {
-        "versions": ", ".join(f"{name} {version}" for name, version in findings["versions"].items()),
-        "system": findings["system"],
-        "device": f"{device['name']} ({device['title']}), {device['cores']} cores, {memory} free",
+    free = " of ".join(in_gigabytes(n) if n else "unknown" for n in (device["free_bytes"], device["memory_bytes"]))
+    about = {
+        "device": f"{device['name']} ({device['title']}), {device['cores']} cores, {free} free",
         "hub": hub["endpoint"] + (", not used: HF_HUB_OFFLINE is set" if hub["offline"] else ""),
         "cache": f"{hub['cache']}, {in_gigabytes(hub['free_bytes'])} free",
     }
+    if asked:
+        memory = in_gibibytes(findings["for"]["memory_bytes"])
+        card = findings["for"]["card"] or "a GPU with"
+        about = {card: f"{memory}, of which {in_gibibytes(budget or 0)} are planned with"}
     models = {
         model["name"]: f"{judge(model['fits'], budget)}; {in_words(model['licence'], model['commercial'])}"
         for model in findings["models"]
     }
-    card = f"{in_gibibytes(findings['for']['memory_bytes'])}, of which {in_gibibytes(budget or 0)} are planned with"
-    about = {"a GPU with": card} if asked else lines
-    print_facts({**about, "draws with": DRAWS[findings["commercial_only"]], **models})
+    print_facts({**about, "draws with": DRAWS[findings["commercial_only"]], **models}, width=WIDTH)
     print(advise(findings["models"]))
 
 
 def recommend(models: Sequence[Mapping[str, Any]]) -> str | None:
-    """Return the recommended model among those that fit and may be used, or None."""
-    allowed = {m["name"] for m in models if m["fits"] and (m["commercial"] or not is_commercial_only())}
-    return next((name for name in RECOMMENDED if name in allowed), None)
+    """Return the recommended model among those that fit and may be used, or None.
+
+    A model whose pictures take longer than `PATIENCE` is recommended only if all others take longer too.
+    """
+    allowed = {m["name"]: m["fits"][0] for m in models if m["fits"] and (m["commercial"] or not is_commercial_only())}
+    names = [name for name in RECOMMENDED if name in allowed]
+    return next((name for name in names if (allowed[name]["seconds"] or 0) <= PATIENCE), next(iter(names), None))
 
 
 def judge(fits: Sequence[Mapping[str, Any]], budget: int | None) -> str:
@@ -115,13 +147,6 @@ def describe(fit: Mapping[str, Any]) -> str:
     """Return one way in which a model fits, as text."""
     time = "" if fit["seconds"] is None else f", about {in_time(fit['seconds'])} a picture"
     return f"{fit['precision']} {fit['placement']} ({in_gibibytes(fit['peak'])}{time})"
-
-
-def in_time(seconds: float) -> str:
-    """Return a duration as text, rounded to the precision of the estimate."""
-    if seconds < 90:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def advise(models: Sequence[Mapping[str, Any]]) -> str:

@@ -11,9 +11,9 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
-    """Print one `name: value` a line. A nested mapping is indented below its name."""
-    width = max((len(name) for name in facts), default=0)
+def print_facts(facts: Mapping[str, Any], indent: str = "", width: int = 0) -> None:
+    """Print one `name: value` a line. A nested mapping is indented below its name. width: of the names, at least."""
+    width = max(width, *(len(name) for name in facts)) if facts else 0
     for name, value in facts.items():
         label = name.replace("_", " ") + ":"
         if isinstance(value, Mapping):

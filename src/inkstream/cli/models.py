@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from inkstream.cli.doctor import advise, judge
-from inkstream.cli.lines import in_gigabytes
+from inkstream.cli.lines import in_gigabytes, print_facts
 from inkstream.engine.drawing.options import options
 from inkstream.engine.files.licences import in_words
 from inkstream.families import SPECS
@@ -17,14 +17,9 @@ TELLING = ("negative_prompt", "guidance", "cache", "image", "strength", "mask", 
 
 
 def list_models() -> list[dict[str, Any]]:
-    """Return the facts of each model as JSON."""
-    from inkstream.engine.machine.fit import fits, foreseen, here, measure_speed
-    from inkstream.engine.machine.loader import choose_device, choose_dtype
+    """Return the facts of each model as JSON, without `fits`. Torch is not imported."""
     from inkstream.weights.hub import cached
 
-    kind, budget = here()
-    device = choose_device()
-    speed = measure_speed(device, choose_dtype(None, device))
     return [
         {
             "name": spec.name,
@@ -34,7 +29,7 @@ def list_models() -> list[dict[str, Any]]:
             "commercial": spec.commercial,
             "download_bytes": spec.download_bytes,
             "here": spec.folder is not None or bool(spec.repo and cached(spec.repo, ["*.safetensors"])),
-            "fits": [asdict(fit) for fit in fits(spec, kind, budget, speed)] if spec.name in foreseen() else None,
+            "fits": None,
             "abilities": sorted(spec.abilities),
             "options": {
                 name: {key: value for key, value in option._asdict().items() if value}
@@ -56,8 +51,21 @@ def list_models() -> list[dict[str, Any]]:
     ]
 
 
+def add_fits(known: list[dict[str, Any]]) -> None:
+    """Add how each published model fits this machine. The speed of the machine is measured."""
+    from inkstream.engine.machine.fit import fits, foreseen, here, measure_speed
+    from inkstream.engine.machine.loader import choose_device, choose_dtype
+
+    kind, budget = here()
+    device = choose_device()
+    speed = measure_speed(device, choose_dtype(None, device))
+    for model in known:
+        if model["name"] in foreseen():
+            model["fits"] = [asdict(fit) for fit in fits(SPECS[model["name"]], kind, budget, speed)]
+
+
 def print_models(known: list[dict[str, Any]]) -> None:
-    """Print a paragraph for each model, and the recommended model."""
+    """Print a paragraph for each model, then how each fits this machine, and the recommended model."""
     for model in known:
         defaults = model["defaults"]
         size = in_gigabytes(model["download_bytes"]) if model["download_bytes"] else ""
@@ -66,14 +74,15 @@ def print_models(known: list[dict[str, Any]]) -> None:
         print(f"  {model['title']}")
         size = f"{defaults['width']}x{defaults['height']}"
         shift = "by the size" if defaults["shift"] is None else f"{defaults['shift']:g}"
-        if model["fits"] is not None:
-            print(f"  here: {judge(model['fits'], None)}")
         print(f"  {size}, {defaults['steps']} steps, guidance {defaults['guidance']:g}, shift {shift}")
         for word in ("needs", "takes", "bears", "ignores", "rejects"):
             names = [name for name in TELLING if in_a_word(model["options"][name]) == word]
             if names:
                 words = ", ".join(name.replace("_", " ") for name in names)
                 print(f"  {word} {words}" + (", though it was not made for that" if word == "bears" else ""))
+    print("on this machine:", flush=True)
+    add_fits(known)
+    print_facts({model["name"]: judge(model["fits"], None) for model in known if model["fits"] is not None}, "  ")
     print(advise(known))
 
 

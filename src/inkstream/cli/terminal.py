@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from inkstream.cli.lines import in_gigabytes
-from inkstream.types import Event, Loading, Queued, Step
+from inkstream.types import Event, Loading, Queued, Step, in_time
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -77,7 +77,9 @@ class Terminal:
             picture = f"picture {event.index + 1} of {event.count}" if event.count > 1 else "picture"
             slow = event.seconds >= 1
             rate = f"{event.seconds:.2f} s/step" if slow else f"{1 / max(event.seconds, 1e-9):.1f} steps/s"
-            self._move(picture, event.step, event.steps, f"step {event.step} of {event.steps}, {rate}")
+            left = event.seconds * (event.steps - event.step + event.steps * (event.count - event.index - 1))
+            rest = f", {in_time(left)} left" if left >= 5 else ""
+            self._move(picture, event.step, event.steps, f"step {event.step} of {event.steps}, {rate}{rest}")
 
     def wait(self, what: str, done: int, total: int, note: str = "") -> None:
         """Show progress that is not an event: `done` of `total`."""

@@ -18,15 +18,20 @@ from inkstream.engine.drawing.model import Complete, Model, complete
 from inkstream.engine.drawing.options import options
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.engine.files.sources import locate
+from inkstream.engine.machine.fit import seconds_of
 from inkstream.engine.machine.loader import ANY, Opened, check_machine, open_model, read_model
 from inkstream.engine.machine.memory import Placing, typical
 from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import SPECS
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
-from inkstream.types import Done, Event, Failed, InputError, Loading, Machine, Queued, Request, Result, Spec
+from inkstream.types import Done, Event, Failed, InputError, Loading, Machine, Queued, Request, Result, Spec, in_time
 
 if TYPE_CHECKING:
     from inkstream.engine.machine.parallel import Crew
+
+
+LONG = 60
+"""Seconds. A picture that takes longer is announced with its time."""
 
 
 class Engine:
@@ -48,6 +53,7 @@ class Engine:
         self._model: Model | None = None
         self._placing: Placing | None = None
         self._least = ("", 0)  # a model, and its first placement to try: memory ran out under those before
+        self._told: tuple[object, ...] = ()  # the last request whose time was told
         self._batch = Batch()
         self._turn = threading.Lock()  # held while a model is loaded, by the thread that loads it
 
@@ -216,8 +222,22 @@ class Engine:
                 yield event
             whole = whole.model_copy(update={"prompt": prompt, "upsample": False})
             whole = self.crew.same(whole) if self.crew else whole
+        if line := self._foretell(whole):
+            yield Loading("time", note=line)
         job = Job(model, whole, drawn, self.previews, self.crew, self._end_phase)
         yield from way_of(model.family).draw(job)
+
+    def _foretell(self, request: Complete) -> str | None:
+        """Return a line with the time of a picture that takes over a minute, or None. The same is not told twice."""
+        told = (request.model, request.width, request.height, request.steps)
+        if told == self._told or self.crew:
+            return None
+        self._told = told
+        seconds = seconds_of(request, self.model)
+        if seconds is None or seconds < LONG:
+            return None
+        size = f"{request.width}x{request.height}"
+        return f"a picture of {size} in {request.steps} steps takes about {in_time(seconds)} here"
 
     def _end_phase(self) -> None:
         """Where memory is short, give freed memory back, so that the next phase starts with what its plan foresees."""

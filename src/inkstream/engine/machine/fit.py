@@ -5,26 +5,35 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from inkstream.engine.drawing.model import Complete, Model, complete
+from inkstream.engine.drawing.options import guided
 from inkstream.engine.machine.loader import choose_device
-from inkstream.engine.machine.memory import SPARE, free_memory
+from inkstream.engine.machine.memory import SPARE, free_memory, typical
 from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import SPECS
+from inkstream.nn.quant import has_fp8, has_int8, multiply_fp8, multiply_int8
 from inkstream.quant.pack import pack
 from inkstream.quant.packed import unpack
+from inkstream.sampling.schedules import SCHEDULES
+from inkstream.sampling.solvers import times_asked
 from inkstream.types import Spec
 
 ORDER = {
     "cuda": ("bf16", "fp8", "q8_0", "q6_k", "q5_k", "q4_k", "nf4"),
-    "cpu": ("w8a8", "q8_0", "q6_k", "q5_k", "q4_k", "nf4", "bf16"),
+    "cpu": ("bf16", "q8_0", "w8a8", "q6_k", "q5_k", "q4_k", "nf4"),
 }
-"""Device -> precisions of files in order of preference: by quality on a GPU, by speed on a CPU."""
+"""Device -> precisions of files, the best pictures first."""
+NEAR = 1.1
+"""The times of two fits are near each other up to this factor. Estimates are not closer to the truth."""
+LITTLE = 2e12
+"""Operations that every machine does within a minute: these are not worth a measurement."""
 BESIDES = 1.25
 """The time of a picture over that of its matrix products alone: norms, attention, activations. Measured on a CPU."""
 FORMATS = {"fp8": "e4m3", "w8a8": "int8"}
@@ -43,10 +52,10 @@ class Fit:
 
 @dataclass(frozen=True)
 class Speed:
-    """A device's speed per second, as `measure_speed` measures it."""
+    """A device's speed per second, as `measure_speed` measures it or as `cards` lists it."""
 
     products: float  # operations of a matrix product in the compute dtype
-    products_int8: float  # operations of an int8 matrix product
+    packed: Mapping[str, float]  # precision -> operations of a product with packed weights, if the device has such
     unpacked: Mapping[str, float]  # precision -> weights unpacked to the compute dtype
     brought: float  # bytes of weights copied to the device
 
@@ -60,32 +69,80 @@ def foreseen() -> Mapping[str, Any]:
 def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) -> list[Fit]:
     """For each precision the fastest placement within `budget` bytes, if there is one. The best choice comes first.
 
-    kind: "cpu"; any other value means a GPU. budget: None is unlimited. Fits with streamed layers come last.
+    kind: "cpu"; any other value means a GPU. budget: None is unlimited. With a speed, the fits are in order of time.
+    The best choice is then among those that take at most `NEAR` times the shortest: the one with the best quality, and
+    one with streamed layers only if there is no other. Without a speed, streamed layers come last.
     """
     kind = "cpu" if kind == "cpu" else "cuda"
     found: list[Fit] = []
     for precision in ORDER[kind] if spec.folder is None else ("bf16",):  # the shipped model has one precision
+        if kind == "cpu" and precision == "w8a8" and not has_int8(torch.device("cpu")):
+            continue
         peaks = {placement: max(foreseen()[spec.name][kind][precision][placement].values()) for placement in PLACEMENTS}
         placement = next((placement for placement, peak in peaks.items() if budget is None or peak <= budget), None)
         if placement is not None:
             seconds = None if speed is None else foretell(spec, kind, precision, placement, speed)
             found.append(Fit(precision, placement, peaks[placement], seconds))
-    return sorted(found, key=lambda fit: fit.placement == "streamed")
+    if speed is None or not found:
+        return sorted(found, key=lambda fit: fit.placement == "streamed")
+    shortest = min(_time(fit) for fit in found)
+    near = [fit for fit in found if _time(fit) <= NEAR * shortest]  # in the order of `ORDER`
+    best = min(near, key=lambda fit: fit.placement == "streamed")  # which needs memory beside the device
+    return [best, *sorted((fit for fit in found if fit is not best), key=_time)]
+
+
+def _time(fit: Fit) -> float:
+    return fit.seconds or 0.0
 
 
 def foretell(spec: Spec, kind: str, precision: str, placement: str, speed: Speed) -> float:
-    """An estimate of the seconds for one picture."""
+    """An estimate of the seconds for one picture of the model's own size."""
     facts = foreseen()[spec.name]
-    flops, weights = facts["flops"], facts[kind][precision]["transformer"]
-    products = speed.products_int8 if precision == "w8a8" else speed.products
-    numbers = facts[kind]["bf16"]["transformer"] / 2
-    evaluation = flops["steps"] / products * BESIDES
-    if precision in speed.unpacked:
-        evaluation += numbers / speed.unpacked[precision]
+    flops, weights = operations(spec, *spec.size), facts[kind][precision]["transformer"]
+    evaluation = flops["steps"] / speed.packed.get(precision, speed.products) * BESIDES
+    if precision in speed.unpacked and precision not in speed.packed:
+        evaluation += facts[kind]["bf16"]["transformer"] / 2 / speed.unpacked[precision]
     if placement == "streamed":
         bringing = weights / speed.brought
         evaluation = evaluation + bringing if kind == "cpu" else max(evaluation, bringing)
     return (flops["prompt"] + flops["picture"]) / speed.products * BESIDES + spec.steps * evaluation
+
+
+def operations(spec: Spec, width: int, height: int) -> Mapping[str, float]:
+    """Phase -> the floating-point operations for a picture of this size: one evaluation of `steps`.
+
+    The table has them for the model's own size and for half of its sides. Products with weights are linear in the
+    tokens of picture and text, attention is quadratic: two sizes give the share of each.
+    """
+    facts, (own_width, own_height) = foreseen()[spec.name], spec.size
+    pixels = width * height / (own_width * own_height)
+    text = facts["text_tokens"] * 256 / (own_width * own_height)  # one token for 16 x 16 pixels
+
+    def scale(phase: str, text: float) -> float:
+        own, half = facts["flops"][phase] / (1 + text), facts["flops_half"][phase] / (0.25 + text)
+        quadratic = max(0.0, (own - half) / 0.75)
+        return (pixels + text) * (own + quadratic * (pixels - 1))
+
+    return {"prompt": facts["flops"]["prompt"], "steps": scale("steps", text), "picture": scale("picture", 0.0)}
+
+
+def seconds_of(request: Complete, model: Model) -> float | None:
+    """An estimate of the seconds for one picture of a request with a loaded model. None: its architecture is not known.
+
+    Only the products are counted: references and step caches are left out.
+    """
+    spec = model.spec
+    like = next((one for one in known() if one.transformer == spec.transformer), None)
+    if like is None:
+        return None
+    flops = operations(like, request.width, request.height)
+    prompts = (1 + guided(request, spec)) / (1 + guided(complete(typical(like), like), like))
+    steps = len(times_asked(request.solver, SCHEDULES[request.schedule](request.steps, request.shift)))
+    evaluations = max(1.0, steps * request.strength)
+    total = flops["steps"] * prompts * evaluations + flops["prompt"] + flops["picture"]
+    if total < LITTLE:
+        return total / LITTLE
+    return total / measure_products(model.device, model.dtype) * BESIDES
 
 
 def here() -> tuple[str, int | None]:
@@ -97,22 +154,37 @@ def here() -> tuple[str, int | None]:
 
 def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     """Measures a device's speed. Takes well under a second."""
-    side = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(side, side, device=device, dtype=dtype)
-    rate = 2 * side**3 / _seconds(lambda: a @ a, device)
-    rate_int8 = rate
-    if device.type == "cpu":
-        b = torch.ones(side, side, dtype=torch.int8)
-        rate_int8 = 2 * side**3 / _seconds(lambda: torch._int_mm(b, b), device)  # pyright: ignore
-    weight = torch.randn(1024, 1024)
+    side = _side(device)
+    packed: dict[str, float] = {}
+    for precision, able in (("w8a8", device.type == "cpu" and has_int8(device)), ("fp8", has_fp8(device))):
+        if able:
+            weight = pack(FORMATS[precision], torch.ones(side, side)).to(device)
+            x = torch.ones(side, side, device=device, dtype=dtype)
+            multiply = multiply_int8 if precision == "w8a8" else multiply_fp8
+            work = partial(multiply, x, weight, None)
+            packed[precision] = 2 * side**3 / _seconds(work, device)
+    numbers = torch.randn(1024, 1024)
     unpacked: dict[str, float] = {}
-    for precision in ORDER["cpu"]:
-        if precision not in ("bf16", "w8a8"):
-            packed = pack(FORMATS.get(precision, precision), weight).to(device)
-            unpacked[precision] = weight.numel() / _seconds(lambda packed=packed: unpack(packed, dtype), device)
+    for precision in {*ORDER["cpu"], *ORDER["cuda"]} - {"bf16"}:
+        weight = pack(FORMATS.get(precision, precision), numbers).to(device)
+        unpacked[precision] = numbers.numel() / _seconds(partial(unpack, weight, dtype), device)
     home = torch.empty(1 << 25, dtype=torch.bfloat16, pin_memory=device.type == "cuda")
     there = torch.empty(1 << 25, dtype=dtype, device=device)
-    return Speed(rate, rate_int8, unpacked, home.nbytes / _seconds(lambda: there.copy_(home), device))
+    brought = home.nbytes / _seconds(lambda: there.copy_(home), device)
+    return Speed(measure_products(device, dtype), packed, unpacked, brought)
+
+
+@cache
+def measure_products(device: torch.device, dtype: torch.dtype) -> float:
+    """Measures the floating-point operations per second of matrix products. Takes a tenth of a second."""
+    side = _side(device)
+    a = torch.randn(side, side, device=device, dtype=dtype)
+    return 2 * side**3 / _seconds(lambda: a @ a, device)
+
+
+def _side(device: torch.device) -> int:
+    """The side of the matrices to measure with."""
+    return 1024 if device.type == "cpu" else 8192
 
 
 def _seconds(compute: Callable[[], object], device: torch.device) -> float:
