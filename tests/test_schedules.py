@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cache
 from itertools import pairwise
 from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -41,12 +43,75 @@ def test_simple_agrees_with_the_table_of_a_thousand_where_steps_divide_it(steps)
     assert SCHEDULES["simple"](steps, 3.0) == pytest.approx(read_off, abs=1e-12)
 
 
-@pytest.mark.parametrize("steps", [3, 7, 9, 30])
-def test_simple_is_at_most_a_thousandth_earlier_than_the_table_elsewhere(steps):
-    ours = SCHEDULES["simple"](steps, 1.0)
+@pytest.mark.parametrize("table", [1000, 10_000])
+@pytest.mark.parametrize("steps", [3, 7, 9, 30, 99])
+def test_simple_is_at_most_a_table_entry_earlier_than_the_table_elsewhere(steps, table):
+    ours = SCHEDULES["simple"](steps, 1.0, table)
     for i, t in enumerate(ours[:-1]):
-        late = (1000 - int(i * 1000 / steps)) / 1000
-        assert 0 <= late - t < 1e-3 or late - t == pytest.approx(0, abs=1e-12)
+        late = (table - int(i * table / steps)) / table
+        assert 0 <= late - t < 1 / table or late - t == pytest.approx(0, abs=1e-12)
+
+
+def comfyui(name, steps, shift, table):
+    """The times of ComfyUI's comfy/samplers.py, by the formulas of its ModelSamplingFlux and ModelSamplingDiscreteFlow.
+
+    Both map a time t to s / (s + 1 / t - 1), where s is e^mu for FLUX. Their `timestep` of a time is the time itself.
+    """
+
+    def moved(t):
+        return shift / (shift + 1 / t - 1)
+
+    entries = moved(np.arange(1, table + 1) / table)
+    if name == "sgm_uniform":
+        times = moved(np.linspace(entries[-1], entries[0], steps + 1)[:-1])
+    elif name == "normal":
+        times = moved(np.linspace(entries[-1], entries[0], steps))
+    else:
+        a, b = (0.6, 0.6) if name == "beta" else (0.5, 0.7)
+        quantiles = 1 - np.linspace(0, 1, steps, endpoint=False)
+        nearest = np.searchsorted(
+            midpoints(a, b, table), quantiles + 1e-12, side="right"
+        )  # 1e-12: a half is rounded up
+        times = entries[list(dict.fromkeys(nearest.tolist()))]
+    return [*times.tolist(), 0.0]
+
+
+@cache
+def midpoints(a, b, table):
+    """The probabilities of Beta(a, b) half-way between the table's entries, by quadrature over u = x^a."""
+    x = (np.arange(table - 1) + 0.5) / (table - 1)
+    return np.where(x <= 0.5, quadrature(np.minimum(x, 0.5), a, b), 1 - quadrature(np.minimum(1 - x, 0.5), b, a))
+
+
+def quadrature(x, a, b):
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+    half = x[:, None] ** a / 2
+    total = ((1 - (half * (nodes + 1)) ** (1 / a)) ** (b - 1) * weights * half).sum(1) / a
+    return total * math.gamma(a + b) / (math.gamma(a) * math.gamma(b))
+
+
+@pytest.mark.parametrize("name", ["sgm_uniform", "normal", "beta", "beta57"])
+@pytest.mark.parametrize(
+    ("shift", "table"),
+    [
+        (math.exp(0.5), 10_000),
+        (math.exp(1.15), 10_000),
+        (math.exp(2.02), 10_000),
+        (1.0, 1000),
+        (3.0, 1000),
+        (6.0, 1000),
+    ],
+    ids=["flux-0.5", "flux-1.15", "flux-2.02", "flow-1", "flow-3", "flow-6"],
+)
+def test_schedules_are_those_of_comfyui_on_the_models_own_table(name, shift, table):
+    for steps in range(1, 101):
+        assert SCHEDULES[name](steps, shift, table) == pytest.approx(comfyui(name, steps, shift, table), abs=1e-9)
+
+
+@pytest.mark.parametrize(("shift", "table"), [(0.05, 1000), (0.3, 10_000)])
+def test_an_end_of_normal_that_is_almost_zero_counts_as_the_final_zero(shift, table):
+    assert SCHEDULES["normal"](8, shift, table) == SCHEDULES["sgm_uniform"](8, shift, table)
+    assert SCHEDULES["normal"](8, 0.4, table) != SCHEDULES["sgm_uniform"](8, 0.4, table)
 
 
 @pytest.mark.parametrize(

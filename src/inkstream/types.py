@@ -157,6 +157,7 @@ class Spec:
     multiple: int = 16  # pixels; the width and the height must be multiples of it
     solver: SolverName = "euler"
     schedule: ScheduleName = "simple"
+    table: int = 1000  # entries of the table of times behind most schedules
     strength: float = 0.6
     abilities: frozenset[str] = frozenset()  # any of: guidance, image, mask, references, references_once, fill, map,
     # json (prompts), upsample, upsample_references

@@ -1,8 +1,9 @@
 """Noise schedules: the times from 1 (noise) to 0 (picture) at which a solver steps. Plain floats, without torch.
 
-Each schedule is `(steps, shift) -> times`. The times decrease strictly and end at exactly 0.0. There are steps + 1
-times, but `beta` and `beta57` drop duplicates and so may have fewer. "Table" below means the 1000 training times
-`shifted(k / 1000, shift)`, k = 1 ... 1000. ComfyUI defines most schedules on this table.
+Each schedule is `(steps, shift, table) -> times`. The times decrease strictly and end at exactly 0.0. There are steps +
+1 times, but `beta` and `beta57` drop duplicates and so may have fewer. ComfyUI defines most schedules on a table of
+times `shifted(k / table, shift)`, k = 1 ... table. It has 1000 entries for Z-Image and FLUX.1 schnell
+(ModelSamplingDiscreteFlow), and 10,000 for the other FLUX models (ModelSamplingFlux): see `Spec.table`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from functools import lru_cache
 from inkstream.types import ScheduleName
 
 TABLE = 1000
+"""Entries of the table, unless a model says otherwise."""
+NEAR_ZERO = 1e-5
 
 
 def shifted(t: float, shift: float) -> float:
@@ -26,7 +29,9 @@ def shifted(t: float, shift: float) -> float:
     return shift * t / (shift * t + (1 - t))
 
 
-def dynamic_shift(tokens: int, few: int = 256, many: int = 4096, few_mu: float = 0.5, many_mu: float = 1.15) -> float:
+def dynamic_shift(
+    tokens: int, few: float = 256, many: float = 4096, few_mu: float = 0.5, many_mu: float = 1.15
+) -> float:
     """Return FLUX.1's shift exp(mu) for a number of image tokens.
 
     mu is the line through (few, few_mu) and (many, many_mu). Source: FLUX.1's sampling, whose e^mu / (e^mu + 1/t - 1)
@@ -52,48 +57,54 @@ def empirical_mu(tokens: int, steps: int) -> float:
     return two_hundred + (ten - two_hundred) * (200 - steps) / 190
 
 
-def simple(steps: int, shift: float) -> list[float]:
+def simple(steps: int, shift: float, table: int = TABLE) -> list[float]:
     """Space the times evenly, then shift them, as Z-Image's own code does.
 
-    ComfyUI takes the times from the table. They are the same if steps divides 1000 (such as 8). Otherwise they differ
-    by up to 1/1000 before the shift.
+    BFL's and diffusers' code do the same. ComfyUI takes the times from the table. They are the same if steps divides
+    the table (such as 8). Otherwise ComfyUI's are later by up to 1/table before the shift.
     """
     return [shifted(1 - i / steps, shift) for i in range(steps)] + [0.0]
 
 
-def sgm_uniform(steps: int, shift: float) -> list[float]:
+def sgm_uniform(steps: int, shift: float, table: int = TABLE) -> list[float]:
     """Space the times evenly from 1 to the table's last time, without that end, then shift them.
 
     The end is already a shifted time, so the shift is applied twice there. ComfyUI does the same, and the numbers
     agree with it.
     """
-    end = shifted(1 / TABLE, shift)
+    end = shifted(1 / table, shift)
     return [shifted(1 + (end - 1) * i / steps, shift) for i in range(steps)] + [0.0]
 
 
-def normal(steps: int, shift: float) -> list[float]:
-    """Like `sgm_uniform`, but with the end: the last step starts there."""
-    end = shifted(1 / TABLE, shift)
+def normal(steps: int, shift: float, table: int = TABLE) -> list[float]:
+    """Like `sgm_uniform`, but with the end: the last step starts there.
+
+    An end that the second shift brings within 1e-5 of 0, at a shift far below 1, counts as the final 0. ComfyUI does
+    the same.
+    """
+    end = shifted(1 / table, shift)
+    if shifted(end, shift) <= NEAR_ZERO:
+        return sgm_uniform(steps, shift, table)
     return [shifted(1 + (end - 1) * i / max(steps - 1, 1), shift) for i in range(steps)] + [0.0]
 
 
-def beta(steps: int, shift: float) -> list[float]:
+def beta(steps: int, shift: float, table: int = TABLE) -> list[float]:
     """Take the table's times at quantiles of Beta(0.6, 0.6), which are dense at both ends.
 
     Duplicates are dropped, so there may be fewer steps. Source: Lee et al. 2024 (arXiv 2407.12173).
     """
-    return _beta_quantiles(steps, shift, 0.6, 0.6)
+    return _beta_quantiles(steps, shift, table, 0.6, 0.6)
 
 
-def beta57(steps: int, shift: float) -> list[float]:
+def beta57(steps: int, shift: float, table: int = TABLE) -> list[float]:
     """Like `beta`, with Beta(0.5, 0.7), which is denser near the picture. Source: RES4LYF."""
-    return _beta_quantiles(steps, shift, 0.5, 0.7)
+    return _beta_quantiles(steps, shift, table, 0.5, 0.7)
 
 
-def linear_quadratic(steps: int, shift: float) -> list[float]:
+def linear_quadratic(steps: int, shift: float, table: int = TABLE) -> list[float]:
     """Cover the first 1/40 of the way linearly with half of the steps, then the rest quadratically.
 
-    `shift` is not used. Source: Mochi 1 (Genmo), threshold 0.025.
+    `shift` and `table` are not used. Source: Mochi 1 (Genmo), threshold 0.025.
     """
     if steps == 1:
         return [1.0, 0.0]
@@ -103,10 +114,11 @@ def linear_quadratic(steps: int, shift: float) -> list[float]:
     return [1 - slope * i - curve * max(i - half, 0) ** 2 for i in range(steps)] + [0.0]
 
 
-def bong_tangent(steps: int, shift: float) -> list[float]:
-    """Join two arctangent curves, from 1 to 1/2 and from 1/2 to 0, at 0.6 of the steps. `shift` is not used.
+def bong_tangent(steps: int, shift: float, table: int = TABLE) -> list[float]:
+    """Join two arctangent curves, from 1 to 1/2 and from 1/2 to 0, at 0.6 of the steps.
 
-    Source: RES4LYF, slopes 0.2 and pivots 0.6. RES4LYF does not define one step; here it is [1, 0].
+    `shift` and `table` are not used. Source: RES4LYF, slopes 0.2 and pivots 0.6. RES4LYF does not define one step;
+    here it is [1, 0].
     """
     if steps == 1:
         return [1.0, 0.0]
@@ -120,7 +132,7 @@ def bong_tangent(steps: int, shift: float) -> list[float]:
     return first + second
 
 
-SCHEDULES: dict[ScheduleName, Callable[[int, float], list[float]]] = {
+SCHEDULES: dict[ScheduleName, Callable[[int, float, int], list[float]]] = {
     "simple": simple,
     "sgm_uniform": sgm_uniform,
     "normal": normal,
@@ -131,21 +143,23 @@ SCHEDULES: dict[ScheduleName, Callable[[int, float], list[float]]] = {
 }
 
 
-def _beta_quantiles(steps: int, shift: float, a: float, b: float) -> list[float]:
+def _beta_quantiles(steps: int, shift: float, table: int, a: float, b: float) -> list[float]:
     """Return the table's times nearest to the quantiles 1, 1 - 1/n, ... 1/n of Beta(a, b), without duplicates, then 0.
 
-    The distribution function is evaluated at the midpoints between neighbouring entries. The index of the nearest
-    entry is the number of midpoints with a probability of at most the quantile's, so no inverse is needed. Adding 1e-12
-    rounds an exact half up, as rounding to even does at 499.5.
+    The index of the entry nearest to a quantile is the number of midpoints between neighbouring entries whose
+    probability is at most the quantile's. Bisection finds it, so no inverse of the distribution is needed. Adding 1e-12
+    rounds an exact half up, as rounding to even does in the middle of both tables, at 499.5 and 4999.5.
     """
-    marks = _marks(a, b)
-    picks = dict.fromkeys(bisect_right(marks, 1 - i / steps + 1e-12) for i in range(steps))  # no duplicates
-    return [shifted((k + 1) / TABLE, shift) for k in picks] + [0.0]
+
+    quantiles = (1 - i / steps + 1e-12 for i in range(steps))
+    picks = dict.fromkeys(bisect_right(range(table - 1), q, key=lambda k: _midpoint(k, table, a, b)) for q in quantiles)
+    return [shifted((k + 1) / table, shift) for k in picks] + [0.0]  # dict.fromkeys drops duplicates
 
 
-@lru_cache
-def _marks(a: float, b: float) -> list[float]:
-    return [beta_cdf((k + 0.5) / (TABLE - 1), a, b) for k in range(TABLE - 1)]
+@lru_cache(1 << 15)
+def _midpoint(k: int, table: int, a: float, b: float) -> float:
+    """Return the probability half-way between the table's entries k and k + 1."""
+    return beta_cdf((k + 0.5) / (table - 1), a, b)
 
 
 def beta_cdf(x: float, a: float, b: float) -> float:

@@ -167,7 +167,7 @@ class Model:
         if noise is None:
             noise = torch.randn(shape, generator=generator)
         noise = noise.to(self.device, torch.float32)
-        ts = SCHEDULES[request.schedule](request.steps, request.shift)
+        ts = SCHEDULES[request.schedule](request.steps, request.shift, self.spec.table)
         latents = None if original is None else original.latents
         if latents is not None:
             ts = ts[start_index(len(ts) - 1, request.strength) :]

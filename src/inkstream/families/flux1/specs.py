@@ -118,6 +118,7 @@ _TINY_DEV = replace(
     guidance=3.5,
     guides="read",
     shift_rule="dynamic",
+    table=10_000,
     abilities=frozenset({"image", "mask", "guidance"}),
 )
 DEV = replace(
@@ -129,6 +130,7 @@ DEV = replace(
     guidance=3.5,
     guides="read",
     shift_rule="dynamic",
+    table=10_000,
     abilities=frozenset({"image", "mask", "guidance"}),
     repo="black-forest-labs/FLUX.1-dev",
     licence=NON_COMMERCIAL,
