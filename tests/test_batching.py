@@ -281,7 +281,7 @@ def test_a_run_counts_the_tokens_of_picture_text_and_references():
     latents = torch.zeros(16, 8, 12)
     run = Run(Request(width=96, height=64, guidance=1.0), SOLVERS["euler"](latents, [1.0, 0.0]), ["x"], 1, latents)
     cond = Conditioning(torch.zeros(12, 4), (7, 5), references=(torch.zeros(16, 8, 8), torch.zeros(16, 4, 4)))
-    assert tokens_of(run, cond) == 24 + 7 + 16 + 4
+    assert tokens_of(run, cond, 16) == 24 + 7 + 16 + 4
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no other C library can be told")

@@ -395,6 +395,25 @@ def test_a_shift_that_is_no_number_is_named(folder, shift):
     refused(folder, "scheduler_config.json says shift is")
 
 
+@pytest.mark.parametrize(
+    ("declared", "said"),
+    [
+        ({"_class_name": "ZImageControlNetPipeline", "controlnet": ["diffusers", "ZImageControlNetModel"]},
+         ["m declares controlnet (ZImageControlNetModel), which is not used: it draws as it does without"]),
+        ({"_class_name": "ZImageControlNetPipeline"},
+         ["m declares ZImageControlNetPipeline, but no ControlNet is used"]),
+        ({"siglip": ["transformers", "Siglip2VisionModel"], "siglip_processor": ["transformers", "Siglip2Processor"]},
+         ["m declares siglip (Siglip2VisionModel), which is not used: it draws as it does without"]),
+        ({"image_encoder": [None, None], "feature_extractor": ["transformers", "CLIPImageProcessor"]}, []),
+    ],
+)  # fmt: skip
+def test_a_part_that_the_folder_declares_and_that_is_not_used_is_named(folder, declared, said):
+    edit_json(folder / "model_index.json", **declared)
+    events = []
+    locate(folder, events.append)
+    assert [event.note for event in events if event.note] == [line.replace("m ", f"{folder.name} ", 1) for line in said]
+
+
 def test_the_transformers_folder_stands_for_the_model_folder(tiny_folder):
     model = inkstream.load(tiny_folder / "transformer")
     assert same_weights(inkstream.load(tiny_folder), model)

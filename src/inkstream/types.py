@@ -153,8 +153,15 @@ class Spec:
     image_embedder: Any = None  # maps the image encoder's states to the text encoder's width
     guides: GuidanceKind = "twice"
     shift_rule: ShiftRule = "fixed"
+    shift_line: tuple[float, float, float, float] = (
+        256,
+        4096,
+        0.5,
+        1.15,
+    )  # with `dynamic`: two numbers of tokens, then
+    # the log of the shift at each
     size: tuple[int, int] = (1024, 1024)  # default width and height in pixels
-    multiple: int = 16  # pixels; the width and the height must be multiples of it
+    multiple: int = 16  # pixels along a side of an image token; the width and the height must be multiples of it
     solver: SolverName = "euler"
     schedule: ScheduleName = "simple"
     table: int = 1000  # entries of the table of times behind most schedules

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,3 +63,26 @@ def reference_folder(reference, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-turbo"
     reference.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def reschedule(tmp_path) -> Callable[..., Path]:
+    """`reschedule(pipeline, folder, **entries)` gives a pipeline another scheduler for this test.
+
+    Returns a copy of its folder with the same scheduler_config.json.
+    """
+    before = []
+
+    def change(pipeline, folder: Path, **entries) -> Path:
+        before.append((pipeline, pipeline.scheduler))
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(**entries)
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy, copy_function=lambda source, target: Path(target).symlink_to(source))
+        config = copy / "scheduler" / "scheduler_config.json"
+        config.unlink()
+        config.write_text(json.dumps({"_class_name": "FlowMatchEulerDiscreteScheduler", **entries}))
+        return copy
+
+    yield change
+    for pipeline, scheduler in reversed(before):
+        pipeline.scheduler = scheduler

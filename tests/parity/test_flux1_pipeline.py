@@ -103,6 +103,49 @@ def test_text_to_image_draws_the_same_picture(pipelines, name, prompt):
     pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), theirs, pipeline)
 
 
+SCHEDULERS = [
+    {"shift": 3.0, "use_dynamic_shifting": False},
+    {"shift": 1.0},
+    {},
+    {"use_dynamic_shifting": True},
+    {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 2.5, "time_shift_type": "exponential"},
+    {"use_dynamic_shifting": True, "shift": 3.0, "base_image_seq_len": 16, "max_image_seq_len": 64, "max_shift": 3.0},
+    {"shift": 2.5, "time_shift_type": "linear", "shift_terminal": None, "use_karras_sigmas": False},
+]
+
+
+@pytest.mark.parametrize("entries", SCHEDULERS, ids=str)
+@pytest.mark.parametrize("name", ["flux1-schnell", "flux1-dev"])
+def test_the_scheduler_of_the_folder_is_honoured(pipelines, reschedule, name, entries):
+    pipeline, folder = pipelines[name]
+    ours = inkstream.load(reschedule(pipeline, folder, **entries), inkstream.Machine("cpu", "fp32"))
+    noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(1))
+    dynamic = entries.get("use_dynamic_shifting", False)
+    theirs = pipeline(
+        "a red cat", height=80, width=64, num_inference_steps=4, guidance_scale=3.5, latents=packed(noise),
+        max_sequence_length=256 if name == "flux1-schnell" and not dynamic else 512, output_type="pt",
+    ).images  # fmt: skip
+    guidance = 3.5 if name == "flux1-dev" else 1.0
+    request = Request(prompt="a red cat", width=64, height=80, steps=4, guidance=guidance, seed=0)
+    pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), theirs, pipeline)
+
+
+def test_a_model_without_guidance_input_whose_scheduler_shifts_dynamically_is_guided_by_two_prompts(
+    pipelines, reschedule
+):
+    pipeline, folder = pipelines["flux1-schnell"]
+    folder = reschedule(pipeline, folder, use_dynamic_shifting=True)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
+    assert (ours.spec.guides, ours.spec.steps, ours.spec.guidance) == ("twice", 28, 3.5)
+    noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(1))
+    theirs = pipeline(
+        "a red cat", negative_prompt="a bird", true_cfg_scale=3.5, height=80, width=64, num_inference_steps=4,
+        latents=packed(noise), output_type="pt",
+    ).images  # fmt: skip
+    request = Request(prompt="a red cat", negative_prompt="a bird", width=64, height=80, steps=4, seed=0)
+    pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), theirs, pipeline, 3.5)
+
+
 def test_kontext_sees_the_reference_as_the_pipeline_shows_it(pipelines, monkeypatch):
     small = tuple((width // 16 * 2 // 2, height // 16) for width, height in kontext.SIZES)
     small = tuple((max(w // 16 * 16, 16), max(h // 16 * 16, 16)) for w, h in small)

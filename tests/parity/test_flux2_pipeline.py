@@ -80,3 +80,25 @@ def test_the_same_noise_and_references_give_the_same_picture(folders, name, kind
         )
         own = ours.decode(ours.sample(request, ours.encode(request), noise))
         pictures_agree(own, expected, theirs, guidance or 1)
+
+
+SCHEDULERS = [
+    {"shift": 3.0, "use_dynamic_shifting": False},
+    {},
+    {"use_dynamic_shifting": True},
+    {"use_dynamic_shifting": True, "base_shift": 0.7, "max_shift": 2.5, "shift": 2.0},
+]
+
+
+@pytest.mark.parametrize("entries", SCHEDULERS, ids=str)
+def test_the_scheduler_of_the_folder_is_honoured(folders, reschedule, entries):
+    folder, tokenizer = folders["flux2-klein-4b"]
+    theirs = theirs_of(Flux2KleinPipeline, folder, tokenizer)
+    ours = inkstream.load(reschedule(theirs, folder, **entries), inkstream.Machine("cpu", "fp32"))
+    noise = torch.randn(1, 16, 5, 4, generator=torch.Generator().manual_seed(1))
+    expected = theirs(
+        prompt="a fish", width=64, height=80, num_inference_steps=5, latents=noise.clone(), output_type="pt",
+        text_encoder_out_layers=(1, 2, 3),
+    ).images  # fmt: skip
+    request = Request(prompt="a fish", width=64, height=80, steps=5, seed=0)
+    pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), expected, theirs)

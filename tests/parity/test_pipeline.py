@@ -43,6 +43,43 @@ def test_text_to_image_draws_the_same_pictures(reference, model, size, guidance,
     pictures_agree(model.decode(model.sample(request, model.encode(request), noise)), theirs, reference, guidance)
 
 
+SCHEDULERS = [
+    {"shift": 4.5, "use_dynamic_shifting": False},
+    {},
+    {"shift": 3.0, "use_dynamic_shifting": True},
+    {"use_dynamic_shifting": True, "base_shift": 0.3, "max_shift": 2.0, "max_image_seq_len": 1024},
+]
+
+
+@pytest.mark.parametrize("entries", SCHEDULERS, ids=str)
+def test_the_scheduler_of_the_folder_is_honoured(reference, reference_folder, reschedule, entries):
+    model = inkstream.load(reschedule(reference, reference_folder, **entries))
+    noise = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(1))
+    theirs = reference(
+        "a fish", height=96, width=64, num_inference_steps=5, guidance_scale=0.0, latents=noise.clone(),
+        output_type="pt",
+    ).images  # fmt: skip
+    request = Request(prompt="a fish", width=64, height=96, steps=5, guidance=1)
+    pictures_agree(model.decode(model.sample(request, model.encode(request), noise)), theirs, reference)
+
+
+def test_a_scheduler_that_samples_stochastically_is_honoured(reference, reference_folder, reschedule, monkeypatch):
+    model = inkstream.load(reschedule(reference, reference_folder, shift=3.0, stochastic_sampling=True))
+    assert model.spec.solver == "lcm"
+    generator = torch.Generator().manual_seed(7)
+    monkeypatch.setattr(
+        "diffusers.schedulers.scheduling_flow_match_euler_discrete.randn_tensor",
+        lambda shape, **_: torch.randn(shape[1:], generator=generator)[None],
+    )
+    noise = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(1))
+    theirs = reference(
+        "a fish", height=96, width=64, num_inference_steps=5, guidance_scale=0.0, latents=noise.clone(),
+        output_type="pt",
+    ).images  # fmt: skip
+    request = Request(prompt="a fish", width=64, height=96, steps=5, guidance=1, seed=7)
+    pictures_agree(model.decode(model.sample(request, model.encode(request), noise)), theirs, reference)
+
+
 @pytest.mark.parametrize(("normalization", "truncation"), [(1.0, 1.0), (0.7, 1.0), (0.0, 0.5), (1.0, 0.3)])
 def test_guidance_normalised_and_truncated_draws_the_same_picture(reference, model, normalization, truncation):
     noise = torch.randn(1, 16, 8, 8, generator=torch.Generator().manual_seed(2))

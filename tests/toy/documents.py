@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from inkstream.families.scheduler import SCHEDULER, write_scheduler
 from inkstream.types import Spec
 
 
@@ -21,5 +22,5 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
         "transformer/config.json": {"_class_name": "ToyTransformer2DModel", **asdict(spec.transformer)},
         "text_encoder/config.json": {"model_type": "qwen3", **asdict(spec.text_encoder)},
         "vae/config.json": {"_class_name": "AutoencoderKL", **asdict(spec.vae)},
-        "scheduler/scheduler_config.json": {"shift": spec.shift},
+        SCHEDULER: write_scheduler(spec),
     }

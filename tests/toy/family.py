@@ -21,6 +21,7 @@ from inkstream.families.parts import (
     load_tokenizer,
     tokenize,
 )
+from inkstream.families.scheduler import read_scheduler
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.forward import Sample
 from inkstream.nn.offload import where_it_computes
@@ -73,7 +74,8 @@ class Toy:
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
         """Shapes cannot tell the two apart: the name does."""
-        return replace(FAST if "fast" in name.lower() else TOY, name=name, **configs)
+        known = FAST if "fast" in name.lower() else TOY
+        return read_scheduler(replace(known, name=name, **configs), documents)
 
     # Prompts ----------------------------------------------------------------------------------------------------------
 

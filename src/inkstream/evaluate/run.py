@@ -109,7 +109,7 @@ def pack(items: Iterable[T], need: Callable[[T], int]) -> Iterator[list[T]]:
 
 def tokens(request: Complete, spec: Spec) -> int:
     """Return the tokens of a request, as counted by ROOM."""
-    return (request.width // 16) * (request.height // 16) * (2 if guided(request, spec) else 1)
+    return (request.width // spec.multiple) * (request.height // spec.multiple) * (2 if guided(request, spec) else 1)
 
 
 def open_picture(path: Path) -> Image.Image:

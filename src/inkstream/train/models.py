@@ -89,6 +89,7 @@ def start(recipe: Recipe) -> Start:
     else:
         spec = kind.recognise(configs, _documents(shift), name or "trained")
     wanted = {"steps": model.steps, "guidance": model.guidance, "shift": model.shift, "title": model.title}
+    wanted["shift_rule"] = "fixed" if model.shift else None
     spec = replace(
         spec, **{k: v for k, v in wanted.items() if v}, size=recipe.data.sizes[0], repo=None, download_bytes=None
     )

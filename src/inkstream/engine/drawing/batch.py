@@ -53,9 +53,9 @@ Admits = Callable[[Sequence[Ask], Ask], bool]
 """Whether a forward with the given Asks has room for one more."""
 
 
-def tokens_of(run: Run, cond: Conditioning) -> int:
-    """The tokens of one sample of a run, about: of its picture, text and references."""
-    picture = run.request.width // 16 * (run.request.height // 16)
+def tokens_of(run: Run, cond: Conditioning, side: int) -> int:
+    """The tokens of one sample of a run, about: of its picture, text and references. side: of a token, in pixels."""
+    picture = run.request.width // side * (run.request.height // side)
     pictures = sum(latents[0].numel() for latents in (run.estimate, *cond.references)) / run.estimate[0].numel()
     return round(picture * pictures) + max(cond.lengths)
 

@@ -63,7 +63,7 @@ class Flow:
                 yield Loading("prompt", text=written_out(one, model.spec))
             run = model.start(one, cond, original)
             try:
-                ask = Ask(model.family, run, tokens_of(run, cond))
+                ask = Ask(model.family, run, tokens_of(run, cond, model.spec.multiple))
                 for step in range(1, run.evaluations + 1):
                     asked, t = time.perf_counter(), run.query.t  # type: ignore[union-attr]
                     yield ask

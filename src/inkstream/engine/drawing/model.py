@@ -334,7 +334,7 @@ def complete(request: Request, spec: Spec) -> Complete:
 
 def shift_for(spec: Spec, width: int, height: int, steps: int) -> float:
     """Return the time shift for a picture of this size, by the model's rule."""
-    tokens = (width // 16) * (height // 16)
+    tokens = (width // spec.multiple) * (height // spec.multiple)
     if spec.shift_rule == "dynamic":
-        return round(dynamic_shift(tokens), 6)
+        return round(dynamic_shift(tokens, *spec.shift_line), 6)
     return round(empirical_shift(tokens, steps), 6) if spec.shift_rule == "empirical" else spec.shift

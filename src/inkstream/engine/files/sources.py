@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,9 +95,6 @@ def locate(
     }
     if (root / INDEX).is_file():
         documents[INDEX] = read_json(root / INDEX)
-    shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
-    if not isinstance(shift, int | float | None):
-        raise InputError(f"{root}/scheduler/scheduler_config.json says shift is {shift!r}: expected a number like 3.0")
     card: Mapping[str, Any] = {}
     if (root / CARD).is_file():
         documents[CARD] = read_json(root / CARD)
@@ -109,8 +106,24 @@ def locate(
     spec = replace(spec, **{"licence": licence, "commercial": commercial, **card})
     if commercial_only:
         check_licence(spec.name, spec)
+    if line := _unused(documents.get(INDEX, {}), {*parts, *family.tokenizers, "scheduler"}, title):
+        tell(Loading("model", note=line))
     tokenizers = {name: find_tokenizer(family, spec, name, parts[encoder_of(name)], path) for name in family.tokenizers}
     return Source(family, spec, parts, tokenizers, documents)
+
+
+def _unused(index: Mapping[str, Any], used: Container[str], title: str) -> str:
+    """A line about the parts of a model_index.json that are not drawn with; empty if there are none."""
+    declared = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    parts = [
+        f"{name} ({kind})"
+        for name, kind in declared.items()
+        if kind and name not in used and not name.endswith(("processor", "feature_extractor"))
+    ]
+    if parts:
+        return f"{title} declares {', '.join(parts)}, which is not used: it draws as it does without"
+    pipeline = str(index.get("_class_name", ""))
+    return f"{title} declares {pipeline}, but no ControlNet is used" if "ControlNet" in pipeline else ""
 
 
 # From a name to a path ----------------------------------------------------------------------------------------------

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from inkstream.families.scheduler import CLASS, SCHEDULER, write_scheduler
 from inkstream.types import Spec
 
 
 def documents(spec: Spec) -> dict[str, dict[str, Any]]:
     """Path in the folder -> content."""
-    dynamic = spec.shift_rule == "dynamic"
     redux = spec.image_embedder is not None
     return {
         "model_index.json": {
             "_class_name": _pipeline(spec),
             "_diffusers_version": "0.34.0",  # the first version with Kontext
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "scheduler": ["diffusers", CLASS],
             "text_encoder": ["transformers", "CLIPTextModel"],
             "text_encoder_2": ["transformers", "T5EncoderModel"],
             "tokenizer": ["transformers", "CLIPTokenizer"],
@@ -36,16 +36,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
             "tie_word_embeddings": False, **asdict(spec.text_encoder_2),
         },
         "vae/config.json": _vae(spec),
-        "scheduler/scheduler_config.json": {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": 3.0 if dynamic else 1.0,  # ignored if the shift is dynamic
-            "use_dynamic_shifting": dynamic,
-            "base_shift": 0.5,
-            "max_shift": 1.15,
-            "base_image_seq_len": 256,
-            "max_image_seq_len": 4096,
-        },
+        SCHEDULER: write_scheduler(spec),
         **(_redux(spec) if redux else {}),
     }  # fmt: skip
 

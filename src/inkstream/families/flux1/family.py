@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -17,7 +18,7 @@ from inkstream.families import Documents, Part, Pictures
 from inkstream.families.flux1.documents import documents
 from inkstream.families.flux1.keys import DIFFUSERS, SINGLE_FILE
 from inkstream.families.flux1.kontext import kontext_size, prepare_reference
-from inkstream.families.flux1.model import Flux1Transformer
+from inkstream.families.flux1.model import PATCH, Flux1Transformer
 from inkstream.families.flux1.redux import REDUX, SIGLIP, to_tokens
 from inkstream.families.flux1.specs import (
     CANNY,
@@ -27,6 +28,7 @@ from inkstream.families.flux1.specs import (
     KONTEXT,
     KREA,
     SCHNELL,
+    UNDISTILLED,
     Flux1Config,
     infer_config,
     with_redux,
@@ -45,6 +47,7 @@ from inkstream.families.flux1.text import (
     t5_tokens,
 )
 from inkstream.families.parts import AUTOENCODER, decode, encode
+from inkstream.families.scheduler import read_scheduler
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.flux import Prepared
 from inkstream.nn.forward import Sample
@@ -101,9 +104,10 @@ class Flux1:
 
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
-        """A model without guidance is schnell, one with extra channels is Fill or a map model. The name tells the rest.
+        """A model with extra channels is Fill or a map model. The name tells the others that read their guidance apart.
 
-        The default is dev. Redux is attached to models without picture inputs of their own.
+        A model that does not is undistilled if its scheduler's shift is dynamic or its name says so, else schnell. The
+        default is dev. Redux is attached to models without picture inputs of their own.
         """
         transformer: Flux1Config = configs["transformer"]
         redux = {part: configs[part] for part in ("image_encoder", "image_embedder") if part in configs}
@@ -111,14 +115,16 @@ class Flux1:
         beside = transformer.in_channels - transformer.patch_channels
         words = name.lower()
         if not transformer.guidance_embeds:
-            known = SCHNELL
+            shifts = read_scheduler(replace(SCHNELL, name=name), documents).shift_rule == "dynamic"
+            known = UNDISTILLED if shifts or re.search(r"de-?distill|un-?distill|open-?flux", words) else SCHNELL
         elif beside > transformer.patch_channels:
             known = FILL
         elif beside:
             known = DEPTH if "depth" in words else CANNY
         else:
             known = KONTEXT if "kontext" in words else KREA if "krea" in words else DEV
-        spec = replace(known, name=name, **configs)
+        spec = replace(known, name=name, multiple=configs["vae"].downscale * PATCH, **configs)
+        spec = read_scheduler(spec, documents)
         takes_pictures = spec.abilities & {"references", "fill", "map"}
         return with_redux(spec, **redux) if len(redux) == 2 and not takes_pictures else spec
 
@@ -127,7 +133,7 @@ class Flux1:
 
     def tokens(self, prompt: str) -> tuple[int, ...]:
         """CLIP's 77 tokens, then T5's tokens."""
-        length = T5_TOKENS if self.spec.transformer.guidance_embeds else SCHNELL_TOKENS
+        length = SCHNELL_TOKENS if self.spec.guides == "none" else T5_TOKENS
         return clip_tokens(self.clip_tokenizer, prompt) + t5_tokens(self.t5_tokenizer, prompt, length)
 
     def cut_at(self, prompt: str) -> int | None:
@@ -167,10 +173,10 @@ class Flux1:
         if not pictures.references:
             return cond
         if self.image_embedder is not None:
-            assert len(cond) == 1, "no FLUX.1 model uses classifier-free guidance"
             seen = [to_tokens(self.image_encoder, self.image_embedder, r) for r in pictures.references]
-            tokens = torch.cat((cond.tokens, *(tokens.to(cond.tokens.dtype) for tokens in seen)))
-            return replace(cond, tokens=tokens, lengths=(len(tokens),))
+            prompt, *negative = cond.tokens.split(list(cond.lengths))
+            prompt = torch.cat((prompt, *(tokens.to(prompt.dtype) for tokens in seen)))
+            return replace(cond, tokens=torch.cat((prompt, *negative)), lengths=(len(prompt), *cond.lengths[1:]))
         return replace(cond, references=tuple(self._seen(prepare_reference(r)) for r in pictures.references))
 
     def _seen(self, picture: Image.Image) -> Tensor:

@@ -137,6 +137,18 @@ DEV = replace(
     commercial=False,
     tiny=_TINY_DEV,
 )
+UNDISTILLED = replace(
+    DEV,
+    name="flux1-undistilled",
+    title="FLUX.1 undistilled, such as OpenFLUX.1: guidance and negative prompts",
+    transformer=SCHNELL.transformer,
+    steps=28,
+    guides="twice",
+    repo=None,
+    tiny=replace(_TINY_DEV, name="tiny-flux1-undistilled", transformer=_TINY.transformer, steps=28, guides="twice"),
+)
+"""Its steps are the default of diffusers' FluxPipeline, its guidance is the one that such models recommend. It is not
+in SPECS: local folders and files are recognised as it."""
 KREA = replace(
     DEV, name="flux1-krea-dev", title="FLUX.1 Krea dev: photographs that look less drawn",
     repo="black-forest-labs/FLUX.1-Krea-dev",

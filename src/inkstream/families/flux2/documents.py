@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from inkstream.families.flux2.specs import Flux2Config
+from inkstream.families.scheduler import CLASS, SCHEDULER, write_scheduler
 from inkstream.nn.config import Flux2VAEConfig, MistralConfig, Qwen3Config
 from inkstream.types import Spec
 
@@ -18,7 +19,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
     index: dict[str, Any] = {
         "_class_name": pipeline,
         "_diffusers_version": "0.37.0",  # the first version with klein
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "scheduler": ["diffusers", CLASS],
         "text_encoder": ["transformers", "Qwen3ForCausalLM" if klein else "Mistral3ForConditionalGeneration"],
         "tokenizer": ["transformers", "Qwen2TokenizerFast" if klein else "PixtralProcessor"],
         "transformer": ["diffusers", "Flux2Transformer2DModel"],
@@ -31,17 +32,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
         "transformer/config.json": _transformer(spec.transformer),
         "text_encoder/config.json": _qwen3(spec.text_encoder) if klein else _mistral(spec.text_encoder),
         "vae/config.json": _vae(spec.vae),
-        "scheduler/scheduler_config.json": {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": 3.0,  # ignored: the shift is dynamic
-            "use_dynamic_shifting": True,
-            "base_shift": 0.5,
-            "max_shift": 1.15,
-            "base_image_seq_len": 256,
-            "max_image_seq_len": 4096,
-            "time_shift_type": "exponential",
-        },
+        SCHEDULER: write_scheduler(spec),
     }
 
 

@@ -46,6 +46,7 @@ from inkstream.families.flux2.text import (
 )
 from inkstream.families.flux2.writers import WRITER
 from inkstream.families.parts import decode, encode, load_tokenizer
+from inkstream.families.scheduler import read_scheduler
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.flux import Prepared
@@ -149,8 +150,13 @@ class Flux2:
         The card tells base, distilled and KV apart, or else the pipeline's class and `is_distilled`, or the name.
         """
         transformer: Flux2Config = configs["transformer"]
+
+        def scheduled(known: Spec) -> Spec:
+            own = replace(known, name=name, multiple=configs["vae"].downscale, **configs)
+            return read_scheduler(own, documents, dynamic="empirical")
+
         if transformer.guidance_embeds:
-            return replace(DEV, name=name, **configs)
+            return scheduled(DEV)
         index, card = documents.get("model_index.json", {}), documents.get(CARD, {})
         words, kind = name.lower(), str(index.get("_class_name", ""))
         size = "9b" if transformer.num_single_layers > KLEIN_4B.transformer.num_single_layers else "4b"
@@ -167,7 +173,7 @@ class Flux2:
                     f'or put {CARD} beside it with {{"guides": "{base.guides}"}} or {{"guides": "{distilled.guides}"}}'
                 )
         known = KLEIN_9B_KV if kv else base if is_base else distilled
-        return replace(known, name=name, **configs)
+        return scheduled(known)
 
     def encode(self, prompt: str) -> Conditioning:
         return self._encode_once(self.tokens(prompt))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from inkstream.families.scheduler import CLASS, SCHEDULER, write_scheduler
 from inkstream.families.zimage.specs import ZImageConfig
 from inkstream.nn.config import Qwen3Config, VAEConfig
 from inkstream.types import Spec
@@ -16,7 +17,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
         "model_index.json": {
             "_class_name": "ZImagePipeline",
             "_diffusers_version": "0.36.0",  # the first version with the pipeline
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "scheduler": ["diffusers", CLASS],
             "text_encoder": ["transformers", "Qwen3Model"],
             "tokenizer": ["transformers", "Qwen2Tokenizer"],
             "transformer": ["diffusers", "ZImageTransformer2DModel"],
@@ -25,12 +26,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
         "transformer/config.json": _transformer(spec.transformer),
         "text_encoder/config.json": _text_encoder(spec.text_encoder),
         "vae/config.json": _vae(spec.vae),
-        "scheduler/scheduler_config.json": {
-            "_class_name": "FlowMatchEulerDiscreteScheduler",
-            "num_train_timesteps": 1000,
-            "shift": spec.shift,
-            "use_dynamic_shifting": False,
-        },
+        SCHEDULER: write_scheduler(spec),
     }
 
 

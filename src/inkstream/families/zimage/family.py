@@ -21,6 +21,7 @@ from inkstream.families.parts import (
     load_tokenizer,
     tokenize,
 )
+from inkstream.families.scheduler import SCHEDULER, read_scheduler
 from inkstream.families.zimage.documents import documents
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE, PACKS
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
@@ -88,15 +89,14 @@ class ZImage:
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
         """A name with "turbo" or a scheduler shift of 3 means Turbo: shapes cannot tell Turbo from Base."""
-        shift = documents.get("scheduler/scheduler_config.json", {}).get("shift")
         if configs["transformer"].siglip_feat_dim is not None:
             known = OMNI
-        elif "turbo" in name.lower() or shift == TURBO.shift:
+        elif "turbo" in name.lower() or documents.get(SCHEDULER, {}).get("shift") == TURBO.shift:
             known = TURBO
         else:
             known = BASE
-        shift = known.shift if shift is None else shift
-        return replace(known, name=name, shift=shift, **configs)
+        side = configs["vae"].downscale * configs["transformer"].patch_size
+        return read_scheduler(replace(known, name=name, multiple=side, **configs), documents)
 
     def encode(self, prompt: str) -> Conditioning:
         return self._encode_once(self.tokens(prompt))
