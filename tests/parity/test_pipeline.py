@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline
+from diffusers import ZImageImg2ImgPipeline, ZImageInpaintPipeline, ZImageOmniPipeline, ZImageTransformer2DModel
 from PIL import Image
 
 import inkstream
@@ -41,6 +41,28 @@ def test_text_to_image_draws_the_same_pictures(reference, model, size, guidance,
         prompt=prompt, negative_prompt="blurry", width=width, height=height, steps=4, guidance=guidance, count=2
     )
     pictures_agree(model.decode(model.sample(request, model.encode(request), noise)), theirs, reference, guidance)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["plain", "guided"])
+@pytest.mark.parametrize("prompt", PROMPTS, ids=["english", "mixed"])
+def test_omni_draws_the_same_picture_from_text(reference, tmp_path, guidance, prompt):
+    sizes = {name: size for name, size in reference.transformer.config.items() if not name.startswith("_")}
+    transformer = ZImageTransformer2DModel(**{**sizes, "siglip_feat_dim": 24})
+    torch.manual_seed(5)
+    for name, weight in transformer.named_parameters():
+        torch.nn.init.normal_(weight, mean=1.0 if "norm" in name and weight.ndim == 1 else 0.0, std=0.1)
+    shared = {name: getattr(reference, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer")}
+    pipeline = ZImageOmniPipeline(**shared, transformer=transformer.eval(), siglip=None, siglip_processor=None)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.save_pretrained(tmp_path)
+    model = inkstream.load(tmp_path)
+    noise = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(1))
+    theirs = pipeline(
+        prompt=[prompt], height=96, width=64, num_inference_steps=4, guidance_scale=guidance - 1,
+        negative_prompt=["blurry"], latents=noise.clone(), output_type="pt",
+    ).images  # fmt: skip
+    request = Request(prompt=prompt, negative_prompt="blurry", width=64, height=96, steps=4, guidance=guidance)
+    pictures_agree(model.decode(model.sample(request, model.encode(request), noise)), theirs, pipeline, guidance)
 
 
 SCHEDULERS = [

@@ -120,18 +120,19 @@ class ZImageTransformer(nn.Module):
         """`prepare` for many captions of one picture, in one pass.
 
         Positions on the axes (sequence, row, column): caption token k is at (1 + k, 0, 0), the picture's patch (r, c)
-        at (1 + padded caption length, r, c), the picture's pads at 0.
+        at (1 + caption length, r, c), the picture's pads at 0. The length includes the caption's pads, but not in Omni.
         """
         grid = (height // self.config.patch_size, width // self.config.patch_size)
         lengths = [padded(len(caption)) for caption in captions]
         caption_rope = {n: self._rope(line(1, n)) for n in set(lengths)}
-        picture_rope = {n: self._rope(with_pads(plane(n + 1, *grid))) for n in set(lengths)}
-        whole = {n: Rope.cat([picture_rope[n], caption_rope[n]]) for n in set(lengths)}
+        ends = lengths if self.config.siglip_feat_dim is None else [len(caption) for caption in captions]
+        picture_rope = {n: self._rope(with_pads(plane(n + 1, *grid))) for n in set(ends)}
+        whole = {both: Rope.cat([picture_rope[both[0]], caption_rope[both[1]]]) for both in set(zip(ends, lengths))}
         table = Rope.cat([caption_rope[n] for n in lengths])
         forward = Forward.ahead(around, self.attention_by)
         embedded = self._embed_caption(captions, forward)
         context = self._refine("context_refiner", embedded, table, lengths, forward)
-        return [Prepared(c, c[:0], whole[n], grid) for c, n in zip(context.split(lengths), lengths)]
+        return [Prepared(c, c[:0], whole[both], grid) for c, both in zip(context.split(lengths), zip(ends, lengths))]
 
     def prepare_omni(
         self,
