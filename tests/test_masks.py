@@ -41,28 +41,30 @@ def test_every_solver_lands_on_the_image_outside_the_mask(name, start):
     image, noise, mask = gaussian(0, 4, 6, 6), gaussian(1, 4, 6, 6), window()
     ts = SCHEDULES["simple"](8, 3.0)[start:]
     solver = SOLVERS[name](add_noise(image, noise, ts[0]), ts, seeded(2))
-    result = drive(keep(solver, image, mask), velocity)
+    result = drive(keep(solver, image, mask, noise), velocity)
     kept = (mask == 0).expand_as(image)
     torch.testing.assert_close(result[kept], image[kept], rtol=0, atol=1e-5)
     assert (result - image)[~kept].abs().min() > 1e-4
 
 
+@pytest.mark.parametrize("grey", [1.0, 0.5], ids=["hard", "soft"])
 @pytest.mark.parametrize("start", [0, 3])
-def test_with_euler_it_is_the_blend_after_every_step_of_inpainting_pipelines(start):
+def test_with_euler_it_is_the_blend_after_every_step_of_inpainting_pipelines(start, grey):
     image, noise, mask = gaussian(0, 4, 6, 6), gaussian(1, 4, 6, 6), window()
+    mask[:, 1] *= grey
     ts = SCHEDULES["simple"](8, 3.0)[start:]
     blended = x = add_noise(image, noise, ts[0])
     for t, s in pairwise(ts):
         blended = blended + (s - t) * velocity(blended, t)
         blended = (1 - mask) * add_noise(image, noise, s) + mask * blended
-    result = drive(keep(euler(x, ts), image, mask), velocity)
+    result = drive(keep(euler(x, ts), image, mask, noise, ts), velocity)
     torch.testing.assert_close(result, blended, rtol=0, atol=2e-6)
 
 
 def test_an_all_white_mask_changes_nothing():
     image, noise, ts = gaussian(0, 4, 6, 6), gaussian(1, 4, 6, 6), SCHEDULES["simple"](8, 3.0)
     free = drive(SOLVERS["heun"](noise, ts), velocity)
-    assert torch.equal(drive(keep(SOLVERS["heun"](noise, ts), image, torch.ones(1, 6, 6)), velocity), free)
+    assert torch.equal(drive(keep(SOLVERS["heun"](noise, ts), image, torch.ones(1, 6, 6), noise), velocity), free)
 
 
 def test_a_wrapped_solver_asks_where_the_solver_itself_would_and_with_no_steps_asks_nothing():
@@ -73,9 +75,9 @@ def test_a_wrapped_solver_asks_where_the_solver_itself_would_and_with_no_steps_a
         asked.append(t)
         return velocity(x, t)
 
-    drive(keep(SOLVERS["heun"](noise, ts), image, window()), remember)
+    drive(keep(SOLVERS["heun"](noise, ts), image, window(), noise), remember)
     assert asked == [ts[0], ts[1], ts[1], ts[2], ts[2], ts[3], ts[3]]
-    assert torch.equal(drive(keep(euler(image, [0.0]), image, window()), velocity), image)
+    assert torch.equal(drive(keep(euler(image, [0.0]), image, window(), noise), velocity), image)
 
 
 def test_closing_a_wrapped_solver_closes_the_one_inside():
@@ -89,7 +91,7 @@ def test_closing_a_wrapped_solver_closes_the_one_inside():
             closed.append(True)
 
     inside = endless()  # held here, so that it is not closed merely by being let go
-    wrapped = keep(inside, torch.zeros(1, 1, 1), torch.ones(1, 1, 1))
+    wrapped = keep(inside, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
     next(wrapped)
     assert not closed
     wrapped.close()
@@ -107,6 +109,13 @@ def test_the_latent_mask_is_black_and_white_from_one_half_on_and_takes_the_neare
     mask = torch.tensor([[0.0, 0.2, 0.49, 0.5], [0.9, 0.9, 0.9, 0.9], [0.51, 0.0, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
     assert latent_mask(mask, 2, 2).tolist() == [[[0.0, 0.0], [1.0, 1.0]]]
     assert latent_mask(mask, 4, 4).tolist() == [(mask >= 0.5).float().tolist()]
+
+
+def test_a_smooth_latent_mask_is_the_mean_of_the_four_pixels_in_a_cells_middle():
+    mask = torch.zeros(16, 32)
+    mask[:, 16:24] = mask[8, 7] = 1
+    mask[0, 0] = mask[15, 31] = 0.9  # a corner does not count
+    assert latent_mask(mask, 1, 2, smooth=True).tolist() == [[[0.25, 0.5]]]
 
 
 @given(seed=st.integers(0, 999), feather=st.integers(0, 9), share=st.floats(0, 1))

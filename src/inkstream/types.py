@@ -166,8 +166,8 @@ class Spec:
     schedule: ScheduleName = "simple"
     table: int = 1000  # entries of the table of times behind most schedules
     strength: float = 0.6
-    abilities: frozenset[str] = frozenset()  # any of: guidance, image, mask, references, references_once, fill, map,
-    # json (prompts), upsample, upsample_references
+    abilities: frozenset[str] = frozenset()  # any of: guidance, image, mask, source (with a mask, the start picture is
+    # the first reference), references, references_once, fill, map, json (prompts), upsample, upsample_references
     writer: str = ""  # a key of engine.writing.WRITERS, the grammar that expands prompts; empty: no grammar
     repo: str | None = None  # repository on the Hugging Face hub
     folder: str | None = None  # folder inside the package, for a model that ships with it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from diffusers import (
     FluxPipeline,
     FluxTransformer2DModel,
 )
+from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 from PIL import Image
 from tokenizers import pre_tokenizers
 
@@ -146,7 +149,8 @@ def test_a_model_without_guidance_input_whose_scheduler_shifts_dynamically_is_gu
     pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), theirs, pipeline, 3.5)
 
 
-def test_kontext_sees_the_reference_as_the_pipeline_shows_it(pipelines, monkeypatch):
+@pytest.mark.parametrize("size", [(120, 96), (95, 63), (49, 79), (250, 33)], ids=str)
+def test_kontext_sees_the_reference_as_the_pipeline_shows_it(pipelines, monkeypatch, size):
     small = tuple((width // 16 * 2 // 2, height // 16) for width, height in kontext.SIZES)
     small = tuple((max(w // 16 * 16, 16), max(h // 16 * 16, 16)) for w, h in small)
     monkeypatch.setattr(kontext, "SIZES", small)
@@ -155,13 +159,21 @@ def test_kontext_sees_the_reference_as_the_pipeline_shows_it(pipelines, monkeypa
     ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
     assert "references" in ours.spec.abilities
     noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(2))
-    shown = picture(120, 96)
+    shown = picture(*size)
     theirs = pipeline(
         image=shown, prompt="make it blue", height=80, width=64, num_inference_steps=3, guidance_scale=2.5,
         latents=packed(noise), output_type="pt", max_area=80 * 64,
     ).images  # fmt: skip
     request = Request(prompt="make it blue", width=64, height=80, steps=3, guidance=2.5, seed=0, reference=(shown,))
     pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), theirs, pipeline)
+
+
+def test_kontext_takes_the_size_that_the_pipeline_takes_for_sides_of_any_length():
+    sides = [16, 17, 100, 333, 512, 575, 777, 1000, 1023, 1024, 1439, 2999]
+    for width, height in itertools.product(sides, sides):
+        ratio = (width // 16 * 16) / (height // 16 * 16)  # of the sides that its image processor rounds down
+        _, *nearest = min((abs(ratio - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+        assert kontext.kontext_size(width, height) == tuple(nearest)
 
 
 def test_fill_sees_the_picture_and_the_mask(pipelines):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinKVPipeline, Flux2KleinPipeline
+from diffusers import Flux2KleinInpaintPipeline, Flux2KleinKVPipeline, Flux2KleinPipeline
 from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
@@ -102,3 +102,38 @@ def test_the_scheduler_of_the_folder_is_honoured(folders, reschedule, entries):
     ).images  # fmt: skip
     request = Request(prompt="a fish", width=64, height=80, steps=5, seed=0)
     pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), expected, theirs)
+
+
+@pytest.mark.parametrize("references", [0, 1])
+@pytest.mark.parametrize(
+    ("box", "strength"),
+    [
+        ((20, 70, 10, 50), 1.0),
+        ((20, 70, 10, 50), 0.6),
+        ((24, 72, 8, 40), 0.8),
+    ],  # the edges of the last are grey in cells
+    ids=["whole", "part", "grey"],
+)
+@pytest.mark.parametrize(("name", "guidance"), [("flux2-klein-4b", None), ("flux2-klein-base-4b", 4.0)])
+def test_inpainting_shows_the_start_picture_as_the_first_reference(
+    folders, monkeypatch, name, guidance, box, strength, references
+):
+    folder, tokenizer = folders[name]
+    theirs = theirs_of(Flux2KleinInpaintPipeline, folder, tokenizer)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
+    shown, others, mask = picture(64, 96, seed=8), [picture(112, 80, seed=9)][:references], np.zeros((96, 64), np.uint8)
+    mask[box[0] : box[1], box[2] : box[3]] = 255
+    noise = torch.randn(1, 16, 6, 4, generator=torch.Generator().manual_seed(4))
+    module = "diffusers.pipelines.flux2.pipeline_flux2_klein_inpaint"
+    monkeypatch.setattr(f"{module}.randn_tensor", lambda shape, **_: noise.clone().reshape(shape))
+    expected = theirs(
+        prompt="a lake", image=shown, mask_image=Image.fromarray(mask), image_reference=others or None,
+        strength=strength, num_inference_steps=5, guidance_scale=guidance or 1.0, output_type="pt",
+        text_encoder_out_layers=(1, 2, 3),
+    ).images  # fmt: skip
+    request = Request(
+        prompt="a lake", image=shown, mask=Image.fromarray(mask), reference=tuple(others), strength=strength, steps=5,
+        guidance=guidance, seed=0,
+    )  # fmt: skip
+    own = ours.decode(ours.sample(request, ours.encode(request), noise))
+    pictures_agree(own, expected, theirs, guidance or 1)

@@ -48,7 +48,7 @@ class Pictures:
     width: int
     height: int
     references: Sequence[Image] = ()
-    image: Image | None = None
+    image: Image | None = None  # the start picture, if there is a mask
     mask: Image | None = None  # white areas are repainted
 
 

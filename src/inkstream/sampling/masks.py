@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from inkstream.flow import add_noise
 from inkstream.types import Solver
 
 
@@ -18,32 +21,37 @@ def start_index(steps: int, strength: float) -> int:
     return int(max(steps - min(steps * strength, steps), 0))
 
 
-def keep(solver: Solver, image: Tensor, mask: Tensor) -> Solver:
+def keep(solver: Solver, image: Tensor, mask: Tensor, noise: Tensor, ts: Sequence[float] = ()) -> Solver:
     """Wrap a solver so that its result equals the image wherever the mask is 0.
 
     There the model's velocity is replaced by the velocity from the current point straight to the image. So Euler,
     started at `add_noise(image, noise, t)`, stays on the straight path from that noise to the image. Inpainting
     pipelines put their latents back onto the same path after each step. image, mask: broadcastable to the solver's x.
     mask: 1 repaints, 0 keeps. Closing the wrapper closes the solver.
+
+    ts: for Euler, its times. The velocity then leads to the path's point at the next time. This differs only between 0
+    and 1: as in those pipelines, each step mixes the solver's point with the path's.
     """
     try:
         query = next(solver)
         while True:
             v = yield query
-            query = solver.send(mask * v + (1 - mask) * (query.x - image) / query.t)
+            s = next((s for s in ts if s < query.t), 0.0)
+            query = solver.send(mask * v + (1 - mask) * (query.x - add_noise(image, noise, s)) / (query.t - s))
     except StopIteration as end:
         return end.value
     finally:
         solver.close()
 
 
-def latent_mask(mask: Tensor, h: int, w: int) -> Tensor:
-    """Resize a mask to the latent grid. mask: (H, W) in [0, 1], white repaints -> (1, h, w) of 0 and 1, float32.
+def latent_mask(mask: Tensor, h: int, w: int, smooth: bool = False) -> Tensor:
+    """Resize a mask to the latent grid. mask: (H, W) in [0, 1], white repaints -> (1, h, w) in [0, 1], float32.
 
-    Values from 0.5 up become 1, then the nearest pixel is taken, as in diffusers' Z-Image inpainting.
+    Values from 0.5 up become 1. Then the nearest pixel is taken, as in diffusers' inpainting with FLUX.1 and Z-Image;
+    or, if `smooth`, the mean of the four pixels in a cell's middle, as with FLUX.2.
     """
-    white = (mask >= 0.5).to(torch.float32)
-    return F.interpolate(white[None, None], size=(h, w), mode="nearest")[0]
+    white = (mask >= 0.5).to(torch.float32)[None, None]
+    return F.interpolate(white, size=(h, w), mode="bilinear" if smooth else "nearest")[0]
 
 
 def paste(original: Tensor, result: Tensor, mask: Tensor, feather: int) -> Tensor:

@@ -108,8 +108,8 @@ class Model:
         prompt = written_out(whole, self.spec)
         prompts = [prompt, whole.negative_prompt] if guided(whole, self.spec) else [prompt]
         cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
-        fill = (whole.start, open_picture(whole.mask)) if whole.mask and "fill" in self.spec.abilities else ()
-        return self.family.look(cond, Pictures(whole.width, whole.height, whole.shown, *fill))
+        seen = (whole.start, open_picture(whole.mask)) if whole.mask else ()
+        return self.family.look(cond, Pictures(whole.width, whole.height, whole.shown, *seen))
 
     @torch.inference_mode()
     def sample(self, request: Request, cond: Conditioning, noise: Tensor | None = None) -> Tensor:
@@ -166,16 +166,16 @@ class Model:
         generator = torch.Generator("cpu").manual_seed(request.seed)
         if noise is None:
             noise = torch.randn(shape, generator=generator)
-        noise = noise.to(self.device, torch.float32)
+        noise = start = noise.to(self.device, torch.float32)
         ts = SCHEDULES[request.schedule](request.steps, request.shift, self.spec.table)
         latents = None if original is None else original.latents
         if latents is not None:
             ts = ts[start_index(len(ts) - 1, request.strength) :]
-            noise = add_noise(latents, noise, ts[0])
-        solver = SOLVERS[request.solver](noise, ts, generator)
+            start = add_noise(latents, noise, ts[0])
+        solver = SOLVERS[request.solver](start, ts, generator)
         if original is not None and latents is not None and original.mask is not None:
-            mask = latent_mask(original.mask, *shape[1:]).to(self.device)
-            solver = keep(solver, latents, mask)
+            mask = latent_mask(original.mask, *shape[1:], smooth="source" in self.spec.abilities).to(self.device)
+            solver = keep(solver, latents, mask, noise, ts if request.solver == "euler" else ())
         times = times_asked(request.solver, ts)
         if guided(request, self.spec) and len(cond) < 2:
             raise InputError(f"guidance {request.guidance} needs the negative prompt too: encode this same request")
@@ -185,7 +185,7 @@ class Model:
         if cached(request, self.spec):
             around = replace(around, cache=StepCache(POINTS[request.cache], request.cache_threshold))
         prepared = self.family.prepare(entries, request.width, request.height, times, around)
-        return Run(request, solver, prepared, len(times), noise, around)
+        return Run(request, solver, prepared, len(times), start, around)
 
     def finish(self, run: Run, original: Original | None) -> Tensor:
         """Return the pixels (3, H, W) of a finished run. Outside a mask, they are the original's pixels."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -198,13 +199,16 @@ class Flux2:
         return isinstance(self.text_encoder, Qwen3)
 
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
-        """Adds the latents of the references, at the release's sizes."""
-        if not pictures.references:
-            return cond
-        sizes = [picture.size for picture in pictures.references]
-        check_references(sizes, (pictures.width, pictures.height), MOST_REFERENCES)
+        """Adds the latents of an inpainting's start picture, at the drawing's size, and of the references, at theirs.
+
+        Source of the first: diffusers' Flux2KleinInpaintPipeline.
+        """
+        size = pictures.width, pictures.height
+        own = pictures.image if "source" in self.spec.abilities else None
+        source = [] if own is None else [ImageOps.fit(own, size, Image.Resampling.LANCZOS)]
+        check_references([picture.size for picture in pictures.references], size, MOST_REFERENCES, sources=len(source))
         device, _ = where_it_computes(self.transformer)
-        seen = [torch.from_numpy(np.array(picture)) for picture in prepare_references(pictures.references)]
+        seen = [torch.from_numpy(np.array(picture)) for picture in source + prepare_references(pictures.references)]
         latents = [self.encode_image(pixels.to(device).permute(2, 0, 1)[None].float() / 255)[0] for pixels in seen]
         return replace(cond, references=tuple(latents))
 

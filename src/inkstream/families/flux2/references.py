@@ -24,13 +24,15 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 
-def check_references(sizes: Sequence[Size], output: Size, most: int, tokens: int = TOKENS) -> None:
+def check_references(sizes: Sequence[Size], output: Size, most: int, tokens: int = TOKENS, sources: int = 0) -> None:
     """Raises InputError where references do not fit, before anything is decoded or scaled.
 
     sizes: of the unchanged references. output: of the picture to draw. most: the most references the model can take.
+    sources: 1 if the start picture, at the size of the output, is a reference too.
     """
-    if len(sizes) > most:
-        raise InputError(f"{len(sizes)} references were given and the model takes at most {most}: leave some out")
+    if len(sizes) + sources > most:
+        given = f"{len(sizes)} references{' and a start picture' if sources else ''}"
+        raise InputError(f"{given} were given and the model takes at most {most}: leave some out")
     for number, (width, height) in enumerate(sizes, start=1):
         if min(width, height) < MIN_SIDE:
             raise InputError(f"reference {number} is {width} by {height} pixels: both sides need {MIN_SIDE} or more")
@@ -38,7 +40,7 @@ def check_references(sizes: Sequence[Size], output: Size, most: int, tokens: int
             raise InputError(f"reference {number} is {width} by {height} pixels: crop it to {MAX_RATIO} to 1 or less")
     area = area_for(len(sizes))
     drawn = tokens_of(output)
-    seen = sum(tokens_of(fitted_size(size, area)) for size in sizes)
+    seen = sum(tokens_of(fitted_size(size, area)) for size in sizes) + drawn * sources
     if drawn + seen > tokens:
         raise InputError(
             f"the picture, {output[0]} by {output[1]} pixels, takes {drawn} tokens and the references take {seen}, "
