@@ -9,7 +9,7 @@ import pytest
 
 from inkstream.engine.drawing.model import shift_for
 from inkstream.families import SPECS, family_of
-from inkstream.families.flux1.specs import DEV, SCHNELL, UNDISTILLED
+from inkstream.families.flux1.specs import CANNY, DEV, FILL, KONTEXT, REDUX_DEV, SCHNELL, UNDISTILLED
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.scheduler import SCHEDULER, read_scheduler, write_scheduler
 from inkstream.families.zimage.specs import BASE, TURBO
@@ -66,6 +66,19 @@ def test_what_is_not_implemented_is_refused_by_name(spec, said, words):
         assert word in str(error.value)
 
 
+def test_an_entry_that_has_no_effect_is_not_checked():
+    said = {
+        "shift": 2,
+        "use_dynamic_shifting": None,
+        "max_shift": None,
+        "shift_terminal": 0,
+        "time_shift_type": "linear",
+    }
+    assert recognised(DEV, {SCHEDULER: said}).shift == 2.0
+    said = {"shift": None, "use_dynamic_shifting": True, "stochastic_sampling": False}
+    assert recognised(DEV, {SCHEDULER: said}) == replace(DEV, name="m")
+
+
 def test_the_class_in_model_index_is_the_one_that_counts():
     index = {"scheduler": ["diffusers", "LCMScheduler"]}
     with pytest.raises(InputError, match="LCMScheduler"):
@@ -90,6 +103,13 @@ def test_a_model_without_guidance_input_is_schnell_unless_its_scheduler_or_name_
 ):
     spec = recognised(SCHNELL, documents, name)
     assert (spec.guides, spec.steps, spec.title) == (expected.guides, expected.steps, expected.title)
+
+
+@pytest.mark.parametrize("spec", [DEV, SCHNELL, KONTEXT, FILL, CANNY, REDUX_DEV], ids=lambda spec: spec.name)
+def test_a_flux_1_folder_is_recognised_whatever_its_name(spec):
+    folder = family_of("flux1").documents(spec)
+    found = recognised(spec, folder, "m")
+    assert (found.abilities, found.guides, found.shift_rule) == (spec.abilities, spec.guides, spec.shift_rule)
 
 
 @pytest.mark.parametrize("levels", [1, 2, 3, 4])

@@ -51,7 +51,7 @@ def read_scheduler(spec: Spec, documents: Mapping[str, Mapping[str, Any]], dynam
     kind = declared[1] if isinstance(declared, list) and len(declared) == 2 else config.get("_class_name", CLASS)
     if kind != CLASS:
         raise InputError(f"the scheduler of {spec.name} is {kind}: only {CLASS} is known, declare that one")
-    shifts = config.get("use_dynamic_shifting", False)
+    shifts = config.get("use_dynamic_shifting") or False
     if not isinstance(shifts, bool):
         raise InputError(f"{place} says use_dynamic_shifting is {shifts!r}: expected true or false")
     for name, neutral in REFUSED.items():
@@ -60,6 +60,8 @@ def read_scheduler(spec: Spec, documents: Mapping[str, Mapping[str, Any]], dynam
             raise InputError(f"{place} says {name} is {value!r}, which is not implemented: set it to {neutral!r}")
     numbers = {name: config.get(name, default) for name, default in DEFAULTS.items()}
     for name, value in numbers.items():
+        if shifts == (name == "shift"):  # it is not used
+            continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
             raise InputError(f"{place} says {name} is {value!r}: expected a number like {DEFAULTS[name]}")
     shift, few_mu, many_mu, few, many = numbers.values()

@@ -56,6 +56,8 @@ def _redux(spec: Spec) -> dict[str, Any]:
 
 
 def _pipeline(spec: Spec) -> str:
+    if spec.image_embedder is not None:
+        return "FluxPipeline"
     kinds = {"fill": "FluxFillPipeline", "map": "FluxControlPipeline", "references": "FluxKontextPipeline"}
     return next((kind for ability, kind in kinds.items() if ability in spec.abilities), "FluxPipeline")
 

@@ -104,7 +104,7 @@ class Flux1:
 
     @classmethod
     def recognise(cls, configs: Mapping[str, Any], documents: Documents, name: str) -> Spec:
-        """A model with extra channels is Fill or a map model. The name tells the others that read their guidance apart.
+        """A model with extra channels is Fill or a map model. Its name or pipeline tells others with guidance apart.
 
         A model that does not is undistilled if its scheduler's shift is dynamic or its name says so, else schnell. The
         default is dev. Redux is attached to models without picture inputs of their own.
@@ -113,7 +113,7 @@ class Flux1:
         redux = {part: configs[part] for part in ("image_encoder", "image_embedder") if part in configs}
         configs = {part: config for part, config in configs.items() if part not in redux}
         beside = transformer.in_channels - transformer.patch_channels
-        words = name.lower()
+        words = f"{name} {documents.get('model_index.json', {}).get('_class_name', '')}".lower()
         if not transformer.guidance_embeds:
             shifts = read_scheduler(replace(SCHNELL, name=name), documents).shift_rule == "dynamic"
             known = UNDISTILLED if shifts or re.search(r"de-?distill|un-?distill|open-?flux", words) else SCHNELL
