@@ -175,8 +175,8 @@ def understand(
             named = found.ignored.get("model")
             told = f"names the model {named}, which is not known here" if named else "names no model"
             raise InputError(f"{source} {told}: choose the model to draw with, for example -m z-image-turbo")
-        for name, value in found.ignored.items():
-            say(f"{source}: {name} is ignored: {value}")
+        if found.ignored:
+            say(f"{source}: not taken over: {'; '.join(f'{name} {value}' for name, value in found.ignored.items())}")
         given = found.request.model_dump(include=found.request.model_fields_set) | given
     elif not given.get("prompt", "").strip() and not given.get("reference"):
         raise InputError("there is no prompt: say what to draw, as in inkstream generate 'a lighthouse in fog'")

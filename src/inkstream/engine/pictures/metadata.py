@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from inkstream import __version__
 from inkstream.disk import temporary
-from inkstream.engine.pictures.foreign import READERS
+from inkstream.engine.pictures.foreign import READERS, SEVERAL, Program
 from inkstream.engine.pictures.foreign.a1111 import read_a1111, write_a1111
 from inkstream.engine.pictures.foreign.reading import Reading, is_number, parse_json
 from inkstream.engine.pictures.inputs import open_header, read_source, short_name
@@ -37,7 +37,7 @@ PNG_EFFORT = 4
 MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
 Amount = Literal["full", "minimal", "none"]
-Source = Literal["inkstream", "a1111", "comfyui", "swarmui", "invokeai", "mflux", "drawthings", "fooocus", "civitai"]
+Source = Literal["inkstream", "a1111"] | Program
 
 
 @dataclass(frozen=True)
@@ -255,17 +255,17 @@ def describe(source: str | Path) -> dict[str, Any]:
     return {key: value for key, value in facts.items() if value not in (None, {})}
 
 
-_KEYS = ("inkstream", "parameters", "comment", "invokeai_metadata", "prompt", "workflow")
+_KEYS = ("inkstream", "parameters", "comment", "ImageDescription", "invokeai_metadata", "prompt", "workflow")
 """The keys of texts that may hold a request. The first that does counts."""
 
 
 def _find_request(texts: Mapping[str, str], model: str | None = None) -> Found | None:
     """The request of the first text in a known format; None if there is none."""
-    readings = ((key, source, reading) for key in _KEYS for source, reading in _readings(key, texts.get(key, "")))
+    readings = _all_readings(texts)
     first = next(readings, None)
     if first is None:
         return None
-    key, source, reading = first
+    raw, source, reading = first
     if source == "a1111":  # nodes of ComfyUI write both: their text has no room for what a model reads beside it
         for _, other, graph in readings:
             if other == "comfyui":
@@ -273,12 +273,22 @@ def _find_request(texts: Mapping[str, str], model: str | None = None) -> Found |
                 break
     if source != "inkstream":
         reading.settle(model)
-    return Found(*_validate(source, reading), raw=texts[key].strip())
+    return Found(*_validate(source, reading), raw=raw)
+
+
+def _all_readings(texts: Mapping[str, str]) -> Iterator[tuple[str, Source, Reading]]:
+    """Every text that is in a known format, the format's name, and what it says."""
+    for key in _KEYS:
+        raw = texts.get(key, "").strip()
+        for source, reading in _readings(key, raw):
+            yield raw, source, reading
+    for source, read in SEVERAL.items():
+        if (reading := read(texts)) is not None:
+            yield json.dumps(dict(texts)), source, reading
 
 
 def _readings(key: str, raw: str) -> Iterator[tuple[Source, Reading]]:
     """What a text says in every format that it is in and that its key may hold."""
-    raw = raw.strip()
     data = parse_json(raw)
     if key == "inkstream":
         if (reading := _read_record(data)) is not None:
@@ -287,8 +297,9 @@ def _readings(key: str, raw: str) -> Iterator[tuple[Source, Reading]]:
         for source, read in READERS.items():
             if (reading := read(found)) is not None:
                 yield source, reading
-    elif key in ("parameters", "comment"):
-        if (reading := read_a1111(raw)) is not None:
+    elif key in ("parameters", "comment", "ImageDescription"):
+        reading = read_a1111(raw)
+        if reading is not None and (key == "parameters" or reading.fields["steps"] is not None):  # else a camera's
             yield "a1111", reading
         elif key == "parameters" and raw:
             yield "a1111", Reading({"prompt": raw})

@@ -21,9 +21,9 @@ NAMESPACES = {
     "inkstream": "urn:inkstream:xmp:1/",
 }
 """Of the XMP that is written."""
-_EXIF_TEXTS = (0x010E, 0x010F, 0x0110, 0x010D, 0x010C, 0x010B)
-"""ImageDescription, Make and Model, and the tags before them: ComfyUI counts down from Make."""
-_SUB_IFD, _USER_COMMENT = 0x8769, 0x9286
+_EXIF_TEXTS = {0x010E: "ImageDescription", 0x010F: "Make", 0x0110: "Model", 0x010D: "", 0x010C: "", 0x010B: ""}
+"""Tags that hold texts, and their names. ComfyUI counts down from Make."""
+_SUB_IFD, _USER_COMMENT, _WINDOWS_COMMENT = 0x8769, 0x9286, 0x9C9C
 _XMP_TEXTS = {
     f"{{{NAMESPACES['inkstream']}}}Record": "inkstream",
     "{https://github.com/leejet/stable-diffusion.cpp/ns/1.0/}parameters": "parameters",
@@ -33,7 +33,10 @@ _XMP_TEXTS = {
 
 
 def read_texts(image: Image.Image) -> tuple[dict[str, str], str | None]:
-    """The metadata texts of a picture by key, and its DigitalSourceType. A key is a chunk's name, or `comment`."""
+    """The metadata texts of a picture by key, and its DigitalSourceType.
+
+    A key is a chunk's name, `comment`, or an EXIF tag's name.
+    """
     with suppress(InputError), decoding(""):  # of a damaged picture or EXIF block, the texts found so far are used
         if image.format == "PNG":
             image.load()  # a PNG may hold texts behind the pixels
@@ -69,13 +72,17 @@ def _exif_texts(exif: Image.Exif) -> Iterator[tuple[str, str]]:
     for value in (exif.get_ifd(_SUB_IFD).get(_USER_COMMENT), exif.get(_USER_COMMENT)):  # Fooocus: beside the IFD
         if comment := _comment(value):
             yield "comment", comment
-    for tag in _EXIF_TEXTS:
+    if isinstance(windows := exif.get(_WINDOWS_COMMENT), bytes):
+        yield "comment", windows.decode("utf-16-le", "replace").rstrip("\0")
+    for tag, name in _EXIF_TEXTS.items():
         text = str(exif.get(tag, "")).rstrip("\0")
         key, _, value = text.partition(":")
         if key.lower() in ("prompt", "workflow", "parameters"):
             yield key.lower(), value
         elif text.startswith("{"):
             yield "comment", text
+        elif name and text:
+            yield name, text
 
 
 def _comment(value: Any) -> str:

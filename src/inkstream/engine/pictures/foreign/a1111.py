@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 from inkstream.engine.pictures.foreign.reading import (
     A1111_SCHEDULES,
@@ -106,6 +106,7 @@ def read_a1111(text: str) -> Reading | None:
     _read_names(pairs, reading)
     if details := as_object(pairs.pop("SDCPP", None)):
         _read_details(details, reading)
+    _add_loras([key[5:] for key in as_object(pairs.get("Hashes")) or {} if key.lower().startswith("lora:")], reading)
     leftovers({key: value for key, value in pairs.items() if not _HARMLESS.search(key)}, set(), reading)
     return reading
 
@@ -148,7 +149,7 @@ def _read_names(pairs: dict[str, Any], reading: Reading) -> None:
 
 def _checkpoints(resources: Any) -> Iterator[str]:
     """The titles of the models in Civitai's list of resources: each alone, then with its version."""
-    for entry in resources if isinstance(resources, list) else []:
+    for entry in cast("list[Any]", resources) if isinstance(resources, list) else []:
         resource = as_object(entry) or {}
         kind = resource.get("type") or (str(resource.get("air")).split(":") + [""] * 4)[3]
         title = str(resource.get("modelName", ""))
@@ -168,9 +169,14 @@ def _read_details(details: Mapping[str, Any], reading: Reading) -> None:
     if (strength := details.get("strength")) not in (None, _UNUSED_STRENGTH):
         reading.ignored["strength"] = strength
     entries = details.get("loras")
-    loras = [as_object(entry) or {} for entry in entries] if isinstance(entries, list) else []
-    told = {str(name).partition(":")[0] for name in reading.ignored.get("loras", [])}  # tags in the prompt
-    if new := [f"{lora.get('name')}:{lora.get('multiplier')}" for lora in loras if lora.get("name") not in told]:
+    loras = [as_object(entry) or {} for entry in cast("list[Any]", entries)] if isinstance(entries, list) else []
+    _add_loras([f"{lora.get('name')}:{lora.get('multiplier')}" for lora in loras], reading)
+
+
+def _add_loras(loras: list[str], reading: Reading) -> None:
+    """Notes LoRAs as ignored, except those that the prompt's tags have told already."""
+    told = {str(name).partition(":")[0] for name in reading.ignored.get("loras", [])}
+    if new := [lora for lora in loras if lora.partition(":")[0] not in told]:
         reading.ignored.setdefault("loras", []).extend(new)
 
 

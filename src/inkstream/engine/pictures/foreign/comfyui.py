@@ -69,6 +69,9 @@ def _read(graph: Mapping[str, Any]) -> Reading | None:
             reading.ignored["sigmas"] = _class(node)
     if chosen := _linked(nodes, inputs.get("sampler")):
         settings["sampler_name"] = chosen["inputs"].get("sampler_name", _class(chosen))
+    elif isinstance(inputs.get("sampler"), str):
+        settings["sampler_name"] = inputs["sampler"]
+    pipe = inputs.get("pipe")  # of nodes that pass the model, the texts and the latents along one link
     if "guider" in inputs and "cfg" not in settings:
         settings["cfg"] = 1
 
@@ -78,9 +81,9 @@ def _read(graph: Mapping[str, Any]) -> Reading | None:
     for theirs, find in {"sampler_name": find_solver, "scheduler": find_schedule}.items():
         if name := _value(nodes, settings.get(theirs), theirs):
             find(name, reading)
-    positive = settings.get("positive", settings.get("conditioning"))
-    _read_embedded(nodes, positive, reading)
-    for name, link in {"prompt": positive, "negative_prompt": settings.get("negative")}.items():
+    positive = settings.get("positive", settings.get("conditioning", pipe))
+    _read_embedded(nodes, sampler, positive, reading)
+    for name, link in {"prompt": positive, "negative_prompt": settings.get("negative", pipe)}.items():
         reading.fields[name] = take_loras(_prompt(nodes, link, name, reading), reading)
     if reading.fields["prompt"] is None and (node := _linked(nodes, positive)):
         reading.ignored["prompt"] = f"a text from {_class(node)} that could not be followed"
@@ -89,12 +92,22 @@ def _read(graph: Mapping[str, Any]) -> Reading | None:
         at = as_number(_value(nodes, settings.get(name), name))
         if at is not None and (at > 0 if name == "start_at_step" else at < whole):
             reading.ignored[name] = at
-    _read_start(nodes, inputs.get("latent_image"), _value(nodes, settings.get("denoise"), "denoise"), reading)
-    _read_model(nodes, settings.get("model"), reading)
+    start = inputs.get("latent_image", pipe)
+    _read_start(nodes, start, _value(nodes, settings.get("denoise"), "denoise"), reading)
+    _read_model(nodes, settings.get("model", pipe), reading)
+    for name, value in inputs.items():
+        if name not in _SAMPLER and not isinstance(value, list) and value not in (None, "", False):
+            reading.ignored.setdefault(name, value)
     return reading
 
 
 _GRAPHS = ("prompt", "workflow")
+_SAMPLER = frozenset((
+    "steps", "cfg", "guidance", "seed", "noise_seed", "sampler", "sampler_name", "scheduler", "denoise", "add_noise",
+    "start_at_step", "end_at_step", "return_with_leftover_noise", "control_after_generate", "preview_method",
+    "vae_decode", "positive", "negative", "link_id", "image_output", "save_prefix",
+))  # fmt: skip
+"""The settings of a sampler that are read, and those that do not change the picture."""
 
 
 def _class(node: Node) -> str:
@@ -151,15 +164,18 @@ def _upstream(nodes: Mapping[str, Node], *links: Any) -> Iterator[Node]:
 def _first_sampler(nodes: Mapping[str, Node], reading: Reading) -> Node | None:
     """The sampler farthest upstream of the saved picture. Later samplers are noted as ignored."""
 
+    def is_sampler(node: Node) -> bool:
+        return "latent_image" in node["inputs"] or {"steps", "cfg", "sampler_name", "pipe"} <= node["inputs"].keys()
+
     def samplers(*links: Any) -> Iterator[Node]:
-        return (node for node in _upstream(nodes, *links) if "latent_image" in node["inputs"])
+        return filter(is_sampler, _upstream(nodes, *links))
 
     saved = [node for node in nodes.values() if re.search("save|preview", _class(node), re.IGNORECASE)]
     links = [value for node in saved for value in node["inputs"].values()]
-    anywhere = (node for node in nodes.values() if "latent_image" in node["inputs"])
+    anywhere = filter(is_sampler, nodes.values())
     chain = [sampler] if (sampler := next(samplers(*links), None) or next(anywhere, None)) else []
     while 0 < len(chain) < 20:
-        before = next(samplers(chain[-1]["inputs"]["latent_image"]), None)
+        before = next(samplers(chain[-1]["inputs"].get("latent_image")), None)
         if before is None or any(before is node for node in chain):
             break
         chain.append(before)
@@ -209,10 +225,10 @@ def _text(
     return known[id(node)]
 
 
-def _read_embedded(nodes: Mapping[str, Node], link: Any, reading: Reading) -> None:
+def _read_embedded(nodes: Mapping[str, Node], sampler: Node, link: Any, reading: Reading) -> None:
     """Reads the guidance that nodes give to the model: the nearest to the sampler counts."""
     reading.embedded = _DEFAULT_EMBEDDED
-    for node in _conditionings(nodes, link):
+    for node in (sampler, *_conditionings(nodes, link)):
         if "DisableGuidance" in _class(node):
             reading.embedded, reading.ignored["guidance"] = None, f"{_class(node)}: the model reads none"
             return
@@ -252,8 +268,9 @@ def _prompt(nodes: Mapping[str, Node], link: Any, name: str, reading: Reading) -
         both = inputs.get("positive" if name == "prompt" else "negative")
         if isinstance(both, str):  # a loader that encodes both texts
             return both
-        if pictures := _pictures(nodes, node):
-            reading.ignored.setdefault("references", []).extend(pictures)
+        for picture in _pictures(nodes, node):
+            if picture not in (told := reading.ignored.setdefault("references", [])):
+                told.append(picture)
         if "guidance" not in inputs:
             reading.ignored.setdefault("conditioning", []).append(_class(node))
     return None

@@ -1,4 +1,4 @@
-"""Reads the flat JSON of SwarmUI, InvokeAI, mflux, Draw Things, Fooocus and Civitai as fields of a Request."""
+"""Reads settings that lie flat in JSON or in texts of their own: SwarmUI, InvokeAI, mflux, Draw Things and others."""
 
 from __future__ import annotations
 
@@ -183,4 +183,66 @@ def read_civitai(data: Mapping[str, Any]) -> Reading | None:
     if is_number(denoise := extra.get("denoise")) and denoise < 1:
         reading.fields["strength"] = denoise
     leftovers(extra, set(names) | {"denoise", "workflow", "workflowId"}, reading)
+    return reading
+
+
+def read_ruined_fooocus(data: Mapping[str, Any]) -> Reading | None:
+    """Fields of RuinedFooocus' JSON under `parameters`."""
+    if data.get("software") != "RuinedFooocus":
+        return None
+    reading = Reading()
+    names = {
+        **_SIZED,
+        "Prompt": "prompt",
+        "Negative": "negative_prompt",
+        "cfg": "guidance",
+        "sampler_name": "solver",
+        "scheduler": "schedule",
+        "base_model_name": "model",
+        "denoise": "strength",
+    }
+    take(data, names, reading)
+    leftovers(data, set(names) | {"software", "base_model_hash", "start_step"}, reading)
+    if data.get("start_step"):
+        reading.ignored["start_step"] = data["start_step"]
+    return reading
+
+
+_ONE_EACH = {
+    **_SIZED,
+    "negative_prompt": "negative_prompt",
+    "negative-prompt": "negative_prompt",
+    "num_inference_steps": "steps",
+    "guidance_scale": "guidance",
+    "scale": "guidance",
+    "prompt_strength": "strength",
+    "sampler_name": "solver",
+    "sampler": "solver",
+    "scheduler_name": "schedule",
+    "use_stable_diffusion_model": "model",
+}
+"""Name of a text -> our field: of Easy Diffusion, and of sd-scripts."""
+
+
+def read_texts_of_settings(texts: Mapping[str, str]) -> Reading | None:
+    """Fields of a picture with one text for each setting, as Easy Diffusion and sd-scripts write them."""
+    if not {"prompt", "seed"} <= texts.keys() or not {"steps", "num_inference_steps"} & texts.keys():
+        return None
+    reading = Reading()
+    take(texts, _ONE_EACH, reading)
+    if "distilled_guidance_scale" in texts:
+        reading.embedded, reading.embedded_as = texts["distilled_guidance_scale"], "distilled_guidance_scale"
+    harmless = {"distilled_guidance_scale", "used_random_seed", "num_outputs", "vram_usage_level", "output_format"}
+    none = {key: value for key, value in texts.items() if value not in ("None", "False", "[]")}
+    leftovers(none, set(_ONE_EACH) | harmless, reading)
+    return reading
+
+
+def read_makers_tags(texts: Mapping[str, str]) -> Reading | None:
+    """The prompt and the model in the EXIF tags of Black Forest Labs' own programs. They say no more."""
+    if texts.get("Make") != "Black Forest Labs":
+        return None
+    reading = Reading({"prompt": texts.get("ImageDescription", "")})
+    if model := texts.get("Model"):
+        find_model(model, reading)
     return reading

@@ -52,11 +52,13 @@ WIDGETS: Mapping[str, str] = {
 }
 """Class -> its first widgets in the order of `widgets_values`. * is what the page does to the seed after a run."""
 _CONTROL = ("fixed", "increment", "decrement", "randomize")
+_VIRTUAL = ("PrimitiveNode", "Reroute", "GetNode", "SetNode", "Note", "MarkdownNote")
+"""Classes of nodes that only the page has."""
 _MUTED, _BYPASSED = 2, 4
 _MOST_NODES = 5000
 _DEEPEST = 10
 """The most levels of subgraphs."""
-_CHAIN = 200
+_CHAIN = 50
 """The most links that are followed from one input to its source."""
 
 
@@ -102,7 +104,9 @@ def to_prompt(workflow: Mapping[str, Any]) -> dict[str, Node]:
         f"{level.prefix}{key}": {"class_type": _id(node.get("type")), "inputs": _inputs(levels, level, node)}
         for level in levels.values()
         for key, node in level.nodes.items()
-        if node.get("mode") not in (_MUTED, _BYPASSED) and f"{level.prefix}{key}:" not in levels
+        if node.get("mode") not in (_MUTED, _BYPASSED)
+        and _id(node.get("type")) not in _VIRTUAL
+        and f"{level.prefix}{key}:" not in levels
     }
 
 
