@@ -176,6 +176,14 @@ A1111 = [
     Foreign("Forge: a finetune", "f2.0.1", png(parameters=forge(FOX, "pixelwave_flux1_dev_bf16_03", 3.5)),
             FORGED | {"prompt": FOX, "guidance": 1}, ["model", "Distilled CFG Scale"],
             {"model": "pixelwave_flux1_dev_bf16_03"}),
+    Foreign("Forge: Fill, ControlNet, a sign with odd words", "f2.0.1",
+            png(parameters=forge('a sign: "Negative prompt: none"', "flux1-fill-dev-Q8_0", 30, "fog",
+                                 Denoising_strength=1.0, Mask_blur=4, Inpaint_area="Only masked",
+                                 ControlNet_0="Module: canny, Model: x [ab], Weight: 1.0")),
+            FORGED | {"prompt": 'a sign: "Negative prompt: none"', "negative_prompt": "fog", "model": "flux1-fill-dev",
+                      "guidance": 30, "strength": 1}, ["Mask blur", "Inpaint area", "ControlNet 0"]),
+    Foreign("Forge: no prompt", "f2.0.1", png(parameters=forge("", "flux1-dev", 3.5, "fog")),
+            FORGED | {"negative_prompt": "fog", "model": "flux1-dev", "guidance": 3.5}),
     Foreign("A1111: SDXL, prompts of several lines", "v1.10.1", png(parameters=DREAMS),
             {"prompt": "portrait of a woman,\n(masterpiece:1.2), [cat|dog]", "negative_prompt": "lowres,\nbad: hands",
              "steps": 30, "solver": "dpmpp_2m", "guidance": 7.5, "seed": 99, "width": 832, "height": 1216},
@@ -400,6 +408,8 @@ SWARM = [
                                  fluxguidancescale=3.5, variationseed=5, variationseedstrength=0.2)),
             SWARMED | {"model": "flux2-klein-9b-kv", "prompt": "a face"},
             ["prompt_sections", "variationseed", "variationseedstrength", "fluxguidancescale"]),
+    Foreign("SwarmUI: FLUX.1 dev without a guidance", "0.9.8", png(parameters=swarm("flux1-dev")),
+            {key: value for key, value in SWARMED.items() if key != "guidance"} | {"model": "flux1-dev"}),
     Foreign("SwarmUI: a model that nobody knows", "0.9.8", png(parameters=swarm("Qwen/qwen_image_2512_fp8")), SWARMED,
             ["model"]),
 ]  # fmt: skip
@@ -448,6 +458,9 @@ INVOKE = [
                    z_image_seed_variance_strength=0.1),
             INVOKED | {"model": "z-image-turbo", "guidance": 1, "shift": 5},
             ["z_image_seed_variance_enabled", "z_image_seed_variance_strength"]),
+    Foreign("InvokeAI 5: FLUX Dev from a picture", "5.4",
+            invoke("FLUX Dev", "flux", "img2img", guidance=4, cfg_scale=1, strength=0.6, canvas_v2_metadata={"a": 1}),
+            INVOKED | {"model": "flux1-dev", "guidance": 4, "strength": 0.6}),
     Foreign("InvokeAI 3: SDXL, its model under older names", "3.7.0",
             png(invokeai_metadata=json.dumps({
                 "app_version": "3.7.0", "generation_mode": "sdxl_img2img", "positive_prompt": FOX,
@@ -507,6 +520,9 @@ MFLUX = [
             mflux("WEBP", "/Users/me/models/flux1-krea-dev-4bit", 4.5, lora_paths=["/l/a.safetensors"],
                   lora_scales=[0.8]),
             MFLUXED | {"model": "flux1-krea-dev", "guidance": 4.5}, ["quantize", "lora_paths", "lora_scales"]),
+    Foreign("mflux: Fill", "0.18",
+            mflux("PNG", "black-forest-labs/FLUX.1-Fill-dev", 30.0, image_path="/i.png", masked_image_path="/m.png"),
+            MFLUXED | {"model": "flux1-fill-dev", "guidance": 30}, ["quantize", "image_path", "masked_image_path"]),
     Foreign("mflux: Z-Image, whose scale is one less", "0.18", mflux("PNG", "Tongyi-MAI/Z-Image", 4.0),
             MFLUXED | {"model": "z-image", "guidance": 5}, ["quantize"]),
 ]  # fmt: skip
@@ -728,6 +744,68 @@ COMFY = [
             CUSTOM | {"model": "flux2-dev", "guidance": 4}),
 ]  # fmt: skip
 
+BEHIND_CONTROL = {
+    "35": node("FluxGuidance", guidance=["72", 0], conditioning=["6", 0]),
+    "72": node("Reroute", **{"": ["73", 0]}),
+    "73": node("PrimitiveFloat", value=4.1),
+    "80": node("ControlNetApplyAdvanced", strength=0.7, start_percent=0, end_percent=0.8, positive=["83", 0],
+               negative=["84", 0], control_net=["81", 0], image=["82", 0]),
+    "83": node("Reroute", **{"": ["35", 0]}),
+    "84": node("CLIPTextEncode", text="ugly", clip=["11", 0]),
+    "85": node("Reroute", **{"": ["80", 1]}),
+    "31": node("KSampler", seed=5, steps=20, cfg=1, sampler_name="euler", scheduler="simple", denoise=1,
+               model=["12", 0], positive=["80", 0], negative=["85", 0], latent_image=["27", 0]),
+}  # fmt: skip
+ADVANCED = {
+    "31": node("KSamplerAdvanced", add_noise="enable", noise_seed=6, steps=20, cfg=1, sampler_name="euler",
+               scheduler="simple", start_at_step=0, end_at_step=10000, return_with_leftover_noise="disable",
+               model=["14", 0], positive=["35", 0], negative=["33", 0], latent_image=["27", 0]),
+    "12": node("CheckpointLoaderSimple", ckpt_name="FLUX1/flux1-dev-fp8.safetensors"),
+    "13": node("LoraLoader", lora_name="a.safetensors", strength_model=0.5, strength_clip=0.5, model=["12", 0],
+               clip=["12", 1]),
+    "14": node("LoraLoader", lora_name="b.safetensors", strength_model=1, strength_clip=1, model=["13", 0],
+               clip=["13", 1]),
+}  # fmt: skip
+SIMPLE_CUSTOM = {
+    "31": node("SamplerCustom", add_noise=True, noise_seed=7, cfg=4.0, model=["12", 0], positive=["6", 0],
+               negative=["34", 0], sampler=["16", 0], sigmas=["17", 0], latent_image=["27", 0]),
+    "34": node("CLIPTextEncode", text="ugly", clip=["11", 0]),
+    "16": node("KSamplerSelect", sampler_name="dpmpp_2m"),
+    "17": node("BasicScheduler", scheduler="beta", steps=30, denoise=1, model=["12", 0]),
+}  # fmt: skip
+JOINED = {
+    "6": node("CLIPTextEncode", text=["70", 0], clip=["11", 0]),
+    "70": node("Text Concatenate", delimiter=", ", clean_whitespace="true", text_a=["71", 0], text_b=["72", 0]),
+    "71": node("easy positive", positive="a red fox"),
+    "72": node("Text Multiline", text="in snow"),
+}
+REWRITTEN = {
+    "6": node("CLIPTextEncode", text=["70", 0], clip=["11", 0]),
+    "70": node("TextGenerate", prompt="write of a fox", max_length=256, clip=["11", 0]),
+}
+MORE_COMFY = [
+    Foreign("ComfyUI: guidance before a ControlNet, reroutes", "0.3.75",
+            saved(graph("flux1-dev.safetensors", BEHIND_CONTROL)),
+            COMFIED | {"seed": 5, "model": "flux1-dev", "guidance": 4.1, "negative_prompt": "ugly"},
+            ["conditioning"]),
+    Foreign("ComfyUI: KSamplerAdvanced, a checkpoint, two LoRAs", "0.3.75", saved(graph("", ADVANCED)),
+            COMFIED | {"seed": 6, "model": "flux1-dev", "guidance": 3.5}, ["loras"],
+            {"loras": ["b.safetensors:1", "a.safetensors:0.5"]}),
+    Foreign("ComfyUI: SamplerCustom with CFG", "0.3.75", saved(graph("z_image_bf16.safetensors", SIMPLE_CUSTOM)),
+            COMFIED | {"seed": 7, "model": "z-image", "guidance": 4, "negative_prompt": "ugly", "steps": 30,
+                       "solver": "dpmpp_2m", "schedule": "beta"}),
+    Foreign("ComfyUI: texts that nodes join", "0.3.75", saved(graph("flux1-dev.safetensors", JOINED)),
+            COMFIED | {"prompt": "a red fox, in snow", "model": "flux1-dev", "guidance": 3.5}),
+    Foreign("ComfyUI: a text that a language model wrote", "0.3.75", saved(graph("flux1-dev.safetensors", REWRITTEN)),
+            {key: value for key, value in COMFIED.items() if key != "prompt"}
+            | {"model": "flux1-dev", "guidance": 3.5}, ["prompt", "conditioning"],
+            {"prompt": "a text from TextGenerate that could not be followed", "conditioning": ["CLIPTextEncode"]}),
+    Foreign("ComfyUI: both graphs in a JPEG's comment, as texts", "0.3.75",
+            with_exif("JPEG", comment=unicode(json.dumps(
+                {"prompt": json.dumps(graph("flux1-dev.safetensors")), "workflow": "{}"}))),
+            COMFIED | {"model": "flux1-dev", "guidance": 3.5}),
+]  # fmt: skip
+
 
 # ComfyUI: the page's graphs -------------------------------------------------------------------------------------------
 
@@ -902,6 +980,8 @@ PAGES = [
     Foreign("ComfyUI's page alone: nodes of unknown classes", "1.47.10", saved(None, workflow=unknown_nodes()),
             {"prompt": FOX, "seed": 9, "steps": 25, "solver": "heun", "schedule": "beta", "width": 512, "height": 512,
              "model": "flux1-dev", "guidance": 2.7}, ["batch_size"]),
+    Foreign("ComfyUI's page beside an empty graph to run", "1.47.10", saved({}, workflow=page(FLUX_PAGE)),
+            COMFIED | {"model": "flux1-dev", "guidance": 3.5}),
     Foreign("ComfyUI's page alone: a WebP", "1.47.10",
             with_exif("WEBP", {0x010F: "workflow:" + json.dumps(page(FLUX_PAGE))}),
             COMFIED | {"model": "flux1-dev", "guidance": 3.5}),
@@ -930,6 +1010,11 @@ CIVITAI = (
     '"modelName":"FLUX","modelVersionName":"Dev"},{"type":"lora","weight":0.7,"modelVersionId":5,"modelName":"Fur"}], '
     'Civitai metadata: {"workflow":"txt2img","aspectRatio":{"value":"2:3","width":832}}'
 )
+Z_CIVITAI = (
+    f"{FOX}\nSteps: 9, Sampler: Undefined, CFG scale: 1, Seed: 7, Size: 832x1216, Created Date: 2026-02-25T22:09:08Z, "
+    'Civitai resources: [{"type":"checkpoint","modelVersionId":2442439,"modelName":"Z Image","modelVersionName":"Turbo"'
+    "}], Civitai metadata: {}"
+)
 AIRS = graph("urn:air:flux1:checkpoint:civitai:618692@691639")
 EXTRA_METADATA = {
     "prompt": FOX, "negativePrompt": "ugly", "cfgScale": 4, "steps": 25, "seed": 7, "sampler": "euler",
@@ -940,7 +1025,7 @@ TEXTS = [
     Foreign("Image Saver: the guidance is only in the graph", "1.20",
             png(parameters=image_saver("flux1-dev", 1.0), prompt=json.dumps(graph("flux1-dev.safetensors")),
                 workflow="{}"),
-            SAVED | {"model": "flux1-dev", "guidance": 3.5}, ["loras"], {"loras": ["fur"]}),
+            COMFIED | {"model": "flux1-dev", "guidance": 3.5}, ["loras"], {"loras": ["fur"]}),
     Foreign("Image Saver: a JPEG without a graph, its CFG wired to the guidance", "1.20",
             with_exif("JPEG", comment=unicode(image_saver("flux1-kontext-dev_fp8_scaled_KJ", 2.5, "euler_beta",
                                                           RESOURCES))),
@@ -955,6 +1040,10 @@ TEXTS = [
             {"prompt": FOX, "negative_prompt": "ugly", "steps": 25, "solver": "euler", "guidance": 3.5, "seed": 7,
              "width": 832, "height": 1216, "model": "flux1-dev"},
             ["Clip skip", "Civitai resources", "Civitai metadata"]),
+    Foreign("Civitai: Z-Image Turbo, without a solver's name", "2026-02",
+            with_exif("JPEG", comment=unicode(Z_CIVITAI)),
+            {"prompt": FOX, "steps": 9, "guidance": 1, "seed": 7, "width": 832, "height": 1216,
+             "model": "z-image-turbo"}, ["solver", "Civitai resources"]),
     Foreign("Civitai: a JPEG of its ComfyUI, a graph with numbers of models", "2026-02",
             with_exif("JPEG", comment=unicode(json.dumps(
                 {**AIRS, "extra": {"airs": ["urn:air:flux1:checkpoint:civitai:618692@691639"]},
@@ -1071,5 +1160,5 @@ OTHERS = [
 ]  # fmt: skip
 
 FOREIGN: Sequence[Foreign] = [
-    *A1111, *SDCPP, *FOOOCUS, *SWARM, *INVOKE, *MFLUX, *DRAW_THINGS, *COMFY, *PAGES, *TEXTS, *OTHERS,
+    *A1111, *SDCPP, *FOOOCUS, *SWARM, *INVOKE, *MFLUX, *DRAW_THINGS, *COMFY, *MORE_COMFY, *PAGES, *TEXTS, *OTHERS,
 ]  # fmt: skip

@@ -33,14 +33,16 @@ _WORDS = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=\d)(?=[A-Z][a-z])|[^A-Za-z0-9]+")
 _REPACKED = (
     r"(ud-)?(iq|tq|q)[1-8](-[01k])?(-(xxs|xs|nl|s|m|l|xl))?",  # GGUF: q8_0, q4_k_m, iq4_xs, ud-q4_k_xl
     r"q[1-8]p|i8x",  # Draw Things
-    r"(bf|fp|f)(8|16|32)r?|(nv|mx)?fp[48]|nf4|u?int[48]|[2-8]-?bit|w[48]a(4|8|16)|df11",
+    r"(bf|fp|f|b?float)(8|16|32)r?|(nv|mx)?fp[48]|nf4|u?int[48]|[2-8]-?bit|w[48]a(4|8|16)|df11",
     r"(fp[48]|nvfp4|int8)?-?(scaled|mixed|tensorwise)|(fp8)?e[45]m[23](fn)?(uz)?|convrot|r\d{2,3}|fast|kj",
-    r"quant(iz|is)ed|svdq|nunchaku|sdnq|svd|dynamic|entropack|bnb|hqq|torchao|quanto|mlx|mflux|gguf|comfy(ui)?",
-    r"diffusers|transformer|unet|dit|diffusion-model|model|checkpoint|pruned|aio|repack(aged)?|official|original",
-    r"v\d{1,3}(-\d)?|1-0",
+    r"quant(iz|is)ed|svdq|nunchaku|sdnq|svd|dynamic|entropack|bnb|bitsandbytes|hqq|awq|gptq|autoround|torchao|quanto",
+    r"mlx|mflux|gguf|imatrix|onnx|tensorrt|openvino|comfy(ui)?|diffusers|transformer|unet|dit|diffusion-model|model",
+    r"checkpoint|single-file|pruned|aio|repack(aged)?|official|original|1-0",
 )
-"""What publishers add to a model's name: how the weights are stored, by whom, in which version."""
-_ADDED = re.compile(rf"(?<![a-z0-9])({'|'.join(_REPACKED)})(?![a-z0-9])")
+"""What publishers add to a model's name: how the weights are stored, and by whom."""
+_PACKED = "|".join(_REPACKED)
+_ADDED = re.compile(rf"(?<![a-z0-9])(({_PACKED})(-v\d{{1,3}}(-\d)?)?|v1-?0?)(?![a-z0-9])")
+"""A version behind such a word is the packing's. Otherwise it is the model's, and only the first is known."""
 
 
 def named(name: str) -> Spec | None:

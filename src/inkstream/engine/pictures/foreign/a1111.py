@@ -148,14 +148,14 @@ def _read_names(pairs: dict[str, Any], reading: Reading) -> None:
 
 
 def _checkpoints(resources: Any) -> Iterator[str]:
-    """The titles of the models in Civitai's list of resources: each alone, then with its version."""
+    """The titles of the models in Civitai's list of resources: each with its version, then alone."""
     for entry in cast("list[Any]", resources) if isinstance(resources, list) else []:
         resource = as_object(entry) or {}
         kind = resource.get("type") or (str(resource.get("air")).split(":") + [""] * 4)[3]
         title = str(resource.get("modelName", ""))
         if kind == "checkpoint" and title:
-            yield title
             yield f"{title} {resource.get('modelVersionName') or resource.get('versionName')}"
+            yield title
 
 
 def _read_details(details: Mapping[str, Any], reading: Reading) -> None:

@@ -22,6 +22,12 @@ from inkstream.types import as_object
 
 _PROMPTS = ("text", "prompt", "user_prompt", "t5xxl", "text_g", "clip_l", "populated_text")
 _VALUES = ("value", "text", "string", "int", "float", "number", "seed", "noise_seed", "populated_text", "prompt")
+_JOINED = re.compile(r"(text|string|str|prompt)_?([a-h]|\d)")
+"""The inputs of nodes that join texts."""
+_REWRITES = re.compile(
+    "replace|regex|generat|translat|caption|florence|interrogat|llm|trim|extract|format", re.IGNORECASE
+)
+"""Classes of nodes that give another text than they get."""
 _MODELS = ("unet_name", "ckpt_name", "gguf_name", "model_name", "model_path", "base_ckpt_name")
 _CHAIN = 1000
 """The most nodes that are followed along one chain of links."""
@@ -85,8 +91,9 @@ def _read(graph: Mapping[str, Any]) -> Reading | None:
     _read_embedded(nodes, sampler, positive, reading)
     for name, link in {"prompt": positive, "negative_prompt": settings.get("negative", pipe)}.items():
         reading.fields[name] = take_loras(_prompt(nodes, link, name, reading), reading)
-    if reading.fields["prompt"] is None and (node := _linked(nodes, positive)):
-        reading.ignored["prompt"] = f"a text from {_class(node)} that could not be followed"
+    if reading.fields["prompt"] is None and (chain := list(_conditionings(nodes, positive))):
+        texts = [node for key in _PROMPTS if (node := _linked(nodes, chain[-1]["inputs"].get(key)))]
+        reading.ignored["prompt"] = f"a text from {_class((texts or chain[-1:])[0])} that could not be followed"
     steps = as_number(reading.fields.get("steps")) or math.inf
     for name, whole in {"start_at_step": 0, "end_at_step": steps}.items():
         at = as_number(_value(nodes, settings.get(name), name))
@@ -139,7 +146,7 @@ def _passed(nodes: Mapping[str, Node], node: Node) -> Any:
     """The link that a node passes on unchanged; None if the node does more than that, or its choice is not known."""
     kind, inputs = _class(node), node["inputs"]
     if "Reroute" in kind or kind == "Any Switch (rgthree)":
-        return next((value for value in inputs.values() if isinstance(value, list)), None)
+        return next((cast("list[Any]", value) for value in inputs.values() if isinstance(value, list)), None)
     if {"on_false", "on_true", "switch"} <= inputs.keys():
         switch = inputs["switch"]
         if isinstance(switch, list) and switch:
@@ -216,11 +223,16 @@ def _text(
         return None
     if id(node) not in known:
         inputs = node["inputs"]
-        if {"string_a", "string_b"} <= inputs.keys():
-            parts = [_text(nodes, inputs[key], known, depth + 1) for key in ("string_a", "string_b")]
-            text = None if None in parts else str(inputs.get("delimiter", "")).join(parts)  # type: ignore[arg-type]
+        joined = sorted(key for key in inputs if _JOINED.fullmatch(key))
+        if len(joined) > 1:
+            parts = [_text(nodes, inputs[key], known, depth + 1) for key in joined]
+            between = inputs.get("delimiter", inputs.get("separator", ""))
+            text = None if None in parts else str(between).join(part for part in parts if part)
         else:
-            text = _text(nodes, next((inputs[k] for k in (*_PROMPTS, *_VALUES) if k in inputs), None), known, depth + 1)
+            given = [inputs[key] for key in (*_PROMPTS, *_VALUES) if key in inputs]
+            given = given or (list(inputs.values()) if len(inputs) == 1 else [])
+            followed = given and not _REWRITES.search(_class(node))
+            text = _text(nodes, given[0], known, depth + 1) if followed else None
         known[id(node)] = text if text is not None and len(text) <= _LONGEST_TEXT else None
     return known[id(node)]
 

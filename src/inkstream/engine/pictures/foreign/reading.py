@@ -32,12 +32,17 @@ class Reading:
             self.fields["guidance"] = self.embedded = value
 
     def fill(self, other: Reading) -> None:
-        """Takes the model, and the guidance that it reads, from another text of the same picture if this lacks them."""
+        """Takes what this lacks from another text of the same picture."""
         if self.embedded is None:
             self.embedded, self.embedded_as = other.embedded, other.embedded_as
-        if "model" not in self.fields and "model" in other.fields:
-            self.fields["model"] = other.fields["model"]
+        if "model" in other.fields:
             self.ignored.pop("model", None)
+        for name, value in other.fields.items():
+            if self.fields.get(name) is None and name not in self.ignored:
+                self.fields[name] = value
+        for name, value in other.ignored.items():
+            if self.fields.get(name) is None:
+                self.ignored.setdefault(name, value)
 
     def settle(self, model: str | None = None) -> None:
         """Chooses the guidance and the schedule as the model means them. The numbers left over are ignored.

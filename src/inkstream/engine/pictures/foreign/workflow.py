@@ -14,6 +14,9 @@ from inkstream.types import as_object
 Node = dict[str, Any]
 """{"class_type": str, "inputs": {name: value, or [id of another node, number of its output]}}"""
 
+_NOTHING: Node = {}
+"""A node or an input that does not exist."""
+
 WIDGETS: Mapping[str, str] = {
     "BasicScheduler": "scheduler steps denoise",
     "CFGGuider": "cfg",
@@ -220,7 +223,7 @@ def _promoted(level: Level, slot: int) -> Value | None:
 def _setter(level: Level, getter: Node) -> Node:
     """The SetNode with the same name as a GetNode."""
     setters = (node for node in level.nodes.values() if node.get("type") == "SetNode")
-    return next((node for node in setters if _id(_first(node)) == _id(_first(getter))), {})
+    return next((node for node in setters if _id(_first(node)) == _id(_first(getter))), _NOTHING)
 
 
 def _first(node: Node) -> Any:
@@ -234,12 +237,12 @@ def _bypassed(node: Node, slot: int) -> Node:
     entries, outputs = list(_objects(node, "inputs")), list(_objects(node, "outputs"))
     kind = outputs[slot].get("type") if 0 <= slot < len(outputs) else None
     nearest = [*entries[slot : slot + 1], *entries] if slot >= 0 else entries
-    return next((entry for entry in nearest if kind in (entry.get("type"), "*") or len(entries) == 1), {})
+    return next((entry for entry in nearest if kind in (entry.get("type"), "*") or len(entries) == 1), _NOTHING)
 
 
 def _entry(node: Node, name: Any) -> Node:
     """A node's input of that name; without a name, its first."""
-    return next((entry for entry in _objects(node, "inputs") if name in (None, entry.get("name"))), {})
+    return next((entry for entry in _objects(node, "inputs") if name in (None, entry.get("name"))), _NOTHING)
 
 
 def _objects(holder: Mapping[str, Any] | None, key: str) -> Iterator[Node]:
