@@ -754,11 +754,12 @@ def test_references_given_as_data_are_kept_as_digests_and_paths_stay(tmp_path):
 
 @settings(deadline=None)
 @given(
-    st.sampled_from(["inkstream", "parameters", "prompt", "invokeai_metadata", "comment"]),
-    st.sampled_from(["sui_image_params", "request", "mflux_version", "app_version", "adm_guidance"]),
+    st.sampled_from(["inkstream", "parameters", "prompt", "invokeai_metadata", "comment", "workflow"]),
+    st.sampled_from(["sui_image_params", "request", "mflux_version", "app_version", "adm_guidance", "extraMetadata"]),
     st.dictionaries(
         st.sampled_from([*Request.model_fields, "cfgscale", "sampler", "model", "loras", "guidance", "image_strength",
-                         "resolution", "scheduler", "positive_prompt", "left_out"]),
+                         "resolution", "scheduler", "positive_prompt", "left_out", "fluxguidancescale", "c", "uc",
+                         "seed_mode", "size", "v2", "scale", "z_image_shift", "lora_combined_1"]),
         JSON,
     ),
 )  # fmt: skip
