@@ -86,10 +86,15 @@ def read_a1111(text: str) -> Reading | None:
         return None
     at, pairs = split
     reading = Reading()
-    templates = [line for line in lines[:at] if "App" in pairs and line.startswith(_TEMPLATES)]
-    _read_prompts([line for line in lines[:at] if line not in templates], reading)
-    if templates := [*templates, *lines[at + 1 :]]:
-        reading.ignored["template"] = "\n".join(templates)
+    before = lines[:at]
+    if "App" in pairs:  # SD.Next's templates may have several lines, and may equal the prompts
+        first = next((index for index, line in enumerate(before) if line.startswith(_TEMPLATES)), at)
+        before, templates = before[:first], "\n".join(before[first:])
+    else:
+        templates = "\n".join(lines[at + 1 :])
+    _read_prompts(before, reading)
+    if templates and templates.partition(":")[2].strip() != reading.fields["prompt"]:
+        reading.ignored["template"] = templates
     for theirs, ours in {"Raw prompt": "prompt", "Raw negative prompt": "negative_prompt"}.items():
         if theirs in pairs:  # Fooocus: what the user typed; the text above has the styles' words too
             reading.fields[ours] = take_loras(str(pairs.pop(theirs)), reading)
