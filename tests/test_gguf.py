@@ -104,7 +104,7 @@ def test_a_file_is_what_its_bytes_say(tmp_path, version):
         (b"safetensors?", "cut short or not a GGUF file"),
         (file_of([], [], b"", version=1), "GGUF of version 1: take a file of version 2 or 3"),
         (file_of([], [], b"", version=3 << 24), "version 50331648"),
-        (file_of([], [tensor("x", (256,), 20, 0)], bytes(256)), "x as IQ4_NL, which is not supported: take a Q8_0"),
+        (file_of([], [tensor("x", (256,), 18, 0)], bytes(256)), "x as IQ3_XXS, which is not supported: take a Q8_0"),
         (file_of([], [tensor("x", (256,), 99, 0)], bytes(256)), "x as number 99"),
         (file_of([], [tensor("x", (33,), 8, 0)], bytes(256)), "not divisible into blocks of 32"),
         (file_of([], [tensor("x", (4,), 0, 0)] * 2, bytes(256)), "x occurs twice"),

@@ -45,8 +45,17 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 def random_packed(name: str, rows: int = 6, columns: int = 512, seed: int = 0) -> Packed:
     if name in PACKABLE:
         return pack(name, normal(rows, columns, seed=seed))
-    generator = torch.Generator().manual_seed(seed)  # nvfp4, which is read but not written
+    generator = torch.Generator().manual_seed(seed)  # formats that are read but not written
+    if name.startswith("iq"):
+        form = FORMATS[name]
+        blocks = torch.randint(
+            0, 256, (rows * columns // form.numbers, form.bytes), dtype=torch.uint8, generator=generator
+        )
+        blocks[:, :2] = torch.randn(len(blocks), 1, generator=generator).half().view(torch.uint8)
+        return Packed(name, blocks.view(rows, -1), (rows, columns))
     data = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, generator=generator)
+    if name == "int4_low":
+        return Packed(name, data, (rows, columns), (torch.rand(rows, 1, generator=generator),))
     blocks = torch.rand(rows, columns // 16, generator=generator).to(torch.float8_e4m3fn)
     return Packed(name, data, (rows, columns), (blocks, torch.full((1, 1), 0.5 + seed)))
 
@@ -96,6 +105,7 @@ def test_small_formats_are_what_their_tables_say():
     assert unpack(Packed("int4", data, (1, 4), (one,)))[0].tolist() == [-8, -7, 7, -1]
     assert unpack(Packed("nvfp4", data, (1, 4), (one, two)))[0].tolist() == [2 * E2M1[i] for i in (0, 1, 15, 7)]
     assert unpack(Packed("nvfp4_low", data, (1, 4), (one, two)))[0].tolist() == [2 * E2M1[i] for i in (1, 0, 7, 15)]
+    assert unpack(Packed("int4_low", data, (1, 4), (two,)))[0].tolist() == [2, 0, 14, -2]
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)])

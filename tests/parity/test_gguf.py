@@ -20,7 +20,7 @@ def kind(name: str) -> gguf.GGMLQuantizationType:
     return gguf.GGMLQuantizationType[name.upper()]
 
 
-@pytest.mark.parametrize("name", GGUF)
+@pytest.mark.parametrize("name", [*GGUF, "iq4_nl", "iq4_xs"])
 def test_random_bytes_are_the_same_numbers_bit_for_bit(name):
     form = FORMATS[name]
     assert (form.numbers, form.bytes) == gguf.GGML_QUANT_SIZES[kind(name)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inkstream.nn.gpu import kernels_for
-from inkstream.quant.packed import CHUNK, Packed, Weight, unpack
+from inkstream.quant.packed import CHUNK, Packed, Weight, rows_of, unpack
 from inkstream.quant.small import rotate
 
 E4M3 = torch.float8_e4m3fn
@@ -92,7 +92,7 @@ class PackedEmbedding(PackedWeight):
 
     def forward(self, ids: Tensor) -> Tensor:  # integers (...) -> (..., D)
         packed, at = self.packed, ids.flatten()
-        scales = tuple(s if len(s) == 1 else _rows_of(s, at) for s in packed.scales)
+        scales = tuple(s if len(s) == 1 else rows_of(s, at) for s in packed.scales)
         rows = replace(packed, data=packed.data[at], shape=(len(at), packed.shape[1]), scales=scales)
         return unpack(rows, self.dtype).view(*ids.shape, -1)
 
@@ -277,8 +277,3 @@ def _scale_back(sums: Tensor, scale: Tensor, packed: Packed, bias: Tensor | None
         if bias is not None:
             numbers.add_(bias)
     return out
-
-
-def _rows_of(scale: Tensor, at: Tensor) -> Tensor:
-    """The scales of some rows. Torch cannot index 8-bit floats, so they are indexed as bytes."""
-    return scale.view(torch.uint8)[at].view(scale.dtype) if scale.dtype.itemsize == 1 else scale[at]

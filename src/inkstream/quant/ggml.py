@@ -81,6 +81,29 @@ def unpack_q6_k(b: Tensor) -> Tensor:
     return q.view(-1, 16, 16).float().sub_(32).mul_(scales.unsqueeze(-1)).flatten(1)
 
 
+IQ4 = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+"""The 16 values of the formats IQ4_NL and IQ4_XS."""
+
+
+def unpack_iq4_nl(b: Tensor) -> Tensor:
+    """Block: scale 2, nibbles 16, each of which is the number of a value."""
+    return values(nibbles(b[:, 2:])).mul_(half(b, 0))
+
+
+def unpack_iq4_xs(b: Tensor) -> Tensor:
+    """Block of 8 sub-blocks: scale of scales 2, high 2 bits of scales 2, low 4 bits of scales 4, nibbles 128."""
+    high = planes(b[:, 2:4], (0, 2, 4, 6), 3).transpose(1, 2).flatten(1)  # (N, 8)
+    low = planes(b[:, 4:8], (0, 4), 15).transpose(1, 2).flatten(1)
+    scales = half(b, 0) * (low | (high << 4)).float().sub_(32)
+    q = planes(b[:, 8:].unflatten(1, (8, 16)), (0, 4), 15).flatten(2)  # (N, 8, 32)
+    return values(q).mul_(scales.unsqueeze(-1)).flatten(1)
+
+
+def values(q: Tensor) -> Tensor:
+    """Look up the values of IQ4."""
+    return torch.tensor(IQ4, dtype=torch.float32, device=q.device)[q.int()]
+
+
 def half(b: Tensor, at: int) -> Tensor:
     """Read the float16 at byte `at` of each block. -> (N, 1) float32"""
     return b[:, at : at + 2].view(torch.float16).float()

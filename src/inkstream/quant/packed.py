@@ -39,17 +39,21 @@ FORMATS: dict[str, Format] = {
     "q4_0": Format(32, 18, ggml.unpack_q4_0),
     "q3_k": Format(256, 110, ggml.unpack_q3_k),
     "q2_k": Format(256, 84, ggml.unpack_q2_k),
+    "iq4_nl": Format(32, 18, ggml.unpack_iq4_nl),
+    "iq4_xs": Format(256, 136, ggml.unpack_iq4_xs),
     "e4m3": Format(1, 1, small.unpack_e4m3),
     "e5m2": Format(1, 1, small.unpack_e5m2),
     "int8": Format(1, 1, small.unpack_int8),
     "nf4": Format(2, 1, small.unpack_nf4, 64),
     "int4": Format(2, 1, small.unpack_int4, 64),
+    "int4_low": Format(2, 1, small.unpack_int4_low),
     "nvfp4": Format(2, 1, small.unpack_fp4, 16),
     "nvfp4_low": Format(2, 1, small.unpack_fp4_low, 16),
 }
-"""Name -> format. Names that begin with q are GGUF's formats; the others have their scales in separate tensors."""
+"""Name -> format. Names that begin with q or iq are GGUF's; the others have their scales in separate tensors."""
 
 GGUF = tuple(name for name in FORMATS if name.startswith("q"))
+"""GGUF's formats that are written here. Those that begin with iq are only read."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,6 +175,24 @@ def take_columns(weight: WeightT, runs: Sequence[tuple[int, int]]) -> WeightT:
 
     scales = tuple(take(scale) if scale.shape[1] > 1 else scale for scale in weight.scales)
     return replace(weight, data=take(weight.data), shape=(len(weight), sum(b - a for a, b in runs)), scales=scales)
+
+
+def reorder(weight: WeightT, index: Tensor) -> WeightT:
+    """Return the rows of a weight in another order. index: (rows,). Raises InputError if a block spans rows."""
+    if weight.is_meta:
+        return weight
+    index = index.to(weight.device)
+    if isinstance(weight, Tensor):
+        return weight[index]
+    if len(weight.data) != len(weight):
+        raise InputError(f"rows of {weight.shape} packed as {weight.format} cannot be separated: take another file")
+    scales = tuple(scale if len(scale) == 1 else rows_of(scale, index) for scale in weight.scales)
+    return replace(weight, data=weight.data[index], scales=scales)
+
+
+def rows_of(scale: Tensor, at: Tensor) -> Tensor:
+    """Return the scales of some rows. Torch cannot index 8-bit floats, so they are indexed as bytes."""
+    return scale.view(torch.uint8)[at].view(scale.dtype) if scale.dtype.itemsize == 1 else scale[at]
 
 
 def _likeness(weight: Weight) -> tuple[object, ...]:

@@ -22,6 +22,8 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3
 """Values of 4-bit floats: one sign bit, two bits of exponent, one bit of mantissa."""
 
 INT4 = tuple(float(i - 8) for i in range(16))
+SIGNED4 = tuple(float(i - 16 * (i > 7)) for i in range(16))
+"""Values of 4-bit integers: with 8 added, and in two's complement."""
 
 
 def unpack_e4m3(b: Tensor) -> Tensor:
@@ -45,6 +47,11 @@ def unpack_nf4(b: Tensor) -> Tensor:
 
 def unpack_int4(b: Tensor) -> Tensor:
     return _look_up(b, INT4, low_first=False)
+
+
+def unpack_int4_low(b: Tensor) -> Tensor:
+    """Unpack integers in two's complement; the low half of a byte is the first number."""
+    return _look_up(b, SIGNED4, low_first=True)
 
 
 def unpack_fp4(b: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
 """Packed weights in safetensors files: a tensor of numbers, with tensors of scales and format marks next to it.
 
-Formats that can be read: plain fp8; fp8 with `scale_weight` (ComfyUI's earlier files); fp8, int8 and NVFP4 as named by
-`comfy_quant` or by the header's `_quantization_metadata`; NVFP4 by NVIDIA's Model Optimizer. Files are written with
-`_quantization_metadata`, which ComfyUI reads too, and with two formats of our own, nf4 and int4.
+Formats that can be read: plain fp8; fp8 with `scale_weight` (ComfyUI's earlier files); fp8, MXFP8, int8, int4 with
+rotated rows and NVFP4 as named by `comfy_quant` or by the header's `_quantization_metadata`; MXFP8 and NVFP4 by
+NVIDIA's Model Optimizer; bitsandbytes; nunchaku's SVDQuant. Files are written with `_quantization_metadata`, which
+ComfyUI reads too, and with two formats of our own, nf4 and int4.
 """
 
 from __future__ import annotations
@@ -16,28 +17,42 @@ from torch import Tensor
 
 from inkstream.quant.packed import Packed, Weight
 from inkstream.types import InputError
+from inkstream.weights import bitsandbytes
+from inkstream.weights.bitsandbytes import gather_bitsandbytes
+from inkstream.weights.svdquant import gather_svdquant
 
 METADATA = "_quantization_metadata"
 """Header key that holds the packing of each layer: {"format_version": "1.0", "layers": {name: {"format": ...}}}."""
 
 MARK = ".comfy_quant"
-"""Suffix of the small tensors that hold the same information for one layer (the format marks)."""
+"""Suffix of the small tensors that hold the same information for one layer."""
+
+MARKS = (MARK, *bitsandbytes.MARKS)
+"""Suffixes of all small tensors of JSON that say how a weight is packed (the format marks)."""
 
 SCALES = (".scale_weight", ".weight_scale")
-IGNORED = (".scale_input", ".input_scale", MARK)
+ROWS = ".SCB"
+"""Suffix of bitsandbytes' scales of int8 rows: the largest magnitude of each row, which is stored as 127."""
+IGNORED = (".scale_input", ".input_scale", ".weight_format", MARK)
 """Suffixes of tensors that are not used. Scales of activations are not needed: their range is measured at run time."""
 
 FORMATS = {
     "float8_e4m3fn": "e4m3",
     "float8_e5m2": "e5m2",
     "int8_tensorwise": "int8",
+    "mxfp8": "e4m3",
+    "convrot_w4a4": "int4_low",
     "nvfp4": "nvfp4",
     "nf4": "nf4",
     "int4": "int4",
 }
 """Format name in these files -> format name in `quant`. Only files written here use the last two."""
 
-_NAMES = {ours: theirs for theirs, ours in FORMATS.items()}
+MXFP8_GROUP = 32
+"""Numbers that share a scale, a power of two, in MXFP8."""
+
+_NAMES = {ours: theirs for theirs, ours in FORMATS.items() if theirs not in ("mxfp8", "convrot_w4a4")}
+E8M0 = torch.float8_e8m0fnu
 _STORED = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2, "int8": torch.int8}
 _BY_DTYPE = {dtype: name for name, dtype in _STORED.items()}
 
@@ -49,16 +64,21 @@ def gather(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str
     InputError if a weight is packed in a way that is not supported.
     """
     said = _layers(state, metadata)
-    fast = any(key.endswith("scaled_fp8") and tensor.numel() == 2 for key, tensor in state.items())
+    fast = tuple(k.removesuffix("scaled_fp8") for k, t in state.items() if k.endswith("scaled_fp8") and t.numel() == 2)
     used: set[str] = set()
     out: dict[str, Weight] = {}
+    state = gather_svdquant(state)
     for key, tensor in state.items():
         layer = key.removesuffix(".weight")
         if layer == key or tensor.ndim != 2:
             out[key] = tensor
             continue
-        beside = {name: state[layer + name] for name in (*SCALES, ".weight_scale_2") if layer + name in state}
-        packed = _pack(layer, tensor, beside, said.get(layer), fast)
+        if (unpacked := gather_bitsandbytes(key, tensor, state)) is not None:
+            out[key] = unpacked
+            used.update(key + name for name in bitsandbytes.BESIDE)
+            continue
+        beside = {name: state[layer + name] for name in (*SCALES, ROWS, ".weight_scale_2") if layer + name in state}
+        packed = _pack(layer, tensor, beside, said.get(layer), bool(fast) and layer.startswith(fast))
         out[key] = tensor if packed is None else packed
         if packed is not None:
             used.update(layer + name for name in (*beside, *IGNORED))
@@ -88,8 +108,10 @@ def spell(name: str, weight: Weight) -> tuple[dict[str, Tensor], dict[str, dict[
 
 
 def is_spelt(weight: Weight) -> bool:
-    """Return whether a safetensors file written here can hold the weight: GGUF's formats and NVFP4 are not possible."""
-    return isinstance(weight, Tensor) or (weight.format in _NAMES and len(weight.scales) < 2)
+    """Return whether a safetensors file written here can hold the weight: GGUF's formats, NVFP4, MXFP8 cannot be."""
+    if isinstance(weight, Tensor):
+        return True
+    return weight.format in _NAMES and len(weight.scales) < 2 and all(s.dtype != E8M0 for s in weight.scales)
 
 
 def _layers(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Mapping[str, Mapping[str, Any]]:
@@ -121,6 +143,9 @@ def _pack(
     fast: the file's `scaled_fp8` mark asks for matrix products in fp8 for all layers.
     """
     scale = next((beside[name] for name in SCALES if name in beside), None)
+    if scale is None and ROWS in beside and tensor.dtype == torch.int8:
+        scale = beside[ROWS].float() / 127
+        said = {"format": "int8_tensorwise", "full_precision_matrix_mult": True}
     form = _format(layer, tensor, scale, ".weight_scale_2" in beside, said)
     if form is None:
         return None
@@ -132,6 +157,8 @@ def _pack(
             raise InputError(f"{layer} is packed as NVFP4 and lacks matching scales: download the file again")
         blocks = _unswizzle(layer, scale, rows, columns // 16) if form == "nvfp4" else scale
         scales = [blocks, beside[".weight_scale_2"]]
+    elif scale is not None and (_is_mxfp8(said) or (form == "e4m3" and scale.dtype in (torch.uint8, E8M0))):
+        scales = [_powers(layer, scale, rows, columns, _is_mxfp8(said))]
     scales = [_shaped(layer, each, rows) for each in scales]
     if any(columns % each.shape[1] for each in scales):
         raise InputError(
@@ -140,7 +167,8 @@ def _pack(
     rotated, dynamic = 0, fast or form == "int8"
     if said is not None:
         dynamic = said.get("activations") == "dynamic" or not said.get("full_precision_matrix_mult")
-        rotated = int(said.get("convrot_groupsize", 256)) if said.get("convrot") else 0
+        turned = said.get("convrot") or form == "int4_low"
+        rotated = int(said.get("convrot_groupsize", 256)) if turned else 0
     if rotated and (rotated not in (4, 16, 64, 256, 1024) or columns % rotated):
         raise InputError(
             f"{layer} has {columns} columns rotated in runs of {rotated}, which is not supported: take another file"
@@ -157,13 +185,25 @@ def _format(
         return None
     if said is not None:
         form = FORMATS.get(str(said.get("format")))
-        if form is None or tensor.dtype != _STORED.get(form, torch.uint8):
+        if form is None or tensor.dtype != (torch.int8 if form == "int4_low" else _STORED.get(form, torch.uint8)):
             kind = f"{said.get('format')} in {str(tensor.dtype).removeprefix('torch.')}"
             raise InputError(f"{layer} is packed as {kind}, which is not supported: take another file of the model")
         return form
     if tensor.dtype == torch.uint8:
         return "nvfp4_low" if has_second else None
     return None if tensor.dtype == torch.int8 and scale is None else _BY_DTYPE.get(tensor.dtype)
+
+
+def _is_mxfp8(said: Mapping[str, Any] | None) -> bool:
+    return said is not None and said.get("format") == "mxfp8"
+
+
+def _powers(layer: str, scale: Tensor, rows: int, columns: int, is_tiled: bool) -> Tensor:
+    """MXFP8's scales, powers of two, (rows, groups). is_tiled: they are in ComfyUI's tiles for the tensor cores."""
+    if scale.element_size() != 1 or columns % MXFP8_GROUP:
+        raise InputError(f"{layer} is packed as MXFP8 and lacks matching scales: download the file again")
+    scale = scale.view(E8M0)
+    return _unswizzle(layer, scale, rows, columns // MXFP8_GROUP) if is_tiled else scale
 
 
 def _shaped(layer: str, scale: Tensor, rows: int) -> Tensor:
@@ -183,7 +223,7 @@ def _unswizzle(layer: str, scale: Tensor, rows: int, columns: int) -> Tensor:
     high, wide = -(-rows // 128), -(-columns // 4)
     if scale.numel() != high * wide * 512:
         raise InputError(
-            f"{layer} has {scale.numel()} scales of NVFP4, {high * wide * 512} were expected: download the file again"
+            f"{layer} has {scale.numel()} block scales, {high * wide * 512} were expected: download the file again"
         )
     if scale.is_meta:
         return scale.new_empty(rows, columns)

@@ -30,6 +30,7 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -301,7 +302,8 @@ def _read_one(path: Path, only: Collection[str] | None = None) -> dict[str, Tens
         with safe_open(path, framework="pt") as file:
             names = list(file.keys())
             if only is not None:
-                names = [n for n in names if n in only or n.rpartition(".")[0] + ".weight" in only or "scaled_fp8" in n]
+                layers = {_layer(n) for n in only}
+                names = [n for n in names if n in only or _layer(n) in layers or "scaled_fp8" in n]
             return {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} cannot be read ({error}): download it again") from error
@@ -327,7 +329,7 @@ def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             marks = {
                 name: _read_mark(file, 8 + length + entry["data_offsets"][0], *entry["shape"])
                 for name, entry in data.items()
-                if name.endswith(dialects.MARK) and entry["dtype"] == "U8" and len(entry["shape"]) == 1
+                if name.endswith(dialects.MARKS) and entry["dtype"] == "U8" and len(entry["shape"]) == 1
             }
         metadata = data.pop("__metadata__", {})
         foreign = {entry["dtype"] for entry in data.values()} - DTYPES.keys()
@@ -347,6 +349,12 @@ def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if size < whole:
         raise InputError(f"{path} is cut short, it has {size:,} of {whole:,} bytes: download it again")
     return tensors, metadata
+
+
+def _layer(name: str) -> str:
+    """The layer that a tensor belongs to: of a weight, a bias, and all that lies beside a packed weight."""
+    layer, is_beside, _ = name.partition(".weight.")
+    return layer if is_beside else name.rpartition(".")[0]
 
 
 def _read_mark(file: BinaryIO, start: int, size: int) -> Tensor:

@@ -13,10 +13,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from inkstream.quant.packed import Packed, Weight, cut, join, unpack
+import torch
+from torch import Tensor
+
+from inkstream.quant.packed import Packed, Weight, cut, join, reorder, unpack
 from inkstream.types import InputError
 
-Shape = Literal["same", "swap", "row", "conv1x1"]
+Shape = Literal["same", "swap", "row", "conv1x1", "columns", "interleaved"]
+
+HEAD = 128
+"""Rows of a head of attention, where a rule's shape is "interleaved"."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +39,22 @@ class Rule:
     heights: tuple[int, ...] = ()  # relative heights of the row blocks; empty: all blocks have the same height
 
 
-def rename(theirs: str, ours: str, swap: bool = False, row: bool = False, conv1x1: bool = False) -> Rule:
+def rename(
+    theirs: str,
+    ours: str,
+    swap: bool = False,
+    row: bool = False,
+    conv1x1: bool = False,
+    interleaved: bool = False,
+) -> Rule:
     """Return a rule that renames a tensor.
 
     swap: the two halves of the rows change places. row: their tensor is (D,) or (1, D), ours is (1, D) and is written
     as (1, D). conv1x1: their tensor is the weight of a 1x1 convolution (O, I, 1, 1), ours is the weight of a linear
-    layer (O, I); biases do not change.
+    layer (O, I); biases do not change. interleaved: rows of the two halves of each head of 128 alternate in theirs.
     """
     shape: Shape = "swap" if swap else "row" if row else "conv1x1" if conv1x1 else "same"
+    shape = "interleaved" if interleaved else shape
     return Rule((theirs,), (ours,), shape)
 
 
@@ -50,6 +64,14 @@ def fuse(*theirs: str, ours: str, heights: Sequence[int] = ()) -> Rule:
     heights: relative heights of the row blocks; all blocks have the same height if it is empty.
     """
     return Rule(theirs, (ours,), heights=tuple(heights))
+
+
+def fuse_columns(*theirs: str, ours: str, widths: Sequence[int]) -> Rule:
+    """Return a rule that joins several of their layers into one that reads their inputs side by side.
+
+    Weights are joined along the columns, and biases are added. widths: relative widths of the columns.
+    """
+    return Rule(theirs, (ours,), "columns", tuple(widths))
 
 
 def split(theirs: str, ours: Sequence[str]) -> Rule:
@@ -71,7 +93,7 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Weight], back: bool = F
     out: dict[str, Weight] = {}
     origin: dict[str, str] = {}  # our key -> the key it came from; for a fused key, the first part found
     gathered: dict[str, dict[str, Weight | None]] = {}  # fused key -> its parts, in order
-    heights: dict[str, tuple[int, ...]] = {}  # fused key -> the relative heights of its parts
+    rule_of: dict[str, Rule] = {}  # fused key -> its rule
 
     def put(name: str, tensor: Weight, key: str) -> None:
         if name in origin:
@@ -92,15 +114,18 @@ def translate(rules: Sequence[Rule], state: Mapping[str, Weight], back: bool = F
             (name,) = targets
             if name not in gathered:
                 put(name, tensor, key)  # a placeholder keeps the position in the order until all parts are found
-                gathered[name], heights[name] = dict.fromkeys(sources), rule.heights or (1,) * len(sources)
+                gathered[name], rule_of[name] = dict.fromkeys(sources), rule
             gathered[name][key] = tensor
         elif len(targets) > 1:
-            for name, part in zip(targets, _cut(key, tensor, rule.heights or (1,) * len(targets))):
+            cut = _cut_columns if rule.shape == "columns" else _cut
+            for name, part in zip(targets, cut(key, tensor, rule.heights or (1,) * len(targets))):
                 put(name, part, key)
         elif targets:
             put(targets[0], _reshape(key, tensor, rule.shape, back), key)
     for name, parts in gathered.items():
-        out[name] = _fuse(name, parts, heights[name])
+        rule = rule_of[name]
+        whole = _complete(name, parts)
+        out[name] = _fuse_columns(whole) if rule.shape == "columns" else _fuse(name, whole, rule.heights)
     return out
 
 
@@ -118,13 +143,41 @@ def matches(pattern: str, key: str) -> bool:
     return _compiled(pattern).fullmatch(key) is not None
 
 
-def _fuse(name: str, parts: Mapping[str, Weight | None], heights: Sequence[int]) -> Weight:
+def _complete(name: str, parts: Mapping[str, Weight | None]) -> dict[str, Weight]:
     missing = [key for key, part in parts.items() if part is None]
     if missing:
         raise InputError(
             f"{name} is made of {len(parts)} parts and {', '.join(missing)} is missing: take a complete file"
         )
-    tensors = [part for part in parts.values() if part is not None]
+    return {key: part for key, part in parts.items() if part is not None}
+
+
+def _fuse_columns(parts: Mapping[str, Weight]) -> Tensor:
+    tensors = [part if isinstance(part, Tensor) else unpack(part, torch.bfloat16) for part in parts.values()]
+    first = tensors[0]
+    if len({part.shape[:1] for part in tensors}) > 1 or len({part.ndim for part in tensors}) > 1:
+        shapes = ", ".join(f"{key} {tuple(part.shape)}" for key, part in parts.items())
+        raise InputError(f"layers that are one have outputs of different sizes: {shapes}; take another file")
+    if first.ndim < 2:
+        return torch.stack(tensors).sum(0) if not first.is_meta else first
+    if first.is_meta:  # without torch.cat, which would import torch's tracer
+        return first.new_empty(len(first), sum(part.shape[1] for part in tensors))
+    return torch.cat(tensors, 1)
+
+
+def _cut_columns(key: str, tensor: Weight, widths: Sequence[int]) -> tuple[Weight, ...]:
+    """Cut a weight along the columns; of a bias, the first layer gets all."""
+    full = tensor if isinstance(tensor, Tensor) else unpack(tensor, torch.bfloat16)
+    if full.ndim < 2:
+        return (full, *(torch.zeros_like(full) for _ in widths[1:]))
+    if full.shape[1] % sum(widths):
+        raise InputError(f"{key} is {tuple(full.shape)}: columns of widths {widths} were expected; take another file")
+    return full.split([full.shape[1] // sum(widths) * width for width in widths], 1)
+
+
+def _fuse(name: str, parts: Mapping[str, Weight], heights: Sequence[int]) -> Weight:
+    heights = heights or (1,) * len(parts)
+    tensors = list(parts.values())
     # The shape of each part divided by its relative height; None if the rows are not divisible by the height.
     units = {
         None if part.ndim == 0 or len(part) % height else (len(part) // height, *part.shape[1:])
@@ -155,6 +208,11 @@ def _proportions(heights: Sequence[int]) -> str:
 def _reshape(key: str, tensor: Weight, shape: Shape, back: bool) -> Weight:
     if shape == "swap":
         return join(_cut(key, tensor, (1, 1))[::-1])
+    if shape == "interleaved":
+        if len(tensor) % HEAD:
+            raise InputError(f"{key} has {len(tensor)} rows, which are not heads of {HEAD}: take another file")
+        order = torch.arange(len(tensor)).view(-1, *((2, HEAD // 2) if back else (HEAD // 2, 2))).transpose(1, 2)
+        return reorder(tensor, order.flatten())
     if isinstance(tensor, Packed):
         return tensor if shape == "same" else _reshape(key, unpack(tensor), shape, back)
     if shape == "row" and not back:

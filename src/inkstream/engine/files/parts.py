@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from inkstream.engine.files.foreign import describe
 from inkstream.families import FAMILIES, Family, Part, family_of
 from inkstream.nn.config import read_config
 from inkstream.quant.packed import Weight
@@ -84,8 +85,17 @@ def recognise(path: Path) -> tuple[type[Family], Found]:
     family, match = min(matches, key=lambda pair: len(pair[1].unknown), default=(None, None))
     # An error means that a layout knew the names, but some weights are missing.
     if family is None or match is None or (errors and not match.named):
-        raise errors[0]
+        raise _named(path, "transformer") or errors[0]
     return family, _checked(match, "transformer", family.parts["transformer"])
+
+
+def _named(path: Path, name: str, section: str = "") -> InputError | None:
+    """The error that says what a file is instead of a part; None if its names tell nothing."""
+    with suppress(InputError):
+        header = read_header(path)
+        if kind := describe(in_section(header.tensors, section)):
+            return InputError(f"{path} is {kind[0]}, not a {name} that is known here: {kind[1]}")
+    return None
 
 
 def is_transformer(path: Path) -> bool:
@@ -134,6 +144,8 @@ def _checked(match: _Match, name: str, part: Part) -> Found:
     """The Found of a match. InputError if a weight is unknown, missing, of another shape or quantised."""
     found = match.found
     path, tensors = found.path, found.tensors
+    if (found.config is None or match.unknown) and (error := _named(path, name, found.section)):
+        raise error
     plain = {key: weight for key, weight in tensors.items() if isinstance(weight, Tensor)}
     quantised = [key for key, tensor in plain.items() if key.endswith(SCALES) or not tensor.is_floating_point()]
     if quantised:

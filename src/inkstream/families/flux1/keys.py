@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from inkstream.families.parts import FLUX_SINGLE_FILE as SINGLE_FILE
-from inkstream.weights.keymap import Rule, fuse, rename
+from inkstream.weights.keymap import Rule, fuse, fuse_columns, rename
 
-__all__ = ["DIFFUSERS", "SINGLE_FILE"]
+__all__ = ["DIFFUSERS", "NUNCHAKU", "SINGLE_FILE"]
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 
@@ -44,3 +44,30 @@ DIFFUSERS: tuple[Rule, ...] = (
     rename("norm_out.linear", "final_layer.adaLN_modulation.1", swap=True),  # scale, shift there; shift, scale here
     rename("proj_out", "final_layer.linear"),
 )
+
+_NUNCHAKU = (
+    ("norm1.linear", "img_mod.lin"),
+    ("norm1_context.linear", "txt_mod.lin"),
+    *(
+        pair
+        for ours, theirs, context in (("img", "", ""), ("txt", "_context", "added_"))
+        for pair in (
+            (f"qkv_proj{theirs}", f"{ours}_attn.qkv"),
+            (f"norm_{context}q.weight", f"{ours}_attn.norm.query_norm.scale"),
+            (f"norm_{context}k.weight", f"{ours}_attn.norm.key_norm.scale"),
+            (f"out_proj{theirs}", f"{ours}_attn.proj"),
+            (f"mlp{theirs}_fc1", f"{ours}_mlp.0"),
+            (f"mlp{theirs}_fc2", f"{ours}_mlp.2"),
+        )
+    ),
+)
+
+NUNCHAKU: tuple[Rule, ...] = (
+    *(rename(f"{_DOUBLE}.{theirs}", f"double_blocks.{{}}.{ours}") for theirs, ours in _NUNCHAKU),
+    fuse(f"{_SINGLE}.qkv_proj", f"{_SINGLE}.mlp_fc1", ours="single_blocks.{}.linear1", heights=(3, 4)),
+    fuse_columns(f"{_SINGLE}.out_proj", f"{_SINGLE}.mlp_fc2", ours="single_blocks.{}.linear2", widths=(1, 4)),
+    rename(f"{_SINGLE}.norm_q.weight", "single_blocks.{}.norm.query_norm.scale"),
+    rename(f"{_SINGLE}.norm_k.weight", "single_blocks.{}.norm.key_norm.scale"),
+    *DIFFUSERS,
+)
+"""Names of the layers that nunchaku quantises; the others have diffusers' names."""

@@ -128,6 +128,7 @@ def count_t5(config: T5Config) -> int:
 _LLAMA_CPP = (
     rename("token_embd", "encoder.embed_tokens"),
     rename("enc.output_norm", "encoder.final_layer_norm"),
+    *map(drop, ("dec", "output")),  # of files with the whole T5
     *(
         rename(f"enc.blk.{{}}.{theirs}", f"encoder.block.{{}}.layer.{ours}")
         for theirs, ours in (
@@ -162,8 +163,12 @@ T5 = Part(
     count=count_t5,
     config=T5Config,
     layouts={
-        "diffusers": (drop("encoder.embed_tokens"), rename("shared", "encoder.embed_tokens")),  # files often hold both
-        "encoder": (),
+        "diffusers": (
+            drop("encoder.embed_tokens"),  # files often hold both
+            rename("shared", "encoder.embed_tokens"),
+            *map(drop, ("spiece_model", "decoder", "lm_head")),
+        ),
+        "encoder": (drop("spiece_model"),),
         "gguf": _LLAMA_CPP,
     },
     infer=infer_t5,

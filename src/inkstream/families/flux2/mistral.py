@@ -97,5 +97,25 @@ LAYOUTS: Mapping[str, Sequence[Rule]] = {
         *map(drop, ("language_model.lm_head", "lm_head")),  # a text encoder does not generate
         *map(drop, ("vision_tower", "model.vision_tower", "multi_modal_projector", "model.multi_modal_projector")),
         drop("tekken_model"),  # ComfyUI's file holds the tokenizer too
-    )
+    ),
+    "gguf": (
+        rename("token_embd", "model.embed_tokens"),
+        *(
+            rename(f"blk.{{}}.{theirs}", f"model.layers.{{}}.{ours}", interleaved=theirs in ("attn_q", "attn_k"))
+            for theirs, ours in (
+                ("attn_norm", "input_layernorm"),
+                ("attn_q", "self_attn.q_proj"),
+                ("attn_k", "self_attn.k_proj"),
+                ("attn_v", "self_attn.v_proj"),
+                ("attn_output", "self_attn.o_proj"),
+                ("ffn_norm", "post_attention_layernorm"),
+                ("ffn_gate", "mlp.gate_proj"),
+                ("ffn_up", "mlp.up_proj"),
+                ("ffn_down", "mlp.down_proj"),
+            )
+        ),
+        rename("output_norm", "model.norm"),
+        *map(drop, ("output", "rope_freqs")),
+    ),
 }
+"""In GGUF files, of llama.cpp's architecture llama, rows of queries and keys have its order for rotary embeddings."""

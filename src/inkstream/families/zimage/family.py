@@ -23,7 +23,7 @@ from inkstream.families.parts import (
 )
 from inkstream.families.scheduler import SCHEDULER, read_scheduler
 from inkstream.families.zimage.documents import documents
-from inkstream.families.zimage.keys import DIFFUSERS, NATIVE, PACKS
+from inkstream.families.zimage.keys import DIFFUSERS, NATIVE, NUNCHAKU, PACKS
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
 from inkstream.nn.around import NOTHING, Around
@@ -62,7 +62,7 @@ class ZImage:
             phases=("steps",),
             build=ZImageTransformer,
             config=ZImageConfig,
-            layouts={"native": NATIVE, "diffusers": DIFFUSERS},
+            layouts={"native": NATIVE, "diffusers": DIFFUSERS, "nunchaku": NUNCHAKU},
             infer=infer_config,
             packs=PACKS,
             gguf="lumina2",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from inkstream.weights.keymap import Rule, drop, fuse, rename
+from inkstream.weights.keymap import Rule, drop, fuse, rename, split
 
 _BLOCKS = ("layers.{}", "noise_refiner.{}", "context_refiner.{}", "siglip_refiner.{}")
 
@@ -29,3 +29,17 @@ DIFFUSERS: tuple[Rule, ...] = (
         )
     ),
 )
+
+NUNCHAKU: tuple[Rule, ...] = (
+    *(
+        rule
+        for b in _BLOCKS
+        for rule in (
+            rename(f"{b}.attention.to_qkv", f"{b}.attention.qkv"),
+            split(f"{b}.feed_forward.net.0.proj", (f"{b}.feed_forward.w3", f"{b}.feed_forward.w1")),
+            rename(f"{b}.feed_forward.net.2", f"{b}.feed_forward.w2"),
+        )
+    ),
+    *DIFFUSERS,
+)
+"""Names of the blocks in nunchaku's files. Some files have diffusers' names in the refiners."""
