@@ -321,7 +321,7 @@ def svdquant(
         own[names[1]] = scatter(down, lambda r, c: place_low_rank(r, c, rank // 16, True)).view(columns, rank)
         own[names[2]] = scatter(up, lambda c, r: place_low_rank(c, r, rank // 16, False)).view(rows, rank)
         smoothed = residual / smooth.float()
-        bias = torch.zeros(rows) if not after_gelu(layer) else -0.171875 * smoothed.sum(1)
+        bias = -0.171875 * smoothed.sum(1) if after_gelu(layer) and not floats else torch.zeros(rows)
         own["bias"] = packed_vector(bias.bfloat16())  # what makes the layer's own bias zero
         return {f"{layer}.{name}": tensor for name, tensor in own.items()}, smoothed + up.float() @ down.float()
 

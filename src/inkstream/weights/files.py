@@ -43,7 +43,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIXES = (".safetensors", ".gguf")
 """Suffixes of weight files that can be read, in order of preference."""
 
-MAIN = ("model.diffusion_model.", "diffusion_model.")
+MAIN = ("model.diffusion_model.", "diffusion_model.", "transformer.")
 """Prefixes that single files put before the names of a transformer's weights."""
 
 _SECTION = re.compile(r"(vae|first_stage_model)\.|text_encoders\.([^.]+\.)?(transformer\.)?")
@@ -334,8 +334,9 @@ def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = data.pop("__metadata__", {})
         foreign = {entry["dtype"] for entry in data.values()} - DTYPES.keys()
         if foreign:
+            by = ", which is packed by MLX (mflux)," if foreign == {"U32"} else ""
             raise InputError(
-                f"{path} holds numbers of type {few(sorted(foreign))}, which are not supported: take another file"
+                f"{path}{by} holds numbers of type {few(sorted(foreign))}, which are not supported: take the bf16 file"
             )
         tensors = {name: _tensor(entry) for name, entry in data.items()} | marks
         ends = [entry["data_offsets"][1] for entry in data.values()]

@@ -38,6 +38,8 @@ KINDS: tuple[tuple[str, str, str], ...] = (
      "give the transformer's file with -m, and this one with --text-encoder"),
     (r"^(encoder|decoder)\.layers\.\d+\.(conv\.\d+\.)?weight$|^taesd_", "a tiny autoencoder for previews",
      "take the autoencoder published with the model, such as ae.safetensors"),
+    (r"^(encoder\.)?quant_conv\.|^(decoder\.)?post_quant_conv\.", "an autoencoder with quant_conv",
+     "take ae.safetensors for FLUX.1 and Z-Image, flux2-vae.safetensors for FLUX.2"),
     (r"^((vae|first_stage_model)\.)?decoder\.(up|up_blocks|mid|mid_block|conv_in)\.", "an autoencoder",
      "give the transformer's file with -m, and this one with --vae"),
     (r"^(model\.\d+\.sub\.|body\.\d+\.rdb|conv_first\.)", "an upscaler", _WHOLE),
@@ -45,11 +47,15 @@ KINDS: tuple[tuple[str, str, str], ...] = (
 """(pattern of a name, what a file with such a name is, what to do), the most telling first."""
 
 
-def describe(names: Iterable[str]) -> tuple[str, str] | None:
-    """What a file with these names is, and what to do instead; None if its names tell nothing."""
+def describe(names: Iterable[str], wanted: str) -> tuple[str, str] | None:
+    """What a file with these names is, and what to do instead; None if its names tell nothing.
+
+    wanted: the name of the part that the file should be.
+    """
     listed = list(names)
+    own = "an autoencoder" if wanted == "vae" else "a text encoder" if wanted.startswith("text_encoder") else ""
     for pattern, title, remedy in KINDS:
         search = re.compile(pattern).search
-        if any(search(name) for name in listed):
+        if title != own and any(search(name) for name in listed):
             return title, remedy
     return None

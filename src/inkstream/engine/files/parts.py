@@ -93,7 +93,7 @@ def _named(path: Path, name: str, section: str = "") -> InputError | None:
     """The error that says what a file is instead of a part; None if its names tell nothing."""
     with suppress(InputError):
         header = read_header(path)
-        if kind := describe(in_section(header.tensors, section)):
+        if kind := describe(in_section(header.tensors, section), name):
             return InputError(f"{path} is {kind[0]}, not a {name} that is known here: {kind[1]}")
     return None
 

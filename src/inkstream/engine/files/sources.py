@@ -207,6 +207,8 @@ def _transformer_in(path: Path, title: str) -> tuple[Path, str]:
         return path / "transformer", title
     if (path / "config.json").is_file():  # the path is the transformer's folder
         return path, path.parent.name
+    if list(path.glob("*.safetensors.index.json")):  # shards of one file
+        return path, path.name
     trees = [root / name for root in (path, path / "models") for name in COMFYUI["transformer"]]
     files = sorted(file for tree in trees for file in list_weights(tree, deep=True)) or list_weights(path)
     known = [file for file in files if is_transformer(file)]

@@ -151,7 +151,10 @@ CLIP = Part(
     count=count_clip,
     config=CLIPTextConfig,
     layouts={
-        "transformers": (drop("text_model.embeddings.position_ids"), drop("text_projection"), drop("logit_scale")),
+        "transformers": (
+            drop("text_model.embeddings.position_ids"),
+            *map(drop, ("text_projection", "logit_scale", "vision_model", "visual_projection")),
+        ),
         "bare": tuple(rename(name, f"text_model.{name}") for name in ("embeddings", "encoder", "final_layer_norm")),
     },
     infer=infer_clip,
