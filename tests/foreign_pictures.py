@@ -131,8 +131,9 @@ SDNEXT_FLUX = sdnext(
     Model="Diffusers/black-forest-labs/FLUX.1-dev [0ef5fff789]",
 )  # fmt: skip
 SDNEXT_TURBO = sdnext(
-    "a blue fox", "blurry", "a {blue|red} fox,\nin snow", Steps=9, Size="1024x1024", Scheduler="FlowMatchEulerDiscreteScheduler",
-    Seed=7, CFG_scale=1, Pipeline="ZImagePipeline", Operations="txt2img", Model="Z-Image-Turbo", Model_hash="abc123",
+    "a blue fox", "blurry", "a {blue|red} fox,\nin snow", Steps=9, Size="1024x1024",
+    Scheduler="FlowMatchEulerDiscreteScheduler", Seed=7, CFG_scale=1,
+    Pipeline="ZImagePipeline", Operations="txt2img", Model="Z-Image-Turbo", Model_hash="abc123",
 )  # fmt: skip
 SDNEXT_IMG2IMG = sdnext(
     FOX, "", Steps=20, Size="1024x1024", Scheduler="FlowMatchEulerDiscreteScheduler", Seed=7, CFG_scale=4,
