@@ -345,7 +345,8 @@ def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except InputError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise InputError(f"{path} is damaged or not a safetensors file ({error}): download it again") from error
+        reason = str(error).partition("\n")[0]  # torch 2.11 lists all forms of a call
+        raise InputError(f"{path} is damaged or not a safetensors file ({reason}): download it again") from error
     whole = 8 + length + max(ends, default=0)
     if size < whole:
         raise InputError(f"{path} is cut short, it has {size:,} of {whole:,} bytes: download it again")
