@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inkstream.cli import main
+from inkstream.cli import draft, main
 from inkstream.cli.draft import STATE, numbers_of
 from inkstream.cli.terminal import Terminal
 from inkstream.engine.pictures.metadata import describe, read_request
@@ -129,6 +129,44 @@ def test_without_a_model_to_refine_with_it_stops_after_the_sheet_too(words, then
     assert list(pictures()) == ["drafts/01.png", "drafts/02.png", "drafts/03.png", "refined/02.png"]
 
 
+def test_chosen_drafts_are_kept_if_nothing_refines_them_and_may_be_refined_later(words, then, capsys):
+    assert main([*words, "--pick", "2"]) == 0  # there is no terminal to ask on
+    again = capsys.readouterr().err.split("resume with: ")[1].strip()
+    assert again == "inkstream draft --resume foxes --choose NUMBERS"
+    assert main(shlex.split(again.replace("NUMBERS", "3,1"))[1:]) == 0
+    out, err = capsys.readouterr()
+    assert out.split()[1:] == [str(Path("foxes/chosen/03.png")), str(Path("foxes/chosen/01.png"))]
+    assert "resume with" not in err
+    assert Path("foxes/chosen/03.png").read_bytes() == Path("foxes/drafts/03.png").read_bytes()
+    assert main(["draft", "--resume", "foxes", *then, "--json"]) == 0
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [result["path"] for result in results] == [f"foxes/refined/0{i}.png" for i in (3, 1)]
+    assert Path("foxes/chosen/03.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("there", "model", "said"),
+    [(True, "z-image-turbo", "drafting with z-image-turbo\n"),
+     (False, "pocket", "drafting with pocket, because z-image-turbo is not downloaded: -m z-image-turbo --yes")],
+)  # fmt: skip
+def test_without_a_model_z_image_turbo_drafts_where_it_is_there(there, model, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(draft, "is_downloaded", lambda name: there)
+    wish = draft.Drafts.model_validate({"prompt": "a fox"})
+    _, begun = draft.begun(wish, None, tmp_path / "foxes", Terminal())
+    assert begun.request.model == model
+    assert said in capsys.readouterr().err
+
+
+def test_a_folder_keeps_its_model_whatever_is_downloaded_later(tmp_path, monkeypatch):
+    wish = draft.Drafts.model_validate({"prompt": "a fox"})
+    for there in (False, True):
+        monkeypatch.setattr(draft, "is_downloaded", lambda name, there=there: there)
+        folder, begun = draft.begun(wish, None, tmp_path, Terminal(quiet=True))
+        draft.write_state(folder, begun)
+        assert begun.request.model == "pocket"
+
+
 def test_the_same_command_again_draws_nothing_and_prints_the_same(finished, words, then, capsys, monkeypatch):
     before, seen = files(), steps_counted(monkeypatch)
     for again in ([*words, *then, "--choose", "1,3", "--json"], ["draft", "--resume", "foxes", "--json"]):
@@ -136,7 +174,7 @@ def test_the_same_command_again_draws_nothing_and_prints_the_same(finished, word
         told = json.loads(capsys.readouterr().out)
         assert (told["chosen"], told["go_on"], told["sheet"]) == ([1, 3], None, str(Path("foxes/sheet.png")))
         assert [draft["seed"] for draft in told["drafts"]] == [5, 6, 7]
-        assert [refined["path"] for refined in told["refined"]] == [f"foxes/refined/0{i}.png" for i in (1, 3)]
+        assert [refined["path"] for refined in told["results"]] == [f"foxes/refined/0{i}.png" for i in (1, 3)]
     assert seen == []
     assert files() == before
 
@@ -312,8 +350,6 @@ def test_the_same_command_with_another_setting_is_refused(finished, words, capsy
         (["a fox", "-c", "300"], ["--count 300", "256 or less"]),
         (["a fox", "-c", "2", "--pick", "3", "--refine-with", "z-image"], ["--pick 3 is more than 2"]),
         (["a fox", "--pick", "0"], ["--pick 0", "1 or more"]),
-        (["a fox", "--pick", "2"], ["--refine-with"]),
-        (["a fox", "--choose", "3"], ["--refine-with"]),
         (["a fox", "--choose", "17", "--refine-with", "z-image"], ["no draft 17"]),
         (["a fox", "--refine-strength", "2"], ["--refine-strength 2", "1 or less"]),
         (["a fox", "--refine-with", "nowhere"], ["nowhere"]),

@@ -222,6 +222,18 @@ def test_what_is_being_typed_counts_when_a_key_draws(served, page):
     assert page.text_content("#status") == "pocket on cpu"
 
 
+def test_each_press_of_the_keys_draws_and_a_held_key_draws_once(served, page):
+    page.fill("#prompt", "pressed twice")
+    for _ in range(2):  # the second press comes before the first is answered
+        page.evaluate(
+            """dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", ctrlKey: true }));
+               dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", ctrlKey: true, repeat: true }));"""
+        )
+    until(lambda: len([job for job in jobs(served) if job["request"]["prompt"] == "pressed twice"]) == 2)
+    page.wait_for_selector("#draw-now:not([disabled])")
+    assert len([job for job in jobs(served) if job["request"]["prompt"] == "pressed twice"]) == 2
+
+
 # The form -----------------------------------------------------------------------------------------------------------
 
 

@@ -39,3 +39,11 @@ def agree_to_download(name: str, yes: bool, terminal: Terminal, commercial_only:
         raise InputError(f"{name} is not downloaded yet ({what}): add --yes to download it, or give -m a local path")
     elif not terminal.ask(f"Download {what}?"):
         raise InputError(f"{name} was not downloaded: answer y, or give -m the path of a copy")
+
+
+def is_downloaded(name: str) -> bool:
+    """Return whether a known model is in the hub's cache, or ships with inkstream. Torch is not imported."""
+    from inkstream.weights.hub import cached
+
+    spec = SPECS[name]
+    return spec.folder is not None or bool(spec.repo and cached(spec.repo, ["*.safetensors"]))

@@ -17,19 +17,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from inkstream.cli.download import agree_to_download
+from inkstream.cli.download import agree_to_download, is_downloaded
 from inkstream.cli.generate import as_options, check, draw, slug, try_folder, understand
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE, RUN, Here, check_machine, make_engine, words_of
 from inkstream.cli.refine import find_spec, plan, read_draft
 from inkstream.cli.terminal import Terminal
-from inkstream.types import InputError, Request, Spec, singles
+from inkstream.types import InputError, Machine, Request, Spec, singles
 
 if TYPE_CHECKING:
     from inkstream.engine.engine import Engine
 
 STATE = "draft.json"
 SHEET = "sheet.png"
+DRAFTS_WITH = "z-image-turbo"
+"""The model of the drafts if none is given and it is downloaded."""
 AFTER = Group("After the drafts", sort_key=0.5)
 
 
@@ -59,8 +61,13 @@ class State(BaseModel):
         """Return the request of one draft."""
         return next(singles(self.request, number - 1))
 
-    def path(self, folder: Path, number: int, kind: Literal["drafts", "refined"]) -> Path:
-        """Return the path of a draft or of its refined picture."""
+    @property
+    def results(self) -> Literal["refined", "chosen"]:
+        """The folder of the results: refined pictures, or copies of the chosen drafts if nothing refines them."""
+        return "refined" if self.refine_with else "chosen"
+
+    def path(self, folder: Path, number: int, kind: Literal["drafts", "refined", "chosen"]) -> Path:
+        """Return the path of a draft, of its refined picture, or of its copy among the chosen drafts."""
         width = max(2, len(str(self.request.count)))
         return folder / kind / f"{number:0{width}}.png"
 
@@ -87,9 +94,9 @@ def draft(
     pick
         Number of drafts to choose; default: any number.
     choose
-        Numbers of the drafts to refine, such as 3,7; default: the command asks.
+        Numbers of the drafts to choose, such as 3,7; default: the command asks.
     refine_with
-        Model that refines the chosen drafts.
+        Model that refines the chosen drafts; default: they are copied to the folder chosen/ as they are.
     refine_strength
         Start from the draft and change it this much, 0 to 1; default: as in inkstream refine.
     json_prompt
@@ -108,9 +115,8 @@ def draft(
     with Terminal(quiet) as terminal:
         folder, state = resumed(wish, resume, output) if resume else begun(wish, json_prompt, output, terminal)
         state = settled(state, folder, pick, choose, refine_with, refine_strength)
-        licence = machine.commercial_only
         check_machine(machine)
-        spec = look_ahead(folder, state, yes, licence, terminal)
+        spec = look_ahead(folder, state, yes, machine, terminal)
         write_state(folder, state)
         ran = words_of(machine)
         engine = make_engine(machine)
@@ -119,10 +125,13 @@ def draft(
             write_sheet(folder, state)
             if not json:
                 terminal.print(str(folder / SHEET))
-            if state.refine_with and not state.chosen:
+            if (state.refine_with or state.pick) and not state.chosen:
                 state = state.model_copy(update={"chosen": ask(folder, state, terminal)})
                 write_state(folder, state)
-            refine_chosen(engine, folder, state, spec, terminal, json)
+            if state.refine_with:
+                refine_chosen(engine, folder, state, spec, terminal, json)
+            else:
+                keep_chosen(folder, state, terminal, json)
         except KeyboardInterrupt:
             terminal.say(f"stopped; {told(folder, state)}")
             raise
@@ -144,12 +153,18 @@ def begun(wish: Drafts, json_prompt: str | None, output: Path | None, terminal: 
     folder = output or Path("drafts") / slug(request.prompt)
     if (folder / STATE).exists():
         state = read_state(folder)
-        refuse_changes(state.request, request.model_dump(exclude={"seed"} if request.seed is None else None), folder)
+        open_fields = {"seed"} if request.seed is None else set[str]()
+        open_fields |= {"model"} - wish.model_fields_set
+        refuse_changes(state.request, request.model_dump(exclude=open_fields), folder)
         return folder, state
     if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
         raise InputError(f"{folder} has files that are not drafts: give another --output")
-    seed = secrets.randbelow(2**32) if request.seed is None else request.seed
-    return folder, State(request=Request.model_validate(request.model_dump() | {"seed": seed}))
+    settled: dict[str, Any] = {"seed": secrets.randbelow(2**32) if request.seed is None else request.seed}
+    if "model" not in wish.model_fields_set:
+        settled["model"] = DRAFTS_WITH if is_downloaded(DRAFTS_WITH) else request.model
+        why = f", because {DRAFTS_WITH} is not downloaded: -m {DRAFTS_WITH} --yes downloads it"
+        terminal.say(f"drafting with {settled['model']}{'' if settled['model'] == DRAFTS_WITH else why}")
+    return folder, State(request=Request.model_validate(request.model_dump() | settled))
 
 
 def resumed(wish: Drafts, folder: Path, output: Path | None) -> tuple[Path, State]:
@@ -183,7 +198,7 @@ def settled(
     """Return the state with the options of choosing and refining. They cannot change once drafts are chosen."""
     asked = {"refine_with": refine_with, "refine_strength": refine_strength}
     for name, value in asked.items():
-        if state.chosen and value is not None and value != getattr(state, name):
+        if state.chosen and state.refine_with and value is not None and value != getattr(state, name):
             option = "--" + name.replace("_", "-")
             raise InputError(
                 f"the drafts chosen in {folder} are refined with {option} {getattr(state, name)}, not {value}: "
@@ -195,8 +210,6 @@ def settled(
     state = State.model_validate(state.model_dump() | given)
     if state.pick is not None and state.pick > state.request.count:
         raise InputError(f"--pick {state.pick} is more than {state.request.count} drafts: pick fewer, or draw more")
-    if (pick or choose) and state.refine_with is None:
-        raise InputError("--pick and --choose need a refining model: add, for example, --refine-with flux2-klein-4b")
     if choose is None:
         return state
     chosen = numbers_of(choose, state.request.count, pick)
@@ -240,7 +253,7 @@ def replace_file(path: Path, data: bytes) -> None:
 # Drawing and refining
 
 
-def look_ahead(folder: Path, state: State, yes: bool, commercial_only: bool | None, terminal: Terminal) -> Spec | None:
+def look_ahead(folder: Path, state: State, yes: bool, machine: Machine, terminal: Terminal) -> Spec | None:
     """Check the whole run and ask for downloads. Returns the Spec of the model that refines, or None if not needed."""
     from inkstream.engine.drawing.refine import way_for
 
@@ -251,16 +264,16 @@ def look_ahead(folder: Path, state: State, yes: bool, commercial_only: bool | No
     for left in folder.glob("*/.*.part"):  # left by a killed process
         left.unlink(missing_ok=True)
     if undrawn:
-        agree_to_download(state.request.model, yes, terminal, commercial_only)
-    if state.refine_with is None or (state.chosen and not missing(folder, state, "refined")):
+        agree_to_download(state.request.model, yes, terminal, machine.commercial_only)
+    if state.refine_with is None or (state.chosen and not missing(folder, state, state.results)):
         return None
-    spec = find_spec(state.refine_with, yes, terminal, commercial_only)
+    spec = find_spec(state.refine_with, yes, terminal, machine)
     way_for(spec, None if state.refine_strength is None else "strength")
     return spec
 
 
-def missing(folder: Path, state: State, kind: Literal["drafts", "refined"]) -> list[int]:
-    """Return the numbers of missing drafts or refined pictures."""
+def missing(folder: Path, state: State, kind: Literal["drafts", "refined", "chosen"]) -> list[int]:
+    """Return the numbers of missing drafts, refined pictures or copies of chosen drafts."""
     wanted = range(1, state.request.count + 1) if kind == "drafts" else state.chosen
     return [number for number in wanted if not state.path(folder, number, kind).exists()]
 
@@ -311,7 +324,8 @@ def ask(folder: Path, state: State, terminal: Terminal) -> tuple[int, ...]:
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return ()
     wanted = f"{state.pick} of the" if state.pick else "the"
-    question = f"numbers of {wanted} {state.request.count} drafts for {state.refine_with} to refine, such as 1,2:"
+    purpose = f"for {state.refine_with} to refine" if state.refine_with else "to keep"
+    question = f"numbers of {wanted} {state.request.count} drafts {purpose}, such as 1,2:"
     while answer := terminal.read(question):
         try:
             return numbers_of(answer, state.request.count, state.pick)
@@ -343,15 +357,27 @@ def refine_chosen(
             terminal.print(str(path))
 
 
+def keep_chosen(folder: Path, state: State, terminal: Terminal, json: bool) -> None:
+    """Copy the chosen drafts to a folder of their own, and print the paths."""
+    for number in state.chosen:
+        path = state.path(folder, number, "chosen")
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            replace_file(path, state.path(folder, number, "drafts").read_bytes())
+        if not json:
+            terminal.print(str(path))
+
+
 # Reports
 
 
 def told(folder: Path, state: State) -> str:
     """Return the progress of a folder as text."""
     count, chosen = state.request.count, len(state.chosen)
+    results = f"{state.results} {'pictures' if state.refine_with else 'drafts'}"
     drafts = f"{count - len(missing(folder, state, 'drafts'))} of {count} drafts"
-    refined = f" and {chosen - len(missing(folder, state, 'refined'))} of {chosen} refined pictures" if chosen else ""
-    return f"{drafts}{refined} are in {folder}"
+    done = f" and {chosen - len(missing(folder, state, state.results))} of {chosen} {results}" if chosen else ""
+    return f"{drafts}{done} are in {folder}"
 
 
 def go_on(folder: Path, state: State, ran: list[str]) -> str | None:
@@ -359,15 +385,15 @@ def go_on(folder: Path, state: State, ran: list[str]) -> str | None:
     words = ["inkstream", "draft", "--resume", str(folder), *ran]
     if not missing(folder, state, "drafts"):
         if not state.chosen:
-            words += ["--choose", "NUMBERS", *([] if state.refine_with else ["--refine-with", "MODEL"])]
-        elif not missing(folder, state, "refined"):
+            words += ["--choose", "NUMBERS", *([] if state.refine_with or state.pick else ["--refine-with", "MODEL"])]
+        elif not missing(folder, state, state.results):
             return None
     return shlex.join(words)
 
 
 def describe(folder: Path, state: State, again: str | None) -> dict[str, Any]:
     """Return the contents of the folder as JSON."""
-    undrawn, unrefined = (missing(folder, state, kind) for kind in ("drafts", "refined"))
+    undrawn, undone = missing(folder, state, "drafts"), missing(folder, state, state.results)
     sheet = folder / SHEET
     return {
         "folder": str(folder),
@@ -378,10 +404,10 @@ def describe(folder: Path, state: State, again: str | None) -> dict[str, Any]:
             if number not in undrawn
         ],
         "chosen": list(state.chosen),
-        "refined": [
-            {"number": number, "path": str(state.path(folder, number, "refined"))}
+        "results": [
+            {"number": number, "path": str(state.path(folder, number, state.results))}
             for number in state.chosen
-            if number not in unrefined
+            if number not in undone
         ],
         "refined_with": state.refine_with,
         "go_on": again,

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from inkstream.cli.doctor import advise, judge
+from inkstream.cli.download import is_downloaded
 from inkstream.cli.lines import in_gigabytes, print_facts
 from inkstream.engine.drawing.options import options
 from inkstream.engine.files.licences import in_words
@@ -18,8 +19,6 @@ TELLING = ("negative_prompt", "guidance", "cache", "image", "strength", "mask", 
 
 def list_models() -> list[dict[str, Any]]:
     """Return the facts of each model as JSON, without `fits`. Torch is not imported."""
-    from inkstream.weights.hub import cached
-
     return [
         {
             "name": spec.name,
@@ -28,7 +27,7 @@ def list_models() -> list[dict[str, Any]]:
             "licence": spec.licence,
             "commercial": spec.commercial,
             "download_bytes": spec.download_bytes,
-            "here": spec.folder is not None or bool(spec.repo and cached(spec.repo, ["*.safetensors"])),
+            "here": is_downloaded(spec.name),
             "fits": None,
             "abilities": sorted(spec.abilities),
             "options": {

@@ -22,21 +22,24 @@ if TYPE_CHECKING:
 
 
 class Anew(Request, frozen=True):
-    """Fields that override the draft's request, as options. The model has no default."""
+    """Fields that override the draft's request, as options."""
 
-    model: str = Field(description="Model that draws the picture again: a name, a repository, or a local path.")
+    model: str = Field(
+        "z-image-turbo", description="Model that draws the picture again: a name, a repository, or a local path."
+    )
     strength: float | None = Field(
         None, ge=0, le=1, description="Start from the picture and change it this much: 0 keeps it, 1 ignores it."
     )
 
 
 as_options(Anew, bare=(), without=("image", "mask", "reference", "count"))
+ANEW = Anew.model_validate({})
 
 
 def refine(
     pictures: list[str],
     *,
-    wish: Annotated[Anew, Parameter(name="*")],
+    wish: Annotated[Anew, Parameter(name="*")] = ANEW,
     reference: Annotated[bool, Parameter(show_default=False)] = False,
     json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,

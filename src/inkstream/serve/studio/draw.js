@@ -43,8 +43,11 @@ export async function draft() {
   await queue(made, { note: "draft" }, t("draftsQueued", { n: made.count }));
 }
 
+let unanswered = 0;
+
+/** Queue a request. The button waits for the answer, because a double click means one picture; the keyboard does not. */
 async function queue(made, beside, said) {
-  if (byId("draw-now").disabled) return; // the last call has not been answered yet
+  unanswered += 1;
   byId("draw-now").disabled = true;
   try {
     await submit(made, beside);
@@ -55,7 +58,8 @@ async function queue(made, beside, said) {
     complain(error);
     point(error.param);
   } finally {
-    byId("draw-now").disabled = false;
+    unanswered -= 1;
+    byId("draw-now").disabled = unanswered > 0;
   }
 }
 

@@ -25,7 +25,7 @@ export function setUpKeyboard() {
   addEventListener("keydown", (event) => {
     const open = document.querySelector("dialog[open]");
     const typing = event.target.matches?.("textarea, select, input:not([type=range], [type=checkbox], [type=radio])");
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !open) act(event, drawTyped);
+    if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && !open) act(event, event.repeat ? () => {} : drawTyped);
     else if (event.key === "Escape" && !open && pickedCount()) act(event, clearPicked);
     else if (typing || open || event.ctrlKey || event.metaKey || event.altKey) return;
     else if (event.key === "/") act(event, search);
