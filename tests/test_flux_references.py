@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from inkstream.families import Pictures
 from inkstream.families.flux1.kontext import SIZES, kontext_size, prepare_reference
 from inkstream.families.flux2.references import (
     MULTIPLE,
@@ -24,7 +26,8 @@ from inkstream.families.flux2.references import (
     prepare_references,
     tokens_of,
 )
-from inkstream.types import InputError
+from inkstream.families.flux2.specs import KLEIN_4B
+from inkstream.types import Conditioning, InputError
 
 SIDES = st.integers(64, 6000)
 
@@ -93,6 +96,21 @@ def test_what_cannot_be_taken_is_named_before_any_work(sizes, output, most, said
     with pytest.raises(InputError, match=said) as caught:
         check_references(sizes, output, most)
     assert "\n" not in str(caught.value)
+
+
+def test_the_start_picture_of_an_inpainting_counts_as_a_reference():
+    with pytest.raises(
+        InputError, match=r"10 references and a start picture were given and the model takes at most 10"
+    ):
+        check_references([(512, 512)] * 10, (512, 512), 10, sources=1)
+    with pytest.raises(InputError, match=r"takes 18496 tokens and the references take 18496, but at most 36864"):
+        check_references([], (2176, 2176), 10, sources=1)
+    check_references([(512, 512)] * 9, (512, 512), 10, sources=1)
+
+
+def test_a_drawing_without_pictures_may_have_any_size(build):
+    cond = Conditioning(torch.zeros(1, 4), (1,))
+    assert build(KLEIN_4B.tiny).family.look(cond, Pictures(4096, 4096)) is cond
 
 
 def test_what_just_fits_is_taken():

@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import inkstream
 from inkstream.engine.files.cards import read_card
@@ -114,11 +114,11 @@ def locate(
 
 def _unused(index: Mapping[str, Any], used: Container[str], title: str) -> str:
     """A line about the parts of a model_index.json that are not drawn with; empty if there are none."""
-    declared = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2}
+    declared = {name: cast("list[Any]", entry) for name, entry in index.items() if isinstance(entry, list)}
     parts = [
-        f"{name} ({kind})"
-        for name, kind in declared.items()
-        if kind and name not in used and not name.endswith(("processor", "feature_extractor"))
+        f"{name} ({entry[1]})"
+        for name, entry in declared.items()
+        if len(entry) == 2 and entry[1] and name not in used and not name.endswith(("processor", "feature_extractor"))
     ]
     if parts:
         return f"{title} declares {', '.join(parts)}, which is not used: it draws as it does without"

@@ -206,6 +206,8 @@ class Flux2:
         size = pictures.width, pictures.height
         own = pictures.image if "source" in self.spec.abilities else None
         source = [] if own is None else [ImageOps.fit(own, size, Image.Resampling.LANCZOS)]
+        if not (source or pictures.references):
+            return cond
         check_references([picture.size for picture in pictures.references], size, MOST_REFERENCES, sources=len(source))
         device, _ = where_it_computes(self.transformer)
         seen = [torch.from_numpy(np.array(picture)) for picture in source + prepare_references(pictures.references)]
