@@ -21,8 +21,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.flow import way_of
-from inkstream.engine.drawing.model import Model, complete
+from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.parts import Found, Unset
 from inkstream.engine.files.quantise import QUANTS, in_safetensors, prepare
 from inkstream.engine.files.sources import Source

@@ -89,7 +89,8 @@ def in_pieces() -> dict[str, tuple[float, float]]:
     done("import the rest")
     model = inkstream.load("pocket")
     done("load")
-    from inkstream.engine.drawing.model import advance, complete
+    from inkstream.engine.drawing.complete import complete
+    from inkstream.engine.drawing.model import advance
     from inkstream.engine.pictures.inputs import to_image
 
     request = complete(inkstream.Request(prompt=PROMPT, seed=1), model.spec)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from inkstream import Engine, load
-from inkstream.engine.drawing.model import Model, advance, complete
+from inkstream.engine.drawing.complete import complete
+from inkstream.engine.drawing.model import Model, advance
 from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import FAMILIES, SPECS, Family, Part
 from inkstream.flow import add_noise

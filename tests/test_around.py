@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from inkstream.engine.drawing.model import Model, Run, advance, complete
+from inkstream.engine.drawing.complete import complete
+from inkstream.engine.drawing.model import Model, Run, advance
 from inkstream.engine.machine.compile import compile_blocks
 from inkstream.engine.machine.placement import Placed
 from inkstream.families.flux1.specs import DEV

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from inkstream import Request
-from inkstream.engine.drawing.model import advance, complete
+from inkstream.engine.drawing.complete import complete
+from inkstream.engine.drawing.model import advance
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE

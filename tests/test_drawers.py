@@ -15,8 +15,9 @@ from torch.nn import functional as F
 import inkstream
 from inkstream import Engine, Machine, Request, Router
 from inkstream.clients.many import Drawn, draw_many
+from inkstream.engine.drawing.complete import Complete
 from inkstream.engine.drawing.flow import Job
-from inkstream.engine.drawing.model import Complete, Model
+from inkstream.engine.drawing.model import Model
 from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.engine.pictures.inputs import to_image, to_pixels
 from inkstream.families import FAMILIES, SPECS

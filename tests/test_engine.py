@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import inkstream
-from inkstream.engine.drawing.model import complete
+from inkstream.engine.drawing.complete import complete
 from inkstream.families.zimage.specs import TURBO
 from inkstream.types import Done, Failed, InputError, Loading, Queued, Request, Step
 

@@ -11,7 +11,7 @@ import torch
 from inkstream.cli import main
 from inkstream.cli.doctor import recommend
 from inkstream.engine import engine as engines
-from inkstream.engine.drawing.model import complete
+from inkstream.engine.drawing.complete import complete
 from inkstream.engine.machine import fit
 from inkstream.engine.machine.cards import CARDS, find_card
 from inkstream.engine.machine.fit import Speed, fits, operations, seconds_of

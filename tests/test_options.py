@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from inkstream.engine.drawing.model import Model, complete
+from inkstream.engine.drawing.complete import complete
+from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import UNSHIFTED, guided, options
 from inkstream.engine.engine import remarks
 from inkstream.families import SPECS, family_of

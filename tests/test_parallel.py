@@ -22,7 +22,8 @@ from PIL import Image
 from torch import Tensor
 
 from inkstream import cli
-from inkstream.engine.drawing.model import Model, complete
+from inkstream.engine.drawing.complete import complete
+from inkstream.engine.drawing.model import Model
 from inkstream.engine.engine import Engine
 from inkstream.engine.machine.loader import open_model
 from inkstream.engine.machine.memory import Placing

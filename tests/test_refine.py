@@ -82,7 +82,7 @@ def test_a_strength_or_a_named_way_chooses_the_way(draft):
 @pytest.mark.parametrize("spec", [TURBO, BASE, KREA, KLEIN], ids=lambda spec: spec.name)
 def test_the_default_strength_starts_at_the_same_noise_level_for_every_model(draft, spec):
     request = refined(wish(), asked(draft), draft, spec, "strength").request
-    from inkstream.engine.drawing.model import complete
+    from inkstream.engine.drawing.complete import complete
 
     shift = complete(request, spec).shift
     assert shift is not None

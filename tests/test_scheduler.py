@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from inkstream.engine.drawing.model import shift_for
+from inkstream.engine.drawing.complete import shift_for
 from inkstream.families import SPECS, family_of
 from inkstream.families.flux1.specs import CANNY, DEV, FILL, KONTEXT, REDUX_DEV, SCHNELL, UNDISTILLED
 from inkstream.families.flux2.specs import KLEIN_4B

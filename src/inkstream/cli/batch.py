@@ -211,9 +211,10 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
             return ()
 
         return look
-    from inkstream.engine.drawing.model import complete
+    from inkstream.engine.drawing.complete import complete
     from inkstream.engine.engine import remarks
-    from inkstream.engine.files.sources import downloads, locate
+    from inkstream.engine.files.names import downloads
+    from inkstream.engine.files.sources import locate
     from inkstream.families import SPECS
 
     known: dict[str, Spec | InputError | None] = {}

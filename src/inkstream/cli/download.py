@@ -16,8 +16,9 @@ def agree_to_download(name: str, yes: bool, terminal: Terminal, commercial_only:
     commercial_only: refuse a licence that does not allow commercial use; None: as the setting says.
     """
     from inkstream.engine.files.licences import check_licence, is_commercial_only, known_as
-    from inkstream.engine.files.sources import downloads, repository
+    from inkstream.engine.files.names import check_name, downloads, repository
 
+    check_name(name)
     if not downloads(name):
         return
     from inkstream.weights import hub  # a slow import, only needed for downloads

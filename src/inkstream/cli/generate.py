@@ -241,7 +241,7 @@ def slug(prompt: str) -> str:
 
 def check(request: Request) -> None:
     """Check a request before anything big is downloaded or read. Raises InputError."""
-    from inkstream.engine.drawing.model import complete
+    from inkstream.engine.drawing.complete import complete
     from inkstream.families import SPECS
 
     check_pictures(request)

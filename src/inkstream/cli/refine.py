@@ -137,7 +137,7 @@ def read_draft(picture: str, wish: Request, terminal: Terminal) -> Request:
 
 def plan(wish: Request, draft: Request, picture: str, spec: Spec, reference: bool, terminal: Terminal) -> Refinement:
     """Return how a picture is refined. The request is checked first, and remarks are printed."""
-    from inkstream.engine.drawing.model import complete
+    from inkstream.engine.drawing.complete import complete
     from inkstream.engine.drawing.refine import refined
 
     found = refined(wish, draft, picture, spec, "reference" if reference else None)

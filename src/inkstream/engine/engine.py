@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from inkstream.engine.drawing.batch import Alone, Batch, Drawing
+from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.flow import Job, expand, way_of
-from inkstream.engine.drawing.model import Complete, Model, complete
+from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import options
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.engine.files.sources import locate

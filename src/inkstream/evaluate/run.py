@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 
 from PIL import Image
 
-from inkstream.engine.drawing.model import Complete, Model, Run, advance, complete
+from inkstream.engine.drawing.complete import Complete, complete
+from inkstream.engine.drawing.model import Model, Run, advance
 from inkstream.engine.drawing.options import guided
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.engine.pictures.metadata import save_picture

@@ -177,7 +177,7 @@ def take_columns(weight: WeightT, runs: Sequence[tuple[int, int]]) -> WeightT:
     return replace(weight, data=take(weight.data), shape=(len(weight), sum(b - a for a, b in runs)), scales=scales)
 
 
-def reorder(weight: WeightT, index: Tensor) -> WeightT:
+def reorder(weight: Weight, index: Tensor) -> Weight:
     """Return the rows of a weight in another order. index: (rows,). Raises InputError if a block spans rows."""
     if weight.is_meta:
         return weight

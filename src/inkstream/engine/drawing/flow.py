@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 
 from inkstream.engine.drawing.batch import Ask, Drawing, tokens_of
-from inkstream.engine.drawing.model import Complete, Model, Run, advance
+from inkstream.engine.drawing.complete import Complete
+from inkstream.engine.drawing.model import Model, Run, advance
 from inkstream.engine.drawing.writing import notes, writes_out, written_out
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.families import Family, Way

@@ -2,66 +2,32 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from inkstream.engine.drawing.options import cached, guided, refuse
-from inkstream.engine.drawing.writing import writes_out, written_out
-from inkstream.engine.pictures.inputs import fit_size, open_mask, open_picture, to_pixels
+from inkstream.engine.drawing.complete import Complete, complete
+from inkstream.engine.drawing.options import cached, guided
+from inkstream.engine.drawing.writing import written_out
+from inkstream.engine.pictures.inputs import open_mask, open_picture, to_pixels
 from inkstream.engine.pictures.preview import fit_preview
-from inkstream.families import Family, Pictures, Writer, family_of
+from inkstream.families import Family, Pictures, Writer
 from inkstream.flow import add_noise, to_image
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.around.cache import POINTS, StepCache
 from inkstream.nn.forward import Sample
 from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, paste, start_index
-from inkstream.sampling.schedules import SCHEDULES, dynamic_shift, empirical_shift
+from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import SOLVERS, times_asked
-from inkstream.types import Conditioning, InputError, Query, Request, ScheduleName, Solver, SolverName, Spec, singles
+from inkstream.types import Conditioning, InputError, Query, Request, Solver, Spec, singles
 
 FEATHER = 8
 """Width in pixels of the fade between original and repainted pixels, inside a mask's edge."""
-
-
-class Complete(Request, frozen=True):
-    """A Request without open fields. `complete` makes it from a request and a model's Spec.
-
-    Its pictures are decoded once. A copy with other fields keeps the decoded pictures.
-    """
-
-    width: int
-    height: int
-    steps: int
-    guidance: float
-    shift: float
-    solver: SolverName
-    schedule: ScheduleName
-    seed: int
-    strength: float = 1.0  # 1 is the value of a request that starts from noise
-    upsample: bool = False
-
-    @cached_property
-    def start(self) -> Image.Image | None:
-        """The picture to start from, RGB, at its own size."""
-        return None if self.image is None else open_picture(self.image)
-
-    @cached_property
-    def shown(self) -> list[Image.Image]:
-        """The references, RGB, at their own sizes."""
-        return [open_picture(picture) for picture in self.reference]
-
-    def plain(self) -> Request:
-        """Return the plain Request that draws the same picture again."""
-        given = self.model_fields_set
-        return Request.model_construct(set(given), **{name: getattr(self, name) for name in given})
 
 
 class Model:
@@ -289,52 +255,3 @@ def advance(family: Family, runs: Sequence[Run]) -> None:
         raise
     for run, samples in zip(runs, asked):
         run.answer([next(answers) for _ in samples])
-
-
-def complete(request: Request, spec: Spec) -> Complete:
-    """Return the request with every open field filled from the model's defaults. A Complete request is returned as is.
-
-    Raises InputError if the model cannot draw the request.
-    """
-    if isinstance(request, Complete):
-        return request
-    refuse(request, spec)
-    given = {name: value for name in request.model_fields_set if (value := getattr(request, name)) is not None}
-    whole = Complete.model_construct(set(given), **given)
-    width, height = request.width, request.height
-    if width is None or height is None:
-        own = spec.size
-        if whole.start is not None:
-            own = fit_size(whole.start, spec.multiple)
-        elif whole.shown:
-            own = family_of(spec.family).size_for(spec, whole.shown[0].size)
-        width, height = width or own[0], height or own[1]
-    for name, value in (("width", width), ("height", height)):
-        if value % spec.multiple:
-            low = value // spec.multiple * spec.multiple
-            near = f"{low} or {low + spec.multiple}" if low else f"{spec.multiple}"
-            raise InputError(f"{name} {value} is not a multiple of {spec.multiple}: take {near}")
-    steps = request.steps or spec.steps
-    defaults: dict[str, Any] = {
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "guidance": spec.guidance,
-        "shift": shift_for(spec, width, height, steps),
-        "solver": spec.solver,
-        "schedule": spec.schedule,
-        "seed": secrets.randbelow(2**32),
-    }
-    if request.image is not None:
-        defaults["strength"] = 1.0 if request.mask is not None else spec.strength
-    if spec.writer:
-        defaults["upsample"] = writes_out(request, spec)
-    return whole.model_copy(update={name: value for name, value in defaults.items() if name not in given})
-
-
-def shift_for(spec: Spec, width: int, height: int, steps: int) -> float:
-    """Return the time shift for a picture of this size, by the model's rule."""
-    tokens = (width // spec.multiple) * (height // spec.multiple)
-    if spec.shift_rule == "dynamic":
-        return round(dynamic_shift(tokens, *spec.shift_line), 6)
-    return round(empirical_shift(tokens, steps), 6) if spec.shift_rule == "empirical" else spec.shift

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from inkstream.engine.drawing.model import shift_for
+from inkstream.engine.drawing.complete import shift_for
 from inkstream.engine.drawing.options import options
 from inkstream.engine.pictures.inputs import fit_size, open_picture, read_source, short_name
 from inkstream.families import SPECS

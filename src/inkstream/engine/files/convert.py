@@ -11,9 +11,10 @@ from typing import Any, Literal, get_args
 
 from inkstream.disk import whole_file, whole_folder
 from inkstream.engine.files.cards import write_card
+from inkstream.engine.files.names import Progress
 from inkstream.engine.files.parts import Found
 from inkstream.engine.files.quantise import QUANTS, Quant, in_safetensors, plan, weights
-from inkstream.engine.files.sources import Progress, Source, locate
+from inkstream.engine.files.sources import Source, locate
 from inkstream.engine.files.tokenizers import read_words
 from inkstream.families import CARD, Part
 from inkstream.quant import QuantName

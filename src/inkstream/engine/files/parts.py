@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -273,7 +273,7 @@ def _sections(name: str, path: Path) -> list[str]:
 
 
 @contextmanager
-def _noted(errors: list[InputError]) -> Iterator[None]:
+def _noted(errors: list[InputError]) -> Generator[None]:
     """Appends an InputError to a list, and goes on."""
     try:
         yield

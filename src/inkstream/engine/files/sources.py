@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-import inkstream
 from inkstream.engine.files.cards import read_card
 from inkstream.engine.files.licences import UNKNOWN, check_licence, known_as
+from inkstream.engine.files.names import Progress, download, published, repository, resolve
 from inkstream.engine.files.parts import (
     COMFYUI,
     Found,
@@ -25,21 +23,11 @@ from inkstream.engine.files.parts import (
     recognise,
 )
 from inkstream.engine.files.tokenizers import encoder_of, find_tokenizer
-from inkstream.families import CARD, FAMILIES, SPECS, Family, family_of, parts_of
+from inkstream.families import CARD, FAMILIES, Family, family_of
 from inkstream.types import InputError, Loading, Spec
 from inkstream.weights.files import list_weights
 
-FOLDERS = (
-    "transformer", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae", "scheduler", "image_encoder",
-    "image_embedder",
-)  # fmt: skip
-KINDS = ("safetensors", "json", "txt")
-PUBLISHED = ("model_index.json", *(f"{folder}/*.{kind}" for folder in FOLDERS for kind in KINDS))
-"""Patterns of the files to download from a published repository."""
-
 INDEX = "model_index.json"
-
-Progress = Callable[[Loading], None]
 
 
 @dataclass(frozen=True)
@@ -70,7 +58,7 @@ def locate(
     if commercial_only and repository(str(name)):
         check_licence(str(name), known)
     tell: Progress = progress or (lambda event: None)
-    path, title = _resolve(str(name), tell)
+    path, title = resolve(str(name), tell)
     path, title = _transformer_in(path, title)
     root = path.parent
     family, transformer = recognise(path)
@@ -82,11 +70,11 @@ def locate(
             continue
         if kind.repo is None:
             parts[part] = find_part(family, part, transformer)
-        elif kind.repo is not None and known is None:  # a part from another repository is optional in a local model
+        elif known is None:  # a part from another repository is optional in a local model
             with suppress(InputError):
                 parts[part] = find_part(family, part, transformer)
-        elif kind.repo is not None and getattr(known, part) is not None:
-            folder = _download(kind.repo, None, tell, published(part))
+        elif getattr(known, part) is not None:
+            folder = download(kind.repo, None, tell, published(part))
             parts[part] = locate_part(family, part, folder)
     documents = {
         f"{folder}/{file}": read_json(root / folder / file)
@@ -127,68 +115,6 @@ def _unused(index: Mapping[str, Any], used: Container[str], title: str) -> str:
 
 
 # From a name to a path ----------------------------------------------------------------------------------------------
-
-
-def repository(name: str) -> str | None:
-    """The repository on the hub that a model's name means; None for a local path and for any other text."""
-    if name in SPECS:
-        return SPECS[name].repo
-    is_local = Path(name).expanduser().exists()
-    return name if not is_local and re.fullmatch(r"\w[\w.-]*/[\w.-]+(?<!\.safetensors)(?<!\.gguf)", name) else None
-
-
-def _resolve(name: str, progress: Progress) -> tuple[Path, str]:
-    """The local folder or file that a name means, downloaded if need be; and the model's title."""
-    if name in SPECS:
-        spec = SPECS[name]
-        if spec.folder is not None:
-            return Path(inkstream.__file__).parent / spec.folder, name
-        if spec.repo is None:
-            raise InputError(f"the weights of {name} are not published: give the path of a local copy")
-        return _download(spec.repo, spec.licence, progress), name
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve(), path.resolve().name
-    if path.exists():
-        return path.absolute(), path.stem  # links stay: in the hub's cache, their targets have other names and folders
-    if repo := repository(name):
-        try:
-            return _download(repo, None, progress), name
-        except InputError as error:
-            raise InputError(f"{name} is not a file or folder here, and {error}") from error
-    near = difflib.get_close_matches(name.lower(), SPECS)
-    known = ", ".join(SPECS)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"take {known}, OWNER/NAME on the hub, or a path"
-    raise InputError(f"{name} is not a known model, file or folder: {hint}")
-
-
-def published(part: str) -> tuple[str, ...]:
-    """Patterns of one part's files in a published repository."""
-    return tuple(f"{part}/*.{kind}" for kind in KINDS)
-
-
-def downloads(name: str) -> dict[str, tuple[str, ...]]:
-    """The repositories that a model needs -> patterns of their files: its own, and those of parts published apart."""
-    repo, spec = repository(name), SPECS.get(name)
-    wanted: dict[str, tuple[str, ...]] = {} if repo is None else {repo: PUBLISHED}
-    for part, kind in parts_of(spec).items() if spec is not None and wanted else ():
-        if kind.repo is not None:
-            wanted[kind.repo] = (*wanted.get(kind.repo, ()), *published(part))
-    return wanted
-
-
-def _download(repo: str, licence: str | None, progress: Progress, patterns: Sequence[str] = PUBLISHED) -> Path:
-    from inkstream.weights import hub
-
-    if folder := hub.cached(repo, patterns):
-        return folder
-    offer = hub.offer(repo, patterns)
-    if not offer.total:
-        raise InputError(f"{repo} is not in the diffusers layout: download its safetensors file and give that path")
-    hub.check_space(repo, offer.missing)
-    what = f"download of {repo}, {offer.missing / 1e9:.1f} GB, licence {licence or offer.licence or 'not stated'}"
-    progress(Loading(what, 0, offer.missing))
-    return hub.fetch(repo, patterns, lambda done: progress(Loading(what, min(done, offer.missing), offer.missing)))
 
 
 def _transformer_in(path: Path, title: str) -> tuple[Path, str]:

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from inkstream.engine.drawing.model import Complete, Model, complete
+from inkstream.engine.drawing.complete import Complete, complete
+from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import guided
 from inkstream.engine.machine.loader import choose_device
 from inkstream.engine.machine.memory import SPARE, free_memory, typical
@@ -137,7 +138,7 @@ def seconds_of(request: Complete, model: Model) -> float | None:
         return None
     flops = operations(like, request.width, request.height)
     prompts = (1 + guided(request, spec)) / (1 + guided(complete(typical(like), like), like))
-    steps = len(times_asked(request.solver, SCHEDULES[request.schedule](request.steps, request.shift)))
+    steps = len(times_asked(request.solver, SCHEDULES[request.schedule](request.steps, request.shift, spec.table)))
     evaluations = max(1.0, steps * request.strength)
     total = flops["steps"] * prompts * evaluations + flops["prompt"] + flops["picture"]
     if total < LITTLE:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.licences import is_commercial_only
+from inkstream.engine.files.names import Progress
 from inkstream.engine.files.parts import Found, locate_writer
-from inkstream.engine.files.sources import Progress, Source, locate
+from inkstream.engine.files.sources import Source, locate
 from inkstream.engine.files.tokenizers import encoder_of, open_tokenizer
 from inkstream.engine.machine.install import Placement, install
 from inkstream.engine.machine.placement import PLACEMENTS, Sharing, place_of

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from inkstream.engine.drawing.model import Complete, complete
+from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.options import guided, options
 from inkstream.engine.files.parts import Unset
 from inkstream.engine.machine.loader import Opened

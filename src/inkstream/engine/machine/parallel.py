@@ -21,7 +21,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from inkstream.engine.drawing.model import Complete
+from inkstream.engine.drawing.complete import Complete
 from inkstream.engine.drawing.options import cached, guided
 from inkstream.engine.machine.loader import choose_device
 from inkstream.engine.machine.processes import count_processes

@@ -9,8 +9,9 @@ from typing import Any, Literal, Protocol, cast
 import torch
 from torch import nn
 
+from inkstream.engine.drawing.complete import Complete
 from inkstream.engine.drawing.flow import way_of
-from inkstream.engine.drawing.model import Complete, Model
+from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.parts import Unset
 from inkstream.engine.files.sources import Source
 from inkstream.engine.machine.peak import peak_of
