@@ -132,8 +132,8 @@ SDNEXT_FLUX = sdnext(
 )  # fmt: skip
 SDNEXT_TURBO = sdnext(
     "a blue fox", "blurry", "a {blue|red} fox,\nin snow", Steps=9, Size="1024x1024",
-    Scheduler="FlowMatchEulerDiscreteScheduler", Seed=7, CFG_scale=1,
-    Pipeline="ZImagePipeline", Operations="txt2img", Model="Z-Image-Turbo", Model_hash="abc123",
+    Scheduler="FlowMatchEulerDiscreteScheduler", Seed=7, CFG_scale=1, Pipeline="ZImagePipeline", Operations="txt2img",
+    Model="Z-Image-Turbo", Model_hash="abc123",
 )  # fmt: skip
 SDNEXT_IMG2IMG = sdnext(
     FOX, "", Steps=20, Size="1024x1024", Scheduler="FlowMatchEulerDiscreteScheduler", Seed=7, CFG_scale=4,
@@ -795,6 +795,12 @@ MORE_COMFY = [
     Foreign("ComfyUI: SamplerCustom with CFG", "0.3.75", saved(graph("z_image_bf16.safetensors", SIMPLE_CUSTOM)),
             COMFIED | {"seed": 7, "model": "z-image", "guidance": 4, "negative_prompt": "ugly", "steps": 30,
                        "solver": "dpmpp_2m", "schedule": "beta"}),
+    Foreign("ComfyUI: a loader of an unknown class", "0.3.75",
+            saved(graph("", {"12": node("Fast Loader", precision="fp8", file="flux1-dev-fp8.safetensors")})),
+            COMFIED | {"model": "flux1-dev", "guidance": 3.5}),
+    Foreign("ComfyUI: a model's name from a node that cannot be read", "0.3.75",
+            saved(graph("", {"12": node("UNETLoader", unet_name=["70", 0]), "70": node("Picker", at=3)})),
+            COMFIED | {"guidance": 1}, ["model", "FluxGuidance"], {"model": "of a node UNETLoader"}),
     Foreign("ComfyUI: texts that nodes join", "0.3.75", saved(graph("flux1-dev.safetensors", JOINED)),
             COMFIED | {"prompt": "a red fox, in snow", "model": "flux1-dev", "guidance": 3.5}),
     Foreign("ComfyUI: a text that a language model wrote", "0.3.75", saved(graph("flux1-dev.safetensors", REWRITTEN)),

@@ -29,6 +29,13 @@ _REWRITES = re.compile(
 )
 """Classes of nodes that give another text than they get."""
 _MODELS = ("unet_name", "ckpt_name", "gguf_name", "model_name", "model_path", "base_ckpt_name")
+_MODEL_FILE = re.compile(r"\.(safetensors|sft|gguf|ckpt)$", re.IGNORECASE)
+_SAMPLER = frozenset((
+    "steps", "cfg", "guidance", "seed", "noise_seed", "sampler", "sampler_name", "scheduler", "denoise", "add_noise",
+    "start_at_step", "end_at_step", "return_with_leftover_noise", "control_after_generate", "preview_method",
+    "vae_decode", "positive", "negative", "link_id", "image_output", "save_prefix",
+))  # fmt: skip
+"""The settings of a sampler that are read, and those that do not change the picture."""
 _CHAIN = 1000
 """The most nodes that are followed along one chain of links."""
 _PASSED = 100
@@ -45,9 +52,8 @@ def read_comfyui(data: Mapping[str, Any]) -> Reading | None:
     object with either or both. None if no sampler is found. Samplers that work on the first sampler's result are noted
     as ignored.
     """
-    given = {key: parse_json(value) if isinstance(value := data.get(key), str) else value for key in _GRAPHS}
-    for graph in (data, given["prompt"], given["workflow"]):
-        graph = as_object(graph) or {}
+    for given in (data, data.get("prompt"), data.get("workflow")):
+        graph = as_object(parse_json(given) if isinstance(given, str) else given) or {}
         if isinstance(graph.get("nodes"), list):
             graph = to_prompt(graph)
         if (reading := _read(graph)) is not None:
@@ -94,27 +100,18 @@ def _read(graph: Mapping[str, Any]) -> Reading | None:
     if reading.fields["prompt"] is None and (chain := list(_conditionings(nodes, positive))):
         texts = [node for key in _PROMPTS if (node := _linked(nodes, chain[-1]["inputs"].get(key)))]
         reading.ignored["prompt"] = f"a text from {_class((texts or chain[-1:])[0])} that could not be followed"
-    steps = as_number(reading.fields.get("steps")) or math.inf
-    for name, whole in {"start_at_step": 0, "end_at_step": steps}.items():
-        at = as_number(_value(nodes, settings.get(name), name))
-        if at is not None and (at > 0 if name == "start_at_step" else at < whole):
-            reading.ignored[name] = at
+    first, last = (as_number(_value(nodes, settings.get(name), name)) for name in ("start_at_step", "end_at_step"))
+    if first:
+        reading.ignored["start_at_step"] = first
+    if last is not None and last < (as_number(reading.fields.get("steps")) or math.inf):
+        reading.ignored["end_at_step"] = last
     start = inputs.get("latent_image", pipe)
-    _read_start(nodes, start, _value(nodes, settings.get("denoise"), "denoise"), reading)
+    _read_start(nodes, start, as_number(_value(nodes, settings.get("denoise"), "denoise")), reading)
     _read_model(nodes, settings.get("model", pipe), reading)
     for name, value in inputs.items():
         if name not in _SAMPLER and not isinstance(value, list) and value not in (None, "", False):
             reading.ignored.setdefault(name, value)
     return reading
-
-
-_GRAPHS = ("prompt", "workflow")
-_SAMPLER = frozenset((
-    "steps", "cfg", "guidance", "seed", "noise_seed", "sampler", "sampler_name", "scheduler", "denoise", "add_noise",
-    "start_at_step", "end_at_step", "return_with_leftover_noise", "control_after_generate", "preview_method",
-    "vae_decode", "positive", "negative", "link_id", "image_output", "save_prefix",
-))  # fmt: skip
-"""The settings of a sampler that are read, and those that do not change the picture."""
 
 
 def _class(node: Node) -> str:
@@ -294,7 +291,7 @@ def _pictures(nodes: Mapping[str, Node], node: Node) -> list[Any]:
     return [_value(nodes, n["inputs"].get("image"), "image") for n in found if "LoadImage" in _class(n)]
 
 
-def _read_start(nodes: Mapping[str, Node], link: Any, denoise: Any, reading: Reading) -> None:
+def _read_start(nodes: Mapping[str, Node], link: Any, denoise: float | None, reading: Reading) -> None:
     """Reads the size of an empty latent, or the name and strength of the start picture."""
     for node in _upstream(nodes, link):
         inputs = node["inputs"]
@@ -304,7 +301,7 @@ def _read_start(nodes: Mapping[str, Node], link: Any, denoise: Any, reading: Rea
             batch = _value(nodes, inputs.get("batch_size"), "batch_size")
             if batch not in (None, 1):
                 reading.ignored["batch_size"] = batch
-            if is_number(denoise) and denoise < 1:
+            if denoise is not None and denoise < 1:
                 reading.ignored["denoise"] = denoise
             return
         if {"empty_latent_width", "empty_latent_height"} <= inputs.keys():
@@ -313,7 +310,7 @@ def _read_start(nodes: Mapping[str, Node], link: Any, denoise: Any, reading: Rea
             return
         if "LoadImage" in _class(node):
             reading.ignored["image"] = _value(nodes, inputs.get("image"), "image")
-            if is_number(denoise) and denoise < 1:  # otherwise only the picture's size was used
+            if denoise is not None and denoise < 1:  # otherwise only the picture's size was used
                 reading.fields["strength"] = denoise
             return
     if node := _linked(nodes, link):
@@ -328,6 +325,8 @@ def _read_model(nodes: Mapping[str, Node], link: Any, reading: Reading) -> None:
             return
         inputs = node["inputs"]
         names = [inputs[key] for key in _MODELS if key in inputs]
+        if not names and "model" not in inputs:  # a loader that is not known
+            names = [value for value in inputs.values() if isinstance(value, str) and _MODEL_FILE.search(value)]
         given = [as_object(value) or {} for value in inputs.values()]
         loras: list[Any] = [value["lora"] for value in given if value.get("on") and "lora" in value]
         if (lora := inputs.get("lora_name")) not in (None, "None", ""):
@@ -335,7 +334,7 @@ def _read_model(nodes: Mapping[str, Node], link: Any, reading: Reading) -> None:
         if loras:
             reading.ignored.setdefault("loras", []).extend(loras)
         if names and not ("lora" in _class(node).lower() and "model" in inputs):
-            find_model(_value(nodes, names[0], "model_name"), reading)
+            find_model(_value(nodes, names[0], "model_name") or f"of a node {_class(node)}", reading)
             return
         if "shift" in inputs:
             if "shift" not in reading.fields:
