@@ -131,7 +131,7 @@ def test_a_picture_of_no_known_model_asks_for_one_in_one_line(write, capsys, une
 
 @pytest.mark.parametrize(
     ("model", "guidance", "told"),
-    [("flux1-dev", 4.5, ""), ("models/flux1-dev-Q8_0.gguf", 4.5, ""), ("z-image", 1, "; Guidance 4.500000")],
+    [("flux1-dev", 4.5, ""), ("city96/FLUX.1-dev-gguf", 4.5, ""), ("z-image", 1, "; Guidance 4.500000")],
 )
 def test_the_model_that_draws_decides_what_its_guidance_is(write, model, guidance, told):
     path = write(sdcpp(FOX, "", "euler simple", guidance=4.5))
@@ -139,6 +139,14 @@ def test_the_model_that_draws_decides_what_its_guidance_is(write, model, guidanc
     request = understand(Wish(model=model), path, said.append)
     assert (request.model, request.guidance, request.prompt) == (model, guidance, FOX)
     assert said == [f"x.png: not taken over: Eta 0.000000; RNG cuda{told}"]
+
+
+def test_the_files_of_a_model_of_any_name_decide_what_its_guidance_is(write, make_folder):
+    path = write(forge(FOX, "pixelwave_flux1_dev", 3.5))
+    for name, guidance in (("flux1-dev", 3.5), ("flux2-klein-base-4b", 1)):
+        folder = make_folder(Path(f"mine-{guidance}"), SPECS[name].tiny)
+        request = understand(Wish(model=str(folder)), path, lambda line: None)
+        assert (request.model, request.guidance) == (str(folder), guidance)
 
 
 def test_a_request_without_a_model_is_not_said_to_be_pockets(write):

@@ -18,7 +18,7 @@ from inkstream.cli.download import agree_to_download
 from inkstream.cli.lines import in_gibibytes, print_facts, print_json
 from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, make_drawer, make_engine, options_of
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Done, Drawer, Failed, InputError, Loading, Machine, Request, Step
+from inkstream.types import Done, Drawer, Failed, InputError, Loading, Machine, Request, Spec, Step
 
 if TYPE_CHECKING:
     from inkstream.engine.machine.memory import Placing
@@ -100,7 +100,7 @@ def generate(
         return follow(parallel, machine)
     crew = join(parallel, machine.device)
     with Terminal(quiet) as terminal:
-        request = understand(wish, source, terminal.say, json_prompt)
+        request = understand(wish, source, terminal.say, json_prompt, machine)
         piped = output is None and not json and not sys.stdout.isatty()
         if piped and request.count > 1:
             raise InputError(f"--count {request.count} is too many for a pipe, which takes one picture: give --output")
@@ -157,7 +157,11 @@ def print_plans(placing: Placing, request: Request, as_json: bool) -> None:
 
 
 def understand(
-    wish: Request, source: Path | None, say: Callable[[str], None], json_prompt: str | None = None
+    wish: Request,
+    source: Path | None,
+    say: Callable[[str], None],
+    json_prompt: str | None = None,
+    machine: Anywhere = ANYWHERE,
 ) -> Request:
     """Return the request of the options, stdin and the metadata of `source`. Options override metadata."""
     given = {name: getattr(wish, name) for name in wish.model_fields_set}
@@ -170,7 +174,7 @@ def understand(
     if source is not None:
         from inkstream.engine.pictures.metadata import read_request
 
-        found = read_request(source, given.get("model"))
+        found = read_request(source, spec_of(given["model"], machine) if "model" in given else None)
         if "model" not in given.keys() | found.request.model_fields_set:
             named = found.ignored.get("model")
             told = f"names the model {named}, which is not known here" if named else "names no model"
@@ -181,6 +185,17 @@ def understand(
     elif not given.get("prompt", "").strip() and not given.get("reference"):
         raise InputError("there is no prompt: say what to draw, as in inkstream generate 'a lighthouse in fog'")
     return Request.model_validate(given)
+
+
+def spec_of(model: str, machine: Anywhere) -> Spec | None:
+    """Return the Spec of a model by its name, or of a local path by its files; None for any other on the hub."""
+    from inkstream.engine.files.sources import locate
+    from inkstream.families.names import named
+
+    spec = named(model)
+    if spec is None and machine.server is None and Path(model).expanduser().exists():
+        spec = locate(model, chosen=machine.chosen).spec
+    return spec
 
 
 def read_json_prompt(file: str) -> str:

@@ -210,15 +210,15 @@ def _write_new(path: Path, data: bytes) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read_request(source: str | Path, model: str | None = None) -> Found:
+def read_request(source: str | Path, spec: Spec | None = None) -> Found:
     """The Request in a picture's metadata. InputError if there is none.
 
-    Reads our own JSON, and the formats of `foreign`. model: the model that will draw, if it is not the picture's; the
+    Reads our own JSON, and the formats of `foreign`. spec: of the model that will draw, if it is not the picture's; the
     settings of other programs are read as that model means them.
     """
     name = short_name(str(source))
     texts, _ = read_texts(open_header(str(source)))
-    found = _find_request(texts, model)
+    found = _find_request(texts, spec)
     if found is None:
         raise InputError(f"{name} carries no request: give a prompt, or a picture saved with its metadata")
     return found
@@ -259,7 +259,7 @@ _KEYS = ("inkstream", "parameters", "comment", "ImageDescription", "invokeai_met
 """The keys of texts that may hold a request. The first that does counts."""
 
 
-def _find_request(texts: Mapping[str, str], model: str | None = None) -> Found | None:
+def _find_request(texts: Mapping[str, str], spec: Spec | None = None) -> Found | None:
     """The request of the first text in a known format; None if there is none."""
     readings = _all_readings(texts)
     first = next(readings, None)
@@ -272,7 +272,7 @@ def _find_request(texts: Mapping[str, str], model: str | None = None) -> Found |
                 reading.fill(graph)
                 break
     if source != "inkstream":
-        reading.settle(model)
+        reading.settle(spec)
     return Found(*_validate(source, reading), raw=raw)
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from starlette.datastructures import UploadFile
 
 from inkstream.engine.pictures.foreign.comfyui import read_comfyui
+from inkstream.families.names import named
 from inkstream.serve import schema
 from inkstream.serve.api.gallery import file_answer, find_picture, send
 from inkstream.serve.api.openai import BINARY, keep
@@ -286,7 +287,7 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
     reading = read_comfyui(nodes)
     assert reading is not None  # the graph has a sampler
     model = _model(nodes, reading.fields.get("model"), models)
-    reading.settle(model)
+    reading.settle(named(model))
     fields = {name: value for name, value in reading.fields.items() if value is not None} | {"model": model}
     ignored = {name: value for name, value in reading.ignored.items() if name != "model"}
     fields["count"] = ignored.pop("batch_size", 1)

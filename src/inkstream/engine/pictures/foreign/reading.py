@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeGuard, get_args
 
 from inkstream.families.names import SCHEDULES, named
-from inkstream.types import ScheduleName, SolverName
+from inkstream.types import ScheduleName, SolverName, Spec
 
 
 @dataclass
@@ -44,12 +44,12 @@ class Reading:
             if self.fields.get(name) is None:
                 self.ignored.setdefault(name, value)
 
-    def settle(self, model: str | None = None) -> None:
+    def settle(self, spec: Spec | None = None) -> None:
         """Chooses the guidance and the schedule as the model means them. The numbers left over are ignored.
 
-        model: the model that will draw, if it is not the picture's.
+        spec: of the model that will draw, if it is not the picture's.
         """
-        spec = named(str(model or self.fields.get("model") or ""))
+        spec = spec or named(str(self.fields.get("model")))
         scale = self.fields.get("guidance")
         if spec is not None and spec.guides == "read":
             if self.embedded is not None:
