@@ -780,6 +780,28 @@ JOINED = {
     "71": node("easy positive", positive="a red fox"),
     "72": node("Text Multiline", text="in snow"),
 }
+DUAL = {"22": node("DualCFGGuider", cfg_conds=4.0, cfg_cond2_negative=2.0, style="regular", model=["12", 0],
+                   cond1=["6", 0], cond2=["34", 0], negative=["35", 0]),
+        "34": node("CLIPTextEncode", text="a blue fox", clip=["11", 0]),
+        "35": node("CLIPTextEncode", text="ugly", clip=["11", 0])}  # fmt: skip
+IN_SUBGRAPH = {
+    f"68:{id}": part
+    | {
+        "inputs": {
+            name: [f"68:{value[0]}", value[1]] if isinstance(value, list) else value
+            for name, value in part["inputs"].items()
+        }
+    }
+    for id, part in custom("flux2_dev_fp8mixed.safetensors").items()
+    if id != "9"
+} | {"9": node("SaveImage", filename_prefix="x", images=["68:8", 0])}
+CLOWNSHARK = {
+    "31": node("ClownsharKSampler_Beta", eta=0.5, sampler_name="exponential/res_2s", scheduler="bong_tangent",
+               steps=12, steps_to_run=-1, denoise=1, cfg=1, seed=4, sampler_mode="standard", bongmath=True,
+               model=["12", 0], positive=["35", 0], negative=["33", 0], latent_image=["27", 0]),
+    "90": node("FluxGuidance", guidance=9, conditioning=["6", 0]),
+    "35": node("FluxGuidance", guidance=2.0, conditioning=["90", 0]),
+}  # fmt: skip
 REWRITTEN = {
     "6": node("CLIPTextEncode", text=["70", 0], clip=["11", 0]),
     "70": node("TextGenerate", prompt="write of a fox", max_length=256, clip=["11", 0]),
@@ -801,6 +823,15 @@ MORE_COMFY = [
     Foreign("ComfyUI: a model's name from a node that cannot be read", "0.3.75",
             saved(graph("", {"12": node("UNETLoader", unet_name=["70", 0]), "70": node("Picker", at=3)})),
             COMFIED | {"guidance": 1}, ["model", "FluxGuidance"], {"model": "of a node UNETLoader"}),
+    Foreign("ComfyUI: two prompts and two scales", "0.3.75",
+            saved(custom("flux-2-klein-base-9b-fp8.safetensors", DUAL)),
+            CUSTOM | {"model": "flux2-klein-base-9b", "guidance": 4, "negative_prompt": "ugly"}, ["guider"]),
+    Foreign("ComfyUI: the ids of a subgraph's nodes", "0.3.75", saved(IN_SUBGRAPH),
+            CUSTOM | {"model": "flux2-dev", "guidance": 4}),
+    Foreign("ComfyUI with RES4LYF: settings of its own; the later guidance counts", "1.0",
+            saved(graph("flux1-dev.safetensors", CLOWNSHARK)),
+            COMFIED | {"seed": 4, "steps": 12, "solver": "res_2s", "schedule": "bong_tangent", "model": "flux1-dev",
+                       "guidance": 2}, ["eta", "steps_to_run", "sampler_mode", "bongmath"]),
     Foreign("ComfyUI: texts that nodes join", "0.3.75", saved(graph("flux1-dev.safetensors", JOINED)),
             COMFIED | {"prompt": "a red fox, in snow", "model": "flux1-dev", "guidance": 3.5}),
     Foreign("ComfyUI: a text that a language model wrote", "0.3.75", saved(graph("flux1-dev.safetensors", REWRITTEN)),

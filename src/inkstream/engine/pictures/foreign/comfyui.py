@@ -85,7 +85,9 @@ def _read(graph: Mapping[str, Any]) -> Reading | None:
         settings["sampler_name"] = inputs["sampler"]
     pipe = inputs.get("pipe")  # of nodes that pass the model, the texts and the latents along one link
     if "guider" in inputs and "cfg" not in settings:
-        settings["cfg"] = 1
+        settings["cfg"] = settings.get("cfg_conds", 1)
+    if "cfg_cond2_negative" in settings:
+        reading.ignored["guider"] = _class(guider)  # it has a second prompt and a second scale
 
     for theirs, ours in {"steps": "steps", "cfg": "guidance", "seed": "seed", "noise_seed": "seed"}.items():
         if theirs in settings:
@@ -93,13 +95,15 @@ def _read(graph: Mapping[str, Any]) -> Reading | None:
     for theirs, find in {"sampler_name": find_solver, "scheduler": find_schedule}.items():
         if name := _value(nodes, settings.get(theirs), theirs):
             find(name, reading)
-    positive = settings.get("positive", settings.get("conditioning", pipe))
+    positive = next((settings[name] for name in ("positive", "conditioning", "cond1") if name in settings), pipe)
     _read_embedded(nodes, sampler, positive, reading)
     for name, link in {"prompt": positive, "negative_prompt": settings.get("negative", pipe)}.items():
         reading.fields[name] = take_loras(_prompt(nodes, link, name, reading), reading)
     if reading.fields["prompt"] is None and (chain := list(_conditionings(nodes, positive))):
         texts = [node for key in _PROMPTS if (node := _linked(nodes, chain[-1]["inputs"].get(key)))]
         reading.ignored["prompt"] = f"a text from {_class((texts or chain[-1:])[0])} that could not be followed"
+    elif reading.fields["prompt"] is None:
+        reading.ignored["prompt"] = f"a text for {_class(sampler)} that could not be found"
     first, last = (as_number(_value(nodes, settings.get(name), name)) for name in ("start_at_step", "end_at_step"))
     if first:
         reading.ignored["start_at_step"] = first
