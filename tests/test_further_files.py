@@ -11,11 +11,12 @@ import torch
 from huggingface_hub import constants
 
 from conftest import random_states
+from inkstream.engine.files.convert import convert
 from inkstream.engine.files.sources import locate
 from inkstream.engine.machine.loader import open_model
 from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.weights.files import write_state
-from published_files import BF16, F16, F32, SIZES, State, ggml, tekken, write_file, write_gguf_file
+from published_files import BF16, F16, F32, FILES, SIZES, State, ggml, tekken, write_file, write_gguf_file
 from published_packings import E4M3, bnb, fp8_marked, plain
 from test_published_files import companion, same, write, write_tokenizers
 
@@ -218,3 +219,17 @@ def test_plain_fp8_of_all_parts_in_diffusers_folders(tmp_path, make_folder):
     built = replace(companion("zimage", "transformer"), layout="zimage-diffusers", pack=plain(E4M3), rest=F16).build()
     write_file(old, built.tensors)
     same(locate(folder).parts["transformer"], built.meant, True)
+
+
+# Conversion ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["svdq-int4_r32-z-image-turbo", "svdq-fp4_r32-flux.1-dev", "flux1-dev-bnb-4bit"])
+def test_what_was_packed_by_others_is_converted(name, tmp_path):
+    file = next(file for file in FILES if Path(file.place).stem == name)
+    built = file.build()
+    companions(tmp_path, file.size, "transformer")
+    path = write(tmp_path, file, built)
+    write_tokenizers(path.parent, file.size)
+    made = convert(path, tmp_path / "made" / name, "diffusers")
+    same(locate(made).parts["transformer"], built.meant, False)

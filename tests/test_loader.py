@@ -280,7 +280,7 @@ def test_offline_a_model_that_is_not_cached_is_refused():
 def test_a_folder_without_a_model_is_refused_with_what_is_expected(tmp_path, native):
     refused(tmp_path, str(tmp_path), "model_index.json")
     shutil.copyfile(weights(native / "vae"), tmp_path / "vae.safetensors")
-    refused(tmp_path, "vae.safetensors is not a known transformer")
+    refused(tmp_path, "vae.safetensors is an autoencoder, not a transformer that is known here", "--vae")
     shutil.copyfile(weights(native / "vae"), tmp_path / "again.safetensors")
     refused(tmp_path, "not again.safetensors, vae.safetensors")
 

@@ -198,7 +198,7 @@ def test_two_parts_that_fit_are_told_apart_by_the_users_choice(tree, spec):
 
 
 def test_a_choice_that_does_not_fit_is_named(tree):
-    with pytest.raises(InputError, match=r"a\.safetensors is not a known text_encoder"):
+    with pytest.raises(InputError, match=r"a\.safetensors is an autoencoder, not a text_encoder that is known here"):
         locate(tree, chosen={"text_encoder": str(tree / "vae/a.safetensors")})
     with pytest.raises(InputError, match=r"none does not exist: give the vae as a file or folder"):
         locate(tree, chosen={"vae": str(tree / "none")})

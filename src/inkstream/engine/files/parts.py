@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from inkstream.engine.files.foreign import describe
 from inkstream.families import FAMILIES, Family, Part, family_of
+from inkstream.families.foreign import describe
 from inkstream.nn.config import read_config
 from inkstream.quant.packed import Weight
 from inkstream.types import InputError, as_object
