@@ -40,7 +40,8 @@ def find_tokenizer(family: type[Family], spec: Spec, name: str, encoder: Found, 
             return place
     from inkstream.weights import hub
 
-    repos = [s.repo for s in (spec, *SPECS.values()) if s.family == spec.family and s.repo is not None]
+    alike = [s for s in SPECS.values() if isinstance(getattr(s, encoder_of(name), None), type(encoder.config))]
+    repos = [s.repo for s in (spec, *alike) if s.family == spec.family and s.repo is not None]
     for repo in repos:
         if file := hub.cached_file(repo, f"{name}/tokenizer.json"):
             return file.parent
