@@ -129,10 +129,26 @@ def test_a_tensor_of_another_size_is_refused_in_one_line(name):
             with pytest.raises(InputError) as caught:
                 gather(state, {})
             assert "\n" not in str(caught.value)
-    for key in tensors:
-        if not key.endswith((".weight", ".bias", ".qweight", *MARKS)):
+    for key, tensor in tensors.items():
+        others = {k: v for k, v in tensors.items() if k != key}
+        scalar, flat, ints = tensor.flatten()[0], tensor.flatten(), torch.ones_like(tensor, dtype=torch.int64)
+        for damaged in ({}, {key: scalar}, {key: flat}, {key: ints}, {key: tensor[None]}):
             with suppress(InputError):
-                gather({k: v for k, v in tensors.items() if k != key}, {})
+                gather({**others, **damaged}, {})
+
+
+MARKED = {".comfy_quant": fp8_marked, ".weight.quant_state.bitsandbytes__nf4": bnb("nf4", True)}
+SAID = ["[" * 2000, "{}", "[]", '{"shape": [1e9, 1], "blocksize": 64}', '{"shape": 3, "format": 3}', "\xff"]
+
+
+@pytest.mark.parametrize("said", SAID)
+@pytest.mark.parametrize("name", MARKED)
+def test_a_mark_with_anything_in_it_is_refused_in_one_line(said, name):
+    tensors, _ = MARKED[name]("x", torch.randn(128, 64))
+    mark = torch.tensor(list(said.encode("latin-1")), dtype=torch.uint8)
+    with pytest.raises(InputError) as caught:
+        gather({**tensors, f"x{name}": mark}, {})
+    assert "\n" not in str(caught.value)
 
 
 # Files that are opened -----------------------------------------------------------------------------------------------

@@ -130,7 +130,7 @@ def _layers(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Mapping
                 said[key.removesuffix(MARK)] = json.loads(bytes(tensor.tolist()).rstrip(b"\0"))
         if not all(isinstance(entry, dict) for entry in said.values()):
             raise TypeError("an entry is not an object")
-    except (ValueError, TypeError, AttributeError, NotImplementedError) as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError, RecursionError) as error:
         raise InputError(f"the file's quantisation metadata cannot be read ({error}): download it again") from error
     return said
 
@@ -153,7 +153,8 @@ def _pack(
     columns = width if form in _STORED else 2 * width
     scales: list[Tensor] = [] if scale is None else [scale]
     if form.startswith("nvfp4"):
-        if scale is None or ".weight_scale_2" not in beside or columns % 16:
+        scale = scale.view(_STORED["e4m3"]) if scale is not None and scale.dtype == torch.uint8 else scale
+        if scale is None or scale.dtype != _STORED["e4m3"] or ".weight_scale_2" not in beside or columns % 16:
             raise InputError(f"{layer} is packed as NVFP4 and lacks matching scales: download the file again")
         blocks = _unswizzle(layer, scale, rows, columns // 16) if form == "nvfp4" else scale
         scales = [blocks, beside[".weight_scale_2"]]

@@ -67,14 +67,16 @@ def _svdquant(layer: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | N
     qweight, scales = own["qweight"], own["wscales"]
     floats = scales.dtype == torch.float8_e4m3fn
     rows, columns = (len(qweight), 2 * qweight.shape[1]) if qweight.ndim == 2 else (0, 0)
-    rank = own["up"].shape[-1] if "up" in own else 0
+    rank = own["up"].shape[1] if "up" in own and own["up"].ndim == 2 else 0
     group = SMALL_GROUP if floats else GROUP
     shapes: dict[str, tuple[int, ...]] = {
         "qweight": (rows, columns // 2), "wscales": (columns // group, rows), "wcscales": (rows,),
         "smooth": (columns,), "down": (columns, rank), "up": (rows, rank), "bias": (rows,),
+        "wtscale": () if "wtscale" in own and own["wtscale"].ndim == 0 else (1,),
     }  # fmt: skip
     whole = rows and rows % TILE == 0 and columns % TILE == 0 and rank % PACK == 0 and columns % DEPTH == 0
-    if not whole or ("down" in own) != ("up" in own) or qweight.dtype not in (torch.int8, torch.uint8):
+    numbers = all(own[name].is_floating_point() for name in own if name != "qweight")
+    if not whole or not numbers or ("down" in own) != ("up" in own) or qweight.dtype not in (torch.int8, torch.uint8):
         raise InputError(f"{layer} is packed as SVDQuant with matrices that do not fill its tiles: download it again")
     _check(layer, "SVDQuant", own, shapes)
     dtype = own["up"].dtype if rank else torch.bfloat16
@@ -101,7 +103,8 @@ def _awq(layer: str, own: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
     qweight = own["qweight"]
     rows, columns = (4 * len(qweight), 2 * qweight.shape[1]) if qweight.ndim == 2 else (0, 0)
     groups = len(own["wscales"]) if own["wscales"].ndim else 0
-    if not rows or columns % GROUP or groups < columns // GROUP or qweight.dtype != torch.int32:
+    numbers = all(own[name].is_floating_point() for name in own if name != "qweight")
+    if not rows or not numbers or columns % GROUP or groups < columns // GROUP or qweight.dtype != torch.int32:
         raise InputError(f"{layer} is packed as AWQ with matrices that do not fill its tiles: download it again")
     _check(layer, "AWQ", own, {"wscales": (groups, rows), "wzeros": (groups, rows), "bias": (rows,)})
     dtype, bias = own["wscales"].dtype, own.get("bias")
