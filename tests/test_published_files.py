@@ -31,8 +31,6 @@ from published_files import (
     Built,
     File,
     State,
-    ggml,
-    states,
     tekken,
     write_file,
     write_gguf_file,
@@ -519,9 +517,6 @@ def test_the_tokenizer_comes_from_the_text_encoders_file(tmp_path):
 
 
 def test_the_corpus_is_large_and_says_its_sources():
-    count = len(FILES) + len(WHOLE) + len(REFUSED) + 12
-    assert count >= 60
+    assert len(FILES) + len(WHOLE) + len(REFUSED) >= 60
     assert len({file.id for file in FILES}) == len(FILES)
     assert all(file.layout in SOURCES for file in FILES)
-    assert ggml("Q8_0") is not None
-    assert states("zimage")["vae"]
