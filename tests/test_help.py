@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import compileall
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -40,6 +41,36 @@ def test_help_takes_less_than_three_tenths_of_a_second_of_processor_time():
     runs = [run("--help") for _ in range(3)]
     assert all(code == 0 and "generate" in shown for code, shown, _, _ in runs)
     assert statistics.median(seconds for _, _, seconds, _ in runs) < 0.3
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [(["generate", "x", "-W", "100"], "width 100 is not a multiple of 16: take 96 or 112"),
+     (["generate", "x", "-m", "z-image-turbo", "-H", "1000"], "height 1000 is not a multiple of 16"),
+     (["generate", "x", "-m", "z-imige"], "z-imige is not a known model, file or folder: did you mean z-image"),
+     (["generate", "x", "--steps", "0"], "--steps 0 is too small"),
+     (["draft", "x", "-m", "nope"], "nope is not a known model")],
+)  # fmt: skip
+def test_wrong_values_and_names_are_told_without_importing_torch(argv, said, tmp_path):
+    code = MEASURE.replace("code =", "err = io.StringIO()\nwith contextlib.redirect_stderr(err):\n    code =")
+    code = code.replace("shown.getvalue()", "err.getvalue()").format(argv=argv)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    code, shown, _, heavy = json.loads(done.stdout)
+    assert code == 2
+    assert said in shown
+    assert heavy == []
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_is_installed_for_a_shell(shell, tmp_path):
+    code = "from inkstream.cli import run; run()"
+    command = [sys.executable, "-c", code, "--install-completion", "--shell", shell]
+    environment = {**os.environ, "HOME": str(tmp_path), "SHELL": f"/bin/{shell}"}
+    environment = {name: value for name, value in environment.items() if not name.startswith("XDG_")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    written = [path.read_text("utf-8") for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("--negative-prompt" in text and "doctor" in text for text in written)
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["generate", "--help"], ["--version"]])

@@ -223,9 +223,7 @@ def test_a_run_goes_on_from_a_checkpoint_of_before_there_were_learners(tmp_path,
     theirs = inkstream.weights.files.read_state(OLD / "ema-4.safetensors")
     before = inkstream.weights.files.read_state(OLD / "step-00000002" / "ema.safetensors")
     assert ours.keys() == theirs.keys()
-    moved, far = (
-        torch.cat([(theirs[name] - others[name]).flatten() for name in theirs]) for others in (before, ours)
-    )
+    moved, far = (torch.cat([(theirs[name] - others[name]).flatten() for name in theirs]) for others in (before, ours))
     assert moved.abs().max() > 1e-3
     # Norms, because Adam makes full steps of gradients that are nothing but rounding, which processors do differently.
     assert far.norm() < 1e-2 * moved.norm()

@@ -27,6 +27,9 @@ app = App(
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,  # `main` handles it
 )
+app.register_install_completion_command(
+    help="Install completion of commands and options for bash, zsh or fish. The shell's startup file gets a line."
+)
 READ_STDIN = ("--prompt", "--json-prompt")
 GENERATE = """Draw pictures of a prompt, or draw a picture again.
 

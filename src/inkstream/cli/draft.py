@@ -115,6 +115,8 @@ def draft(
     with Terminal(quiet) as terminal:
         folder, state = resumed(wish, resume, output) if resume else begun(wish, json_prompt, output, terminal)
         state = settled(state, folder, pick, choose, refine_with, refine_strength)
+        if missing(folder, state, "drafts"):
+            check(state.request)
         check_machine(machine)
         spec = look_ahead(folder, state, yes, machine, terminal)
         write_state(folder, state)
@@ -254,16 +256,13 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def look_ahead(folder: Path, state: State, yes: bool, machine: Machine, terminal: Terminal) -> Spec | None:
-    """Check the whole run and ask for downloads. Returns the Spec of the model that refines, or None if not needed."""
+    """Check the folder and ask for downloads. Returns the Spec of the model that refines, or None if not needed."""
     from inkstream.engine.drawing.refine import way_for
 
-    undrawn = missing(folder, state, "drafts")
-    if undrawn:
-        check(state.request)
     try_folder(folder)
     for left in folder.glob("*/.*.part"):  # left by a killed process
         left.unlink(missing_ok=True)
-    if undrawn:
+    if missing(folder, state, "drafts"):
         agree_to_download(state.request.model, yes, terminal, machine.commercial_only)
     if state.refine_with is None or (state.chosen and not missing(folder, state, state.results)):
         return None

@@ -104,13 +104,14 @@ def generate(
         piped = output is None and not json and not sys.stdout.isatty()
         if piped and request.count > 1:
             raise InputError(f"--count {request.count} is too many for a pipe, which takes one picture: give --output")
-        place = None if piped else find_place(output, request.count)
         if machine.server is not None:
             if dry_run:
                 raise InputError("--dry-run is for a model on this machine: leave it out, or leave --server out")
             check_pictures(request)
         else:
             check(request)
+        place = None if piped else find_place(output, request.count)
+        if machine.server is None:
             agree_to_download(request.model, yes, terminal, machine.commercial_only)
             if "model" not in wish.model_fields_set and source is None:
                 terminal.say(f"drawing with {request.model}, the small built-in model; {THE_REAL_ONE}")
@@ -257,19 +258,22 @@ def slug(prompt: str) -> str:
 def check(request: Request) -> None:
     """Check a request before anything big is downloaded or read. Raises InputError."""
     from inkstream.engine.drawing.complete import complete
+    from inkstream.engine.files.names import check_name
     from inkstream.families import SPECS
 
     check_pictures(request)
+    check_name(request.model)
     if request.model in SPECS:
         complete(request, SPECS[request.model])
 
 
 def check_pictures(request: Request) -> None:
     """Raise InputError if an input picture of the request cannot be read."""
-    from inkstream.engine.pictures.inputs import open_header
+    pictures = [picture for picture in (request.image, request.mask, *request.reference) if picture is not None]
+    if pictures:
+        from inkstream.engine.pictures.inputs import open_header
 
-    for picture in (request.image, request.mask, *request.reference):
-        if picture is not None:
+        for picture in pictures:
             open_header(picture)
 
 

@@ -1,19 +1,19 @@
-"""Requests without open fields. Torch is not imported, so that a request that cannot be drawn is told at once."""
+"""Requests without open fields. A request that cannot be drawn is told at once: torch and numpy are not imported."""
 
 from __future__ import annotations
 
 import secrets
 from functools import cached_property
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from inkstream.engine.drawing.options import refuse
 from inkstream.engine.drawing.writing import writes_out
-from inkstream.engine.pictures.inputs import fit_size, open_picture
 from inkstream.families import family_of
 from inkstream.sampling.schedules import dynamic_shift, empirical_shift
 from inkstream.types import InputError, Request, ScheduleName, SolverName, Spec
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Complete(Request, frozen=True):
@@ -36,11 +36,19 @@ class Complete(Request, frozen=True):
     @cached_property
     def start(self) -> Image.Image | None:
         """The picture to start from, RGB, at its own size."""
-        return None if self.image is None else open_picture(self.image)
+        if self.image is None:
+            return None
+        from inkstream.engine.pictures.inputs import open_picture
+
+        return open_picture(self.image)
 
     @cached_property
     def shown(self) -> list[Image.Image]:
         """The references, RGB, at their own sizes."""
+        if not self.reference:
+            return []
+        from inkstream.engine.pictures.inputs import open_picture
+
         return [open_picture(picture) for picture in self.reference]
 
     def plain(self) -> Request:
@@ -63,6 +71,8 @@ def complete(request: Request, spec: Spec) -> Complete:
     if width is None or height is None:
         own = spec.size
         if whole.start is not None:
+            from inkstream.engine.pictures.inputs import fit_size
+
             own = fit_size(whole.start, spec.multiple)
         elif whole.shown:
             own = family_of(spec.family).size_for(spec, whole.shown[0].size)

@@ -6,15 +6,18 @@ draws the picture again. A language model expands prompts in another way: see `M
 
 from __future__ import annotations
 
+import importlib
 import shlex
-from collections.abc import Callable
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
-from inkstream.pocket.writer import Written, write
 from inkstream.types import Request, Spec
 
-WRITERS: dict[str, Callable[[str, int, str], Written]] = {"scenes": write}
-"""Spec.writer -> the function (prompt, seed, negative prompt) -> the expanded prompt and notes."""
+if TYPE_CHECKING:
+    from inkstream.pocket.writer import Written
+
+WRITERS = {"scenes": "inkstream.pocket.writer:write"}
+"""Spec.writer -> the path of the function (prompt, seed, negative prompt) -> Written: the expanded prompt and notes."""
 REAL_MODEL = "z-image-turbo"
 """The model that the notes recommend for prompts outside the grammar."""
 
@@ -53,4 +56,5 @@ def _write(request: Request, spec: Spec) -> Written:
 
 @lru_cache(256)
 def _write_once(writer: str, prompt: str, seed: int, negative: str) -> Written:
-    return WRITERS[writer](prompt, seed, negative)
+    module, _, function = WRITERS[writer].partition(":")
+    return getattr(importlib.import_module(module), function)(prompt, seed, negative)
