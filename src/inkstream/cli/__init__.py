@@ -27,9 +27,6 @@ app = App(
     default_parameter=Parameter(negative=""),
     suppress_keyboard_interrupt=False,  # `main` handles it
 )
-app.register_install_completion_command(
-    help="Install completion of commands and options for bash, zsh or fish. The shell's startup file gets a line."
-)
 READ_STDIN = ("--prompt", "--json-prompt")
 GENERATE = """Draw pictures of a prompt, or draw a picture again.
 
@@ -126,6 +123,30 @@ def doctor(
         asked = find_card(other)
     findings = examine(asked)
     print_json(findings) if json else print_findings(findings, asked=asked is not None)
+
+
+@app.command(name="--install-completion")
+def install_completion(
+    *, shell: Annotated[Literal["bash", "zsh", "fish"] | None, Parameter(show_default=False)] = None
+) -> None:
+    """Install completion of commands and options for bash, zsh or fish.
+
+    The startup file of bash or zsh gets a line that loads it.
+
+    Parameters
+    ----------
+    shell
+        The shell; default: the one that runs this command.
+    """
+    from cyclopts.completion.detect import ShellDetectionError, detect_shell
+
+    from inkstream.types import InputError
+
+    try:
+        path = app.install_completion(shell=shell or detect_shell())
+    except ShellDetectionError:
+        raise InputError("the shell is not known: add --shell bash, zsh or fish") from None
+    print(f"{path} is written: open a new shell to use it")
 
 
 @app.command
