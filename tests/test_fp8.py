@@ -135,7 +135,8 @@ def test_activations_are_packed_too_where_a_file_asks_for_it(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "metadata", "said"),
     [
-        ({W: Q}, listed(format="mxfp8"), "packed as mxfp8 in float8_e4m3fn, which is not supported"),
+        ({W: Q}, listed(format="mxfp8"), "packed as mxfp8 and lacks its scales"),
+        ({W: I8}, listed(format="int8_tensorwise"), "packed as int8_tensorwise and lacks its scales"),
         ({W: I8, NAME + "weight_scale": SCALE}, listed(**SAYS_FP8), "float8_e4m3fn in int8"),
         ({W: Q, NAME + "weight_scale": torch.ones(3)}, {}, r"scales of \(3,\) for 160 rows"),
         ({W: Q, NAME + "weight_scale": torch.ones(ROWS, 5)}, {}, "256 columns, which its scales do not divide"),
@@ -144,7 +145,7 @@ def test_activations_are_packed_too_where_a_file_asks_for_it(tmp_path):
         ({W: NIBBLES, NAME + "weight_scale_2": SCALE}, {}, "lacks matching scales"),
         (
             {W: NIBBLES, NAME + "weight_scale": BLOCKS, NAME + "weight_scale_2": SCALE},
-            listed(format="nvfp4"), "scales of NVFP4, 4096 were expected",
+            listed(format="nvfp4"), "2560 block scales, 4096 were expected",
         ),
         ({W: I8, NAME + "weight_scale": SCALE}, listed(format="int8_tensorwise", convrot=True, convrot_groupsize=48),
          "in runs of 48"),

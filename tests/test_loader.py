@@ -16,7 +16,7 @@ import torch
 from huggingface_hub import constants
 
 import inkstream
-from inkstream.engine.files import sources
+from inkstream.engine.files import names
 from inkstream.engine.files.convert import convert
 from inkstream.engine.files.sources import locate
 from inkstream.engine.machine import loader
@@ -577,4 +577,4 @@ def test_everything_is_checked_from_headers_alone(tiny_folder, monkeypatch):
     source = locate(tiny_folder)
     assert set(source.parts) == {"transformer", "text_encoder", "vae"}
     assert all(p.is_meta for found in source.parts.values() for p in found.module.parameters())
-    assert sources.PUBLISHED[0] == "model_index.json"
+    assert names.PUBLISHED[0] == "model_index.json"

@@ -282,7 +282,7 @@ def test_redux_draws_what_resembles_a_picture_without_a_prompt(tmp_path, make_fo
 
 
 def test_redux_is_downloaded_with_the_model_it_goes_with():
-    from inkstream.engine.files.sources import downloads
+    from inkstream.engine.files.names import downloads
 
     wanted = downloads("flux1-redux-dev")
     assert list(wanted) == ["black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-Redux-dev"]

@@ -226,7 +226,7 @@ def test_missing_references_are_left_out_with_a_line(picture, klein_folder, caps
     ("words", "named"),
     [
         (["plain.png", "-m", "MODEL"], ["plain.png has no request", "--prompt"]),
-        (["draft.png"], ["--model", "missing"]),
+        (["draft.png"], ["z-image-turbo is not downloaded", "--yes"]),
         (["-m", "MODEL"], ["PICTURES", "--help"]),
         (["nowhere.png", "-m", "MODEL"], ["nowhere.png", "check the path"]),
         (["draft.png", "-m", "MODEL", "--reference"], ["cannot refine by reference", "--reference"]),

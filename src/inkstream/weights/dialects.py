@@ -149,6 +149,9 @@ def _pack(
     form = _format(layer, tensor, scale, ".weight_scale_2" in beside, said)
     if form is None:
         return None
+    if scale is None and (_is_mxfp8(said) or form in ("int8", "int4_low")):
+        name = said.get("format") if said else form
+        raise InputError(f"{layer} is packed as {name} and lacks its scales: download the file again")
     rows, width = tensor.shape
     columns = width if form in _STORED else 2 * width
     scales: list[Tensor] = [] if scale is None else [scale]
