@@ -19,9 +19,10 @@ import pytest
 from PIL import Image
 
 from inkstream.cli import main
+from inkstream.cli.terminal import Terminal
 from inkstream.engine.pictures.metadata import read_request
 from inkstream.families import SPECS
-from inkstream.types import Request
+from inkstream.types import Request, Step
 
 COMMAND = [sys.executable, "-c", "from inkstream.cli import run; run()"]
 SMALL = ["-W", "64", "-H", "48", "--steps", "2"]
@@ -394,3 +395,14 @@ def test_a_model_is_converted_there_and_back_and_draws_the_same(draw, tiny_folde
     for model in ("native", "diffusers"):
         assert main(["generate", "x", "-m", model, *SMALL, "--seed", "1", "-o", f"{model}.png"]) == 0
         assert np.array_equal(pixels(Path("before.png")), pixels(Path(f"{model}.png")))
+
+
+def test_the_bar_shows_the_time_left_of_all_pictures(monkeypatch):
+    notes: list[str] = []
+    terminal = Terminal(quiet=True)
+    monkeypatch.setattr(terminal, "_move", lambda what, done, total, note: notes.append(note))
+    for step, seconds, count in ((2, 30.0, 1), (2, 30.0, 3), (7, 0.1, 1)):
+        terminal.show(Step(step, 8, 0, count, 0.5, seconds))
+    assert notes[0].endswith("30.00 s/step, 3 min left")
+    assert notes[1].endswith("30.00 s/step, 11 min left")
+    assert "left" not in notes[2]

@@ -115,12 +115,13 @@ def test_operations_follow_the_size(name):
 
 
 def test_the_time_of_a_picture_counts_steps_and_prompts(monkeypatch):
-    monkeypatch.setattr(fit, "measure_products", lambda device, dtype: 1e12)
+    monkeypatch.setattr(fit, "measure_products", lambda device, dtype, precision=None: 3e12 if precision else 1e12)
+    monkeypatch.setattr(fit, "has_int8", lambda device: True)
     spec = SPECS["z-image"]
     model = SimpleNamespace(spec=spec, device=torch.device("cpu"), dtype=torch.float32)
 
-    def seconds(**options):
-        found = seconds_of(complete(Request(prompt="x", model="z-image", seed=1, **options), spec), model)
+    def seconds(weights=(), **options):
+        found = seconds_of(complete(Request(prompt="x", model="z-image", seed=1, **options), spec), model, weights)
         assert found is not None
         return found
 
@@ -128,11 +129,14 @@ def test_the_time_of_a_picture_counts_steps_and_prompts(monkeypatch):
     assert two == pytest.approx(2 * one, rel=0.1)
     assert seconds(steps=10, guidance=1.0) == pytest.approx(one / 2, rel=0.1)
     assert seconds(steps=10, solver="heun") == pytest.approx(one * 1.9, rel=0.1)
+    fast = pack("int8", torch.ones(8, 8), dynamic=True)
+    assert seconds([torch.ones(1), fast], steps=10) == pytest.approx(one / 3, rel=0.1)
+    assert seconds([replace(fast, dynamic=False)], steps=10) == one
     assert seconds(steps=10, width=2048, height=2048) > 4 * one
 
 
 def test_a_long_picture_is_announced_before_it_starts_and_once(tiny_folder, monkeypatch):
-    monkeypatch.setattr(engines, "seconds_of", lambda request, model: 2100.0)
+    monkeypatch.setattr(engines, "seconds_of", lambda request, model, weights: 2100.0)
     engine = engines.Engine()
     request = Request(prompt="x", model=str(tiny_folder), width=64, height=64, steps=2)
     notes = [
@@ -140,3 +144,12 @@ def test_a_long_picture_is_announced_before_it_starts_and_once(tiny_folder, monk
         for _ in range(2)
     ]
     assert notes == [["a picture of 64x64 in 2 steps takes about 35 min here"], []]
+
+
+def test_small_pictures_and_unknown_architectures_are_not_measured(monkeypatch):
+    monkeypatch.setattr(fit, "measure_products", lambda *what: pytest.fail("measured"))
+    pocket = SPECS["pocket"]
+    unknown = replace(pocket, transformer=replace(pocket.transformer, n_layers=3))
+    for spec in (pocket, unknown):
+        model = SimpleNamespace(spec=spec, device=torch.device("cpu"), dtype=torch.float32)
+        assert seconds_of(complete(Request(prompt="x", seed=1), spec), model, ()) is None

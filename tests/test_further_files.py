@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 from conftest import random_states
 from inkstream.engine.files.convert import convert
@@ -24,11 +23,7 @@ pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
-def no_hub(monkeypatch, tmp_path_factory):
-    """An empty cache, offline."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("no_hub")
 
 
 def companions(models: Path, size: str, *but: str) -> None:

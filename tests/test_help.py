@@ -67,6 +67,12 @@ def test_wrong_values_and_names_are_told_without_importing_torch(argv, said, tmp
     assert heavy == []
 
 
+@pytest.mark.parametrize("first", ["doctor import print_software as show", "models import list_models as show"])
+def test_the_first_lines_of_doctor_and_models_need_no_torch(first):
+    code = f"import sys; from inkstream.cli.{first}; show(); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_is_installed_for_a_shell(shell, tmp_path):
     code = "from inkstream.cli import run; run()"

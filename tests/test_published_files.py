@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
 
 from conftest import MISTRALS, write_flux1_tokenizers, write_tokenizer
 from inkstream.engine.files.parts import Found
@@ -60,11 +59,7 @@ pytest.importorskip("gguf")
 pytest.importorskip("transformers")
 
 
-@pytest.fixture(autouse=True)
-def no_hub(monkeypatch, tmp_path_factory):
-    """An empty cache, offline."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+pytestmark = pytest.mark.usefixtures("no_hub")
 
 
 # Formats -------------------------------------------------------------------------------------------------------------

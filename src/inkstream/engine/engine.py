@@ -231,10 +231,10 @@ class Engine:
     def _foretell(self, request: Complete) -> str | None:
         """Return a line with the time of a picture that takes over a minute, or None. The same is not told twice."""
         told = (request.model, request.width, request.height, request.steps)
-        if told == self._told or self.crew:
+        if told == self._told or self.crew or self._placing is None:
             return None
         self._told = told
-        seconds = seconds_of(request, self.model)
+        seconds = seconds_of(request, self.model, self._placing.opened.source.parts["transformer"].tensors.values())
         if seconds is None or seconds < LONG:
             return None
         size = f"{request.width}x{request.height}"

@@ -129,23 +129,28 @@ _TRANSFORMERS: tuple[Rule, ...] = (
     drop("lm_head"),  # a copy of the embedding; a text encoder does not generate
 )
 
+LLAMA_CPP = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+"""llama.cpp's names in a layer of a language model -> transformers'."""
+
 _LLAMA_CPP: tuple[Rule, ...] = (
     rename("token_embd", "embed_tokens"),
     *(
         rename(f"blk.{{}}.{theirs}", f"layers.{{}}.{ours}")
-        for theirs, ours in (
-            ("attn_norm", "input_layernorm"),
-            ("attn_q", "self_attn.q_proj"),
-            ("attn_k", "self_attn.k_proj"),
-            ("attn_v", "self_attn.v_proj"),
-            ("attn_output", "self_attn.o_proj"),
-            ("attn_q_norm", "self_attn.q_norm"),
-            ("attn_k_norm", "self_attn.k_norm"),
-            ("ffn_norm", "post_attention_layernorm"),
-            ("ffn_gate", "mlp.gate_proj"),
-            ("ffn_up", "mlp.up_proj"),
-            ("ffn_down", "mlp.down_proj"),
-        )
+        for theirs, ours in {
+            **LLAMA_CPP,
+            "attn_q_norm": "self_attn.q_norm",
+            "attn_k_norm": "self_attn.k_norm",
+        }.items()
     ),
     rename("output_norm", "norm"),
     drop("output"),  # the same as lm_head

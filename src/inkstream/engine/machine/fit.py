@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import SPECS
 from inkstream.nn.quant import has_fp8, has_int8, multiply_fp8, multiply_int8
 from inkstream.quant.pack import pack
-from inkstream.quant.packed import unpack
+from inkstream.quant.packed import Packed, Weight, unpack
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import times_asked
 from inkstream.types import Spec
@@ -77,7 +77,7 @@ def fits(spec: Spec, kind: str, budget: int | None, speed: Speed | None = None) 
     kind = "cpu" if kind == "cpu" else "cuda"
     found: list[Fit] = []
     for precision in ORDER[kind] if spec.folder is None else ("bf16",):  # the shipped model has one precision
-        if kind == "cpu" and precision == "w8a8" and not has_int8(torch.device("cpu")):
+        if kind == "cpu" and precision == "w8a8" and "w8a8" not in multiplied(torch.device("cpu")):
             continue
         peaks = {placement: max(foreseen()[spec.name][kind][precision][placement].values()) for placement in PLACEMENTS}
         placement = next((placement for placement, peak in peaks.items() if budget is None or peak <= budget), None)
@@ -117,7 +117,7 @@ def operations(spec: Spec, width: int, height: int) -> Mapping[str, float]:
     """
     facts, (own_width, own_height) = foreseen()[spec.name], spec.size
     pixels = width * height / (own_width * own_height)
-    text = facts["text_tokens"] * 256 / (own_width * own_height)  # one token for 16 x 16 pixels
+    text = facts["text_tokens"] * spec.multiple**2 / (own_width * own_height)
 
     def scale(phase: str, text: float) -> float:
         own, half = facts["flops"][phase] / (1 + text), facts["flops_half"][phase] / (0.25 + text)
@@ -127,10 +127,11 @@ def operations(spec: Spec, width: int, height: int) -> Mapping[str, float]:
     return {"prompt": facts["flops"]["prompt"], "steps": scale("steps", text), "picture": scale("picture", 0.0)}
 
 
-def seconds_of(request: Complete, model: Model) -> float | None:
-    """An estimate of the seconds for one picture of a request with a loaded model. None: its architecture is not known.
+def seconds_of(request: Complete, model: Model, weights: Iterable[Weight]) -> float | None:
+    """An estimate of the seconds for one picture of a request with a loaded model.
 
-    Only the products are counted: references and step caches are left out.
+    None: its architecture is not known, or the picture is small work for any machine. weights: the transformer's. Only
+    the products are counted: references, step caches, unpacking and streaming are left out.
     """
     spec = model.spec
     like = next((one for one in known() if one.transformer == spec.transformer), None)
@@ -139,11 +140,15 @@ def seconds_of(request: Complete, model: Model) -> float | None:
     flops = operations(like, request.width, request.height)
     prompts = (1 + guided(request, spec)) / (1 + guided(complete(typical(like), like), like))
     steps = len(times_asked(request.solver, SCHEDULES[request.schedule](request.steps, request.shift, spec.table)))
-    evaluations = max(1.0, steps * request.strength)
-    total = flops["steps"] * prompts * evaluations + flops["prompt"] + flops["picture"]
-    if total < LITTLE:
-        return total / LITTLE
-    return total / measure_products(model.device, model.dtype) * BESIDES
+    evaluating = flops["steps"] * prompts * max(1.0, steps * request.strength)
+    once = flops["prompt"] + flops["picture"]
+    if evaluating + once < LITTLE:
+        return None
+    packed = {weight.format for weight in weights if isinstance(weight, Packed) and weight.dynamic}
+    precision = next((name for name in multiplied(model.device) if FORMATS[name] in packed), None)
+    products = measure_products(model.device, model.dtype)
+    fast = products if precision is None else measure_products(model.device, model.dtype, precision)
+    return (evaluating / fast + once / products) * BESIDES
 
 
 def here() -> tuple[str, int | None]:
@@ -155,15 +160,7 @@ def here() -> tuple[str, int | None]:
 
 def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     """Measures a device's speed. Takes well under a second."""
-    side = _side(device)
-    packed: dict[str, float] = {}
-    for precision, able in (("w8a8", device.type == "cpu" and has_int8(device)), ("fp8", has_fp8(device))):
-        if able:
-            weight = pack(FORMATS[precision], torch.ones(side, side)).to(device)
-            x = torch.ones(side, side, device=device, dtype=dtype)
-            multiply = multiply_int8 if precision == "w8a8" else multiply_fp8
-            work = partial(multiply, x, weight, None)
-            packed[precision] = 2 * side**3 / _seconds(work, device)
+    packed = {precision: measure_products(device, dtype, precision) for precision in multiplied(device)}
     numbers = torch.randn(1024, 1024)
     unpacked: dict[str, float] = {}
     for precision in {*ORDER["cpu"], *ORDER["cuda"]} - {"bf16"}:
@@ -175,12 +172,25 @@ def measure_speed(device: torch.device, dtype: torch.dtype) -> Speed:
     return Speed(measure_products(device, dtype), packed, unpacked, brought)
 
 
+def multiplied(device: torch.device) -> list[str]:
+    """The precisions whose weights a device multiplies in 8 bits, faster than in its compute dtype."""
+    able = {"w8a8": device.type == "cpu" and has_int8(device), "fp8": has_fp8(device)}
+    return [precision for precision, is_able in able.items() if is_able]
+
+
 @cache
-def measure_products(device: torch.device, dtype: torch.dtype) -> float:
-    """Measures the floating-point operations per second of matrix products. Takes a tenth of a second."""
+def measure_products(device: torch.device, dtype: torch.dtype, precision: str | None = None) -> float:
+    """Measures the operations per second of products. Takes a tenth of a second.
+
+    precision: one of `multiplied`, of the weights; None: they have the compute dtype.
+    """
     side = _side(device)
     a = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side**3 / _seconds(lambda: a @ a, device)
+    work: Callable[[], object] = partial(torch.matmul, a, a)
+    if precision is not None:
+        weight = pack(FORMATS[precision], torch.ones(side, side)).to(device)
+        work = partial(multiply_int8 if precision == "w8a8" else multiply_fp8, a, weight, None)
+    return 2 * side**3 / _seconds(work, device)
 
 
 def _side(device: torch.device) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.families import Shapes
+from inkstream.families.parts import LLAMA_CPP
 from inkstream.nn.config import MistralConfig
 from inkstream.types import InputError
 from inkstream.weights.keymap import Rule, drop, rename
@@ -102,17 +103,7 @@ LAYOUTS: Mapping[str, Sequence[Rule]] = {
         rename("token_embd", "model.embed_tokens"),
         *(
             rename(f"blk.{{}}.{theirs}", f"model.layers.{{}}.{ours}", interleaved=theirs in ("attn_q", "attn_k"))
-            for theirs, ours in (
-                ("attn_norm", "input_layernorm"),
-                ("attn_q", "self_attn.q_proj"),
-                ("attn_k", "self_attn.k_proj"),
-                ("attn_v", "self_attn.v_proj"),
-                ("attn_output", "self_attn.o_proj"),
-                ("ffn_norm", "post_attention_layernorm"),
-                ("ffn_gate", "mlp.gate_proj"),
-                ("ffn_up", "mlp.up_proj"),
-                ("ffn_down", "mlp.down_proj"),
-            )
+            for theirs, ours in LLAMA_CPP.items()
         ),
         rename("output_norm", "model.norm"),
         *map(drop, ("output", "rope_freqs")),
