@@ -158,13 +158,14 @@ def test_without_a_model_z_image_turbo_drafts_where_it_is_there(there, model, sa
     assert said in capsys.readouterr().err
 
 
-def test_a_folder_keeps_its_model_whatever_is_downloaded_later(tmp_path, monkeypatch):
+@pytest.mark.parametrize("first", [True, False])
+def test_a_folder_keeps_its_model_whatever_is_downloaded_later(first, tmp_path, monkeypatch):
     wish = draft.Drafts.model_validate({"prompt": "a fox"})
-    for there in (False, True):
+    for there in (first, not first):
         monkeypatch.setattr(draft, "is_downloaded", lambda name, there=there: there)
         folder, begun = draft.begun(wish, None, tmp_path, Terminal(quiet=True))
         draft.write_state(folder, begun)
-        assert begun.request.model == "pocket"
+        assert begun.request.model == ("z-image-turbo" if first else "pocket")
 
 
 def test_the_same_command_again_draws_nothing_and_prints_the_same(finished, words, then, capsys, monkeypatch):

@@ -55,7 +55,8 @@ def test_help_takes_little_more_time_than_the_library_that_prints_it():
      (["generate", "x", "-m", "z-image-turbo", "-H", "1000"], "height 1000 is not a multiple of 16"),
      (["generate", "x", "-m", "z-imige"], "z-imige is not a known model, file or folder: did you mean z-image"),
      (["generate", "x", "--steps", "0"], "--steps 0 is too small"),
-     (["draft", "x", "-m", "nope"], "nope is not a known model")],
+     (["draft", "x", "-m", "nope"], "nope is not a known model"),
+     (["serve", "--vae", "nofile"], "nofile does not exist: give the vae as a file or folder")],
 )  # fmt: skip
 def test_wrong_values_and_names_are_told_without_importing_torch(argv, said, tmp_path):
     code = MEASURE.replace("code =", "err = io.StringIO()\nwith contextlib.redirect_stderr(err):\n    code =")

@@ -79,6 +79,13 @@ def run(
     yes
         Download missing files without asking.
     """
+    from inkstream.engine.files.names import existing
+
+    for option, value in {"port": port, "slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
+        if value < 1:
+            raise InputError(f"--{option} {value} is out of range: give 1 or more")
+    for part, path in machine.chosen.items():
+        existing(part, path)
     import uvicorn
 
     from inkstream.serve import logs
@@ -86,9 +93,6 @@ def run(
     from inkstream.serve.connections import Connection, allow_many
     from inkstream.serve.limits import Limits, Settings
 
-    for option, value in {"port": port, "slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
-        if value < 1:
-            raise InputError(f"--{option} {value} is out of range: give 1 or more")
     for name in model or []:
         agree(name, yes)
     limits = Limits(

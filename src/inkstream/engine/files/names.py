@@ -69,6 +69,14 @@ def resolve(name: str, progress: Progress) -> tuple[Path, str]:
     raise unknown(name)
 
 
+def existing(part: str, path: Path | str) -> Path:
+    """The path of a part, with the home folder in place of ~. Raises InputError if there is no such file or folder."""
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give the {part} as a file or folder")
+    return path
+
+
 def published(part: str) -> tuple[str, ...]:
     """Patterns of one part's files in a published repository."""
     return tuple(f"{part}/*.{kind}" for kind in KINDS)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from inkstream.engine.files.names import existing
 from inkstream.families import FAMILIES, Family, Part, family_of
 from inkstream.families.foreign import describe
 from inkstream.nn.config import read_config
@@ -180,9 +181,7 @@ def _as_in_file(found: Found, missing: Mapping[str, Tensor]) -> Sequence[str]:
 
 def locate_part(family: type[Family], name: str, path: Path | str) -> Found:
     """Finds and checks one part. path: a weight file, a folder of shards, or the folder of a model with the part."""
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give the {name} as a file or folder")
+    path = existing(name, path)
     return _check(family, name, path / name if (path / name).is_dir() else path)
 
 
@@ -193,9 +192,7 @@ def choose_part(family: type[Family], option: str, path: Path | str, transformer
     which one fits. InputError if none fits, or several do.
     """
     names = [name for name in family.parts if name.startswith(option)]
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise InputError(f"{path} does not exist: give the {option} as a file or folder")
+    path = existing(option, path)
     chosen: dict[str, Found] = {}
     refused: list[InputError] = []
     for name in names:
