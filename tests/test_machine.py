@@ -33,6 +33,9 @@ def test_the_server_hands_every_option_on(monkeypatch, tmp_path):
         raise InputError("no server is needed here")
 
     monkeypatch.setattr(app, "build", build)
+    monkeypatch.chdir(tmp_path)
+    for part in (ALL.text_encoder, ALL.vae):
+        (tmp_path / part).touch()
     words = ["--device=cpu", "--dtype=bf16", "--memory=8GiB", "--placement=parked", "--attention=sdpa", "--compile",
              "--commercial-only", "--text-encoder=t5.safetensors", "--vae=ae.safetensors"]  # fmt: skip
     assert main(["serve", f"--data={tmp_path}", *words]) == 2
