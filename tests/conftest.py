@@ -27,6 +27,7 @@ from inkstream.nn.qwen3 import Qwen3
 from inkstream.types import Conditioning, Spec
 from inkstream.weights.files import write_state
 from inkstream.weights.keymap import translate
+from pretend import scaled_mm
 
 WEIGHTS = {
     "transformer": "diffusion_pytorch_model.safetensors",
@@ -59,11 +60,6 @@ def no_hub(monkeypatch, tmp_path_factory) -> None:
 @pytest.fixture
 def row_scales(monkeypatch) -> None:
     """Lets the CPU multiply 8-bit floats with a scale for each row. Before torch 2.13 only GPUs do."""
-
-    def scaled_mm(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
-        out = a.float() @ b.float() * options["scale_a"] * options["scale_b"]
-        return (out if options["bias"] is None else out + options["bias"]).to(options["out_dtype"])
-
     if torch.__version__ < (2, 13):
         monkeypatch.setattr(torch, "_scaled_mm", scaled_mm)
 

@@ -198,6 +198,8 @@ class Machine:
         self.host = Actor(self, torch.device("cpu"))
         self.kernels: dict[str, Callable[..., Any]] = {"torch_attn::_varlen_attn": varlen_attn}
         """What computes operations that a CPU has not, by their names."""
+        if torch.__version__ < (2, 13):
+            self.kernels["aten::_scaled_mm"] = scaled_mm
         self.sync_mode: Any = "default"
         self._defaults: dict[int, Stream] = {}
         self._here = threading.local()  # of each thread: device, streams, no_waits, graph, recorded
@@ -539,3 +541,18 @@ def varlen_attn(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The answer, sums and the state of a generator, as torch's operation gives them."""
     out = by_sequences(*args[:7])
     return out, out.new_empty(out.shape[1], len(out), dtype=torch.float32), torch.zeros(2, dtype=torch.uint64)
+
+
+def scaled_mm(
+    a: Tensor,
+    b: Tensor,
+    scale_a: Tensor,
+    scale_b: Tensor,
+    bias: Tensor | None = None,
+    scale_result: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    use_fast_accum: bool = False,
+) -> Tensor:
+    """torch's product of 8-bit floats, with a scale for each row of `a` and each column of `b`."""
+    out = a.float() @ b.float() * scale_a * scale_b
+    return (out if bias is None else out + bias).to(out_dtype)

@@ -114,7 +114,7 @@ def test_the_command_speaks_the_protocol_and_draws_on_a_server_without_torch(ser
     async def work(client: Any) -> tuple[Any, Any]:
         return await client.call_tool("list_models", {}), await client.call_tool("generate", SMALL)
 
-    listed, drawn = talk(process, work)
+    listed, drawn = talk(protocol.stdio_client(process), work)
     assert [model["name"] for model in json.loads(listed.content[0].text)] == ["pocket"]
     with Image.open(json.loads(drawn.content[0].text)["path"]) as image:
         assert image.size == (32, 32)

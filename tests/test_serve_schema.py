@@ -116,3 +116,9 @@ def test_an_undeclared_answer_is_found(quick, document):
     positive = schemathesis.GenerationMode.POSITIVE
     assert "404" in complaints(quick, told, positive, 6, "/v1/jobs/{id}")["GET /v1/jobs/{id}"]
     assert "paused" in complaints(quick, told, positive, 2, "/v1/queue")["GET /v1/queue"]
+
+
+@pytest.mark.parametrize("path", ["/comfyui/api/upload/image", "/v1/images/edits"])
+def test_a_form_that_cannot_be_read_is_refused(quick, path):
+    form = b'--x\r\n[]: form-data; name="image"\r\n\r\n1\r\n--x--\r\n'
+    assert quick.ask("POST", path, form, {"Content-Type": "multipart/form-data; boundary=x"})[0] == 400

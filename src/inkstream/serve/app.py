@@ -20,6 +20,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse
+from python_multipart.exceptions import FormParserError
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -94,6 +95,7 @@ def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
         app.include_router(router)
     app.add_exception_handler(Refused, _refuse)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _refuse_invalid)  # type: ignore[arg-type]
+    app.add_exception_handler(FormParserError, _refuse_form)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _refuse_http)  # type: ignore[arg-type]
     app.add_exception_handler(sqlite3.Error, _answer_disk_error)  # type: ignore[arg-type]
     app.add_exception_handler(OSError, _answer_disk_error)  # type: ignore[arg-type]
@@ -279,6 +281,11 @@ async def _refuse(request: Request, refusal: Refused) -> Response:
 
 async def _refuse_invalid(request: Request, error: RequestValidationError) -> Response:
     return _answer(explain(error.errors()))
+
+
+async def _refuse_form(request: Request, error: FormParserError) -> Response:
+    """Older starlette lets this error through; newer starlette turns it into an HTTPException."""
+    return _answer(Refused(400, f"the form cannot be read: {error}"))
 
 
 async def _refuse_http(request: Request, error: HTTPException) -> Response:
