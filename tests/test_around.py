@@ -46,9 +46,9 @@ class LowRank:
     down: Tensor  # (2, I)
     up: Tensor  # (O, 2)
 
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, plain: Tensor, out: Tensor) -> None:
         assert isinstance(x, Tensor), "it was rounded"
-        return out + (x @ self.down.T.to(x)) @ self.up.T.to(x)
+        out += (x @ self.down.T.to(x)) @ self.up.T.to(x)
 
 
 def low_rank(layer: Any, seed: int, size: float = 0.3) -> LowRank:
@@ -179,10 +179,9 @@ def test_every_product_of_a_transformer_goes_through_the_door(build, spec):
     transformer = model.family.transformer
     met: dict[str, int] = {}
 
-    def meet(name: str) -> Callable[[Tensor, Tensor], Tensor]:
-        def product(x: Tensor, out: Tensor) -> Tensor:
+    def meet(name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
+        def product(x: Tensor, plain: Tensor, out: Tensor) -> None:
             met[name] = met.get(name, 0) + len(x)
-            return out
 
         return product
 
@@ -285,12 +284,13 @@ def test_the_weights_of_an_adapter_learn_while_the_models_own_stay(model):
 
 def test_an_adapter_for_another_model_is_refused(model):
     with pytest.raises(InputError, match=r"an adapter changes layers\.7\.nothing, which is not a layer of this model"):
-        Adapter.of(model.family.transformer, {"layers.7.nothing": lambda x, out: out})  # type: ignore[attr-defined]
+        Adapter.of(model.family.transformer, {"layers.7.nothing": lambda x, plain, out: None})  # type: ignore[attr-defined]
 
 
 def test_the_door_changes_the_rows_of_each_owner_and_no_others():
-    layer, x = nn.Linear(3, 2), torch.randn(6, 3)
-    twice, more = (Around(adapters=(Adapter({layer: p}),)) for p in (lambda x, out: 2 * out, lambda x, out: out + 1))
+    layer, x = nn.Linear(3, 2).requires_grad_(False), torch.randn(6, 3)
+    changes = (lambda x, plain, out: out.add_(plain), lambda x, plain, out: out.add_(1))
+    twice, more = (Around(adapters=(Adapter({layer: change}),)) for change in changes)
     both = Around(adapters=twice.adapters + more.adapters)
     rows = Rows((Span(0, 1), Span(1, 2), Span(2, 1), Span(3, 1), Span(1, 1)))
     own = layer(x)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -143,7 +143,7 @@ class Forward:
     # Linear layers ----------------------------------------------------------------------------------------------------
 
     def adapt(self, layer: nn.Module, x: Any, out: Tensor, rows: Rows) -> Tensor:
-        """A layer's output, changed by the adapters of each row's sample. x: (N, I), out: (N, O) -> (N, O).
+        """A layer's output, changed in place by the adapters of each row's sample. x: (N, I), out: (N, O) -> (N, O).
 
         x has full precision where a layer is adapted: see `unadapted`.
         """
@@ -154,12 +154,14 @@ class Forward:
             return out
         assert len(rows) == len(x), f"a layer got {len(x)} rows, but {len(rows)} rows have an owner"
         runs = [[*run] for _, run in groupby(rows.spans, lambda span: [id(one) for one in products[span.owner]])]
-        lengths = [sum(span.length for span in run) for run in runs]
-        pieces = [
-            reduce(lambda out, product, x=x: product(x, out), products[run[0].owner], out)
-            for run, x, out in zip(runs, x.split(lengths), out.split(lengths))
-        ]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        start = 0
+        for run in runs:
+            own = slice(start, start := start + sum(span.length for span in run))
+            changes = products[run[0].owner]
+            plain = out[own].clone() if len(changes) > 1 else out[own]
+            for change in changes:
+                change(x[own], plain, out[own])
+        return out
 
     def unadapted(self, *layers: nn.Module) -> Sequence[nn.Module]:
         """Returns the layers if their input may be rounded for them; () if an adapter of one needs full precision."""

@@ -14,10 +14,11 @@ from inkstream.types import InputError
 class Product(Protocol):
     """The change that an adapter makes to one layer."""
 
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """Returns the new output (N, O), in a new tensor. All rows belong to pictures with this adapter.
+    def __call__(self, x: Tensor, plain: Tensor, out: Tensor) -> None:
+        """Adds the change to out, in place. All rows belong to pictures with this adapter.
 
-        x: (N, I), the layer's input. out: (N, O), the layer's output after the adapters before this one.
+        x: (N, I), the layer's input. plain: (N, O), the layer's own output; if the layer has one adapter, this is the
+        same tensor as `out`. out: (N, O), the layer's output with the changes of the adapters before this one.
         """
         ...
 
