@@ -115,7 +115,8 @@ def test_it_draws_what_the_folder_draws(folder, whole):
     for path in (folder, whole):
         model = inkstream.load(path, Machine("cpu"))
         pictures.append(model.decode(model.sample(request, model.encode(request))))
-    assert torch.equal(*pictures)
+    # The weights begin at other addresses, for which older torch adds up products in another order.
+    assert (pictures[0] - pictures[1]).abs().max() < 1e-5
 
 
 def test_it_is_converted_part_by_part(folder, whole, tmp_path):
