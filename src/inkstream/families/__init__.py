@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from inkstream.nn.around import Around
     from inkstream.nn.forward import Sample
     from inkstream.weights.keymap import Rule
+    from inkstream.weights.lora.names import Names
 
 SPECS: dict[str, Spec] = {spec.name: spec for spec in (*zimage.SPECS, *flux1.SPECS.values(), *flux2.SPECS.values())}
 """Every known model by name."""
@@ -39,6 +40,18 @@ Documents = Mapping[str, Mapping[str, Any]]
 """JSON files of a model's folder: path in the folder -> content."""
 CARD = "inkstream.json"
 """The JSON file that only inkstream writes. It holds what the others lack: defaults for drawing, and the licence."""
+
+
+ADAPTERS = {
+    "kohya": "native",
+    "comfyui": "native",
+    "diffusers": "diffusers",
+    "peft": "diffusers",
+    "lycoris": "diffusers",
+}
+"""Dialect of an adapter's file -> the layout whose names programs write for a FLUX model."""
+WIDTHS = {3840: "Z-Image", 3072: "FLUX.1 or FLUX.2 klein 4B", 4096: "FLUX.2 klein 9B", 6144: "FLUX.2 dev"}
+"""Width of the transformer -> the models that have it. A test compares it with SPECS."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +97,10 @@ class Part:
     """The phases of a request in which the part works: prompt, steps or picture."""
     others: Mapping[str, type] = field(default_factory=dict)
     """Other kinds of this part: `model_type` in config.json -> the dataclass of its sizes."""
+    adapters: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
+    """Layouts that only the files of adapters have, beside `native` and `diffusers` -> rules into our names."""
+    spoken: Mapping[str, str] = field(default_factory=lambda: ADAPTERS)
+    """Dialect of an adapter's file -> the layout whose names it writes."""
 
 
 class Writer(Protocol):
@@ -201,3 +218,28 @@ def family_of(name: str) -> type[Family]:
     """The class of a family, by its key in FAMILIES."""
     module, _, attribute = FAMILIES[name].partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def adapter_names(spec: Spec) -> Names:
+    """The layers of a model's transformer, and their names in the files of adapters."""
+    import torch
+    from torch import nn
+
+    from inkstream.weights.lora.names import Names
+
+    part = family_of(spec.family).parts["transformer"]
+    with torch.device("meta"):
+        model = part.build(spec.transformer)
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    return Names(
+        layers={path: (layer.out_features, layer.in_features) for path, layer in layers.items()},
+        vectors={
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if name.rpartition(".")[0] not in layers
+        },
+        layouts={"native": part.layouts["native"], "diffusers": part.layouts["diffusers"], **part.adapters},
+        written=part.spoken,
+        biased=frozenset(path for path, layer in layers.items() if layer.bias is not None),
+        widths=WIDTHS,
+    )

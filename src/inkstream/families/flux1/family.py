@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from inkstream.families import Documents, Part, Pictures
 from inkstream.families.flux1.documents import documents
-from inkstream.families.flux1.keys import DIFFUSERS, NUNCHAKU, SINGLE_FILE
+from inkstream.families.flux1.keys import DIFFUSERS, NUNCHAKU, SINGLE_FILE, XLABS
 from inkstream.families.flux1.kontext import kontext_size, prepare_reference
 from inkstream.families.flux1.model import PATCH, Flux1Transformer
 from inkstream.families.flux1.redux import REDUX, SIGLIP, to_tokens
@@ -71,6 +71,7 @@ class Flux1:
             build=Flux1Transformer,
             config=Flux1Config,
             layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS, "nunchaku": NUNCHAKU},
+            adapters={"xlabs": XLABS},
             infer=infer_config,
             packs=("double_blocks", "single_blocks"),
             gguf="flux",

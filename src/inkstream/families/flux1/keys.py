@@ -5,7 +5,7 @@ from __future__ import annotations
 from inkstream.families.parts import FLUX_SINGLE_FILE as SINGLE_FILE
 from inkstream.weights.keymap import Rule, fuse, fuse_columns, rename
 
-__all__ = ["DIFFUSERS", "NUNCHAKU", "SINGLE_FILE"]
+__all__ = ["DIFFUSERS", "NUNCHAKU", "SINGLE_FILE", "XLABS"]
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 
@@ -44,6 +44,23 @@ DIFFUSERS: tuple[Rule, ...] = (
     rename("norm_out.linear", "final_layer.adaLN_modulation.1", swap=True),  # scale, shift there; shift, scale here
     rename("proj_out", "final_layer.linear"),
 )
+
+XLABS: tuple[Rule, ...] = (
+    *(
+        rename(f"double_blocks.{{}}.processor.{theirs}", f"double_blocks.{{}}.{ours}")
+        for theirs, ours in (
+            ("qkv_lora1", "img_attn.qkv"),
+            ("qkv_lora2", "txt_attn.qkv"),
+            ("proj_lora1", "img_attn.proj"),
+            ("proj_lora2", "txt_attn.proj"),
+        )
+    ),
+    # Theirs changes the queries, keys and values alone; the name of the rest of the layer occurs in no file.
+    fuse("single_blocks.{}.processor.qkv", "single_blocks.{}.processor.mlp", ours="single_blocks.{}.linear1",
+         heights=(3, 4)),
+    rename("single_blocks.{}.processor.proj", "single_blocks.{}.linear2"),
+)  # fmt: skip
+"""Names in adapters by XLabs, of which 1 is the picture's side and 2 the text's."""
 
 _NUNCHAKU = (
     ("norm1.linear", "img_mod.lin"),

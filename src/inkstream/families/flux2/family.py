@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from inkstream.families import CARD, Documents, Part, Pictures, Shapes
 from inkstream.families.flux2.autoencoder import AUTOENCODER
 from inkstream.families.flux2.documents import documents
-from inkstream.families.flux2.keys import DIFFUSERS, SINGLE_FILE
+from inkstream.families.flux2.keys import CUT_SHORT, DIFFUSERS, SINGLE_FILE
 from inkstream.families.flux2.mistral import count_mistral
 from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.references import check_references, default_size, prepare_references
@@ -103,6 +103,7 @@ class Flux2:
             build=Flux2Transformer,
             config=Flux2Config,
             layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS},
+            adapters={"cut short": CUT_SHORT},
             infer=infer_config,
             packs=("double_blocks", "single_blocks"),
             gguf="flux",

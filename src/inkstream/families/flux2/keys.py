@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from inkstream.families.parts import FLUX_SINGLE_FILE as SINGLE_FILE
 from inkstream.weights.keymap import Rule, fuse, rename
 
-__all__ = ["DIFFUSERS", "SINGLE_FILE"]
+__all__ = ["CUT_SHORT", "DIFFUSERS", "SINGLE_FILE"]
 
 _DOUBLE, _SINGLE = "transformer_blocks.{}", "single_transformer_blocks.{}"
 
@@ -38,3 +40,10 @@ DIFFUSERS: tuple[Rule, ...] = (
     rename("norm_out.linear", "final_layer.adaLN_modulation.1", swap=True),  # scale, shift there; shift, scale here
     rename("proj_out", "final_layer.linear"),
 )
+
+CUT_SHORT: tuple[Rule, ...] = tuple(
+    replace(rule, theirs=tuple(name.replace("transformer_blocks", "sformer_blocks") for name in rule.theirs))
+    for rule in DIFFUSERS
+    if rule.theirs[0].startswith("transformer_blocks")
+)
+"""Names in adapters whose writer took a prefix off too much: `sformer_blocks` for `transformer_blocks`."""

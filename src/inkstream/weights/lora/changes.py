@@ -13,6 +13,9 @@ from typing import Protocol
 
 from torch import Tensor
 
+Move = Callable[[Tensor], Tensor]
+"""Moves a float32 tensor to a layer's device and compute dtype."""
+
 
 class Bound(Protocol):
     """A change that is ready to run: its tensors are on the layer's device, in the layer's compute dtype."""
@@ -32,7 +35,15 @@ class Bound(Protocol):
 
 
 class Change(Protocol):
-    """What an adapter does to the weight of a layer (O, I), or to some rows of it. Its tensors are float32."""
+    """What an adapter does to the weight of a layer (O, I), or to some rows of it. Its tensors are float32.
+
+    A weight or a magnitude that is divided by a norm takes no gradient through the norm; all else is differentiable.
+    """
+
+    @property
+    def algebra(self) -> str:
+        """The name of the kind of change, such as LoRA."""
+        ...
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -53,11 +64,8 @@ class Change(Protocol):
         """The change of the weight at strength 1. weight: (O, I) float32, or None if not `reads`. (O, I) float32"""
         ...
 
-    def bind(self, weight: Tensor | None, bias: Tensor | None, to: Callable[[Tensor], Tensor]) -> Bound:
-        """Prepare the change for a layer. weight: as in `delta`. bias: (O,), or None.
-
-        to: moves a float32 tensor to the layer's device and compute dtype.
-        """
+    def bind(self, weight: Tensor | None, bias: Tensor | None, to: Move) -> Bound:
+        """Prepare the change for a layer. weight: as in `delta`. bias: (O,), or None. to: moves its tensors there."""
         ...
 
 
@@ -68,6 +76,7 @@ class LowRank:
     down: Tensor
     up: Tensor
     scale: float = 1.0  # alpha / r; with rsLoRA alpha / sqrt(r) (arXiv 2312.03732)
+    algebra = "LoRA"
     reads = False
 
     @property
@@ -81,7 +90,7 @@ class LowRank:
     def delta(self, weight: Tensor | None = None) -> Tensor:
         return self.scale * (self.up @ self.down)
 
-    def bind(self, weight: Tensor | None, bias: Tensor | None, to: Callable[[Tensor], Tensor]) -> Bound:
+    def bind(self, weight: Tensor | None, bias: Tensor | None, to: Move) -> Bound:
         return BoundLowRank(to(self.down), to(self.up), self.scale)
 
 
@@ -102,11 +111,68 @@ class BoundLowRank:
 
 
 @dataclass(frozen=True, eq=False)
+class Full:
+    """A dense change: delta = change. change: (O, I)."""
+
+    change: Tensor
+    algebra = "full"
+    rank = None
+    reads = False
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.change.shape
+        return rows, columns
+
+    def delta(self, weight: Tensor | None = None) -> Tensor:
+        return self.change
+
+    def bind(self, weight: Tensor | None, bias: Tensor | None, to: Move) -> Bound:
+        return BoundFull(to(self.change))
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """Another weight: W becomes `value` at strength 1. value: (O, I)."""
+
+    value: Tensor
+    algebra = "replacement"
+    rank = None
+    reads = True
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.value.shape
+        return rows, columns
+
+    def delta(self, weight: Tensor | None) -> Tensor:
+        assert weight is not None
+        return self.value - weight
+
+    def bind(self, weight: Tensor | None, bias: Tensor | None, to: Move) -> Bound:
+        return BoundFull(to(self.delta(weight)))
+
+
+@dataclass(frozen=True, eq=False)
+class BoundFull:
+    """A dense change on a device."""
+
+    change: Tensor  # (O, I)
+
+    @property
+    def bytes(self) -> int:
+        return self.change.nbytes
+
+    def add(self, x: Tensor, plain: Tensor, out: Tensor, strength: float) -> None:
+        out.addmm_(x, self.change.T, alpha=strength)
+
+
+@dataclass(frozen=True, eq=False)
 class Part:
     """A change of some rows of a layer, such as of the queries in a fused QKV layer."""
 
     change: Change
-    rows: slice = slice(None)
+    rows: slice = field(default_factory=lambda: slice(None))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +183,38 @@ class LayerChange:
     bias: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Report:
+    """What was found in an adapter's file.
+
+    dialects: the kinds of names. algebras: the kinds of changes. ranks: all different ones. matched: the count of keys
+    that change this model. unmatched: keys that have no layer in it. text: keys of text encoders, which are ignored.
+    repeated: names of layers that are in the file twice, with equal changes; one is ignored. trigger: the words that
+    call up what the adapter was trained on. base: the model that it was trained on.
+    """
+
+    dialects: tuple[str, ...] = ()
+    algebras: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = ()
+    matched: int = 0
+    unmatched: tuple[str, ...] = ()
+    text: tuple[str, ...] = ()
+    repeated: tuple[str, ...] = ()
+    trigger: str = ""
+    base: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Lora:
     """An adapter, by the layers of one of our models.
 
     layers: the path of a layer in the model -> its changes. vectors: the name of another parameter, such as a norm's
-    weight -> what is added to it at strength 1. These cannot be applied while drawing, only merged.
+    weight -> what is added to it at strength 1. replaced: the name of another parameter -> its value at strength 1.
+    These two cannot be applied while drawing, only merged. metadata: of its file.
     """
 
     layers: Mapping[str, LayerChange]
     vectors: Mapping[str, Tensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)
+    report: Report = Report()
