@@ -20,13 +20,15 @@ from huggingface_hub import constants
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from inkstream.engine.drawing.model import Model
-from inkstream.families import family_of, parts_of
+from inkstream.families import SPECS, adapter_names, family_of, parts_of
 from inkstream.families.zimage.specs import BASE, TURBO
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.qwen3 import Qwen3
-from inkstream.types import Conditioning, Spec
+from inkstream.types import Conditioning, Machine, Spec
 from inkstream.weights.files import write_state
 from inkstream.weights.keymap import translate
+from inkstream.weights.lora.changes import LayerChange, Lora, LowRank, Part
+from inkstream.weights.lora.write import write_lora
 from pretend import scaled_mm
 
 WEIGHTS = {
@@ -294,6 +296,19 @@ def until() -> Callable[..., None]:
     return wait_for
 
 
+def write_lora_folder(folder: Path) -> Path:
+    """A folder with one adapter for Pocket, `styles/bold`, in kohya's names."""
+    names, by = adapter_names(SPECS["pocket"]), torch.Generator().manual_seed(0)
+    layers = {
+        path: LayerChange([Part(LowRank(torch.randn(2, i, generator=by), torch.randn(o, 2, generator=by) / i))])
+        for path, (o, i) in names.layers.items()
+        if path.startswith("layers.")
+    }
+    (folder / "styles").mkdir()
+    write_lora(folder / "styles" / "bold.safetensors", Lora(layers), names, "kohya")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def start_server() -> Callable[..., Served]:
     """`start_server(settings, engine=None)` is a running server; whoever starts it stops it."""
@@ -306,6 +321,7 @@ def server(tmp_path_factory) -> Iterator[Served]:
     from inkstream.serve.limits import Limits, Settings
 
     limits = Limits(body_bytes=4 << 20, pictures=8, steps=50, pixels=512 * 512)
-    served = Served(Settings(tmp_path_factory.mktemp("server"), models=("pocket",), limits=limits))
+    machine = Machine(lora_folder=str(write_lora_folder(tmp_path_factory.mktemp("loras"))))
+    served = Served(Settings(tmp_path_factory.mktemp("server"), models=("pocket",), limits=limits, machine=machine))
     yield served
     served.stop()

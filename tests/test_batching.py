@@ -16,8 +16,9 @@ from PIL import Image
 
 import inkstream
 from inkstream.engine.drawing.batch import ABREAST, Alone, Ask, Batch, Drawing, tokens_of, within
-from inkstream.engine.drawing.model import Run
+from inkstream.engine.drawing.model import Leg, Run
 from inkstream.families.flux2.specs import KLEIN_4B
+from inkstream.nn.around import NOTHING
 from inkstream.nn.forward import Sample
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.sampling.solvers import SOLVERS
@@ -45,9 +46,8 @@ def start(name: str, steps: int, entries: int = 1) -> Run:
     """A run whose picture is the character code of its name. With two entries it is guided."""
     request = Request(guidance=1.0 if entries == 1 else 2.0, steps=steps)
     noise = torch.full((1, 2, 2), 0.5)
-    return Run(
-        request, SOLVERS["euler"](noise, [1 - i / steps for i in range(steps + 1)]), [name] * entries, steps, noise
-    )
+    solver = SOLVERS["euler"](noise, [1 - i / steps for i in range(steps + 1)])
+    return Run(request, solver, [Leg(1.0, NOTHING, [name] * entries)], steps, noise)
 
 
 def drawing(family: Straight, name: str, steps: int, tokens: int = 1, entries: int = 1, model: list | None = None):
@@ -279,7 +279,8 @@ def test_ahead_counts_requests_only_if_a_new_one_must_wait():
 
 def test_a_run_counts_the_tokens_of_picture_text_and_references():
     latents = torch.zeros(16, 8, 12)
-    run = Run(Request(width=96, height=64, guidance=1.0), SOLVERS["euler"](latents, [1.0, 0.0]), ["x"], 1, latents)
+    solver, legs = SOLVERS["euler"](latents, [1.0, 0.0]), [Leg(1.0, NOTHING, ["x"])]
+    run = Run(Request(width=96, height=64, guidance=1.0), solver, legs, 1, latents)
     cond = Conditioning(torch.zeros(12, 4), (7, 5), references=(torch.zeros(16, 8, 8), torch.zeros(16, 4, 4)))
     assert tokens_of(run, cond, 16) == 24 + 7 + 16 + 4
 

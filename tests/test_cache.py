@@ -237,7 +237,7 @@ def test_what_was_remembered_is_freed_with_the_last_step(build):
         model = build(BASE.tiny)
     wish = complete(request(model.spec, cache="taylor"), model.spec)
     run = model.start(wish, model.encode(wish), None)
-    cache = weakref.ref(run.around.cache)
+    cache = weakref.ref(run.leg.around.cache)
     while run.query is not None:
         advance(model.family, [run])
     gc.collect()

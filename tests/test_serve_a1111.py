@@ -79,7 +79,8 @@ def test_img2img_keeps_the_black_part_of_the_mask(server):
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers", "is not supported"),
         ({"sampler_name": "PLMS"}, "sampler_name", "/sdapi/v1/samplers"),
         ({"scheduler": "Karras"}, "scheduler", "/sdapi/v1/schedulers"),
-        ({"prompt": "a <lora:x:1>"}, "prompt", "LoRA"),
+        ({"prompt": "a <lora:x:1>"}, "prompt", "/sdapi/v1/loras"),
+        ({"prompt": "a <lora:bold:much>"}, "prompt", "<lora:bold:0.8>"),
         ({"width": 40}, "width", "multiple of 16"),
         ({"seed": -2}, "seed", "greater"),
         ({"turbo": True}, "turbo", "leave it out"),
@@ -121,7 +122,8 @@ def test_the_lists_that_clients_read_at_their_start_exist(server):
     assert {"Euler", "DPM++ 2M"} <= {sampler["name"] for sampler in ask(server, "GET", "/samplers")}
     assert {"automatic", "simple"} <= {schedule["name"] for schedule in ask(server, "GET", "/schedulers")}
     assert ask(server, "GET", "/options")["sd_model_checkpoint"] == "pocket"
-    for path in ("loras", "upscalers", "sd-vae", "prompt-styles", "hypernetworks"):
+    assert [lora["name"] for lora in ask(server, "GET", "/loras")] == ["styles/bold"]
+    for path in ("upscalers", "sd-vae", "prompt-styles", "hypernetworks"):
         assert ask(server, "GET", f"/{path}") == []
 
 
@@ -141,3 +143,23 @@ def test_the_request_of_a_picture_is_read_from_its_metadata(server):
     empty = ask(server, "POST", "/png-info", {"image": base64_of(Image.new("RGB", (8, 8)))})
     assert empty == {"info": "", "items": {}, "parameters": {}}
     assert server.ask("POST", f"{API}/png-info", {"image": "AAAA"})[0] == 400
+
+
+def test_a_prompts_tag_uses_a_lora_of_the_servers_folder(server):
+    own = server.ended(server.draw(seed=7, steps=2, loras=[{"path": "styles/bold", "strength": 0.5}]))
+    native = Image.open(io.BytesIO(server.ask("GET", own["pictures"][0]["url"])[2]))
+    plain, tagged = (
+        ask(server, "POST", "/txt2img", {**SMALL, "prompt": f"a red circle{tag}", "sampler_name": "Euler"})
+        for tag in ("", " <lora:bold:0.5>")
+    )
+    assert opened(tagged["images"][0]).tobytes() == native.tobytes() != opened(plain["images"][0]).tobytes()
+    assert "<lora:bold:0.5>" in json.loads(tagged["info"])["infotexts"][0]
+
+
+@pytest.mark.parametrize("path", ["bolt", "/etc/passwd", "styles/../styles/bold", "styles/bold.safetensors", ""])
+def test_only_names_of_the_folder_are_open_to_clients(server, path):
+    status, _, answer = server.ask("POST", "/v1/jobs", {"prompt": "a", "loras": [path]})
+    assert status in (400, 404)
+    assert answer["error"]["param"].startswith("loras")
+    if path == "bolt":
+        assert "take styles/bold" in answer["error"]["message"]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,6 +61,99 @@ def _picture_to_text(value: Any) -> Any:
 
 
 Picture = Annotated[str, BeforeValidator(_picture_to_text)]
+
+
+class LoraUse(NamedTuple):
+    """How a request uses an adapter. As text: `PATH[:STRENGTH][@FROM-UNTIL][#BLOCKS=FACTOR,...]`.
+
+    begins, ends: shares of the schedule's steps, from 0 to 1. blocks: patterns of blocks, such as `layers.0-14` or
+    `single_blocks`, and the factors of the strength there; the last pattern that fits a layer counts.
+    """
+
+    path: str
+    strength: float = 1.0
+    begins: float = 0.0
+    ends: float = 1.0
+    blocks: tuple[tuple[str, float], ...] = ()
+
+    @staticmethod
+    def read(value: Any) -> LoraUse:
+        """Read the text form, or an object with path, strength, from, until and blocks. Raises InputError."""
+        if isinstance(value, LoraUse):
+            return value
+        if (given := as_object(value)) is not None:
+            return LoraUse._of(given)
+        if not isinstance(value, str | Path):
+            raise InputError(f"lora {value!r} is not text or an object: write PATH[:STRENGTH][@FROM-UNTIL]")
+        found = _LORA.fullmatch(str(value).strip())
+        if found is None:
+            raise InputError("a lora is empty: write PATH[:STRENGTH][@FROM-UNTIL]")
+        pairs = (pair.rpartition("=") for pair in found["blocks"].split(",")) if found["blocks"] else ()
+        return LoraUse(
+            found["path"],
+            float(found["strength"] or 1),
+            float(found["begins"] or 0),
+            float(found["ends"] or 1),
+            tuple((pattern, float(factor)) for pattern, _, factor in pairs),
+        )._checked()
+
+    @staticmethod
+    def _of(given: dict[str, Any]) -> LoraUse:
+        names = ("path", "strength", "from", "until", "blocks")
+        if unknown := [name for name in given if name not in names]:
+            raise InputError(f"lora has no field {unknown[0]}: its fields are {', '.join(names)}")
+        try:
+            blocks = tuple((str(name), float(factor)) for name, factor in dict(given.get("blocks") or {}).items())
+            strength, begins, ends = (float(given.get(name, value)) for name, value in zip(names[1:4], (1, 0, 1)))
+        except (TypeError, ValueError):
+            raise InputError("strength, from, until and the factors of blocks in a lora must be numbers") from None
+        return LoraUse(str(given.get("path") or "").strip(), strength, begins, ends, blocks)._checked()
+
+    def _checked(self) -> LoraUse:
+        if not self.path:
+            raise InputError("a lora has no path: write PATH[:STRENGTH][@FROM-UNTIL]")
+        for factor in (self.strength, *(factor for _, factor in self.blocks)):
+            if not -10 <= factor <= 10:
+                raise InputError(f"lora strength {factor:g} is out of range: take -10 to 10")
+        if not 0 <= self.begins < self.ends <= 1:
+            raise InputError(f"lora steps {self.begins:g}-{self.ends:g} are no range: take 0 <= FROM < UNTIL <= 1")
+        return self
+
+    def __str__(self) -> str:
+        steps = f"@{self.begins:g}-{self.ends:g}" if (self.begins, self.ends) != (0, 1) else ""
+        blocks = "#" + ",".join(f"{pattern}={factor:g}" for pattern, factor in self.blocks) if self.blocks else ""
+        return f"{self.path}{f':{self.strength:g}' if self.strength != 1 else ''}{steps}{blocks}"
+
+
+_NUMBER = r"\d+(?:\.\d+)?|\.\d+"
+_LORA = re.compile(
+    rf"(?P<path>.+?)(?::(?P<strength>[+-]?(?:{_NUMBER})))?(?:@(?P<begins>{_NUMBER})-(?P<ends>{_NUMBER}))?"
+    rf"(?:#(?P<blocks>[\w.-]+=[+-]?(?:{_NUMBER})(?:,[\w.-]+=[+-]?(?:{_NUMBER}))*))?"
+)
+Lora = Annotated[
+    str,
+    BeforeValidator(lambda value: str(LoraUse.read(value))),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "description": "PATH[:STRENGTH][@FROM-UNTIL][#BLOCKS=FACTOR,...]"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "path": {"type": "string"},
+                        "strength": {"type": "number", "minimum": -10, "maximum": 10, "default": 1},
+                        "from": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
+                        "until": {"type": "number", "minimum": 0, "maximum": 1, "default": 1},
+                        "blocks": {"type": "object", "additionalProperties": {"type": "number"}},
+                    },
+                    "required": ["path"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+        mode="validation",
+    ),
+]
 
 
 class Request(BaseModel, frozen=True):
@@ -121,6 +214,12 @@ class Request(BaseModel, frozen=True):
     )
     reference: tuple[Picture, ...] = Field(
         (), max_length=10, description="Reference picture, called 'image 1' in the prompt; repeat the option for more."
+    )
+    loras: tuple[Lora, ...] = Field(
+        (),
+        max_length=16,
+        description="LoRA or a relative, as PATH[:STRENGTH][@FROM-UNTIL]; strength 1 and all steps (0-1) are the "
+        "defaults; repeat the option for more.",
     )
 
 
@@ -258,6 +357,8 @@ class Machine:
         A text encoder's file to take instead of the model's own, or a folder of such files.
     vae
         An autoencoder's file or folder to take instead of the model's own.
+    lora_folder
+        Folder of LoRA files that requests can name; default: `loras` in the data folder of inkstream.
     """
 
     device: str | None = None
@@ -269,6 +370,7 @@ class Machine:
     commercial_only: bool | None = None  # None follows the setting INKSTREAM_COMMERCIAL_ONLY
     text_encoder: str | None = None
     vae: str | None = None
+    lora_folder: str | None = None
 
     @property
     def chosen(self) -> dict[str, str]:

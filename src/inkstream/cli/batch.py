@@ -213,6 +213,7 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
         return look
     from inkstream.engine.drawing.complete import complete
     from inkstream.engine.engine import remarks
+    from inkstream.engine.files.loras import check_loras, lora_folder
     from inkstream.engine.files.names import downloads
     from inkstream.engine.files.sources import locate
     from inkstream.families import SPECS
@@ -234,6 +235,7 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
 
     def look_here(request: Request) -> Collection[str]:
         check_pictures(request)
+        check_loras(request.loras, lora_folder(machine))
         spec = spec_of(request.model)
         if spec is None:
             return ()

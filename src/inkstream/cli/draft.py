@@ -116,7 +116,7 @@ def draft(
         folder, state = resumed(wish, resume, output) if resume else begun(wish, json_prompt, output, terminal)
         state = settled(state, folder, pick, choose, refine_with, refine_strength)
         if missing(folder, state, "drafts"):
-            check(state.request)
+            check(state.request, machine)
         check_machine(machine)
         spec = look_ahead(folder, state, yes, machine, terminal)
         write_state(folder, state)
@@ -347,7 +347,7 @@ def refine_chosen(
             assert spec is not None
             picture = str(state.path(folder, number, "drafts"))
             one = read_draft(picture, wish, terminal)
-            found = plan(wish, one, picture, spec, False, terminal)
+            found = plan(wish, one, picture, spec, False, engine.machine, terminal)
             said = {"refined_from": origin(picture, one)}
             total = len(state.chosen)
             for drawn in draw(engine, found.request, lambda *_, path=path: path, "full", terminal, said, index, total):

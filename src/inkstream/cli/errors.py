@@ -45,6 +45,8 @@ def explain_value(wrong: ErrorDetails, name: str) -> str:
     context: dict[str, Any] = wrong.get("ctx", {})
     bounds = {name: f"{bound:g}" if isinstance(bound, float) else bound for name, bound in context.items()}
     kind, value = wrong["type"], one_line(str(wrong["input"]))
+    if isinstance(reason := context.get("error"), InputError):
+        return str(reason)
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in context["expected"].replace(" or ", ", ").split(", ")]
         near = difflib.get_close_matches(value, choices, n=1)

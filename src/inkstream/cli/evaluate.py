@@ -95,7 +95,7 @@ def evaluate(
         whole = open_suite(suite)
         cases = thin(whole, limit)
         settings = Settings(seeds, steps, guidance, width, height)
-        check(Request.model_validate({"model": model, **settings.fields()}))
+        check(Request.model_validate({"model": model, **settings.fields()}), machine)
         if ocr:
             open_reader()
         folder = output or Path("evaluation") / f"{slug(Path(model).name)}-{slug(Path(suite).stem)}"

@@ -33,6 +33,8 @@ SHORT = {
     "seed": "-s",
     "count": "-c",
 }
+NAMES = {"loras": "--lora"}
+"""The options that are not called as their fields."""
 THE_REAL_ONE = "for photographs and long texts add -m z-image-turbo (a download of 33 GB)"
 
 
@@ -43,7 +45,9 @@ def as_options(wish: type[Request], bare: Collection[str] = ("prompt",), without
         shown = name not in without
         default = field.default not in (None, "") and field.default is not False and not field.is_required()
         no = f"--no-{name}" if name == "upsample" else ""  # the only switch that a model may turn on by default
-        option = Parameter(alias=SHORT.get(name), show_default=default, parse=shown, show=shown, negative=no)
+        option = Parameter(
+            NAMES.get(name), alias=SHORT.get(name), show_default=default, parse=shown, show=shown, negative=no
+        )
         field.metadata = [*field.metadata, option]  # a new list: the old one is shared with Request
 
 
@@ -109,7 +113,7 @@ def generate(
                 raise InputError("--dry-run is for a model on this machine: leave it out, or leave --server out")
             check_pictures(request)
         else:
-            check(request)
+            check(request, machine)
         place = None if piped else find_place(output, request.count)
         if machine.server is None:
             agree_to_download(request.model, yes, terminal, machine.commercial_only)
@@ -255,13 +259,15 @@ def slug(prompt: str) -> str:
     return "-".join(re.findall(r"\w+", prompt.lower()))[:40].strip("-_") or "picture"
 
 
-def check(request: Request) -> None:
+def check(request: Request, machine: Machine) -> None:
     """Check a request before anything big is downloaded or read. Raises InputError."""
     from inkstream.engine.drawing.complete import complete
+    from inkstream.engine.files.loras import check_loras, lora_folder
     from inkstream.engine.files.names import check_name
     from inkstream.families import SPECS
 
     check_pictures(request)
+    check_loras(request.loras, lora_folder(machine))
     check_name(request.model)
     if request.model in SPECS:
         complete(request, SPECS[request.model])
@@ -350,7 +356,7 @@ def repeat(request: Request, seed: int, machine: Machine, crew: Crew | None) -> 
     prompt = fields.pop("prompt", "")
     words = [f"--prompt={prompt}" if prompt.startswith("-") else prompt] if prompt else []
     for name, value in fields.items():
-        option = "--" + name.replace("_", "-")
+        option = NAMES.get(name) or "--" + name.replace("_", "-")
         for one in value if isinstance(value, tuple | list) else [value]:
             if isinstance(one, bool):
                 words.append(option if one else option.replace("--", "--no-", 1))

@@ -94,7 +94,7 @@ def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool =
                 raise InputError(f"there is no tool {params.name}: take {', '.join(TOOLS)}")
             request = understand(params.name, params.arguments or {}, model)
             if machine.server is None:
-                check(request)
+                check(request, machine)
                 agree_to_download(request.model, yes, Terminal(quiet=True), machine.commercial_only)
             content: list[ContentBlock] = []
             with closing(drawer.submit(request)) as events:  # type: ignore[type-var]

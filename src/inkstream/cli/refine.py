@@ -85,7 +85,7 @@ def refine(
         stems = [f"{Path(picture).stem}-refined" for picture in drafts]
         place = find_place(output, len(drafts), lambda request, index: stems[index])
         spec = find_spec(wish.model, yes, terminal, machine)
-        plans = [plan(wish, draft, picture, spec, reference, terminal) for picture, draft in drafts.items()]
+        plans = [plan(wish, draft, picture, spec, reference, machine, terminal) for picture, draft in drafts.items()]
         engine = make_engine(machine)
         done: list[dict[str, Any]] = []
         try:
@@ -135,13 +135,15 @@ def read_draft(picture: str, wish: Request, terminal: Terminal) -> Request:
     return request
 
 
-def plan(wish: Request, draft: Request, picture: str, spec: Spec, reference: bool, terminal: Terminal) -> Refinement:
+def plan(
+    wish: Request, draft: Request, picture: str, spec: Spec, reference: bool, machine: Machine, terminal: Terminal
+) -> Refinement:
     """Return how a picture is refined. The request is checked first, and remarks are printed."""
     from inkstream.engine.drawing.complete import complete
     from inkstream.engine.drawing.refine import refined
 
     found = refined(wish, draft, picture, spec, "reference" if reference else None)
-    check(found.request)
+    check(found.request, machine)
     complete(found.request, spec)
     for line in found.lines:
         terminal.say(line, once=True)

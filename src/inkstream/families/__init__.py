@@ -141,6 +141,7 @@ class Family(Protocol):
     tokenizers: Mapping[str, Callable[[Path], Any]]  # class attribute: folder -> its reader, which may raise InputError
     way: Way | None  # class attribute: how an engine draws with it; None: by flow, `engine.drawing.flow`
     spec: Spec
+    transformer: nn.Module
 
     def __init__(self, spec: Spec, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any]) -> None: ...
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from inkstream.nn.heap import give_back_freed_memory
 from inkstream.nn.offload import advise, is_mapped, mapped_ranges
-from inkstream.nn.quant import Outline
+from inkstream.nn.quant import Outline, full_weight
 from inkstream.nn.stack import Blocks
 
 LEAST = 2**20
@@ -60,8 +60,20 @@ class PrepackedLinear(nn.Module):
         if not self._mapped:
             give_back_freed_memory()
 
+    def unpacked(self) -> Tensor:
+        """The weight in its usual layout (O, I). Products with the rows of the identity give its numbers exactly."""
+        if self._plain is not None:
+            return self._plain
+        rows = torch.eye(self.in_features)
+        return torch.ops.mkl._mkl_linear(rows, self._packed, self._like, None, len(rows)).T
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a linear layer (O, I), whether it is plain, prepacked or packed."""
+    return layer.unpacked() if isinstance(layer, PrepackedLinear) else full_weight(layer)
 
 
 def prepack(transformer: nn.Module) -> None:

@@ -39,7 +39,7 @@ class Ask:
     @property
     def work(self) -> int:
         """The picture's tokens over all its forwards, counted as if every step were guided."""
-        return self.tokens * len(self.run.prepared) * self.run.evaluations
+        return self.tokens * len(self.run.leg.prepared) * self.run.evaluations
 
 
 @dataclass(frozen=True)

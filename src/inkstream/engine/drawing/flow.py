@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from inkstream.engine.drawing.model import Model, Run, advance
 from inkstream.engine.drawing.writing import notes, writes_out, written_out
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.families import Family, Way
-from inkstream.types import Done, Loading, Step, singles
+from inkstream.types import Done, Loading, LoraUse, Step, singles
 
 
 class Others(Protocol):
@@ -47,6 +48,15 @@ class Flow:
     """Draws with a flow-matching model."""
 
     def draw(self, job: Job) -> Drawing:
+        uses = [LoraUse.read(lora) for lora in job.request.loras]
+        if uses:
+            yield Loading("lora")
+        with job.model.adapters.use(uses) if uses else nullcontext([]) as lines:
+            for line in lines:
+                yield Loading("lora", note=line)
+            yield from self._draw(job)
+
+    def _draw(self, job: Job) -> Drawing:
         model, request = job.model, job.request
         by_grammar = writes_out(request, model.spec)
         yield Loading("prompt")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from inkstream.engine.drawing.adapters import Adapters
 from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.options import cached, guided
 from inkstream.engine.drawing.writing import written_out
@@ -18,13 +20,14 @@ from inkstream.engine.pictures.preview import fit_preview
 from inkstream.families import Family, Pictures, Writer
 from inkstream.flow import add_noise, to_image
 from inkstream.nn.around import NOTHING, Around
+from inkstream.nn.around.adapters import Adapter
 from inkstream.nn.around.cache import POINTS, StepCache
 from inkstream.nn.forward import Sample
 from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, paste, start_index
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import SOLVERS, times_asked
-from inkstream.types import Conditioning, InputError, Query, Request, Solver, Spec, singles
+from inkstream.types import Conditioning, InputError, LoraUse, Query, Request, Solver, Spec, singles
 
 FEATHER = 8
 """Width in pixels of the fade between original and repainted pixels, inside a mask's edge."""
@@ -40,11 +43,13 @@ class Model:
         dtype: torch.dtype,
         placement: str = "resident",
         read_writer: Callable[[], Writer] | None = None,  # if the text encoder's files hold a language model
+        loras: Path = Path("loras"),  # the folder of adapters that requests name
     ):
         self.family = family
         self.device = device
         self.dtype = dtype
         self.placement = placement
+        self.loras = loras
         self._read_writer = read_writer
 
     @property
@@ -56,6 +61,11 @@ class Model:
         """The language model that expands prompts, read at its first use. Raises InputError if it is not there."""
         assert self._read_writer is not None, "only models with the ability `upsample` have a writer"
         return self._read_writer()
+
+    @cached_property
+    def adapters(self) -> Adapters:
+        """The adapters that requests have used."""
+        return Adapters(self.family.transformer, self.spec, self.device, self.dtype, self.loras)
 
     @torch.inference_mode()
     def upsample(self, request: Complete) -> Iterator[str]:
@@ -126,14 +136,14 @@ class Model:
     ) -> Run:
         """Start one picture. The Run waits at its first query.
 
-        around: what is done around the blocks; the request's step cache is added to it.
+        around: what is done around the blocks; the request's step cache and adapters are added to it.
         """
         shape = self.family.latent_shape(request.width, request.height)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         if noise is None:
             noise = torch.randn(shape, generator=generator)
         noise = start = noise.to(self.device, torch.float32)
-        ts = SCHEDULES[request.schedule](request.steps, request.shift, self.spec.table)
+        ts = schedule = SCHEDULES[request.schedule](request.steps, request.shift, self.spec.table)
         latents = None if original is None else original.latents
         if latents is not None:
             ts = ts[start_index(len(ts) - 1, request.strength) :]
@@ -150,8 +160,28 @@ class Model:
             entries = replace(entries, guidance=request.guidance)
         if cached(request, self.spec):
             around = replace(around, cache=StepCache(POINTS[request.cache], request.cache_threshold))
-        prepared = self.family.prepare(entries, request.width, request.height, times, around)
-        return Run(request, solver, prepared, len(times), start, around)
+        legs: list[Leg] = []
+        for begins, own, adapters in self._adapted(request, schedule, times):
+            here = replace(around, adapters=(*around.adapters, *adapters)) if adapters else around
+            prepared = self.family.prepare(entries, request.width, request.height, own, here)
+            legs.append(Leg(begins, here, prepared))
+        return Run(request, solver, legs, len(times), start)
+
+    def _adapted(
+        self, request: Complete, schedule: Sequence[float], times: Sequence[float]
+    ) -> list[tuple[float, list[float], list[Adapter]]]:
+        """The stretches of a run in which the same adapters are on: the first time, all times, the adapters."""
+        uses = [LoraUse.read(lora) for lora in request.loras]
+        spans = [(time_at(schedule, use.begins), time_at(schedule, use.ends)) for use in uses]
+        stretches: list[tuple[float, list[float], list[Adapter]]] = []
+        on: list[bool] | None = None
+        for t in sorted(set(times), reverse=True):
+            now = [begin >= t and (t > end or end == 0) for begin, end in spans]
+            if now != on:
+                on = now
+                stretches.append((t, [], [self.adapters.get(use) for use, wanted in zip(uses, on) if wanted]))
+            stretches[-1][1].append(t)
+        return stretches or [(1.0, [], [])]
 
     def finish(self, run: Run, original: Original | None) -> Tensor:
         """Return the pixels (3, H, W) of a finished run. Outside a mask, they are the original's pixels."""
@@ -188,40 +218,44 @@ class Original:
     mask: Tensor | None
 
 
-class Run:
-    """A picture that is being drawn: its solver, the pending query, the prepared inputs, and what is done around the
-    blocks."""
+class Leg(NamedTuple):
+    """A stretch of a run in which the same is done around the blocks."""
 
-    def __init__(
-        self,
-        request: Complete,
-        solver: Solver,
-        prepared: Sequence[Any],
-        evaluations: int,
-        start: Tensor,
-        around: Around = NOTHING,
-    ):
+    begins: float  # the first time t
+    around: Around
+    prepared: Sequence[Any]  # of each prompt
+
+
+class Run:
+    """A picture that is being drawn: its solver, the pending query, and the legs of the way, in their order."""
+
+    def __init__(self, request: Complete, solver: Solver, legs: Sequence[Leg], evaluations: int, start: Tensor):
         self.request = request
-        self.prepared = prepared
-        self.around = around
         self.evaluations = evaluations
         self.result: Tensor = start
         self.query: Query | None = None
         self.estimate: Tensor = start  # the last prediction of the clean latents
         self._solver = solver
+        self._legs: list[Leg] = list(legs)
         self._send(None)
+
+    @property
+    def leg(self) -> Leg:
+        """The leg of the pending query; the first one if there is none."""
+        t = 1.0 if self.query is None else self.query.t
+        return next((leg for leg in reversed(self._legs) if t <= leg.begins), self._legs[0])
 
     def samples(self) -> list[Sample]:
         """Return the samples of the pending query: of both prompts if guidance is on, else of the first."""
         assert self.query is not None
-        return [Sample(*self.query, entry, self.around) for entry in self.entries()]
+        return [Sample(*self.query, entry, self.leg.around) for entry in self.entries()]
 
     def entries(self) -> Sequence[Any]:
         """Return the prepared prompts of `samples`."""
         assert self.query is not None
         r = self.request
         on = is_on(self.query.t, r.guidance, r.cfg_truncation, r.guidance_from, r.guidance_until)
-        return self.prepared if on else self.prepared[:1]
+        return self.leg.prepared if on else self.leg.prepared[:1]
 
     def answer(self, velocities: Sequence[Tensor]) -> None:
         """Send the velocity at the pending query, and get the next query. Guidance makes one of two velocities."""
@@ -236,10 +270,19 @@ class Run:
         self._solver.close()
 
     def _send(self, v: Tensor | None) -> None:
+        before = self.leg
         try:
             self.query = next(self._solver) if v is None else self._solver.send(v)
         except StopIteration as end:
-            self.query, self.result, self.around = None, end.value, NOTHING
+            self.query, self.result, self._legs = None, end.value, []
+            return
+        if self.leg is not before and self.leg.around.cache is not None:
+            self.leg.around.cache.forget()
+
+
+def time_at(schedule: Sequence[float], share: float) -> float:
+    """Return the time t after a share of a schedule's steps."""
+    return schedule[round(share * (len(schedule) - 1))]
 
 
 @torch.inference_mode()
@@ -250,8 +293,8 @@ def advance(family: Family, runs: Sequence[Run]) -> None:
         answers = iter(family.answer([sample for samples in asked for sample in samples]))
     except BaseException:
         for run in runs:
-            if run.around.cache is not None:
-                run.around.cache.forget()
+            if run.leg.around.cache is not None:
+                run.leg.around.cache.forget()
         raise
     for run, samples in zip(runs, asked):
         run.answer([next(answers) for _ in samples])

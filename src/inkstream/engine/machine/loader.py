@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.licences import is_commercial_only
+from inkstream.engine.files.loras import lora_folder
 from inkstream.engine.files.names import Progress
 from inkstream.engine.files.parts import Found, locate_writer
 from inkstream.engine.files.sources import Source, locate
@@ -102,7 +103,8 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
         writer.attach(modules["text_encoder"], opened.tokenizers["tokenizer"])
         return writer
 
-    return Model(source.family(source.spec, modules, opened.tokenizers), device, opened.dtype, placement, read_writer)
+    family = source.family(source.spec, modules, opened.tokenizers)
+    return Model(family, device, opened.dtype, placement, read_writer, lora_folder(opened.machine))
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:

@@ -14,8 +14,10 @@ import torch
 from PIL import Image
 from torch import nn
 
+from inkstream.engine.drawing.adapters import bytes_foreseen
 from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.options import guided, options
+from inkstream.engine.files.loras import lora_folder
 from inkstream.engine.files.parts import Unset
 from inkstream.engine.machine.loader import Opened
 from inkstream.engine.machine.placement import PLACEMENTS, Plan, plan_request
@@ -55,9 +57,10 @@ class Placing:
         suiting = self.suiting(request)
         if not suiting and self.memory is not None:
             least = min(self.plans(request), key=lambda plan: plan.peak)
+            needed = least.peak + self.adapters(request)
             raise InputError(
                 f"{self.memory / 2**30:.2f} GiB of memory are not enough: {self.opened.source.spec.name} needs "
-                f"{least.peak / 2**30:.2f} GiB at least (placement {least.placement})"
+                f"{needed / 2**30:.2f} GiB at least (placement {least.placement})"
                 + (f" beside {self.taken / 2**30:.2f} GiB of this process" if self.taken else "")
                 + ": give it more, a smaller size or weights in fewer bits"
             )
@@ -69,19 +72,24 @@ class Placing:
         request = complete(request, self.opened.source.spec)
         if len(self.names) == 1 or self.budget is None or self._is_plenty(request):
             return self.names
-        fitting = [plan.placement for plan in self.plans(request) if plan.peak <= self.budget]
+        adapters = self.adapters(request)
+        fitting = [plan.placement for plan in self.plans(request) if plan.peak + adapters <= self.budget]
         return [name for name in fitting if name in self.names]
 
+    def adapters(self, request: Request) -> int:
+        """Return the bytes of a request's adapters. They are on the device under every placement."""
+        return bytes_foreseen(request.loras, lora_folder(self.opened.machine), self.opened.dtypes["transformer"])
+
     def plans(self, request: Request) -> list[Plan]:
-        """Return what each placement needs for the request."""
+        """Return what each placement needs for the request, without its adapters."""
         spec = self.opened.source.spec
         request = complete(request, spec)
         asked = (request.width, request.height, guided(request, spec), len(request.reference), request.image is None)
         texts = (len(request.prompt) // 64, len(request.negative_prompt) // 64)
         if (key := (*asked, *texts)) not in self._known:
-            opened = self.opened
+            opened, without_loras = self.opened, request.model_copy(update={"loras": ()})
             self._known[key] = plan_request(
-                opened.source, opened.tokenizers, request, opened.device, opened.dtypes, opened.crew
+                opened.source, opened.tokenizers, without_loras, opened.device, opened.dtypes, opened.crew
             )
         return self._known[key]
 
@@ -89,7 +97,8 @@ class Placing:
         """Whether the model is so small that it can be resident without a closer look."""
         opened = self.opened
         weights = sum(count * opened.dtypes[part].itemsize for part, count in opened.numbers.items())
-        return 2 * weights + PLENTY * request.width * request.height <= (self.budget or 0)
+        pixels = request.width * request.height
+        return 2 * weights + PLENTY * pixels + self.adapters(request) <= (self.budget or 0)
 
 
 def typical(spec: Spec) -> Request:

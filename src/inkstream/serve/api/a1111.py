@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from contextlib import aclosing
 from typing import Annotated, Any, get_args
 
@@ -26,6 +26,7 @@ from pydantic import (
 )
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself has no such name before 2.11
 
+from inkstream.engine.files.loras import lora_folder, names_in
 from inkstream.engine.pictures.foreign.a1111 import write_a1111
 from inkstream.engine.pictures.foreign.reading import (
     A1111_SCHEDULES,
@@ -43,7 +44,7 @@ from inkstream.serve.api.service import Parts, Service, Who
 from inkstream.serve.errors import Refused, answers, explain_invalid
 from inkstream.serve.queue.inputs import examine
 from inkstream.serve.queue.store import Job
-from inkstream.types import InputError, Request, ScheduleName, SolverName
+from inkstream.types import InputError, LoraUse, Request, ScheduleName, SolverName
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 
@@ -356,7 +357,6 @@ async def list_sd_models(parts: Parts, who: Who) -> list[dict[str, JsonValue]]:
 
 
 NONE: dict[str, JsonValue] = {
-    "loras": [],
     "upscalers": [],
     "sd-vae": [],
     "sd-modules": [],
@@ -374,6 +374,13 @@ NONE: dict[str, JsonValue] = {
 """Lists that clients read when they start -> the empty answer: this server has none of these things."""
 REFRESHED = ("refresh-checkpoints", "refresh-loras", "refresh-vae")
 """Routes that reload a list. They do nothing, because the models are fixed when the server starts."""
+
+
+@router.get("/loras", responses=answers())
+async def list_loras(parts: Parts, who: Who) -> list[dict[str, JsonValue]]:
+    """The LoRA files of the server's folder. A prompt uses one as `<lora:NAME:STRENGTH>`."""
+    names = names_in(lora_folder(parts.settings.machine))
+    return [{"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}} for name in names]
 
 
 def _constant_route(answer: JsonValue) -> Callable[[Who], Awaitable[Response]]:
@@ -465,8 +472,25 @@ async def png_info(who: Who, body: Picture) -> Info:
 # Reading requests ---------------------------------------------------------------------------------------------------
 
 
+def find_use(tag: str, known: Collection[str]) -> LoraUse:
+    """How a prompt uses a LoRA, by its tag NAME[:STRENGTH]. known: the names in the server's folder.
+
+    A name may leave out the folders before it, if no other file has this name. Raises Refused for other tags.
+    """
+    name, _, strength = tag.partition(":")
+    found = [one for one in known if one == name] or [one for one in known if one.rpartition("/")[2] == name]
+    if len(found) != 1:
+        problem = f"means {' and '.join(found)}" if found else "is not one of /sdapi/v1/loras"
+        raise Refused(400, f"prompt has the LoRA {name[:100]}, which {problem}: give one name", param="prompt")
+    try:
+        return LoraUse.read({"path": found[0], "strength": strength or 1})
+    except InputError:
+        line = f"prompt has <lora:{tag[:100]}>: write <lora:{name[:100]}:0.8>, with a strength from -10 to 10"
+        raise Refused(400, line, param="prompt") from None
+
+
 def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]) -> Request:
-    """The Request for a body. Raises Refused for an unknown model, sampler or scheduler, and for LoRAs."""
+    """The Request for a body. Raises Refused for an unknown model, sampler, scheduler or LoRA."""
     fields: dict[str, Any] = dict(pictures)
     reading = Reading(fields)
     for name, find, given in (
@@ -479,9 +503,9 @@ def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]
                 where = "samplers" if name == "sampler_name" else "schedulers"
                 raise Refused(400, f"{name} {given[:100]} is not known: take one of /sdapi/v1/{where}", param=name)
     fields["prompt"] = take_loras(body.prompt, reading)
-    if reading.ignored:
-        raise Refused(400, f"prompt has the LoRA {reading.ignored['loras'][0]}, which is not supported: leave it out",
-                      param="prompt")  # fmt: skip
+    if named_loras := reading.ignored.get("loras"):
+        known = names_in(lora_folder(parts.settings.machine))
+        fields["loras"] = [str(find_use(named, known)) for named in named_loras]
     same = {
         "negative_prompt": body.negative_prompt or None,
         "steps": body.steps,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
+from pathlib import Path
+
 from pydantic import ValidationError
 
 from inkstream.engine.drawing.options import refuse
+from inkstream.engine.files.loras import names_in
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 from inkstream.serve.engines.models import Offered, choose
 from inkstream.serve.errors import Refused, explain_invalid
 from inkstream.serve.limits import Limits, check
 from inkstream.serve.schema import Grid
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import InputError, LoraUse, Request, Spec
 
 
 def split(request: Request, grid: Grid | None) -> list[Request]:
@@ -44,19 +48,30 @@ def axes(grid: Grid) -> list[str]:
     return [axis.field for axis in (grid.x, grid.y) if axis is not None]
 
 
-def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits) -> int:
+def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits, loras: Path) -> int:
     """The number of pictures of all parts. Raises Refused if a part cannot be drawn or the number is too large."""
     for part in parts:
         part, model = choose(models, part)
         if not part.prompt.strip() and not part.reference:
             raise Refused(400, "there is no prompt: say what to draw", param="prompt")
         check(part, model.spec, limits)
+        _check_loras(part, loras)
         if model.spec is not None:
             _check_spec(part, model.spec)
     total = sum(part.count for part in parts)
     if total > limits.pictures:
         raise Refused(400, f"a grid of {total} pictures is too large: take at most {limits.pictures}", param="grid")
     return total
+
+
+def _check_loras(request: Request, folder: Path) -> None:
+    """Only adapters in the server's folder are open to clients, and only by their names."""
+    known = names_in(folder) if request.loras else {}
+    for lora in request.loras:
+        if (name := LoraUse.read(lora).path) not in known:
+            others = difflib.get_close_matches(name, known) or [*known][:5]
+            hint = f"take {' or '.join(others)}" if others else "its folder of them is empty"
+            raise Refused(404, f"the server has no lora {name[:100]}: {hint}", param="loras", code="lora_not_found")
 
 
 def _check_spec(request: Request, spec: Spec) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from inkstream.engine.pictures.foreign.reading import (
@@ -24,7 +25,7 @@ from inkstream.engine.pictures.foreign.reading import (
     take_size,
 )
 from inkstream.families.names import named
-from inkstream.types import Request, as_object
+from inkstream.types import LoraUse, Request, as_object
 
 # Writing ------------------------------------------------------------------------------------------------------------
 
@@ -50,7 +51,8 @@ def write_a1111(request: Request, software: str, model: str | None = None) -> st
         "Denoising strength": request.strength,
         "Version": software,
     }
-    lines = [request.prompt]
+    tags = [f"<lora:{Path(use.path).stem}:{use.strength:g}>" for use in map(LoraUse.read, request.loras)]
+    lines = [" ".join([request.prompt, *tags])]
     if request.negative_prompt:
         lines.append(f"Negative prompt: {request.negative_prompt}")
     lines.append(", ".join(f"{key}: {_quote(value)}" for key, value in pairs.items() if value not in (None, "")))

@@ -1,0 +1,212 @@
+"""The adapters (LoRA and relatives) that requests use with a loaded model: read once, and kept in an LRU cache."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import OrderedDict
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from inkstream.engine.files.loras import find_lora
+from inkstream.families import adapter_names
+from inkstream.nn.around.adapters import Adapter
+from inkstream.nn.prepacked import weight_of
+from inkstream.types import InputError, LoraUse, Spec
+from inkstream.weights.files import read_header
+from inkstream.weights.lora.changes import Bound, LayerChange, Lora, Report
+from inkstream.weights.lora.names import Names
+from inkstream.weights.lora.read import adapter_file, read_lora
+
+KEPT = 2**30
+"""Bytes of adapters to keep on the device. Those of the requests that are being drawn stay beyond that."""
+MUCH = 1.2
+"""The sum of strengths above which pictures of models that were distilled to few steps often break."""
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """An adapter's change of one layer, at a strength: see `nn.around.adapters.Product`."""
+
+    parts: Sequence[tuple[slice, Bound]]  # rows of the layer, and their change
+    bias: Tensor | None
+    strength: float
+
+    def __call__(self, x: Tensor, plain: Tensor, out: Tensor) -> None:
+        for rows, bound in self.parts:
+            bound.add(x, plain[:, rows], out[:, rows], self.strength)
+        if self.bias is not None:
+            out.add_(self.bias, alpha=self.strength)
+
+
+@dataclass(eq=False)
+class Held:
+    """An adapter on the device."""
+
+    lora: Lora
+    products: Mapping[str, Product]  # at strength 1
+    bytes: int
+    users: int = 0  # requests that are being drawn with it
+    adapters: dict[tuple[object, ...], Adapter] = field(default_factory=dict[tuple[object, ...], Adapter])
+
+
+class Adapters:
+    """The adapters of one loaded transformer.
+
+    device, dtype: what the transformer computes in. folder: where adapters are that requests name.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        spec: Spec,
+        device: torch.device,
+        dtype: torch.dtype,
+        folder: Path,
+    ):
+        self.transformer = transformer
+        self.spec = spec
+        self.device, self.dtype = device, dtype
+        self.folder = folder
+        modules: dict[str, Any] = dict(cast("Any", transformer).named_modules())
+        self.layers = {path: layer for path, layer in modules.items() if hasattr(layer, "in_features")}
+        self._held: OrderedDict[tuple[object, ...], Held] = OrderedDict()
+
+    @cached_property
+    def names(self) -> Names:
+        """The names of the transformer's layers in adapters' files."""
+        return adapter_names(self.spec)
+
+    @property
+    def bytes(self) -> int:
+        """The memory of all adapters on the device."""
+        return sum(held.bytes for held in self._held.values())
+
+    def get(self, use: LoraUse) -> Adapter:
+        """Return an adapter as a request uses it. The same use returns the same object. Raises InputError."""
+        held = self._hold(use)
+        key = (use.strength, use.blocks)
+        if key not in held.adapters:
+            factors = factors_of(use, held.products)
+            held.adapters[key] = Adapter.of(
+                self.transformer,
+                {
+                    path: Product(product.parts, product.bias, strength)
+                    for path, product in held.products.items()
+                    if (strength := use.strength * factors[path]) != 0
+                },
+            )
+        return held.adapters[key]
+
+    @contextmanager
+    def use(self, uses: Sequence[LoraUse]) -> Generator[list[str]]:
+        """Keep the adapters of a request as long as it is drawn. Gives the lines to show. Raises InputError."""
+        held = [self._hold(use) for use in uses]
+        for one in held:
+            one.users += 1
+        try:
+            self._trim()
+            yield [f"lora {Path(use.path).stem}: {describe(one.lora.report)}" for use, one in zip(uses, held)]
+        finally:
+            for one in held:
+                one.users -= 1
+            self._trim()
+
+    def _hold(self, use: LoraUse) -> Held:
+        """The adapter of a use, read if need be."""
+        path = find_lora(use.path, self.folder)
+        key = identity(path)
+        if key not in self._held:
+            lora = read_lora(path, self.names)
+            if fixed := [*lora.vectors, *lora.replaced]:
+                name = fixed[0]
+                raise InputError(
+                    f"lora {use.path} also changes {name}, which no single picture can have: "
+                    f"merge it into the model with --merge-lora {use.path}"
+                )
+            products = {name: self._bind(name, change) for name, change in lora.layers.items()}
+            self._held[key] = Held(lora, products, sum(bytes_of(product) for product in products.values()))
+        self._held.move_to_end(key)
+        return self._held[key]
+
+    def _trim(self) -> None:
+        """Drop the adapters that were used least recently, down to `KEPT` bytes. Those in use stay."""
+        for key, held in list(self._held.items()):
+            if self.bytes > KEPT and not held.users:
+                del self._held[key]
+
+    def _bind(self, name: str, change: LayerChange) -> Product:
+        """Move the changes of a layer to the device."""
+        layer: Any = self.layers[name]
+        reads = any(part.change.reads for part in change.parts)
+        weight = weight_of(layer).to(self.device, torch.float32) if reads else None
+        own = getattr(layer, "bias", None)
+        parts: list[tuple[slice, Bound]] = []
+        for part in change.parts:
+            bias = None if own is None else own.detach().to(self.device, torch.float32)[part.rows]
+            rows = None if weight is None else weight[part.rows]
+            parts.append((part.rows, part.change.bind(rows, bias, self._move)))
+        return Product(parts, None if change.bias is None else self._move(change.bias), 1.0)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype)
+
+
+def describe(report: Report) -> str:
+    """Return in one line what an adapter is, and what of its file is used."""
+    ranks = f" of rank {' and '.join(map(str, report.ranks))}" if report.ranks else ""
+    unused = [
+        f"{len(keys)} tensors {what}, such as {keys[0]}"
+        for keys, what in ((report.unmatched, "for no layer of this model"), (report.text, "for the text encoder"))
+        if keys
+    ]
+    trigger = f"; trigger: {report.trigger}" if report.trigger else ""
+    left_out = f"; not used: {' and '.join(unused)}" if unused else ""
+    return f"{' and '.join(report.algebras)}{ranks}, {report.matched} tensors used{trigger}{left_out}"
+
+
+def identity(path: Path) -> tuple[object, ...]:
+    """Return what tells one version of an adapter's file from another."""
+    status = path.stat()
+    return path.resolve(), status.st_mtime_ns, status.st_size
+
+
+def bytes_of(product: Product) -> int:
+    """Return the memory of a product's tensors."""
+    return sum(bound.bytes for _, bound in product.parts) + (0 if product.bias is None else product.bias.nbytes)
+
+
+def factors_of(use: LoraUse, layers: Sequence[str] | Mapping[str, object]) -> dict[str, float]:
+    """Return the factor of the strength at each layer. Raises InputError if a pattern of blocks fits no layer."""
+    factors = dict.fromkeys(layers, 1.0)
+    for pattern, factor in use.blocks:
+        fitting = [layer for layer in layers if fits(pattern, layer)]
+        if not fitting:
+            example = next(iter(layers))
+            raise InputError(f"lora {use.path} changes no layer in {pattern}: take a part of a path like {example}")
+        factors |= dict.fromkeys(fitting, factor)
+    return factors
+
+
+def fits(pattern: str, layer: str) -> bool:
+    """Whether a pattern of blocks fits a layer's path. `layers.0-14` fits the layers in blocks 0 to 14 of `layers`."""
+    for wanted, name in zip_longest(pattern.split("."), layer.split(".")[: pattern.count(".") + 1]):
+        run = re.fullmatch(r"(\d+)-(\d+)", wanted)
+        if not (int(run[1]) <= int(name) <= int(run[2]) if run and (name or "").isdigit() else wanted == name):
+            return False
+    return True
+
+
+def bytes_foreseen(loras: Sequence[str], folder: Path, dtype: torch.dtype) -> int:
+    """Return the memory that adapters take on a device, from the headers of their files."""
+    files = {find_lora(LoraUse.read(lora).path, folder) for lora in loras}
+    shapes = [weight.shape for file in files for weight in read_header(adapter_file(file)).tensors.values()]
+    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
