@@ -39,6 +39,9 @@ UNDERSCORED = {
 BARE = "bare"
 """The dialect of keys without a prefix: DiffSynth, and Black Forest Labs."""
 
+COMMON = ("native", "diffusers")
+"""The layouts of models. A name of another layout is a dialect of its own."""
+
 TEXT = re.compile(r"(base_model\.model\.)?(lora_te\d?_|text_encoder(s|_\d)?\.|cond_stage_model\.|conditioner\.)")
 """Prefixes of the keys of text encoders."""
 

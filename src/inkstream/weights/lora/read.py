@@ -16,7 +16,7 @@ from inkstream.weights.lora import peft
 from inkstream.weights.lora.changes import Change, Full, LayerChange, Lora, LowRank, Part, Replacement, Report
 from inkstream.weights.lora.cuts import reorder
 from inkstream.weights.lora.factors import IA3, Dora, Factor, GLoRA, LoHa, LoKr
-from inkstream.weights.lora.names import TEXT, Names, Place, read_key
+from inkstream.weights.lora.names import COMMON, TEXT, Names, Place, read_key
 from inkstream.weights.lora.rotations import InputRotation, OutputRotation, peft_boft, peft_oft
 
 FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
@@ -127,7 +127,7 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: pe
         parts = read_key(key)
         if found := names.find(parts.path):
             layout, path, place = found
-            dialects[parts.dialect if layout in names.written.values() else layout] += 1
+            dialects[parts.dialect if layout in COMMON else layout] += 1
             if not parts.role:
                 raise InputError(f"{key} is an unknown kind of change: use an adapter of a kind that is known")
             if other := keys.setdefault(path, {}).get(parts.role):
