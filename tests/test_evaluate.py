@@ -23,10 +23,13 @@ from inkstream.evaluate.grades import Marks, grade
 from inkstream.evaluate.report import Judged, Row
 from inkstream.evaluate.run import Job, Settings
 from inkstream.evaluate.suites import FACTS, SUITES, Case, digest, open_suite, read_suite, thin
+from inkstream.evaluate.variety import PROPERTIES, open_things, spread, variety
 from inkstream.families.zimage.specs import BASE
 from inkstream.pocket.captions import STATES
 from inkstream.pocket.draw import render
-from inkstream.pocket.scenes import is_held_out
+from inkstream.pocket.scenes import Background, Scene, Thing, is_held_out
+from inkstream.pocket.wishes import read_wish
+from inkstream.pocket.writer import write
 from inkstream.types import InputError, Request, Step
 
 EDGE, ACROSS = edge_of(TILE), TILE + 2 * edge_of(TILE)  # of a tile in the contact sheet
@@ -301,6 +304,68 @@ def test_diversity_is_nothing_for_a_model_that_ignores_its_seed_and_one_for_one_
     assert measures.diversity(same[:3], groups[:3]) is None
 
 
+OPEN = ("a star", "two red circles", "a cat", "a blue heart on a white background", "一个圆")
+
+
+def by_the_renderer(prompt: str, seed: int) -> Image.Image:
+    scene = write(prompt, seed).scene
+    assert scene is not None
+    return render(scene, 128)
+
+
+@pytest.mark.slow
+def test_diversity_against_the_renderer_is_one_for_its_own_pictures():
+    found = variety([(prompt, seed, by_the_renderer(prompt, seed)) for prompt in OPEN for seed in range(4)])
+    assert {name: own.ratio for name, own in found.items()} == dict.fromkeys([*PROPERTIES, "all"], 1.0)
+    assert {name: own.prompts for name, own in found.items()} == {
+        "place": 4, "size": 5, "colour": 2, "background": 4, "all": 15,
+    }  # fmt: skip
+    assert all(own.pictures == 4 * own.prompts for own in found.values())
+
+
+@pytest.mark.slow
+def test_diversity_against_the_renderer_is_near_one_for_its_pictures_of_other_seeds():
+    asked = [(prompt, seed) for prompt in OPEN for seed in range(12)]
+    assert 0.85 < variety([(p, seed, by_the_renderer(p, seed + 1000)) for p, seed in asked])["all"].ratio < 1.15
+
+
+def test_diversity_against_the_renderer_is_nothing_if_all_seeds_give_one_picture():
+    found = variety([(prompt, seed, by_the_renderer(prompt, 1)) for prompt in OPEN for seed in range(4)])
+    assert {own.ratio for own in found.values()} == {0.0}
+    assert set(found) == {*PROPERTIES, "all"}
+
+
+def test_diversity_against_the_renderer_tells_which_property_the_seeds_change():
+    def moved(seed: int) -> Image.Image:
+        thing = Thing("star", "red", "medium", (0.2, 0.5, 0.8)[seed % 3], 0.5, 0.25)
+        return render(Scene("things", Background("flat", ("white",)), (thing,)), 128)
+
+    found = variety([("a star", seed, moved(seed)) for seed in range(6)])
+    theirs = [write("a star", seed).scene for seed in range(6)]
+    places = [scene.things[0].place for scene in theirs if scene]
+    assert found["place"].ratio == pytest.approx(12 / 15 / spread(places))  # 3 of 15 pairs have one place
+    assert (found["size"].ratio, found["colour"].ratio, found["background"].ratio) == (0, 0, 0)
+
+
+def test_wrong_pictures_texts_and_single_pictures_add_no_diversity():
+    wrong = [("a star", seed, by_the_renderer("a circle", seed)) for seed in range(4)]
+    texts = [('a sign "OPEN"', seed, by_the_renderer('a sign "OPEN"', seed)) for seed in range(4)]
+    assert variety([*wrong, *texts, ("a star", 9, by_the_renderer("a star", 9))]) == {}
+
+
+def test_what_a_prompt_states_is_not_open():
+    assert open_things(read_wish("a large red star on the left, on a white background")) == {}
+    assert open_things(read_wish("a red star left of a circle")) == {
+        "size": {"star", "circle"}, "colour": {"circle"}, "background": set(),
+    }  # fmt: skip
+    assert "place" not in open_things(read_wish("three cats"))
+    assert open_things(read_wish("a small cat and a dog at the top"))["place"] == {"cat"}
+
+
+def test_a_spread_is_the_share_of_pairs_that_differ():
+    assert (spread("aaaa"), spread("aabb"), spread("abcd")) == (0, 4 / 6, 1)
+
+
 def test_the_held_out_loss_of_a_model_that_answers_nothing_is_the_velocitys_own_square(tiny_base_folder, pocket):
     silent = inkstream.load(tiny_base_folder, inkstream.Machine("cpu"))
     for name, weight in silent.family.transformer.named_parameters():
@@ -543,6 +608,16 @@ def test_the_same_command_again_draws_nothing_and_finds_the_same(words, tmp_path
     assert main([*words, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == first
     assert not any(isinstance(event, Step) for event in shown)
+
+
+def test_no_upsample_draws_prompts_as_they_are_and_stands_in_the_command(words, tmp_path, capsys):
+    assert main([*without(words, "-o"), "-o", str(tmp_path / "out"), "--no-upsample", "--limit", "1"]) == 0
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert record["rows"][0]["upsample"] is False
+    assert record["command"].endswith("--no-upsample --limit 1")
+    jobs = [run.plan(inkstream.load("pocket", inkstream.Machine("cpu")), {0: Case("a star")}, Settings(upsample=up))
+            for up in (None, False)]  # fmt: skip
+    assert [job.request.upsample for (job, _) in jobs] == [True, False]
 
 
 def test_interrupted_it_says_what_is_there_and_goes_on_from_it(words, tmp_path, capsys, monkeypatch):

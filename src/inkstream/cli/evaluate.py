@@ -37,6 +37,7 @@ def evaluate(
     guidance: float | None = None,
     width: Annotated[int | None, Parameter(alias="-W")] = None,
     height: Annotated[int | None, Parameter(alias="-H")] = None,
+    upsample: Annotated[bool, Parameter(show_default=False, negative="--no-upsample")] = True,
     sweep: Annotated[bool, Parameter(show_default=False)] = False,
     ceiling: Annotated[bool, Parameter(show_default=False)] = False,
     ocr: Annotated[bool, Parameter(show_default=False)] = False,
@@ -67,6 +68,8 @@ def evaluate(
         Width in pixels of prompts without one; default: the model's.
     height
         Height in pixels of prompts without one; default: the model's.
+    upsample
+        Prompts are rewritten by the model's own grammar, if it has one; --no-upsample draws them as they are.
     sweep
         Also draw 40 prompts, or --limit, with 2 to 50 steps, and with guidance 1 to 6 if the model takes guidance.
     ceiling
@@ -94,7 +97,7 @@ def evaluate(
     with Terminal(quiet) as terminal:
         whole = open_suite(suite)
         cases = thin(whole, limit)
-        settings = Settings(seeds, steps, guidance, width, height)
+        settings = Settings(seeds, steps, guidance, width, height, None if upsample else False)
         check(Request.model_validate({"model": model, **settings.fields()}), machine)
         if ocr:
             open_reader()
@@ -140,7 +143,7 @@ def evaluate(
 
 def facts(model: Model, name: str, suite: str, jobs: Sequence[Job], prompts: int, seeds: int) -> dict[str, Any]:
     """Return the settings of a run as JSON. Settings that differ between prompts are left out."""
-    shown = ("width", "height", "steps", "guidance", "shift", "solver", "schedule")
+    shown = ("width", "height", "steps", "guidance", "shift", "solver", "schedule", "upsample")
     values = {field: {getattr(job.request, field) for job in jobs} for field in shown}
     return {
         "model": name,
@@ -157,6 +160,6 @@ def repeat(model: str, suite: str, limit: int | None, settings: Settings, sweep:
     """Return the command that repeats the evaluation."""
     words = ["inkstream", "eval", model, "--suite", suite]
     for name, value in {**asdict(settings), "limit": limit}.items():
-        words += [] if value is None else [f"--{name}", str(value)]
+        words += [] if value is None else ["--no-upsample"] if value is False else [f"--{name}", str(value)]
     flags = {"--sweep": sweep, "--ceiling": ceiling, "--ocr": ocr}
     return shlex.join([*words, *(flag for flag, given in flags.items() if given)])

@@ -18,6 +18,7 @@ from inkstream.evaluate.ocr import read
 from inkstream.evaluate.report import Judged, Row, shares
 from inkstream.evaluate.run import Job, Settings, draw, open_picture, plan
 from inkstream.evaluate.suites import Case
+from inkstream.evaluate.variety import variety
 from inkstream.pocket.draw import render
 from inkstream.types import Event, InputError, Loading
 
@@ -57,6 +58,9 @@ def judge_drawings(
     different = diversity(seen, [job.case for job in jobs])
     if different is not None:
         rows.append(Row("drawn", "diversity over seeds", "all", different, pictures=len(jobs)))
+    shown = ((cases[job.case].prompt, job.request.seed, open_picture(job.path(folder))) for job in jobs)
+    for name, found in variety(shown).items():
+        rows.append(Row("drawn", "diversity against the renderer", name, found.ratio, pictures=found.pictures))
     known = [job for job in jobs if cases[job.case].scene is not None]
     if len(known) == len(jobs) > 1:
         distance = frechet_distance(*(patches.flatten(0, 1) for patches in (seen, features(_truths(cases, jobs)))))

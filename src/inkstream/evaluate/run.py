@@ -37,6 +37,7 @@ class Settings:
     guidance: float | None = None
     width: int | None = None
     height: int | None = None
+    upsample: bool | None = None  # false: the model's own grammar does not rewrite prompts
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are set, as fields of a Request."""
