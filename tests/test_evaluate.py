@@ -86,6 +86,13 @@ def test_suites_of_typed_prompts_have_the_same_groups_and_no_prompt_in_common():
     assert len(set(prompts)) == len(prompts)
 
 
+@pytest.mark.slow
+def test_every_scene_of_suite_people_passes_the_graders():
+    for number, case in enumerate(open_suite("people")):
+        marks = grade(render(case.scene, 128), case.scene, case.stated, case.open_colour)
+        assert Judged(Path(), number, 0, case.group, marks).right, case.prompt
+
+
 def test_scenes_of_suite_people2_pass_the_graders():
     for number, case in enumerate(open_suite("people2")[::4]):
         marks = grade(render(case.scene, 256), case.scene, case.stated, case.open_colour)

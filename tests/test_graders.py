@@ -214,6 +214,24 @@ def test_a_thing_like_nothing_has_no_name_and_spoils_the_picture():
     assert grade(picture, PAIR).objects == 1
 
 
+@pytest.mark.parametrize("side", [128, 256])
+@pytest.mark.parametrize(
+    ("name", "ground", "size"),
+    [("robot", "gray", 0.25), ("robot", "gray", 0.42), ("trumpet", "yellow", 0.25), ("tulip", "pink", 0.42)],
+)
+def test_an_emoji_whose_body_is_of_the_backgrounds_colour_is_seen_by_its_other_parts(name, ground, size, side):
+    seen = things_of(
+        see(render(Scene("emoji", Background("flat", (ground,)), (thing(name, None, 0.5, 0.5, size),)), side))
+    )
+    assert [(one.name, one.colour, one.place) for one in seen] == [(name, None, "center")]
+
+
+def test_things_near_a_thing_like_nothing_are_not_joined_with_it():
+    pair = (thing("robot", None, 0.3, 0.5), thing("circle", "red", 0.7, 0.5))
+    seen = things_of(see(render(Scene("things", Background("flat", ("gray",)), pair), SIDE)))
+    assert sorted(one.name or "" for one in seen) == ["circle", "robot"]
+
+
 def test_small_errors_of_colour_do_not_matter():
     picture = np.asarray(render(PAIR, SIDE)).astype(int)
     off = np.random.default_rng(0).normal(0, 5, picture.shape) + np.array([6, -6, 4])

@@ -22,6 +22,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 FAR = 14.0  # smallest Lab distance of a foreground pixel from the background
 NEAR = 0.035  # largest gap between parts of one thing, as a share of the shorter side
+HIDDEN = 0.08  # largest gap between parts of an emoji whose body has the background's colour
 LEAST = 0.09  # smallest extent of a thing, as a share of the shorter side
 KNOWN = 0.7  # smallest likeness at which a thing gets the name of its best template
 SURE = 0.95  # below this likeness, emoji with invisible parts are tried
@@ -86,11 +87,21 @@ def see(picture: Image.Image | NDArray[np.uint8]) -> Seen:
 
 def things_of(seen: Seen, regions: Sequence[Region] | None = None) -> list[SeenThing]:
     """Return the things in the foreground, highest likeness first. Parts with small gaps may be one thing."""
-    things: list[SeenThing] = []
-    for group in _together(seen.regions if regions is None else regions, NEAR * seen.side):
-        if _extent(group) >= LEAST * seen.side:
-            things += _recognise_group(seen, group)
-    return sorted(things, key=lambda thing: -thing.likeness)
+    parts = seen.regions if regions is None else regions
+    groups = _together(parts, NEAR * seen.side)
+    found = [(group, things) for group in groups if (things := _things_of_group(seen, group))]
+    unknown = [group for group, things in found if _worst(things) < KNOWN]
+    for wide in _together(parts, HIDDEN * seen.side) if unknown else []:
+        inside = [(group, things) for group, things in found if group[0] in wide]
+        if len(wide) > 1 and any(group in unknown for group, _ in inside):  # maybe an emoji with an invisible body
+            whole = _recognise(seen, wide)
+            if whole.name in EMOJI:
+                found = [one for one in found if one not in inside] + [(wide, [whole])]
+    return sorted((thing for _, things in found for thing in things), key=lambda thing: -thing.likeness)
+
+
+def _things_of_group(seen: Seen, group: Sequence[Region]) -> list[SeenThing]:
+    return _recognise_group(seen, group) if _extent(group) >= LEAST * seen.side else []
 
 
 # Background
