@@ -1,4 +1,4 @@
-"""Draw the atlas of glyphs and emoji for Pocket's scenes from fonts. It is part of the package already.
+"""Draw the atlas of glyphs and emoji for Pocket's scenes, and the letters of captions. The package holds both.
 
     python scripts/build_atlas.py [FOLDER] [--fonts FOLDER]
 
@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from inkstream.pocket.atlas import build_atlas
+from inkstream.pocket.letters import build_letters
 from inkstream.types import InputError
 
 OURS = Path(__file__).parent.parent / "src" / "inkstream" / "pocket" / "atlas"
@@ -24,6 +25,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         build_atlas(options.folder, options.fonts)
+        build_letters(options.folder, options.fonts)
     except InputError as error:
         sys.exit(f"build_atlas: {error}")
     print(options.folder)

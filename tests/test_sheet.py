@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from inkstream.engine.pictures import sheet as sheets
 from inkstream.engine.pictures.sheet import (
     FAINT,
     GRAY,
@@ -17,9 +18,14 @@ from inkstream.engine.pictures.sheet import (
     Tile,
     contact_sheet,
     edge_of,
+    em_of,
     font,
+    length_of,
     wrapped,
 )
+from inkstream.evaluate.suites import FILES, open_suite
+from inkstream.pocket.atlas import glyph, load_atlas
+from inkstream.pocket.letters import BASELINE, EM, characters, letter
 
 BLUE = Image.new("RGB", (32, 32), "blue")
 EDGE, ACROSS = edge_of(TILE), TILE + 2 * edge_of(TILE)
@@ -82,7 +88,46 @@ def test_long_captions_are_cut_to_their_tile(prompt):
     lines = wrapped(prompt, TILE, TILE, indent=14)
     assert len(lines) == LINES
     assert lines[-1].endswith("…")
-    assert all(font(TILE).getlength(line) <= TILE + 8 for line in lines)
+    assert all(length_of(line, TILE) <= TILE + 8 for line in lines)
+
+
+@pytest.fixture
+def no_system_font(monkeypatch):
+    monkeypatch.setattr(sheets, "FACES", {})
+    for cached in (sheets.font, sheets._system_font):
+        cached.cache_clear()
+    yield
+    for cached in (sheets.font, sheets._system_font):
+        cached.cache_clear()
+
+
+def test_hanzi_of_captions_are_drawn_without_a_font_of_the_system(no_system_font):
+    spring, summer, boxes = (
+        pixels(contact_sheet([Tile(BLUE, words, label="")], size=320))[320:] for words in ("春", "夏", "\U0001f600")
+    )
+    em = em_of(320)
+    assert em == EM  # so the mask is drawn as it is
+    mask = np.asarray(letter("春")).astype(float) / 255
+    top = 320 + edge_of(320) + 4 + font(320).getbbox("H")[3] - BASELINE - 320
+    drawn = spring[top : top + em, edge_of(320) : edge_of(320) + em]
+    assert drawn == pytest.approx(255 + mask[..., None] * (np.array(FAINT) - 255), abs=1)
+    assert (spring != summer).any()
+    assert (spring != boxes).any()
+    assert length_of("写着 open", 320) == 2 * em + font(320).getlength(" open")
+
+
+def test_letters_hold_every_character_of_the_suites_and_look_like_pockets_glyphs():
+    prompts = "".join(case.prompt for name in FILES for case in open_suite(name))
+    assert {char for char in prompts if "\u3000" <= char <= "\uffef"} <= characters().keys()
+    chars = "春夏秋冬福喜山水火木人口中国"
+
+    def ink(mask: Image.Image) -> np.ndarray:
+        values = np.asarray(mask.crop(mask.getbbox()).resize((EM, EM), Image.Resampling.BOX)).astype(float)
+        return (values - values.mean()).ravel() / values.std()
+
+    ours = np.stack([ink(letter(char)) for char in chars])
+    theirs = np.stack([ink(glyph(load_atlas(), "sans", char).mask) for char in chars])
+    assert ((ours @ theirs.T).argmax(1) == np.arange(len(chars))).all()
 
 
 def test_short_captions_stay_on_one_line():

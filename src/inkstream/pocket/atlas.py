@@ -140,7 +140,7 @@ def build_atlas(folder: Path, fonts: Path | None = None) -> None:
         sheet = Image.new("L", (COLUMNS * CELL, math.ceil(len(glyphs[face]) / COLUMNS) * CELL))
         advances[face] = []
         for file, chars in parts:
-            font = _open(file, EM, fonts)
+            font = open_font(file, EM, fonts)
             for char in chars:
                 across, down, *_ = _cell(len(advances[face]), CELL)
                 cell = Image.new("L", (CELL, CELL))
@@ -148,12 +148,13 @@ def build_atlas(folder: Path, fonts: Path | None = None) -> None:
                 sheet.paste(cell.point([round(v / 17) * 17 for v in range(256)]), (across, down))
                 advances[face].append(round(font.getlength(char) / EM, 3))
         sheet.save(folder / f"{face}.png", optimize=True)
-    _emoji_sheet(_open(EMOJI_FONT, EMOJI_STRIKE, fonts)).save(folder / "emoji.png", optimize=True)
+    _emoji_sheet(open_font(EMOJI_FONT, EMOJI_STRIKE, fonts)).save(folder / "emoji.png", optimize=True)
     table = {"em": EM, "glyphs": glyphs, "advances": advances}
     (folder / "atlas.json").write_text(json.dumps(table, ensure_ascii=False), "utf-8")
 
 
-def _open(font: Font, size: int, fonts: Path | None) -> ImageFont.FreeTypeFont:
+def open_font(font: Font, size: int, fonts: Path | None) -> ImageFont.FreeTypeFont:
+    """Open a font at a size in pixels. Raises InputError if its file is missing; the message names its package."""
     path = Path(font.path) if fonts is None else fonts / Path(font.path).name
     if not path.is_file():
         raise InputError(f"{path} is missing: apt-get install {font.package}, or give the folder that holds it")

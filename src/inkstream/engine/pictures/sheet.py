@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageDraw, ImageFont
+
+from inkstream.pocket.letters import BASELINE, EM, characters, letter
 
 Mark = Literal["right", "wrong", "unknown"]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -64,8 +67,8 @@ def contact_sheet(
     sheet = Image.new("RGB", (columns * across, above + math.ceil(len(tiles) / columns) * down + edge), "white")
     draw = ImageDraw.Draw(sheet)
     for number, text in enumerate(title):
-        draw.text((edge, edge + number * line_of(large)), text, fill=INK, font=font(large))
-    draw.text((edge, noted), note, fill=FAINT, font=font(size))
+        _draw_text(sheet, (edge, edge + number * line_of(large)), text, INK, large)
+    _draw_text(sheet, (edge, noted), note, FAINT, size)
     for number, (tile, picture) in enumerate(zip(tiles, pictures)):
         left, top = number % columns * across + edge, above + number // columns * down + edge
         x, y = left + (wide - picture.width) // 2, top + tall - picture.height
@@ -80,7 +83,7 @@ def contact_sheet(
             _draw_label(draw, left, below, tile.label, size)
         for row, text in enumerate(words[number]):
             at = (left + (0 if row else signs[number]), below + row * line)
-            draw.text(at, text, fill=INK if tile.mark else FAINT, font=font(size))
+            _draw_text(sheet, at, text, INK if tile.mark else FAINT, size)
     return sheet
 
 
@@ -111,12 +114,11 @@ def wrapped(text: str, width: int, size: int, indent: int = 0, lines: int = LINE
 
     indent: pixels by which the first line is shorter. size: the tile's size, which sets the font size.
     """
-    letters = font(size)
-    words = [part for word in text.split() for part in _parts(word, letters, width - indent)]
+    words = [part for word in text.split() for part in _parts(word, width - indent, size)]
     found, room = [""], width - indent
     for word, joined in words:
         longer = f"{found[-1]}{' ' if joined and found[-1] else ''}{word}"
-        if letters.getlength(longer) <= room:
+        if length_of(longer, size) <= room:
             found[-1] = longer
         else:
             found.append(word)
@@ -129,18 +131,50 @@ def wrapped(text: str, width: int, size: int, indent: int = 0, lines: int = LINE
 @lru_cache(maxsize=4)
 def font(size: int) -> Font:
     """The caption font for a tile of that size: the first font of FACES on this machine, else Pillow's own."""
-    for path, face in FACES.items():
-        if Path(path).is_file():
-            return ImageFont.truetype(path, em_of(size), index=face)
-    return ImageFont.load_default(em_of(size))
+    path = _system_font()
+    return ImageFont.load_default(em_of(size)) if path is None else ImageFont.truetype(path, em_of(size), FACES[path])
 
 
-def _parts(word: str, letters: Font, width: int) -> list[tuple[str, bool]]:
+@lru_cache(maxsize=1)
+def _system_font() -> str | None:
+    """The first font file of FACES on this machine. Without one, the package's masks draw Hanzi and kana."""
+    return next((path for path in FACES if Path(path).is_file()), None)
+
+
+def length_of(text: str, size: int) -> float:
+    """The width of a line of a caption, in pixels."""
+    return sum(len(run) * em_of(size) if masked else font(size).getlength(run) for run, masked in _runs(text))
+
+
+def _runs(text: str) -> Iterator[tuple[str, bool]]:
+    """The runs of a text, and whether masks of the package draw them: characters that the caption font lacks."""
+    lacking = characters().keys() if _system_font() is None else ()
+    for masked, run in groupby(text, lambda char: char in lacking):
+        yield "".join(run), masked
+
+
+def _draw_text(sheet: Image.Image, at: tuple[int, int], text: str, ink: Colour, size: int) -> None:
+    """Draws one line of text with its top left corner at `at`."""
+    draw, letters, em = ImageDraw.Draw(sheet), font(size), em_of(size)
+    x, y = float(at[0]), at[1]
+    baseline = letters.getbbox("H")[3]
+    for run, masked in _runs(text):
+        if not masked:
+            draw.text((x, y), run, fill=ink, font=letters)
+            x += letters.getlength(run)
+            continue
+        for char in run:
+            mask = letter(char).resize((em, em), Image.Resampling.LANCZOS)
+            sheet.paste(ink, (round(x), y + round(baseline - em * BASELINE / EM)), mask)
+            x += em
+
+
+def _parts(word: str, width: int, size: int) -> list[tuple[str, bool]]:
     """The unbreakable parts of a word, and whether a space goes before each.
 
     A word that is wider than `width` or not ASCII is broken into characters.
     """
-    if word.isascii() and letters.getlength(word) <= width:
+    if word.isascii() and length_of(word, size) <= width:
         return [(word, True)]
     return [(char, i == 0) for i, char in enumerate(word)]
 
