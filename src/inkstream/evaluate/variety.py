@@ -23,8 +23,8 @@ class Variety:
     """Diversity in one property. ratio: 0 if seeds make no difference, 1 if they differ as much as the renderer's."""
 
     ratio: float
-    prompts: int  # prompts that leave the property open
-    pictures: int  # drawn pictures that were compared
+    prompts: int  # prompts that leave the property open, once for each property
+    pictures: int  # drawn pictures that were compared, once for each property
 
 
 def variety(drawn: Iterable[tuple[str, int, Image.Image]]) -> dict[str, Variety]:
