@@ -51,13 +51,29 @@ def reorder(change: Change, order: Tensor) -> Change:
             return replace(change, up=change.up[order])
         case Full():
             return Full(change.change[order])
-        case Dora(change=inner, magnitude=magnitude) if not isinstance(reorder(inner, order), Reordered):
-            return Dora(reorder(inner, order), magnitude[order] if change.axis == 1 else magnitude)
+        case LoHa():
+            return replace(change, a1=change.a1[order], a2=change.a2[order])
+        case GLoRA():
+            return replace(change, b1=change.b1[order])
+        case IA3():
+            return change if change.on_input else replace(change, gain=change.gain[order])
+        case LoKr(w1=w1, w2=w2) if (blocks := _blocks(order, size_of(w2)[0])) is not None:
+            return replace(change, w1=w1[blocks] if isinstance(w1, Tensor) else (w1[0][blocks], w1[1]))
+        case Dora(change=inner, magnitude=magnitude) if not isinstance(again := reorder(inner, order), Reordered):
+            return Dora(again, magnitude[order] if change.axis == 1 else magnitude)
         case Reordered(change=inner, order=before):
             both = before[order]
             return inner if torch.equal(both, torch.arange(len(both))) else Reordered(inner, both)
         case _:
             return Reordered(change, order)
+
+
+def _blocks(order: Tensor, height: int) -> Tensor | None:
+    """The order of blocks of this height, if an order of rows keeps each block whole."""
+    blocks = order.view(-1, height)
+    first = blocks[:, 0]
+    whole = torch.equal(blocks, first[:, None] + torch.arange(height)) and not (first % height).any()
+    return first // height if whole else None
 
 
 def cut(change: Change, rows: slice, layer: str) -> Change | None:

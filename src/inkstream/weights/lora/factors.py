@@ -192,6 +192,8 @@ class BoundDora:
     def add(self, x: Tensor, plain: Tensor, out: Tensor, strength: float) -> None:
         change = torch.zeros_like(out)
         self.change.add(x, plain, change, 1.0)
+        if self.bias is None and self.more.requires_grad:
+            plain = plain.clone()  # the gradient needs what `out` may overwrite
         own = plain if self.bias is None else plain - self.bias
         out.add_(self.gain * change + self.more * own, alpha=strength)
 

@@ -16,7 +16,7 @@ from inkstream.types import InputError
 from inkstream.weights.files import write_state
 from inkstream.weights.lora import peft
 from inkstream.weights.lora.changes import Change, Full, Lora, LowRank
-from inkstream.weights.lora.cuts import reorder, rows_of
+from inkstream.weights.lora.cuts import Reordered, reorder, rows_of
 from inkstream.weights.lora.factors import IA3, Dora, Factor, GLoRA, LoHa, LoKr
 from inkstream.weights.lora.names import Names
 from inkstream.weights.lora.rotations import OutputRotation
@@ -69,6 +69,10 @@ def write_lora(
     if dialect not in DIALECTS:
         raise InputError(f"the dialect {dialect} is unknown: take {', '.join(DIALECTS)}")
     way = DIALECTS[dialect]
+    for layer, changed in lora.layers.items():
+        for part in changed.parts:
+            if part.change.algebra not in ("LoRA", "DoRA"):
+                _lycoris_only(way, dialect, f"the {part.change.algebra} of {layer}")
     changes = _changes(lora, names, names.written[dialect])
     state: dict[str, Tensor] = {}
     for their, (change, bias) in changes.items():
@@ -133,28 +137,30 @@ def _spell(their: str, change: Change | None, way: Dialect) -> dict[str, Tensor]
             if way.alpha:
                 return {**scaled, **_alpha(change.scale, change.rank)}
             return {**scaled, way.up: change.up * change.scale}
-        case Dora(change=inner, magnitude=magnitude) if isinstance(inner, LowRank) or way.lycoris:
+        case Dora(change=inner, magnitude=magnitude) if not isinstance(inner, Full | Reordered):
             if way.magnitude != "dora_scale" and change.axis == 0:
                 raise InputError(f"the DoRA of {their} has norms of columns: write it in the dialect lycoris")
             norms = magnitude if way.magnitude == "dora_scale" else magnitude[:, 0]
             return {**_spell(their, inner, way), way.magnitude: norms}
-        case LoHa() if way.lycoris:
+        case LoHa():
             factors = {"hada_w1_a": change.a1, "hada_w1_b": change.b1, "hada_w2_a": change.a2, "hada_w2_b": change.b2}
             return {**factors, **_alpha(change.scale, change.rank)}
-        case LoKr() if way.lycoris:
+        case LoKr():
             return _spell_lokr(change)
-        case GLoRA() if way.lycoris:
+        case GLoRA():
             factors = {f"{name}.weight": getattr(change, name) for name in ("a1", "a2", "b1", "b2")}
             return {**factors, **_alpha(change.scale, change.rank)}
-        case IA3() if way.lycoris:
+        case IA3():
             return {"weight": change.gain.flatten(), "on_input": torch.tensor(float(change.on_input))}
-        case OutputRotation() if way.lycoris:
+        case OutputRotation():
             limit = {"oft_blocks": change.blocks, "alpha": torch.tensor(change.limit / change.shape[0])}
             return limit if change.rescale is None else {**limit, "rescale": change.rescale}
-        case Full() if way.lycoris:
+        case Full():
             return {"diff": change.change}
+        case Reordered() if not change.reads:
+            return {"diff": change.delta(None)}
         case _:
-            raise InputError(f"the {change.algebra} of {their} cannot be written in this dialect: take another one")
+            raise InputError(f"the {change.algebra} of {their} has no form in files: merge it, or write another change")
 
 
 def _spell_lokr(change: LoKr) -> dict[str, Tensor]:
