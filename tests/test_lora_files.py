@@ -438,7 +438,8 @@ def test_two_changes_of_the_same_rows_are_refused_unless_they_are_equal(tmp_path
     native = "diffusion_model.layers.0.attention.out"
     copy = {f"{native}.lora_A.weight": file[A].clone(), f"{native}.lora_B.weight": file[B].clone()}
     lora = read_lora(save(tmp_path / "b.safetensors", {A: file[A], B: file[B], **copy}), names)
-    assert len(lora.report.repeated) == 1
+    (path,) = lora.report.repeated
+    assert lora.report.remarks() == [f"{path}: these layers are there twice, and one copy is ignored"]
     assert (dense(lora, names)["layers.0.attention.out"] - file[B] @ file[A]).abs().max() < 1e-6
     copy[f"{native}.lora_B.weight"] += 1
     with pytest.raises(
@@ -458,6 +459,10 @@ def test_keys_without_a_layer_are_reported_and_those_of_text_encoders_apart(tmp_
     assert report.unmatched == ("diffusion_model.layers.99.attention.to_q.lora_A.weight",)
     assert report.text == ("text_encoders.qwen3_4b.transformer.model.layers.0.mlp.up_proj.lora_A.weight",)
     assert (report.matched, report.trigger, report.dialects) == (2, "ada", ("comfyui",))
+    assert report.remarks() == [
+        f"1 of 4 keys have no layer in this model: {report.unmatched[0]}",
+        "1 of 4 keys are of text encoders, which adapters do not change",
+    ]
 
 
 def test_pefts_configuration_that_cannot_be_read_is_refused(tmp_path):

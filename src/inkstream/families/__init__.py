@@ -42,7 +42,7 @@ CARD = "inkstream.json"
 """The JSON file that only inkstream writes. It holds what the others lack: defaults for drawing, and the licence."""
 
 
-ADAPTERS = {
+ADAPTER_DIALECTS = {
     "kohya": "native",
     "comfyui": "native",
     "diffusers": "diffusers",
@@ -97,9 +97,9 @@ class Part:
     """The phases of a request in which the part works: prompt, steps or picture."""
     others: Mapping[str, type] = field(default_factory=dict)
     """Other kinds of this part: `model_type` in config.json -> the dataclass of its sizes."""
-    adapters: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
+    adapter_layouts: Mapping[str, Sequence[Rule]] = field(default_factory=dict)
     """Layouts that only the files of adapters have, beside `native` and `diffusers` -> rules into our names."""
-    spoken: Mapping[str, str] = field(default_factory=lambda: ADAPTERS)
+    adapter_dialects: Mapping[str, str] = field(default_factory=lambda: ADAPTER_DIALECTS)
     """Dialect of an adapter's file -> the layout whose names it writes."""
 
 
@@ -226,7 +226,7 @@ def adapter_names(spec: Spec) -> Names:
     import torch
     from torch import nn
 
-    from inkstream.weights.lora.names import Names
+    from inkstream.weights.lora.names import COMMON, Names
 
     part = family_of(spec.family).parts["transformer"]
     with torch.device("meta"):
@@ -239,8 +239,8 @@ def adapter_names(spec: Spec) -> Names:
             for name, parameter in model.named_parameters()
             if name.rpartition(".")[0] not in layers
         },
-        layouts={"native": part.layouts["native"], "diffusers": part.layouts["diffusers"], **part.adapters},
-        written=part.spoken,
+        layouts={**{name: part.layouts.get(name, ()) for name in COMMON}, **part.adapter_layouts},
+        written=part.adapter_dialects,
         biased=frozenset(path for path, layer in layers.items() if layer.bias is not None),
         widths=WIDTHS,
     )

@@ -71,7 +71,7 @@ class Flux1:
             build=Flux1Transformer,
             config=Flux1Config,
             layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS, "nunchaku": NUNCHAKU},
-            adapters={"xlabs": XLABS},
+            adapter_layouts={"xlabs": XLABS},
             infer=infer_config,
             packs=("double_blocks", "single_blocks"),
             gguf="flux",

@@ -103,7 +103,7 @@ class Flux2:
             build=Flux2Transformer,
             config=Flux2Config,
             layouts={"native": SINGLE_FILE, "diffusers": DIFFUSERS},
-            adapters={"cut short": CUT_SHORT},
+            adapter_layouts={"cut short": CUT_SHORT},
             infer=infer_config,
             packs=("double_blocks", "single_blocks"),
             gguf="flux",

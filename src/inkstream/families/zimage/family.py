@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from inkstream.families import ADAPTERS, Documents, Part, Pictures, Shapes
+from inkstream.families import ADAPTER_DIALECTS, Documents, Part, Pictures, Shapes
 from inkstream.families.parts import (
     AUTOENCODER,
     PROMPT_TOKENS,
@@ -63,7 +63,7 @@ class ZImage:
             build=ZImageTransformer,
             config=ZImageConfig,
             layouts={"native": NATIVE, "diffusers": DIFFUSERS, "nunchaku": NUNCHAKU},
-            spoken=dict.fromkeys(ADAPTERS, "diffusers"),  # all programs name its parts of QKV
+            adapter_dialects=dict.fromkeys(ADAPTER_DIALECTS, "diffusers"),  # all programs name its parts of QKV
             infer=infer_config,
             packs=PACKS,
             gguf="lumina2",

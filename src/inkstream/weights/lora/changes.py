@@ -13,6 +13,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from inkstream.weights.files import few
+
 Move = Callable[[Tensor], Tensor]
 """Moves a float32 tensor to a layer's device and compute dtype."""
 
@@ -202,6 +204,18 @@ class Report:
     repeated: tuple[str, ...] = ()
     trigger: str = ""
     base: str = ""
+
+    def remarks(self) -> list[str]:
+        """What a user should be told, one line each: keys that change nothing."""
+        total = self.matched + len(self.unmatched) + len(self.text)
+        lines = []
+        if self.unmatched:
+            lines.append(f"{len(self.unmatched)} of {total} keys have no layer in this model: {few(self.unmatched)}")
+        if self.text:
+            lines.append(f"{len(self.text)} of {total} keys are of text encoders, which adapters do not change")
+        if self.repeated:
+            lines.append(f"{few(self.repeated)}: these layers are there twice, and one copy is ignored")
+        return lines
 
 
 @dataclass(frozen=True, eq=False)
