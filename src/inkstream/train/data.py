@@ -16,6 +16,7 @@ from torch import Tensor
 
 from inkstream.disk import whole_file, whole_folder
 from inkstream.families import Family
+from inkstream.nn.offload import where_it_computes
 from inkstream.train.objectives import Batch
 from inkstream.train.pictures import Size, Source, draw_all
 from inkstream.types import Conditioning
@@ -234,7 +235,7 @@ def keep_latents(
     """
     key = cache_key("latents", source.key(), count, vae_key)
     shapes = {size: family.latent_shape(*size) for size in _sizes(source, count)}
-    device = next(family.vae.parameters()).device  # type: ignore[attr-defined]
+    device, _ = where_it_computes(family.vae)  # type: ignore[attr-defined]
 
     def encode(pictures: list[np.ndarray], size: Size) -> np.ndarray:
         pixels = torch.from_numpy(np.stack(pictures)).to(device).permute(0, 3, 1, 2).float() / 255

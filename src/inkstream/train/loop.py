@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.machine.loader import choose_device
+from inkstream.train.adapterfile import adapter_name, write_adapter
 from inkstream.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from inkstream.train.metrics import Metrics
 from inkstream.train.models import DTYPES, Start, export, start
@@ -87,7 +88,7 @@ class Graded:
 
 @dataclass(frozen=True)
 class Finished:
-    """The run ends. model: the exported folder if all steps are done; why: the reason of an earlier end."""
+    """The run ends. model: the exported folder, or an adapter's file, if all steps are done; why: of an earlier end."""
 
     step: int
     model: Path | None
@@ -109,10 +110,11 @@ def train(
 ) -> Iterator[Message]:  # fmt: skip
     """Train a recipe in the run's own folder and yield messages.
 
-    The folder gets recipe.toml, checkpoints/, metrics.jsonl, loss.png, previews/ and at the end model/. The run saves
-    and ends when the iterator is closed, or when `stop()`, called after each step, returns true. Under torchrun all
-    processes call this function and only the first yields messages. `grade` is the grader that [run] graded uses.
-    Raises InputError before the first step if the recipe is not valid or the folder holds another run.
+    The folder gets recipe.toml, checkpoints/, metrics.jsonl, loss.png, previews/ and at the end model/. A run of an
+    adapter writes adapters/ and at the end NAME.safetensors instead. The run saves and ends when the iterator is
+    closed, or when `stop()`, called after each step, returns true. Under torchrun all processes call this function and
+    only the first yields messages. `grade` is the grader that [run] graded uses. Raises InputError before the first
+    step if the recipe is not valid or the folder holds another run.
     """
     folder = Path(folder).expanduser()
     if not resume and list_checkpoints(folder / "checkpoints"):
@@ -130,15 +132,21 @@ def train(
 
 
 def export_last(recipe: Recipe, folder: Path | str) -> tuple[int, Path]:
-    """Write the averaged weights of a run's last checkpoint as folder/model; train no further.
+    """Write the averaged weights of a run's last checkpoint as folder/model, or an adapter's as its file.
 
-    Returns the step of the checkpoint and the folder of the model. Raises InputError where there is no checkpoint, or
+    Returns the step of the checkpoint and the path. Raises InputError where there is no checkpoint, or
     where the recipe trains an autoencoder: its latents are measured at the end of the run.
     """
     folder = Path(folder).expanduser()
     if recipe.objective.kind == "autoencoder":
         raise InputError("an autoencoder is exported at the end of its run: lower run.steps to end it sooner")
     saved = load_checkpoint(folder / "checkpoints")
+    if recipe.adapter.kind != "none":  # streamed weights stay in their files, as nothing computes with them here
+        frozen = replace(
+            recipe, adapter=replace(recipe.adapter, base="", stream=True), run=replace(recipe.run, compile=False)
+        )
+        path = folder / f"{adapter_name(recipe, folder)}.safetensors"
+        return saved.step, write_adapter(path, recipe, start(frozen), saved.ema or saved.weights, saved.step)
     begun = start(recipe)
     states: dict[str, dict[str, Tensor]] = {name: {} for name in begun.modules}
     for key, tensor in (saved.ema or saved.weights).items():
@@ -155,7 +163,7 @@ def _run(
     run = recipe.run
     begun_at = time.monotonic()
     yield Preparing("building the model")
-    begun = start(recipe)
+    begun = start(recipe, device)
     task = TASKS[recipe.objective.kind](recipe, begun, device, team)
     if run.graded and (grade is None or task.model() is None):
         why = "needs a grader: give `train` one, or" if grade is None else f"cannot grade {recipe.objective.kind}:"
@@ -336,8 +344,17 @@ class Training:
         if self.team.leads:
             saved = Checkpoint(self.step, *whole, as_tables(self.recipe), self.cpu_seconds)
             path = save_checkpoint(path, saved, self.recipe.run.keep)
+            if self.begun.adapter is not None:
+                self._keep_adapter(folder, saved.ema or saved.weights)
         self.team.wait()
         return path
+
+    def _keep_adapter(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write the adapter as it is now, and remove all such files but the last `keep`."""
+        path = folder / "adapters" / f"{adapter_name(self.recipe, folder)}-{self.step:08d}.safetensors"
+        write_adapter(path, self.recipe, self.begun, tensors, self.step)
+        for old in sorted(path.parent.glob("*.safetensors"))[: -self.recipe.run.keep]:
+            old.unlink()
 
     def resume(self, folder: Path) -> tuple[str, ...]:
         """Restore the last checkpoint. Returns the recipe keys that changed. Raises InputError if the model differs."""
@@ -351,7 +368,14 @@ class Training:
         return differences(as_tables(self.recipe), completed(saved.recipe))
 
     def export(self, folder: Path) -> Path:
-        """Export the averaged weights as a folder that `inkstream.load` reads. Returns its path."""
+        """Export the averaged weights: a folder that `inkstream.load` reads, or an adapter's file. Returns its path."""
+        if self.begun.adapter is not None:
+            (learner,) = self.task.learners
+            path = folder / f"{adapter_name(self.recipe, folder)}.safetensors"
+            if self.team.leads:
+                write_adapter(path, self.recipe, self.begun, learner.ema or learner.weights.masters, self.step)
+            self.team.wait()
+            return path
         with self.averaged():
             spec = self.task.finish()
         states: dict[str, dict[str, Tensor]] = {name: {} for name in self.begun.modules}

@@ -6,7 +6,8 @@ import hashlib
 import json
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,18 +19,21 @@ from inkstream.disk import whole_folder
 from inkstream.engine.files.cards import write_card
 from inkstream.engine.files.convert import tokenizer_class
 from inkstream.engine.files.parts import Found, locate_part
+from inkstream.engine.files.quantise import QUANTS, prepare
 from inkstream.engine.files.sources import locate
 from inkstream.engine.files.tokenizers import encoder_of, read_words, tokenizer_of
-from inkstream.engine.machine.install import Placement
-from inkstream.engine.machine.loader import read, vocabulary_of
+from inkstream.engine.machine.install import Placement, install
+from inkstream.engine.machine.loader import read, vocabulary_of, weights_of
 from inkstream.families import CARD, FAMILIES, SPECS, Family, Part, family_of
-from inkstream.quant.packed import Packed, unpack
+from inkstream.quant.packed import Packed, Weight, unpack
+from inkstream.train.adapters import AdapterWeights, slots_of
 from inkstream.train.optim import reads_time
 from inkstream.train.recipe import Model, Recipe
 from inkstream.types import InputError, Spec
 from inkstream.weights.files import read_state, write_state
 from inkstream.weights.keymap import translate
 
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPENED_LATE = "final_layer.linear."
 """Layers with zero initial weights: the first prediction is then no worse than the mean."""
@@ -41,17 +45,21 @@ class Start:
 
     kind: type[Family]
     spec: Spec
-    modules: dict[str, nn.Module]  # float32, on the CPU
+    modules: dict[str, nn.Module]  # float32, on the CPU; of a run of an adapter, as `read_frozen` places them
     tokenizers: Mapping[str, Any] = field(default_factory=dict)
     words: Mapping[str, Mapping[str, bytes]] = field(default_factory=dict)  # each tokenizer's files by name
     found: dict[str, Found] = field(default_factory=dict)  # the parts that were read from files
+    adapter: AdapterWeights | None = None  # what learns in the transformer's place
 
     def family(self) -> Family:
         return self.kind(self.spec, self.modules, self.tokenizers)
 
 
-def start(recipe: Recipe) -> Start:
-    """Build or read the parts that the recipe names. Raises InputError if sizes or files do not fit."""
+def start(recipe: Recipe, device: torch.device = CPU) -> Start:
+    """Build or read the parts that the recipe names. Raises InputError if sizes or files do not fit.
+
+    device: of the run. The parts come there at once if the recipe trains an adapter, which leaves them as they are.
+    """
     model = recipe.model
     alone = recipe.objective.kind == "autoencoder"
     found: dict[str, Found] = {}
@@ -93,13 +101,40 @@ def start(recipe: Recipe) -> Start:
     spec = replace(
         spec, **{k: v for k, v in wanted.items() if v}, size=recipe.data.sizes[0], repo=None, download_bytes=None
     )
-    modules = {
-        part: read(found[part], Placement(torch.device("cpu"), torch.float32, rules=found[part].rules), packed=False)
-        if part in found
-        else build(kind.parts[part], config, recipe.run.seed)
-        for part, config in configs.items()
-    }
-    return Start(kind, spec, modules, tokenizers, words, found)
+
+    def module_of(part: str, config: Any) -> nn.Module:
+        if part not in found:
+            return build(kind.parts[part], config, recipe.run.seed)
+        if recipe.adapter.kind != "none":
+            return read_frozen(kind, part, found[part], recipe, device)
+        return read(found[part], Placement(CPU, torch.float32, rules=found[part].rules), packed=False)
+
+    modules = {part: module_of(part, config) for part, config in configs.items()}
+    if recipe.adapter.kind == "none":
+        return Start(kind, spec, modules, tokenizers, words, found)
+    slots = slots_of(kind.parts["transformer"], modules["transformer"], recipe.adapter.layers)
+    adapter = AdapterWeights(modules["transformer"], slots, recipe.adapter, recipe.run.seed).to(device)
+    return Start(kind, spec, modules, tokenizers, words, found, adapter)
+
+
+def read_frozen(kind: type[Family], part: str, found: Found, recipe: Recipe, device: torch.device) -> nn.Module:
+    """Read a part that does not learn.
+
+    The transformer stays on the device, or its blocks visit it; it is packed as [adapter] base says. The other parts
+    are on the device only while they compute: they encode pictures and captions once, and draw previews.
+    """
+    settings = recipe.adapter
+    dtype = torch.float32 if part == "vae" else DTYPES[recipe.run.dtype]  # latents are encoded once: exactly
+    stays = part == "transformer" and not settings.stream
+    base = settings.base if part == "transformer" else ""
+
+    @contextmanager
+    def weights() -> Generator[Mapping[str, Weight]]:
+        with weights_of(found, dtype, packed=True) as state:
+            yield prepare(state, kind.parts[part], QUANTS[base]) if base else state
+
+    placement = Placement(device, dtype, "resident" if stays else "visiting", found.rules)
+    return install(part, found.module, weights(), placement)
 
 
 def _documents(shift: float | None) -> dict[str, dict[str, Any]]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from inkstream.families import Family
 from inkstream.flow import add_noise
+from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.forward import Sample
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.recipe import Objective
@@ -52,18 +53,20 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def flow(family: Family, batch: Batch, t: Tensor, noise: Tensor, settings: Objective) -> Tensor:
+def flow(
+    family: Family, batch: Batch, t: Tensor, noise: Tensor, settings: Objective, around: Around = NOTHING
+) -> Tensor:
     """Return the velocity loss of each sample, (B,): the mean over a sample's latents, so all sizes have equal weight.
 
-    t: (B,); noise: same shape as batch.images.
+    t: (B,); noise: same shape as batch.images. around: what is done around the blocks, such as adapters.
     """
-    error = flow_error(family, batch, t, noise)
+    error = flow_error(family, batch, t, noise, around)
     if settings.weight == "image":  # |image - estimate|^2 / max(t, floor)^2 = |v - estimate|^2 min(1, t / floor)^2
         error = error * (t / settings.floor).clamp(max=1) ** 2
     return error
 
 
-def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
+def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor, around: Around = NOTHING) -> Tensor:
     """Return the mean squared error of each sample's velocity, (B,), without a weight over time."""
     points = add_noise(batch.images, noise, t.view(-1, 1, 1, 1))
     cond = family.encode_tokens(batch.prompts) if batch.cond is None else batch.cond
@@ -71,8 +74,9 @@ def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor) -> Tensor
         cond = replace(cond, guidance=TAUGHT_GUIDANCE)
     height, width = batch.images.shape[-2:]
     down = family.spec.vae.downscale
-    prepared = family.prepare(cond, width * down, height * down, ())
-    velocity = torch.stack(family.answer([Sample(*each) for each in zip(points.unbind(), t.tolist(), prepared)]))
+    prepared = family.prepare(cond, width * down, height * down, (), around)
+    samples = [Sample(*each, around) for each in zip(points.unbind(), t.tolist(), prepared)]
+    velocity = torch.stack(family.answer(samples))
     return (velocity - (noise - batch.images)).square().mean((1, 2, 3))
 
 

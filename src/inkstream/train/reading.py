@@ -85,6 +85,7 @@ def _check(recipe: Recipe) -> None:
         raise InputError("[model] from sets all sizes: remove [model.transformer] and [model.text_encoder]")
     if not data.sizes or any(side < 16 or side % 16 for size in data.sizes for side in size):
         raise InputError(f"[data] sizes = {[list(s) for s in data.sizes]}: give multiples of 16, as in [[128, 128]]")
+    _check_adapter(recipe)
     if objective.kind == "flow" and data.source == "scenes" and not data.count:
         raise InputError("[data] count = 0 does not cache scenes, but flow needs cached scenes: give their number")
     if not data.count and len(data.sizes) > 1:
@@ -96,6 +97,29 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"[data] crop = {data.crop}: give a multiple of 16")
     if run.batch % run.accumulate:
         raise InputError(f"[run] batch = {run.batch} is not a multiple of accumulate = {run.accumulate}: change one")
+
+
+def _check_adapter(recipe: Recipe) -> None:
+    """Check rules about the adapter. Raises InputError."""
+    adapter, run = recipe.adapter, recipe.run
+    if adapter.kind == "none":
+        if changed := [f.name for f in fields(adapter) if getattr(adapter, f.name) != f.default]:
+            raise InputError(f'[adapter] has {changed[0]} but no kind, so no adapter is trained: add kind = "lora"')
+        return
+    if recipe.objective.kind != "flow":
+        raise InputError(f"[adapter] changes a transformer, and {recipe.objective.kind} trains none: remove [adapter]")
+    if not recipe.model.from_:
+        raise InputError("[adapter] needs a model to change: name one in [model] from")
+    if recipe.model.train not in ((), ("transformer",)):
+        raise InputError(f"[model] train = {list(recipe.model.train)}: an adapter changes the transformer alone")
+    if recipe.optimiser.kind == "muon":
+        raise InputError("[optimiser] kind = muon trains the model's own matrices: take adamw for an adapter")
+    if run.parallel == "fsdp":
+        raise InputError("[run] parallel = fsdp shards weights that learn, and an adapter's are small: take ddp")
+    if run.graded:
+        raise InputError("[run] graded draws with the model's own weights, without its adapter: set it to 0")
+    if adapter.stream and run.compile:
+        raise InputError("[run] compile compiles resident blocks, and [adapter] stream moves them: set one to false")
 
 
 def describe() -> str:

@@ -47,6 +47,34 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A LoRA or a relative of it, which is trained beside a transformer whose own weights stay as they are."""
+
+    kind: Literal["none", "lora", "rslora"] = key(
+        "none",
+        "none trains the model's own weights. lora: scale alpha / rank (arXiv 2106.09685). rslora: scale "
+        "alpha / sqrt(rank) (arXiv 2312.03732).",
+    )
+    rank: int = key(32, "Rank of each layer's change.", 1, 4096)
+    alpha: float = key(0.0, "Scale of the change, see `kind`; 0: equal to the rank.", 0)
+    layers: tuple[str, ...] = key(
+        (),
+        "Patterns of the layers that change, such as `layers.*.attention.*`, in our names or diffusers'. If empty: "
+        "attention and feed-forward of all blocks but refiners.",
+    )
+    base: Literal["", "fp8", "int8", "nf4", "int4", "q8_0", "q6_k", "q5_k", "q4_k"] = key(
+        "",
+        "Number format that the frozen transformer is packed to when it is read. If empty, it stays as it is in its "
+        "files, which may be packed already (fp8, nf4, GGUF); weights that are not packed have the run's `dtype`.",
+    )
+    stream: bool = key(
+        False,
+        "The transformer's blocks stay in host memory, and each is on the device only while it computes. Includes "
+        "`checkpointing`.",
+    )
+
+
+@dataclass(frozen=True)
 class Data:
     """The training data."""
 
@@ -144,6 +172,7 @@ class Recipe:
     """A complete recipe. Equal recipes give equal runs."""
 
     model: Model = field(default_factory=Model)
+    adapter: Adapter = field(default_factory=Adapter)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -151,7 +180,9 @@ class Recipe:
     own: Mapping[str, Any] = field(default_factory=dict)  # the task's own tables by name
 
 
-TABLES: dict[str, type] = {"model": Model, "data": Data, "objective": Objective, "optimiser": Optimiser, "run": Run}
+TABLES: dict[str, type] = {
+    "model": Model, "adapter": Adapter, "data": Data, "objective": Objective, "optimiser": Optimiser, "run": Run,
+}  # fmt: skip
 """The tables that every recipe has."""
 
 

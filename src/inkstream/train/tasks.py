@@ -12,8 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from inkstream.engine.drawing.model import Model
+from inkstream.engine.drawing.complete import complete
+from inkstream.engine.drawing.model import Model, advance
+from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.vae import Autoencoder
+from inkstream.train.adapters import AdapterWeights
 from inkstream.train.data import (
     Data,
     Endless,
@@ -40,9 +43,10 @@ from inkstream.train.objectives import (
     mix,
     psnr,
 )
-from inkstream.train.parallel import Team
+from inkstream.train.parallel import Team, checkpoint_blocks, compile_blocks
 from inkstream.train.pictures import Source, Split, open_source
 from inkstream.train.recipe import Recipe
+from inkstream.train.stream import stream_backward
 from inkstream.types import InputError, Request, Spec
 
 SALT_STEP, SALT_CROP, SALT_HELD_OUT = range(3)
@@ -110,10 +114,24 @@ class Flow:
         if missing := sorted(begun.spec.abilities & {"fill", "map"}):
             why = f"needs an input picture ({missing[0]}), which training cannot give"
             raise InputError(f"{begun.spec.name} {why}: take another model")
-        for name, module in begun.modules.items():
-            whole = name in self.learning or name == "vae"
-            module.to(device, torch.float32 if whole else DTYPES[recipe.run.dtype]).eval().requires_grad_(False)
+        self.around = NOTHING
+        if begun.adapter is None:
+            for name, module in begun.modules.items():
+                whole = name in self.learning or name == "vae"
+                module.to(device, torch.float32 if whole else DTYPES[recipe.run.dtype]).eval().requires_grad_(False)
+        else:
+            self._adapt(begun.modules["transformer"], begun.adapter)
         self.family = begun.family()
+
+    def _adapt(self, transformer: nn.Module, adapter: AdapterWeights) -> None:
+        """Let the adapter learn in the transformer's place."""
+        self.around = Around(adapters=(adapter.apply_to(transformer),))
+        if self.recipe.run.compile:
+            compile_blocks(transformer)
+        if self.recipe.adapter.stream:
+            stream_backward(transformer, adapter.weights_in)
+        elif self.recipe.run.checkpointing:
+            checkpoint_blocks(transformer)
 
     @property
     def _encoders(self) -> list[str]:
@@ -128,6 +146,10 @@ class Flow:
         if run.held_out or (run.preview and not run.prompts):
             few = replace(order, batch=min(order.batch, 32), dropout=0.0, pieces=1)
             self.held_out = yield from in_turn(self.team, self._load("held_out", few))
+        if self.begun.adapter is not None:
+            learning = {"adapter": self.begun.adapter}
+            self.learners = [Learner("adapter", learning, self.recipe, self.device, self.team)]
+            return
         if self.data.cond is not None and not run.preview and not run.graded:
             for name in self._encoders:
                 self.begun.modules[name].to("cpu")  # all captions are encoded: free GPU memory
@@ -162,7 +184,7 @@ class Flow:
         t = draw_times(shape[0], settings, generator)  # times and noise do not depend on the number of pieces
         noise = torch.randn(shape, generator=generator, device=self.device)  # of the whole batch
         batch = self._move(self.data.load(place, piece))
-        return flow(self.family, batch, t[piece], noise[piece], settings).mean()
+        return flow(self.family, batch, t[piece], noise[piece], settings, self.around).mean()
 
     def _move(self, batch: Batch) -> Batch:
         cond = batch.cond
@@ -182,7 +204,8 @@ class Flow:
                 batch = self._move(self.held_out.load(self.held_out.place(number)))
                 generator = torch.Generator(self.device).manual_seed(mix(SALT_HELD_OUT, number))
                 noise = torch.randn(batch.images.shape, generator=generator, device=self.device)
-                errors.append(flow_error(self.family, batch, torch.full((len(noise),), t, device=self.device), noise))
+                times = torch.full((len(noise),), t, device=self.device)
+                errors.append(flow_error(self.family, batch, times, noise, self.around))
             found[f"{t:g}"] = torch.cat(errors).mean().item()
         return {"mean": sum(found.values()) / len(found), **found}
 
@@ -200,7 +223,12 @@ class Flow:
         empty, pictures = self.family.tokens(""), []
         for i, ids in enumerate(prompts):
             cond = self.family.encode_tokens([ids, empty])
-            pictures.append(model.decode(model.sample(Request.model_validate({"seed": i}), cond))[0].cpu())
+            drawn = model.start(
+                complete(Request.model_validate({"seed": i}), model.spec), cond, None, around=self.around
+            )
+            while drawn.query is not None:
+                advance(model.family, [drawn])
+            pictures.append(model.decode(drawn.result[None])[0].cpu())
         return tile(torch.stack(pictures))
 
     def model(self) -> Model:

@@ -1,0 +1,194 @@
+"""Adapters are trained beside a frozen model, packed or streamed, and come out as files that other programs read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from inkstream.engine.files.sources import locate
+from inkstream.families.flux1.specs import DEV
+from inkstream.families.flux2.specs import KLEIN_BASE_4B
+from inkstream.families.zimage.specs import BASE
+from inkstream.nn.quant import PackedLinear
+from inkstream.train.adapters import slots_of
+from inkstream.train.checkpoint import load_checkpoint
+from inkstream.train.loop import Resumed, export_last, train
+from inkstream.train.models import start
+from inkstream.train.parallel import ALONE
+from inkstream.train.reading import as_recipe
+from inkstream.train.recipe import Recipe
+from inkstream.train.tasks import Flow
+from inkstream.types import InputError
+
+SPECS = [BASE, DEV, KLEIN_BASE_4B]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pictures")
+    for name, colour in (("a", "red"), ("b", "blue"), ("c", "green")):
+        Image.new("RGB", (48, 40), colour).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"all {colour}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folders(make_folder, tmp_path_factory) -> dict[str, Path]:
+    """A tiny published model of each family."""
+    root = tmp_path_factory.mktemp("published")
+    return {spec.family: make_folder(root / spec.family, spec.tiny, seed=2) for spec in SPECS}
+
+
+def recipe(folder: Path, shown: Path, cache: Path, /, **tables: dict[str, Any]) -> Recipe:
+    own: dict[str, dict[str, Any]] = {
+        "model": {"from": str(folder), "name": "mine", "steps": 2},
+        "adapter": {"kind": "lora", "rank": 4},
+        "data": {"source": str(shown), "sizes": [[32, 32]], "cache": str(cache), "workers": 0},
+        "objective": {},
+        "optimiser": {"warmup": 0, "lr": 1e-2, "decay": 0.0},
+        "run": {"steps": 4, "batch": 3, "device": "cpu", "log": 1},
+    }
+    return as_recipe({name: {**table, **tables.get(name, {})} for name, table in own.items()})
+
+
+def prepared(settings: Recipe) -> Flow:
+    task = Flow(settings, start(settings, CPU), CPU, ALONE)
+    list(task.prepare())
+    return task
+
+
+def gradients(task: Flow) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The loss of the first step, and the gradients of the adapter. Its `up` is not zero, so all weights have one."""
+    (learner,) = task.learners
+    generator = torch.Generator().manual_seed(5)
+    for name, weight in learner.weights.live.items():
+        if name.endswith("up"):
+            weight.data = torch.randn(weight.shape, generator=generator).to(weight) * 0.1
+    ((_, loss),) = task.turns(0)
+    learner.weights.forget()
+    value = loss(slice(None))
+    value.backward()
+    return value.detach(), {
+        name: weight.grad for name, weight in learner.weights.live.items() if weight.grad is not None
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["zimage", "flux1", "flux2"])
+@pytest.mark.parametrize(("base", "dtype"), [("", "fp32"), ("int8", "bf16")])
+def test_streamed_blocks_give_the_gradients_of_resident_ones(tmp_path, folders, pictures, family, base, dtype):
+    found = {}
+    for stream in (False, True):
+        adapter = {"base": base, "stream": stream}
+        settings = recipe(folders[family], pictures, tmp_path, adapter=adapter, run={"dtype": dtype})
+        task = prepared(settings)
+        assert any(isinstance(layer, PackedLinear) for layer in task.begun.modules["transformer"].modules()) == bool(
+            base
+        )
+        found[stream] = gradients(task)
+    expected, resident = found[False]
+    for loss, ours in (found[True], gradients(task)):  # twice: the first pass left the stream as it found it
+        assert torch.equal(loss, expected)
+        assert ours.keys() == resident.keys() == set(task.learners[0].weights.live)
+        for name, gradient in ours.items():
+            assert gradient.abs().sum() > 0, name
+            assert torch.equal(gradient, resident[name]), name
+
+
+# What is trained ----------------------------------------------------------------------------------------------------
+
+
+def test_q_k_and_v_have_changes_of_their_own_and_refiners_have_none(folders):
+    source = locate(folders["zimage"])
+    part = source.family.parts["transformer"]
+    slots = slots_of(part, source.parts["transformer"].module, ())
+    width = source.spec.transformer.dim
+    assert [(slot.name, slot.rows) for slot in slots[:4]] == [
+        ("layers.0.attention.to_q", slice(0, width)),
+        ("layers.0.attention.to_k", slice(width, 2 * width)),
+        ("layers.0.attention.to_v", slice(2 * width, 3 * width)),
+        ("layers.0.attention.to_out.0", slice(None)),
+    ]
+    assert len(slots) == 7 * source.spec.transformer.n_layers
+    queries = slots_of(part, source.parts["transformer"].module, ["*.to_q"])
+    assert {slot.path.split(".")[0] for slot in queries} == {"layers", "noise_refiner", "context_refiner"}
+    assert all(slot.rows == slice(0, width) for slot in queries)
+
+
+@pytest.mark.parametrize("spec", [DEV, KLEIN_BASE_4B], ids=lambda spec: spec.family)
+def test_attention_and_feed_forward_of_flux_change_and_modulation_does_not(folders, spec):
+    source = locate(folders[spec.family])
+    slots = slots_of(source.family.parts["transformer"], source.parts["transformer"].module, ())
+    paths = {slot.path for slot in slots}
+    assert {"double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.0", "single_blocks.1.linear2"} <= paths
+    assert not any("mod" in path for path in paths)
+
+
+@pytest.mark.parametrize("kind", ["lora", "rslora"])
+def test_steps_with_an_adapter_lower_the_loss_and_leave_the_model(tmp_path, folders, pictures, kind):
+    task = prepared(recipe(folders["zimage"], pictures, tmp_path, adapter={"kind": kind}))
+    transformer = task.begun.modules["transformer"]
+    before = {name: tensor.clone() for name, tensor in transformer.state_dict().items()}
+    losses = []
+    for _ in range(12):  # the same batch, times and noise
+        ((learner, loss),) = task.turns(0)
+        losses.append(learner.advance(0, loss)[0].item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in transformer.state_dict().items())
+
+
+def test_an_adapter_resumes_to_the_bit_while_the_model_stays(tmp_path, folders, pictures):
+    run = {"steps": 6, "save": 3, "keep": 1, "preview": 6, "prompts": ["all red"]}
+    settings = recipe(folders["zimage"], pictures, tmp_path / "cache", run=run)
+    whole = list(train(settings, tmp_path / "whole"))
+    list(train(recipe(folders["zimage"], pictures, tmp_path / "cache", run={**run, "until": 3}), tmp_path / "halves"))
+    resumed = list(train(settings, tmp_path / "halves", resume=True))
+    assert Resumed(3, ("run.until",)) in resumed
+    one, other = (load_checkpoint(tmp_path / name / "checkpoints") for name in ("whole", "halves"))
+    for part in ("weights", "ema", "optimiser"):
+        ours, theirs = getattr(one, part), getattr(other, part)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+        assert all("adapter." in key for key in ours)
+    assert whole[-1].model == tmp_path / "whole" / "mine.safetensors"
+    files = [whole[-1].model, resumed[-1].model, *(tmp_path / "halves" / "adapters").iterdir()]
+    assert len(files) == 3
+    tensors = [path.read_bytes() for path in files]
+    assert tensors[0][-1000:] == tensors[1][-1000:] == tensors[2][-1000:]
+    (tmp_path / "whole" / "mine.safetensors").unlink()
+    assert export_last(settings, tmp_path / "whole") == (6, tmp_path / "whole" / "mine.safetensors")
+    assert (tmp_path / "whole" / "mine.safetensors").read_bytes() == tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"adapter": {"kind": "none", "rank": 4}}, r'\[adapter\] has rank but no kind.*add kind = "lora"'),
+        ({"model": {"from": ""}}, r"\[adapter\] needs a model to change: name one in \[model\] from"),
+        ({"model": {"train": ["text_encoder"]}}, r"an adapter changes the transformer alone"),
+        ({"optimiser": {"kind": "muon"}}, r"take adamw for an adapter"),
+        ({"run": {"parallel": "fsdp"}}, r"take ddp"),
+        ({"run": {"graded": 2}}, r"\[run\] graded"),
+        ({"run": {"compile": True}, "adapter": {"stream": True}}, r"set one to false"),
+        ({"objective": {"kind": "autoencoder"}, "model": {"train": []}}, r"remove \[adapter\]"),
+    ],
+)
+def test_a_recipe_that_an_adapter_does_not_go_with_is_refused(pictures, table, message):
+    with pytest.raises(InputError, match=message):
+        recipe(Path("model"), pictures, Path("cache"), **table)
+
+
+def test_layers_that_are_not_there_and_ranks_that_are_too_large_are_named(tmp_path, folders, pictures):
+    with pytest.raises(
+        InputError, match=r"'blocks.\*' matches no layer of this model, which has such as layers.0.attention.to_q"
+    ):
+        start(recipe(folders["zimage"], pictures, tmp_path, adapter={"layers": ["blocks.*"]}))
+    with pytest.raises(
+        InputError, match=r"rank = 4000 is more than layers.0.attention.to_q's sides \(64, 64\): lower it"
+    ):
+        start(recipe(folders["zimage"], pictures, tmp_path, adapter={"rank": 4000}))
