@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -27,8 +28,17 @@ from inkstream.train.data import (
     keep_latents,
     keep_pixels,
     keep_states,
+    stress_of,
 )
-from inkstream.train.pictures import HELD_OUT_FROM, Scenes, draw_all, nearest_size, open_source
+from inkstream.train.pictures import (
+    HELD_OUT_FROM,
+    Scenes,
+    bucket_size,
+    draw_all,
+    nearest_size,
+    open_source,
+    with_trigger,
+)
 from inkstream.train.recipe import Data as Settings
 from inkstream.types import InputError, Machine
 
@@ -233,10 +243,88 @@ def test_a_picture_is_cut_around_its_middle_not_squeezed(tmp_path):
     assert source.picture(0).max() < 40
 
 
+def test_captions_come_from_csv_files_and_the_trigger_stands_in_each(tmp_path):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    (tmp_path / "metadata.csv").write_text(
+        'image,prompt\na.png,"a mug, red"\nb.png,[trigger] on a table\n', "utf-8-sig"
+    )
+    source, _ = open_source(Settings(source=str(tmp_path), sizes=((32, 32),), trigger="sks mug"))
+    assert [source.captions(i, 4) for i in range(3)] == [["sks mug, a mug, red"], ["sks mug on a table"], ["sks mug"]]
+    assert with_trigger("A photo of SKS mug", "sks mug") == "A photo of SKS mug"
+
+
+def test_pictures_repeat_and_those_of_the_class_weigh_what_the_recipe_says(tmp_path):
+    picture(tmp_path / "own" / "a.png", colour="red")
+    for name in "bc":
+        picture(tmp_path / "class" / f"{name}.png", colour="blue")
+    (tmp_path / "class" / "c.txt").write_text("a blue mug")
+    recipe = Settings(
+        source=str(tmp_path / "own"), sizes=((32, 32),), trigger="sks", repeats=3,
+        prior=str(tmp_path / "class"), prior_caption="a mug", prior_weight=0.5,
+    )  # fmt: skip
+    source, count = open_source(recipe)
+    assert count == 3
+    assert [source.captions(i, 1) for i in range(3)] == [["sks"], ["a mug"], ["a blue mug"]]
+    stress = stress_of(source, count, None, 0.0)
+    images = np.zeros((3, 4, 4, 4), np.float16)
+    data = Data([Samples((32, 32), np.arange(3), images)], None, order(batch=1, pieces=1), stress=stress)
+    rows = [int(row) for n in range(len(data)) for row in data.place(n).rows]
+    assert sorted(rows) == [0, 0, 0, 1, 2]
+    assert stress.weights.tolist() == [1.0, 0.5, 0.5]
+    held, _ = open_source(replace(recipe, source=str(tmp_path / "class")), "held_out")
+    assert set(held.repeats) == {1}
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((1000, 1000), (512, 512)),
+        ((2000, 1000), (704, 352)),
+        ((300, 200), (288, 192)),  # never larger than the picture
+        ((200, 300), (192, 288)),
+        ((64, 40), (64, 32)),
+        ((4000, 40), (4000, 32)),
+    ],
+)
+def test_a_bucket_is_no_larger_than_its_picture_or_the_first_size(shape, size):
+    found = bucket_size(shape, (512, 512), 32)
+    assert found == size
+    assert found[0] <= shape[0]
+    assert found[1] <= shape[1]
+    assert found[0] * found[1] <= 512 * 512
+
+
+def test_the_loss_counts_where_the_mask_is_white(tmp_path, tiny_folder):
+    family = load(tiny_folder, Machine("cpu", "fp32")).family
+    image = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    image.paste((0, 255, 0, 255), (0, 0, 16, 32))
+    (tmp_path / "own").mkdir()
+    image.save(tmp_path / "own" / "a.png")
+    (tmp_path / "own" / "a.txt").write_text("half")
+    grid = family.latent_shape(32, 32)[1:]
+    source, count = open_source(Settings(source=str(tmp_path / "own"), sizes=((32, 32),), mask="alpha"))
+    (alpha,) = stress_of(source, count, family, 0.25).masks
+    assert np.allclose(alpha[:, : grid[1] // 2], 1)
+    assert np.allclose(alpha[:, grid[1] // 2 :], 0.25)
+    (tmp_path / "masks").mkdir()
+    with pytest.raises(InputError, match=r"holds no a.png: add it, white where it counts"):
+        open_source(Settings(source=str(tmp_path / "own"), sizes=((32, 32),), mask=str(tmp_path / "masks")))
+    image.getchannel("A").save(tmp_path / "masks" / "a.jpg")
+    drawn, _ = open_source(Settings(source=str(tmp_path / "own"), sizes=((32, 32),), mask=str(tmp_path / "masks")))
+    (mask,) = stress_of(drawn, 1, family, 0.25).masks
+    assert np.allclose(mask, alpha, atol=0.05)
+    Image.new("L", (32, 32)).save(tmp_path / "masks" / "a.jpg")
+    with pytest.raises(InputError, match=r"the mask of .*a.png is black everywhere"):
+        stress_of(drawn, 1, family, 0.0)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda root: None, "holds no picture"),
+        (lambda root: (root / "c.csv").write_text("file_name,text\na.png\n"), "c.csv line 2 has no file_name and text"),
+        (lambda root: (root / "c.jsonl").write_text("{"), "c.jsonl line 1 is not JSON"),
         (lambda root: picture(root / "a.png"), "a.png has no caption: write it into a.txt"),
         (lambda root: ((root / "a.png").write_bytes(b"no"), (root / "a.txt").write_text("x")), "cannot be read"),
         (lambda root: (root / "c.jsonl").write_text('{"file": 1}'), "c.jsonl line 1 has no file_name and text"),

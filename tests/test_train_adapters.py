@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from inkstream.train.adapters import slots_of
 from inkstream.train.checkpoint import load_checkpoint
 from inkstream.train.loop import Resumed, export_last, train
 from inkstream.train.models import start
+from inkstream.train.objectives import flow, flow_error
 from inkstream.train.parallel import ALONE
 from inkstream.train.reading import as_recipe
 from inkstream.train.recipe import Recipe
@@ -127,6 +129,22 @@ def test_attention_and_feed_forward_of_flux_change_and_modulation_does_not(folde
     paths = {slot.path for slot in slots}
     assert {"double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.0", "single_blocks.1.linear2"} <= paths
     assert not any("mod" in path for path in paths)
+
+
+def test_the_loss_is_the_weighted_error_inside_the_mask(tmp_path, folders, pictures):
+    """With a mask of one half and a weight of 0.5; the error outside the mask does not count."""
+    task = prepared(recipe(folders["zimage"], pictures, tmp_path))
+    batch = task._move(task.data.load(task.data.place(0)))
+    t, noise = torch.tensor([0.3, 0.5, 0.7]), torch.randn(batch.images.shape)
+    mask = torch.zeros(batch.images[:, 0].shape)
+    mask[:, :, :2] = 1
+    half = replace(batch, weights=torch.full((3,), 0.5), masks=mask)
+    with torch.no_grad():
+        found = flow(task.family, half, t, noise, task.recipe.objective)
+        exact = flow_error(task.family, batch, t, noise)
+        both = [flow_error(task.family, replace(batch, masks=each), t, noise) for each in (mask, 1 - mask)]
+    assert torch.allclose(found, 0.5 * both[0])
+    assert torch.allclose((both[0] + both[1]) / 2, exact)
 
 
 @pytest.mark.parametrize("kind", ["lora", "rslora"])

@@ -18,8 +18,8 @@ from inkstream.disk import whole_file, whole_folder
 from inkstream.families import Family
 from inkstream.nn.offload import where_it_computes
 from inkstream.train.objectives import Batch
-from inkstream.train.pictures import Size, Source, draw_all
-from inkstream.types import Conditioning
+from inkstream.train.pictures import Folder, Size, Source, draw_all
+from inkstream.types import Conditioning, InputError
 
 FORMAT = 1
 """Version of the caches' format. A new number makes all caches invalid."""
@@ -100,14 +100,27 @@ class Order:
     dropout: float  # share of captions replaced by the empty one
 
 
+@dataclass(frozen=True)
+class Stress:
+    """How much the loss counts: for each picture of the source, and inside it. None: everywhere the same."""
+
+    repeats: np.ndarray  # (N,) how often each picture comes in an epoch
+    weights: np.ndarray  # (N,) float32, of each picture's loss
+    masks: Sequence[np.ndarray] | None = None  # of each picture, (h, w) float32, over its latents
+
+
 class Data:
     """All samples of a run. `place(n)` returns the indices of batch n; `load` reads the batch or a piece of it."""
 
-    def __init__(self, samples: Sequence[Samples], captions: Captions | None, order: Order, cond: States | None = None):
+    def __init__(
+        self, samples: Sequence[Samples], captions: Captions | None, order: Order, cond: States | None = None,
+        stress: Stress | None = None,
+    ):  # fmt: skip
         self.samples = samples
         self.captions = captions
         self.order = order
         self.cond = cond
+        self.stress = stress
         self._epoch = lru_cache(2)(self._epoch)
 
     def place(self, number: int) -> Place:
@@ -125,9 +138,15 @@ class Data:
         if self.captions is None:
             return Batch(images)
         chosen = place.captions[piece]
+        weights = masks = None
+        if self.stress is not None:
+            pictures = self.samples[place.samples].indices[place.rows[piece]]
+            weights = torch.from_numpy(self.stress.weights[pictures])
+            if self.stress.masks is not None:
+                masks = torch.from_numpy(np.stack([self.stress.masks[i] for i in pictures]))
         if self.cond is None:
-            return Batch(images, [self.captions[i] for i in chosen])
-        return Batch(images, cond=Conditioning.pack([self.cond[i] for i in chosen]))
+            return Batch(images, [self.captions[i] for i in chosen], weights=weights, masks=masks)
+        return Batch(images, (), Conditioning.pack([self.cond[i] for i in chosen]), weights, masks)
 
     def batch_size(self, samples: Samples) -> int:
         """Return the batch size of a size: about as many tokens as a batch of the first size, in equal pieces."""
@@ -136,12 +155,16 @@ class Data:
         return max(wanted // self.order.pieces, 1) * self.order.pieces
 
     def _epoch(self, number: int) -> list[Place]:
-        """Return an epoch's batches, shuffled. Each picture occurs once, with one of its captions or the empty one."""
+        """Return an epoch's batches, shuffled. Each picture occurs once, or `repeats` times, with one of its captions
+        or the empty one."""
         rng = np.random.default_rng([self.order.seed, number])
         places = []
         for which, samples in enumerate(self.samples):
             size = self.batch_size(samples)
-            rows = rng.permutation(len(samples.indices))
+            every = np.arange(len(samples.indices))
+            if self.stress is not None:
+                every = np.repeat(every, self.stress.repeats[samples.indices])
+            rows = rng.permutation(every)
             chosen = self._choose(samples.indices[rows], rng)
             if short := -len(rows) % size:  # pad the last batch with the first rows
                 rows, chosen = np.resize(rows, len(rows) + short), np.resize(chosen, len(rows) + short)
@@ -209,6 +232,22 @@ def crop(pixels: Tensor, side: int, seeds: Sequence[int], tries: int = 3) -> Ten
                 break
         cut.append(piece)
     return torch.stack(cut)
+
+
+def stress_of(source: Source, count: int, family: Family, floor: float) -> Stress | None:
+    """Return how much the loss counts on a source's pictures; None if everywhere the same. floor: of a black mask."""
+    if not isinstance(source, Folder):
+        return None
+    plain = set(source.repeats) == {1} and set(source.weights) == {1.0}
+    masks = None
+    if any(source.masks):
+        grids = [family.latent_shape(*source.size(i))[1:] for i in range(count)]
+        masks = [floor + (1 - floor) * source.mask(i, (w, h)) for i, (h, w) in enumerate(grids)]
+        if empty := [i for i, mask in enumerate(masks) if mask.sum() == 0]:
+            raise InputError(f"the mask of {source.files[empty[0]]} is black everywhere: remove the picture")
+    if plain and masks is None:
+        return None
+    return Stress(np.array(source.repeats), np.array(source.weights, np.float32), masks)
 
 
 # Caches -------------------------------------------------------------------------------------------------------------

@@ -30,6 +30,8 @@ class Batch:
     images: Tensor
     prompts: Prompts = ()  # tokens of each caption, the template included
     cond: Conditioning | None = None  # cached states, used instead of prompts if the text encoder is frozen
+    weights: Tensor | None = None  # (B,) of each sample's loss
+    masks: Tensor | None = None  # (B, h, w) of the latents: how much the error counts there
 
 
 def draw_times(count: int, settings: Objective, generator: torch.Generator) -> Tensor:
@@ -63,11 +65,14 @@ def flow(
     error = flow_error(family, batch, t, noise, around)
     if settings.weight == "image":  # |image - estimate|^2 / max(t, floor)^2 = |v - estimate|^2 min(1, t / floor)^2
         error = error * (t / settings.floor).clamp(max=1) ** 2
-    return error
+    return error if batch.weights is None else error * batch.weights
 
 
 def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor, around: Around = NOTHING) -> Tensor:
-    """Return the mean squared error of each sample's velocity, (B,), without a weight over time."""
+    """Return the mean squared error of each sample's velocity, (B,), without a weight over time.
+
+    With a mask, it is the mean weighted by the mask, so that its size does not depend on how much is masked.
+    """
     points = add_noise(batch.images, noise, t.view(-1, 1, 1, 1))
     cond = family.encode_tokens(batch.prompts) if batch.cond is None else batch.cond
     if family.spec.guides == "read":
@@ -77,7 +82,10 @@ def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor, around: A
     prepared = family.prepare(cond, width * down, height * down, (), around)
     samples = [Sample(*each, around) for each in zip(points.unbind(), t.tolist(), prepared)]
     velocity = torch.stack(family.answer(samples))
-    return (velocity - (noise - batch.images)).square().mean((1, 2, 3))
+    squares = (velocity - (noise - batch.images)).square()
+    if batch.masks is None:
+        return squares.mean((1, 2, 3))
+    return (squares.mean(1) * batch.masks).sum((1, 2)) / batch.masks.sum((1, 2))
 
 
 def autoencode(vae: Autoencoder, pixels: Tensor, noise: Tensor, settings: Objective) -> tuple[Tensor, Tensor, Tensor]:

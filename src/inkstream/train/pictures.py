@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache, partial
@@ -85,36 +87,63 @@ class Scenes:
 
 @dataclass(frozen=True)
 class Folder:
-    """Pictures of a folder. NAME.txt beside NAME.png has the caption, or a .jsonl file with `file_name` and `text`."""
+    """Pictures of a folder. NAME.txt beside NAME.png has the caption, or a .jsonl or .csv file with names and texts."""
 
     files: tuple[str, ...]
     texts: tuple[tuple[str, ...], ...]
     places: tuple[Size, ...]  # each picture's training size
     stamps: tuple[tuple[int, int], ...]  # size in bytes and modification time in ns
+    repeats: tuple[int, ...]  # how often each picture comes in an epoch
+    weights: tuple[float, ...]  # of each picture's loss
+    masks: tuple[str, ...]  # each picture's mask: a file, "alpha" for its own transparency, or "" for none
 
     def size(self, index: int) -> Size:
         return self.places[index]
 
     def picture(self, index: int) -> np.ndarray:
         """Return the picture, scaled to cover its training size and cropped around the centre."""
-        with Image.open(self.files[index]) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-        return np.array(ImageOps.fit(upright, self.places[index], Image.Resampling.LANCZOS))
+        return np.array(self._fit(self.files[index], "RGB", self.places[index]))
+
+    def mask(self, index: int, grid: Size) -> np.ndarray:
+        """Return where the loss counts, (h, w) float32 in [0, 1]. grid: width and height of the latents."""
+        width, height = grid
+        mask = self.masks[index]
+        if not mask:
+            return np.ones((height, width), np.float32)
+        if mask == "alpha":
+            fitted = self._fit(self.files[index], "RGBA", self.places[index]).getchannel("A")
+        else:
+            fitted = self._fit(mask, "L", self.places[index])
+        return np.array(fitted.resize(grid, Image.Resampling.BOX), np.float32) / 255
+
+    def _fit(self, file: str, mode: str, size: Size) -> Image.Image:
+        with Image.open(file) as image:
+            upright = ImageOps.exif_transpose(image).convert(mode)
+        return ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
 
     def captions(self, index: int, count: int) -> list[str]:
         return list(self.texts[index][:count])
 
     def key(self) -> Any:
-        return asdict(self)
+        return {"files": self.files, "texts": self.texts, "places": self.places, "stamps": self.stamps}
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def chosen(self, rows: Sequence[int]) -> Folder:
+        """Return some of the pictures."""
+        return Folder(*(tuple(getattr(self, f.name)[i] for i in rows) for f in fields(Folder)))
+
+    def joined(self, other: Folder) -> Folder:
+        """Return the pictures of both."""
+        return Folder(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Folder)))
 
 
 def open_source(data: recipes.Data, split: Split = "train", hold_out: bool = False) -> tuple[Source, int]:
     """Return a recipe's pictures and their number; 0 means endless. Raises InputError if there are none.
 
-    hold_out: hold out one picture in twenty of a folder, chosen by the hash of its name.
+    hold_out: hold out one picture in twenty of a folder, chosen by the hash of its name. Pictures of `prior` are all
+    for training.
     """
     if data.source == "scenes":
         scenes = Scenes(
@@ -123,12 +152,16 @@ def open_source(data: recipes.Data, split: Split = "train", hold_out: bool = Fal
         )  # fmt: skip
         scenes.picture(0)  # raises now if the grammar is wrong
         return scenes, data.count
-    folder = _open_folder(Path(data.source).expanduser(), data.sizes)
+    once = replace(data, repeats=1) if split == "held_out" else data
+    folder = _open_folder(Path(data.source).expanduser(), once, "source")
     chosen = [i for i, name in enumerate(folder.files) if not hold_out or _is_held_out(name) == (split == "held_out")]
     if not chosen:
         raise InputError(f"{data.source} has too few pictures to hold some out: set [run] held_out = 0")
-    picked = {f.name: tuple(getattr(folder, f.name)[i] for i in chosen) for f in fields(Folder)}
-    return replace(folder, **picked), len(chosen)
+    folder = folder.chosen(chosen)
+    if data.prior and split == "train":
+        alike = replace(data, trigger="", repeats=1, mask="")
+        folder = folder.joined(_open_folder(Path(data.prior).expanduser(), alike, "prior"))
+    return folder, len(folder)
 
 
 def draw_all(source: Source, indices: Sequence[int], workers: int) -> Iterator[np.ndarray]:
@@ -158,41 +191,109 @@ def _wording(table: dict[str, Any]) -> Wording:
     return Wording(**table)
 
 
-def _open_folder(root: Path, sizes: Sequence[Size]) -> Folder:
+def _open_folder(root: Path, data: recipes.Data, key: Literal["source", "prior"]) -> Folder:
     if not root.is_dir():
-        raise InputError(f"[data] source = {str(root)!r} is not a folder: give a folder of pictures, or scenes")
+        raise InputError(f"[data] {key} = {str(root)!r} is not a folder: give a folder of pictures")
     listed = _listed(root)
+    masks = data.mask and data.mask != "alpha" and Path(data.mask).expanduser()
     rows = []
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES):
+        if masks and path.is_relative_to(masks):
+            continue
         beside = path.with_suffix(".txt")
         text = [beside.read_text("utf-8").strip()] if beside.is_file() else listed.get(path.resolve(), [])
-        if not text:
-            raise InputError(f"{path} has no caption: write it into {beside.name} beside it, or into a .jsonl file")
+        if not text and key == "prior" and data.prior_caption:
+            text = [data.prior_caption]
+        if not text and not data.trigger:
+            raise InputError(
+                f"{path} has no caption: write it into {beside.name} beside it, into a .jsonl or .csv file, or name "
+                f"what all pictures show in [data] {'trigger' if key == 'source' else 'prior_caption'}"
+            )
         try:
             with Image.open(path) as image:
                 shape = ImageOps.exif_transpose(image).size if image.getexif() else image.size
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read as a picture ({error}): remove it or save it again") from error
+        if data.buckets and min(shape) < data.buckets:
+            size = f"{shape[0]}x{shape[1]}"
+            raise InputError(f"{path} is {size}, smaller than [data] buckets = {data.buckets}: remove it or lower this")
+        place = bucket_size(shape, data.sizes[0], data.buckets) if data.buckets else nearest_size(shape, data.sizes)
         stat = path.stat()
-        rows.append((str(path), tuple(text), nearest_size(shape, sizes), (stat.st_size, stat.st_mtime_ns)))
+        texts = tuple(with_trigger(one, data.trigger) for one in text or [""])
+        weight = 1.0 if key == "source" else data.prior_weight
+        mask = _mask_of(path, masks) if masks else data.mask
+        rows.append((str(path), texts, place, (stat.st_size, stat.st_mtime_ns), data.repeats, weight, mask))
     if not rows:
         raise InputError(f"{root} holds no picture: add {', '.join(SUFFIXES)} files")
     return Folder(*map(tuple, zip(*rows)))
 
 
+def _mask_of(picture: Path, folder: Path) -> str:
+    """Return the file of a picture's mask. Raises InputError if it is not there."""
+    found = next((file for s in SUFFIXES if (file := folder / f"{picture.stem}{s}").is_file()), None)
+    if found is None:
+        raise InputError(f"[data] mask = {str(folder)!r} holds no {picture.stem}.png: add it, white where it counts")
+    return str(found)
+
+
+def with_trigger(caption: str, trigger: str) -> str:
+    """Return a caption with the trigger in the place of [trigger], or before it if it is not in the caption yet."""
+    if "[trigger]" in caption:
+        return caption.replace("[trigger]", trigger)
+    if not trigger or trigger.lower() in caption.lower():
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+NAMES, TEXTS = ("file_name", "image", "file", "path"), ("text", "caption", "prompt")
+"""Names of the columns of .jsonl and .csv files: imagefolder's, DiffSynth's and kohya's."""
+
+
 def _listed(root: Path) -> dict[Path, list[str]]:
-    """Return the captions in the folder's .jsonl files, by picture path."""
+    """Return the captions in the folder's .jsonl and .csv files, by picture path."""
     found: dict[Path, list[str]] = {}
-    for file in sorted(root.glob("*.jsonl")):
-        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                found.setdefault((root / row["file_name"]).resolve(), []).append(str(row["text"]))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{file} line {number} has no file_name and text ({error})") from error
+    for file in sorted([*root.glob("*.jsonl"), *root.glob("*.csv")]):
+        for number, row in _rows(file):
+            name, text = (next((row[k] for k in names if row.get(k)), None) for names in (NAMES, TEXTS))
+            if not isinstance(name, str) or not isinstance(text, str):
+                raise InputError(f"{file} line {number} has no {NAMES[0]} and {TEXTS[0]}: add both")
+            found.setdefault((root / name).resolve(), []).append(text)
     return found
+
+
+def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield the rows of a .jsonl or .csv file with their line numbers. Raises InputError for what is not a row."""
+    text = file.read_text("utf-8-sig")
+    if file.suffix == ".csv":
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        yield from ((reader.line_num, row) for row in reader)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{file} line {number} is not JSON ({error}): correct it") from error
+        yield number, row if isinstance(row, dict) else {}
+
+
+def bucket_size(shape: Size, most: Size, step: int) -> Size:
+    """Return the training size of a picture: the nearest aspect ratio, then the most pixels.
+
+    Its sides are multiples of `step`, none is longer than the picture's, and it has at most the pixels of `most`.
+    shape: of the picture, both sides at least `step`.
+    """
+    width, height = shape
+    area = most[0] * most[1]
+    scale = min(1.0, (area / (width * height)) ** 0.5)
+
+    def sides(length: int) -> list[int]:
+        low = max(int(length * scale) // step, 1) * step
+        return [side for side in (low, low + step) if side <= length]
+
+    sizes = [(w, h) for w in sides(width) for h in sides(height) if w * h <= area] or [(step, step)]
+    return min(sizes, key=lambda size: (round(abs(np.log(size[0] / size[1] * height / width)), 6), -size[0] * size[1]))
 
 
 def nearest_size(shape: Size, sizes: Sequence[Size]) -> Size:

@@ -8,9 +8,12 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from inkstream.train.recipe import TABLES, Objective, Optimiser, Recipe, Table, nearest, read_table, spoken
+from inkstream.train.recipe import TABLES, Data, Objective, Optimiser, Recipe, Table, nearest, read_table, spoken
 from inkstream.train.tasks import TASKS, Task
 from inkstream.types import InputError
+
+FOLDERS = [f for f in fields(Data) if f.name in ("buckets", "trigger", "repeats", "prior", "mask")]
+"""Keys of [data] that mean something for a folder of pictures only."""
 
 
 def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
@@ -85,6 +88,13 @@ def _check(recipe: Recipe) -> None:
         raise InputError("[model] from sets all sizes: remove [model.transformer] and [model.text_encoder]")
     if not data.sizes or any(side < 16 or side % 16 for size in data.sizes for side in size):
         raise InputError(f"[data] sizes = {[list(s) for s in data.sizes]}: give multiples of 16, as in [[128, 128]]")
+    if data.buckets % 16:
+        raise InputError(f"[data] buckets = {data.buckets}: give a multiple of 16, such as 32")
+    own = [f.name for f in FOLDERS if getattr(data, f.name) != f.default]
+    if data.source == "scenes" and own:
+        raise InputError(f"[data] {own[0]} is for a folder of pictures: name one in [data] source")
+    if objective.kind == "autoencoder" and (unread := [name for name in own if name != "buckets"]):
+        raise InputError(f"[data] {unread[0]} is for a transformer, not for an autoencoder: leave it out")
     _check_adapter(recipe)
     if objective.kind == "flow" and data.source == "scenes" and not data.count:
         raise InputError("[data] count = 0 does not cache scenes, but flow needs cached scenes: give their number")

@@ -82,6 +82,25 @@ class Data:
     sizes: tuple[tuple[int, int], ...] = key(
         ((128, 128),), "Widths and heights in pixels. Each picture gets the size with the nearest aspect ratio."
     )
+    buckets: int = key(
+        0,
+        "If above 0, each picture of a folder has a training size of its own, with sides that are multiples of this: "
+        "at most as many pixels as the first of `sizes`, and never larger than the picture.",
+        0,
+    )
+    trigger: str = key(
+        "",
+        "Words for what is taught. They replace [trigger] in a caption, or go before a caption without them.",
+    )
+    repeats: int = key(1, "How often each picture of the folder comes in an epoch.", 1, 10_000)
+    prior: str = key("", "Folder of other pictures of the same class, so that the model keeps what it knows of it.")
+    prior_caption: str = key("", "Caption of the pictures in `prior` that have none, such as `a mug`.")
+    prior_weight: float = key(1.0, "Weight of the loss on the pictures in `prior`.", 0, 100)
+    mask: str = key(
+        "", "Where the loss counts: `alpha` takes the pictures' transparency; a folder has a white-on-black NAME.png "
+        "for each picture. If empty, everywhere.",
+    )  # fmt: skip
+    mask_floor: float = key(0.0, "Weight of the loss where a mask is black.", 0, 1)
     count: int = key(
         20_000, "Number of scenes that are drawn and cached; 0 draws new scenes for each batch (autoencoder only).", 0
     )

@@ -28,6 +28,7 @@ from inkstream.train.data import (
     keep_latents,
     keep_pixels,
     keep_states,
+    stress_of,
     weights_key,
 )
 from inkstream.train.learner import Learner, Loss
@@ -169,7 +170,7 @@ class Flow:
             keys = [weights_key(begun.modules[name].state_dict(), getattr(begun.spec, name)) for name in self._encoders]
             key = [*keys, words, data.captions]
             cond = yield from last_of(keep_states(source, count, captions, cache, self.family, key))
-        yield Data(samples, captions, order, cond)
+        yield Data(samples, captions, order, cond, stress_of(source, count, self.family, data.mask_floor))
 
     def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
         return [(self.learners[0], partial(self._loss, step, self.data.place(step)))]
@@ -191,7 +192,8 @@ class Flow:
         if cond is not None:
             pooled = None if cond.pooled is None else cond.pooled.to(self.device)
             cond = replace(cond, tokens=cond.tokens.to(self.device), pooled=pooled)
-        return replace(batch, images=batch.images.to(self.device), cond=cond)
+        weights, masks = (None if each is None else each.to(self.device) for each in (batch.weights, batch.masks))
+        return replace(batch, images=batch.images.to(self.device), cond=cond, weights=weights, masks=masks)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
