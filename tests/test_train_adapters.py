@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,23 @@ import torch
 from PIL import Image
 
 from inkstream.engine.files.sources import locate
+from inkstream.families import adapter_names
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE
 from inkstream.nn.quant import PackedLinear
-from inkstream.train.adapters import slots_of
+from inkstream.train.adapterfile import write_adapter
+from inkstream.train.adapters import Slot, slots_of
 from inkstream.train.checkpoint import load_checkpoint
 from inkstream.train.loop import Resumed, export_last, train
 from inkstream.train.models import start
 from inkstream.train.objectives import flow, flow_error
 from inkstream.train.parallel import ALONE
 from inkstream.train.reading import as_recipe
-from inkstream.train.recipe import Recipe
+from inkstream.train.recipe import Adapter, Recipe
 from inkstream.train.tasks import Flow
 from inkstream.types import InputError
+from inkstream.weights.lora.read import read_lora
 
 SPECS = [BASE, DEV, KLEIN_BASE_4B]
 CPU = torch.device("cpu")
@@ -105,30 +109,68 @@ def test_streamed_blocks_give_the_gradients_of_resident_ones(tmp_path, folders, 
 # What is trained ----------------------------------------------------------------------------------------------------
 
 
+def slots(folder: Path, **adapter: Any) -> list[Slot]:
+    return slots_of(locate(folder).spec, Adapter(kind="lora", **adapter))
+
+
 def test_q_k_and_v_have_changes_of_their_own_and_refiners_have_none(folders):
-    source = locate(folders["zimage"])
-    part = source.family.parts["transformer"]
-    slots = slots_of(part, source.parts["transformer"].module, ())
-    width = source.spec.transformer.dim
-    assert [(slot.name, slot.rows) for slot in slots[:4]] == [
+    sizes = locate(folders["zimage"]).spec.transformer
+    found, width = slots(folders["zimage"]), sizes.dim
+    assert [(slot.name, slot.rows) for slot in found[:4]] == [
         ("layers.0.attention.to_q", slice(0, width)),
         ("layers.0.attention.to_k", slice(width, 2 * width)),
         ("layers.0.attention.to_v", slice(2 * width, 3 * width)),
-        ("layers.0.attention.to_out.0", slice(None)),
+        ("layers.0.attention.to_out.0", slice(0, width)),
     ]
-    assert len(slots) == 7 * source.spec.transformer.n_layers
-    queries = slots_of(part, source.parts["transformer"].module, ["*.to_q"])
+    assert len(found) == 7 * sizes.n_layers
+    queries = slots(folders["zimage"], layers=("*.to_q",))
     assert {slot.path.split(".")[0] for slot in queries} == {"layers", "noise_refiner", "context_refiner"}
     assert all(slot.rows == slice(0, width) for slot in queries)
+    fused = slots(folders["zimage"], layers=("layers.1.attention.qkv",))
+    assert [slot.name for slot in fused] == [f"layers.1.attention.to_{letter}" for letter in "qkv"]
 
 
 @pytest.mark.parametrize("spec", [DEV, KLEIN_BASE_4B], ids=lambda spec: spec.family)
 def test_attention_and_feed_forward_of_flux_change_and_modulation_does_not(folders, spec):
-    source = locate(folders[spec.family])
-    slots = slots_of(source.family.parts["transformer"], source.parts["transformer"].module, ())
-    paths = {slot.path for slot in slots}
+    found = slots(folders[spec.family])
+    paths = {slot.path for slot in found}
     assert {"double_blocks.0.img_attn.qkv", "double_blocks.0.txt_mlp.0", "single_blocks.1.linear2"} <= paths
     assert not any("mod" in path for path in paths)
+    apart = slots(folders[spec.family], format="diffusers", layers=("transformer_blocks.0.attn.to_q",))
+    assert [slot.path for slot in apart] == ["double_blocks.0.img_attn.qkv"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["zimage", "flux1", "flux2"])
+@pytest.mark.parametrize(
+    ("kind", "form"),
+    [("lora", "comfyui"), ("rslora", "kohya"), ("dora", "diffusers"), ("dora", "comfyui"), ("lokr", "lycoris")],
+)
+def test_the_file_of_an_adapter_gives_the_velocities_of_its_training(tmp_path, folders, pictures, family, kind, form):
+    adapter = {"kind": kind, "format": form, "rank": 2, "alpha": 3.0}
+    settings = recipe(folders[family], pictures, tmp_path, adapter=adapter)
+    task = prepared(settings)
+    (learner,) = task.learners
+    for step in range(3):
+        learner.advance(step, task.turns(step)[0][1])
+    path = write_adapter(tmp_path / "a.safetensors", settings, task.begun, learner.weights.masters, 3)
+    lora = read_lora(path, adapter_names(task.begun.spec))
+    batch, t = task._move(task.data.load(task.data.place(0))), torch.tensor([0.3, 0.5, 0.7])
+    noise = torch.randn(batch.images.shape, generator=torch.Generator().manual_seed(1))
+    transformer = task.begun.modules["transformer"]
+    with torch.no_grad():
+        ours = flow_error(task.family, batch, t, noise, task.around)
+        plain = flow_error(task.family, batch, t, noise)
+        for layer, change in lora.layers.items():
+            weight = transformer.get_submodule(layer).weight
+            own = weight.clone()
+            for part in change.parts:
+                weight[part.rows] += part.change.delta(own[part.rows])
+        merged = flow_error(task.family, batch, t, noise)
+    assert torch.allclose(ours, merged, rtol=1e-4)
+    assert not torch.allclose(ours, plain, rtol=1e-2)
+    assert lora.metadata["modelspec.architecture"].endswith("/lora")
+    assert as_recipe(tomllib.loads(lora.metadata["inkstream.recipe"])) == settings
 
 
 def test_the_loss_is_the_weighted_error_inside_the_mask(tmp_path, folders, pictures):
@@ -147,7 +189,7 @@ def test_the_loss_is_the_weighted_error_inside_the_mask(tmp_path, folders, pictu
     assert torch.allclose((both[0] + both[1]) / 2, exact)
 
 
-@pytest.mark.parametrize("kind", ["lora", "rslora"])
+@pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "lokr"])
 def test_steps_with_an_adapter_lower_the_loss_and_leave_the_model(tmp_path, folders, pictures, kind):
     task = prepared(recipe(folders["zimage"], pictures, tmp_path, adapter={"kind": kind}))
     transformer = task.begun.modules["transformer"]
@@ -191,6 +233,7 @@ def test_an_adapter_resumes_to_the_bit_while_the_model_stays(tmp_path, folders, 
         ({"model": {"train": ["text_encoder"]}}, r"an adapter changes the transformer alone"),
         ({"optimiser": {"kind": "muon"}}, r"take adamw for an adapter"),
         ({"run": {"parallel": "fsdp"}}, r"take ddp"),
+        ({"adapter": {"kind": "lokr", "format": "diffusers"}}, r"take comfyui, kohya or lycoris"),
         ({"run": {"graded": 2}}, r"\[run\] graded"),
         ({"run": {"compile": True}, "adapter": {"stream": True}}, r"set one to false"),
         ({"objective": {"kind": "autoencoder"}, "model": {"train": []}}, r"remove \[adapter\]"),

@@ -6,15 +6,14 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import inkstream
+from inkstream.families import adapter_names
 from inkstream.train.models import DTYPES, Start
 from inkstream.train.recipe import Recipe, as_tables, as_toml
 from inkstream.types import Spec
-from inkstream.weights.files import write_state
-from inkstream.weights.lora.changes import LowRank
+from inkstream.weights.lora.write import write_lora
 
 ARCHITECTURES = {"zimage": "Z-Image", "flux1": "flux-1-dev", "flux2": "flux-2-dev"}
 """Family -> its name in `modelspec.architecture`, as musubi-tuner and kohya's scripts write it."""
@@ -29,28 +28,18 @@ def write_adapter(path: Path, recipe: Recipe, begun: Start, tensors: Mapping[str
     """Write the adapter that a checkpoint's tensors hold. The file appears when it is complete. Returns its path."""
     assert begun.adapter is not None
     own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith("adapter.")}
-    lora, state = begun.adapter.lora(own), {}
-    for slot, part in zip(begun.adapter.slots, (part for layer in lora.layers.values() for part in layer.parts)):
-        assert isinstance(part.change, LowRank)
-        state[f"transformer.{slot.name}.lora_A.weight"] = part.change.down
-        state[f"transformer.{slot.name}.lora_B.weight"] = part.change.up
-        state[f"transformer.{slot.name}.alpha"] = torch.tensor(part.change.scale * part.change.rank)
-    state = {name: tensor.to("cpu", DTYPES[recipe.run.export]) for name, tensor in state.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_state(path, state, metadata_of(recipe, begun.spec, path.stem, step))
-    return path
+    names, said = adapter_names(begun.spec), metadata_of(recipe, begun.spec, path.stem, step)
+    return write_lora(path, begun.adapter.lora(own), names, recipe.adapter.format, said, DTYPES[recipe.run.export])
 
 
 def metadata_of(recipe: Recipe, base: Spec, name: str, step: int) -> dict[str, str]:
     """Return what the file says of itself: keys of kohya's scripts (ss_*), of modelspec 1.0.1, and the whole recipe."""
-    adapter, run, data = recipe.adapter, recipe.run, recipe.data
+    run, data = recipe.run, recipe.data
     sizes = ",".join(f"{width}x{height}" for width, height in data.sizes)
     facts = {
         "ss_base_model_version": base.family,
         "ss_sd_model_name": base.name,
-        "ss_network_module": f"inkstream.{adapter.kind}",
-        "ss_network_dim": adapter.rank,
-        "ss_network_alpha": adapter.alpha or adapter.rank,
         "ss_learning_rate": recipe.optimiser.lr,
         "ss_optimizer": recipe.optimiser.kind,
         "ss_resolution": sizes,
@@ -59,13 +48,13 @@ def metadata_of(recipe: Recipe, base: Spec, name: str, step: int) -> dict[str, s
         "ss_max_train_steps": run.steps,
         "ss_seed": run.seed,
         "ss_output_name": name,
-        "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{ARCHITECTURES.get(base.family, base.family)}/lora",
-        "modelspec.implementation": "https://github.com/inkstream/inkstream",
+        "modelspec.implementation": "inkstream",
         "modelspec.title": recipe.model.title or name,
         "modelspec.resolution": "x".join(map(str, data.sizes[0])),
         "modelspec.prediction_type": "flow",
+        "modelspec.trigger_phrase": data.trigger,
         "inkstream.version": inkstream.__version__,
         "inkstream.recipe": as_toml(as_tables(recipe)),
     }
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items()}
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in facts.items() if value != ""}

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 
-from inkstream.families import Part
+from inkstream.families import adapter_names, family_of
 from inkstream.nn.around.adapters import Adapter as Applied
 from inkstream.nn.quant import full_weight
 from inkstream.train.optim import reads_time
 from inkstream.train.recipe import Adapter
-from inkstream.types import InputError
-from inkstream.weights.keymap import matches, translate
-from inkstream.weights.lora.changes import Change, LayerChange, Lora, LowRank
+from inkstream.types import InputError, Spec
+from inkstream.weights.keymap import matches
+from inkstream.weights.lora.changes import Bound, Change, LayerChange, Lora, LowRank
 from inkstream.weights.lora.changes import Part as Rows
+from inkstream.weights.lora.factors import Dora, LoKr
 
 
 @dataclass(frozen=True)
@@ -27,78 +28,104 @@ class Slot:
 
     path: str  # the layer in our model
     rows: slice
-    name: str  # the layer in diffusers' layout
+    name: str  # these rows as a layer of the adapter's file
 
 
-def slots_of(part: Part, transformer: nn.Module, patterns: Sequence[str]) -> list[Slot]:
-    """Return what the patterns choose, in the model's order. transformer: may be on meta.
+def slots_of(spec: Spec, settings: Adapter) -> list[Slot]:
+    """Return what an adapter changes, in the model's order.
 
-    A pattern (`*` matches anything) matches our name of a layer, or diffusers' name of the layer or of some of its
+    A pattern (`*` matches anything) matches our name of a layer, or the file's name of the layer or of some of its
     rows. Without patterns: attention and feed-forward of all blocks but refiners, which other trainers choose too.
     Raises InputError for a pattern that matches nothing.
     """
-    slots = [
-        slot
-        for path, layer in transformer.named_modules()
-        if hasattr(layer, "in_features")
-        for slot in _rows_of(part, path, layer)
-    ]
-    if not patterns:
-        packed = (s for s in slots if any(matches(pattern, s.path) for pattern in part.packs))
-        return [slot for slot in packed if "refiner" not in slot.path and not reads_time(slot.path)]
+    names, packs = adapter_names(spec), family_of(spec.family).parts["transformer"].packs
+    places = names.places(names.written[settings.format]).items()
+    slots = [Slot(place.layer, place.rows, name) for name, place in places]
+    inside = [slot for slot in slots if any(matches(pattern, slot.path) for pattern in packs)]
+    usual = [slot for slot in inside if "refiner" not in slot.path and not reads_time(slot.path)]
+    if not settings.layers:
+        return usual
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in settings.layers:
         chosen = {s.name for s in slots if fnmatchcase(s.path, pattern) or fnmatchcase(s.name, pattern)}
         if not chosen:
-            there = slots_of(part, transformer, ())[0].name
-            raise InputError(f"[adapter] layers: {pattern!r} matches no layer of this model, which has such as {there}")
+            there = f"this model, which has such as {usual[0].name}"
+            raise InputError(f"[adapter] layers: {pattern!r} matches no layer of {there}")
         found |= chosen
     return [slot for slot in slots if slot.name in found]
-
-
-def _rows_of(part: Part, path: str, layer: nn.Module) -> Iterator[Slot]:
-    """Yield the layer whole, or in the row blocks that are layers of their own in diffusers' layout."""
-    height = int(layer.out_features)  # type: ignore[arg-type]
-    numbers = torch.arange(height).view(height, 1).expand(height, int(layer.in_features))  # type: ignore[arg-type]
-    theirs = translate(part.layouts.get("diffusers", ()), {f"{path}.weight": numbers}, back=True)
-    blocks: list[Slot] = []
-    for name, tensor in theirs.items():
-        assert isinstance(tensor, Tensor)
-        own = tensor.flatten(1)[:, 0]
-        if len(theirs) > 1 and not torch.equal(own, torch.arange(int(own[0]), int(own[0]) + len(own))):
-            break
-        rows = slice(int(own[0]), int(own[0]) + len(own)) if len(theirs) > 1 else slice(None)
-        blocks.append(Slot(path, rows, name.removesuffix(".weight")))
-    whole = len(theirs) == 1 or sum(slot.rows.stop - slot.rows.start for slot in blocks) == height
-    yield from blocks if whole else [Slot(path, slice(None), path)]
 
 
 # Weights ------------------------------------------------------------------------------------------------------------
 
 
-class LowRankWeights(nn.Module):
-    """The weights of a LoRA of some rows. At the start it changes nothing: down is random and up is zero."""
+Shape = tuple[int, int]
+"""(O, I) of the rows that a change is for."""
 
-    def __init__(
-        self, weight: Callable[[], Tensor], shape: tuple[int, int], settings: Adapter, generator: torch.Generator
-    ):
+
+class LowRankWeights(nn.Module):
+    """The weights of a LoRA. At the start it changes nothing: down is random, as in PEFT and kohya, and up is zero."""
+
+    def __init__(self, shape: Shape, settings: Adapter, generator: torch.Generator, weight: Callable[[], Tensor]):
         super().__init__()
         height, width = shape
         self.down = nn.Parameter(kaiming(settings.rank, width, generator))
         self.up = nn.Parameter(torch.zeros(height, settings.rank))
-        alpha = settings.alpha or settings.rank
-        self.scale = alpha / (math.sqrt(settings.rank) if settings.kind == "rslora" else settings.rank)
+        root = math.sqrt(settings.rank) if settings.kind == "rslora" else settings.rank
+        self.scale = (settings.alpha or settings.rank) / root
 
-    def change(self, weights: Mapping[str, Tensor]) -> Change:
-        return LowRank(weights["down"], weights["up"], self.scale)
-
-
-def kaiming(rank: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return uniform numbers with the bound 1 / sqrt(width), (rank, width), as PEFT and kohya begin with."""
-    return (torch.rand(rank, width, generator=generator) * 2 - 1) / math.sqrt(width)
+    def change(self, own: Mapping[str, Tensor]) -> Change:
+        return LowRank(own["down"], own["up"], self.scale)
 
 
-KINDS = {"lora": LowRankWeights, "rslora": LowRankWeights}
+class DoraWeights(LowRankWeights):
+    """The weights of a DoRA. The norms of the rows begin as those of the model's weight, and `gain` is what they gain.
+
+    So they stay exact where the computation is in bfloat16.
+    """
+
+    norms: Tensor
+
+    def __init__(self, shape: Shape, settings: Adapter, generator: torch.Generator, weight: Callable[[], Tensor]):
+        super().__init__(shape, settings, generator, weight)
+        self.gain = nn.Parameter(torch.zeros(shape[0], 1))
+        self.register_buffer("norms", weight().norm(dim=1, keepdim=True).cpu())
+
+    def change(self, own: Mapping[str, Tensor]) -> Change:
+        gain = own["gain"].float()
+        return Dora(super().change(own), self.norms.to(gain.device) * (1 + gain))
+
+
+class KroneckerWeights(nn.Module):
+    """The weights of a LoKr. The second factor is low-rank if that is smaller. A factor begins as zero."""
+
+    def __init__(self, shape: Shape, settings: Adapter, generator: torch.Generator, weight: Callable[[], Tensor]):
+        super().__init__()
+        rows, columns = (divisor(side, settings.factor) for side in shape)
+        height, width = shape[0] // rows, shape[1] // columns
+        self.w1 = nn.Parameter(kaiming(rows, columns, generator))
+        self.scale = 1.0
+        if settings.rank * (height + width) < height * width:
+            self.w2_b = nn.Parameter(kaiming(settings.rank, width, generator))
+            self.w2_a = nn.Parameter(torch.zeros(height, settings.rank))
+            self.scale = (settings.alpha or settings.rank) / settings.rank
+        else:
+            self.w2 = nn.Parameter(torch.zeros(height, width))
+
+    def change(self, own: Mapping[str, Tensor]) -> Change:
+        return LoKr(own["w1"], own["w2"] if "w2" in own else (own["w2_a"], own["w2_b"]), self.scale)
+
+
+def kaiming(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Return uniform numbers with the bound 1 / sqrt(columns)."""
+    return (torch.rand(rows, columns, generator=generator) * 2 - 1) / math.sqrt(columns)
+
+
+def divisor(side: int, most: int) -> int:
+    """Return the largest divisor of a side that is at most `most`."""
+    return next(number for number in range(most, 0, -1) if side % number == 0)
+
+
+KINDS = {"lora": LowRankWeights, "rslora": LowRankWeights, "dora": DoraWeights, "lokr": KroneckerWeights}
 """Kind of adapter -> the module that holds the weights of one of its changes."""
 
 
@@ -110,25 +137,53 @@ class LayerWeights(nn.Module):
         self.__dict__["layer"] = layer  # not a submodule: its weights are the model's
         self.slots = slots
         for number, slot in enumerate(slots):
-            height = len(range(int(layer.out_features))[slot.rows])  # type: ignore[arg-type]
-            shape = height, int(layer.in_features)  # type: ignore[arg-type]
-            if settings.rank > min(shape):
+            shape = slot.rows.stop - slot.rows.start, int(layer.in_features)  # type: ignore[arg-type]
+            if settings.kind != "lokr" and settings.rank > min(shape):
                 raise InputError(f"[adapter] rank = {settings.rank} is more than {slot.name}'s sides {shape}: lower it")
-            self.add_module(
-                str(number), KINDS[settings.kind](lambda slot=slot: self._weight(slot), shape, settings, generator)
-            )
+            kind = KINDS[settings.kind]
+            self.add_module(str(number), kind(shape, settings, generator, lambda rows=slot.rows: self._weight()[rows]))
 
     def forward(self, x: Tensor, plain: Tensor, out: Tensor) -> None:
-        for slot, weights in zip(self.slots, self.children()):
-            change = weights.change(dict(weights.named_parameters()))  # type: ignore[operator]
-            weight = self._weight(slot) if change.reads else None
-            bias = getattr(self.__dict__["layer"], "bias", None)
-            own = plain[:, slot.rows].clone() if change.reads else plain[:, slot.rows]  # out may be the same memory
-            bound = change.bind(weight, None if bias is None else bias[slot.rows], lambda tensor: tensor.to(x))
-            bound.add(x, own, out[:, slot.rows], 1.0)
+        changes = [weights.change(dict(weights.named_parameters())) for weights in self.children()]  # type: ignore[operator]
+        reads = any(change.reads for change in changes)
+        weight, bias = self._weight() if reads else None, getattr(self.__dict__["layer"], "bias", None)
+        plain = plain.clone() if reads else plain  # otherwise it may be the same memory as out
+        for slot, change in zip(self.slots, changes):
+            rows = slot.rows
+            own = None if weight is None else weight[rows]
+            bound = change.bind(own, None if bias is None else bias[rows], lambda tensor: tensor.to(x))
+            bound.add(x, plain[:, rows], out[:, rows], 1.0)
 
-    def _weight(self, slot: Slot) -> Tensor:
-        return full_weight(self.__dict__["layer"])[slot.rows].float()
+    def _weight(self) -> Tensor:
+        return full_weight(self.__dict__["layer"]).float()
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """An adapter's changes of one layer that do not learn, as `nn.around.adapters.Product`."""
+
+    bound: Sequence[tuple[slice, Bound]]
+
+    def __call__(self, x: Tensor, plain: Tensor, out: Tensor) -> None:
+        for rows, bound in self.bound:
+            bound.add(x, plain[:, rows], out[:, rows], 1.0)
+
+
+def fixed(lora: Lora, transformer: nn.Module, dtype: torch.dtype, device: torch.device) -> Applied:
+    """Return a file's adapter for a forward, at strength 1. dtype: that the transformer computes in.
+
+    Raises InputError if it changes more than products of layers with their inputs, or has changes that read weights.
+    """
+    others = [*lora.vectors, *lora.replaced, *(path for path, change in lora.layers.items() if change.bias is not None)]
+    reads = [path for path, change in lora.layers.items() if any(part.change.reads for part in change.parts)]
+    if others or reads:
+        what = f"{others[0]} is no product" if others else f"the change of {reads[0]} reads the weight"
+        raise InputError(f"[adapter] assistant: {what}, which training cannot apply: take a LoRA")
+
+    def bind(part: Rows) -> tuple[slice, Bound]:
+        return part.rows, part.change.bind(None, None, lambda tensor: tensor.to(device, dtype))
+
+    return Applied.of(transformer, {path: Fixed([bind(p) for p in own.parts]) for path, own in lora.layers.items()})
 
 
 class AdapterWeights(nn.Module):

@@ -141,10 +141,9 @@ def export_last(recipe: Recipe, folder: Path | str) -> tuple[int, Path]:
     if recipe.objective.kind == "autoencoder":
         raise InputError("an autoencoder is exported at the end of its run: lower run.steps to end it sooner")
     saved = load_checkpoint(folder / "checkpoints")
-    if recipe.adapter.kind != "none":  # streamed weights stay in their files, as nothing computes with them here
-        frozen = replace(
-            recipe, adapter=replace(recipe.adapter, base="", stream=True), run=replace(recipe.run, compile=False)
-        )
+    if recipe.adapter.kind != "none":
+        still = replace(recipe.adapter, stream=True)  # nothing computes with the base here: it stays in its files
+        frozen = replace(recipe, adapter=still, run=replace(recipe.run, compile=False))
         path = folder / f"{adapter_name(recipe, folder)}.safetensors"
         return saved.step, write_adapter(path, recipe, start(frozen), saved.ema or saved.weights, saved.step)
     begun = start(recipe)

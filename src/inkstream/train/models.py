@@ -112,7 +112,7 @@ def start(recipe: Recipe, device: torch.device = CPU) -> Start:
     modules = {part: module_of(part, config) for part, config in configs.items()}
     if recipe.adapter.kind == "none":
         return Start(kind, spec, modules, tokenizers, words, found)
-    slots = slots_of(kind.parts["transformer"], modules["transformer"], recipe.adapter.layers)
+    slots = slots_of(spec, recipe.adapter)
     adapter = AdapterWeights(modules["transformer"], slots, recipe.adapter, recipe.run.seed).to(device)
     return Start(kind, spec, modules, tokenizers, words, found, adapter)
 

@@ -126,6 +126,8 @@ def _check_adapter(recipe: Recipe) -> None:
         raise InputError("[optimiser] kind = muon trains the model's own matrices: take adamw for an adapter")
     if run.parallel == "fsdp":
         raise InputError("[run] parallel = fsdp shards weights that learn, and an adapter's are small: take ddp")
+    if adapter.kind == "lokr" and adapter.format == "diffusers":
+        raise InputError("[adapter] format = diffusers has no names for lokr: take comfyui, kohya or lycoris")
     if run.graded:
         raise InputError("[run] graded draws with the model's own weights, without its adapter: set it to 0")
     if adapter.stream and run.compile:

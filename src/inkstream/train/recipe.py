@@ -50,17 +50,22 @@ class Model:
 class Adapter:
     """A LoRA or a relative of it, which is trained beside a transformer whose own weights stay as they are."""
 
-    kind: Literal["none", "lora", "rslora"] = key(
+    kind: Literal["none", "lora", "rslora", "dora", "lokr"] = key(
         "none",
         "none trains the model's own weights. lora: scale alpha / rank (arXiv 2106.09685). rslora: scale "
-        "alpha / sqrt(rank) (arXiv 2312.03732).",
+        "alpha / sqrt(rank) (arXiv 2312.03732). dora: lora, and norms that learn (arXiv 2402.09353). lokr: Kronecker "
+        "products (arXiv 2309.14859).",
     )
     rank: int = key(32, "Rank of each layer's change.", 1, 4096)
     alpha: float = key(0.0, "Scale of the change, see `kind`; 0: equal to the rank.", 0)
+    factor: int = key(8, "lokr: the most for a side of the first factor, which divides the layer's side.", 1, 4096)
     layers: tuple[str, ...] = key(
         (),
-        "Patterns of the layers that change, such as `layers.*.attention.*`, in our names or diffusers'. If empty: "
-        "attention and feed-forward of all blocks but refiners.",
+        "Patterns of the layers that change, such as `layers.*.attention.*`, in our names or those of `format`. If "
+        "empty: attention and feed-forward of all blocks but refiners.",
+    )
+    format: Literal["comfyui", "kohya", "diffusers", "lycoris"] = key(
+        "comfyui", "Names in the adapter's file; comfyui is ai-toolkit's too, and kohya is musubi-tuner's."
     )
     base: Literal["", "fp8", "int8", "nf4", "int4", "q8_0", "q6_k", "q5_k", "q4_k"] = key(
         "",
