@@ -7,27 +7,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
+import inkstream
 from inkstream.engine.files.sources import locate
 from inkstream.families import adapter_names
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_BASE_4B
-from inkstream.families.zimage.specs import BASE
+from inkstream.families.zimage.specs import BASE, TURBO
 from inkstream.nn.quant import PackedLinear
 from inkstream.train.adapterfile import write_adapter
 from inkstream.train.adapters import Slot, slots_of
 from inkstream.train.checkpoint import load_checkpoint
-from inkstream.train.loop import Resumed, export_last, train
+from inkstream.train.few_steps import softened
+from inkstream.train.loop import Preview, Resumed, Warned, export_last, train
 from inkstream.train.models import start
 from inkstream.train.objectives import flow, flow_error
 from inkstream.train.parallel import ALONE
 from inkstream.train.reading import as_recipe
 from inkstream.train.recipe import Adapter, Recipe
 from inkstream.train.tasks import Flow
-from inkstream.types import InputError
+from inkstream.types import InputError, Request
 from inkstream.weights.lora.read import read_lora
 
 SPECS = [BASE, DEV, KLEIN_BASE_4B]
@@ -225,9 +228,72 @@ def test_an_adapter_resumes_to_the_bit_while_the_model_stays(tmp_path, folders, 
     assert (tmp_path / "whole" / "mine.safetensors").read_bytes() == tensors[0]
 
 
+def test_previews_come_before_the_first_step_and_every_n_with_the_same_seeds(tmp_path, folders, pictures):
+    run = {"steps": 4, "preview": 2, "prompts": ["all red", "all blue"]}
+    told = list(train(recipe(folders["zimage"], pictures, tmp_path / "cache", run=run), tmp_path / "run"))
+    assert [message.step for message in told if isinstance(message, Preview)] == [0, 2, 4]
+    assert not any(isinstance(message, Warned) for message in told)
+    task = prepared(recipe(folders["zimage"], pictures, tmp_path / "cache", run=run))
+    before = np.asarray(task.sheet())  # up is zero
+    with Image.open(tmp_path / "run" / "previews" / "step-00000000.png") as sheet:
+        assert np.array_equal(np.asarray(sheet), before)
+    request = Request.model_validate({"prompt": "all blue", "seed": 1, "width": 32, "height": 32, "steps": 2})
+    served = inkstream.load(folders["zimage"], inkstream.Machine("cpu", "fp32"))
+    pixels = served.decode(served.sample(request, served.encode(request)))[0]
+    drawn = torch.from_numpy(before[:, 34:66].copy()).permute(2, 0, 1) / 255
+    assert (drawn - pixels).abs().max() < 0.01
+
+
+def test_an_assistant_is_on_while_training_and_left_out_of_previews_and_result(tmp_path, folders, pictures):
+    plain = recipe(folders["zimage"], pictures, tmp_path)
+    task = prepared(plain)
+    gradients(task)  # gives `up` numbers
+    own = task.learners[0].weights.live
+    path = write_adapter(tmp_path / "assistant.safetensors", plain, task.begun, own, 1)
+    helped = prepared(recipe(folders["zimage"], pictures, tmp_path, adapter={"assistant": str(path)}))
+    batch, t = task._move(task.data.load(task.data.place(0))), torch.tensor([0.3, 0.5, 0.7])
+    noise = torch.randn(batch.images.shape)
+    with torch.no_grad():
+        assert torch.allclose(
+            flow_error(helped.family, batch, t, noise, helped.around),
+            flow_error(task.family, batch, t, noise, task.around),
+        )
+        assert torch.equal(
+            flow_error(helped.family, batch, t, noise, helped.drawing), flow_error(task.family, batch, t, noise)
+        )
+    assert helped.learners[0].weights.masters.keys() == own.keys()
+    with pytest.raises(InputError, match=r"nothing\.safetensors"):
+        prepared(recipe(folders["zimage"], pictures, tmp_path, adapter={"assistant": "nothing.safetensors"}))
+
+
+def test_a_distilled_model_is_warned_of_and_the_base_is_checked_on_it(tmp_path, folders, pictures, make_folder):
+    turbo = make_folder(tmp_path / "turbo", TURBO.tiny, seed=2)
+    run = {"steps": 1, "prompts": ["all red"]}
+    model = {"from": str(turbo), "name": "mine"}
+    told = list(train(recipe(turbo, pictures, tmp_path, model=model, run=run), tmp_path / "on-turbo"))
+    assert ["distilled to 2 steps, and training unlearns this" in m.text for m in told if isinstance(m, Warned)] == [
+        True
+    ]
+    adapter = {"transfer": str(turbo), "kind": "dora"}
+    told = list(train(recipe(folders["zimage"], pictures, tmp_path, adapter=adapter, run=run), tmp_path / "on-base"))
+    (weak,) = [message.text for message in told if isinstance(message, Warned)]
+    assert "changes the pictures of turbo by" in weak
+    with Image.open(tmp_path / "on-base" / "previews" / "transfer.png") as sheet:
+        assert sheet.size == (32, 66)
+    assert told[-1].model == tmp_path / "on-base" / "mine.safetensors"
+
+
+def test_pictures_that_lost_their_edges_are_warned_of():
+    sharp = Image.effect_noise((64, 64), 60).convert("RGB")
+    soft = sharp.filter(ImageFilter.GaussianBlur(2))
+    assert softened(sharp, sharp) == ""
+    assert "as sharp as without the adapter: drawing in few steps breaks" in softened(soft, sharp)
+
+
 @pytest.mark.parametrize(
     ("table", "message"),
     [
+        ({"adapter": {"transfer": "z-image-turbo"}}, r"give some in \[run\] prompts"),
         ({"adapter": {"kind": "none", "rank": 4}}, r'\[adapter\] has rank but no kind.*add kind = "lora"'),
         ({"model": {"from": ""}}, r"\[adapter\] needs a model to change: name one in \[model\] from"),
         ({"model": {"train": ["text_encoder"]}}, r"an adapter changes the transformer alone"),

@@ -18,7 +18,7 @@ EVERY = 10.0
 def train(recipe: str, output: str | None, resume: bool, only_export: bool, changes: list[str], json: bool) -> int:
     """Train from a recipe. Returns the exit code: 130 if the run was interrupted, after saving."""
     from inkstream.cli.lines import print_json
-    from inkstream.train.loop import Finished, Graded, HeldOut, Preview, Progress, Resumed, Saved, export_last
+    from inkstream.train.loop import Finished, Graded, HeldOut, Preview, Progress, Resumed, Saved, Warned, export_last
     from inkstream.train.loop import train as run
     from inkstream.train.reading import read_recipe
 
@@ -45,6 +45,8 @@ def train(recipe: str, output: str | None, resume: bool, only_export: bool, chan
             elif isinstance(message, Graded):
                 values = ", ".join(f"{name} {value:.0%}" for name, value in message.values.items())
                 terminal.say(f"step {message.step} graded: {values}")
+            elif isinstance(message, Warned):
+                terminal.say(f"warning: {message.text}")
             elif isinstance(message, Preview):
                 terminal.say(f"drew {message.path}")
             elif isinstance(message, Resumed):

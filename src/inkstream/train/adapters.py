@@ -165,6 +165,7 @@ class Fixed:
     bound: Sequence[tuple[slice, Bound]]
 
     def __call__(self, x: Tensor, plain: Tensor, out: Tensor) -> None:
+        plain = plain.clone() if plain.data_ptr() == out.data_ptr() else plain  # DoRA reads it, and parts may overlap
         for rows, bound in self.bound:
             bound.add(x, plain[:, rows], out[:, rows], 1.0)
 
@@ -172,18 +173,21 @@ class Fixed:
 def fixed(lora: Lora, transformer: nn.Module, dtype: torch.dtype, device: torch.device) -> Applied:
     """Return a file's adapter for a forward, at strength 1. dtype: that the transformer computes in.
 
-    Raises InputError if it changes more than products of layers with their inputs, or has changes that read weights.
+    Raises InputError if it changes more than the weights of layers.
     """
     others = [*lora.vectors, *lora.replaced, *(path for path, change in lora.layers.items() if change.bias is not None)]
-    reads = [path for path, change in lora.layers.items() if any(part.change.reads for part in change.parts)]
-    if others or reads:
-        what = f"{others[0]} is no product" if others else f"the change of {reads[0]} reads the weight"
-        raise InputError(f"[adapter] assistant: {what}, which training cannot apply: take a LoRA")
+    if others:
+        raise InputError(f"an adapter changes {others[0]}, which is no layer's weight: it can only be merged")
 
-    def bind(part: Rows) -> tuple[slice, Bound]:
-        return part.rows, part.change.bind(None, None, lambda tensor: tensor.to(device, dtype))
+    def bind(layer: nn.Module, part: Rows) -> tuple[slice, Bound]:
+        weight = full_weight(layer)[part.rows].float() if part.change.reads else None
+        bias = getattr(layer, "bias", None)
+        own = None if bias is None else bias[part.rows]
+        return part.rows, part.change.bind(weight, own, lambda tensor: tensor.to(device, dtype))
 
-    return Applied.of(transformer, {path: Fixed([bind(p) for p in own.parts]) for path, own in lora.layers.items()})
+    layers = {path: transformer.get_submodule(path) for path in lora.layers}
+    products = {path: Fixed([bind(layers[path], part) for part in own.parts]) for path, own in lora.layers.items()}
+    return Applied.of(transformer, products)
 
 
 class AdapterWeights(nn.Module):

@@ -10,12 +10,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.machine.loader import choose_device
 from inkstream.train.adapterfile import adapter_name, write_adapter
 from inkstream.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from inkstream.train.few_steps import check_transfer, is_distilled, softened, unlearning
 from inkstream.train.metrics import Metrics
 from inkstream.train.models import DTYPES, Start, export, start
 from inkstream.train.parallel import Team, join_team, own_device
@@ -87,6 +89,14 @@ class Graded:
 
 
 @dataclass(frozen=True)
+class Warned:
+    """Something that the user should know before the result is used."""
+
+    step: int
+    text: str
+
+
+@dataclass(frozen=True)
 class Finished:
     """The run ends. model: the exported folder, or an adapter's file, if all steps are done; why: of an earlier end."""
 
@@ -95,7 +105,7 @@ class Finished:
     why: str = ""
 
 
-Message = Preparing | Resumed | Progress | Saved | Preview | HeldOut | Graded | Finished
+Message = Preparing | Resumed | Progress | Saved | Preview | HeldOut | Graded | Warned | Finished
 Grade = Callable[[Model], Mapping[str, float]]
 """Draws with a model and returns the share of requests that the pictures meet, by question."""
 
@@ -176,6 +186,10 @@ def _run(
     if team.leads and (changed or not resume):
         keep_recipe(recipe, folder, training.step)
     metrics = Metrics(folder if team.leads else None, training.step)
+    if begun.adapter is not None and training.step == 0:
+        if is_distilled(begun.spec) and not recipe.adapter.assistant:
+            yield Warned(0, unlearning(begun.spec))
+        yield from _look(training, metrics, folder, grade)
     flops, peak = 0.0, 1.0
     if training.step < run.steps:
         yield Preparing("measuring speed")
@@ -233,7 +247,14 @@ def _run(
     if training.step < run.steps:
         yield Finished(training.step, None, why)
         return
-    yield Finished(training.step, training.export(folder))
+    path = training.export(folder)
+    if recipe.adapter.transfer and team.leads:
+        del training, task, begun, save  # the model's memory is for the distilled one
+        yield Preparing(f"drawing with {recipe.adapter.transfer}")
+        warnings = check_transfer(recipe, path, folder / "previews" / "transfer.png", device)
+        yield Preview(run.steps, folder / "previews" / "transfer.png")
+        yield from (Warned(run.steps, warning) for warning in warnings)
+    yield Finished(run.steps, path)
 
 
 def _look(training: Training, metrics: Metrics, folder: Path, grade: Grade | None) -> Iterator[Message]:
@@ -245,7 +266,7 @@ def _look(training: Training, metrics: Metrics, folder: Path, grade: Grade | Non
 
     if not any(map(due, (run.held_out, run.preview, run.graded))):
         return
-    told: list[HeldOut | Preview | Graded] = []
+    told: list[HeldOut | Preview | Graded | Warned] = []
     with training.averaged():
         if due(run.held_out):
             told.append(HeldOut(step, task.measure()))
@@ -261,6 +282,11 @@ def _look(training: Training, metrics: Metrics, folder: Path, grade: Grade | Non
                 path.parent.mkdir(parents=True, exist_ok=True)
                 sheet.save(path)
             told.append(Preview(step, path))
+            first = path.with_name("step-00000000.png")
+            if step and training.begun.adapter is not None and is_distilled(training.begun.spec) and first.is_file():
+                with Image.open(first) as before:
+                    if warning := softened(sheet, before):
+                        told.append(Warned(step, warning))
     for message in told:
         if isinstance(message, HeldOut):
             metrics.add({"step": step, "held_out": message.values})

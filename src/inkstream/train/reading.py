@@ -130,6 +130,8 @@ def _check_adapter(recipe: Recipe) -> None:
         raise InputError("[adapter] format = diffusers has no names for lokr: take comfyui, kohya or lycoris")
     if run.graded:
         raise InputError("[run] graded draws with the model's own weights, without its adapter: set it to 0")
+    if adapter.transfer and not run.prompts:
+        raise InputError("[adapter] transfer draws the prompts of previews: give some in [run] prompts")
     if adapter.stream and run.compile:
         raise InputError("[run] compile compiles resident blocks, and [adapter] stream moves them: set one to false")
 

@@ -72,6 +72,16 @@ class Adapter:
         "Number format that the frozen transformer is packed to when it is read. If empty, it stays as it is in its "
         "files, which may be packed already (fp8, nf4, GGUF); weights that are not packed have the run's `dtype`.",
     )
+    assistant: str = key(
+        "",
+        "An adapter's file, such as a de-distillation adapter, that is on while this one learns. It is neither in "
+        "previews nor in the result.",
+    )
+    transfer: str = key(
+        "",
+        "A distilled model of the same architecture. At the end, it draws the prompts in its few steps, with and "
+        "without the adapter, into previews/transfer.png.",
+    )
     stream: bool = key(
         False,
         "The transformer's blocks stay in host memory, and each is on the device only while it computes. Includes "

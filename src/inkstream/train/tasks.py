@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.model import Model, advance
+from inkstream.families import adapter_names
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.vae import Autoencoder
-from inkstream.train.adapters import AdapterWeights
+from inkstream.train.adapters import AdapterWeights, fixed
 from inkstream.train.data import (
     Data,
     Endless,
@@ -49,6 +50,7 @@ from inkstream.train.pictures import Source, Split, open_source
 from inkstream.train.recipe import Recipe
 from inkstream.train.stream import stream_backward
 from inkstream.types import InputError, Request, Spec
+from inkstream.weights.lora.read import read_lora
 
 SALT_STEP, SALT_CROP, SALT_HELD_OUT = range(3)
 """Salts: random numbers for different uses of one seed are independent."""
@@ -115,7 +117,7 @@ class Flow:
         if missing := sorted(begun.spec.abilities & {"fill", "map"}):
             why = f"needs an input picture ({missing[0]}), which training cannot give"
             raise InputError(f"{begun.spec.name} {why}: take another model")
-        self.around = NOTHING
+        self.around = self.drawing = NOTHING  # while learning, and in previews
         if begun.adapter is None:
             for name, module in begun.modules.items():
                 whole = name in self.learning or name == "vae"
@@ -126,7 +128,12 @@ class Flow:
 
     def _adapt(self, transformer: nn.Module, adapter: AdapterWeights) -> None:
         """Let the adapter learn in the transformer's place."""
-        self.around = Around(adapters=(adapter.apply_to(transformer),))
+        ours = adapter.apply_to(transformer)
+        helpers = ()
+        if place := self.recipe.adapter.assistant:
+            lora = read_lora(Path(place).expanduser(), adapter_names(self.begun.spec))
+            helpers = (fixed(lora, transformer, DTYPES[self.recipe.run.dtype], self.device),)
+        self.around, self.drawing = Around(adapters=(*helpers, ours)), Around(adapters=(ours,))
         if self.recipe.run.compile:
             compile_blocks(transformer)
         if self.recipe.adapter.stream:
@@ -226,7 +233,7 @@ class Flow:
         for i, ids in enumerate(prompts):
             cond = self.family.encode_tokens([ids, empty])
             drawn = model.start(
-                complete(Request.model_validate({"seed": i}), model.spec), cond, None, around=self.around
+                complete(Request.model_validate({"seed": i}), model.spec), cond, None, around=self.drawing
             )
             while drawn.query is not None:
                 advance(model.family, [drawn])
