@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from inkstream.train.optim import (
 )
 from inkstream.train.recipe import Optimiser, Run
 from inkstream.train.weights import Weights
+from inkstream.types import InputError
 
 
 def weights_of_a_small_model(dtype=torch.float32) -> tuple[nn.Module, Weights]:
@@ -157,8 +159,16 @@ def test_the_average_is_used_for_as_long_as_asked_and_no_longer():
     assert all(torch.equal(p, before[name]) for name, p in weights.live.items())
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+PACKAGES = {"prodigy": "prodigyopt", "adamw8bit": "bitsandbytes"}
+KINDS = ["adamw", "muon", "adafactor", "prodigy", pytest.param("adamw8bit", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
 def test_an_optimiser_goes_on_as_if_it_had_not_stopped(kind):
+    if kind in PACKAGES:
+        pytest.importorskip(PACKAGES[kind], reason=f"needs {PACKAGES[kind]}: pip install 'inkstream[train]'")
+
     def steps(weights, optimisers, count, seed):
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
@@ -167,7 +177,7 @@ def test_an_optimiser_goes_on_as_if_it_had_not_stopped(kind):
             for optimiser in optimisers:
                 optimiser.step()
 
-    settings = Optimiser(kind=kind)
+    settings = Optimiser(kind=kind, lr=1.0 if kind == "prodigy" else 1e-3)
     _, first = weights_of_a_small_model()
     optimisers = make_optimiser(first, settings)
     steps(first, optimisers, 3, seed=1)
@@ -181,6 +191,26 @@ def test_an_optimiser_goes_on_as_if_it_had_not_stopped(kind):
     load_optimiser_state(again, second, state)
     steps(second, again, 3, seed=2)
     assert all(torch.equal(first.masters[name], second.masters[name]) for name in copy)
+
+
+@pytest.mark.parametrize(("kind", "other"), [("adamw", "muon"), ("adafactor", "adamw"), ("adamw", "adafactor")])
+def test_the_state_of_another_optimiser_is_refused(kind, other):
+    _, weights = weights_of_a_small_model()
+    optimisers = make_optimiser(weights, Optimiser(kind=kind))
+    for master in weights.masters.values():
+        master.grad = torch.ones(master.shape)
+    for optimiser in optimisers:
+        optimiser.step()
+    with pytest.raises(InputError, match="kind differs from the checkpoint's"):
+        load_optimiser_state(
+            make_optimiser(weights, Optimiser(kind=other)), weights, optimiser_state(optimisers, weights)
+        )
+
+
+def test_a_package_that_is_not_there_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(InputError, match=r"kind = prodigy needs prodigyopt: pip install 'inkstream\[train\]'"):
+        make_optimiser(weights_of_a_small_model()[1], Optimiser(kind="prodigy", lr=1.0))
 
 
 @pytest.mark.parametrize("rows", [1, 3, 6])

@@ -1,10 +1,12 @@
-"""Optimisers (Muon and AdamW), the learning rate schedule, and averaged weights (EMA)."""
+"""Optimisers, the learning rate schedule, and averaged weights (EMA)."""
 
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +24,10 @@ UPDATE_RMS = 0.2
 
 
 def make_optimiser(weights: Weights, settings: Optimiser) -> list[torch.optim.Optimizer]:
-    """Return AdamW for all weights, or Muon for the matrices inside blocks and AdamW for the rest."""
+    """Return the optimiser of all weights; with Muon, that of the matrices inside blocks and AdamW for the rest.
+
+    Raises InputError if a package of the extra `train` is missing.
+    """
     names = [name for name, w in weights.live.items() if settings.kind == "muon" and is_block_matrix(name, w)]
     rest = {name: w for name, w in weights.masters.items() if name not in set(names)}
     decayed = [w for name, w in rest.items() if w.ndim >= 2 and not is_embedding(name)]
@@ -34,11 +39,30 @@ def make_optimiser(weights: Weights, settings: Optimiser) -> list[torch.optim.Op
     groups = [group for group in groups if group["params"]]
     found: list[torch.optim.Optimizer] = []
     if groups:
-        found.append(AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True))
+        found.append(_make(groups, settings))
     if names:
         masters, live = [weights.masters[name] for name in names], [weights.live[name] for name in names]
         found.append(Muon(masters, settings.lr_muon, settings.momentum, settings.weight_decay, live))
     return found
+
+
+def _make(groups: list[dict[str, Any]], settings: Optimiser) -> torch.optim.Optimizer:
+    if settings.kind == "adafactor":
+        return torch.optim.Adafactor(groups, lr=settings.lr)
+    if settings.kind == "prodigy":
+        prodigy = _imported("prodigyopt", settings.kind).Prodigy
+        careful = settings.warmup > 0  # as its author advises for diffusion models
+        return prodigy(groups, lr=settings.lr, betas=settings.betas, safeguard_warmup=careful, use_bias_correction=True)
+    if settings.kind == "adamw8bit":
+        return _imported("bitsandbytes", settings.kind).optim.AdamW8bit(groups, lr=settings.lr, betas=settings.betas)
+    return AdamW(groups, lr=settings.lr, betas=settings.betas, fused=True)
+
+
+def _imported(package: str, kind: str) -> Any:
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(f"[optimiser] kind = {kind} needs {package}: pip install 'inkstream[train]'") from error
 
 
 def is_block_matrix(name: str, weight: Tensor) -> bool:
@@ -148,28 +172,62 @@ def update_ema(ema: Sequence[Tensor], weights: Sequence[Tensor], decay: float) -
     torch._foreach_lerp_(list(ema), list(weights), 1 - decay)
 
 
+NEEDED: dict[str, set[str]] = {
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum"},
+    "Adafactor": {"step", "variance"},
+    "Prodigy": {"step", "s", "p0", "exp_avg", "exp_avg_sq", "group_d", "group_d_max", "group_d_numerator", "group_k"},
+    "AdamW8bit": {"step", "state1", "state2"},
+}
+"""Class of an optimiser -> its state. `group_` stands before a number of a parameter group, kept with its weights."""
+MORE = {"Adafactor": {"row_var", "col_var"}, "AdamW8bit": {"qmap1", "qmap2", "absmax1", "absmax2"}}
+"""More state that large weights have, or matrices."""
+
+
 def optimiser_state(optimisers: Sequence[torch.optim.Optimizer], weights: Weights) -> dict[str, Tensor]:
-    """Return the optimisers' state, unsharded, by `kind.weight name`. All processes must call it."""
-    return {
-        f"{what}.{name}": whole(value, weights.live[name])
-        for name, master in weights.masters.items()
-        for optimiser in optimisers
-        for what, value in sorted(optimiser.state.get(master, {}).items())
-    }
+    """Return the optimisers' state, unsharded, by `kind.weight name`. All processes must call it.
+
+    Integers and floats of Python become scalars of 64 bits.
+    """
+    names = {id(master): name for name, master in weights.masters.items()}
+    found: dict[str, Tensor] = {}
+    for optimiser in optimisers:
+        numbers = sorted(key for key in NEEDED[type(optimiser).__name__] if key.startswith("group_"))
+        for group in optimiser.param_groups:
+            for master in group["params"]:
+                own = dict(sorted(optimiser.state.get(master, {}).items()))
+                own |= {key: group[key.removeprefix("group_")] for key in numbers if own}
+                for what, value in own.items():
+                    name = names[id(master)]
+                    tensor = value if isinstance(value, Tensor) else torch.tensor(value, dtype=_wide(value))
+                    found[f"{what}.{name}"] = whole(tensor, weights.live[name])
+    return found
+
+
+def _wide(number: float) -> torch.dtype:
+    return torch.int64 if isinstance(number, int) else torch.float64
 
 
 def load_optimiser_state(
     optimisers: Sequence[torch.optim.Optimizer], weights: Weights, state: Mapping[str, Tensor]
 ) -> None:
     """Restore a state of `optimiser_state`. Raises InputError if it is of another optimiser."""
-    owners = {id(p): optimiser for optimiser in optimisers for g in optimiser.param_groups for p in g["params"]}
-    kinds = {AdamW: {"step", "exp_avg", "exp_avg_sq"}, Muon: {"momentum"}}
+    owners = {id(p): (optimiser, g) for optimiser in optimisers for g in optimiser.param_groups for p in g["params"]}
+    seen: dict[str, set[str]] = {}  # class of an optimiser -> the state that is found
     for key, value in state.items():
         what, _, name = key.partition(".")
         master = weights.masters[name]
-        owner = owners[id(master)]
-        if what not in kinds[type(owner)]:
+        owner, group = owners[id(master)]
+        seen.setdefault(type(owner).__name__, set()).add(what)
+        if what.startswith("group_"):
+            group[what.removeprefix("group_")] = value.item()
+        elif value.ndim == 0 and value.dtype in (torch.int64, torch.float64):
+            owner.state[master][what] = value.item()
+        else:
+            part = cut(value, weights.live[name])
+            on_device = what != "step" or master.is_cuda  # the fused kernel reads `step` on its own device
+            owner.state[master][what] = part.to(master.device if on_device else "cpu", copy=True)
+    for kind, found in seen.items():
+        some = NEEDED[kind] - {"variance"} if kind == "Adafactor" else NEEDED[kind]
+        if not some <= found <= NEEDED[kind] | MORE.get(kind, set()):
             raise InputError("[optimiser] kind differs from the checkpoint's: restore it, or start from the weights")
-        part = cut(value, weights.live[name])
-        on_device = what != "step" or master.is_cuda  # the fused kernel reads `step` on its own device
-        owner.state[master][what] = part.to(master.device if on_device else "cpu", copy=True)

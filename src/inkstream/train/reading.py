@@ -95,6 +95,11 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"[data] {own[0]} is for a folder of pictures: name one in [data] source")
     if objective.kind == "autoencoder" and (unread := [name for name in own if name != "buckets"]):
         raise InputError(f"[data] {unread[0]} is for a transformer, not for an autoencoder: leave it out")
+    kind, lr = recipe.optimiser.kind, recipe.optimiser.lr
+    if kind == "prodigy" and lr < 0.1:
+        raise InputError(f"[optimiser] lr = {lr:g}: prodigy multiplies the rate that it finds by this, set it to 1")
+    if run.parallel == "fsdp" and kind not in ("adamw", "muon"):
+        raise InputError(f"[optimiser] kind = {kind} cannot be sharded: take adamw, or [run] parallel = ddp")
     _check_adapter(recipe)
     if objective.kind == "flow" and data.source == "scenes" and not data.count:
         raise InputError("[data] count = 0 does not cache scenes, but flow needs cached scenes: give their number")

@@ -159,10 +159,14 @@ class Objective:
 class Optimiser:
     """The optimiser."""
 
-    kind: Literal["adamw", "muon"] = key("adamw", "muon trains matrices inside blocks, and adamw all others.")
-    lr: float = key(1e-3, "Learning rate of adamw.", 0)
+    kind: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "muon"] = key(
+        "adamw",
+        "adamw8bit: states in 8 bits. adafactor: factored states. prodigy: finds its rate. muon: trains matrices "
+        "inside blocks, and adamw all others. adamw8bit and prodigy need the extra `train`.",
+    )
+    lr: float = key(1e-3, "Learning rate of all kinds, and of muon's adamw; prodigy multiplies its own by it: 1.", 0)
     lr_muon: float = key(1e-3, "Learning rate of muon.", 0)
-    betas: tuple[float, float] = key((0.9, 0.95), "Betas of adamw.")
+    betas: tuple[float, float] = key((0.9, 0.95), "Betas of adamw, adamw8bit and prodigy.")
     momentum: float = key(0.95, "Momentum of muon.", 0, 1)
     weight_decay: float = key(0.01, "Weight decay of matrices; norms, biases and embeddings have no decay.", 0)
     warmup: int = key(100, "Warmup steps: the learning rate rises linearly from 0.", 0)
