@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from inkstream.cli import app
-from inkstream.cli.generate import Wish
+from inkstream.cli.generate import NAMES, Wish
 from inkstream.engine.files.cards import write_card
 from inkstream.engine.files.licences import FREE
 from inkstream.families import SPECS
@@ -57,7 +57,7 @@ def test_the_page_of_the_models_names_every_key_of_a_card_and_every_ability():
 def test_every_field_of_a_request_is_an_option_of_generate_with_its_description():
     options = {argument.name: argument for argument in renderer().arguments("generate")}
     for name, field in Request.model_fields.items():
-        option = options["--" + name.replace("_", "-")]
+        option = options[NAMES.get(name) or "--" + name.replace("_", "-")]
         assert option.parameter.help == field.description
         assert option.field_info.default == field.default
 

@@ -29,6 +29,7 @@ from inkstream.engine.machine.loader import open_model
 from inkstream.engine.machine.memory import Placing
 from inkstream.engine.machine.parallel import Crew, Way, choose_way, join_crew
 from inkstream.engine.machine.placement import Placed
+from inkstream.families import adapter_names
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE, TURBO
@@ -41,6 +42,8 @@ from inkstream.quant.pack import pack
 from inkstream.quant.packed import take_columns, unpack
 from inkstream.types import Conditioning, InputError, Machine, Request, Spec
 from inkstream.weights.files import read_state, write_state
+from inkstream.weights.lora.changes import LayerChange, Lora, LowRank, Part
+from inkstream.weights.lora.write import write_lora
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
             "--rdzv-endpoint", "localhost:0"]  # fmt: skip
@@ -71,7 +74,7 @@ def adapter(transformer: Any, seed: int) -> Around:
     for name, layer in transformer.named_modules():
         if isinstance(layer, torch.nn.Linear):
             down, up = (normal(1, n, seed=seed + n) * 0.1 for n in (layer.in_features, layer.out_features))
-            products[name] = lambda x, out, down=down, up=up: out + (x @ down.T) @ up
+            products[name] = lambda x, plain, out, down=down, up=up: out.add_((x @ down.T) @ up)
     return Around(adapters=(Adapter.of(transformer, products),))
 
 
@@ -201,13 +204,15 @@ WISHES: dict[str, tuple[Way | None, dict[str, Any]]] = {
     "drawn by two prompts": (None, {}),
     "drawn by context": (None, {"guidance": 1}),
     "drawn by tensor": ("tensor", {}),
+    "drawn by context with an adapter": ("context", {"loras": ["lora:0.5"]}),
+    "drawn by tensor with an adapter": ("tensor", {"loras": ["lora:0.5"]}),
 }
 """The way (None: chosen by the processes), and the fields of the request in addition to WISH."""
 
 
 def draw(folder: Path, asked: dict[str, Any], crew: Crew | None = None) -> tuple[Engine, list[Tensor]]:
     """The pictures of a wish, (H, W, 3), by an engine that reads the model's files."""
-    engine = Engine(Machine("cpu"), crew=crew)
+    engine = Engine(Machine("cpu", lora_folder=str(folder.parent)), crew=crew)
     request = Request.model_validate({**WISH, "model": str(folder), **asked})
     if crew is not None and crew.rank > 0:
         request = Request.model_validate({})  # the first process's is drawn
@@ -249,6 +254,12 @@ def main(folder: Path) -> None:
 def folder(tmp_path_factory, make_folder) -> Path:
     folder = tmp_path_factory.mktemp("parallel")
     make_folder(folder / "model", GUIDED_FLUX2)
+    names, by = adapter_names(GUIDED_FLUX2), torch.Generator().manual_seed(0)
+    layers = {
+        path: LayerChange([Part(LowRank(torch.randn(2, i, generator=by), torch.randn(o, 2, generator=by) / i))])
+        for path, (o, i) in names.layers.items()
+    }
+    write_lora(folder / "lora.safetensors", Lora(layers), names, "diffusers")
     return folder
 
 

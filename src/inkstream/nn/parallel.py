@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -241,6 +241,13 @@ def share_layers(module: nn.Module, group: Group) -> None:
                 share_block(block, group)
 
 
+class Kept(NamedTuple):
+    """What a process keeps of a layer. side: "out" or "in", what is shared out; runs: (start, stop) of each run."""
+
+    side: str
+    runs: tuple[tuple[int, int], ...]
+
+
 def share_block(block: Any, group: Group) -> None:
     """`share_layers` for one block, which declares its layers in `shares`."""
     heads = heads_of(block)
@@ -258,6 +265,7 @@ def share_block(block: Any, group: Group) -> None:
             runs.append((start + own.start * unit, start + own.stop * unit))
             start += total
         own_layer = cut_outputs(layer, runs) if side == "out" else sum_outputs(cut_inputs(layer, runs), group)
+        own_layer.kept = Kept(side, tuple(runs))  # type: ignore[assignment]
         above, _, last = name.rpartition(".")
         setattr(block.get_submodule(above), last, own_layer)
     for inner in block.modules():

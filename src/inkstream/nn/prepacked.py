@@ -37,6 +37,7 @@ class PrepackedLinear(nn.Module):
         self.bias = layer.bias
         self._plain: Tensor | None = layer.weight.detach()
         self._mapped = mapped
+        self.kept = getattr(layer, "kept", None)  # see `parallel.Kept`
         self._like = torch.empty(1).expand(layer.weight.shape)  # torch asks only for its shape and dtype
 
     @property

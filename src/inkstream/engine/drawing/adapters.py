@@ -7,7 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -19,10 +19,12 @@ from torch import Tensor, nn
 from inkstream.engine.files.loras import find_lora
 from inkstream.families import adapter_names
 from inkstream.nn.around.adapters import Adapter
+from inkstream.nn.parallel import Kept
 from inkstream.nn.prepacked import weight_of
 from inkstream.types import InputError, LoraUse, Spec
 from inkstream.weights.files import read_header
-from inkstream.weights.lora.changes import Bound, LayerChange, Lora, Report
+from inkstream.weights.lora.changes import Bound, Full, LayerChange, Lora, LowRank, Part, Report
+from inkstream.weights.lora.cuts import rows_of
 from inkstream.weights.lora.names import Names
 from inkstream.weights.lora.read import adapter_file, read_lora
 
@@ -144,8 +146,11 @@ class Adapters:
                 del self._held[key]
 
     def _bind(self, name: str, change: LayerChange) -> Product:
-        """Move the changes of a layer to the device."""
+        """Move the changes of a layer to the device: those of this process's share, if several share the layer."""
         layer: Any = self.layers[name]
+        kept: Kept | None = getattr(layer, "kept", None)
+        if kept is not None:
+            change = share_of(change, kept, name, self.names.layers[name], first=layer.bias is not None)
         reads = any(part.change.reads for part in change.parts)
         weight = weight_of(layer).to(self.device, torch.float32) if reads else None
         own = getattr(layer, "bias", None)
@@ -158,6 +163,30 @@ class Adapters:
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
+
+
+def share_of(change: LayerChange, kept: Kept, name: str, size: tuple[int, int], first: bool) -> LayerChange:
+    """Return the changes of what one process keeps of a layer. size: of the whole layer. first: the process that adds
+    the bias, if the layer's inputs are shared. Raises InputError for a change that needs whole rows of the weight."""
+    parts: list[Part] = []
+    if kept.side == "out":
+        at = 0
+        for start, stop in kept.runs:
+            own = rows_of(change.parts, slice(start, stop), size[0], name)
+            if own is not None:
+                parts.append(Part(own, slice(at, at + stop - start)))
+            at += stop - start
+        bias = None if change.bias is None else torch.cat([change.bias[start:stop] for start, stop in kept.runs])
+        return LayerChange(parts, bias)
+    columns = torch.cat([torch.arange(start, stop) for start, stop in kept.runs])
+    for part in change.parts:
+        if part.change.reads:
+            raise InputError(f"{name} is changed by {part.change.algebra}, which needs whole rows of the weight: "
+                             "take --parallel context")  # fmt: skip
+        low = part.change
+        own = replace(low, down=low.down[:, columns]) if isinstance(low, LowRank) else Full(low.delta(None)[:, columns])
+        parts.append(Part(own, part.rows))
+    return LayerChange(parts, change.bias if first else None)
 
 
 def describe(report: Report) -> str:
