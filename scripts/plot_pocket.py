@@ -1,18 +1,21 @@
-"""Draw the scores of Pocket's weights over the core-hours of their training, and print them as a table.
+"""The scores of Pocket's landed weights over the core-hours of their training: a picture and a table.
 
-    python scripts/plot_pocket.py
+    python scripts/plot_pocket.py                      # draws the picture and prints the table
+    python scripts/plot_pocket.py --add 321600 6.6     # first adds the present records: samples and core-hours so far
 
-The scores are the records of the suites `people` and `people2` at the commits of LANDED, read from git. The picture is
-docs/pictures/pocket-hours.png, the table is that of docs/pocket.md. The last column continues the trend: a score that
-gained g points from the first to the last weights gains g log((H + 10) / H) / log(H / h) in ten more hours, where h and
-H are the hours of the first and last weights. So each doubling of the hours gains equally many points.
+The scores are in benchmarks/records/pocket-hours.json, one entry for each landed weights, from the records of the
+suites `people` and `people2`. The picture is docs/pictures/pocket-hours.png, the table is that of docs/pocket.md. The
+last column continues the trend: a score that gained g points from the first to the last weights gains
+g log((H + 10) / H) / log(H / h) in ten more hours, where h and H are the hours of the first and last weights. So each
+doubling of the hours gains equally many points.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -20,8 +23,9 @@ from PIL import Image, ImageDraw
 from inkstream.engine.pictures.sheet import font
 
 ROOT = Path(__file__).parent.parent
-LANDED = (("940716b", 104_000, 1.6), ("977a692", 206_000, 3.6), ("361df6a", 264_000, 5.3))
-"""Commit of the records, samples and core-hours of the run of recipes/pocket/grown.toml, for each landed weights."""
+RECORDS = ROOT / "benchmarks" / "records"
+LANDED = RECORDS / "pocket-hours.json"
+"""For each landed weights: samples and core-hours of the run of recipes/pocket/grown.toml, and scores of each suite."""
 MORE = 10.0  # core-hours of the extrapolation
 GROUPS = {
     "all": "all", "bare": "one thing", "one attribute": "one more attribute", "dense": "dense", "relation": "relation",
@@ -35,33 +39,38 @@ INKS = (
 )  # fmt: skip
 
 
-def scores(commit: str, suite: str) -> dict[str, tuple[float, int]]:
-    """Return share and number of prompts of each group at a commit; empty if it has no record of the suite."""
-    place = f"{commit}:benchmarks/records/pocket-{suite}-cpu.json"
-    shown = subprocess.run(["git", "show", place], cwd=ROOT, capture_output=True, text=True)
-    rows = json.loads(shown.stdout)["rows"] if shown.returncode == 0 else []
+def scores(suite: str) -> dict[str, tuple[float, int]]:
+    """Return share and number of prompts of each group in the present record of a suite."""
+    rows = json.loads((RECORDS / f"pocket-{suite}-cpu.json").read_text())["rows"]
     return {row["group"]: (row["value"], row["pictures"]) for row in rows if row.get("measure") == "all right"}
 
 
-def gain(first: float, last: float) -> float:
+def add(samples: int, hours: float) -> None:
+    """Add the present records to the landed weights."""
+    landed = json.loads(LANDED.read_text())
+    landed.append({"samples": samples, "hours": hours, **{suite: scores(suite) for suite in ("people", "people2")}})
+    LANDED.write_text(json.dumps(landed, indent=1) + "\n")
+
+
+def gain(first: float, last: float, hours: Sequence[float]) -> float:
     """Return what MORE hours add to a share, by the trend from the first to the last landed weights, at most to 1."""
-    start, end = LANDED[0][2], LANDED[-1][2]
+    start, end = hours[0], hours[-1]
     return min((last - first) * math.log((end + MORE) / end) / math.log(end / start), 1 - last)
 
 
 def table() -> str:
     """Return the Markdown table of all landed weights."""
-    people, people2 = ([scores(commit, suite) for commit, _, _ in LANDED] for suite in ("people", "people2"))
-    untouched = [found for found in people2 if found]
-    heads = [f"`people`, {hours} h" for _, _, hours in LANDED]
-    heads += [f"`people2`, {hours} h" for (_, _, hours), found in zip(LANDED, people2) if found]
+    landed = json.loads(LANDED.read_text())
+    people, untouched = ([one[suite] for one in landed if suite in one] for suite in ("people", "people2"))
+    hours = [one["hours"] for one in landed]
+    heads = [f"`{suite}`, {one['hours']} h" for suite in ("people", "people2") for one in landed if suite in one]
     lines = [
         f"| prompts | {' | '.join(heads)} | `people` in {MORE:g} more hours |",
         f"|---|{'--:|' * (len(heads) + 1)}",
     ]
     for group, name in GROUPS.items():
         shares = [found[group][0] for found in (*people, *untouched)]
-        more = gain(people[0][group][0], people[-1][group][0])
+        more = gain(people[0][group][0], people[-1][group][0], hours)
         cells = " | ".join(f"{share:.0%}" for share in shares)
         lines.append(f"| {name} ({people[-1][group][1]}) | {cells} | {more * 100:+.0f} points |")
     return "\n".join(lines)
@@ -71,8 +80,9 @@ def draw(path: Path) -> None:
     """Draw the shares of suite people over the core-hours."""
     image = Image.new("RGB", SIZE, "white")
     pen = ImageDraw.Draw(image)
-    found = [scores(commit, "people") for commit, _, _ in LANDED]
-    last = math.ceil(LANDED[-1][2])
+    landed = json.loads(LANDED.read_text())
+    found, spent = [one["people"] for one in landed], [one["hours"] for one in landed]
+    last = math.ceil(spent[-1])
     right, bottom = SIZE[0] - RIGHT, SIZE[1] - BOTTOM
     letters = font(240)
 
@@ -92,7 +102,7 @@ def draw(path: Path) -> None:
     below = bottom + 14.0
     for share, group in ends:  # from low to high: each name is at least a line above the one before
         ink = INKS[list(GROUPS).index(group)]
-        points = [at(hours, own[group][0]) for (_, _, hours), own in zip(LANDED, found)]
+        points = [at(hours, own[group][0]) for hours, own in zip(spent, found)]
         pen.line(points, fill=ink, width=4 if group == "all" else 2)
         for x, y in points:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=ink)
@@ -103,5 +113,7 @@ def draw(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--add"]:
+        add(int(sys.argv[2]), float(sys.argv[3]))
     draw(ROOT / "docs" / "pictures" / "pocket-hours.png")
     print(table())
