@@ -23,7 +23,7 @@ from inkstream.nn.parallel import Kept
 from inkstream.nn.prepacked import weight_of
 from inkstream.types import InputError, LoraUse, Spec
 from inkstream.weights.files import read_header
-from inkstream.weights.lora.changes import Bound, Full, LayerChange, Lora, LowRank, Part, Report
+from inkstream.weights.lora.changes import Bound, Full, LayerChange, Lora, LowRank, Part, Report, bind_rows
 from inkstream.weights.lora.cuts import rows_of
 from inkstream.weights.lora.names import Names
 from inkstream.weights.lora.read import adapter_file, read_lora
@@ -155,7 +155,12 @@ class Adapters:
         weight = weight_of(layer).to(self.device, torch.float32) if reads else None
         own = getattr(layer, "bias", None)
         parts: list[tuple[slice, Bound]] = []
+        low = [(part.rows, part.change) for part in change.parts if isinstance(part.change, LowRank)]
+        if len(low) > 1:
+            parts.append((slice(None), bind_rows(low, self._move)))
         for part in change.parts:
+            if len(low) > 1 and isinstance(part.change, LowRank):
+                continue
             bias = None if own is None else own.detach().to(self.device, torch.float32)[part.rows]
             rows = None if weight is None else weight[part.rows]
             parts.append((part.rows, part.change.bind(rows, bias, self._move)))

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from inkstream.weights.files import few
@@ -110,6 +112,33 @@ class BoundLowRank:
 
     def add(self, x: Tensor, plain: Tensor, out: Tensor, strength: float) -> None:
         out.addmm_(x @ self.down.T, self.up.T, alpha=strength * self.scale)
+
+
+@dataclass(frozen=True, eq=False)
+class BoundRows:
+    """Low-rank changes of several row blocks of a layer, with one product of all `down` factors."""
+
+    down: Tensor  # (sum of ranks, I)
+    ups: Sequence[tuple[slice, slice, Tensor, float]]  # rows of the layer, rows of `down`, up (O', r), scale
+
+    @property
+    def bytes(self) -> int:
+        return self.down.nbytes + sum(up.nbytes for _, _, up, _ in self.ups)
+
+    def add(self, x: Tensor, plain: Tensor, out: Tensor, strength: float) -> None:
+        h = x @ self.down.T
+        for rows, ranks, up, scale in self.ups:
+            out[:, rows].addmm_(h[:, ranks], up.T, alpha=strength * scale)
+
+
+def bind_rows(parts: Sequence[tuple[slice, LowRank]], to: Move) -> BoundRows:
+    """Prepare low-rank changes of several row blocks of a layer."""
+    ends = list(accumulate((change.rank for _, change in parts), initial=0))
+    ups = [
+        (rows, slice(start, end), to(change.up), change.scale)
+        for (rows, change), start, end in zip(parts, ends, ends[1:])
+    ]
+    return BoundRows(to(torch.cat([change.down for _, change in parts])), ups)
 
 
 @dataclass(frozen=True, eq=False)
