@@ -349,10 +349,13 @@ A, B = f"{OUT}.lora_A.weight", f"{OUT}.lora_B.weight"
     [
         ({A: noise(2, 64)}, "lora_A.weight is there, but layers.0.attention.to_out.0 lacks up: download"),
         ({B: noise(64, 2)}, "lora_B.weight is there, but layers.0.attention.to_out.0 lacks down: download"),
-        ({A: noise(2, 64), B: noise(64, 3)}, "lora_B.weight is 64x3, its other half 2x64: download"),
+        ({A: noise(2, 64), B: noise(64, 3)}, "lora_B.weight is 64x3, but .*lora_A.weight is 2x64: download"),
         ({A: noise(2, 64), B: noise(48, 2)}, "to_out.0 is 48x64 there, but 64x64 in this model: use an adapter made"),
         ({A: noise(2, 64) / 0, B: noise(64, 2)}, "lora_A.weight holds NaN or infinity: download the file again"),
-        ({A: noise(100, 64), B: noise(64, 100)}, "lora_A.weight has rank 100, its layer is 64x64: take another file"),
+        (
+            {A: noise(100, 64), B: noise(64, 100)},
+            "lora_A.weight has rank 100, but its layer is 64x64: take another file",
+        ),
         (
             {f"{OUT}.lora_C.weight": noise(2, 64)},
             "lora_C.weight is an unknown kind of change: use an adapter of a kind",
@@ -364,7 +367,7 @@ A, B = f"{OUT}.lora_A.weight", f"{OUT}.lora_B.weight"
             "lora_mid.weight is a factor of a convolution, which is not supported",
         ),
         ({f"{OUT}.oft_diag": noise(8, 8, 8)}, "oft_diag is OFT of an early LyCORIS, which is not supported"),
-        ({f"{OUT}.oft_blocks": noise(8, 4, 4)}, "oft_blocks is 8x4x4, which does not fit 64 in this model"),
+        ({f"{OUT}.oft_blocks": noise(8, 4, 4)}, "oft_blocks is 8x4x4, which does not fit 64: use another adapter"),
         ({f"{OUT}.weight": noise(64, 64)}, "to_out.0.weight is a whole weight, as a model has it: give an adapter"),
         ({f"{OUT}.w_norm": noise(64)}, "w_norm is a change of a norm, but .* is a linear layer"),
         (
@@ -404,6 +407,53 @@ def test_an_adapter_of_another_model_is_refused_by_the_models_name(made_for, lay
     tensors = {f"{start}.lora_A.weight": torch.zeros(2, width), f"{start}.lora_B.weight": torch.zeros(height, 2)}
     with pytest.raises(InputError, match=said):
         read_lora(save(tmp_path / "a.safetensors", tensors), adapter_names(given_to))
+
+
+DAMAGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "turned": lambda tensor: tensor.mT if tensor.ndim > 1 else tensor[None],
+    "flat": lambda tensor: tensor.flatten(),
+    "a row short": lambda tensor: tensor[1:] if tensor.ndim else tensor.expand(2),
+    "a column short": lambda tensor: tensor[..., 1:] if tensor.ndim else tensor.expand(2, 2),
+    "one number": lambda tensor: tensor.flatten()[0],
+    "empty": lambda tensor: tensor.flatten()[:0],
+    "one more axis": lambda tensor: tensor[None],
+    "zero": torch.zeros_like,
+}
+RAW = {
+    "oft_R.weight": lambda o, i: noise(i // 8, 28),
+    "boft_R": lambda o, i: noise(2, i // 8, 8, 8),
+    "boft_s": lambda o, i: noise(o, 1),
+    "ia3_l": lambda o, i: noise(1, i),
+    "diff_b": lambda o, i: noise(o),
+}
+
+
+@pytest.mark.parametrize("kind", [*CHANGES, "PEFT"])
+def test_a_damaged_tensor_or_a_missing_one_is_refused_or_read_whole(kind, tmp_path):
+    """Whatever is wrong with the shape of one tensor, it is told in one line, or the file can be used."""
+    names = NAMES["zimage"]
+    refused, read = [], 0
+    for path in ("layers.0.attention.out", "layers.0.feed_forward.w1"):
+        size = names.layers[path]
+        if kind == "PEFT":
+            whole = {f"base_model.model.{path}.{name}": make(*size) for name, make in RAW.items()}
+        else:
+            lora = Lora({path: LayerChange((Part(CHANGES[kind](*size)),))})
+            whole = load_file(write_lora(tmp_path / "a.safetensors", lora, names, "lycoris"))
+        for key, tensor in whole.items():
+            for damage in (None, *DAMAGES.values()):
+                damaged = {other: value for other, value in whole.items() if other != key}
+                damaged |= {} if damage is None else {key: damage(tensor).clone()}
+                try:
+                    adapter = read_lora(save(tmp_path / "b.safetensors", damaged), names)
+                except InputError as error:
+                    refused.append(str(error))
+                else:
+                    assert all(delta.isfinite().all() for delta in dense(adapter, names).values())
+                    read += 1
+    assert refused
+    assert read
+    assert [message for message in refused if "\n" in message] == []
 
 
 def test_pickles_ggufs_and_folders_without_an_adapter_are_refused(tmp_path):
@@ -467,6 +517,15 @@ def test_keys_without_a_layer_are_reported_and_those_of_text_encoders_apart(tmp_
 
 def test_pefts_configuration_that_cannot_be_read_is_refused(tmp_path):
     save(tmp_path / "adapter_model.safetensors", {A: noise(2, 64), B: noise(64, 2)})
-    (tmp_path / "adapter_config.json").write_text('{"r": 4, "lora_alpha": "much"}')
-    with pytest.raises(InputError, match=r"adapter_config.json is not PEFT's configuration of an adapter"):
-        read_lora(tmp_path, NAMES["zimage"])
+    for config in (
+        '{"r": 4, "lora_alpha": "much"}',
+        '{"r": 4, "lora_alpha": 4, "alpha_pattern": {"to_q": "much"}}',
+        '{"r": 4, "lora_alpha": 4, "alpha_pattern": {"(": 1}}',
+        '{"r": 4, "lora_alpha": 4, "alpha_pattern": 3}',
+        '{"eps": "small"}',
+        "[1]",
+        "x",
+    ):
+        (tmp_path / "adapter_config.json").write_text(config)
+        with pytest.raises(InputError, match=r"adapter_config.json is not PEFT's configuration of an adapter"):
+            read_lora(tmp_path, NAMES["zimage"])

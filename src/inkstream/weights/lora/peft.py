@@ -54,10 +54,14 @@ def read_config(file: Path, metadata: Mapping[str, str]) -> Config:
     else:
         return Config()
     try:
-        entries = dict(json.loads(text))
-        entries = {str(key).removeprefix("transformer."): value for key, value in entries.items()}
+        entries = {str(key).removeprefix("transformer."): value for key, value in json.loads(text).items()}
         config = Config(entries)
         config.scale("layer", config.rank("layer"))
+        numbers = [entries.get("eps", 0), entries.get("num_cayley_neumann_terms", 0)]
+        for patterns in ("alpha_pattern", "rank_pattern"):
+            numbers += (entries.get(patterns) or {}).values()
+        for number in numbers:
+            float(number)
     except (ValueError, TypeError, AttributeError, ZeroDivisionError, re.error) as error:
         raise InputError(f"{source} is not PEFT's configuration of an adapter ({error}): download it again") from error
     return config

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,11 +12,10 @@ from torch import Tensor
 from inkstream.types import InputError
 from inkstream.weights.files import PICKLES, few, list_weights, read_header, read_tensors
 from inkstream.weights.lora import peft
-from inkstream.weights.lora.changes import Change, Full, LayerChange, Lora, LowRank, Part, Replacement, Report
+from inkstream.weights.lora.algebras import Layer, bias_of, by, changes_of
+from inkstream.weights.lora.changes import Change, LayerChange, Lora, Part, Report
 from inkstream.weights.lora.cuts import reorder
-from inkstream.weights.lora.factors import IA3, Dora, Factor, GLoRA, LoHa, LoKr
 from inkstream.weights.lora.names import COMMON, TEXT, Names, Place, read_key
-from inkstream.weights.lora.rotations import InputRotation, OutputRotation, peft_boft, peft_oft
 
 FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What PEFT and diffusers call the file in a folder."""
@@ -25,53 +23,6 @@ FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 TRIGGERS = ("modelspec.trigger_phrase", "trigger_word", "trigger", "ss_trigger")
 BASES = ("ss_base_model_version", "modelspec.architecture", "base_model", "base_model_name_or_path")
 """Entries of the metadata, the best first."""
-
-UNSUPPORTED = {
-    "lora_mid": "a factor of a convolution",
-    "bm": "a factor of a convolution",
-    "hada_t1": "a factor of a convolution",
-    "hada_t2": "a factor of a convolution",
-    "lokr_t1": "a factor of a convolution",
-    "lokr_t2": "a factor of a convolution",
-    "oft_diag": "OFT of an early LyCORIS",
-    "set_bias": "another bias",
-    "reshape_weight": "a layer of another size",
-}
-"""Roles of tensors that no layer of our models can take -> what they are."""
-
-PAIRS = (
-    ("down", "up"),
-    ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
-    ("lokr_w1_a", "lokr_w1_b"),
-    ("lokr_w2_a", "lokr_w2_b"),
-    ("a1", "a2", "b1", "b2"),
-    ("on_input", "weight"),
-)
-"""Roles of tensors that need one another."""
-
-COMPANIONS = {
-    "dora_scale": ("up", "hada_w1_a", "lokr_w1", "lokr_w1_a"),
-    "magnitude": ("up",),
-    "up_bias": ("up",),
-    "alpha": ("up", "hada_w1_a", "lokr_w1", "lokr_w1_a", "oft_blocks", "a1", "diff", "on_input"),
-    "rescale": ("oft_blocks",),
-    "boft_s": ("boft_R",),
-    "lokr_w1": ("lokr_w2", "lokr_w2_a"),
-    "lokr_w1_a": ("lokr_w2", "lokr_w2_a"),
-    "lokr_w2": ("lokr_w1", "lokr_w1_a"),
-    "lokr_w2_a": ("lokr_w1", "lokr_w1_a"),
-}
-"""Role of a tensor -> roles of which it needs one."""
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """The tensors of one layer of a file. path: in its layout. keys, tensors: by role; tensors are float32."""
-
-    path: str
-    place: Place
-    keys: Mapping[str, str]
-    tensors: Mapping[str, Tensor]
 
 
 def read_lora(path: Path | str, names: Names) -> Lora:
@@ -149,28 +100,29 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: pe
     biases: dict[str, Tensor] = {}
     repeated: list[str] = []
     for path, own in sorted(keys.items(), key=lambda item: -places[item[0]].height):  # whole layers before their parts
-        layer = Layer(path, places[path], own, {role: _finite(key, tensors[key]) for role, key in own.items()})
-        _check_complete(layer)
-        changes = _changes(layer, config, names)
-        bias = _bias(layer, config)
-        known = layers.setdefault(layer.place.layer, [])
-        if changes and (others := _overlapping(known, layer.place)):
-            if not _equal(others, changes, layer.place):
-                raise InputError(f"{path} changes rows of {layer.place.layer} that another key changes: remove one")
+        place = places[path]
+        height, width = names.layers[place.layer]
+        held = {role: _finite(key, tensors[key]) for role, key in own.items()}
+        layer = Layer(path, (place.height, width), place.layer in names.biased, own, held)
+        changes, bias = changes_of(layer, config), bias_of(layer, config)
+        for change in changes:
+            if change.shape != layer.size:
+                raise InputError(
+                    f"{path} is {by(change.shape)} there, but {by(layer.size)} in this model: "
+                    f"{_made_for(tensors, names) or 'use an adapter made for this model'}"
+                )
+        known = layers.setdefault(place.layer, [])
+        if changes and (others := _overlapping(known, place)):
+            if not _equal(others, changes, place):
+                raise InputError(f"{path} changes rows of {place.layer} that another key changes: remove one")
             repeated.append(path)
             continue
         for change in changes:
-            _check_shape(change, layer, tensors, names)
-            ordered = change if layer.place.order is None else reorder(change, layer.place.order)
-            whole = layer.place.height == names.layers[layer.place.layer][0]
-            known.append(Part(ordered, slice(None) if whole else layer.place.rows))
+            ordered = change if place.order is None else reorder(change, place.order)
+            known.append(Part(ordered, slice(None) if place.height == height else place.rows))
         if bias is not None:
-            ours = biases.setdefault(layer.place.layer, torch.zeros(names.layers[layer.place.layer][0]))
-            if bias.shape != (layer.place.height,):
-                raise InputError(
-                    f"{path} has a bias of shape {tuple(bias.shape)}, but this model's has {layer.place.height}"
-                )
-            ours[layer.place.rows] += bias if layer.place.order is None else bias[layer.place.order]
+            ours = biases.setdefault(place.layer, torch.zeros(height))
+            ours[place.rows] += bias if place.order is None else bias[place.order]
     found = [part.change for parts in layers.values() for part in parts]
     report = Report(
         dialects=tuple(dialects),
@@ -185,130 +137,6 @@ def _read(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], config: pe
     )
     changes = {path: LayerChange(tuple(parts), biases.get(path)) for path, parts in layers.items()}
     return Lora(changes, vectors, dict(metadata), replaced, report)
-
-
-def _changes(layer: Layer, config: peft.Config, names: Names) -> list[Change]:
-    """The changes of one layer's weight, by the roles of its tensors."""
-    own, height = layer.tensors, layer.place.height
-    size = height, names.layers[layer.place.layer][1]
-    found: list[Change] = []
-    if "up" in own:
-        down, up = _matrix(own["down"]), _matrix(own["up"])
-        if up.shape[1] != len(down):
-            raise InputError(
-                f"{layer.keys['up']} is {_by(up.shape)}, its other half {_by(down.shape)}: download the file again"
-            )
-        if len(down) > max(size):
-            raise InputError(f"{layer.keys['down']} has rank {len(down)}, its layer is {_by(size)}: take another file")
-        found.append(LowRank(down, up, _scale(layer, config, len(down))))
-    if "hada_w1_a" in own:
-        a1, b1, a2, b2 = (own[name] for name in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"))
-        found.append(LoHa(a1, b1, a2, b2, _scale(layer, config, len(b1))))
-    if "lokr_w1" in own or "lokr_w1_a" in own:
-        found.append(_lokr(layer, config))
-    if (scale := own.get("dora_scale", own.get("magnitude"))) is not None:
-        found = [Dora(change, _lines(scale, size, layer, "dora_scale" if "dora_scale" in own else "magnitude"))
-                 for change in found]  # fmt: skip
-    if "a1" in own:
-        a1, a2, b1, b2 = (own[name] for name in ("a1", "a2", "b1", "b2"))
-        found.append(GLoRA(a1, a2, b1, b2, _scale(layer, config, len(b2))))
-    if "oft_blocks" in own:
-        limit = float(own["alpha"]) * height if "alpha" in own else 0.0
-        rescale = own["rescale"].reshape(-1, 1) if "rescale" in own else None
-        if own["oft_blocks"].ndim not in (3, 4) or own["oft_blocks"].shape[-3:-1].numel() != height:
-            raise InputError(_misfit(layer, "oft_blocks", (height,)))
-        if rescale is not None and len(rescale) != height:
-            raise InputError(_misfit(layer, "rescale", (height,)))
-        found.append(OutputRotation(own["oft_blocks"], size, limit, rescale))
-    if "oft_R" in own:
-        entries = config.entries
-        terms = entries.get("num_cayley_neumann_terms", 5) if entries.get("use_cayley_neumann", True) else None
-        eps = entries.get("eps", 6e-5) if entries.get("coft") else None
-        try:
-            found.append(InputRotation(peft_oft(own["oft_R"], size[1], terms, eps), size))
-        except ValueError as error:
-            raise InputError(f"{layer.keys['oft_R']}: {error}: use an adapter made for this model") from error
-    if "boft_R" in own:
-        if own["boft_R"].ndim != 4 or own["boft_R"].shape[1:3].numel() != size[1]:
-            raise InputError(_misfit(layer, "boft_R", (size[1],)))
-        rescale = own["boft_s"].reshape(-1, 1) if "boft_s" in own else torch.ones(height, 1)
-        found.append(InputRotation(peft_boft(own["boft_R"]), size, rescale))
-    if "ia3_l" in own:
-        gain = _lines(own["ia3_l"] - 1, size, layer, "ia3_l")
-        if gain.shape == (height, 1) and layer.place.layer in names.biased:
-            raise InputError(
-                f"{layer.keys['ia3_l']} scales the bias of {layer.place.layer} too, which is not supported: use a LoRA"
-            )
-        found.append(IA3(gain, size))
-    if "on_input" in own:
-        shape = (1, -1) if own["on_input"].item() else (-1, 1)
-        gain = own["weight"].reshape(shape)
-        if gain.numel() != size[1 if own["on_input"].item() else 0]:
-            raise InputError(_misfit(layer, "weight", size))
-        found.append(IA3(gain, size))
-    if "diff" in own:
-        found.append(Full(_matrix(own["diff"])))
-    if "set_weight" in own:
-        found.append(Replacement(_matrix(own["set_weight"])))
-    return found
-
-
-def _lokr(layer: Layer, config: peft.Config) -> LoKr:
-    def factor(name: str) -> Factor:
-        own = layer.tensors
-        return own[name] if name in own else (own[f"{name}_a"], own[f"{name}_b"])
-
-    change = LoKr(factor("lokr_w1"), factor("lokr_w2"))
-    if config.kind == "LOKR":  # PEFT's scale is alpha / r in any case
-        scale = config.scale(layer.path, config.rank(layer.path))
-    else:
-        scale = 1.0 if change.rank is None else _scale(layer, config, change.rank)
-    return LoKr(change.w1, change.w2, scale)
-
-
-def _scale(layer: Layer, config: peft.Config, rank: int) -> float:
-    """alpha / r. The file's own alpha comes first, then PEFT's configuration; without both it is 1."""
-    if "alpha" in layer.tensors:
-        return float(layer.tensors["alpha"]) / rank
-    return config.scale(layer.path, rank)
-
-
-def _bias(layer: Layer, config: peft.Config) -> Tensor | None:
-    """The change of the bias, if there is one."""
-    own = layer.tensors
-    found = [own[role] for role in ("diff_b", "b_norm") if role in own]
-    if "up_bias" in own:
-        found.append(_scale(layer, config, len(own["down"])) * own["up_bias"])
-    return torch.stack(found).sum(0) if found else None
-
-
-def _check_complete(layer: Layer) -> None:
-    own = layer.keys
-    if own.keys() <= {"weight"}:
-        raise InputError(f"{own['weight']} is a whole weight, as a model has it: give an adapter")
-    for role in own:
-        if role in UNSUPPORTED:
-            raise InputError(f"{own[role]} is {UNSUPPORTED[role]}, which is not supported: use another adapter")
-    for roles in PAIRS:
-        missing = [role for role in roles if role not in own]
-        if missing and len(missing) < len(roles):
-            present = next(own[role] for role in roles if role in own)
-            raise InputError(f"{present} is there, but {layer.path} lacks {few(missing)}: download the file again")
-    for role, others in COMPANIONS.items():
-        if role in own and not any(other in own for other in others):
-            missing = " or ".join(others)
-            raise InputError(f"{own[role]} is there, but {layer.path} lacks {missing}: download the file again")
-    if "w_norm" in own:
-        raise InputError(f"{own['w_norm']} is a change of a norm, but {layer.path} is a linear layer: use another file")
-
-
-def _check_shape(change: Change, layer: Layer, tensors: Mapping[str, Tensor], names: Names) -> None:
-    expected = layer.place.height, names.layers[layer.place.layer][1]
-    if change.shape != expected:
-        raise InputError(
-            f"{layer.path} is {_by(change.shape)} there, but {_by(expected)} in this model: "
-            f"{_made_for(tensors, names) or 'use an adapter made for this model'}"
-        )
 
 
 def _made_for(tensors: Mapping[str, Tensor], names: Names) -> str:
@@ -344,30 +172,6 @@ def _finite(key: str, tensor: Tensor) -> Tensor:
     if not full.isfinite().all():
         raise InputError(f"{key} holds NaN or infinity: download the file again, or train with a lower rate")
     return full
-
-
-def _matrix(tensor: Tensor) -> Tensor:
-    """A matrix, which may be stored as a convolution of size 1."""
-    return tensor.flatten(1) if tensor.ndim > 2 and tensor.shape[2:].numel() == 1 else tensor
-
-
-def _lines(values: Tensor, size: tuple[int, int], layer: Layer, role: str) -> Tensor:
-    """Factors of rows as (O, 1), or of columns as (1, I). Without a second axis they are of rows."""
-    flat = values.flatten()
-    if values.ndim >= 2 and values.shape[0] == 1 and len(flat) == size[1]:
-        return flat[None]
-    if len(flat) == size[0]:
-        return flat[:, None]
-    raise InputError(_misfit(layer, role, size))
-
-
-def _misfit(layer: Layer, role: str, size: tuple[int, ...]) -> str:
-    shape = _by(layer.tensors[role].shape)
-    return f"{layer.keys[role]} is {shape}, which does not fit {_by(size)} in this model: use another adapter"
-
-
-def _by(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _vector(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -53,7 +53,7 @@ MODULES = {"kohya": "networks.lora", "lycoris": "lycoris.kohya"}
 
 
 def write_lora(
-    path: Path,
+    path: Path | str,
     lora: Lora,
     names: Names,
     dialect: str,
@@ -68,7 +68,7 @@ def write_lora(
     """
     if dialect not in DIALECTS:
         raise InputError(f"the dialect {dialect} is unknown: take {', '.join(DIALECTS)}")
-    way = DIALECTS[dialect]
+    way, path = DIALECTS[dialect], Path(path)
     for layer, changed in lora.layers.items():
         for part in changed.parts:
             if part.change.algebra not in ("LoRA", "DoRA"):
