@@ -191,8 +191,6 @@ def test_what_is_written_is_read_as_the_same_change(family, dialect, tmp_path):
 def test_every_algebra_is_written_and_read(family, kind, dialect, tmp_path):
     names = NAMES[family]
     whole = {
-        "OFT": ("qkv", "linear1", "adaLN"),
-        "OFT with a limit and scales": ("qkv", "linear1", "adaLN"),
         "BOFT": ("qkv", "linear1", "adaLN"),
         "DoRA of columns": ("qkv", "linear1"),
         "DoRA of LoKr": ("linear1",),
@@ -248,6 +246,15 @@ def test_a_whole_lora_that_is_cut_and_joined_keeps_its_rank(tmp_path):
     agree(dense(whole, names), dense(lora, names))
 
 
+def test_a_lora_that_has_learned_nothing_yet_is_written_whole(tmp_path):
+    names, path = NAMES["zimage"], "layers.0.attention.qkv"
+    height, width = names.layers[path]
+    lora = Lora({path: LayerChange((Part(LowRank(noise(4, width), torch.zeros(height, 4))),))})
+    again = read_lora(write_lora(tmp_path / "a.safetensors", lora, names, "diffusers"), names)
+    assert again.report.matched == 6
+    assert all(torch.equal(part.change.down, noise(4, width)) for part in again.layers[path].parts)  # type: ignore[attr-defined]
+
+
 def test_a_lora_of_the_queries_alone_writes_no_others(tmp_path):
     names, path = NAMES["zimage"], "layers.0.attention.qkv"
     height, width = names.layers[path]
@@ -259,7 +266,7 @@ def test_a_lora_of_the_queries_alone_writes_no_others(tmp_path):
 
 def test_two_reorderings_are_one():
     order = torch.tensor([2, 0, 1])
-    change = OutputRotation(noise(1, 3, 3), (3, 2))
+    change = OutputRotation(noise(1, 3, 3), (3, 2))  # one block, whose rows change places
     once = reorder(change, order)
     assert isinstance(once, Reordered)
     assert reorder(once, order.argsort()) is change
@@ -269,7 +276,7 @@ def test_two_reorderings_are_one():
     ("kind", "dialect", "said"),
     [
         ("LoKr", "diffusers", "the LoKr of .*qkv cannot be written in the dialect diffusers: take comfyui, kohya"),
-        ("OFT", "comfyui", "the OFT of layers.0.attention.qkv cannot be cut into parts: take a dialect"),
+        ("BOFT", "comfyui", "the BOFT of layers.0.attention.qkv cannot be cut into parts: take another dialect"),
         ("DoRA of columns", "kohya", "the DoRA of layers.0.attention.qkv cannot be cut into parts"),
         ("DoRA of LoKr of four", "lycoris", "the DoRA of full of .*to_q has no form in files"),
         ("replacement", "lycoris", "the replacement of layers.0.attention.qkv cannot be cut"),
@@ -281,6 +288,28 @@ def test_what_a_dialect_cannot_hold_is_refused(kind, dialect, said, tmp_path):
     lora = Lora({path: LayerChange((Part((CHANGES | UNWRITTEN)[kind](*names.layers[path])),))})
     with pytest.raises(InputError, match=said):
         write_lora(tmp_path / "a.safetensors", lora, names, dialect)
+
+
+def test_a_change_of_a_layer_that_the_model_lacks_is_not_written(tmp_path):
+    lora = Lora({"layers.99.attention.out": LayerChange((Part(low_rank(64, 64)),))})
+    with pytest.raises(InputError, match=r"changes layers.99.attention.out, which is not a layer of this model"):
+        write_lora(tmp_path / "a.safetensors", lora, NAMES["zimage"], "kohya")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_converted_file_does_not_name_the_dialect_that_it_came_from(tmp_path):
+    names, path = NAMES["zimage"], "layers.0.attention.out"
+    lora = Lora({path: LayerChange((Part(Dora(low_rank(64, 64, scale=0.5), 1 + noise(64, 1))),))})
+    first = write_lora(tmp_path / "a.safetensors", lora, names, "kohya", {"ss_seed": "3"})
+    assert read_header(first).metadata["ss_network_module"] == "networks.lora"
+    assert read_header(first).metadata["ss_network_alpha"] == "2"
+    second = write_lora(tmp_path / "b.safetensors", read_lora(first, names), names, "diffusers")
+    metadata = read_header(second).metadata
+    assert "ss_network_module" not in metadata
+    assert (metadata["ss_network_alpha"], metadata["ss_seed"]) == ("4", "3")
+    third = write_lora(tmp_path / "c.safetensors", read_lora(second, names), names, "lycoris")
+    assert "lora_adapter_metadata" not in read_header(third).metadata
+    agree(dense(read_lora(third, names), names), dense(lora, names))
 
 
 def test_metadata_say_what_was_trained_and_hash_the_tensors(tmp_path):

@@ -11,6 +11,7 @@ from torch import Tensor
 from inkstream.types import InputError
 from inkstream.weights.lora.changes import Bound, BoundFull, Change, Full, LowRank, Move, Part
 from inkstream.weights.lora.factors import IA3, Dora, GLoRA, LoHa, LoKr, size_of
+from inkstream.weights.lora.rotations import OutputRotation
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +60,10 @@ def reorder(change: Change, order: Tensor) -> Change:
             return change if change.on_input else replace(change, gain=change.gain[order])
         case LoKr(w1=w1, w2=w2) if (blocks := _blocks(order, size_of(w2)[0])) is not None:
             return replace(change, w1=w1[blocks] if isinstance(w1, Tensor) else (w1[0][blocks], w1[1]))
+        case OutputRotation(blocks=blocks, rescale=rescale) if (
+            blocks.ndim == 3 and (moved := _blocks(order, blocks.shape[-1])) is not None
+        ):
+            return replace(change, blocks=blocks[moved], rescale=None if rescale is None else rescale[order])
         case Dora(change=inner, magnitude=magnitude) if not isinstance(again := reorder(inner, order), Reordered):
             return Dora(again, magnitude[order] if change.axis == 1 else magnitude)
         case Reordered(change=inner, order=before):
@@ -79,8 +84,8 @@ def _blocks(order: Tensor, height: int) -> Tensor | None:
 def cut(change: Change, rows: slice, layer: str) -> Change | None:
     """The change of some rows alone, or None if it changes nothing there.
 
-    A Kronecker product whose blocks do not end at the border becomes dense. Raises InputError, which names `layer`,
-    where a cut needs the weight.
+    A Kronecker product is dense if its blocks do not end at the border. Raises InputError, which names `layer`, where a
+    cut needs the weight, as of a rotation whose blocks do not end there.
     """
     start, stop, _ = rows.indices(change.shape[0])
     if (start, stop) == (0, change.shape[0]):
@@ -88,7 +93,8 @@ def cut(change: Change, rows: slice, layer: str) -> Change | None:
     match change:
         case LowRank():
             up = change.up[rows]
-            used = up.any(0)  # of a block-diagonal matrix, the ranks of other rows fall away
+            # Of a block-diagonal matrix, the ranks of other rows fall away; those that no row has learned yet stay.
+            used = up.any(0) | ~change.up.any(0)
             return LowRank(change.down[used], up[:, used], change.scale) if used.any() else None
         case LoHa():
             return replace(change, a1=change.a1[rows], a2=change.a2[rows])
@@ -100,6 +106,14 @@ def cut(change: Change, rows: slice, layer: str) -> Change | None:
             own = slice(start // size_of(change.w2)[0], stop // size_of(change.w2)[0])
             whole = change.w1
             return replace(change, w1=whole[own] if isinstance(whole, Tensor) else (whole[0][own], whole[1]))
+        case OutputRotation(rescale=rescale) if (
+            change.blocks.ndim == 3 and start % change.blocks.shape[-1] == stop % change.blocks.shape[-1] == 0
+        ):
+            size = change.blocks.shape[-1]
+            blocks = change.skew[start // size : stop // size] / 2  # their skew part is Q within the limit
+            return OutputRotation(
+                blocks, (stop - start, change.size[1]), 0.0, None if rescale is None else rescale[rows]
+            )
         case Dora(change=inner, magnitude=magnitude) if change.axis == 1:
             own = cut(inner, rows, layer)
             if own is None:  # the norms of these rows change all the same
@@ -109,7 +123,7 @@ def cut(change: Change, rows: slice, layer: str) -> Change | None:
             return Full(change.delta(None)[rows])
         case _:
             raise InputError(
-                f"the {change.algebra} of {layer} cannot be cut into parts: take a dialect that has the layer whole"
+                f"the {change.algebra} of {layer} cannot be cut into parts: take another dialect or merge it in a model"
             )
 
 
@@ -134,7 +148,9 @@ def join(parts: Sequence[Part], height: int, layer: str) -> Change | None:
         order = sorted(range(len(parts)), key=lambda i: ranges[i])
         return Dora(inner, torch.cat([doras[i].magnitude for i in order]))
     if reading := [change.algebra for change in changes if change.reads]:
-        raise InputError(f"the {reading[0]} of parts of {layer} cannot be joined: take a dialect that has these parts")
+        raise InputError(
+            f"the {reading[0]} of parts of {layer} cannot be joined: take another dialect or merge it in a model"
+        )
     dense = torch.zeros(height, changes[0].shape[1])
     for (start, stop), change in zip(ranges, changes):
         dense[start:stop] += change.delta(None)

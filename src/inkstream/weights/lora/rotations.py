@@ -44,16 +44,19 @@ class OutputRotation:
         return self.size
 
     @property
-    def stages(self) -> list[Stage]:
+    def skew(self) -> Tensor:
+        """Q, within the limit. Shaped like the blocks."""
         q = self.blocks - self.blocks.mT
         norm = q.norm()
-        if 0 < self.limit < norm:
-            q = q * (self.limit / norm)
-        turns = cayley(q)
+        return q * (self.limit / norm) if 0 < self.limit < norm else q
+
+    @property
+    def stages(self) -> list[Stage]:
+        turns = cayley(self.skew)
         if self.blocks.ndim == 3:
             return [Stage(turns.mT, None)]
         half = self.blocks.shape[-1] // 2
-        rows = torch.arange(self.size[0], device=q.device)
+        rows = torch.arange(self.size[0], device=turns.device)
         return [Stage(turn, rows.view(-1, 2, half << i).mT.flatten()) for i, turn in enumerate(turns)]
 
     def delta(self, weight: Tensor | None) -> Tensor:

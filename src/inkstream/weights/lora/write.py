@@ -48,6 +48,9 @@ DIALECTS = {
 }
 """kohya: musubi and web UIs too. comfyui: ai-toolkit too. peft: a folder. lycoris: SimpleTuner too."""
 
+OF_DIALECTS = ("ss_network_module", "ss_network_args")
+"""Entries of the metadata that are of the dialect of the file that an adapter came from."""
+
 MODULES = {"kohya": "networks.lora", "lycoris": "lycoris.kohya"}
 """Dialect -> the program of training that its metadata name."""
 
@@ -94,9 +97,9 @@ def write_lora(
         key: tensor.detach().to(torch.float32 if key.endswith(".alpha") else dtype).contiguous()
         for key, tensor in state.items()
     }
-    said = {**lora.metadata, **_describe(state, changes, dialect), **(metadata or {})}
+    kept = {key: value for key, value in lora.metadata.items() if key not in (*OF_DIALECTS, peft.METADATA)}
+    said = {**kept, **_describe(state, changes, dialect), **(metadata or {})}
     config = _peft_config(changes) if not way.lycoris else {}
-    said.pop(peft.METADATA, None)
     if dialect == "peft":
         path.mkdir(parents=True, exist_ok=True)
         with whole_file(path / peft.FILE) as temporary:
@@ -210,7 +213,8 @@ def _describe(
     if dialect in MODULES:
         said["ss_network_module"] = MODULES[dialect]
     if ranked:
-        first = ranked[0].rank or 0
-        scale = getattr(ranked[0], "scale", 1.0) if DIALECTS[dialect].alpha else 1.0
+        first, change = ranked[0].rank or 0, ranked[0]
+        change = change.change if isinstance(change, Dora) else change
+        scale = getattr(change, "scale", 1.0) if DIALECTS[dialect].alpha else 1.0
         said |= {"ss_network_dim": str(first), "ss_network_alpha": f"{scale * first:g}"}
     return said
