@@ -294,6 +294,8 @@ def test_a_change_of_a_layer_that_the_model_lacks_is_not_written(tmp_path):
     lora = Lora({"layers.99.attention.out": LayerChange((Part(low_rank(64, 64)),))})
     with pytest.raises(InputError, match=r"changes layers.99.attention.out, which is not a layer of this model"):
         write_lora(tmp_path / "a.safetensors", lora, NAMES["zimage"], "kohya")
+    with pytest.raises(InputError, match=r"changes nothing, so there is nothing to write"):
+        write_lora(tmp_path / "a", Lora({}), NAMES["zimage"], "peft")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -93,6 +93,8 @@ def write_lora(
     for name, value in lora.replaced.items():
         start = way.prefix + (name.replace(".", "_") if way.underscores else name)
         state[f"{start.removesuffix('_weight').removesuffix('.weight')}.set_weight"] = value
+    if not state:
+        raise InputError("the adapter changes nothing, so there is nothing to write: train it on some layers")
     state = {
         key: tensor.detach().to(torch.float32 if key.endswith(".alpha") else dtype).contiguous()
         for key, tensor in state.items()
