@@ -92,16 +92,21 @@ def gradients(task: Flow) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 @pytest.mark.parametrize(("base", "dtype"), [("", "fp32"), ("int8", "bf16")])
 def test_streamed_blocks_give_the_gradients_of_resident_ones(tmp_path, folders, pictures, family, base, dtype):
     found = {}
-    for stream in (False, True):
-        adapter = {"base": base, "stream": stream}
-        settings = recipe(folders[family], pictures, tmp_path, adapter=adapter, run={"dtype": dtype})
+    for stream in (False, None, True):  # None: resident, but computed again
+        adapter = {"base": base, "stream": bool(stream)}
+        run = {"dtype": dtype, "checkpointing": stream is None}
+        settings = recipe(folders[family], pictures, tmp_path, adapter=adapter, run=run)
         task = prepared(settings)
         assert any(isinstance(layer, PackedLinear) for layer in task.begun.modules["transformer"].modules()) == bool(
             base
         )
         found[stream] = gradients(task)
     expected, resident = found[False]
-    for loss, ours in (found[True], gradients(task)):  # twice: the first pass left the stream as it found it
+    for loss, ours in (
+        found[None],
+        found[True],
+        gradients(task),
+    ):  # the last: once more, streamed
         assert torch.equal(loss, expected)
         assert ours.keys() == resident.keys() == set(task.learners[0].weights.live)
         for name, gradient in ours.items():

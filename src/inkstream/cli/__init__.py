@@ -193,8 +193,17 @@ def convert(
 
 @app.command
 def train(
-    recipe: Annotated[str, Parameter(help="A TOML file: see docs/training.md.")],
+    recipe: Annotated[str, Parameter(help="A TOML file: see docs/training.md. Or quick, which needs no recipe.")],
+    photos: Annotated[
+        str | None, Parameter(show_default=False, help="For quick: a folder of pictures of what is taught.")
+    ] = None,
     *,
+    trigger: Annotated[
+        str | None, Parameter(show_default=False, help='For quick: the words for what is taught, such as "sks mug".')
+    ] = None,
+    model: Annotated[
+        str | None, Parameter(alias="-m", show_default=False, help="For quick: the model to teach; default: pocket.")
+    ] = None,
     output: Annotated[
         str | None, Parameter(alias="-o", show_default=False, help="Folder of the run; default: runs/RECIPE.")
     ] = None,
@@ -202,16 +211,29 @@ def train(
     export: Annotated[
         bool, Parameter(show_default=False, help="Write the model of the last checkpoint without training.")
     ] = False,
+    preset: Annotated[
+        int | None,
+        Parameter(show_default=False, help="Settings for an adapter on a card of 8, 12, 16, 24 or 80 GiB."),
+    ] = None,
+    dry_run: Annotated[
+        bool, Parameter(show_default=False, help="Print the memory and time of an adapter's training, and end.")
+    ] = False,
+    other: Annotated[
+        str | None, Parameter(name="--for", show_default=False, help="With --dry-run: a card, or its memory.")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         Parameter(name="--set", negative=(), show_default=False, help="Change a key of the recipe: run.steps=50."),
     ] = None,
+    yes: Annotated[bool, Parameter(show_default=False, help="Download the model without asking.")] = False,
     json: Json = False,
 ) -> int:
-    """Train a model from a recipe."""
-    from inkstream.cli.train import train
+    """Train a model or an adapter from a recipe, or an adapter from a folder of pictures."""
+    from inkstream.cli.train import Wish, train
 
-    return train(recipe, output, resume, export, set_ or [], json)
+    return train(
+        Wish(recipe, photos, trigger, model, output, resume, export, preset, dry_run, other, set_ or [], yes, json)
+    )
 
 
 def run() -> NoReturn:

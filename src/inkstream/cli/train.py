@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,46 @@ EVERY = 10.0
 """Seconds between lines of preparation without a terminal."""
 
 
-def train(recipe: str, output: str | None, resume: bool, only_export: bool, changes: list[str], json: bool) -> int:
+@dataclass(frozen=True)
+class Wish:
+    """The arguments of the command."""
+
+    recipe: str
+    photos: str | None
+    trigger: str | None
+    model: str | None
+    output: str | None
+    resume: bool
+    export: bool
+    preset: int | None
+    dry_run: bool
+    card: str | None
+    changes: list[str]
+    yes: bool
+    json: bool
+
+
+def train(wish: Wish) -> int:
     """Train from a recipe. Returns the exit code: 130 if the run was interrupted, after saving."""
+    from inkstream.cli.download import agree_to_download
     from inkstream.cli.lines import print_json
     from inkstream.train.loop import Finished, Graded, HeldOut, Preview, Progress, Resumed, Saved, Warned, export_last
     from inkstream.train.loop import train as run
-    from inkstream.train.reading import read_recipe
 
-    folder = Path(output) if output else Path("runs") / Path(recipe).stem
-    words = ["inkstream", "train", recipe, *(["--output", output] if output else [])]
-    again = shlex.join([*words, *(word for change in changes for word in ("--set", change)), "--resume"])
+    resume, json = wish.resume, wish.json
+    wanted, folder = recipe_of(wish)
+    if wish.dry_run:
+        from inkstream.cli.train_plan import dry_run
+
+        return dry_run(wanted, wish.card, json)
+    again = command_of(wish, folder)
     stopped = _Stop()
     last: Any = None
     told = 0.0
-    wanted = read_recipe(recipe, changes)
-    if only_export:
+    if wanted.model.from_:
+        with Terminal() as terminal:
+            agree_to_download(wanted.model.from_, wish.yes, terminal, commercial_only=False)
+    if wish.export:
         step, model = export_last(wanted, folder)
         print_json({"folder": str(folder), "step": step, "model": str(model)}) if json else print(model)
         return 0
@@ -67,6 +93,50 @@ def train(recipe: str, output: str | None, resume: bool, only_export: bool, chan
     document = {"folder": str(folder), "step": last.step, "model": None if last.model is None else str(last.model)}
     print_json(document) if json else print(last.model or folder)
     return 130 if stopped.asked and last.model is None else 0
+
+
+def recipe_of(wish: Wish) -> tuple[Any, Path]:
+    """Return the recipe and the run's folder. Raises InputError for arguments that do not go together."""
+    from inkstream.train.presets import SMALL, name_of, preset_for, quick_recipe, with_preset
+    from inkstream.train.reading import as_recipe, change_table, read_tables
+    from inkstream.types import InputError
+
+    if wish.card and not wish.dry_run:
+        raise InputError(f"--for {wish.card} is for --dry-run: add it, or leave --for out")
+    if wish.recipe != "quick":
+        for name, value in (("PHOTOS", wish.photos), ("--trigger", wish.trigger), ("--model", wish.model)):
+            if value is not None:
+                raise InputError(f"{name} {value} is for `inkstream train quick`: a recipe names its own")
+        tables = read_tables(wish.recipe)
+        tables = tables if wish.preset is None else with_preset(tables, wish.preset)
+        for change in wish.changes:
+            change_table(tables, change)
+        return as_recipe(tables), Path(wish.output) if wish.output else Path("runs") / Path(wish.recipe).stem
+    if wish.photos is None or wish.trigger is None or not wish.trigger.strip():
+        raise InputError('quick needs pictures and words for them: inkstream train quick PHOTOS --trigger "sks mug"')
+    from inkstream.cli.train_plan import model_of
+    from inkstream.engine.machine.cards import find_card
+    from inkstream.engine.machine.loader import choose_device
+    from inkstream.engine.machine.memory import count_weights, free_memory
+
+    name = wish.model or "pocket"
+    spec, _ = model_of(name)
+    numbers, preset = count_weights(spec)["transformer"], wish.preset
+    if preset is None and numbers >= SMALL:
+        card = find_card(wish.card) if wish.card else free_memory(choose_device())[1] or 0
+        preset = preset_for(card if isinstance(card, int) else card.memory_bytes)
+    photos, trigger = Path(wish.photos).expanduser(), wish.trigger.strip()
+    recipe = quick_recipe(photos, trigger, name, spec, numbers, preset, wish.changes)
+    return recipe, Path(wish.output) if wish.output else Path("runs") / name_of(trigger)
+
+
+def command_of(wish: Wish, folder: Path) -> str:
+    """Return the command that continues the run."""
+    if wish.recipe == "quick":
+        return shlex.join(["inkstream", "train", str(folder / "recipe.toml"), "-o", str(folder), "--resume"])
+    words = ["inkstream", "train", wish.recipe, *(["--output", wish.output] if wish.output else [])]
+    preset = [] if wish.preset is None else ["--preset", str(wish.preset)]
+    return shlex.join([*words, *preset, *(word for change in wish.changes for word in ("--set", change)), "--resume"])
 
 
 def _grader(run: Any) -> Any:

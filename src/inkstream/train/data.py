@@ -24,7 +24,9 @@ from inkstream.types import Conditioning, InputError
 FORMAT = 1
 """Version of the caches' format. A new number makes all caches invalid."""
 ENCODED_AT_ONCE = 32
-"""Pictures or captions in one encoder call."""
+"""Captions, or small pictures, in one encoder call."""
+PIXELS_AT_ONCE = 1 << 21
+"""Pixels in one encoder call, unless a single picture has more."""
 
 
 @dataclass(frozen=True)
@@ -370,10 +372,10 @@ def _fill(
     done = 0
     for size, indices in _sizes(source, count).items():
         waiting: list[np.ndarray] = []
-        at = 0
+        at, most = 0, max(1, min(ENCODED_AT_ONCE, PIXELS_AT_ONCE // (size[0] * size[1])))
         for picture in draw_all(source, indices, workers):
             waiting.append(picture)
-            if len(waiting) == ENCODED_AT_ONCE or at + len(waiting) == len(indices):
+            if len(waiting) == most or at + len(waiting) == len(indices):
                 files[size][at : at + len(waiting)] = encode(waiting, size)
                 at, done = at + len(waiting), done + len(waiting)
                 waiting = []

@@ -21,6 +21,11 @@ def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
 
     Raises InputError; the message names the key, the value and what is allowed.
     """
+    return as_recipe(read_tables(path, changes))
+
+
+def read_tables(path: Path | str, changes: Iterable[str] = ()) -> dict[str, Any]:
+    """Read the tables of a recipe, as in `read_recipe`, without a look at what they hold."""
     try:
         table = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:
@@ -28,11 +33,11 @@ def read_recipe(path: Path | str, changes: Iterable[str] = ()) -> Recipe:
     except ValueError as error:  # an error of TOML or UTF-8
         raise InputError(f"{path} is not valid TOML: {error}") from error
     for change in changes:
-        _change(table, change)
-    return as_recipe(table)
+        change_table(table, change)
+    return table
 
 
-def _change(table: Table, change: str) -> None:
+def change_table(table: Table, change: str) -> None:
     """Set one key of nested tables. The value is parsed as TOML; if that fails, it is a string without quotes."""
     name, sign, text = change.partition("=")
     *tables, last = name.strip().split(".")

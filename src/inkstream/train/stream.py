@@ -1,4 +1,4 @@
-"""Streamed blocks that learn: each block's frozen weights are on the device for its forward and for its backward."""
+"""Frozen blocks between weights that learn: each is computed again for its backward, and streamed blocks come again."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from inkstream.nn.offload import Streamed
 from inkstream.nn.stack import Blocks
 
 
-def stream_backward(model: nn.Module, weights_in: Callable[[nn.Module], Sequence[nn.Parameter]]) -> None:
-    """Let gradients pass through a model's streamed stacks, whose blocks leave the device after they have run.
+def recompute_blocks(model: nn.Module, weights_in: Callable[[nn.Module], Sequence[nn.Parameter]]) -> None:
+    """Let the blocks of a model keep only their inputs, and compute again in the backward pass what gradients need.
 
-    A block keeps only its input. In the backward pass the blocks come again, the last one first, and compute again
-    what their gradients need. weights_in: returns the adapter's weights for the layers of a block.
+    Streamed blocks, which leave the device after they have run, come again for that, the last one first. weights_in:
+    returns the adapter's weights for the layers of a block.
     """
     for blocks in model.modules():
-        if isinstance(blocks, Blocks) and blocks.streamed is not None:
-            way = _WayBack(blocks.streamed)
+        if isinstance(blocks, Blocks):
+            way = None if blocks.streamed is None else _WayBack(blocks.streamed)
             for index, block in enumerate(blocks):
                 block.forward = _Call(block.forward, index, tuple(weights_in(block)), way)
 
@@ -56,7 +56,7 @@ class _Call:
     block: Callable[..., Tensor]
     index: int
     weights: tuple[nn.Parameter, ...]
-    way: _WayBack
+    way: _WayBack | None
 
     def __call__(self, *args: Any) -> Tensor:
         if not torch.is_grad_enabled():
@@ -88,7 +88,8 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         call: _Call = ctx.call
         needed = ctx.needs_input_grad[3 : 3 + ctx.count]
-        call.way.to(call.index)
+        if call.way is not None:
+            call.way.to(call.index)
         with torch.enable_grad():
             inputs = [t.detach().requires_grad_(need) for t, need in zip(ctx.saved_tensors, needed)]
             out = ctx.run(inputs)
@@ -96,6 +97,6 @@ class _Again(torch.autograd.Function):
         found = iter(torch.autograd.grad(out, [*wanted, *call.weights], gradient, allow_unused=True))
         gradients = [next(found) if need else None for need in needed]
         del out, inputs, wanted
-        if call.index == 0 or not any(needed):  # no block before this one has gradients
+        if call.way is not None and (call.index == 0 or not any(needed)):  # no block before this one has gradients
             call.way.end()
         return None, None, None, *gradients, *found

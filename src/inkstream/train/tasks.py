@@ -45,10 +45,10 @@ from inkstream.train.objectives import (
     mix,
     psnr,
 )
-from inkstream.train.parallel import Team, checkpoint_blocks, compile_blocks
+from inkstream.train.parallel import Team, compile_blocks
 from inkstream.train.pictures import Source, Split, open_source
 from inkstream.train.recipe import Recipe
-from inkstream.train.stream import stream_backward
+from inkstream.train.stream import recompute_blocks
 from inkstream.types import InputError, Request, Spec
 from inkstream.weights.lora.read import read_lora
 
@@ -136,10 +136,8 @@ class Flow:
         self.around, self.drawing = Around(adapters=(*helpers, ours)), Around(adapters=(ours,))
         if self.recipe.run.compile:
             compile_blocks(transformer)
-        if self.recipe.adapter.stream:
-            stream_backward(transformer, adapter.weights_in)
-        elif self.recipe.run.checkpointing:
-            checkpoint_blocks(transformer)
+        if self.recipe.adapter.stream or self.recipe.run.checkpointing:
+            recompute_blocks(transformer, adapter.weights_in)
 
     @property
     def _encoders(self) -> list[str]:

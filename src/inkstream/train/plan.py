@@ -1,0 +1,190 @@
+"""Memory and time of an adapter's training, computed before anything is read: the step runs on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from inkstream.engine.files.parts import Unset
+from inkstream.engine.files.quantise import QUANTS, prepare
+from inkstream.engine.machine.fit import BESIDES, Speed
+from inkstream.engine.machine.peak import _Count  # pyright: ignore[reportPrivateUsage]
+from inkstream.engine.machine.placement import BESIDE, Placed, pages_seen
+from inkstream.families import Family, family_of
+from inkstream.nn.around import Around
+from inkstream.nn.forward import Sample
+from inkstream.nn.quant import place as put_packed
+from inkstream.quant.packed import Weight
+from inkstream.train.adapters import AdapterWeights, slots_of
+from inkstream.train.models import DTYPES
+from inkstream.train.objectives import TAUGHT_GUIDANCE
+from inkstream.train.recipe import Recipe
+from inkstream.train.speed import counting
+from inkstream.train.stream import recompute_blocks
+from inkstream.types import Conditioning, Spec
+
+CAPTION = 128
+"""Tokens of a caption, where the real captions are not known yet. FLUX pads its captions to 512."""
+STATES = {"adamw": 8.0, "adamw8bit": 2.1, "adafactor": 0.1, "prodigy": 16.0, "muon": 4.0}
+"""Kind of optimiser -> bytes of its state for each weight that learns."""
+META = torch.device("meta")
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """The memory of a step on the device in bytes, and the work of a step.
+
+    base: the frozen transformer, or the blocks of it that are there at the same time. adapter: its weights in float32
+    and in the compute dtype, gradients, averages and the optimiser's state. step: the most that is computed at the same
+    time. weights: of the frozen transformer, wherever it is. flops: floating-point operations.
+    """
+
+    base: int
+    adapter: int
+    step: int
+    weights: int
+    numbers: int  # of weights that learn
+    flops: int
+
+    @property
+    def peak(self) -> int:
+        return self.base + self.adapter + self.step
+
+
+def foresee(
+    recipe: Recipe, spec: Spec, device: torch.device, stored: Mapping[str, Weight] | None = None, tokens: int = 0
+) -> Foreseen:
+    """Compute the memory and work of one step of a recipe with an adapter, for the first of its sizes.
+
+    spec: of the model. device: cpu or cuda, which need not be here. stored: the transformer's weights as they are in
+    its files, on meta; None: in bfloat16. tokens: of a caption, 0: CAPTION.
+    """
+    settings, run = recipe.adapter, recipe.run
+    kind, dtype = family_of(spec.family), DTYPES[run.dtype]
+    transformer, weights = _frozen(kind, spec, recipe, stored)
+    place = "visiting" if settings.stream else "resident"
+    placed = Placed(transformer, place, device, dtype)
+    base = placed.always + placed.working
+    if device.type == "cpu":
+        base += BESIDE
+        if settings.base and settings.stream:  # the blocks at home are no views of a file
+            base += weights - max(pages_seen(guest) for each in placed.streams.values() for guest in each.guests)
+    Placed(transformer, "resident", META, dtype).settle()
+
+    slots = slots_of(spec, settings)
+    with META:
+        adapter = AdapterWeights(transformer, slots, settings, 0)
+    numbers = sum(weight.numel() for weight in adapter.parameters())
+    each = 8.0 + STATES[recipe.optimiser.kind]  # master and its gradient
+    each += dtype.itemsize if dtype != torch.float32 else 0
+    each += 4 if recipe.optimiser.ema else 0
+    adapter.to(META, dtype).requires_grad_(True)
+    if settings.stream or run.checkpointing:
+        recompute_blocks(transformer, adapter.weights_in)
+    modules = dict.fromkeys(kind.parts) | {"transformer": transformer}
+    family = kind(spec, modules, dict.fromkeys(kind.tokenizers))  # type: ignore[arg-type]
+    step, flops = _measure(family, spec, recipe, Around(adapters=(adapter.apply_to(transformer),)), tokens)
+    return Foreseen(base, int(numbers * each), step, weights, numbers, flops * run.accumulate)
+
+
+def _frozen(
+    kind: type[Family], spec: Spec, recipe: Recipe, stored: Mapping[str, Weight] | None
+) -> tuple[nn.Module, int]:
+    """Return the transformer on meta, with its weights as they are at home, and their bytes."""
+    part, dtype = kind.parts["transformer"], DTYPES[recipe.run.dtype]
+    with META, Unset():
+        module = part.build(spec.transformer)
+    known = stored or {key: tensor.to(torch.bfloat16) for key, tensor in module.state_dict().items()}
+    state: Mapping[str, Weight] = {key: known[key] for key in module.state_dict()}
+    if recipe.adapter.base:
+        state = prepare(state, part, QUANTS[recipe.adapter.base])
+    module.load_state_dict(put_packed(module, state, dtype), strict=True, assign=True)
+    module.eval().requires_grad_(False)
+    return module, sum(tensor.nbytes for tensor in module.state_dict().values())
+
+
+def _measure(family: Family, spec: Spec, recipe: Recipe, around: Around, tokens: int) -> tuple[int, int]:
+    """Run a piece of a batch forward and backward on meta. Returns the peak of bytes and the operations."""
+    width, height = recipe.data.sizes[0]
+    count = recipe.run.batch // recipe.run.accumulate
+    length = tokens or (CAPTION if spec.family == "zimage" else 512)
+    sizes = spec.transformer
+    wide = sizes.cap_feat_dim if spec.family == "zimage" else sizes.joint_attention_dim
+    pooled = torch.empty(count, sizes.pooled_projection_dim, device=META) if spec.family == "flux1" else None
+    attention, counted = _Attention(), _Count()
+    with counting() as flops, attention, counted:
+        cond = Conditioning(torch.empty(count * length, wide, device=META), (length,) * count, pooled)
+        if spec.guides == "read":
+            cond = replace(cond, guidance=TAUGHT_GUIDANCE)
+        images, noise = (torch.empty(count, *family.latent_shape(width, height), device=META) for _ in range(2))
+        prepared = family.prepare(cond, width, height, (), around)
+        times = [0.5 + i / 1000 for i in range(count)]  # each sample has a time of its own
+        points = torch.lerp(images, noise, 0.5)
+        samples = [Sample(x, t, own, around) for x, t, own in zip(points.unbind(), times, prepared)]
+        velocity = torch.stack(family.answer(samples))
+        loss = (velocity - (noise - images)).square().mean((1, 2, 3)).mean()
+        loss.backward()
+        learnt = 0
+        for adapter in around.adapters:
+            for product in adapter.products.values():
+                assert isinstance(product, nn.Module)
+                learnt += sum(p.grad.nbytes for p in product.parameters() if p.grad is not None)
+    return max(counted.most, learnt), flops.get_total_flops() + attention.flops
+
+
+class _Attention:
+    """Counts attention as a fused kernel, which keeps queries, keys, values and its output for the backward pass.
+
+    Inside, torch's function is replaced: function modes of torch are off in the functions that compute blocks again.
+    """
+
+    def __init__(self) -> None:
+        self.flops = 0
+
+    def __enter__(self) -> None:
+        self.torchs = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = lambda q, k, v, *_, **__: _Fused.apply(self, q, k, v)
+
+    def __exit__(self, *error: object) -> None:
+        F.scaled_dot_product_attention = self.torchs
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, mode: _Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out)
+        ctx.work = 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (q.shape[3] + v.shape[3])
+        ctx.mode = mode
+        mode.flops += ctx.work
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        q, k, v, _ = ctx.saved_tensors
+        ctx.mode.flops += int(2.5 * ctx.work)  # the scores again, and four products
+        return None, torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def seconds_of(found: Foreseen, recipe: Recipe, spec: Spec, speed: Speed) -> float:
+    """Estimate the seconds of a step. speed: of the device, in the recipe's compute dtype."""
+    settings, passes = recipe.adapter, 2 if recipe.adapter.stream or recipe.run.checkpointing else 1
+    seconds = found.flops / speed.products * BESIDES
+    if settings.base:
+        unpacked = speed.unpacked.get({"int8": "w8a8", "int4": "nf4"}.get(settings.base, settings.base))
+        numbers = _count_numbers(spec)
+        seconds += 0.0 if unpacked is None else passes * recipe.run.accumulate * numbers / unpacked
+    if settings.stream:
+        brought = 2 * recipe.run.accumulate * found.weights / speed.brought
+        seconds = max(seconds, brought)
+    return seconds
+
+
+def _count_numbers(spec: Spec) -> int:
+    with META, Unset():
+        return sum(p.numel() for p in family_of(spec.family).parts["transformer"].build(spec.transformer).parameters())
