@@ -69,7 +69,7 @@ def agree(
     """Both are the same, and not the unchanged ones. Weights are of size 1; PEFT and LyCORIS sum in other orders."""
     assert a.keys() == b.keys()
     for name in a:
-        assert (a[name] - b[name]).abs().max() <= 3e-5, name
+        assert (a[name] - b[name]).abs().max() <= 1e-6, name
     assert any(not torch.equal(a[name], changed[name]) for name in a)
 
 
@@ -113,9 +113,10 @@ def test_every_algebra_of_lycoris_changes_the_weights_as_its_own_layers_do(famil
         LycorisNetwork.apply_preset({"target_name": [r".*(to_q|to_k|to_v|to_out\.0)$"]})
     network = create_lycoris(model, 1.0, **{"linear_dim": 4, "linear_alpha": 2, **LYCORIS[kind]})
     generator = torch.Generator().manual_seed(1)
+    size = 0.4 if "LoHa" in kind or "LoKr" in kind else 0.1  # the product of four small factors is smaller
     for name, parameter in (item for own in network.loras for item in own.named_parameters()):
         around = parameter.detach() if "dora_scale" in name or "rescale" in name else 0.0
-        parameter.data = around + 0.1 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = around + size * torch.randn(parameter.shape, generator=generator)
     network.apply_to()
     network.save_weights(str(tmp_path / "a.safetensors"), torch.float32, {})
     after = dict(before)
@@ -182,10 +183,11 @@ def test_every_algebra_of_peft_changes_the_weights_as_its_own_merge_does(kind, f
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     adapted = peft.get_peft_model(model, PEFT[kind]())
     generator = torch.Generator().manual_seed(1)
+    size = 0.4 if "LoHa" in kind or "LoKr" in kind else 0.1
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad:
             around = parameter.detach() if any(word in name for word in ("magnitude", "boft_s", "ia3_l")) else 0.0
-            parameter.data = around + 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = around + size * torch.randn(parameter.shape, generator=generator)
     adapted.save_pretrained(str(tmp_path))
     after = adapted.merge_and_unload().state_dict()
     lora = read_lora(tmp_path, NAMES[family])
