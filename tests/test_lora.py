@@ -309,3 +309,14 @@ def test_a_wrong_use_is_refused_by_its_value(wrong, told):
 def test_a_share_of_the_steps_is_a_time_of_the_schedule():
     schedule = SCHEDULES["simple"](8, 3.0, 1000)
     assert [time_at(schedule, share) for share in (0, 0.5, 1)] == [1.0, schedule[4], 0.0]
+
+
+def test_strengths_that_are_too_much_for_a_few_steps_are_told(build, tmp_path):
+    spec = replace(BASE.tiny, name="quick", steps=8)
+    with torch.no_grad():
+        model = build(spec)
+    lora = make_lora(spec, low_rank(2))
+    paths = [write_lora(tmp_path / f"{name}.safetensors", lora, adapter_names(spec), "comfyui") for name in "ab"]
+    for strength, told in ((0.6, 0), (0.7, 1)):
+        with model.adapters.use([LoraUse(str(path), strength) for path in paths]) as lines:
+            assert len([line for line in lines if "together" in line]) == told

@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from inkstream.engine.drawing.options import FEW
 from inkstream.engine.files.loras import find_lora
 from inkstream.families import adapter_names
 from inkstream.nn.around.adapters import Adapter
@@ -116,7 +117,14 @@ class Adapters:
             one.users += 1
         try:
             self._trim()
-            yield [f"lora {Path(use.path).stem}: {describe(one.lora.report)}" for use, one in zip(uses, held)]
+            lines = [line for use, one in zip(uses, held) for line in describe(Path(use.path).stem, one.lora.report)]
+            together = sum(abs(use.strength) for use in uses)
+            if self.spec.steps <= FEW and len(uses) > 1 and together > MUCH:
+                lines.append(
+                    f"loras: strengths of {together:g} together often break pictures of {self.spec.name}, which draws "
+                    f"in {self.spec.steps} steps: {MUCH:g} or less is safer"
+                )
+            yield lines
         finally:
             for one in held:
                 one.users -= 1
@@ -194,17 +202,12 @@ def share_of(change: LayerChange, kept: Kept, name: str, size: tuple[int, int], 
     return LayerChange(parts, change.bias if first else None)
 
 
-def describe(report: Report) -> str:
-    """Return in one line what an adapter is, and what of its file is used."""
+def describe(name: str, report: Report) -> list[str]:
+    """Return lines about an adapter: what it is, and what of its file changes nothing."""
     ranks = f" of rank {' and '.join(map(str, report.ranks))}" if report.ranks else ""
-    unused = [
-        f"{len(keys)} tensors {what}, such as {keys[0]}"
-        for keys, what in ((report.unmatched, "for no layer of this model"), (report.text, "for the text encoder"))
-        if keys
-    ]
     trigger = f"; trigger: {report.trigger}" if report.trigger else ""
-    left_out = f"; not used: {' and '.join(unused)}" if unused else ""
-    return f"{' and '.join(report.algebras)}{ranks}, {report.matched} tensors used{trigger}{left_out}"
+    what = f"{' and '.join(report.algebras)}{ranks}, {report.matched} tensors used{trigger}"
+    return [f"lora {name}: {line}" for line in (what, *report.remarks())]
 
 
 def identity(path: Path) -> tuple[object, ...]:
