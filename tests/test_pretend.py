@@ -22,10 +22,13 @@ from inkstream import types
 from inkstream.engine.engine import Engine
 from inkstream.engine.files.convert import convert
 from inkstream.engine.machine.placement import PLACEMENTS
-from inkstream.families import SPECS
+from inkstream.families import SPECS, adapter_names
 from inkstream.nn import gpu, offload
 from inkstream.sampling import solvers
 from inkstream.types import Done, Event, Request
+from inkstream.weights.lora.changes import LayerChange, Lora, LowRank, Part
+from inkstream.weights.lora.factors import Dora
+from inkstream.weights.lora.write import write_lora
 from pretend import Fault, Graph, Machine
 
 LONG = "anything but a ball: no boxes, no cones, no rings, no words, no frames, nothing out of focus"
@@ -35,6 +38,7 @@ CASES: dict[str, tuple[str, str | None, dict[str, Any]]] = {
     "inpaint": ("z-image-turbo", None, {"image": "start.png", "mask": "mask.png"}),
     "references": ("flux2-klein-4b", None, {"reference": ("start.png",)}),
     "nf4": ("z-image-turbo", "nf4", {}),
+    "adapter": ("z-image-turbo", None, {"loras": ("dora.safetensors:0.5@0-0.5",)}),
 }
 """Name -> a model, how its weights are packed, and what is asked for."""
 EIGHT_BITS = {"fp8": ("z-image-turbo", "fp8", {}), "w8a8": ("z-image-turbo", "w8a8", {})}
@@ -46,6 +50,12 @@ SLOW: dict[str, tuple[str, str | None, dict[str, Any]]] = {
 plans = pytest.mark.parametrize("plan", ["resident", pytest.param("parked", marks=pytest.mark.slow), "streamed"])
 
 
+def tiny_turbo() -> types.Spec:
+    """With blocks enough that streaming uses its rooms again."""
+    spec = SPECS["z-image-turbo"].tiny
+    return replace(spec, transformer=replace(spec.transformer, n_layers=5))
+
+
 @pytest.fixture(scope="module")
 def wish(make_folder, tmp_path_factory) -> Callable[..., Request]:
     """`wish(case)`: a request, of a tiny model on disk."""
@@ -54,19 +64,26 @@ def wish(make_folder, tmp_path_factory) -> Callable[..., Request]:
     Image.fromarray(noise).save(place / "start.png")
     Image.fromarray(np.repeat(np.array([[255], [0]], np.uint8), 32, 0).repeat(64, 1)).save(place / "mask.png")
 
+    names, by = adapter_names(tiny_turbo()), torch.Generator().manual_seed(0)
+    changes = {
+        path: Dora(LowRank(torch.randn(2, i, generator=by), torch.randn(o, 2, generator=by) / i), torch.ones(o, 1))
+        for path, (o, i) in names.layers.items()
+        if path.startswith("layers.")
+    }
+    dora = Lora({path: LayerChange([Part(change)]) for path, change in changes.items()})
+    write_lora(place / "dora.safetensors", dora, names, "comfyui")
+
     @cache
     def folder(name: str, quant: str | None) -> Path:
         if quant:
             return convert(folder(name, None), place / f"{name}-{quant}", quant=quant)
-        spec = SPECS[name].tiny
-        if name == "z-image-turbo":  # with blocks enough that streaming uses its rooms again
-            spec = replace(spec, transformer=replace(spec.transformer, n_layers=5))
-        return make_folder(place / name, spec)
+        return make_folder(place / name, tiny_turbo() if name == "z-image-turbo" else SPECS[name].tiny)
 
     def wish(case: str) -> Request:
         name, quant, fields = {**CASES, **EIGHT_BITS, **SLOW}[case]
         pictures = {key: str(place / value) for key, value in fields.items() if key in ("image", "mask")}
         pictures |= {"reference": (str(place / "start.png"),)} if "reference" in fields else {}
+        pictures |= {"loras": [str(place / lora) for lora in fields.get("loras", ())]}
         common = {"prompt": "a red ball", "width": 64, "height": 64, "steps": 4, "seed": 5}
         return Request(**{**common, **fields, **pictures, "model": str(folder(name, quant))})
 

@@ -7,7 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
@@ -171,11 +171,24 @@ class Adapters:
                 continue
             bias = None if own is None else own.detach().to(self.device, torch.float32)[part.rows]
             rows = None if weight is None else weight[part.rows]
-            parts.append((part.rows, part.change.bind(rows, bias, self._move)))
+            parts.append((part.rows, moved(part.change, self.device).bind(rows, bias, self._move)))
         return Product(parts, None if change.bias is None else self._move(change.bias), 1.0)
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Return a change with its tensors on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        pair = cast("Any", value)
+        items = [moved(item, device) for item in pair]
+        return pair._make(items) if hasattr(pair, "_make") else tuple(items)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: moved(getattr(value, one.name), device) for one in fields(value)})
+    return value
 
 
 def share_of(change: LayerChange, kept: Kept, name: str, size: tuple[int, int], first: bool) -> LayerChange:
