@@ -3,7 +3,8 @@
     python scripts/train_peaks.py --date 2026-11-30 --record train-cpu [--pixels 256] [--layers 3] [--rank 32]
 
 The model has Z-Image's full width, few layers and random weights. Each number format runs in a separate process on the
-CPU. Measured is the growth of the process from before the model is read until after one step with its optimiser.
+CPU. Measured is the peak of one step with its optimiser over the process before the model is read. Pages of the files
+that are mapped while the weights are packed do not count: the system takes them back at need.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     foreseen = foresee(recipe, spec, CPU)
     gc.collect()
     give_back_freed_memory()
-    before = reset_peak(on_gpu=False)
+    before = reset_peak(on_gpu=False)  # `step` resets it again once the model is read
     began = time.perf_counter()
     step(Path(options.file), recipe)
     measured = peak(on_gpu=False) - before
@@ -132,6 +133,8 @@ def step(path: Path, recipe: Any) -> None:
     kind, found = recognise(path)
     spec = replace(BASE, transformer=found.config)
     transformer = read_frozen(kind, "transformer", found, recipe, CPU)
+    give_back_freed_memory()
+    reset_peak(on_gpu=False)
     adapter = AdapterWeights(transformer, slots_of(spec, recipe.adapter), recipe.adapter, 0)
     around = Around(adapters=(adapter.apply_to(transformer),))
     recompute_blocks(transformer, adapter.weights_in)

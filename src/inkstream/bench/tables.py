@@ -99,6 +99,16 @@ PLANS: Columns = (
 TABLES: Mapping[str, Columns] = {
     "plans": PLANS,
     "memory-gpu": PLANS,
+    "train": (
+        {"Base": field("base"), "Layers": field("layers"), "Rank": field("rank")},
+        {
+            "Pixels": field("pixels"),
+            "Predicted": gibibytes("foreseen"),
+            "Measured": gibibytes("measured"),
+            "Ratio": foretold,
+            "Seconds": field("seconds", ".0f"),
+        },
+    ),
     "convert": (
         {"Model": field("model"), "`--quant`": field("kind")},
         {
