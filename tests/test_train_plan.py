@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from inkstream.cli import main
+from inkstream.cli.train import Wish, command_of, continuing
 from inkstream.engine.machine.memory import SPARE, count_weights
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_BASE_4B
@@ -154,3 +155,13 @@ def test_a_dry_run_tells_memory_and_time_and_reads_nothing(photos, tmp_path, cap
 def test_arguments_that_do_not_go_together_are_named(words, line, capsys):
     assert main(["train", *words]) == 2
     assert line in capsys.readouterr().err
+
+
+def test_a_quick_run_is_continued_from_its_folder_and_begun_again_by_its_own_words():
+    quick = Wish(
+        "quick", "my mugs", "sks mug", None, None, False, False, None, False, None, ["run.steps=3"], False, False
+    )
+    assert command_of(quick) == "inkstream train quick 'my mugs' --trigger 'sks mug' --set run.steps=3"
+    assert continuing(quick, Path("runs/x")) == "inkstream train runs/x/recipe.toml -o runs/x --resume"
+    of_recipe = replace(quick, recipe="r.toml", photos=None, trigger=None, preset=12)
+    assert continuing(of_recipe, Path("runs/r")) == "inkstream train r.toml --preset 12 --set run.steps=3 --resume"

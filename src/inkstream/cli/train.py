@@ -6,7 +6,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def train(wish: Wish) -> int:
         from inkstream.cli.train_plan import dry_run
 
         return dry_run(wanted, wish.card, json)
-    again = command_of(wish, folder)
+    again = continuing(wish, folder)
     stopped = _Stop()
     last: Any = None
     told = 0.0
@@ -81,8 +81,7 @@ def train(wish: Wish) -> int:
             elif isinstance(message, Finished):
                 last = message
             elif stopped.asked:
-                words = again if resume else again.removesuffix(" --resume")
-                terminal.say(f"stopped before the first step: start again with: {words}")
+                terminal.say(f"stopped before the first step: start again with: {command_of(wish)}")
                 return 130
             else:
                 told = _prepare(terminal, message, told)
@@ -130,13 +129,20 @@ def recipe_of(wish: Wish) -> tuple[Any, Path]:
     return recipe, Path(wish.output) if wish.output else Path("runs") / name_of(trigger)
 
 
-def command_of(wish: Wish, folder: Path) -> str:
-    """Return the command that continues the run."""
+def command_of(wish: Wish) -> str:
+    """Return the command that was given."""
+    options = {"--trigger": wish.trigger, "-m": wish.model, "--output": wish.output, "--preset": wish.preset}
+    words = ["inkstream", "train", wish.recipe, *([wish.photos] if wish.photos else [])]
+    words += [word for name, value in options.items() if value is not None for word in (name, str(value))]
+    words += [word for change in wish.changes for word in ("--set", change)]
+    return shlex.join([*words, *(["--resume"] if wish.resume else [])])
+
+
+def continuing(wish: Wish, folder: Path) -> str:
+    """Return the command that continues the run. The folder of a quick run has its recipe."""
     if wish.recipe == "quick":
         return shlex.join(["inkstream", "train", str(folder / "recipe.toml"), "-o", str(folder), "--resume"])
-    words = ["inkstream", "train", wish.recipe, *(["--output", wish.output] if wish.output else [])]
-    preset = [] if wish.preset is None else ["--preset", str(wish.preset)]
-    return shlex.join([*words, *preset, *(word for change in wish.changes for word in ("--set", change)), "--resume"])
+    return command_of(replace(wish, resume=True))
 
 
 def _grader(run: Any) -> Any:

@@ -68,6 +68,7 @@ def quick_recipe(
         "optimiser": {"lr": 1e-3 if small else 1e-4, "betas": [0.9, 0.99], "warmup": 20, "ema": 0.99},
         "run": {
             "steps": steps, "batch": 4 if small else 1, "save": every, "keep": 3, "preview": 2 * every,
+            "export": "bf16",
             "prompts": [trigger, f"{trigger} on a table", f"{trigger} on the beach", "a red apple on a table"],
         },
     }  # fmt: skip
