@@ -105,7 +105,7 @@ TABLES: Mapping[str, Columns] = {
             "Pixels": field("pixels"),
             "Predicted": gibibytes("foreseen"),
             "Measured": gibibytes("measured"),
-            "Ratio": foretold,
+            "Ratio": lambda row: f"{row['foreseen'] / row['measured']:.2f}",
             "Seconds": field("seconds", ".0f"),
         },
     ),
