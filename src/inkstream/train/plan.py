@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from inkstream.engine.files.parts import Unset
 from inkstream.engine.files.quantise import QUANTS, prepare
 from inkstream.engine.machine.fit import BESIDES, Speed
-from inkstream.engine.machine.peak import _Count  # pyright: ignore[reportPrivateUsage]
+from inkstream.engine.machine.peak import Counting
 from inkstream.engine.machine.placement import BESIDE, Placed, pages_seen
 from inkstream.families import Family, family_of
 from inkstream.nn.around import Around
@@ -116,7 +116,7 @@ def _measure(family: Family, spec: Spec, recipe: Recipe, around: Around, tokens:
     sizes = spec.transformer
     wide = sizes.cap_feat_dim if spec.family == "zimage" else sizes.joint_attention_dim
     pooled = torch.empty(count, sizes.pooled_projection_dim, device=META) if spec.family == "flux1" else None
-    attention, counted = _Attention(), _Count()
+    attention, counted = _Attention(), Counting()
     with counting() as flops, attention, counted:
         cond = Conditioning(torch.empty(count * length, wide, device=META), (length,) * count, pooled)
         if spec.guides == "read":

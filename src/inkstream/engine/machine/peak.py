@@ -20,14 +20,14 @@ def peak_of(compute: Callable[[], object]) -> int:
     `compute` must work on meta tensors. Tensors that exist before, such as weights, do not count, nor does the
     workspace of libraries.
     """
-    count = _Count()
+    count = Counting()
     with torch.inference_mode(), _Attention(), count:
         held = compute()
     del held
     return count.most
 
 
-class _Count(TorchDispatchMode):
+class Counting(TorchDispatchMode):
     """Counts the bytes of live storages: adds each new storage once, and subtracts it when it is freed."""
 
     def __init__(self) -> None:
