@@ -359,6 +359,8 @@ class Machine:
         An autoencoder's file or folder to take instead of the model's own.
     lora_folder
         Folder of LoRA files that requests can name; default: `loras` in the data folder of inkstream.
+    merge_lora
+        LoRA to merge into the transformer's weights while they are read, as PATH[:STRENGTH]; repeat for more.
     """
 
     device: str | None = None
@@ -371,6 +373,7 @@ class Machine:
     text_encoder: str | None = None
     vae: str | None = None
     lora_folder: str | None = None
+    merge_lora: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> dict[str, str]:

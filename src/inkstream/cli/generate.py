@@ -262,12 +262,13 @@ def slug(prompt: str) -> str:
 def check(request: Request, machine: Machine) -> None:
     """Check a request before anything big is downloaded or read. Raises InputError."""
     from inkstream.engine.drawing.complete import complete
-    from inkstream.engine.files.loras import check_loras, lora_folder
+    from inkstream.engine.files.loras import check_loras, lora_folder, read_merges
     from inkstream.engine.files.names import check_name
     from inkstream.families import SPECS
 
     check_pictures(request)
-    check_loras(request.loras, lora_folder(machine))
+    read_merges(machine.merge_lora)
+    check_loras([*request.loras, *machine.merge_lora], lora_folder(machine))
     check_name(request.model)
     if request.model in SPECS:
         complete(request, SPECS[request.model])

@@ -77,4 +77,8 @@ def options_of(machine: Machine) -> dict[str, Any]:
 def words_of(machine: Machine) -> list[str]:
     """Return the command line's words that give these options again."""
     options = {f"--{name.replace('_', '-')}": value for name, value in options_of(machine).items()}
-    return [option if value is True else f"{option}={value}" for option, value in options.items()]
+    return [
+        option if one is True else f"{option}={one}"
+        for option, value in options.items()
+        for one in (value if isinstance(value, tuple) else (value,))
+    ]

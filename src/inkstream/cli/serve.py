@@ -79,6 +79,7 @@ def run(
     yes
         Download missing files without asking.
     """
+    from inkstream.engine.files.loras import check_loras, lora_folder, read_merges
     from inkstream.engine.files.names import existing
 
     for option, value in {"port": port, "slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
@@ -86,6 +87,8 @@ def run(
             raise InputError(f"--{option} {value} is out of range: give 1 or more")
     for part, path in machine.chosen.items():
         existing(part, path)
+    read_merges(machine.merge_lora)
+    check_loras(machine.merge_lora, lora_folder(machine))
     import uvicorn
 
     from inkstream.serve import logs

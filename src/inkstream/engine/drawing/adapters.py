@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.engine.drawing.options import FEW
-from inkstream.engine.files.loras import find_lora
+from inkstream.engine.files.loras import factors_of, find_lora
 from inkstream.families import adapter_names
 from inkstream.nn.around.adapters import Adapter
 from inkstream.nn.parallel import Kept
@@ -232,27 +230,6 @@ def identity(path: Path) -> tuple[object, ...]:
 def bytes_of(product: Product) -> int:
     """Return the memory of a product's tensors."""
     return sum(bound.bytes for _, bound in product.parts) + (0 if product.bias is None else product.bias.nbytes)
-
-
-def factors_of(use: LoraUse, layers: Sequence[str] | Mapping[str, object]) -> dict[str, float]:
-    """Return the factor of the strength at each layer. Raises InputError if a pattern of blocks fits no layer."""
-    factors = dict.fromkeys(layers, 1.0)
-    for pattern, factor in use.blocks:
-        fitting = [layer for layer in layers if fits(pattern, layer)]
-        if not fitting:
-            example = next(iter(layers))
-            raise InputError(f"lora {use.path} changes no layer in {pattern}: take a part of a path like {example}")
-        factors |= dict.fromkeys(fitting, factor)
-    return factors
-
-
-def fits(pattern: str, layer: str) -> bool:
-    """Whether a pattern of blocks fits a layer's path. `layers.0-14` fits the layers in blocks 0 to 14 of `layers`."""
-    for wanted, name in zip_longest(pattern.split("."), layer.split(".")[: pattern.count(".") + 1]):
-        run = re.fullmatch(r"(\d+)-(\d+)", wanted)
-        if not (int(run[1]) <= int(name) <= int(run[2]) if run and (name or "").isdigit() else wanted == name):
-            return False
-    return True
 
 
 def bytes_foreseen(loras: Sequence[str], folder: Path, dtype: torch.dtype) -> int:

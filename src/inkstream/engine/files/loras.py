@@ -1,9 +1,11 @@
-"""Where the adapters (LoRA and relatives) that requests name are. Torch is not imported."""
+"""Where the adapters (LoRA and relatives) that users name are, and how strong. Torch is not imported."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 
 from platformdirs import user_data_path
@@ -43,3 +45,34 @@ def check_loras(loras: Sequence[str], folder: Path) -> None:
     """Raise InputError if an adapter does not exist."""
     for lora in loras:
         find_lora(LoraUse.read(lora).path, folder)
+
+
+def read_merges(merges: Sequence[str]) -> list[LoraUse]:
+    """Read the adapters to merge, as PATH[:STRENGTH]. Raises InputError for a range of steps."""
+    uses = [LoraUse.read(merge) for merge in merges]
+    for use in uses:
+        if (use.begins, use.ends) != (0, 1):
+            steps = f"@{use.begins:g}-{use.ends:g}"
+            raise InputError(f"{use.path}{steps}: merged weights hold for all steps: leave out {steps}, or take --lora")
+    return uses
+
+
+def factors_of(use: LoraUse, layers: Sequence[str] | Mapping[str, object]) -> dict[str, float]:
+    """Return the factor of the strength at each layer. Raises InputError if a pattern of blocks fits no layer."""
+    factors = dict.fromkeys(layers, 1.0)
+    for pattern, factor in use.blocks:
+        fitting = [layer for layer in layers if fits(pattern, layer)]
+        if not fitting:
+            example = next(iter(layers))
+            raise InputError(f"lora {use.path} changes no layer in {pattern}: take a part of a path like {example}")
+        factors |= dict.fromkeys(fitting, factor)
+    return factors
+
+
+def fits(pattern: str, layer: str) -> bool:
+    """Whether a pattern of blocks fits a layer's path. `layers.0-14` fits the layers in blocks 0 to 14 of `layers`."""
+    for wanted, name in zip_longest(pattern.split("."), layer.split(".")[: pattern.count(".") + 1]):
+        run = re.fullmatch(r"(\d+)-(\d+)", wanted)
+        if not (int(run[1]) <= int(name) <= int(run[2]) if run and (name or "").isdigit() else wanted == name):
+            return False
+    return True

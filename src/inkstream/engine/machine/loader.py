@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.licences import is_commercial_only
-from inkstream.engine.files.loras import lora_folder
+from inkstream.engine.files.loras import lora_folder, read_merges
+from inkstream.engine.files.merging import open_merge
 from inkstream.engine.files.names import Progress
 from inkstream.engine.files.parts import Found, locate_writer
 from inkstream.engine.files.sources import Source, locate
@@ -28,6 +29,7 @@ from inkstream.quant.packed import Weight, unpack
 from inkstream.types import InputError, Loading, Machine, read_size
 from inkstream.weights.files import in_section, read_state
 from inkstream.weights.keymap import translate
+from inkstream.weights.lora.merge import Merge, merge_into
 
 DTYPES = {
     "float32": torch.float32,
@@ -62,6 +64,7 @@ class Opened:
     dtype: torch.dtype
     numbers: Mapping[str, int]  # part -> number of parameters
     crew: Sharing | None = None  # the processes that share the transformer, if there are several
+    merged: frozenset[str] = frozenset()  # names of the transformer's weights that adapters change, see `merge_of`
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -78,13 +81,27 @@ def open_model(name: Path | str, machine: Machine = ANY, progress: Progress | No
     }
     check_vocabulary(source, tokenizers)
     numbers = {part: sum(p.numel() for p in found.module.parameters()) for part, found in source.parts.items()}
-    return Opened(source, tokenizers, machine, device, dtype, numbers)
+    merge = merge_of(source, machine)
+    return Opened(source, tokenizers, machine, device, dtype, numbers, merged=merge.names if merge else frozenset())
+
+
+def merge_of(source: Source, machine: Machine) -> Merge | None:
+    """Return the adapters to merge into the transformer, or None.
+
+    Raises InputError if one is for another model, or if a weight that it changes has a format that is only read here.
+    """
+    if not machine.merge_lora:
+        return None
+    merge = open_merge(read_merges(machine.merge_lora), lora_folder(machine), source)
+    merge.check(source.parts["transformer"].tensors)
+    return merge
 
 
 def read_model(opened: Opened, placement: str, progress: Progress | None = None) -> Model:
     """Read an opened model's weights: the second half of `load`. An opened model can be read once."""
     tell: Progress = progress or (lambda event: None)
     source, device, dtypes = opened.source, opened.device, opened.dtypes
+    merge = merge_of(source, opened.machine)
     modules = {
         part: read(
             found,
@@ -93,9 +110,12 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
             part=part,
             crew=opened.crew,
             machine=opened.machine,
+            merge=merge if part == "transformer" else None,
         )
         for part, found in source.parts.items()
     }
+    if merge:
+        tell(Loading("transformer", note=merge.line()))
 
     def read_writer() -> Writer:
         found = locate_writer(source.family, source.parts["text_encoder"], source.spec.name)
@@ -129,25 +149,28 @@ def read(
     part: str = "",
     crew: Sharing | None = None,
     machine: Machine | None = None,
+    merge: Merge | None = None,
 ) -> nn.Module:
     """Return the part's module with its weights. progress: called with the bytes done and the bytes in all.
 
     packed: weights that are packed in the file stay packed where a layer can hold them; otherwise they are unpacked.
-    crew, machine: as in `install`.
+    merge: adapters that change the weights before they are installed. crew, machine: as in `install`.
     """
-    weights = weights_of(found, placement.dtype, packed)
+    weights = weights_of(found, placement.dtype, packed, merge)
     return install(part, found.module, weights, placement, crew, machine, progress)
 
 
 @contextmanager
-def weights_of(found: Found, dtype: torch.dtype, packed: bool) -> Generator[Mapping[str, Weight]]:
+def weights_of(
+    found: Found, dtype: torch.dtype, packed: bool, merge: Merge | None = None
+) -> Generator[Mapping[str, Weight]]:
     """Yield a part's weights under our names. Weights that need no change are views of the files."""
     wanted = found.module.state_dict().keys()
     raw = in_section(read_state(found.path), found.section)
     state = {key: weight for key, weight in translate(found.rules, raw).items() if key in wanted}
     if not packed:
         state = {key: weight if isinstance(weight, Tensor) else unpack(weight, dtype) for key, weight in state.items()}
-    yield state
+    yield merge_into(state, merge, dtype) if merge else state
     let_go(raw)
 
 

@@ -89,7 +89,13 @@ class Placing:
         if (key := (*asked, *texts)) not in self._known:
             opened, without_loras = self.opened, request.model_copy(update={"loras": ()})
             self._known[key] = plan_request(
-                opened.source, opened.tokenizers, without_loras, opened.device, opened.dtypes, opened.crew
+                opened.source,
+                opened.tokenizers,
+                without_loras,
+                opened.device,
+                opened.dtypes,
+                opened.crew,
+                opened.merged,
             )
         return self._known[key]
 

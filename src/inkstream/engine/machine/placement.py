@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, cast
 
@@ -16,10 +16,11 @@ from inkstream.engine.files.parts import Unset
 from inkstream.engine.files.sources import Source
 from inkstream.engine.machine.peak import peak_of
 from inkstream.nn.offload import Guest, Streamed, Weight, advise, is_number, read_at_home, visit_when_called, weights_of
-from inkstream.nn.quant import PackedEmbedding
+from inkstream.nn.quant import PackedEmbedding, PackedWeight
 from inkstream.nn.quant import place as put_packed
 from inkstream.nn.stack import Blocks
 from inkstream.weights.keymap import Rule, becomes
+from inkstream.weights.lora.merge import form_after, refit
 
 Place = Literal["resident", "visiting"]
 """resident: always on the device. visiting: each layer is on the device only while it computes."""
@@ -97,8 +98,9 @@ class Placed:
         visitors = [guest for s in self.streams.values() for guest in (*s.guests, *s.apart)] + self.guests
         visiting = {(w.owner, w.name) for guest in visitors for w in (*guest.away, *guest.here)}
         self.staying = [w for w in weights_of(module, list(tables)) if (w.owner, w.name) not in visiting]
-        state, homes = module.state_dict(), {id(w.owner._parameters.get(w.name)) for w in self.staying}  # pyright: ignore[reportPrivateUsage]
-        self.copied = sum(state[name].nbytes for name in copied if id(state[name]) not in homes)
+        state = module.state_dict(keep_vars=True)
+        staying = {id(getattr(weight.owner, weight.name)) for weight in self.staying}  # counted below, as staying
+        self.copied = sum(state[name].nbytes for name in copied if id(state[name]) not in staying)
 
     @property
     def always(self) -> int:
@@ -182,18 +184,20 @@ def pages_seen(guest: Guest) -> int:
 
 def plan_request(
     source: Source, tokenizers: Mapping[str, Any], request: Complete, device: torch.device,
-    dtypes: Mapping[str, torch.dtype], crew: Sharing | None = None,
+    dtypes: Mapping[str, torch.dtype], crew: Sharing | None = None, merged: Collection[str] = (),
 ) -> list[Plan]:  # fmt: skip
     """Return the plan of each placement for a request, the fastest placement first.
 
-    dtypes: part -> the dtype that it computes in. crew: cuts the transformer to this process's share. Weights count as
-    they are in the files or on the device. Computed tensors are counted by running the request on meta. Memory of
-    drivers and of the process itself is not counted.
+    dtypes: part -> the dtype that it computes in. crew: cuts the transformer to this process's share. merged: the names
+    of the transformer's weights that adapters change. Weights count as they are in the files or on the device. Computed
+    tensors are counted by running the request on meta. Memory of drivers and of the process itself is not counted.
     """
-    modules = {part: at_home(source, part, dtypes[part]) for part in source.parts}
+    modules = {
+        part: at_home(source, part, dtypes[part], merged if part == "transformer" else ()) for part in source.parts
+    }
     if crew:
         crew.share(modules["transformer"])
-    weights = weigh(source, modules, device, dtypes)
+    weights = weigh(source, modules, device, dtypes, merged)
     work = working(on_meta(source, modules, tokenizers, dtypes), request)
     return [add_up(name, phases, work, device) for name, phases in weights.items()]
 
@@ -205,13 +209,21 @@ def add_up(name: str, weights: Mapping[str, int], work: Mapping[str, int], devic
 
 
 def weigh(
-    source: Source, modules: Mapping[str, nn.Module], device: torch.device, dtypes: Mapping[str, torch.dtype]
+    source: Source,
+    modules: Mapping[str, nn.Module],
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+    merged: Collection[str] = (),
 ) -> dict[str, dict[str, int]]:
-    """Placement -> phase -> bytes of weights on the device. modules: as from `at_home`."""
+    """Placement -> phase -> bytes of weights on the device. modules: as from `at_home`. merged: of the transformer."""
+    own = {
+        part: copied(source.parts[part].rules, module, merged if part == "transformer" else ())
+        for part, module in modules.items()
+    }
     weights: dict[str, dict[str, int]] = {}
     for name in PLACEMENTS:
         placed = {
-            part: Placed(module, place_of(name, part), device, dtypes[part], copied(source.parts[part].rules, module))
+            part: Placed(module, place_of(name, part), device, dtypes[part], own[part])
             for part, module in modules.items()
         }
         always = sum(part.always for part in placed.values())
@@ -239,19 +251,31 @@ def phases_of(source: Source) -> dict[str, list[str]]:
     return {phase: parts for phase, parts in phases.items() if parts}
 
 
-def at_home(source: Source, part: str, dtype: torch.dtype) -> nn.Module:
-    """Return the part on meta. Its weights have the types that its files have."""
+def at_home(source: Source, part: str, dtype: torch.dtype, merged: Collection[str] = ()) -> nn.Module:
+    """Return the part on meta. Its weights have the types that its files have. merged: those that adapters change."""
     found = source.parts[part]
     with torch.device("meta"), Unset():
         module = source.family.parts[part].build(found.config)
     state = {key: found.tensors[key] for key in module.state_dict()}
+    forms = {key: form_after(state[key], dtype) for key in merged}
+    state |= {key: refit(key, torch.empty(form.shape, device="meta"), form) for key, form in forms.items()}
     module.load_state_dict(put_packed(module, state, dtype), strict=True, assign=True)
     return module.eval().requires_grad_(False)
 
 
-def copied(rules: Sequence[Rule], module: nn.Module) -> list[str]:
-    """Return the names of weights that are joined from several weights of the files. rules: from the files' layout."""
-    return [key for key in module.state_dict() if len(becomes(rules, key, back=True)) > 1]
+def copied(rules: Sequence[Rule], module: nn.Module, merged: Collection[str] = ()) -> list[str]:
+    """Return the names of weights that are joined from several weights of the files, or that adapters change.
+
+    rules: from the files' layout. merged: the weights that adapters change.
+    """
+    modules: dict[str, Any] = dict(cast("Any", module).named_modules())
+    packed = {name for name, layer in modules.items() if isinstance(layer, PackedWeight)}
+
+    def is_merged(key: str) -> bool:
+        owner, _, name = key.rpartition(".")
+        return key in merged or (owner in packed and name != "bias" and f"{owner}.weight" in merged)
+
+    return [key for key in module.state_dict() if len(becomes(rules, key, back=True)) > 1 or is_merged(key)]
 
 
 def working(model: Model, request: Complete) -> dict[str, int]:
