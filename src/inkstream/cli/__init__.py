@@ -65,6 +65,9 @@ Only this machine can connect, until you make a key with `inkstream serve keys a
 Unfinished jobs start again with the next start of the server."""
 app.command("inkstream.cli.serve:serve", help=SERVE)
 
+LORA = """Describe, merge, convert, extract, resize and compare LoRA files."""
+app.command("inkstream.cli.lora:lora", help=LORA)
+
 MCP = """Let agents draw: a server of the Model Context Protocol on stdin and stdout.
 
 Tools: generate, edit, list_models. Pictures are also written to a folder, so that edit can use their paths."""

@@ -11,18 +11,20 @@ from typing import Any, Literal, get_args
 
 from inkstream.disk import whole_file, whole_folder
 from inkstream.engine.files.cards import write_card
+from inkstream.engine.files.merging import open_merge
 from inkstream.engine.files.names import Progress
 from inkstream.engine.files.parts import Found
-from inkstream.engine.files.quantise import QUANTS, Quant, in_safetensors, plan, weights
+from inkstream.engine.files.quantise import QUANTS, Quant, in_safetensors, plan, prepare, weights
 from inkstream.engine.files.sources import Source, locate
 from inkstream.engine.files.tokenizers import read_words
 from inkstream.families import CARD, Part
 from inkstream.quant import QuantName
 from inkstream.quant.packed import Weight
-from inkstream.types import InputError, Loading
+from inkstream.types import InputError, Loading, LoraUse
 from inkstream.weights.files import write_state, write_stream
 from inkstream.weights.gguf import FILE_TYPES, write_gguf
 from inkstream.weights.keymap import Rule
+from inkstream.weights.lora.merge import Merge
 
 Layout = Literal["diffusers", "native"]
 
@@ -37,13 +39,16 @@ def convert(
     progress: Progress | None = None,
     quant: QuantName | None = None,
     chosen: Mapping[str, str] | None = None,
+    loras: Sequence[LoraUse] = (),
+    lora_folder: Path = Path(),
 ) -> Path:
     """Writes the model `src` (anything `load` takes) as the folder `dst`, which `load` takes too.
 
     to: "diffusers" (the default) is the published layout, which diffusers' pipeline loads as well; "native" (the
     default with `quant`) is the transformer as one file beside the folders of the other parts. quant: the precision of
     the transformer's and text encoders' weights; None keeps them unchanged. A GGUF precision (q4_k) writes GGUF files.
-    chosen: as in `locate`.
+    chosen: as in `locate`. loras: adapters to merge into the transformer's weights, in float32, before they are packed;
+    a note says how much of their change is kept. lora_folder: where adapters are that can be named.
     `dst` appears once it is complete. InputError if it exists, the disk has too little space, or `load` would fail.
     """
     to = to or ("native" if quant else "diffusers")
@@ -58,12 +63,15 @@ def convert(
         raise InputError(f"{dst} already exists: take another name, or remove it first")
     tell: Progress = progress or (lambda event: None)
     source = locate(src, tell, chosen=chosen)
-    writes = [_plan_part(source, part, to, quant) for part in source.parts]
+    merge = open_merge(loras, lora_folder, source) if loras else None
+    writes = [_plan_part(source, part, to, quant, merge if part == "transformer" else None) for part in source.parts]
     needed = sum(weight.nbytes for write in writes for weight in write.plan.values())
     _check_space(dst, needed)
     dst.parent.mkdir(parents=True, exist_ok=True)
     with whole_folder(dst) as temporary:
-        _write(source, temporary, to, writes, tell, needed)
+        _write(source, temporary, to, writes, tell, needed, [str(use) for use in loras])
+    if merge:
+        tell(Loading("transformer", note=merge.line()))
     return dst
 
 
@@ -77,9 +85,10 @@ class _Write:
     rules: Sequence[Rule]  # from our names into the layout
     quant: Quant | None
     plan: Mapping[str, Weight]  # on meta
+    merge: Merge | None = None
 
 
-def _plan_part(source: Source, name: str, to: Layout, quant: QuantName | None) -> _Write:
+def _plan_part(source: Source, name: str, to: Layout, quant: QuantName | None, merge: Merge | None) -> _Write:
     part, found = source.family.parts[name], source.parts[name]
     wanted = QUANTS[quant] if quant is not None and part.packs else None
     rules = part.layouts.get(to, ())
@@ -88,13 +97,25 @@ def _plan_part(source: Source, name: str, to: Layout, quant: QuantName | None) -
             rules = part.layouts.get("gguf", rules)
         else:
             wanted = in_safetensors(wanted)
-    return _Write(name, part, found, rules, wanted, plan(found, part, wanted, rules))
+    if merge:
+        merge.check(prepare(found.tensors, part, wanted))
+    return _Write(name, part, found, rules, wanted, plan(found, part, wanted, rules, merge), merge)
 
 
-def _write(source: Source, folder: Path, to: Layout, writes: Sequence[_Write], tell: Progress, total: int) -> None:
-    """Writes all files of the new folder. The weights come last."""
+def _write(
+    source: Source,
+    folder: Path,
+    to: Layout,
+    writes: Sequence[_Write],
+    tell: Progress,
+    total: int,
+    merged: Sequence[str],
+) -> None:
+    """Writes all files of the new folder. The weights come last. merged: adapters, for the model's card."""
     made = {**source.family.documents(source.spec), CARD: write_card(source.spec)}
     documents = {name: {**content, **_kept(source, name)} for name, content in made.items()}
+    if merged:
+        documents[CARD]["merged"] = [*documents[CARD].get("merged", []), *merged]
     words = {name: read_words(place) for name, place in source.tokenizers.items()}
     for name, files in words.items():
         documents["model_index.json"] |= tokenizer_class(name, files.get("tokenizer_config.json", b"{}"))
@@ -136,7 +157,7 @@ def _header(source: Source, write: _Write, config: Mapping[str, Any] | None) -> 
 
 
 def _write_part(write: _Write, stem: Path, header: Mapping[str, str], count: Callable[[int], None]) -> None:
-    incoming = weights(write.found, write.part, write.quant, write.rules)
+    incoming = weights(write.found, write.part, write.quant, write.rules, write.merge)
     if write.quant is None:
         write_state(stem.with_name(f"{stem.name}.safetensors"), dict(incoming), header, SHARD_BYTES, count)
     elif not write.quant.gguf:

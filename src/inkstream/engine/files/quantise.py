@@ -17,6 +17,7 @@ from inkstream.weights.dialects import is_spelt
 from inkstream.weights.files import in_section, read_header, read_state
 from inkstream.weights.gguf import is_held
 from inkstream.weights.keymap import Rule, becomes, matches, translate
+from inkstream.weights.lora.merge import Merge
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,19 @@ def in_safetensors(quant: Quant) -> Quant:
     return quant if not quant.gguf else QUANTS["int8" if quant.formats[0] in ("q8_0", "q6_k") else "nf4"]
 
 
-def plan(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]) -> dict[str, Weight]:
+def plan(
+    found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule], merge: Merge | None = None
+) -> dict[str, Weight]:
     """The weights that `weights` will yield, on meta."""
-    return translate(rules, prepare(found.tensors, part, quant), back=True)
+    return translate(rules, prepare(found.tensors, part, quant, merge), back=True)
 
 
-def weights(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]) -> Iterator[tuple[str, Weight]]:
+def weights(
+    found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule], merge: Merge | None = None
+) -> Iterator[tuple[str, Weight]]:
     """All of a part's weights in another layout, packed. Weights that no module reads are included.
 
+    merge: adapters that change the weights before they are packed.
     The files are mapped again for every batch, so that the batches already written leave memory.
     """
     tensors = read_header(found.path).tensors
@@ -66,7 +72,7 @@ def weights(found: Found, part: Part, quant: Quant | None, rules: Sequence[Rule]
     for names in _batches(_groups(raw, found.rules, rules), sizes):
         state = read_state(found.path, {raw[name] for name in names})
         ours = translate(found.rules, {name: state[raw[name]] for name in names})
-        yield from translate(rules, prepare(ours, part, quant), back=True).items()
+        yield from translate(rules, prepare(ours, part, quant, merge), back=True).items()
 
 
 def _batches(groups: Sequence[Sequence[str]], sizes: Mapping[str, int]) -> Iterator[list[str]]:
@@ -95,11 +101,20 @@ def _groups(names: Iterable[str], into: Sequence[Rule], out: Sequence[Rule]) -> 
     return [group for group, _ in groups]
 
 
-def prepare(state: Mapping[str, Weight], part: Part, quant: Quant | None) -> dict[str, Weight]:
-    """Packs a state dict in our names. quant: None keeps the weights."""
-    if quant is None:
-        return dict(state)
-    return {name: _pack(name, weight, part, quant) for name, weight in state.items()}
+def prepare(
+    state: Mapping[str, Weight], part: Part, quant: Quant | None, merge: Merge | None = None
+) -> dict[str, Weight]:
+    """Packs a state dict in our names. quant: None keeps the weights. merge: adapters that change them first."""
+
+    def packed(name: str, weight: Weight) -> Weight:
+        return weight if quant is None else _pack(name, weight, part, quant)
+
+    def changed(name: str, weight: Weight) -> Weight:
+        if merge is None or name not in merge.names:
+            return packed(name, weight)
+        return merge.change(name, weight, packed(name, weight.to("meta")))
+
+    return {name: changed(name, weight) for name, weight in state.items()}
 
 
 def _pack(name: str, weight: Weight, part: Part, quant: Quant) -> Weight:
