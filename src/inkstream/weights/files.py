@@ -19,6 +19,7 @@ from inkstream.disk import whole_file
 from inkstream.quant.packed import Weight
 from inkstream.types import InputError
 from inkstream.weights import dialects, gguf
+from inkstream.weights.header import read_raw_header
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Suffixes of pickle files, which can run code when they are opened."""
@@ -310,36 +311,24 @@ def _read_one(path: Path, only: Collection[str] | None = None) -> dict[str, Tens
 
 
 def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the header of one file: 8 bytes with the JSON's length, the JSON, then the data up to the end of the file.
-
-    Returns the tensors, on meta except the format marks, and the metadata.
-    """
+    """Read the header of one file. Returns the tensors, on meta except the format marks, and the metadata."""
     if path.suffix in PICKLES:
         raise InputError(f"{path} is a pickle, which can run code when opened: convert it to safetensors first")
+    entries, metadata, start = read_raw_header(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(8)
-            if start == b"version ":
-                raise InputError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
-            length = int.from_bytes(start, "little")
-            if len(start) < 8 or 8 + length > size:
-                raise InputError(f"{path} is cut short or not a safetensors file: download it again")
-            data = json.loads(file.read(length))
             marks = {
-                name: _read_mark(file, 8 + length + entry["data_offsets"][0], *entry["shape"])
-                for name, entry in data.items()
+                name: _read_mark(file, start + entry["data_offsets"][0], *entry["shape"])
+                for name, entry in entries.items()
                 if name.endswith(dialects.MARKS) and entry["dtype"] == "U8" and len(entry["shape"]) == 1
             }
-        metadata = data.pop("__metadata__", {})
-        foreign = {entry["dtype"] for entry in data.values()} - DTYPES.keys()
+        foreign = {entry["dtype"] for entry in entries.values()} - DTYPES.keys()
         if foreign:
             by = ", which is packed by MLX (mflux)," if foreign == {"U32"} else ""
             raise InputError(
                 f"{path}{by} holds numbers of type {few(sorted(foreign))}, which are not supported: take the bf16 file"
             )
-        tensors = {name: _tensor(entry) for name, entry in data.items()} | marks
-        ends = [entry["data_offsets"][1] for entry in data.values()]
+        tensors = {name: _tensor(entry) for name, entry in entries.items()} | marks
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror})") from error
     except InputError:
@@ -347,10 +336,7 @@ def _read_one_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]  # torch 2.11 lists all forms of a call
         raise InputError(f"{path} is damaged or not a safetensors file ({reason}): download it again") from error
-    whole = 8 + length + max(ends, default=0)
-    if size < whole:
-        raise InputError(f"{path} is cut short, it has {size:,} of {whole:,} bytes: download it again")
-    return tensors, metadata
+    return tensors, dict(metadata)
 
 
 def _layer(name: str) -> str:

@@ -15,14 +15,11 @@ from inkstream.weights.lora import peft
 from inkstream.weights.lora.algebras import Layer, bias_of, by, changes_of
 from inkstream.weights.lora.changes import Change, LayerChange, Lora, Part, Report
 from inkstream.weights.lora.cuts import reorder
-from inkstream.weights.lora.names import COMMON, TEXT, Names, Place, read_key
+from inkstream.weights.lora.keys import BASES, TEXT, TRIGGERS, read_key
+from inkstream.weights.lora.names import COMMON, Names, Place
 
 FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 """What PEFT and diffusers call the file in a folder."""
-
-TRIGGERS = ("modelspec.trigger_phrase", "trigger_word", "trigger", "ss_trigger")
-BASES = ("ss_base_model_version", "modelspec.architecture", "base_model", "base_model_name_or_path")
-"""Entries of the metadata, the best first."""
 
 
 def read_lora(path: Path | str, names: Names) -> Lora:
