@@ -304,7 +304,7 @@ def write_lora_folder(folder: Path) -> Path:
         for path, (o, i) in names.layers.items()
         if path.startswith("layers.")
     }
-    (folder / "styles").mkdir()
+    (folder / "styles").mkdir(parents=True)
     write_lora(folder / "styles" / "bold.safetensors", Lora(layers), names, "kohya")
     return folder
 

@@ -79,7 +79,7 @@ def test_img2img_keeps_the_black_part_of_the_mask(server):
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers", "is not supported"),
         ({"sampler_name": "PLMS"}, "sampler_name", "/sdapi/v1/samplers"),
         ({"scheduler": "Karras"}, "scheduler", "/sdapi/v1/schedulers"),
-        ({"prompt": "a <lora:x:1>"}, "prompt", "/sdapi/v1/loras"),
+        ({"prompt": "a <lora:x:1>"}, "prompt", "/v1/loras"),
         ({"prompt": "a <lora:bold:much>"}, "prompt", "<lora:bold:0.8>"),
         ({"width": 40}, "width", "multiple of 16"),
         ({"seed": -2}, "seed", "greater"),

@@ -16,15 +16,18 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 from unittest.mock import ANY
+from urllib.parse import quote
 
 import pytest
 from PIL import Image
 from starlette.routing import WebSocketRoute
 from websockets.sync.client import connect
 
+from conftest import write_lora_folder
 from inkstream.serve.app import ROUTERS
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Settings
+from inkstream.types import Machine
 
 TOKEN = "an idempotency key"
 CLIENT = "client"
@@ -72,7 +75,10 @@ class World:
         limits = {"ann": {"queued": 50}, "bob": {"queued": 50}, "root": {"admin": True}}
         keys = {name: add_key(folder / "keys.json", name, 0.0, **more) for name, more in limits.items()}
         self.keys = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
-        self.served = start_server(Settings(folder, models=("pocket", "second=pocket")))
+        loras = write_lora_folder(folder / "loras")
+        (loras / "styles" / "bold.png").write_bytes(picture("gold"))
+        machine = Machine(lora_folder=str(loras))
+        self.served = start_server(Settings(folder, models=("pocket", "second=pocket"), machine=machine))
         self.sent = picture("teal")
         self.upload = self.bob("POST", "/v1/uploads", self.sent)["id"]
         self.graphed = self.bob("POST", "/comfyui/prompt", {"prompt": graph(), "client_id": CLIENT})["prompt_id"]
@@ -302,6 +308,21 @@ def all_keys_see_the_models(world: World) -> None:
         status, answer = world.ann("GET", path)
         assert status == 200
         assert answer == world.ask("bob", "GET", path)[1]
+
+
+@case("GET /v1/loras", "GET /v1/loras/{name}/preview")
+def all_keys_see_the_loras_and_no_path(world: World) -> None:
+    folder = world.served.service.settings.machine.lora_folder
+    for path in ("/v1/loras", "/v1/loras/styles/bold/preview"):
+        status, answer = world.ann("GET", path)
+        assert status == 200
+        assert answer == world.ask("bob", "GET", path)[1]
+        assert folder not in str(answer)
+    for name in ("../../uploads/" + world.upload, f"{folder}/styles/bold", "styles/../styles/bold", "bold", ""):
+        for given in (name, quote(name, safe="")):
+            assert world.ann("GET", f"/v1/loras/{given}/preview")[0] == 404
+    assert world.served.ask("GET", "/v1/loras")[0] == 401
+    assert world.served.ask("GET", "/v1/loras/styles/bold/preview")[0] == 401
 
 
 @case("GET /v1/pictures")

@@ -161,7 +161,7 @@ def test_its_comfyui_engine_lists_the_models(server):
     assert next(key for key in required if "_name" in key) == "ckpt_name"
     assert required["ckpt_name"][0] == ["pocket"]
     assert comfy(server, "/object_info/KSampler")[2] == {"KSampler": info["KSampler"]}
-    assert comfy(server, "/object_info/LoraLoader")[2] == {}
+    assert comfy(server, "/object_info/ControlNetLoader")[2] == {}
 
 
 def test_its_comfyui_engine_draws_the_standard_graph_as_the_native_api_draws_it(server):

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.errors import Unsatisfiable
 from PIL import Image
 
+from conftest import write_lora_folder
 from inkstream.engine.files.cards import write_card
 from inkstream.families import CARD
 from inkstream.families.zimage.specs import BASE
 from inkstream.serve.limits import Limits, Settings
+from inkstream.types import Machine
 
 schemathesis = pytest.importorskip("schemathesis", reason="THE DOCUMENT WAS NOT TRIED: pip install schemathesis")
 from schemathesis.checks import CHECKS, load_all_checks  # noqa: E402
@@ -45,7 +47,11 @@ def quick(tmp_path_factory, start_server, make_folder) -> Iterator[Any]:
     folder = make_folder(tmp_path_factory.mktemp("models") / "quick", spec)
     (folder / CARD).write_text(json.dumps(write_card(spec)))
     limits = Limits(pictures=2, steps=3, pixels=64 * 64, queue=4, body_bytes=1 << 20, prompt=500)
-    served = start_server(Settings(tmp_path_factory.mktemp("schema"), models=(f"quick={folder}",), limits=limits))
+    loras = write_lora_folder(tmp_path_factory.mktemp("loras"))
+    Image.new("RGB", (32, 32), "gold").save(loras / "styles" / "bold.png")
+    machine = Machine(lora_folder=str(loras))
+    data = tmp_path_factory.mktemp("schema")
+    served = start_server(Settings(data, models=(f"quick={folder}",), limits=limits, machine=machine))
     buffer = io.BytesIO()
     Image.new("RGB", (32, 32), "teal").save(buffer, "PNG")
     job = served.ended(served.draw(model="quick"))
@@ -55,6 +61,7 @@ def quick(tmp_path_factory, start_server, make_folder) -> Iterator[Any]:
         "/v1/images/": job["pictures"][0]["id"],
         "/v1/uploads/": served.ask("POST", "/v1/uploads", buffer.getvalue())[2]["id"],
         "/v1/models/": "quick",
+        "/v1/loras/": "styles/bold",
     }
     yield served
     served.stop()

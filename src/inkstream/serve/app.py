@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inkstream import __version__
-from inkstream.serve.api import a1111, comfyui, gallery, native, openai, status, studio
+from inkstream.serve.api import a1111, comfyui, gallery, loras, native, openai, status, studio
 from inkstream.serve.api.service import Service
 from inkstream.serve.engines.models import offer, read_aliases
 from inkstream.serve.engines.process import EngineProcess, MakeEngine
@@ -40,6 +40,7 @@ ROUTERS = (
     status.router,
     native.router,
     gallery.router,
+    loras.router,
     openai.router,
     a1111.router,
     comfyui.router,

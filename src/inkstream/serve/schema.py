@@ -214,6 +214,31 @@ class Models(BaseModel):
     data: list[Model]
 
 
+class Lora(BaseModel):
+    """A LoRA file, or a relative, in the server's folder."""
+
+    name: str = Field(description="The name for requests.")
+    title: str
+    trigger_words: list[str] = Field(description="Words of a prompt that call what the file was trained on.")
+    base: str = Field(description="The base model that the file names; empty if it names none.")
+    family: str = Field(description="Family of the known models with its sizes; empty if none or several have them.")
+    fits: dict[str, bool] = Field(
+        description="Offered model -> whether it has the file's sizes. Models of which this is unknown are left out."
+    )
+    ranks: list[int]
+    bytes: int
+    strength: float | None = Field(description="The preferred strength, if a file of A1111 beside it names one.")
+    hint: str = Field(description="The file's own text about its use.")
+    preview: str | None = Field(description="Path of a small picture.")
+    error: str | None = Field(description="Why the file cannot be used.")
+
+
+class Loras(BaseModel):
+    """All LoRA files of the server, by name."""
+
+    data: list[Lora]
+
+
 class Field_(BaseModel):
     """One field of a model's form."""
 
@@ -222,7 +247,7 @@ class Field_(BaseModel):
     name: str
     title: str
     help: str
-    type: Literal["text", "integer", "number", "boolean", "choice", "picture", "pictures"]
+    type: Literal["text", "integer", "number", "boolean", "choice", "picture", "pictures", "loras"]
     default: Any = None
     minimum: float | None = None
     maximum: float | None = None

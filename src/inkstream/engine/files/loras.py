@@ -36,9 +36,13 @@ def find_lora(name: str, folder: Path) -> Path:
 
 
 def names_in(folder: Path) -> dict[str, Path]:
-    """Return the adapters in a folder and the folders inside: name -> file. A name is a path without its suffix."""
+    """Return the adapters in a folder and the folders inside: name -> file. A name is a path without its suffix.
+
+    Files whose names have control characters or are not valid UTF-8 are left out, because no text can name them.
+    """
     files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    names = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return {name: file for name, file in names.items() if name.isprintable()}
 
 
 def check_loras(loras: Sequence[str], folder: Path) -> None:

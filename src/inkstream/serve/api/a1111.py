@@ -7,7 +7,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from typing import Annotated, Any, get_args
 
@@ -39,12 +39,13 @@ from inkstream.engine.pictures.foreign.reading import (
 from inkstream.engine.pictures.inputs import read_source
 from inkstream.engine.pictures.metadata import SOFTWARE, read_request
 from inkstream.serve import schema
+from inkstream.serve.api.loras import find_use
 from inkstream.serve.api.openai import failure
 from inkstream.serve.api.service import Parts, Service, Who
 from inkstream.serve.errors import Refused, answers, explain_invalid
 from inkstream.serve.queue.inputs import examine
 from inkstream.serve.queue.store import Job
-from inkstream.types import InputError, LoraUse, Request, ScheduleName, SolverName
+from inkstream.types import InputError, Request, ScheduleName, SolverName
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 
@@ -470,23 +471,6 @@ async def png_info(who: Who, body: Picture) -> Info:
 
 
 # Reading requests ---------------------------------------------------------------------------------------------------
-
-
-def find_use(tag: str, known: Collection[str]) -> LoraUse:
-    """How a prompt uses a LoRA, by its tag NAME[:STRENGTH]. known: the names in the server's folder.
-
-    A name may leave out the folders before it, if no other file has this name. Raises Refused for other tags.
-    """
-    name, _, strength = tag.partition(":")
-    found = [one for one in known if one == name] or [one for one in known if one.rpartition("/")[2] == name]
-    if len(found) != 1:
-        problem = f"means {' and '.join(found)}" if found else "is not one of /sdapi/v1/loras"
-        raise Refused(400, f"prompt has the LoRA {name[:100]}, which {problem}: give one name", param="prompt")
-    try:
-        return LoraUse.read({"path": found[0], "strength": strength or 1})
-    except InputError:
-        line = f"prompt has <lora:{tag[:100]}>: write <lora:{name[:100]}:0.8>, with a strength from -10 to 10"
-        raise Refused(400, line, param="prompt") from None
 
 
 def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]) -> Request:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
+from anyio import to_thread
 from fastapi import APIRouter, Path, Query, Response, WebSocket, WebSocketDisconnect
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from starlette.datastructures import UploadFile
 
+from inkstream.engine.files.loras import lora_folder, names_in
 from inkstream.engine.pictures.foreign.comfyui import read_comfyui
 from inkstream.families.names import named
 from inkstream.serve import schema
 from inkstream.serve.api.gallery import file_answer, find_picture, send
+from inkstream.serve.api.loras import find_use
 from inkstream.serve.api.openai import BINARY, keep
 from inkstream.serve.api.service import Parts, Service, Who
 from inkstream.serve.errors import Refused, answers, explain_invalid
@@ -44,6 +48,11 @@ EMPTY = Kind({"width": "INT", "height": "INT", "batch_size": "INT"}, ("LATENT",)
 NODES = {
     "CheckpointLoaderSimple": Kind({"ckpt_name": "MODELS"}, ("MODEL", "CLIP", "VAE")),
     "CLIPTextEncode": Kind({"text": "STRING", "clip": "CLIP"}, ("CONDITIONING",)),
+    "LoraLoader": Kind(
+        {"model": "MODEL", "clip": "CLIP", "lora_name": "LORAS", "strength_model": "FLOAT", "strength_clip": "FLOAT"},
+        ("MODEL", "CLIP"),
+    ),
+    "LoraLoaderModelOnly": Kind({"model": "MODEL", "lora_name": "LORAS", "strength_model": "FLOAT"}, ("MODEL",)),
     "ConditioningZeroOut": Kind({"conditioning": "CONDITIONING"}, ("CONDITIONING",)),
     "EmptyLatentImage": EMPTY,
     "EmptySD3LatentImage": EMPTY,
@@ -59,7 +68,7 @@ NODES = {
     "SaveImage": Kind({"images": "IMAGE", "filename_prefix": "STRING"}),
     "PreviewImage": Kind({"images": "IMAGE"}),
 }  # fmt: skip
-"""The nodes of the standard graph, and the nodes to start from a picture."""
+"""The nodes of the standard graph, the nodes that load LoRAs, and those to start from a picture."""
 SAVES = {"SaveImage": "output", "PreviewImage": "temp"}
 """Class of an output node -> ComfyUI's type of its files."""
 LINKED = frozenset(type for kind in NODES.values() for type in kind.outputs)
@@ -133,7 +142,8 @@ def origin_of(job: Job) -> Origin | None:
 async def draw_prompt(parts: Parts, who: Who, body: Prompt) -> Accepted:
     """Accept a graph. It is drawn even if the client leaves."""
     graph = {id: node.model_dump() for id, node in body.prompt.items()}
-    request, origin = read_graph(graph, body.client_id or "-", list(parts.models))
+    known = await to_thread.run_sync(names_in, lora_folder(parts.settings.machine))
+    request, origin = read_graph(graph, body.client_id or "-", list(parts.models), known)
     try:
         request = await parts.take_pictures(who, request)
         job = parts.jobs.submit(who, request, note=origin.note())
@@ -198,7 +208,8 @@ async def upload_image(parts: Parts, who: Who, http: HTTPRequest) -> Uploaded:
 @router.get("/object_info", responses=answers())
 async def list_nodes(parts: Parts, who: Who) -> dict[str, JsonValue]:
     """The supported nodes with the values of their inputs."""
-    return {name: describe(name, list(parts.models)) for name in NODES}
+    choices = await find_choices(parts)
+    return {name: describe(name, choices) for name in NODES}
 
 
 @router.get("/object_info/{name}", responses=answers(400))
@@ -206,7 +217,19 @@ async def get_node(
     parts: Parts, who: Who, name: Annotated[str, Path(max_length=200, description="A class of nodes.")]
 ) -> dict[str, JsonValue]:
     """One class of nodes; empty if it is not supported."""
-    return {name: describe(name, list(parts.models))} if name in NODES else {}
+    return {name: describe(name, await find_choices(parts))} if name in NODES else {}
+
+
+async def find_choices(parts: Service) -> dict[str, list[str]]:
+    """Type of an input -> its values, for the types with a fixed list of them."""
+    loras = await to_thread.run_sync(names_in, lora_folder(parts.settings.machine))
+    return {
+        "MODELS": list(parts.models),
+        "LORAS": [f"{name}.safetensors" for name in loras],
+        "SOLVERS": list(get_args(SolverName)),
+        "SCHEDULES": list(get_args(ScheduleName)),
+        "UPLOADS": [],
+    }
 
 
 @router.websocket("/ws")
@@ -258,10 +281,11 @@ async def _wait_for_disconnect(socket: WebSocket) -> None:
 # Reading graphs -----------------------------------------------------------------------------------------------------
 
 
-def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, Origin]:
+def read_graph(graph: Graph, client: str, models: list[str], loras: Collection[str]) -> tuple[Request, Origin]:
     """The Request for the pictures that a graph saves, and its Origin.
 
-    models: names of the offered models. Raises Refused, with the node's id, if the graph is not the standard one.
+    models: names of the offered models. loras: names in the server's folder of LoRAs. Raises Refused, with the node's
+    id, if the graph is not the standard one.
     """
     saves = {id: SAVES[node["class_type"]] for id, node in graph.items() if node["class_type"] in SAVES}
     if not saves:
@@ -282,6 +306,8 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
             _expect(nodes, id, "samples", "KSampler")
         elif node["class_type"] == "VAEEncode":
             _expect(nodes, id, "pixels", "LoadImage")
+        elif node["class_type"] == "LoraLoader":
+            _check_strengths(id, node["inputs"])
         elif node["class_type"] == "ConditioningZeroOut" and inputs["cfg"] != 1:
             raise _refused(id, "ConditioningZeroOut needs cfg 1: link an empty CLIPTextEncode instead, or give cfg 1")
     reading = read_comfyui(nodes)
@@ -291,6 +317,8 @@ def read_graph(graph: Graph, client: str, models: list[str]) -> tuple[Request, O
     fields = {name: value for name, value in reading.fields.items() if value is not None} | {"model": model}
     ignored = {name: value for name, value in reading.ignored.items() if name != "model"}
     fields["count"] = ignored.pop("batch_size", 1)
+    if "loras" in ignored:
+        fields["loras"] = [str(find_use(tag, loras)) for tag in ignored.pop("loras")]
     if "image" in ignored:
         fields["image"] = PREFIX + str(ignored.pop("image"))
     for name, value in ignored.items():
@@ -378,6 +406,13 @@ def _check_input(graph: Graph, id: str, name: str, type: str, value: Any) -> Any
     return number
 
 
+def _check_strengths(id: str, inputs: dict[str, Any]) -> None:
+    """A LoRA changes no text encoder here. Programs that do not know this send one of three strengths for it."""
+    model, clip = inputs["strength_model"], inputs["strength_clip"]
+    if clip not in (model, 0, 1):
+        raise _refused(id, f"strength_clip {clip:g} is not supported, text encoders stay as they are: give {model:g}")
+
+
 def _expect(nodes: Graph, id: str, name: str, kind: str) -> None:
     source = nodes[id]["inputs"][name][0]
     if nodes[source]["class_type"] != kind:
@@ -431,10 +466,8 @@ def outputs(job: schema.Job, origin: Origin) -> dict[str, Any]:
     }
 
 
-def describe(name: str, models: list[str]) -> dict[str, Any]:
-    """A class of nodes in the form of ComfyUI's object_info."""
-    choices = {"MODELS": models, "SOLVERS": list(get_args(SolverName)), "SCHEDULES": list(get_args(ScheduleName)),
-               "UPLOADS": []}  # fmt: skip
+def describe(name: str, choices: dict[str, list[str]]) -> dict[str, Any]:
+    """A class of nodes in the form of ComfyUI's object_info. choices: type of an input -> its values."""
     kind = NODES[name]
     return {
         "input": {"required": {input: [choices.get(type, type)] for input, type in kind.inputs.items()}},

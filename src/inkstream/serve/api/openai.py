@@ -46,6 +46,15 @@ EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
 """Quality -> factor for the model's default number of steps. All other qualities use the default."""
 
 
+class Named(BaseModel):
+    """One LoRA in vLLM-Omni's form."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(min_length=1, max_length=500, description="One of /v1/loras.")
+    scale: float = Field(1.0, ge=-10, le=10, description="The strength.")
+
+
 class Asked(BaseModel):
     """The fields of both routes of OpenAI's API, as far as this server supports them."""
 
@@ -74,6 +83,7 @@ class Asked(BaseModel):
     stream: bool | None = Field(None, description="Answer with a stream of events.")
     partial_images: int | None = Field(None, ge=0, le=3, description="Number of previews in the stream.")
     user: str | None = Field(None, max_length=1000, description="Stored as the job's note.")
+    lora: Named | None = Field(None, description="vLLM-Omni's form of `loras` for one LoRA.")
 
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # given field without effect -> reason
 
@@ -162,8 +172,14 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     **answers(400, 404, 409, 429, 500, 503),
 }
 SCHEMA = BODY.model_json_schema()
+SCHEMA["properties"]["lora"]["anyOf"] = [
+    SCHEMA.pop("$defs")["Named"],
+    {"type": "null"},
+]  # no reference, as it is a part
 URL = {"type": "object", "properties": {"image_url": {"type": "string"}, "file_id": {"type": "string"}}}
 BINARY = {"type": "string", "format": "binary"}
+TEXTS = {name: {"type": "string", "contentMediaType": "application/json"} for name in ("loras", "lora")}
+"""Fields of a form that are JSON in a text, because a form has no lists and no objects."""
 
 
 def _several(kind: dict[str, Any]) -> dict[str, Any]:
@@ -182,7 +198,7 @@ EDIT = {
     "requestBody": {
         "required": True,
         "content": {
-            **_body("multipart/form-data", "image", image=_several(BINARY), mask=BINARY),
+            **_body("multipart/form-data", "image", image=_several(BINARY), mask=BINARY, **TEXTS),
             **_body(JSON, "images", images=_several(URL), mask=URL),
         },
     }
@@ -207,7 +223,7 @@ async def edit_images(parts: Parts, who: Who, http: HTTPRequest, token: Token = 
     if http.headers.get("content-type", "").startswith("multipart/form-data"):
         async with http.form(max_files=IMAGES + 1, max_fields=100) as form:
             fields, images, masks = read_form(form.multi_items())
-            asked = settle(parts, understand(fields))
+            asked = settle(parts, understand(parse_texts(fields)))
             taken = {name: [await keep(parts, who, file, name) for file in files]
                      for name, files in (("image", images), ("mask", masks))}  # fmt: skip
         given, mask = taken["image"], next(iter(taken["mask"]), None)
@@ -275,6 +291,19 @@ def read_form(items: list[tuple[str, Any]]) -> tuple[dict[str, str], list[Upload
     return fields, files["image"], files["mask"]
 
 
+def parse_texts(fields: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of a form with the values of `loras` and `lora`, which are JSON. Raises Refused if one is not JSON."""
+    parsed: dict[str, Any] = dict(fields)
+    for name in TEXTS:
+        if name in fields:
+            try:
+                parsed[name] = from_json(fields[name])
+            except ValueError:
+                line = f'{name} is not JSON: write it as in a JSON body, such as ["NAME:0.8"] for loras'
+                raise Refused(400, line, param=name) from None
+    return parsed
+
+
 async def keep(parts: Service, who: Who, file: UploadFile, param: str) -> str:
     """Store a picture of a form, and return it as `upload:ID`."""
     data = await file.read()
@@ -305,6 +334,8 @@ def understand(fields: Mapping[str, Any]) -> Asked:
     if fields.get("background") == "transparent":
         message = "background transparent is not supported, every picture is opaque: leave it out"
         raise Refused(400, message, param="background")
+    if fields.get("lora") is not None and fields.get("loras"):
+        raise Refused(400, "lora and loras are given both: give all LoRAs in loras", param="lora")
     try:
         asked = BODY.model_validate(fields)
     except ValidationError as error:
@@ -375,6 +406,8 @@ def to_request(asked: Asked, **pictures: Any) -> Request:
         fields["model"] = asked.model
     if asked.n is not None:
         fields["count"] = asked.n
+    if asked.lora is not None:
+        fields["loras"] = [{"path": asked.lora.name, "strength": asked.lora.scale}]
     if asked.size not in (None, "auto"):
         fields["width"], fields["height"] = map(int, (asked.size or "").split("x"))
     try:

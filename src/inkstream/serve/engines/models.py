@@ -22,7 +22,7 @@ from inkstream.serve.schema import Details, Field_, Form, Model
 from inkstream.types import InputError, Request, Spec
 
 GROUPS = {
-    "prompt": "prompt", "negative_prompt": "prompt", "upsample": "prompt",
+    "prompt": "prompt", "negative_prompt": "prompt", "upsample": "prompt", "loras": "prompt",
     "width": "size", "height": "size", "count": "size",
     "steps": "sampling", "seed": "sampling", "solver": "sampling", "schedule": "sampling", "shift": "sampling",
     "guidance": "guidance", "cfg_normalization": "guidance", "cfg_truncation": "guidance", "guidance_from": "guidance",
@@ -180,6 +180,8 @@ def _kind(name: str, field: FieldInfo) -> tuple[Any, list[str] | None]:
     kind = next((k for k in get_args(field.annotation) if k is not type(None)), field.annotation)
     if name in PICTURE_FIELDS:
         return ("pictures" if field.default == () else "picture"), None
+    if name == "loras":
+        return "loras", None
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     plain = field.annotation if field.annotation in (bool, int, float, str) else kind

@@ -98,7 +98,9 @@ def _read(graph: Mapping[str, Any]) -> Reading | None:
     positive = next((settings[name] for name in ("positive", "conditioning", "cond1") if name in settings), pipe)
     _read_embedded(nodes, sampler, positive, reading)
     for name, link in {"prompt": positive, "negative_prompt": settings.get("negative", pipe)}.items():
-        reading.fields[name] = take_loras(_prompt(nodes, link, name, reading), reading)
+        # A text that is both prompts has its tags once.
+        noted = Reading({}) if name == "negative_prompt" and link == positive else reading
+        reading.fields[name] = take_loras(_prompt(nodes, link, name, reading), noted)
     if reading.fields["prompt"] is None and (chain := list(_conditionings(nodes, positive))):
         texts = [node for key in _PROMPTS if (node := _linked(nodes, chain[-1]["inputs"].get(key)))]
         reading.ignored["prompt"] = f"a text from {_class((texts or chain[-1:])[0])} that could not be followed"
