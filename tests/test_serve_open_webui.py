@@ -240,7 +240,7 @@ def another(id: str, kind: str, **inputs: Any) -> dict[str, Any]:
         (filled(n5={"width": 40}), 400, "multiple of 16"),
         (without("3", "seed"), 400, "node 3: seed is missing"),
         (without("9", "images"), 400, "node 9: images is missing"),
-        (another("4", "LoraLoader", lora_name="x"), 400, "node 4: LoraLoader is not supported: take Checkpoint"),
+        (another("4", "UNETLoader", unet_name="x"), 400, "node 4: UNETLoader is not supported: take Checkpoint"),
         (another("9", "Image Save", images=["8", 0]), 400, "end it with SaveImage"),
         (another("7", "ConditioningZeroOut", conditioning=["6", 0]) | {"3": filled(n3={"cfg": 4})["3"]}, 400,
          "node 7: ConditioningZeroOut needs cfg 1"),

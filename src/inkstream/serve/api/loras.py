@@ -90,7 +90,7 @@ def tell(name: str, file: FilePath, models: dict[str, Offered]) -> schema.Lora:
 
 def fitting(sizes: Sizes, models: dict[str, Offered]) -> dict[str, bool]:
     """Offered model -> whether a file with these sizes fits it. Models of which this is not known are left out."""
-    known = {name: fits(sizes, sizes_of(model.spec)) for name, model in models.items() if model.spec is not None}
+    known = {name: fits(sizes, model.sizes) for name, model in models.items() if model.sizes is not None}
     return {name: fit for name, fit in known.items() if fit is not None}
 
 

@@ -16,6 +16,7 @@ from inkstream.engine.drawing.writing import writes_out
 from inkstream.engine.files.licences import check_licence, is_commercial_only
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 from inkstream.families import SPECS
+from inkstream.families.fits import Sizes, sizes_of
 from inkstream.serve.errors import Refused
 from inkstream.serve.limits import Limits
 from inkstream.serve.schema import Details, Field_, Form, Model
@@ -38,13 +39,18 @@ STEPS = {"guidance": 0.1, "shift": 0.1, "strength": 0.01, "cfg_truncation": 0.05
 class Offered:
     """A model that requests may name.
 
-    spec: None until the engine has read its files. error: why the model cannot be used, else empty.
+    spec, sizes: None until the engine has read its files. error: why the model cannot be used, else empty.
     """
 
     name: str
     source: str  # name or path of the model for the engine
     spec: Spec | None
     error: str = ""
+    sizes: Sizes | None = None
+
+    def __post_init__(self) -> None:
+        if self.spec is not None:
+            self.sizes = sizes_of(self.spec)
 
 
 def offer(asked: Sequence[str], commercial_only: bool | None = None) -> dict[str, Offered]:

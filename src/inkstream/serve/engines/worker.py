@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from inkstream.families.fits import Sizes, sizes_of
 from inkstream.types import Done, Failed, InputError, Loading, Machine, Request, Spec, Step
 
 if TYPE_CHECKING:
@@ -178,7 +179,8 @@ class Worker:
         try:
             spec = locate(source, chosen=self.engine.machine.chosen).spec
             facts = {field: getattr(spec, field) for field in FACTS}
-            self.say(event="described", model=name, spec={**facts, "abilities": sorted(spec.abilities)})
+            said = {**facts, "abilities": sorted(spec.abilities)}
+            self.say(event="described", model=name, spec=said, sizes=write_sizes(sizes_of(spec)))
         except InputError as error:
             self.say(event="unloadable", model=name, error=str(error))
         except Exception as error:
@@ -197,6 +199,16 @@ def read_spec(facts: Mapping[str, Any]) -> Spec:
     """The Spec from the message of `describe`, without the configs of the model's parts."""
     known = {**facts, "size": tuple(facts["size"]), "abilities": frozenset(facts["abilities"])}
     return Spec(transformer=None, text_encoder=None, vae=None, **known)
+
+
+def write_sizes(sizes: Sizes) -> dict[str, Any]:
+    """Sizes as JSON, for the message of `describe`."""
+    return {"inputs": sorted(sizes.inputs), "inside": sorted(sizes.inside), "blocks": dict(sizes.blocks)}
+
+
+def read_sizes(said: Mapping[str, Any]) -> Sizes:
+    """The Sizes from the message of `describe`."""
+    return Sizes(frozenset(said["inputs"]), frozenset(said["inside"]), said["blocks"])
 
 
 def read_pictures(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from inkstream.serve import schema
 from inkstream.serve.engines.models import Offered, choose
 from inkstream.serve.engines.pace import Pace
 from inkstream.serve.engines.process import EngineProcess, MakeEngine
-from inkstream.serve.engines.worker import read_spec
+from inkstream.serve.engines.worker import read_sizes, read_spec
 from inkstream.serve.errors import Refused, reason_of
 from inkstream.serve.limits import Settings
 from inkstream.serve.metrics import Metrics
@@ -230,7 +230,8 @@ class Drawing:
         elif event == "loaded":
             self.loaded, self.device = message["model"], message["device"]
         elif event == "described":
-            self.models[message["model"]].spec = read_spec(message["spec"])
+            model = self.models[message["model"]]
+            model.spec, model.sizes = read_spec(message["spec"]), read_sizes(message["sizes"])
         elif event == "unusable":
             self.unusable = message["error"]
             log.error("the engine cannot be made", extra={"error": self.unusable})
