@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+from conftest import write_lora_folder
 from inkstream.serve.api import studio
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Limits, Settings
-from inkstream.types import Request
+from inkstream.types import Machine, Request
 
 playwright = pytest.importorskip("playwright.sync_api", reason="THE STUDIO WAS NOT TESTED: pip install playwright")
 
@@ -35,10 +38,27 @@ def served(tmp_path_factory, start_server, tiny_folder) -> Iterator[Any]:
     """A server of its own, with a full gallery: rows and a few files, put straight into its store."""
     models = ("pocket", f"turbo={tiny_folder}")
     limits = Limits(pictures=4, steps=200)
-    served = start_server(Settings(tmp_path_factory.mktemp("studio"), models=models, limits=limits, preload=False))
+    machine = Machine(lora_folder=str(fill_loras(write_lora_folder(tmp_path_factory.mktemp("loras")))))
+    data = tmp_path_factory.mktemp("studio")
+    served = start_server(Settings(data, models=models, limits=limits, preload=False, machine=machine))
     fill(served.service.store)
     yield served
     served.stop()
+
+
+def fill_loras(folder: Path) -> Path:
+    """Beside `styles/bold`, which fits Pocket: one with all that a file can say, one for turbo, and a torn one."""
+    said = {"modelspec.title": "Bold ink", "modelspec.trigger_phrase": "boldink, thick lines", "ss_base_model_version":
+            "pocket", "modelspec.usage_hint": "best near 0.8"}  # fmt: skip
+    bold = load_file(folder / "styles" / "bold.safetensors")
+    save_file(bold, folder / "ink.safetensors", said)
+    (folder / "ink.json").write_text('{"preferred weight": 0.8}')
+    Image.new("RGB", (64, 48), "tomato").save(folder / "ink.png")
+    down, up = torch.zeros(4, 64), torch.zeros(64, 4)
+    save_file({"layers.0.attention.out.lora_A.weight": down, "layers.0.attention.out.lora_B.weight": up},
+              folder / "small.safetensors")  # fmt: skip
+    (folder / "torn.safetensors").write_bytes((folder / "ink.safetensors").read_bytes()[:-9])
+    return folder
 
 
 def fill(store: Any) -> None:
@@ -339,6 +359,107 @@ def test_the_switch_shows_whether_the_prompt_will_be_written_out(served, page, t
     assert "upsample" not in jobs(served)[0]["request"]
 
 
+# LoRAs --------------------------------------------------------------------------------------------------------------
+
+
+def choose_lora(page: Any, title: str) -> None:
+    page.click("#add-lora")
+    page.locator(".lora-choice", has_text=title).click()
+
+
+def test_a_lora_is_chosen_weighed_drawn_with_and_comes_back(served, page):
+    page.click("#add-lora")
+    choices = page.locator(".lora-choice")
+    assert choices.count() == 4
+    assert choices.locator("img").count() == 1
+    assert choices.filter(has_text="torn").is_disabled()
+    assert "cut short" in choices.filter(has_text="torn").inner_text()
+    assert "Made for another model than pocket" in choices.filter(has_text="small").inner_text()
+    assert choices.last.inner_text() != choices.first.inner_text()
+    choices.filter(has_text="Bold ink").click()
+    strength = page.locator(".lora input[type=number]")
+    assert strength.input_value() == "0.8"  # the file's own
+    assert page.evaluate("document.activeElement === document.querySelector('.lora input[type=number]')")
+    assert strength.get_attribute("aria-label") == "Strength of Bold ink"
+    strength.fill("3.25")  # beyond the slider
+    assert page.locator(".lora input[type=range]").input_value() == "2"
+    page.locator(".lora input[type=range]").fill("-0.5")
+    assert strength.input_value() == "-0.5"
+    page.fill("#prompt", "a red circle,")
+    page.get_by_role("button", name="boldink", exact=True).click()
+    assert page.input_value("#prompt") == "a red circle, boldink"
+    assert page.get_by_role("button", name="boldink", exact=True).get_attribute("aria-pressed") == "true"
+    page.get_by_role("button", name="boldink", exact=True).click()
+    assert page.input_value("#prompt") == "a red circle, boldink"  # once is enough
+    choose_lora(page, "bold")
+    ask_for(page, "a red circle, boldink", seed=7)
+    page.wait_for_selector(".tile img[alt='a red circle, boldink']")
+    assert jobs(served, "succeeded")[0]["request"]["loras"] == ["ink:-0.5", "styles/bold"]
+    for name in ("Bold ink", "bold"):
+        page.get_by_label(f"Remove {name}", exact=True).click()
+    assert page.evaluate("document.activeElement.id") == "add-lora"
+    assert page.locator(".lora").count() == 0
+    page.locator(".tile-open").first.click()
+    facts = page.locator("dialog .facts")
+    facts.get_by_text("Bold ink × -0.5").wait_for()
+    facts.get_by_text("bold × 1").wait_for()
+    page.locator("dialog").get_by_role("button", name="Use these settings").click()
+    until(lambda: page.locator(".lora").count() == 2)
+    assert page.locator(".lora input[type=number]").first.input_value() == "-0.5"
+
+
+def test_the_steps_and_blocks_of_a_lora_stay_when_its_strength_changes(served, page, open_page):
+    job = served.ended(served.draw(prompt="x of steps", steps=2, loras=["styles/bold:0.5@0.25-1#layers.0-7=0.5"]))
+    drop(page, served.ask("GET", job["pictures"][0]["url"])[2], "found.png")
+    page.wait_for_selector(".lora")
+    page.locator(".lora input[type=number]").fill("0.75")
+    ask_for(page, "x of steps again")
+    page.wait_for_selector(".tile img[alt='x of steps again']")
+    assert jobs(served, "succeeded")[0]["request"]["loras"] == ["styles/bold:0.75@0.25-1#layers.0-7=0.5"]
+
+
+def test_a_lora_that_does_not_fit_or_is_not_there_is_told_and_so_are_too_strong_ones(served, page):
+    until(lambda: served.ask("GET", "/v1/models/turbo/form")[0] == 200)
+    warning = page.locator(".loras-field > .lora-note")
+    choose_lora(page, "small")
+    assert page.locator(".lora .lora-note").inner_text() == "Made for another model than pocket."
+    choose_lora(page, "Bold ink")
+    assert not warning.is_visible()  # Pocket draws in 10 steps or more
+    page.select_option("#model", "turbo")
+    until(lambda: page.locator(".lora").count() == 0)  # each model has its own
+    choose_lora(page, "bold ink")
+    assert page.locator(".lora .lora-note").inner_text() == "Made for another model than turbo."
+    page.get_by_label("Remove Bold ink").click()
+    choose_lora(page, "small")
+    assert page.locator(".lora .lora-note").count() == 0
+    page.locator(".lora input[type=number]").fill("1.2")
+    assert not warning.is_visible()
+    page.locator(".lora input[type=number]").fill("1.25")
+    assert "together above 1.2" in warning.inner_text()
+    page.evaluate("""() => {
+      const wish = JSON.parse(localStorage.getItem("inkstream.wish"));
+      wish.own.turbo.loras = ["gone:0.5"];
+      addEventListener("pagehide", () => localStorage.setItem("inkstream.wish", JSON.stringify(wish)));
+    }""")
+    page.reload()
+    page.wait_for_selector(".lora .lora-note >> text=The server has no LoRA of this name.")
+
+
+def test_many_loras_have_a_search(served, page):
+    folder = Path(served.service.settings.machine.lora_folder) / "many"
+    folder.mkdir()
+    try:
+        for i in range(12):
+            shutil.copy(folder.parent / "styles" / "bold.safetensors", folder / f"style {i}.safetensors")
+        page.click("#add-lora")
+        page.get_by_label("Search LoRAs").fill("style 11")  # files that came after the page was opened
+        until(lambda: page.locator(".lora-choice:visible").count() == 1)
+        page.get_by_label("Search LoRAs").fill("nothing like it")
+        page.wait_for_selector("text=No LoRA matches.")
+    finally:
+        shutil.rmtree(folder)
+
+
 def test_a_grid_is_one_job_and_its_sheet_names_rows_and_columns(served, page):
     page.click("summary >> text=X/Y grid")
     page.select_option("#grid-x", "steps")
@@ -562,6 +683,11 @@ def test_everything_has_a_name_contrast_and_room(open_page, width, height):
             for summary in page.locator("summary").all():
                 summary.click()
             page.select_option("#grid-x", "steps")
+            choose_lora(page, "Bold ink")
+            choose_lora(page, "small")
+            page.click("#add-lora")
+            assert complaints(page) == {"light": [], "dark": []}
+            page.keyboard.press("Escape")
         if view == "gallery":
             page.wait_for_selector(".tile.loaded")
         if narrow or view == "gallery":  # at a desk all three are seen at once

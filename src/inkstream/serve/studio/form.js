@@ -5,6 +5,7 @@ import { copyMenu } from "./copy.js";
 import { byId, h, icon, iconButton } from "./dom.js";
 import { draft, draw } from "./draw.js";
 import { control } from "./fields.js";
+import { loadLoras, lorasControl } from "./loras.js";
 import { keep, recollect } from "./memory.js";
 import { modelOf, models, shown } from "./models.js";
 import { complain, guarded } from "./notice.js";
@@ -17,7 +18,7 @@ import { known, t } from "./words.js";
 import { gridControl, gridOf } from "./xy.js";
 
 /** Fields that are always visible. The others are in sections. */
-const OPEN = ["prompt", "upsample", "width", "height", "count", "seed", "steps", "guidance"];
+const OPEN = ["prompt", "loras", "upsample", "width", "height", "count", "seed", "steps", "guidance"];
 const SECTIONS = [
   ["negative", (field) => field.name === "negative_prompt"],
   ["pictures", (field) => field.group === "pictures"],
@@ -25,7 +26,7 @@ const SECTIONS = [
 ];
 
 /** Control -> fields whose changes it also shows. */
-const FOLLOWS = { size: ["width", "height"], upsample: ["image"] };
+const FOLLOWS = { size: ["width", "height"], upsample: ["image"], loras: ["prompt"] };
 
 let form = null; // of the chosen model, by field
 let controls = new Map();
@@ -34,6 +35,7 @@ let controls = new Map();
 export async function showForm() {
   if (!modelOf(chosenModel())) chooseModel(models()[0].id);
   form = await openForm();
+  await loadLoras(); // now the server knows what fits the model
   controls = new Map();
   const rest = shown(form).filter((field) => !OPEN.includes(field.name));
   const sections = SECTIONS.map(([name, holds]) => {
@@ -50,6 +52,7 @@ export async function showForm() {
     h("form", { class: "fields", novalidate: true, onsubmit: (event) => (event.preventDefault(), draw()) }, [
       modelChooser(),
       add("prompt"),
+      add("loras", null, () => lorasControl(form.get("loras"))),
       form.get("upsample")?.effect === "honours" && add("upsample"),
       sections[0],
       add("size", null, () => shapeControl(form.get("width"), form.get("height"))),

@@ -21,6 +21,7 @@ export function menu(button, items, empty = "") {
     list.querySelector("button, input, a")?.focus();
   });
   list.addEventListener("keydown", (event) => step(event, list));
+  new ResizeObserver(() => list.matches(":popover-open") && place(list, button)).observe(list); // entries may come later
   return h("div", { class: "menu-holder" }, button, list);
 }
 

@@ -6,6 +6,7 @@ import { copyMenu } from "./copy.js";
 import { openDialog } from "./dialog.js";
 import { h, icon, iconButton } from "./dom.js";
 import { titleOf } from "./fields.js";
+import { tellUse } from "./loras.js";
 import { deletePictures, markFavourite, restorePictures } from "./marks.js";
 import { takes } from "./models.js";
 import { guarded, notice } from "./notice.js";
@@ -172,7 +173,7 @@ function uses(picture, leave) {
 
 function pairs(picture) {
   const fields = presentForm();
-  const skip = new Set(["prompt", "model", "seed", "width", "height", "count", ...PICTURES]);
+  const skip = new Set(["loras", "prompt", "model", "seed", "width", "height", "count", ...PICTURES]);
   const tell = (value) => (typeof value === "string" ? known(`choice.${value}`, value) : String(value));
   const dull = (name, value) => fields?.get(name)?.default === value && !["steps", "guidance"].includes(name);
   return [
@@ -182,6 +183,7 @@ function pairs(picture) {
     ...Object.entries(picture.request)
       .filter(([name, value]) => !skip.has(name) && value !== null && value !== "" && !dull(name, value))
       .map(([name, value]) => [fieldTitle(name), tell(value)]),
+    ...(picture.request.loras ?? []).map((use) => [t("lora"), tellUse(use)]),
     [t("drawnAt"), moment(picture.created)],
     [t("drawnIn"), `${picture.seconds.toFixed(1)} s`],
     [t("file"), `PNG, ${size(picture.bytes)}`],

@@ -19,7 +19,7 @@ export function parse(text, field) {
 /** Return the fields that a grid can vary, by name. */
 function axes(form) {
   const model = { name: "model", title: t("model"), type: "choice", choices: models().map((one) => one.id) };
-  const fields = shown(form).filter((field) => field.name !== "count" && !PICTURES.includes(field.name));
+  const fields = shown(form).filter((field) => !["count", "loras"].includes(field.name) && !PICTURES.includes(field.name));
   return new Map([...fields, ...(models().length > 1 ? [model] : [])].map((field) => [field.name, field]));
 }
 
