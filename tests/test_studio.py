@@ -454,6 +454,10 @@ def test_many_loras_have_a_search(served, page):
         page.click("#add-lora")
         page.get_by_label("Search LoRAs").fill("style 11")  # files that came after the page was opened
         until(lambda: page.locator(".lora-choice:visible").count() == 1)
+        page.get_by_label("Search LoRAs").fill("")
+        box = page.locator(".menu:popover-open").bounding_box()
+        assert box["y"] >= 8
+        assert box["y"] + box["height"] <= 792  # within the window, also after the list has grown
         page.get_by_label("Search LoRAs").fill("nothing like it")
         page.wait_for_selector("text=No LoRA matches.")
     finally:

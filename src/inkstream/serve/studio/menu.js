@@ -42,7 +42,8 @@ function place(list, button) {
   const from = button.getBoundingClientRect();
   const room = innerHeight - from.bottom;
   const below = room > list.offsetHeight + 12 || room > from.top;
-  list.style.top = below ? `${from.bottom + 4}px` : `${Math.max(8, from.top - list.offsetHeight - 4)}px`;
+  const top = below ? Math.min(from.bottom + 4, innerHeight - list.offsetHeight - 8) : from.top - list.offsetHeight - 4;
+  list.style.top = `${Math.max(8, top)}px`;
   list.style.left = `${Math.max(8, Math.min(from.left, innerWidth - list.offsetWidth - 8))}px`;
 }
 
