@@ -80,6 +80,7 @@ def weights(machine: Machine, model: Path) -> dict[str, torch.Tensor]:
     return {**transformer.state_dict(), **own}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_merged_weights_are_the_sum_in_float32_and_all_of_the_change_is_kept(spec, folder, save, dora):
     path = save(spec, lora := make_lora(spec, dora=dora))
@@ -107,6 +108,7 @@ def test_a_merged_picture_is_that_of_the_adapter_at_run_time(spec, folder, save)
     assert any(note.startswith("merged style: 100.0%") for note in notes)
 
 
+@pytest.mark.slow
 def test_the_velocity_of_a_merged_model_is_that_of_the_adapter_to_a_hundred_thousandth(spec, folder, save):
     """In float32, before pictures are rounded to 8 bits."""
     from inkstream.engine.drawing.complete import complete

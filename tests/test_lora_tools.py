@@ -22,7 +22,7 @@ from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.zimage.specs import TURBO
 from inkstream.types import InputError
 from inkstream.weights.files import read_header
-from inkstream.weights.lora.algebra import approximate, decompose, dot
+from inkstream.weights.lora.arithmetic import approximate, decompose, dot
 from inkstream.weights.lora.changes import Change, Full, LayerChange, Lora, LowRank, Part
 from inkstream.weights.lora.factors import Dora, LoHa, LoKr
 from inkstream.weights.lora.read import read_lora

@@ -17,7 +17,9 @@ from inkstream.serve.engines.worker import make_engine as make_workers_engine
 from inkstream.serve.ray import Args
 from inkstream.types import InputError
 
-ALL = Machine("cpu", "bf16", "8GiB", "parked", "sdpa", True, True, "t5.safetensors", "ae.safetensors")
+ALL = Machine(
+    "cpu", "bf16", "8GiB", "parked", "sdpa", True, True, "t5.safetensors", "ae.safetensors", "loras", ("a:0.5", "b")
+)  # fmt: skip
 
 
 def test_every_option_has_a_value_here_that_is_not_its_default():
@@ -34,10 +36,12 @@ def test_the_server_hands_every_option_on(monkeypatch, tmp_path):
 
     monkeypatch.setattr(app, "build", build)
     monkeypatch.chdir(tmp_path)
-    for part in (ALL.text_encoder, ALL.vae):
-        (tmp_path / part).touch()
+    (tmp_path / "loras").mkdir()
+    for file in (ALL.text_encoder, ALL.vae, "loras/a.safetensors", "loras/b.safetensors"):
+        (tmp_path / file).touch()
     words = ["--device=cpu", "--dtype=bf16", "--memory=8GiB", "--placement=parked", "--attention=sdpa", "--compile",
-             "--commercial-only", "--text-encoder=t5.safetensors", "--vae=ae.safetensors"]  # fmt: skip
+             "--commercial-only", "--text-encoder=t5.safetensors", "--vae=ae.safetensors", "--lora-folder=loras",
+             "--merge-lora=a:0.5", "--merge-lora=b"]  # fmt: skip
     assert main(["serve", f"--data={tmp_path}", *words]) == 2
     assert settings[0].machine == ALL
     engine = make_workers_engine(asdict(settings[0].machine))

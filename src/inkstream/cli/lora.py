@@ -240,8 +240,8 @@ def compare(a: str, b: str, *, model: For = None, json: Json = False) -> None:
     if json:
         print_json(facts)
         return
-    blocks = {block: f"{one['cosine']:.4f}" for block, one in facts["blocks"].items()}
-    print_facts({"cosine": f"{facts['cosine']:.4f}", "norms": [f"{norm:.4g}" for norm in facts["norms"]], **blocks})
+    blocks = {block: f"{one['cosine']:z.4f}" for block, one in facts["blocks"].items()}
+    print_facts({"cosine": f"{facts['cosine']:z.4f}", "norms": [f"{norm:.4g}" for norm in facts["norms"]], **blocks})
 
 
 def read(

@@ -24,10 +24,11 @@ from inkstream.types import InputError, Spec
 from inkstream.weights.files import in_section, read_header, read_state
 from inkstream.weights.keymap import becomes, translate
 from inkstream.weights.lora import peft
-from inkstream.weights.lora.algebra import approximate, dot, whole_change
+from inkstream.weights.lora.arithmetic import approximate, dot, whole_change
 from inkstream.weights.lora.changes import Change, LayerChange, Lora, Part
 from inkstream.weights.lora.cuts import rows_of
-from inkstream.weights.lora.names import TEXT, Names, read_key
+from inkstream.weights.lora.keys import TEXT, read_key
+from inkstream.weights.lora.names import Names
 from inkstream.weights.lora.read import adapter_file, read_lora
 from inkstream.weights.lora.write import DIALECTS, write_lora
 
