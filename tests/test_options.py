@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import UNSHIFTED, guided, options
 from inkstream.engine.engine import remarks
-from inkstream.families import SPECS, family_of
+from inkstream.families import SPECS, adapter_names, family_of
 from inkstream.families.flux1 import kontext
 from inkstream.families.flux1.family import map_size
 from inkstream.sampling.schedules import SCHEDULES
-from inkstream.types import InputError, Request
+from inkstream.types import InputError, Request, Spec
+from inkstream.weights.lora.changes import LayerChange, Lora, LowRank, Part
+from inkstream.weights.lora.write import write_lora
 
 KINDS = {spec.tiny.name: name for name, spec in reversed(SPECS.items()) if spec.tiny}
 """One known model of each kind."""
@@ -60,22 +63,31 @@ def draw(model: Model, fields: dict) -> torch.Tensor:
     return model.sample(request, model.encode(request))
 
 
+def write_adapter(path: Path, spec: Spec) -> Path:
+    """An adapter of the first layer with 64 outputs."""
+    names = adapter_names(spec)
+    layer, (outputs, inputs) = next((path, size) for path, size in names.layers.items() if size[0] == 64)
+    change = LowRank(torch.full((1, inputs), 0.1), torch.full((outputs, 1), 0.1))
+    return write_lora(path, Lora({layer: LayerChange([Part(change)])}), names, "comfyui")
+
+
 @pytest.mark.parametrize("name", sorted(KINDS.values()))
 @torch.no_grad()
-def test_options_change_the_picture_exactly_if_the_table_says_so(name, monkeypatch, build):
+def test_options_change_the_picture_exactly_if_the_table_says_so(name, monkeypatch, build, tmp_path):
     monkeypatch.setattr(kontext, "SIZES", ((32, 32),))
     spec = SPECS[name].tiny
     model, table = build(spec), options(spec)
-    assert {*OTHER, *APART} == set(table)
-    needed = {field: OTHER[field] for field, option in table.items() if option.needed}
+    other = {**OTHER, "loras": [str(write_adapter(tmp_path / "lora.safetensors", spec))]}
+    assert {*other, *APART} == set(table)
+    needed = {field: other[field] for field, option in table.items() if option.needed}
     on = {"cache": "first-block", "cache_threshold": 10.0} | ({"guidance": 3.0} if spec.guides == "twice" else {})
     plain = draw(model, needed | on)
     for field, option in table.items():
         if field in APART or field in needed:
             continue
         needs_image = field in ("strength", "mask") and table["image"].effect == "honours"
-        beside = {"image": OTHER["image"]} if needs_image else {}
-        fields = needed | on | beside | {field: OTHER[field]}
+        beside = {"image": other["image"]} if needs_image else {}
+        fields = needed | on | beside | {field: other[field]}
         if option.effect == "rejects":
             with pytest.raises(InputError, match="leave"):
                 draw(model, fields)

@@ -111,8 +111,9 @@ def test_lists_have_the_models_samplers_and_schedules_and_all_others_are_empty(a
     assert api.util_get_model_names() == ["pocket"]
     assert {"Euler", "Euler a"} <= set(api.util_get_sampler_names())
     assert {"automatic", "simple"} <= set(api.util_get_scheduler_names())
+    assert [lora["name"] for lora in api.get_loras()] == ["styles/bold"]
     for look in (
-        api.get_loras, api.get_upscalers, api.get_latent_upscale_modes, api.get_hypernetworks, api.get_face_restorers,
+        api.get_upscalers, api.get_latent_upscale_modes, api.get_hypernetworks, api.get_face_restorers,
         api.get_realesrgan_models, api.get_prompt_styles, api.get_sd_vae,
     ):  # fmt: skip
         assert look() == []
