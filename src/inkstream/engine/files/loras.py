@@ -8,15 +8,16 @@ from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
-from platformdirs import user_data_path
-
 from inkstream.types import InputError, LoraUse, Machine
 
 
 def lora_folder(machine: Machine) -> Path:
     """Return the folder of the adapters that requests can name. It need not exist."""
-    given = machine.lora_folder
-    return Path(given).expanduser() if given is not None else user_data_path("inkstream") / "loras"
+    if machine.lora_folder is not None:
+        return Path(machine.lora_folder).expanduser()
+    from platformdirs import user_data_path
+
+    return user_data_path("inkstream") / "loras"
 
 
 def find_lora(name: str, folder: Path) -> Path:
