@@ -20,9 +20,11 @@ from inkstream.families import adapter_names
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE
+from inkstream.nn.parallel import Kept
 from inkstream.nn.prepacked import weight_of
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.types import Done, Failed, InputError, Loading, LoraUse, Machine, Request, Spec
+from inkstream.weights.files import read_header
 from inkstream.weights.lora.changes import Change, LayerChange, Lora, LowRank, Part
 from inkstream.weights.lora.factors import Dora, LoKr
 from inkstream.weights.lora.write import write_lora
@@ -289,6 +291,11 @@ def test_names_come_before_paths(tmp_path, monkeypatch):
         ("a:0.5@0.25-1#layers.0-14=0,out=2", LoraUse("a", 0.5, 0.25, 1, (("layers.0-14", 0), ("out", 2)))),
         ({"path": "a", "strength": 0.3, "until": 0.5}, LoraUse("a", 0.3, 0, 0.5)),
         ("my#1@home.safetensors", LoraUse("my#1@home.safetensors")),
+        ("a:1e-7", LoraUse("a", 1e-7)),
+        ({"path": "a", "strength": 0.123456789012345}, LoraUse("a", 0.123456789012345)),
+        ({"path": "a:0.5"}, LoraUse("a:0.5")),  # the file's name ends like a strength, or like steps, or like blocks
+        ({"path": "a@0-1", "strength": 0.2}, LoraUse("a@0-1", 0.2)),
+        ({"path": "a#b=1"}, LoraUse("a#b=1")),
     ],
 )  # fmt: skip
 def test_a_use_is_read_from_text_and_from_an_object(text, use):
@@ -299,7 +306,8 @@ def test_a_use_is_read_from_text_and_from_an_object(text, use):
     ("wrong", "told"),
     [("", "is empty"), ("a:11", "strength 11"), ("a@0.5-0.5", "0.5-0.5"), ({"strength": 1}, "no path"),
      ({"path": "a", "weight": 1}, "no field weight"), (5, "not text or an object"),
-     ({"path": "a", "strength": "x"}, "must be numbers")],
+     ({"path": "a", "strength": "x"}, "strength 'x' in a lora is not a number"),
+     ({"path": "a", "blocks": {"layers": None}}, "layers None"), ({"path": "a", "blocks": [1]}, r"blocks \[1\]")],
 )  # fmt: skip
 def test_a_wrong_use_is_refused_by_its_value(wrong, told):
     with pytest.raises(ValueError, match=told):
@@ -320,3 +328,51 @@ def test_strengths_that_are_too_much_for_a_few_steps_are_told(build, tmp_path):
     for strength, told in ((0.6, 0), (0.7, 1)):
         with model.adapters.use([LoraUse(str(path), strength) for path in paths]) as lines:
             assert len([line for line in lines if "together" in line]) == told
+
+
+def test_changes_of_the_same_rows_are_all_relative_to_the_layers_own_output():
+    by = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(6, 8).requires_grad_(False)
+    first, second = dora(8, 6, by), dora(4, 6, by)
+    change = LayerChange([Part(first), Part(second, slice(2, 6))], torch.randn(8, generator=by))
+    x = torch.randn(5, 6, generator=by)
+    weight = layer.weight + 0.5 * first.delta(layer.weight)
+    weight[2:6] += 0.5 * second.delta(layer.weight[2:6])
+    product = replace(adapters.bind(layer, change, torch.device("cpu"), torch.float32), strength=0.5)
+    out = layer(x)
+    product(x, out, out)
+    theirs = torch.nn.functional.linear(x, weight, layer.bias + 0.5 * change.bias)
+    assert (out - theirs).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("side", ["in", "out"])
+def test_a_process_gets_the_change_of_what_it_keeps_of_a_layer(side):
+    by = torch.Generator().manual_seed(0)
+    made = [low_rank(2)(8, 6, by), lokr(4, 6, by)]
+    change = LayerChange([Part(made[0]), Part(made[1], slice(4, 8))], torch.randn(8, generator=by))
+    whole = made[0].delta(None).clone()
+    whole[4:] += made[1].delta(None)
+    runs = ((1, 3), (4, 6))
+    own = adapters.share_of(change, Kept(side, runs), "x", (8, 6), first=side == "out")
+    rows = [1, 2, 4, 5]
+    dense = torch.zeros(4, 6) if side == "out" else torch.zeros(8, 4)
+    for part in own.parts:
+        dense[part.rows] += part.change.delta(None)
+    assert (dense - (whole[rows] if side == "out" else whole[:, rows])).abs().max() < 1e-6
+    assert torch.equal(own.bias, change.bias[rows]) if side == "out" else own.bias is None
+    if side == "in":
+        with pytest.raises(InputError, match=r"DoRA.*--parallel context"):
+            adapters.share_of(LayerChange([Part(dora(8, 6, by))]), Kept(side, runs), "x", (8, 6), first=True)
+
+
+def test_a_placement_is_chosen_with_the_memory_of_the_adapters(for_pocket):
+    machine = Machine("cpu", lora_folder=str(for_pocket.parent))
+    request = Request(prompt="a red circle", seed=1)
+    with_adapter = request.model_copy(update={"loras": ("style:0.5",)})
+    placing = Engine(machine).placing(request)
+    needs = placing.adapters(with_adapter)
+    tensors = read_header(for_pocket).tensors.values()
+    assert needs == 4 * sum(weight.numel() for weight in tensors) > 0  # type: ignore[union-attr]
+    placing.budget = next(plan.peak for plan in placing.plans(request) if plan.placement == "resident")
+    assert "resident" in placing.suiting(request)
+    assert "resident" not in placing.suiting(with_adapter)

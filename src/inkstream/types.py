@@ -102,11 +102,17 @@ class LoraUse(NamedTuple):
         names = ("path", "strength", "from", "until", "blocks")
         if unknown := [name for name in given if name not in names]:
             raise InputError(f"lora has no field {unknown[0]}: its fields are {', '.join(names)}")
-        try:
-            blocks = tuple((str(name), float(factor)) for name, factor in dict(given.get("blocks") or {}).items())
-            strength, begins, ends = (float(given.get(name, value)) for name, value in zip(names[1:4], (1, 0, 1)))
-        except (TypeError, ValueError):
-            raise InputError("strength, from, until and the factors of blocks in a lora must be numbers") from None
+        factors = as_object(given.get("blocks") or {})
+        if factors is None:
+            raise InputError(f"blocks {given['blocks']!r} in a lora is no object: write it as {{'layers.0-14': 0.5}}")
+        numbers = {"strength": 1, "from": 0, "until": 1} | {n: given[n] for n in names[1:4] if n in given} | factors
+        for name, value in numbers.items():
+            try:
+                numbers[name] = float(value)
+            except (TypeError, ValueError):
+                raise InputError(f"{name} {value!r} in a lora is not a number: give one such as 0.8") from None
+        strength, begins, ends = (numbers[name] for name in names[1:4])
+        blocks = tuple((str(name), numbers[name]) for name in factors)
         return LoraUse(str(given.get("path") or "").strip(), strength, begins, ends, blocks)._checked()
 
     def _checked(self) -> LoraUse:
@@ -120,12 +126,19 @@ class LoraUse(NamedTuple):
         return self
 
     def __str__(self) -> str:
-        steps = f"@{self.begins:g}-{self.ends:g}" if (self.begins, self.ends) != (0, 1) else ""
-        blocks = "#" + ",".join(f"{pattern}={factor:g}" for pattern, factor in self.blocks) if self.blocks else ""
-        return f"{self.path}{f':{self.strength:g}' if self.strength != 1 else ''}{steps}{blocks}"
+        """Return the text that `read` reads as the same use, digit for digit."""
+        strength, steps = f":{_digits(self.strength)}", f"@{_digits(self.begins)}-{_digits(self.ends)}"
+        blocks = "#" + ",".join(f"{name}={_digits(factor)}" for name, factor in self.blocks) if self.blocks else ""
+        short = f"{self.path}{strength if self.strength != 1 else ''}{steps if self[2:4] != (0, 1) else ''}{blocks}"
+        # The end of a path may look like a strength or like steps: then all is written out.
+        return short if LoraUse.read(short) == self else f"{self.path}{strength}{steps}{blocks}"
 
 
-_NUMBER = r"\d+(?:\.\d+)?|\.\d+"
+def _digits(number: float) -> str:
+    return repr(float(number)).removesuffix(".0")
+
+
+_NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 _LORA = re.compile(
     rf"(?P<path>.+?)(?::(?P<strength>[+-]?(?:{_NUMBER})))?(?:@(?P<begins>{_NUMBER})-(?P<ends>{_NUMBER}))?"
     rf"(?:#(?P<blocks>[\w.-]+=[+-]?(?:{_NUMBER})(?:,[\w.-]+=[+-]?(?:{_NUMBER}))*))?"

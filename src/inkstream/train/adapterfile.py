@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import Tensor
 
 import inkstream
-from inkstream.families import adapter_names
+from inkstream.engine.files.merging import names_of
 from inkstream.train.models import DTYPES, Start
 from inkstream.train.recipe import Recipe, as_tables, as_toml
 from inkstream.types import Spec
@@ -29,7 +29,7 @@ def write_adapter(path: Path, recipe: Recipe, begun: Start, tensors: Mapping[str
     assert begun.adapter is not None
     own = {key.partition(".")[2]: tensor for key, tensor in tensors.items() if key.startswith("adapter.")}
     path.parent.mkdir(parents=True, exist_ok=True)
-    names, said = adapter_names(begun.spec), metadata_of(recipe, begun.spec, path.stem, step)
+    names, said = names_of(begun.spec), metadata_of(recipe, begun.spec, path.stem, step)
     return write_lora(path, begun.adapter.lora(own), names, recipe.adapter.format, said, DTYPES[recipe.run.export])
 
 

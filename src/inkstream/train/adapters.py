@@ -10,14 +10,16 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from inkstream.families import adapter_names, family_of
+from inkstream.engine.drawing.adapters import bind
+from inkstream.engine.files.merging import names_of
+from inkstream.families import family_of
 from inkstream.nn.around.adapters import Adapter as Applied
 from inkstream.nn.quant import full_weight
 from inkstream.train.optim import reads_time
 from inkstream.train.recipe import Adapter
 from inkstream.types import InputError, Spec
 from inkstream.weights.keymap import matches
-from inkstream.weights.lora.changes import Bound, Change, LayerChange, Lora, LowRank
+from inkstream.weights.lora.changes import Change, LayerChange, Lora, LowRank
 from inkstream.weights.lora.changes import Part as Rows
 from inkstream.weights.lora.factors import Dora, LoKr
 
@@ -38,7 +40,7 @@ def slots_of(spec: Spec, settings: Adapter) -> list[Slot]:
     rows. Without patterns: attention and feed-forward of all blocks but refiners, which other trainers choose too.
     Raises InputError for a pattern that matches nothing.
     """
-    names, packs = adapter_names(spec), family_of(spec.family).parts["transformer"].packs
+    names, packs = names_of(spec), family_of(spec.family).parts["transformer"].packs
     places = names.places(names.written[settings.format]).items()
     slots = [Slot(place.layer, place.rows, name) for name, place in places]
     inside = [slot for slot in slots if any(matches(pattern, slot.path) for pattern in packs)]
@@ -158,36 +160,15 @@ class LayerWeights(nn.Module):
         return full_weight(self.__dict__["layer"]).float()
 
 
-@dataclass(frozen=True, eq=False)
-class Fixed:
-    """An adapter's changes of one layer that do not learn, as `nn.around.adapters.Product`."""
-
-    bound: Sequence[tuple[slice, Bound]]
-
-    def __call__(self, x: Tensor, plain: Tensor, out: Tensor) -> None:
-        plain = plain.clone() if plain.data_ptr() == out.data_ptr() else plain  # DoRA reads it, and parts may overlap
-        for rows, bound in self.bound:
-            bound.add(x, plain[:, rows], out[:, rows], 1.0)
-
-
 def fixed(lora: Lora, transformer: nn.Module, dtype: torch.dtype, device: torch.device) -> Applied:
     """Return a file's adapter for a forward, at strength 1. dtype: that the transformer computes in.
 
-    Raises InputError if it changes more than the weights of layers.
+    Raises InputError if it changes more than layers.
     """
-    others = [*lora.vectors, *lora.replaced, *(path for path, change in lora.layers.items() if change.bias is not None)]
-    if others:
-        raise InputError(f"an adapter changes {others[0]}, which is no layer's weight: it can only be merged")
-
-    def bind(layer: nn.Module, part: Rows) -> tuple[slice, Bound]:
-        weight = full_weight(layer)[part.rows].float() if part.change.reads else None
-        bias = getattr(layer, "bias", None)
-        own = None if bias is None else bias[part.rows]
-        return part.rows, part.change.bind(weight, own, lambda tensor: tensor.to(device, dtype))
-
-    layers = {path: transformer.get_submodule(path) for path in lora.layers}
-    products = {path: Fixed([bind(layers[path], part) for part in own.parts]) for path, own in lora.layers.items()}
-    return Applied.of(transformer, products)
+    if others := [*lora.vectors, *lora.replaced]:
+        raise InputError(f"an adapter changes {others[0]}, which is no layer's: it can only be merged")
+    layers = lora.layers.items()
+    return Applied.of(transformer, {p: bind(transformer.get_submodule(p), own, device, dtype) for p, own in layers})
 
 
 class AdapterWeights(nn.Module):

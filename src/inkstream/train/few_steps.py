@@ -12,7 +12,7 @@ from torch import Tensor
 
 from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.model import Model, advance
-from inkstream.families import adapter_names
+from inkstream.engine.files.merging import names_of
 from inkstream.nn.around import NOTHING, Around
 from inkstream.train.adapters import fixed
 from inkstream.train.models import DTYPES, start
@@ -67,7 +67,7 @@ def check_transfer(recipe: Recipe, path: Path, sheet: Path, device: torch.device
     """
     begun = start(replace(recipe, model=Base(from_=recipe.adapter.transfer)), device)
     model = Model(begun.family(), device, DTYPES[recipe.run.dtype])
-    lora = read_lora(path, adapter_names(model.spec))
+    lora = read_lora(path, names_of(model.spec))
     around = Around(adapters=(fixed(lora, begun.modules["transformer"], model.dtype, device),))
     plain, ours = (
         torch.stack([draw(model, prompt, seed, each) for seed, prompt in enumerate(recipe.run.prompts)])

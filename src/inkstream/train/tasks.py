@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.model import Model, advance
-from inkstream.families import adapter_names
+from inkstream.engine.files.merging import names_of
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.adapters import AdapterWeights, fixed
@@ -131,7 +131,7 @@ class Flow:
         ours = adapter.apply_to(transformer)
         helpers = ()
         if place := self.recipe.adapter.assistant:
-            lora = read_lora(Path(place).expanduser(), adapter_names(self.begun.spec))
+            lora = read_lora(Path(place).expanduser(), names_of(self.begun.spec))
             helpers = (fixed(lora, transformer, DTYPES[self.recipe.run.dtype], self.device),)
         self.around, self.drawing = Around(adapters=(*helpers, ours)), Around(adapters=(ours,))
         if self.recipe.run.compile:

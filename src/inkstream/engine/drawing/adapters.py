@@ -8,6 +8,7 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 from inkstream.engine.drawing.options import FEW
 from inkstream.engine.files.loras import factors_of, find_lora
-from inkstream.families import adapter_names
+from inkstream.engine.files.merging import names_of
 from inkstream.nn.around.adapters import Adapter
 from inkstream.nn.parallel import Kept
 from inkstream.nn.prepacked import weight_of
 from inkstream.types import InputError, LoraUse, Spec
 from inkstream.weights.files import read_header
-from inkstream.weights.lora.changes import Bound, Full, LayerChange, Lora, LowRank, Part, Report, bind_rows
+from inkstream.weights.lora.changes import Bound, Full, LayerChange, LowRank, Part, Report, bind_rows
 from inkstream.weights.lora.cuts import rows_of
 from inkstream.weights.lora.names import Names
 from inkstream.weights.lora.read import adapter_file, read_lora
@@ -38,10 +39,12 @@ class Product:
     """An adapter's change of one layer, at a strength: see `nn.around.adapters.Product`."""
 
     parts: Sequence[tuple[slice, Bound]]  # rows of the layer, and their change
-    bias: Tensor | None
-    strength: float
+    bias: Tensor | None = None
+    strength: float = 1.0
+    overlap: bool = False  # several parts change the same rows, and one of them reads the layer's own output
 
     def __call__(self, x: Tensor, plain: Tensor, out: Tensor) -> None:
+        plain = plain.clone() if self.overlap else plain  # it may be the same memory as out
         for rows, bound in self.parts:
             bound.add(x, plain[:, rows], out[:, rows], self.strength)
         if self.bias is not None:
@@ -52,7 +55,7 @@ class Product:
 class Held:
     """An adapter on the device."""
 
-    lora: Lora
+    report: Report
     products: Mapping[str, Product]  # at strength 1
     bytes: int
     users: int = 0  # requests that are being drawn with it
@@ -84,7 +87,7 @@ class Adapters:
     @cached_property
     def names(self) -> Names:
         """The names of the transformer's layers in adapters' files."""
-        return adapter_names(self.spec)
+        return names_of(self.spec)
 
     @property
     def bytes(self) -> int:
@@ -100,7 +103,7 @@ class Adapters:
             held.adapters[key] = Adapter.of(
                 self.transformer,
                 {
-                    path: Product(product.parts, product.bias, strength)
+                    path: replace(product, strength=strength)
                     for path, product in held.products.items()
                     if (strength := use.strength * factors[path]) != 0
                 },
@@ -115,7 +118,7 @@ class Adapters:
             one.users += 1
         try:
             self._trim()
-            lines = [line for use, one in zip(uses, held) for line in describe(Path(use.path).stem, one.lora.report)]
+            lines = [line for use, one in zip(uses, held) for line in describe(Path(use.path).stem, one.report)]
             together = sum(abs(use.strength) for use in uses)
             if self.spec.steps <= FEW and len(uses) > 1 and together > MUCH:
                 lines.append(
@@ -141,7 +144,7 @@ class Adapters:
                     f"merge it into the model with --merge-lora {use.path}"
                 )
             products = {name: self._bind(name, change) for name, change in lora.layers.items()}
-            self._held[key] = Held(lora, products, sum(bytes_of(product) for product in products.values()))
+            self._held[key] = Held(lora.report, products, sum(bytes_of(product) for product in products.values()))
         self._held.move_to_end(key)
         return self._held[key]
 
@@ -152,28 +155,33 @@ class Adapters:
                 del self._held[key]
 
     def _bind(self, name: str, change: LayerChange) -> Product:
-        """Move the changes of a layer to the device: those of this process's share, if several share the layer."""
-        layer: Any = self.layers[name]
+        """Prepare the changes of a layer: those of this process's share, if several share the layer."""
+        layer = self.layers[name]
         kept: Kept | None = getattr(layer, "kept", None)
         if kept is not None:
             change = share_of(change, kept, name, self.names.layers[name], first=layer.bias is not None)
-        reads = any(part.change.reads for part in change.parts)
-        weight = weight_of(layer).to(self.device, torch.float32) if reads else None
-        own = getattr(layer, "bias", None)
-        parts: list[tuple[slice, Bound]] = []
-        low = [(part.rows, part.change) for part in change.parts if isinstance(part.change, LowRank)]
-        if len(low) > 1:
-            parts.append((slice(None), bind_rows(low, self._move)))
-        for part in change.parts:
-            if len(low) > 1 and isinstance(part.change, LowRank):
-                continue
-            bias = None if own is None else own.detach().to(self.device, torch.float32)[part.rows]
-            rows = None if weight is None else weight[part.rows]
-            parts.append((part.rows, moved(part.change, self.device).bind(rows, bias, self._move)))
-        return Product(parts, None if change.bias is None else self._move(change.bias), 1.0)
+        return bind(layer, change, self.device, self.dtype)
 
-    def _move(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self.device, self.dtype)
+
+def bind(layer: Any, change: LayerChange, device: torch.device, dtype: torch.dtype) -> Product:
+    """Prepare an adapter's changes of a layer, at strength 1. device, dtype: what the layer computes in."""
+
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, dtype)
+
+    reads = any(part.change.reads for part in change.parts)
+    weight = weight_of(layer).to(device, torch.float32) if reads else None
+    own = None if layer.bias is None else layer.bias.detach().to(device, torch.float32)
+    low = [(part.rows, part.change) for part in change.parts if isinstance(part.change, LowRank)]
+    others = [part for part in change.parts if not isinstance(part.change, LowRank) or len(low) == 1]
+    parts: list[tuple[slice, Bound]] = [(slice(None), bind_rows(low, move))] if len(low) > 1 else []
+    for part in others:
+        bias = None if own is None else own[part.rows]
+        rows = None if weight is None else weight[part.rows]
+        parts.append((part.rows, moved(part.change, device).bind(rows, bias, move)))
+    spans = sorted(part.rows.indices(layer.out_features)[:2] for part in change.parts)
+    overlap = reads and any(start < stop for (_, stop), (start, _) in pairwise(spans))
+    return Product(parts, None if change.bias is None else move(change.bias), overlap=overlap)
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -25,12 +25,13 @@ def find_lora(name: str, folder: Path) -> Path:
 
     Raises InputError if there is none.
     """
-    known = names_in(folder)
-    if name in known:
-        return known[name]
+    named = folder / f"{name}.safetensors"
+    if named.is_file() and named.is_relative_to(folder) and ".." not in named.relative_to(folder).parts:
+        return named
     path = Path(name).expanduser()
     if path.exists():
         return path
+    known = names_in(folder)
     near = difflib.get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a .safetensors file, or put one into {folder}"
     raise InputError(f"lora {name} is neither a file nor a name in {folder}: {hint}")
