@@ -291,7 +291,7 @@ def test_the_door_changes_the_rows_of_each_owner_and_no_others():
     layer, x = nn.Linear(3, 2).requires_grad_(False), torch.randn(6, 3)
     changes = (lambda x, plain, out: out.add_(plain), lambda x, plain, out: out.add_(1))
     twice, more = (Around(adapters=(Adapter({layer: change}),)) for change in changes)
-    both = Around(adapters=twice.adapters + more.adapters)
+    both = Around(adapters=more.adapters + twice.adapters)  # each change is relative to the layer's own output
     rows = Rows((Span(0, 1), Span(1, 2), Span(2, 1), Span(3, 1), Span(1, 1)))
     own = layer(x)
     expected = torch.cat((own[:1], 2 * own[1:3], own[3:4] + 1, 2 * own[4:5] + 1, 2 * own[5:]))
