@@ -294,7 +294,7 @@ def test_the_door_changes_the_rows_of_each_owner_and_no_others():
     both = Around(adapters=more.adapters + twice.adapters)  # each change is relative to the layer's own output
     rows = Rows((Span(0, 1), Span(1, 2), Span(2, 1), Span(3, 1), Span(1, 1)))
     own = layer(x)
-    expected = torch.cat((own[:1], 2 * own[1:3], own[3:4] + 1, 2 * own[4:5] + 1, 2 * own[5:]))
+    expected = torch.cat((own[:1], 2 * own[1:3], own[3:4] + 1, own[4:5] + 1 + own[4:5], 2 * own[5:]))
     assert torch.equal(linear(layer, x, Forward([Around(), twice, more, both]), rows), expected)
     assert torch.equal(linear(layer, x, PLAIN, ANY), own)
     assert linear(layer, x[:0], Forward([twice]), rows[:0]).shape == (0, 2)  # a process may have no row of a stream

@@ -107,6 +107,7 @@ def test_a_file_is_what_its_bytes_say(tmp_path, version):
         (file_of([], [tensor("x", (256,), 18, 0)], bytes(256)), "x as IQ3_XXS, which is not supported: take a Q8_0"),
         (file_of([], [tensor("x", (256,), 99, 0)], bytes(256)), "x as number 99"),
         (file_of([], [tensor("x", (33,), 8, 0)], bytes(256)), "not divisible into blocks of 32"),
+        (file_of([], [tensor("x", (32, 0), 8, 0)], bytes(256)), r"x is \(0, 32\), which holds no numbers"),
         (file_of([], [tensor("x", (4,), 0, 0)] * 2, bytes(256)), "x occurs twice"),
         (file_of([], [tensor("x", (4,), 0, 3)], bytes(256)), "offset of 3, which is not a multiple of 8"),
         (file_of([], [tensor("x", (4,) * 9, 0, 0)], bytes(256)), "9 axes"),

@@ -190,6 +190,8 @@ def _entry(
     if offset % 8:
         raise ValueError(f"{name} has an offset of {offset}, which is not a multiple of 8")
     count = math.prod(shape)
+    if count == 0:
+        raise ValueError(f"{name} is {shape}, which holds no numbers")
     if kind in PLAIN:
         size = count * PLAIN[kind].itemsize
     else:
