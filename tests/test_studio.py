@@ -436,6 +436,7 @@ def test_a_lora_that_does_not_fit_or_is_not_there_is_told_and_so_are_too_strong_
     assert not warning.is_visible()
     page.locator(".lora input[type=number]").fill("1.25")
     assert "together above 1.2" in warning.inner_text()
+    page.wait_for_function("JSON.parse(localStorage.getItem('inkstream.wish')).own.turbo")  # saved a moment later
     page.evaluate("""() => {
       const wish = JSON.parse(localStorage.getItem("inkstream.wish"));
       wish.own.turbo.loras = ["gone:0.5"];
