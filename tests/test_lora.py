@@ -26,7 +26,7 @@ from inkstream.sampling.schedules import SCHEDULES
 from inkstream.types import Done, Failed, InputError, Loading, LoraUse, Machine, Request, Spec
 from inkstream.weights.files import read_header
 from inkstream.weights.lora.changes import Change, LayerChange, Lora, LowRank, Part
-from inkstream.weights.lora.factors import Dora, LoKr
+from inkstream.weights.lora.factors import Dora, LoHa, LoKr
 from inkstream.weights.lora.write import write_lora
 
 SPECS = [BASE, DEV, KLEIN_BASE_4B]
@@ -44,6 +44,11 @@ def low_rank(rank: int, size: float = 0.3) -> Make:
 
 def dora(outputs: int, inputs: int, by: torch.Generator) -> Change:
     return Dora(low_rank(2)(outputs, inputs, by), 1 + torch.rand(outputs, 1, generator=by))
+
+
+def loha(outputs: int, inputs: int, by: torch.Generator) -> Change:
+    factors = [torch.randn(*shape, generator=by) / 4 for shape in ((outputs, 2), (2, inputs)) * 2]
+    return LoHa(*factors)
 
 
 def lokr(outputs: int, inputs: int, by: torch.Generator) -> Change:
@@ -188,13 +193,21 @@ def test_blocks_have_strengths_of_their_own(model, spec, save):
         held.get(LoraUse.read(f"{path}#layers.99=1"))
 
 
+@pytest.mark.parametrize("make", [low_rank(4), loha, lokr], ids=["lora", "loha", "lokr"])
+def test_the_foreseen_memory_of_an_adapter_is_at_least_what_it_takes(model, spec, save, make):
+    path = save("mine", make)
+    model.adapters.get(LoraUse(str(path)))
+    foreseen = adapters.bytes_foreseen([str(path)], path.parent, torch.float32, spec)
+    assert model.adapters.bytes <= foreseen <= 1.5 * model.adapters.bytes
+
+
 def test_the_same_use_is_the_same_adapter_and_the_least_recent_files_are_dropped(model, save, monkeypatch):
     paths = [save(name, low_rank(4), seed) for seed, name in enumerate("abc")]
     held = model.adapters
     uses = [LoraUse.read(str(path)) for path in paths]
     assert held.get(uses[0]) is held.get(uses[0])
     one = held.bytes
-    monkeypatch.setattr(adapters, "KEPT", int(1.5 * one))
+    monkeypatch.setattr(held, "keep", int(1.5 * one))
     with held.use([uses[0]]):
         with held.use(uses[1:]) as lines:
             assert held.bytes == 3 * one

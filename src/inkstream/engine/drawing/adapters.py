@@ -23,13 +23,15 @@ from inkstream.nn.parallel import Kept
 from inkstream.nn.prepacked import weight_of
 from inkstream.types import InputError, LoraUse, Spec
 from inkstream.weights.files import read_header
+from inkstream.weights.lora.algebras import DENSE
 from inkstream.weights.lora.changes import Bound, Full, LayerChange, LowRank, Part, Report, bind_rows
 from inkstream.weights.lora.cuts import rows_of
+from inkstream.weights.lora.keys import read_key
 from inkstream.weights.lora.names import Names
 from inkstream.weights.lora.read import adapter_file, read_lora
 
 KEPT = 2**30
-"""Bytes of adapters to keep on the device. Those of the requests that are being drawn stay beyond that."""
+"""Bytes of adapters to keep on the device for later requests, unless a memory limit is set."""
 MUCH = 1.2
 """The sum of strengths above which pictures of models that were distilled to few steps often break."""
 
@@ -65,7 +67,8 @@ class Held:
 class Adapters:
     """The adapters of one loaded transformer.
 
-    device, dtype: what the transformer computes in. folder: where adapters are that requests name.
+    device, dtype: what the transformer computes in. folder: where adapters are that requests name. keep: bytes of
+    adapters to keep; those of the requests that are being drawn stay beyond that.
     """
 
     def __init__(
@@ -75,11 +78,13 @@ class Adapters:
         device: torch.device,
         dtype: torch.dtype,
         folder: Path,
+        keep: int = KEPT,
     ):
         self.transformer = transformer
         self.spec = spec
         self.device, self.dtype = device, dtype
         self.folder = folder
+        self.keep = keep
         modules: dict[str, Any] = dict(cast("Any", transformer).named_modules())
         self.layers = {path: layer for path, layer in modules.items() if hasattr(layer, "in_features")}
         self._held: OrderedDict[tuple[object, ...], Held] = OrderedDict()
@@ -149,9 +154,9 @@ class Adapters:
         return self._held[key]
 
     def _trim(self) -> None:
-        """Drop the adapters that were used least recently, down to `KEPT` bytes. Those in use stay."""
+        """Drop the adapters that were used least recently, down to `keep` bytes. Those in use stay."""
         for key, held in list(self._held.items()):
-            if self.bytes > KEPT and not held.users:
+            if self.bytes > self.keep and not held.users:
                 del self._held[key]
 
     def _bind(self, name: str, change: LayerChange) -> Product:
@@ -240,8 +245,22 @@ def bytes_of(product: Product) -> int:
     return sum(bound.bytes for _, bound in product.parts) + (0 if product.bias is None else product.bias.nbytes)
 
 
-def bytes_foreseen(loras: Sequence[str], folder: Path, dtype: torch.dtype) -> int:
-    """Return the memory that adapters take on a device, from the headers of their files."""
+def bytes_foreseen(loras: Sequence[str], folder: Path, dtype: torch.dtype, spec: Spec) -> int:
+    """Return the memory that adapters take on a device, from the headers of their files. spec: of the model."""
     files = {find_lora(LoraUse.read(lora).path, folder) for lora in loras}
-    shapes = [weight.shape for file in files for weight in read_header(adapter_file(file)).tensors.values()]
+    headers = [read_header(adapter_file(file)).tensors for file in files]
+    shapes = [weight.shape for tensors in headers for weight in tensors.values()]
+    keys = [read_key(key) for tensors in headers for key, weight in tensors.items() if is_dense(key, weight.shape)]
+    names = names_of(spec) if keys else None
+    for key in keys:
+        assert names is not None
+        if found := names.find(key.path):
+            place = found[2]
+            shapes.append((place.height, names.layers[place.layer][1]))
     return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+
+
+def is_dense(key: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of an adapter's file says that the change is as large as the layer's weight when it is bound."""
+    role = read_key(key).role
+    return role in DENSE or (role == "dora_scale" and len(shape) == 2 and shape[0] == 1 < shape[1])

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from inkstream.engine.drawing.adapters import Adapters
+from inkstream.engine.drawing.adapters import KEPT, Adapters
 from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.options import cached, guided
 from inkstream.engine.drawing.writing import written_out
@@ -44,12 +44,14 @@ class Model:
         placement: str = "resident",
         read_writer: Callable[[], Writer] | None = None,  # if the text encoder's files hold a language model
         loras: Path = Path("loras"),  # the folder of adapters that requests name
+        adapters_kept: int = KEPT,  # bytes of adapters that stay for later requests
     ):
         self.family = family
         self.device = device
         self.dtype = dtype
         self.placement = placement
         self.loras = loras
+        self.adapters_kept = adapters_kept
         self._read_writer = read_writer
 
     @property
@@ -65,7 +67,7 @@ class Model:
     @cached_property
     def adapters(self) -> Adapters:
         """The adapters that requests have used."""
-        return Adapters(self.family.transformer, self.spec, self.device, self.dtype, self.loras)
+        return Adapters(self.family.transformer, self.spec, self.device, self.dtype, self.loras, self.adapters_kept)
 
     @torch.inference_mode()
     def upsample(self, request: Complete) -> Iterator[str]:

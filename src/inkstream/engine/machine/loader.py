@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from inkstream.engine.drawing.adapters import KEPT
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.licences import is_commercial_only
 from inkstream.engine.files.loras import lora_folder, read_merges
@@ -124,7 +125,8 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
         return writer
 
     family = source.family(source.spec, modules, opened.tokenizers)
-    return Model(family, device, opened.dtype, placement, read_writer, lora_folder(opened.machine))
+    kept = KEPT if opened.machine.memory is None else 0
+    return Model(family, device, opened.dtype, placement, read_writer, lora_folder(opened.machine), kept)
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:

@@ -78,7 +78,12 @@ class Placing:
 
     def adapters(self, request: Request) -> int:
         """Return the bytes of a request's adapters. They are on the device under every placement."""
-        return bytes_foreseen(request.loras, lora_folder(self.opened.machine), self.opened.dtypes["transformer"])
+        if not request.loras:
+            return 0
+        opened = self.opened
+        return bytes_foreseen(
+            request.loras, lora_folder(opened.machine), opened.dtypes["transformer"], opened.source.spec
+        )
 
     def plans(self, request: Request) -> list[Plan]:
         """Return what each placement needs for the request, without its adapters."""

@@ -53,6 +53,10 @@ COMPANIONS = {
 """Role of a tensor -> roles of which it needs one."""
 
 
+DENSE = frozenset(("hada_w1_a", "oft_R", "boft_R", "on_input", "ia3_l"))
+"""Roles of tensors whose change may be as large as the layer's weight when it is bound."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layer:
     """The tensors of one layer of a file.
