@@ -627,6 +627,16 @@ def test_no_upsample_draws_prompts_as_they_are_and_stands_in_the_command(words, 
     assert [job.request.upsample for (job, _) in jobs] == [True, False]
 
 
+def test_pictures_of_another_adapter_are_not_taken_for_those_of_this_one(tmp_path):
+    one, cases = tmp_path / "one.safetensors", [Case("a star")]
+    one.write_bytes(b"1")
+    run.claim(tmp_path, "people", "pocket", cases, Settings(loras=(str(one),)))
+    run.claim(tmp_path, "people", "pocket", cases, Settings(seeds=3, loras=(str(one),)))
+    one.write_bytes(b"22")
+    with pytest.raises(InputError, match="holds an evaluation with loras"):
+        run.claim(tmp_path, "people", "pocket", cases, Settings(loras=(str(one),)))
+
+
 def test_interrupted_it_says_what_is_there_and_goes_on_from_it(words, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(run, "MOST", 2)
 

@@ -38,6 +38,7 @@ def evaluate(
     width: Annotated[int | None, Parameter(alias="-W")] = None,
     height: Annotated[int | None, Parameter(alias="-H")] = None,
     upsample: Annotated[bool, Parameter(show_default=False, negative="--no-upsample")] = True,
+    loras: Annotated[tuple[str, ...], Parameter(name="--lora", negative=())] = (),
     sweep: Annotated[bool, Parameter(show_default=False)] = False,
     ceiling: Annotated[bool, Parameter(show_default=False)] = False,
     ocr: Annotated[bool, Parameter(show_default=False)] = False,
@@ -70,6 +71,8 @@ def evaluate(
         Height in pixels of prompts without one; default: the model's.
     upsample
         Prompts are rewritten by the model's own grammar, if it has one; --no-upsample draws them as they are.
+    loras
+        LoRA or a relative, as PATH[:STRENGTH][@FROM-UNTIL]; repeat for more.
     sweep
         Also draw 40 prompts, or --limit, with 2 to 50 steps, and with guidance 1 to 6 if the model takes guidance.
     ceiling
@@ -97,7 +100,7 @@ def evaluate(
     with Terminal(quiet) as terminal:
         whole = open_suite(suite)
         cases = thin(whole, limit)
-        settings = Settings(seeds, steps, guidance, width, height, None if upsample else False)
+        settings = Settings(seeds, steps, guidance, width, height, None if upsample else False, loras)
         check(Request.model_validate({"model": model, **settings.fields()}), machine)
         if ocr:
             open_reader()
@@ -143,7 +146,7 @@ def evaluate(
 
 def facts(model: Model, name: str, suite: str, jobs: Sequence[Job], prompts: int, seeds: int) -> dict[str, Any]:
     """Return the settings of a run as JSON. Settings that differ between prompts are left out."""
-    shown = ("width", "height", "steps", "guidance", "shift", "solver", "schedule", "upsample")
+    shown = ("width", "height", "steps", "guidance", "shift", "solver", "schedule", "upsample", "loras")
     values = {field: {getattr(job.request, field) for job in jobs} for field in shown}
     return {
         "model": name,
@@ -160,6 +163,9 @@ def repeat(model: str, suite: str, limit: int | None, settings: Settings, sweep:
     """Return the command that repeats the evaluation."""
     words = ["inkstream", "eval", model, "--suite", suite]
     for name, value in {**asdict(settings), "limit": limit}.items():
-        words += [] if value is None else ["--no-upsample"] if value is False else [f"--{name}", str(value)]
+        if name == "loras":
+            words += [word for lora in value for word in ("--lora", lora)]
+        elif value is not None:
+            words += ["--no-upsample"] if value is False else [f"--{name}", str(value)]
     flags = {"--sweep": sweep, "--ceiling": ceiling, "--ocr": ocr}
     return shlex.join([*words, *(flag for flag, given in flags.items() if given)])

@@ -18,7 +18,7 @@ from inkstream.engine.drawing.options import guided
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.engine.pictures.metadata import save_picture
 from inkstream.evaluate.suites import Case, digest
-from inkstream.types import InputError, Request, Spec, Step, singles
+from inkstream.types import InputError, LoraUse, Request, Spec, Step, singles
 
 T = TypeVar("T")
 
@@ -38,10 +38,11 @@ class Settings:
     width: int | None = None
     height: int | None = None
     upsample: bool | None = None  # false: the model's own grammar does not rewrite prompts
+    loras: tuple[str, ...] = ()  # as in a Request
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are set, as fields of a Request."""
-        return {name: value for name, value in asdict(self).items() if name != "seeds" and value is not None}
+        return {name: value for name, value in asdict(self).items() if name != "seeds" and value not in (None, ())}
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,11 @@ def open_picture(path: Path) -> Image.Image:
 def claim(folder: Path, name: str, model: str, cases: Sequence[Case], settings: Settings) -> None:
     """Mark a folder as the folder of this evaluation. Raises InputError if it holds pictures of another one."""
     ours = {"suite": name, "cases": digest(cases), "model": model, "weights": weights_of(model), **asdict(settings)}
+    ours["loras"] = [[lora, weights_of(LoraUse.read(lora).path)] for lora in settings.loras]
     path = folder / "run.json"
     if path.exists():
         try:
-            theirs = json.loads(path.read_text("utf-8"))
+            theirs = {"loras": [], **json.loads(path.read_text("utf-8"))}
         except ValueError as error:
             raise InputError(f"{path} cannot be read ({error}): give another --output, or remove the folder") from error
         for key, value in ours.items():

@@ -23,8 +23,12 @@ REAL_MODEL = "z-image-turbo"
 
 
 def writes_out(request: Request, spec: Spec) -> bool:
-    """Whether the model's grammar expands the prompt. `upsample` decides; by default, only without a start picture."""
-    asked = request.image is None if request.upsample is None else request.upsample
+    """Whether the model's grammar expands the prompt. `upsample` decides.
+
+    By default, a request with a start picture or with adapters is not expanded: the grammar does not know the words of
+    an adapter and would leave them out.
+    """
+    asked = request.image is None and not request.loras if request.upsample is None else request.upsample
     return bool(spec.writer) and asked
 
 
