@@ -100,6 +100,38 @@ def things_of(seen: Seen, regions: Sequence[Region] | None = None) -> list[SeenT
     return sorted((thing for _, things in found for thing in things), key=lambda thing: -thing.likeness)
 
 
+def likeness_to(seen: Seen, sprite: Image.Image) -> float:
+    """Return the likeness of the most similar thing in the foreground to a sprite, at most 1; from KNOWN up, it is one.
+
+    sprite: RGBA, cropped to what is visible, of any size.
+    """
+    padded = Image.new("RGBA", (sprite.width + 2 * PAD, sprite.height + 2 * PAD))
+    padded.paste(sprite, (PAD, PAD))
+    pixels = np.asarray(padded, np.float32)
+    alpha = (pixels[..., 3] / 255).astype(np.float32)
+    paint = (pixels[..., :3] * alpha[..., None]).astype(np.float32)
+    groups = [group for near in (NEAR, HIDDEN) for group in _together(seen.regions, near * seen.side)]
+    groups += [firm for group in groups for firm in _together(_without_halo(seen, group), NEAR * seen.side)]
+    best = 0.0
+    for group in groups:
+        if _extent(group) >= LEAST * seen.side:
+            cover, _ = _cover(seen, group)
+            left, top, right, bottom = bounds_of(group)
+            box = _square(*_bounds(cover[top:bottom, left:right], left, top))
+            away, ground = _cut_out(seen, cover, box)
+            for blur in BLURS:
+                mask, colours = (_at_level(picture, _level(box), blur) for picture in (alpha, paint))
+                adds = (colours.reshape(-1, 3) - mask.reshape(-1, 1) * ground).astype(np.float32)
+                best = max(best, _alike(adds, away))
+    return best
+
+
+def _at_level(picture: Floats, level: int, blur: float) -> Floats:
+    """Return a padded picture as a template: see `_templates`. picture: (h, w) or (h, w, 3)."""
+    drawn = _template(np.ascontiguousarray(picture), level)
+    return _blurred(drawn[None], blur * N / AROUND / level)[0] if blur else drawn
+
+
 def _things_of_group(seen: Seen, group: Sequence[Region]) -> list[SeenThing]:
     return _recognise_group(seen, group) if _extent(group) >= LEAST * seen.side else []
 
@@ -271,11 +303,8 @@ def _recognise(seen: Seen, group: Sequence[Region]) -> SeenThing:
     left, top, right, bottom = bounds_of(group)
     height, width, _ = seen.pixels.shape
     rows, columns = (np.concatenate([getattr(r, axis) for r in group]) for axis in ("rows", "columns"))
-    own = seen.pixels[rows, columns]
-    away = np.linalg.norm(lab(own) - lab(seen.ground[rows, columns]), axis=-1)
-    colour = np.median(own[away >= np.median(away)], axis=0)
-    cover = np.zeros((height, width), np.float32)
-    cover[rows, columns] = np.minimum(away / max(float(np.median(away)), 1), 1)
+    cover, away = _cover(seen, group)
+    colour = np.median(seen.pixels[rows, columns][away >= np.median(away)], axis=0)
     tight = _bounds(cover[top:bottom, left:right], left, top)
     box = _square(*tight)
     away, below = _cut_out(seen, cover, box)
@@ -296,6 +325,15 @@ def _recognise(seen: Seen, group: Sequence[Region]) -> SeenThing:
         name, None if name in EMOJI else nearest_colour(colour), size, float((box[0] + box[2]) / 2 / width),
         float((box[1] + box[3]) / 2 / height), float(likeness[best]),
     )  # fmt: skip
+
+
+def _cover(seen: Seen, group: Sequence[Region]) -> tuple[Floats, Floats]:
+    """Return how far a group covers each pixel, (H, W), and its pixels' distances from the background, (P,)."""
+    rows, columns = (np.concatenate([getattr(r, axis) for r in group]) for axis in ("rows", "columns"))
+    away = np.linalg.norm(lab(seen.pixels[rows, columns]) - lab(seen.ground[rows, columns]), axis=-1)
+    cover = np.zeros(seen.pixels.shape[:2], np.float32)
+    cover[rows, columns] = np.minimum(away / max(float(np.median(away)), 1), 1)
+    return cover, away
 
 
 def _bounds(cover: Floats, left: int, top: int) -> Box:
@@ -353,7 +391,11 @@ def _likenesses(colour: Floats, away: Floats, ground: Floats, table: Templates) 
 
 def _likeness_of_emoji(index: int, away: Floats, ground: Floats, table: Templates) -> float:
     """Return the likeness, as in `_likenesses`, of one emoji."""
-    adds = table.paint[index - len(SHAPES)].reshape(-1, 3) - table.alpha[index][:, None] * ground
+    return _alike(table.paint[index - len(SHAPES)].reshape(-1, 3) - table.alpha[index][:, None] * ground, away)
+
+
+def _alike(adds: Floats, away: Floats) -> float:
+    """Return the likeness of what a template adds to the background and what the picture adds, both (N N, 3)."""
     return float(2 * (adds * away).sum() / ((adds**2).sum() + (away**2).sum() + 1e-6))
 
 
