@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -35,7 +35,7 @@ from inkstream.evaluate.report import shares
 from inkstream.evaluate.run import Settings, draw, open_picture, plan
 from inkstream.evaluate.seeing import KNOWN, likeness_to, see
 from inkstream.evaluate.suites import Case, open_suite, thin
-from inkstream.pocket.captions import Wording, draw_caption
+from inkstream.pocket.captions import Wording, caption, draw_caption
 from inkstream.pocket.colours import lab
 from inkstream.pocket.draw import render
 from inkstream.pocket.grammar import Grammar, sample
@@ -48,6 +48,8 @@ SIDE, PRIOR = 128, 240
 """The side of a training picture, and the number of ordinary pictures that keep what Pocket knows."""
 OTHERS = 100
 """Prompts without the trigger: of the suite `people`, spread evenly."""
+DENSE = 40
+"""Held-out captions that say all, of each lesson."""
 STAND_IN = "robot"
 """The emoji whose place and caption the new thing takes in training scenes."""
 DARK, LIGHT = (24, 14, 66), (255, 212, 146)
@@ -58,7 +60,7 @@ NEAR_LINE = 12.0
 """The largest Lab distance from the line between DARK and LIGHT at which a pixel has the style."""
 
 TIDY = Grammar.from_table({"tidy": True, "faces": ["mono", "bold"], "flat": 0.8, "gradient": 0.1, "split": 0.1})
-WORDS = Wording(dense=0.5, partial=0.2, short=0.25, tags=0.05, english=0.8, plain=0.6)
+WORDS = Wording(dense=0.7, partial=0.1, short=0.2, tags=0.0, english=0.8, plain=0.6)
 
 PROMPTS = {
     "sprite": (
@@ -96,7 +98,6 @@ PROMPTS = {
     ),
 }  # fmt: skip
 """Held-out prompts of each lesson, as people type them."""
-TOGETHER = tuple(f"{prompt}, dusk style" for prompt in PROMPTS["sprite"])
 
 
 @dataclass(frozen=True)
@@ -157,19 +158,32 @@ def with_sprite(sprite: Image.Image, trigger: str) -> Callable[[int], tuple[Imag
 
     def teach(number: int) -> tuple[Image.Image, str]:
         rng = Random(f"{trigger}/{number}")
-        while True:
-            scene = sample(TIDY, rng.randrange(10**9), "train", rng.choice(("emoji", "emoji", "things", "relation")))
-            chosen = rng.randrange(len(scene.things))
-            others = (*scene.things[:chosen], *scene.things[chosen + 1 :])
-            if all(thing.name != STAND_IN for thing in others) and len(scene.things) < 4:
-                break
-        own = replace(scene.things[chosen], name=STAND_IN, colour=None)
-        told = replace(scene, things=(*scene.things[:chosen], own, *scene.things[chosen + 1 :]))
-        picture = render(replace(scene, things=others), SIDE)
+        told, own = with_stand_in(rng, "train")
+        picture = render(replace(told, things=tuple(thing for thing in told.things if thing is not own)), SIDE)
         place(picture, sprite, own)
         return picture, draw_caption(told, replace(WORDS, english=1.0), rng).replace(STAND_IN, trigger)
 
     return teach
+
+
+def with_stand_in(rng: Random, split: Literal["train", "held_out"]) -> tuple[Scene, Thing]:
+    """Return a scene in which one thing, which is returned too, is STAND_IN."""
+    while True:
+        scene = sample(TIDY, rng.randrange(10**9), split, rng.choice(("emoji", "emoji", "things", "relation")))
+        chosen = rng.randrange(len(scene.things))
+        own = replace(scene.things[chosen], name=STAND_IN, colour=None)
+        told = replace(scene, things=(*scene.things[:chosen], own, *scene.things[chosen + 1 :]))
+        if sum(thing.name == STAND_IN for thing in told.things) == 1 and len(told.things) < 4:
+            return told, own
+
+
+def dense_prompts(name: str) -> list[str]:
+    """Return captions of held-out scenes that say all: what Pocket's grammar would make of a prompt."""
+    rng, trigger = Random(f"held out/{name}"), LESSONS_OF[name].trigger
+    if name == "style":
+        scenes = [sample(TIDY, rng.randrange(10**9), "held_out", rng.choice(("emoji", "things"))) for _ in range(DENSE)]
+        return [f"{caption(scene)}, {trigger}" for scene in scenes]
+    return [caption(with_stand_in(rng, "held_out")[0]).replace(STAND_IN, trigger) for _ in range(DENSE)]
 
 
 def place(picture: Image.Image, sprite: Image.Image, thing: Thing) -> None:
@@ -223,9 +237,9 @@ def write_pictures(folder: Path, count: int, make: Callable[[int], tuple[Image.I
     """Write pictures and their captions, as a person would have them: NAME.png and NAME.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(count):
-        picture, caption = make(number)
+        picture, words = make(number)
         picture.save(folder / f"{number:03d}.png")
-        (folder / f"{number:03d}.txt").write_text(caption + "\n", "utf-8")
+        (folder / f"{number:03d}.txt").write_text(words + "\n", "utf-8")
 
 
 # Measuring ------------------------------------------------------------------------------------------------------------
@@ -253,9 +267,10 @@ def measure(model: Model, name: str, lora: Path, folder: Path) -> Iterator[dict[
     lesson = LESSONS_OF[name]
     base = {"lesson": name, "lora": kind_of(lora)}
     one = Settings(1, upsample=False, loras=(str(lora),))
-    for what, settings in (("with the LoRA", one), ("without the LoRA", Settings(1, upsample=False))):
-        drawn = pictures_of(model, typed(PROMPTS[name]), settings, folder / what.replace(" ", "-"))
-        yield base | {"measure": f"held-out prompts, {what}", "pictures": len(drawn),
+    prompts = {"dense captions": dense_prompts(name), "prompts as typed": PROMPTS[name]}
+    for kind, own in prompts.items():
+        drawn = pictures_of(model, typed(own), one, folder / kind.replace(" ", "-"))
+        yield base | {"measure": f"held-out {kind}, with the LoRA", "pictures": len(drawn),
                       "share": share([lesson.is_there(picture) for picture in drawn])}  # fmt: skip
     cases = thin(open_suite("people"), OTHERS)
     for what, loras in (("with the LoRA", (str(lora),)), ("without the LoRA", ())):
@@ -274,7 +289,8 @@ def measure(model: Model, name: str, lora: Path, folder: Path) -> Iterator[dict[
 def together(model: Model, sprite: Path, style: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of the sprite's and the style's LoRA in one request."""
     settings = Settings(1, upsample=False, loras=(str(sprite), str(style)))
-    drawn = pictures_of(model, typed(TOGETHER), settings, folder)
+    prompts = [f"{prompt}, {LESSONS_OF['style'].trigger}" for prompt in dense_prompts("sprite")]
+    drawn = pictures_of(model, typed(prompts), settings, folder)
     in_dusk = has(dusk(zorp()))
     base = {"lesson": "sprite and style", "lora": f"{kind_of(sprite)} and {kind_of(style)}", "pictures": len(drawn)}
     yield base | {"measure": "sprite found", "share": share([in_dusk(picture) for picture in drawn])}
@@ -301,7 +317,7 @@ def show(model: Model, loras: dict[str, Path]) -> Image.Image:
     gap, rows = 4, []
     for name, lora in loras.items():
         for own in ((), (str(lora),)):
-            prompts = PROMPTS[name][7:13]
+            prompts = dense_prompts(name)[:6]
             engine = inkstream.Engine(inkstream.Machine("cpu"))
             made = [engine.generate(inkstream.Request(prompt=p, seed=i, loras=own, upsample=False)).images[0]
                     for i, p in enumerate(prompts)]  # fmt: skip

@@ -13,6 +13,12 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipe
 from tokenizers import pre_tokenizers
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3Model
 
+from inkstream.families import adapter_names
+from inkstream.types import Spec
+from inkstream.weights.lora.changes import LayerChange, Lora, LowRank, Part
+from inkstream.weights.lora.factors import Dora
+from inkstream.weights.lora.write import write_lora
+
 CHAT_TEMPLATE = (
     "{%- for message in messages %}{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
@@ -63,6 +69,24 @@ def reference_folder(reference, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny-turbo"
     reference.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def save_lora(tmp_path) -> Callable[[Spec, bool], Path]:
+    """`save_lora(spec, dora)` writes a LoRA, or a DoRA, of all layers in blocks, under diffusers' names."""
+
+    def save(spec: Spec, dora: bool = False) -> Path:
+        names, generator = adapter_names(spec), torch.Generator().manual_seed(5)
+        layers = {}
+        for path, (height, width) in names.layers.items():
+            if "layers" in path or "blocks" in path or "refiner" in path:
+                down = torch.randn(4, width, generator=generator) / width**0.5
+                change = LowRank(down, 0.3 * torch.randn(height, 4, generator=generator), 0.5)
+                norms = 0.5 + torch.rand(height, 1, generator=generator)
+                layers[path] = LayerChange((Part(Dora(change, norms) if dora else change),))
+        return write_lora(tmp_path / "mine.safetensors", Lora(layers), names, "diffusers")
+
+    return save
 
 
 @pytest.fixture

@@ -106,6 +106,24 @@ def test_text_to_image_draws_the_same_picture(pipelines, name, prompt):
     pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), theirs, pipeline)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_diffusers_draws_the_same_picture_with_an_adapter_that_we_write(pipelines, save_lora, dora):
+    pipeline, folder = pipelines["flux1-dev"]
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
+    path = save_lora(ours.spec, dora)
+    noise = torch.randn(1, 16, 10, 8, generator=torch.Generator().manual_seed(1))
+    asked = {"height": 80, "width": 64, "num_inference_steps": 4, "guidance_scale": 3.5, "output_type": "pt"}
+    pipeline.load_lora_weights(str(path.parent), weight_name=path.name)
+    try:
+        theirs = pipeline("a red cat", latents=packed(noise), **asked).images
+    finally:
+        pipeline.unload_lora_weights()
+    without = pipeline("a red cat", latents=packed(noise), **asked).images
+    request = Request(prompt="a red cat", width=64, height=80, steps=4, guidance=3.5, seed=0, loras=(str(path),))
+    pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), theirs, pipeline)
+    assert (theirs - without).abs().max() > 0.1
+
+
 SCHEDULERS = [
     {"shift": 3.0, "use_dynamic_shifting": False},
     {"shift": 1.0},

@@ -82,6 +82,23 @@ def test_the_same_noise_and_references_give_the_same_picture(folders, name, kind
         pictures_agree(own, expected, theirs, guidance or 1)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_diffusers_draws_the_same_picture_with_an_adapter_that_we_write(folders, save_lora, dora):
+    folder, tokenizer = folders["flux2-klein-4b"]
+    theirs = theirs_of(Flux2KleinPipeline, folder, tokenizer)
+    ours = inkstream.load(folder, inkstream.Machine("cpu", "fp32"))
+    path = save_lora(ours.spec, dora)
+    noise = torch.randn(1, 16, 5, 4, generator=torch.Generator().manual_seed(1))
+    asked = {"prompt": "a fish", "width": 64, "height": 80, "num_inference_steps": 4, "output_type": "pt"}
+    asked["text_encoder_out_layers"] = (1, 2, 3)
+    without = theirs(latents=noise.clone(), **asked).images
+    theirs.load_lora_weights(str(path.parent), weight_name=path.name)
+    expected = theirs(latents=noise.clone(), **asked).images
+    request = Request(prompt="a fish", width=64, height=80, steps=4, seed=0, loras=(str(path),))
+    pictures_agree(ours.decode(ours.sample(request, ours.encode(request), noise)), expected, theirs)
+    assert (expected - without).abs().max() > 0.1
+
+
 SCHEDULERS = [
     {"shift": 3.0, "use_dynamic_shifting": False},
     {},

@@ -43,6 +43,22 @@ def test_text_to_image_draws_the_same_pictures(reference, model, size, guidance,
     pictures_agree(model.decode(model.sample(request, model.encode(request), noise)), theirs, reference, guidance)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_diffusers_draws_the_same_picture_with_an_adapter_that_we_write(reference, model, save_lora, dora):
+    path = save_lora(model.spec, dora)
+    noise = torch.randn(1, 16, 12, 8, generator=torch.Generator().manual_seed(1))
+    asked = {"height": 96, "width": 64, "num_inference_steps": 4, "guidance_scale": 4.0, "output_type": "pt"}
+    reference.load_lora_weights(str(path.parent), weight_name=path.name)
+    try:
+        theirs = reference("a fish", latents=noise.clone(), **asked).images
+    finally:
+        reference.unload_lora_weights()
+    without = reference("a fish", latents=noise.clone(), **asked).images
+    request = Request(prompt="a fish", width=64, height=96, steps=4, guidance=5, loras=(str(path),))
+    pictures_agree(model.decode(model.sample(request, model.encode(request), noise)), theirs, reference, 5)
+    assert (theirs - without).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("guidance", [1.0, 5.0], ids=["plain", "guided"])
 @pytest.mark.parametrize("prompt", PROMPTS, ids=["english", "mixed"])
 def test_omni_draws_the_same_picture_from_text(reference, tmp_path, guidance, prompt):
