@@ -198,6 +198,13 @@ def test_extra_facts_are_kept_beside_the_request():
     assert json.loads(read_request(url(data)).raw)["extra"] == {"seconds": 2.5}
 
 
+def test_adapters_that_were_merged_into_the_model_are_told_as_not_taken_over(tmp_path):
+    path = tmp_path / "ink.png"
+    save_picture(PICTURE, path, Request(prompt="a fox"), extra={"merged_loras": "ink:0.8"})
+    assert read_request(path).ignored == {"--merge-lora": "ink:0.8"}
+    assert describe(path)["merged_loras"] == "ink:0.8"
+
+
 def test_known_fields_of_a_newer_version_are_read():
     unknown = {"wings": 2, "steps": "many", "solver": "warp", "count": True}
     record = {"version": 9, "request": {"prompt": "cat", "seed": 7, **unknown}}

@@ -97,8 +97,9 @@ class Engine:
         return advice(request, self.model)
 
     def ran_on(self, name: str) -> dict[str, str]:
-        """Return the device and the dtype of the loaded model."""
-        return {"device": str(self.model.device), "dtype": str(self.model.dtype).removeprefix("torch.")}
+        """Return the device and the dtype of the loaded model, and the adapters that are merged into it."""
+        merged = {"merged_loras": ", ".join(self.machine.merge_lora)} if self.machine.merge_lora else {}
+        return {"device": str(self.model.device), "dtype": str(self.model.dtype).removeprefix("torch."), **merged}
 
     def load(self, name: str, request: Request | None = None) -> Generator[Loading, None, Complete]:
         """Load a model, unless it is loaded already. Afterwards `self.model` is this model.

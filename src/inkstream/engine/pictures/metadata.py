@@ -247,7 +247,7 @@ def describe(source: str | Path) -> dict[str, Any]:
             known = ("model", "licence", "commercial", "software")
             facts |= {key: _short(record[key]) for key in known if key in record}
             extra = as_object(record.get("extra")) or {}
-            for name in ("upsampled_from", "told"):
+            for name in ("upsampled_from", "told", "merged_loras"):
                 if isinstance(given := extra.get(name), str):
                     facts[name] = _short(given)
             if origin := as_object(extra.get("refined_from")):
@@ -309,7 +309,10 @@ def _read_record(data: Any) -> Reading | None:
     """Reads our own JSON, of this version or a newer one."""
     record = as_object(data) or {}
     request = as_object(record.get("request"))
-    return None if request is None else Reading(dict(request), dict(as_object(record.get("left_out")) or {}))
+    left_out = dict(as_object(record.get("left_out")) or {})
+    if merged := (as_object(record.get("extra")) or {}).get("merged_loras"):
+        left_out["--merge-lora"] = merged
+    return None if request is None else Reading(dict(request), left_out)
 
 
 FLAGS = frozenset(name for name, field in Request.model_fields.items() if field.annotation is bool)
