@@ -47,6 +47,11 @@ The folder gets the drafts, the contact sheet, the refined pictures and the stat
 --resume FOLDER, resumes an interrupted run: no picture is drawn twice."""
 app.command("inkstream.cli.draft:draft", help=DRAFT)
 
+CONTROL = """Draw a map of a picture for models that follow one, or list the maps.
+
+Maps are edges, lines, tones, poses and depth. The map is a picture file, whose path goes to stdout."""
+app.command("inkstream.cli.control:control", help=CONTROL)
+
 BATCH = """Draw a file of requests into a folder, several at once.
 
 The same command resumes an interrupted run. It keeps finished pictures, retries failed rows, and draws changed rows

@@ -67,6 +67,14 @@ def open_mask(source: str, size: tuple[int, int]) -> Tensor:
     return torch.as_tensor(np.asarray(grey, np.float32) / 255)
 
 
+def open_numbers(source: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
+    """The brightness of a picture as (H, W) numbers with all their bits: a depth map may have 16, or floats."""
+    image = _decode(source)
+    if image.mode.startswith(("I", "F")):
+        return np.nan_to_num(np.asarray(image, np.float32), posinf=0.0, neginf=0.0)
+    return np.asarray(_split(image)[0].convert("RGB").convert("L"), np.float32)
+
+
 def to_pixels(image: Image.Image, width: int, height: int) -> Tensor:
     """A picture as (3, height, width) float32 in [0, 1]. Another size is scaled to cover, then cropped."""
     import torch

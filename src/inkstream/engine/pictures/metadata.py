@@ -78,7 +78,7 @@ def save_picture(
     kind = picture_format(format if format else path if path else "png")
     data = encode_picture(image, kind, request, spec, quality, lossless, metadata, extra)
     if isinstance(target, str | Path):
-        _write_new(Path(target), data)
+        write_new(Path(target), data)
     else:
         target.write(data)
 
@@ -183,7 +183,7 @@ def _exif(parameters: str) -> bytes:
     return exif.tobytes()
 
 
-def _write_new(path: Path, data: bytes) -> None:
+def write_new(path: Path, data: bytes) -> None:
     """Writes a new file, whole or not at all. InputError if the path exists or cannot be written."""
     name = short_name(str(path))
     part = temporary(path)
