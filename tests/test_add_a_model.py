@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +23,8 @@ from inkstream.families import FAMILIES, SPECS, Family, Part
 from inkstream.flow import add_noise
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.around.adapters import Adapter, Product
-from inkstream.nn.forward import Sample
+from inkstream.nn.around.residuals import Hints
+from inkstream.nn.forward import Rows, Sample
 from inkstream.nn.quant import place
 from inkstream.quant.pack import pack
 from inkstream.types import Machine, Request, Spec
@@ -97,8 +98,13 @@ def adapter(model: Model, seed: int) -> Around:
     return Around(adapters=(Adapter.of(transformer, {path: product(path) for path in paths}),))
 
 
-def residual(stack: str, index: int, x: Tensor, t: float) -> Tensor | None:
-    return torch.full_like(x, t) if (stack, index) == ("layers", 0) else None
+def residual(samples: Mapping[int, Sample]) -> Hints:
+    (t,) = {sample.t for sample in samples.values()}
+
+    def hint(stack: str, index: int, before: Tensor, after: Tensor, rows: Rows) -> Tensor | None:
+        return torch.full_like(rows.targets_of(after), t) if (stack, index) == ("layers", 0) else None
+
+    return hint
 
 
 # The page --------------------------------------------------------------------------------------------------------

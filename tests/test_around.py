@@ -20,6 +20,7 @@ from inkstream.families.flux2.specs import KLEIN_9B_KV, KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE
 from inkstream.nn.around import Around
 from inkstream.nn.around.adapters import Adapter
+from inkstream.nn.around.residuals import Hints
 from inkstream.nn.forward import ANY, PLAIN, Forward, Rows, Sample, Span
 from inkstream.nn.linear import linear
 from inkstream.nn.quant import PackedLinear, place
@@ -68,12 +69,18 @@ def residual(model: Model, seed: int) -> Around:
     """Behind the first block of each of the model's last two stacks, and behind the very last block."""
     last = len(getattr(model.family.transformer, LAST_STACK[model.spec.family])) - 1  # type: ignore[attr-defined]
 
-    def add(stack: str, index: int, x: Tensor, t: float) -> Tensor | None:
-        if index == 0 or (stack == LAST_STACK[model.spec.family] and index == last):
-            return 0.3 * t * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + index))
-        return None
+    def begin(samples: Mapping[int, Sample]) -> Hints:
+        (t,) = {sample.t for sample in samples.values()}
 
-    return Around(residuals=(add,))
+        def hint(stack: str, index: int, before: Tensor, after: Tensor, rows: Rows) -> Tensor | None:
+            if index == 0 or (stack == LAST_STACK[model.spec.family] and index == last):
+                shape = (len(rows.targets), after.shape[1])
+                return 0.3 * t * torch.randn(shape, generator=torch.Generator().manual_seed(seed + index))
+            return None
+
+        return hint
+
+    return Around(residuals=(begin,))
 
 
 def wish(model: Model, **fields: Any) -> Request:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.around.adapters import Product
 from inkstream.nn.around.cache import StepCache
+from inkstream.nn.around.residuals import Hints
 from inkstream.nn.stack import Blocks, visits
 
 
@@ -27,12 +28,14 @@ class Sample:
 
     x: (C, h, w) float32. prepared: what is constant over the steps, made by the family for this picture and `around`.
     `prepared.at(t)` returns it for time t alone, as a CUDA graph recording needs it, or None if t was not foreseen.
+    prompt: which of the picture's prompts this is.
     """
 
     x: Tensor
     t: float
     prepared: Any
     around: Around = NOTHING
+    prompt: int = 0
 
 
 class Span(NamedTuple):
@@ -81,6 +84,14 @@ class Rows:
         """Selects the rows of some samples from x. x: (N, ...)"""
         return self._choose(x, [span.owner in samples for span in self.spans])
 
+    def plus(self, x: Tensor, added: Tensor, samples: Container[int], targets: bool) -> Tensor:
+        """x with the rows of some samples increased. x: (N, ...). targets: only their target rows have rows in added"""
+        pieces = list(x.split([span.length for span in self.spans]))
+        own = [i for i, span in enumerate(self.spans) if span.owner in samples and (span.target or not targets)]
+        for i, more in zip(own, added.split([self.spans[i].length for i in own])):
+            pieces[i] = pieces[i] + more
+        return torch.cat(pieces)
+
     def join(self, parts: Mapping[tuple[int, ...], Tensor]) -> Tensor:
         """All rows, from parts that each hold the rows of some samples: the inverse of `take`."""
         if len(parts) == 1:
@@ -122,6 +133,7 @@ class Forward:
         self.times = times
         self.attention_by = attention_by
         self.adapted = any(around.adapters for around in arounds)
+        self.hints: list[tuple[Container[int], Hints]] = []  # each residual, and the samples of its picture
         self.pictures: dict[StepCache, tuple[int, ...]] = {}  # each step cache, and the samples of its picture
         for i, around in enumerate(arounds):
             if around.cache is not None:
@@ -129,10 +141,14 @@ class Forward:
 
     @staticmethod
     def over(samples: Sequence[Sample], attention_by: str = "auto") -> Forward:
-        """The forward of a step. It calls `begin` on each step cache."""
+        """The forward of a step. It begins the step caches and the residuals of its pictures."""
         forward = Forward([sample.around for sample in samples], [sample.t for sample in samples], attention_by)
         for cache, own in forward.pictures.items():
             cache.begin(samples[own[0]].t, len(own))
+        owners: dict[Around, dict[int, Sample]] = {}
+        for i, sample in enumerate(samples):
+            owners.setdefault(sample.around, {})[i] = sample
+        forward.hints = [(own, begin(own)) for around, own in owners.items() for begin in around.residuals]
         return forward
 
     @staticmethod
@@ -170,20 +186,23 @@ class Forward:
 
     # Blocks -----------------------------------------------------------------------------------------------------------
 
-    def add(self, stack: str, index: int, x: Tensor, rows: Rows) -> Tensor:
+    def add(self, stack: str, index: int, before: Tensor, after: Tensor, rows: Rows) -> Tensor:
         """Adds the residuals of each picture to its rows of a block's output.
 
-        x: (N, D), all rows or only the target rows.
+        before: (N, D), the block's input. after: its output, for all rows or only for the target rows.
         """
-        if not any(self.arounds[i].residuals for i in rows.samples):
-            return x
-        spans = rows.spans if len(x) == len(rows) else rows.targets.spans
-        pieces = list(x.split([span.length for span in spans]))
-        for i, span in enumerate(spans):
-            for residual in self.arounds[span.owner].residuals if span.target else ():
-                added = residual(stack, index, pieces[i], self.times[span.owner])
-                pieces[i] = pieces[i] if added is None else pieces[i] + added
-        return torch.cat(pieces)
+        if not self.hints:
+            return after
+        left = rows if len(after) == len(rows) else rows.targets
+        for owners, hint in self.hints:
+            own = rows.of(owners)
+            if not own.spans:
+                continue
+            mine = left.take(after, owners)
+            added = hint(stack, index, rows.take(before, owners), mine, own)
+            if added is not None:
+                after = left.plus(after, added, owners, targets=len(added) != len(mine))
+        return after
 
     def decide(self, added: Tensor, rows: Rows) -> None:
         """Lets each step cache decide from the first block's residual, with one host sync for all."""
@@ -219,7 +238,7 @@ def run_blocks(
 
     def through(x: Tensor, start: int, stop: int | None, rows: Rows) -> Tensor:
         for i, block in visits(blocks, start, stop):
-            x = forward.add(stack, i, call(i, block, x, rows), rows)
+            x = forward.add(stack, i, x, call(i, block, x, rows), rows)
         return x
 
     if forward.pictures:
