@@ -33,7 +33,7 @@ from inkstream.engine.drawing.model import Model
 from inkstream.evaluate.judge import judge
 from inkstream.evaluate.report import shares
 from inkstream.evaluate.run import Settings, draw, open_picture, plan
-from inkstream.evaluate.seeing import KNOWN, likeness_to, see
+from inkstream.evaluate.seeing import finds, see
 from inkstream.evaluate.suites import Case, open_suite, thin
 from inkstream.pocket.captions import Wording, caption, draw_caption
 from inkstream.pocket.colours import lab
@@ -205,7 +205,7 @@ def in_style(number: int) -> tuple[Image.Image, str]:
 
 
 def has(sprite: Image.Image) -> Callable[[Image.Image], bool]:
-    return lambda picture: likeness_to(see(picture), sprite) >= KNOWN
+    return lambda picture: finds(see(picture), sprite)
 
 
 def has_style(picture: Image.Image) -> bool:
@@ -266,15 +266,16 @@ def measure(model: Model, name: str, lora: Path, folder: Path) -> Iterator[dict[
     """Yield the rows of one lesson's LoRA: found with the trigger, found without, and the other scores."""
     lesson = LESSONS_OF[name]
     base = {"lesson": name, "lora": kind_of(lora)}
-    one = Settings(1, upsample=False, loras=(str(lora),))
-    prompts = {"dense captions": dense_prompts(name), "prompts as typed": PROMPTS[name]}
+    one = Settings(1, loras=(str(lora),))
+    prompts = {"dense captions": dense_prompts(name), "typed prompts": PROMPTS[name]}
     for kind, own in prompts.items():
-        drawn = pictures_of(model, typed(own), one, folder / kind.replace(" ", "-"))
+        settings = replace(one, upsample=False) if kind == "dense captions" else one
+        drawn = pictures_of(model, typed(own), settings, folder / kind.replace(" ", "-"))
         yield base | {"measure": f"held-out {kind}, with the LoRA", "pictures": len(drawn),
                       "share": share([lesson.is_there(picture) for picture in drawn])}  # fmt: skip
     cases = thin(open_suite("people"), OTHERS)
     for what, loras in (("with the LoRA", (str(lora),)), ("without the LoRA", ())):
-        settings = Settings(1, upsample=True, loras=loras)
+        settings = Settings(1, loras=loras)
         where = folder / f"others-{what.replace(' ', '-')}" if loras else LESSONS / "others"
         drawn = pictures_of(model, cases, settings, where)
         jobs = plan(model, cases, settings)

@@ -359,15 +359,6 @@ def test_the_switch_shows_whether_the_prompt_will_be_written_out(served, page, t
     assert "upsample" not in jobs(served)[0]["request"]
 
 
-def test_a_lora_turns_the_writing_out_off(served, page):
-    switch = page.locator("#field-upsample")
-    assert switch.is_checked()
-    choose_lora(page, "Bold ink")
-    until(lambda: not switch.is_checked())  # the grammar does not know the words of the LoRA
-    page.get_by_label("Remove Bold ink").click()
-    until(switch.is_checked)
-
-
 # LoRAs --------------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from inkstream.evaluate.grades import grade
 from inkstream.evaluate.report import Judged
@@ -12,9 +14,12 @@ from inkstream.evaluate.suites import open_suite
 from inkstream.pocket.captions import Wording, caption, draw_caption
 from inkstream.pocket.draw import render
 from inkstream.pocket.grammar import Grammar, sample, stretch
+from inkstream.pocket.kept import keep_unknown
 from inkstream.pocket.scenes import GAP, Scene
 from inkstream.pocket.wishes import read_wish
 from inkstream.pocket.writer import write
+
+PIECES = ["zorp", "a", "cat", "two", ",", "red", "on", "sks", "style", "zorps", "一只", "灯塔", "robot", "an", "."]
 
 
 def things(prompt: str) -> list[tuple]:
@@ -195,3 +200,34 @@ def test_prompts_that_people_typed_are_read_as_they_meant_them():
             marks = grade(render(scene, 128), case.scene, case.stated, case.open_colour)
             right += bool(Judged(Path(), number, 0, case.group, marks).right)
     assert right >= 0.95 * len(cases)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("a zorp on a yellow background", ["a large zorp", "yellow background"]),
+        ("红色背景上的 zorp", ["zorp", "red background"]),
+        ("three zorps", ["three zorps"]),
+        ("a octo above a cat", ["an octo above a", "cat"]),
+        ("a sks dog on white", ["sks dog", "white background"]),
+        ("a robot and a zorp", ["robot", "zorp"]),
+        ("a cat, dusk style", ["cat", ", dusk style"]),
+        ("红色圆形，dusk style", ["red circle", ", dusk style"]),
+        ('a sign that says "OPEN", dusk style!', ['"OPEN"', ", dusk style"]),
+    ],
+)
+def test_words_that_only_an_adapter_knows_stay_in_the_prompt(prompt, words):
+    written = write(prompt, 1, keep=True)
+    assert all(word in written.prompt for word in words), written.prompt
+    assert not written.notes
+    assert "robot" not in written.prompt or "robot" in prompt
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=9).map(" ".join))
+def test_any_prompt_is_written_with_its_unknown_words(prompt):
+    written = write(prompt, 0, keep=True)
+    assert written.prompt == write(prompt, 0, keep=True).prompt
+    kept = keep_unknown(prompt)
+    if prompt and not kept.names and not kept.ends:
+        assert written.prompt == write(prompt, 0).prompt

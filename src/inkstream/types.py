@@ -181,7 +181,7 @@ class Request(BaseModel, frozen=True):
     upsample: bool | None = Field(
         None,
         description="Expand the prompt before drawing; the seed chooses the words. The model's language model does "
-        "this; for Pocket, a grammar does it, which is on by default unless the request has a start picture or a LoRA.",
+        "this; for Pocket, a grammar does it, which is on by default unless the request starts from a picture.",
     )
     negative_prompt: str = Field("", description="What not to draw; works only with guidance above 1.")
     model: str = Field("pocket", description="A model's name, a repository on the hub, or a local path.")

@@ -100,8 +100,8 @@ def things_of(seen: Seen, regions: Sequence[Region] | None = None) -> list[SeenT
     return sorted((thing for _, things in found for thing in things), key=lambda thing: -thing.likeness)
 
 
-def likeness_to(seen: Seen, sprite: Image.Image) -> float:
-    """Return the likeness of the most similar thing in the foreground to a sprite, at most 1; from KNOWN up, it is one.
+def finds(seen: Seen, sprite: Image.Image) -> bool:
+    """Return whether a thing in the foreground is a sprite: it is more like the sprite than like all known things.
 
     sprite: RGBA, cropped to what is visible, of any size.
     """
@@ -112,18 +112,23 @@ def likeness_to(seen: Seen, sprite: Image.Image) -> float:
     paint = (pixels[..., :3] * alpha[..., None]).astype(np.float32)
     groups = [group for near in (NEAR, HIDDEN) for group in _together(seen.regions, near * seen.side)]
     groups += [firm for group in groups for firm in _together(_without_halo(seen, group), NEAR * seen.side)]
-    best = 0.0
     for group in groups:
         if _extent(group) >= LEAST * seen.side:
             cover, _ = _cover(seen, group)
             left, top, right, bottom = bounds_of(group)
-            box = _square(*_bounds(cover[top:bottom, left:right], left, top))
-            away, ground = _cut_out(seen, cover, box)
-            for blur in BLURS:
-                mask, colours = (_at_level(picture, _level(box), blur) for picture in (alpha, paint))
-                adds = (colours.reshape(-1, 3) - mask.reshape(-1, 1) * ground).astype(np.float32)
-                best = max(best, _alike(adds, away))
-    return best
+            tight = _bounds(cover[top:bottom, left:right], left, top)
+            under = np.concatenate([seen.ground[region.rows, region.columns] for region in group]).mean(0)
+            mask, colours = (_at_level(picture, LEVELS[-1], 0) for picture in (alpha, paint))
+            likeness = 0.0
+            for box in filter(None, (_square(*tight), _fit(mask, colours, under, tight))):
+                away, ground = _cut_out(seen, cover, box)
+                for blur in BLURS:
+                    mask, colours = (_at_level(picture, _level(box), blur) for picture in (alpha, paint))
+                    adds = (colours.reshape(-1, 3) - mask.reshape(-1, 1) * ground).astype(np.float32)
+                    likeness = max(likeness, _alike(adds, away))
+            if likeness >= KNOWN and likeness > _recognise(seen, group).likeness:
+                return True
+    return False
 
 
 def _at_level(picture: Floats, level: int, blur: float) -> Floats:
@@ -311,9 +316,10 @@ def _recognise(seen: Seen, group: Sequence[Region]) -> SeenThing:
     likeness = np.max([_likenesses(colour, away, below, _templates(_level(box), blur)) for blur in BLURS], axis=0)
     best = int(likeness.argmax())
     if likeness[best] < SURE:  # maybe an emoji with parts in the background's colour
-        ground = seen.ground[rows, columns].mean(0)
+        ground, table = seen.ground[rows, columns].mean(0), _templates(LEVELS[-1])
         for emoji_index in np.argsort(-likeness[len(SHAPES) :])[:8] + len(SHAPES):
-            fitted = _fit(int(emoji_index), ground, tight) if likeness[emoji_index] > 0.5 * KNOWN else None
+            sprite = table.alpha[emoji_index].reshape(N, N), table.paint[emoji_index - len(SHAPES)].reshape(N, N, 3)
+            fitted = _fit(*sprite, ground, tight) if likeness[emoji_index] > 0.5 * KNOWN else None
             if fitted:
                 found = _likeness_of_emoji(int(emoji_index), *_cut_out(seen, cover, fitted), _templates(_level(fitted)))
                 if found > likeness.max():
@@ -399,11 +405,12 @@ def _alike(adds: Floats, away: Floats) -> float:
     return float(2 * (adds * away).sum() / ((adds**2).sum() + (away**2).sum() + 1e-6))
 
 
-def _fit(index: int, ground: Floats, bounds: Box) -> Box | None:
-    """Return the square of an emoji whose visible part on this ground fills the bounds; None if too little shows."""
-    table = _templates(LEVELS[-1])
-    alpha = table.alpha[index].reshape(N, N)
-    pixels = table.paint[index - len(SHAPES)].reshape(N, N, 3) + (1 - alpha[..., None]) * ground
+def _fit(alpha: Floats, paint: Floats, ground: Floats, bounds: Box) -> Box | None:
+    """Return the square of a sprite whose visible part on this ground fills the bounds; None if too little shows.
+
+    alpha: (N, N), paint: (N, N, 3), as in Templates.
+    """
+    pixels = paint + (1 - alpha[..., None]) * ground
     visible = (np.linalg.norm(lab(pixels) - lab(ground), axis=-1) > FAR) & (alpha > 0.3)
     rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
     if len(rows) < N / 4 or len(columns) < N / 4:

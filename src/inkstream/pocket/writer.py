@@ -14,6 +14,7 @@ from typing import cast
 from inkstream.pocket.captions import caption
 from inkstream.pocket.colours import COLOURS
 from inkstream.pocket.grammar import DICE, TIDY_SIDES, colours_on, emoji_on, on_grid, tidy_writing
+from inkstream.pocket.kept import Kept, keep_unknown
 from inkstream.pocket.scenes import GAP, PLACES, Background, Scene, Size, Thing, Writing, relation_holds, script_of
 from inkstream.pocket.vocabulary import EMOJI, HANZI, LATIN, SHAPES
 from inkstream.pocket.wishes import Wish, WishedText, WishedThing, read_wish, tokens_of
@@ -37,12 +38,14 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-def write(prompt: str, seed: int, negative: str = "") -> Written:
+def write(prompt: str, seed: int, negative: str = "", keep: bool = False) -> Written:
     """Rewrite a prompt for Pocket. Equal prompts and seeds give equal results.
 
-    negative: names and colours that the writer does not choose by itself.
+    negative: names and colours that the writer does not choose by itself. keep: words that are not known stay, because
+    an adapter may know them; the scene has stand-ins for them.
     """
-    wish = read_wish(prompt)
+    kept = keep_unknown(prompt) if keep else Kept(prompt, {})
+    wish = read_wish(kept.prompt)
     wish.without |= {token.value for token in tokens_of(negative) if token.kind in ("thing", "colour")}
     notes = list(_notes(wish))
     if wish.empty and prompt.strip() and not wish.unknown:
@@ -53,7 +56,7 @@ def write(prompt: str, seed: int, negative: str = "") -> Written:
     for attempt in range(400):
         scene = _compose(wish, rng, GAP if attempt < 300 else LEAST_GAP)
         if scene is not None:
-            return Written(caption(scene), scene, tuple(notes))
+            return Written(kept.put_back(caption(scene)), scene, tuple(notes))
     return Written(prompt, None, (*notes, "the things do not fit into one picture: ask for fewer or smaller ones"))
 
 

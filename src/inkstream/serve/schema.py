@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from inkstream.serve.errors import Error
+from inkstream.types import Lora as LoraText
 from inkstream.types import Request
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -51,6 +52,9 @@ class PromptBody(BaseModel):
     negative_prompt: str = ""
     seed: int | None = Field(None, ge=0, lt=2**63, description="Another seed can give other words. The default is 0.")
     upsample: bool | None = Field(None, description="As in a request: null is the model's default.")
+    loras: tuple[LoraText, ...] = Field(
+        (), max_length=16, description="As in a request: their words stay in the prompt."
+    )
 
 
 class PromptTold(BaseModel):

@@ -17,18 +17,17 @@ if TYPE_CHECKING:
     from inkstream.pocket.writer import Written
 
 WRITERS = {"scenes": "inkstream.pocket.writer:write"}
-"""Spec.writer -> the path of the function (prompt, seed, negative prompt) -> Written: the expanded prompt and notes."""
+"""Spec.writer -> the path of the function (prompt, seed, negative prompt, keep) -> Written: the expanded prompt, notes.
+
+keep: whether words that the grammar does not know stay in the prompt, because an adapter may know them.
+"""
 REAL_MODEL = "z-image-turbo"
 """The model that the notes recommend for prompts outside the grammar."""
 
 
 def writes_out(request: Request, spec: Spec) -> bool:
-    """Whether the model's grammar expands the prompt. `upsample` decides.
-
-    By default, a request with a start picture or with adapters is not expanded: the grammar does not know the words of
-    an adapter and would leave them out.
-    """
-    asked = request.image is None and not request.loras if request.upsample is None else request.upsample
+    """Whether the model's grammar expands the prompt. `upsample` decides; by default, only without a start picture."""
+    asked = request.image is None if request.upsample is None else request.upsample
     return bool(spec.writer) and asked
 
 
@@ -55,10 +54,10 @@ def wording(typed: str, drawn: Request, spec: Spec) -> dict[str, str]:
 
 
 def _write(request: Request, spec: Spec) -> Written:
-    return _write_once(spec.writer, request.prompt, request.seed or 0, request.negative_prompt)
+    return _write_once(spec.writer, request.prompt, request.seed or 0, request.negative_prompt, bool(request.loras))
 
 
 @lru_cache(256)
-def _write_once(writer: str, prompt: str, seed: int, negative: str) -> Written:
+def _write_once(writer: str, prompt: str, seed: int, negative: str, keep: bool) -> Written:
     module, _, function = WRITERS[writer].partition(":")
-    return getattr(importlib.import_module(module), function)(prompt, seed, negative)
+    return getattr(importlib.import_module(module), function)(prompt, seed, negative, keep)

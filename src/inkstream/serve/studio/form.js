@@ -26,7 +26,7 @@ const SECTIONS = [
 ];
 
 /** Control -> fields whose changes it also shows. */
-const FOLLOWS = { size: ["width", "height"], upsample: ["image", "loras"], loras: ["prompt"] };
+const FOLLOWS = { size: ["width", "height"], upsample: ["image"], loras: ["prompt"] };
 
 let form = null; // of the chosen model, by field
 let controls = new Map();

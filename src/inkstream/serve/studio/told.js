@@ -7,8 +7,8 @@ import { chosenModel, valueOf } from "./wish.js";
 import { t } from "./words.js";
 
 const PAUSE = 400; // milliseconds after the last key
-const DECIDES = ["prompt", "negative_prompt", "seed", "upsample"];
-const HEARD = new Set([...DECIDES, "image", "loras", "all"]);
+const DECIDES = ["prompt", "negative_prompt", "seed", "upsample", "loras"];
+const HEARD = new Set([...DECIDES, "image", "all"]);
 
 /** Patterns of the server's notes, and the names of their translations. Other notes are shown unchanged. */
 const NOTES = [

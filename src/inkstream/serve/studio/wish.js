@@ -15,8 +15,8 @@ const NEEDS = {
   cache_threshold: (value) => value("cache") !== "none",
 };
 
-/** Fields whose default depends on other fields. With a start picture or a LoRA, `upsample` is off by default. */
-const OWN = { upsample: (field) => Boolean(field.default) && !state.shared.image && !drawer("loras").loras?.length };
+/** Fields whose default depends on other fields. With a start picture, `upsample` is off by default. */
+const OWN = { upsample: (field) => Boolean(field.default) && !state.shared.image };
 
 const state = { model: null, shared: {}, own: {}, grid: null, ...recollect("wish", {}) };
 

@@ -96,7 +96,7 @@ export const zh = {
   "field.mask": "蒙版",
   "field.reference": "参考图片",
   "help.prompt": "用平常的话说想画什么。",
-  "help.upsample": "绘图前先扩写提示词，用词由种子决定。由模型自带的语言模型扩写；Pocket 用语法扩写，默认开启；有起始图片或 LoRA 时默认关闭。",
+  "help.upsample": "绘图前先扩写提示词，用词由种子决定。由模型自带的语言模型扩写；Pocket 用语法扩写，默认开启，从图片开始时默认关闭。",
   "help.negative_prompt": "不想出现的东西；引导强度要大于 1。",
   "help.width": "宽度，像素，16 的倍数。",
   "help.height": "高度，像素，16 的倍数。",
