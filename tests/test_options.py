@@ -54,8 +54,9 @@ OTHER = {
     "reference": (picture("blue"),),
 }
 """For every option outside APART, a value that would change the picture."""
-APART = ("model", "count", "upsample")
-"""Options that are not tested here: `upsample` needs a language model, the others do not change the picture."""
+APART = ("model", "count", "upsample", "control", "control_nets")
+"""Options that are not tested here: `upsample` needs a language model, control has its own tests, the others do not
+change the picture."""
 
 
 def draw(model: Model, fields: dict) -> torch.Tensor:

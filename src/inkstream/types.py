@@ -134,6 +134,78 @@ class LoraUse(NamedTuple):
         return short if LoraUse.read(short) == self else f"{self.path}{strength}{steps}{blocks}"
 
 
+class ControlUse(NamedTuple):
+    """How a request uses a control net. As text: `PATH[:SCALE][@FROM-UNTIL][#MODE]`.
+
+    begins, ends: shares of the schedule's steps, from 0 to 1. mode: the kind of control picture, such as canny, for
+    nets that are told it.
+    """
+
+    path: str
+    scale: float = 0.75
+    begins: float = 0.0
+    ends: float = 1.0
+    mode: str = ""
+
+    @staticmethod
+    def read(value: Any) -> ControlUse:
+        """Read the text form, or an object with path, scale, from, until and mode. Raises InputError."""
+        if isinstance(value, ControlUse):
+            return value
+        if (given := as_object(value)) is not None:
+            return ControlUse._of(given)
+        if not isinstance(value, str | Path):
+            raise InputError(f"control net {value!r} is not text or an object: write PATH[:SCALE][@FROM-UNTIL][#MODE]")
+        found = _CONTROL.fullmatch(str(value).strip())
+        if found is None:
+            raise InputError("a control net is empty: write PATH[:SCALE][@FROM-UNTIL][#MODE]")
+        return ControlUse(
+            found["path"],
+            float(found["scale"] or ControlUse._field_defaults["scale"]),
+            float(found["begins"] or 0),
+            float(found["ends"] or 1),
+            found["mode"] or "",
+        )._checked()
+
+    @staticmethod
+    def _of(given: dict[str, Any]) -> ControlUse:
+        names = ("path", "scale", "from", "until", "mode")
+        if unknown := [name for name in given if name not in names]:
+            raise InputError(f"a control net has no field {unknown[0]}: its fields are {', '.join(names)}")
+        numbers = dict(zip(names[1:4], ControlUse._field_defaults.values())) | {
+            n: given[n] for n in names[1:4] if n in given
+        }
+        for name, value in numbers.items():
+            try:
+                numbers[name] = float(value)
+            except (TypeError, ValueError):
+                raise InputError(f"{name} {value!r} of a control net is not a number: give one such as 0.7") from None
+        mode = str(given.get("mode", ""))
+        return ControlUse(str(given.get("path") or "").strip(), *numbers.values(), mode)._checked()
+
+    def _checked(self) -> ControlUse:
+        if not self.path:
+            raise InputError("a control net has no path: write PATH[:SCALE][@FROM-UNTIL][#MODE]")
+        if not 0 <= self.scale <= 10:
+            raise InputError(f"control scale {self.scale:g} is out of range: take 0 to 10, usually 0.4 to 1")
+        if not 0 <= self.begins < self.ends <= 1:
+            raise InputError(f"control steps {self.begins:g}-{self.ends:g} are no range: take 0 <= FROM < UNTIL <= 1")
+        if self.mode and not re.fullmatch(_MODE, self.mode):
+            raise InputError(f"control mode {self.mode!r} is not a word or a number: take one such as canny")
+        return self
+
+    def __str__(self) -> str:
+        """Return the text that `read` reads as the same use, digit for digit."""
+        scale, steps = f":{_digits(self.scale)}", f"@{_digits(self.begins)}-{_digits(self.ends)}"
+        mode = f"#{self.mode}" if self.mode else ""
+        usual = ControlUse(self.path, mode=self.mode)
+        short = (
+            f"{self.path}{scale if self.scale != usual.scale else ''}{steps if self[2:4] != usual[2:4] else ''}{mode}"
+        )
+        # The end of a path may look like a scale or like steps: then all is written out.
+        return short if ControlUse.read(short) == self else f"{self.path}{scale}{steps}{mode}"
+
+
 def _digits(number: float) -> str:
     return repr(float(number)).removesuffix(".0")
 
@@ -142,6 +214,11 @@ _NUMBER = r"(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 _LORA = re.compile(
     rf"(?P<path>.+?)(?::(?P<strength>[+-]?(?:{_NUMBER})))?(?:@(?P<begins>{_NUMBER})-(?P<ends>{_NUMBER}))?"
     rf"(?:#(?P<blocks>[\w.-]+=[+-]?(?:{_NUMBER})(?:,[\w.-]+=[+-]?(?:{_NUMBER}))*))?"
+)
+_MODE = r"[a-z][a-z-]*|\d+"
+_CONTROL = re.compile(
+    rf"(?P<path>.+?)(?::(?P<scale>[+-]?(?:{_NUMBER})))?(?:@(?P<begins>{_NUMBER})-(?P<ends>{_NUMBER}))?"
+    rf"(?:#(?P<mode>{_MODE}))?"
 )
 Lora = Annotated[
     str,
@@ -158,6 +235,30 @@ Lora = Annotated[
                         "from": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
                         "until": {"type": "number", "minimum": 0, "maximum": 1, "default": 1},
                         "blocks": {"type": "object", "additionalProperties": {"type": "number"}},
+                    },
+                    "required": ["path"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+        mode="validation",
+    ),
+]
+Control = Annotated[
+    str,
+    BeforeValidator(lambda value: str(ControlUse.read(value))),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "description": "PATH[:SCALE][@FROM-UNTIL][#MODE]"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "path": {"type": "string"},
+                        "scale": {"type": "number", "minimum": 0, "maximum": 10, "default": 0.75},
+                        "from": {"type": "number", "minimum": 0, "maximum": 1, "default": 0},
+                        "until": {"type": "number", "minimum": 0, "maximum": 1, "default": 1},
+                        "mode": {"type": "string"},
                     },
                     "required": ["path"],
                     "additionalProperties": False,
@@ -234,6 +335,18 @@ class Request(BaseModel, frozen=True):
         description="LoRA or a relative, as PATH[:STRENGTH][@FROM-UNTIL]; strength 1 and all steps (0-1) are the "
         "defaults; repeat the option for more.",
     )
+    control: tuple[Picture, ...] = Field(
+        (),
+        max_length=4,
+        description="Control picture, such as edges, depths or a pose, that the picture follows by a control net; "
+        "repeat the option for more.",
+    )
+    control_nets: tuple[Control, ...] = Field(
+        (),
+        max_length=4,
+        description="ControlNet or IP-Adapter of each control picture, in the same order, as "
+        "PATH[:SCALE][@FROM-UNTIL][#MODE]; scale 0.75 and all steps (0-1) are the defaults.",
+    )
 
 
 Wish = TypeVar("Wish", bound=Request)
@@ -278,8 +391,9 @@ class Spec:
     schedule: ScheduleName = "simple"
     table: int = 1000  # entries of the table of times behind most schedules
     strength: float = 0.6
-    abilities: frozenset[str] = frozenset()  # any of: guidance, image, mask, source (with a mask, the start picture is
-    # the first reference), references, references_once, fill, map, json (prompts), upsample, upsample_references
+    abilities: frozenset[str] = frozenset()  # any of: guidance, image, mask, control (nets), source (with a mask, the
+    # start picture is the first reference), references, references_once, fill, map, json (prompts), upsample,
+    # upsample_references
     writer: str = ""  # a key of engine.writing.WRITERS, the grammar that expands prompts; empty: no grammar
     repo: str | None = None  # repository on the Hugging Face hub
     folder: str | None = None  # folder inside the package, for a model that ships with it
@@ -295,7 +409,7 @@ class Conditioning:
     """All conditions of a picture. Entry 0 is the prompt; entry 1, if there is one, is the negative prompt.
 
     tokens: (sum(lengths), D), the text encoder's states, packed one prompt after the other, without padding.
-    The fields guidance, references and beside hold for all entries.
+    The fields guidance, references, beside and controls hold for all entries.
     """
 
     tokens: Tensor
@@ -304,6 +418,7 @@ class Conditioning:
     guidance: float | None = None  # guidance scale, for models that take it as an input
     references: tuple[Tensor, ...] = ()  # latents (C, h, w) of the reference pictures
     beside: Tensor | None = None  # (C', h, w), channels concatenated to the noisy latents at every step
+    controls: tuple[Tensor, ...] = ()  # what each control net sees of its picture
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -372,6 +487,8 @@ class Machine:
         An autoencoder's file or folder to take instead of the model's own.
     lora_folder
         Folder of LoRA files that requests can name; default: `loras` in the data folder of inkstream.
+    control_folder
+        Folder of control nets that requests can name; default: `controls` in the data folder of inkstream.
     merge_lora
         LoRA to merge into the transformer's weights while they are read, as PATH[:STRENGTH]; repeat for more.
     """
@@ -386,6 +503,7 @@ class Machine:
     text_encoder: str | None = None
     vae: str | None = None
     lora_folder: str | None = None
+    control_folder: str | None = None
     merge_lora: tuple[str, ...] = ()
 
     @property

@@ -58,6 +58,7 @@ class Toy:
         "text_encoder": QWEN3,
         "vae": AUTOENCODER,
     }
+    controls: ClassVar = {}
     way = None
     joints = (("transformer.text_dim", "text_encoder.hidden_size"), ("transformer.in_channels", "vae.latent_channels"))
     tokenizers: ClassVar = {"tokenizer": load_tokenizer}

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 EVERY = 30.0
 """Seconds between lines of progress if there is no progress bar."""
-PICTURES = ("image", "mask", "reference")
+PICTURES = ("image", "mask", "reference", "control")
 
 
 class Common(Request, frozen=True):
@@ -213,6 +213,7 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
         return look
     from inkstream.engine.drawing.complete import complete
     from inkstream.engine.engine import remarks
+    from inkstream.engine.files.controls import check_controls, control_folder
     from inkstream.engine.files.loras import check_loras, lora_folder
     from inkstream.engine.files.names import downloads
     from inkstream.engine.files.sources import locate
@@ -236,6 +237,7 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
     def look_here(request: Request) -> Collection[str]:
         check_pictures(request)
         check_loras(request.loras, lora_folder(machine))
+        check_controls(request, control_folder(machine))
         spec = spec_of(request.model)
         if spec is None:
             return ()
@@ -301,8 +303,9 @@ def read_csv(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield line, f"has {len(row)} cells under {len(header)} names: put text with commas in double quotes"
         else:
             given = {name: cell for name, cell in zip(header, row) if cell.strip()}
-            if "reference" in given:
-                given["reference"] = [one.strip() for one in given["reference"].split(";")]  # type: ignore[assignment]
+            for name in ("reference", "control"):
+                if name in given:
+                    given[name] = [one.strip() for one in given[name].split(";")]  # type: ignore[assignment]
             yield line, given
 
 

@@ -33,7 +33,7 @@ SHORT = {
     "seed": "-s",
     "count": "-c",
 }
-NAMES = {"loras": "--lora"}
+NAMES = {"loras": "--lora", "control_nets": "--control-net"}
 """The options that are not called as their fields."""
 THE_REAL_ONE = "for photographs and long texts add -m z-image-turbo (a download of 33 GB)"
 
@@ -262,6 +262,7 @@ def slug(prompt: str) -> str:
 def check(request: Request, machine: Machine) -> None:
     """Check a request before anything big is downloaded or read. Raises InputError."""
     from inkstream.engine.drawing.complete import complete
+    from inkstream.engine.files.controls import check_controls, control_folder
     from inkstream.engine.files.loras import check_loras, lora_folder, read_merges
     from inkstream.engine.files.names import check_name
     from inkstream.families import SPECS
@@ -269,6 +270,7 @@ def check(request: Request, machine: Machine) -> None:
     check_pictures(request)
     read_merges(machine.merge_lora)
     check_loras([*request.loras, *machine.merge_lora], lora_folder(machine))
+    check_controls(request, control_folder(machine))
     check_name(request.model)
     if request.model in SPECS:
         complete(request, SPECS[request.model])
@@ -276,7 +278,8 @@ def check(request: Request, machine: Machine) -> None:
 
 def check_pictures(request: Request) -> None:
     """Raise InputError if an input picture of the request cannot be read."""
-    pictures = [picture for picture in (request.image, request.mask, *request.reference) if picture is not None]
+    given = (request.image, request.mask, *request.reference, *request.control)
+    pictures = [picture for picture in given if picture is not None]
     if pictures:
         from inkstream.engine.pictures.inputs import open_header
 

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Protocol
 from inkstream.families.flux1 import specs as flux1
 from inkstream.families.flux2 import specs as flux2
 from inkstream.families.zimage import specs as zimage
-from inkstream.types import Conditioning, Spec
+from inkstream.types import Conditioning, ControlUse, Spec
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor, nn
 
     from inkstream.nn.around import Around
+    from inkstream.nn.around.residuals import Residual
     from inkstream.nn.forward import Sample
     from inkstream.weights.keymap import Rule
     from inkstream.weights.lora.names import Names
@@ -103,6 +104,24 @@ class Part:
     """Dialect of an adapter's file -> the layout whose names it writes."""
 
 
+class ControlNet(Protocol):
+    """A loaded control net, the module of a Part in `Family.controls`: weights beside a model's that guide it."""
+
+    def check(self, family: Any, use: ControlUse) -> None:
+        """Raises InputError if the net is for a model of other sizes, or does not know the use's mode."""
+        ...
+
+    def look(self, family: Any, pictures: Pictures) -> Tensor:
+        """What the net sees, once for each request: of the only reference, and of the inpainting if it can."""
+        ...
+
+    def follow(
+        self, family: Any, seen: Tensor, use: ControlUse, cond: Conditioning, times: Sequence[float], around: Around
+    ) -> Residual:
+        """The residual of one picture. seen: from `look`. cond, times, around: as in `Family.prepare`."""
+        ...
+
+
 class Writer(Protocol):
     """The rest of a language model, without the layers that its text encoder has."""
 
@@ -139,6 +158,7 @@ class Family(Protocol):
     parts: Mapping[str, Part]  # class attribute: transformer, text_encoder, vae
     joints: Sequence[tuple[str, str]]  # class attribute: pairs of "part.field" sizes that must be equal
     tokenizers: Mapping[str, Callable[[Path], Any]]  # class attribute: folder -> its reader, which may raise InputError
+    controls: Mapping[str, Part]  # class attribute: kind of control net -> the part of its files, a ControlNet
     way: Way | None  # class attribute: how an engine draws with it; None: by flow, `engine.drawing.flow`
     spec: Spec
     transformer: nn.Module

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
-from inkstream.families import Part, Shapes
+from inkstream.families import Family, Part, Pictures, Shapes
 from inkstream.nn.config import Qwen3Config, VAEConfig
 from inkstream.nn.offload import where_it_computes
 from inkstream.nn.qwen3 import Layer, Qwen3
@@ -211,6 +213,34 @@ def encode(vae: Autoencoder | Flux2Autoencoder, pixels: Tensor) -> Tensor:
     cell = vae.config.downscale
     tile = tile_for(batch, height // cell, width // cell, cell)
     return vae.encode((pixels * 2 - 1).to(where_it_computes(vae)[1]), tile).float().contiguous()
+
+
+def to_pixels(picture: Image.Image) -> Tensor:
+    """A picture as (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+
+
+def latents_to_follow(family: Family, pictures: Pictures) -> Tensor:
+    """The latents (C, h, w) of the only reference, a control picture, resized to the exact size of the drawing."""
+    (control,) = pictures.references
+    resized = control.resize((pictures.width, pictures.height), Image.Resampling.LANCZOS)
+    device, _ = where_it_computes(family.transformer)
+    return family.encode_image(to_pixels(resized).to(device)[None])[0]
+
+
+def inpainting_to_follow(family: Family, pictures: Pictures) -> tuple[Tensor, Tensor] | None:
+    """What a control net sees of an inpainting, or None without one.
+
+    First a mask of the pixels to keep, (1, H, W) of 0 and 1. Then the latents (C, h, w) of the start picture, which is
+    grey where it is repainted.
+    """
+    if pictures.image is None or pictures.mask is None:
+        return None
+    size, device = (pictures.width, pictures.height), where_it_computes(family.transformer)[0]
+    pixels = to_pixels(ImageOps.fit(pictures.image, size, Image.Resampling.LANCZOS)).to(device)
+    mask = to_pixels(ImageOps.fit(pictures.mask, size, Image.Resampling.BILINEAR))[:1].to(device)
+    kept = (mask < 0.5).float()
+    return kept, family.encode_image(((pixels * 2 - 1) * kept / 2 + 0.5)[None])[0]
 
 
 def neutral_layer(config: Qwen3Config) -> dict[str, Tensor]:

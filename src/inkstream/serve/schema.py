@@ -251,7 +251,7 @@ class Field_(BaseModel):
     name: str
     title: str
     help: str
-    type: Literal["text", "integer", "number", "boolean", "choice", "picture", "pictures", "loras"]
+    type: Literal["text", "integer", "number", "boolean", "choice", "picture", "pictures", "loras", "control_nets"]
     default: Any = None
     minimum: float | None = None
     maximum: float | None = None

@@ -51,6 +51,15 @@ class Complete(Request, frozen=True):
 
         return [open_picture(picture) for picture in self.reference]
 
+    @cached_property
+    def followed(self) -> list[Image.Image]:
+        """The control pictures, RGB, at their own sizes."""
+        if not self.control:
+            return []
+        from inkstream.engine.pictures.inputs import open_picture
+
+        return [open_picture(picture) for picture in self.control]
+
     def plain(self) -> Request:
         """Return the plain Request that draws the same picture again."""
         given = self.model_fields_set

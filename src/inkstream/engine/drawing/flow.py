@@ -14,6 +14,7 @@ from inkstream.engine.drawing.batch import Ask, Drawing, tokens_of
 from inkstream.engine.drawing.complete import Complete
 from inkstream.engine.drawing.model import Model, Run, advance
 from inkstream.engine.drawing.writing import notes, writes_out, written_out
+from inkstream.engine.files.controls import uses_of
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.families import Family, Way
 from inkstream.types import Done, Loading, LoraUse, Step, singles
@@ -49,12 +50,16 @@ class Flow:
 
     def draw(self, job: Job) -> Drawing:
         uses = [LoraUse.read(lora) for lora in job.request.loras]
+        nets, controls = uses_of(job.request), job.model.controls
         if uses:
             yield Loading("lora")
         with job.model.adapters.use(uses) if uses else nullcontext([]) as lines:
             for line in lines:
                 yield Loading("lora", note=line)
-            yield from self._draw(job)
+            if nets:
+                yield Loading("control net")
+            with controls.use(nets) if controls else nullcontext():
+                yield from self._draw(job)
 
     def _draw(self, job: Job) -> Drawing:
         model, request = job.model, job.request
@@ -79,6 +84,8 @@ class Flow:
                     asked, t = time.perf_counter(), run.query.t  # type: ignore[union-attr]
                     yield ask
                     if step == 1 and not torch.isfinite(run.estimate).all():  # later ones show in the result
+                        if model.controls:
+                            model.controls.check_numbers(uses_of(request))
                         raise model.overflow()
                     seconds = time.perf_counter() - asked
                     preview = model.preview(run.estimate) if job.previews else None
@@ -94,6 +101,8 @@ class Flow:
 
     def phases(self, model: Model, request: Complete) -> Mapping[str, Callable[[], object]]:
         told: list[Any] = []
+        for use in uses_of(request) if model.controls else ():
+            model.controls.get(use)  # its weights are counted apart
 
         def encode() -> None:
             told[:] = model.encode(request), model.open_original(request)

@@ -6,28 +6,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inkstream.engine.drawing.adapters import KEPT, Adapters
 from inkstream.engine.drawing.complete import Complete, complete
+from inkstream.engine.drawing.controls import Controls
 from inkstream.engine.drawing.options import cached, guided
 from inkstream.engine.drawing.writing import written_out
+from inkstream.engine.files.controls import uses_of
 from inkstream.engine.pictures.inputs import open_mask, open_picture, to_pixels
 from inkstream.engine.pictures.preview import fit_preview
-from inkstream.families import Family, Pictures, Writer
+from inkstream.families import ControlNet, Family, Pictures, Writer
 from inkstream.flow import add_noise, to_image
 from inkstream.nn.around import NOTHING, Around
-from inkstream.nn.around.adapters import Adapter
 from inkstream.nn.around.cache import POINTS, StepCache
 from inkstream.nn.forward import Sample
 from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, paste, start_index
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import SOLVERS, times_asked
-from inkstream.types import Conditioning, InputError, LoraUse, Query, Request, Solver, Spec, singles
+from inkstream.types import Conditioning, ControlUse, InputError, LoraUse, Query, Request, Solver, Spec, singles
 
 FEATHER = 8
 """Width in pixels of the fade between original and repainted pixels, inside a mask's edge."""
@@ -45,6 +46,8 @@ class Model:
         read_writer: Callable[[], Writer] | None = None,  # if the text encoder's files hold a language model
         loras: Path = Path("loras"),  # the folder of adapters that requests name
         adapters_kept: int = KEPT,  # bytes of adapters that stay for later requests
+        controls: Path = Path("controls"),  # the folder of control nets that requests name
+        read_control: Callable[[Path, ControlUse], nn.Module] | None = None,  # None: there are no control nets
     ):
         self.family = family
         self.device = device
@@ -52,6 +55,7 @@ class Model:
         self.placement = placement
         self.loras = loras
         self.adapters_kept = adapters_kept
+        self.controls = None if read_control is None else Controls(family, controls, read_control)
         self._read_writer = read_writer
 
     @property
@@ -86,8 +90,17 @@ class Model:
         prompt = written_out(whole, self.spec)
         prompts = [prompt, whole.negative_prompt] if guided(whole, self.spec) else [prompt]
         cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
-        seen = (whole.start, open_picture(whole.mask)) if whole.mask else ()
-        return self.family.look(cond, Pictures(whole.width, whole.height, whole.shown, *seen))
+        inpainting = (whole.start, open_picture(whole.mask)) if whole.mask else ()
+        cond = self.family.look(cond, Pictures(whole.width, whole.height, whole.shown, *inpainting))
+        if not whole.control:
+            return cond
+        pictures = [Pictures(whole.width, whole.height, [picture], *inpainting) for picture in whole.followed]
+        nets = map(self._net, uses_of(whole))
+        return replace(cond, controls=tuple(net.look(self.family, one) for net, one in zip(nets, pictures)))
+
+    def _net(self, use: ControlUse) -> ControlNet:
+        assert self.controls is not None, "this model was made without control nets"
+        return self.controls.get(use)
 
     @torch.inference_mode()
     def sample(self, request: Request, cond: Conditioning, noise: Tensor | None = None) -> Tensor:
@@ -162,28 +175,22 @@ class Model:
             entries = replace(entries, guidance=request.guidance)
         if cached(request, self.spec):
             around = replace(around, cache=StepCache(POINTS[request.cache], request.cache_threshold))
+        loras, nets = [LoraUse.read(lora) for lora in request.loras], uses_of(request)
+        if len(nets) != len(cond.controls):
+            raise InputError(f"{len(nets)} control nets saw {len(cond.controls)} pictures: encode this same request")
         legs: list[Leg] = []
-        for begins, own, adapters in self._adapted(request, schedule, times):
+        for begins, own, on in stretches([*loras, *nets], schedule, times):
+            adapters = tuple(self.adapters.get(use) for use in loras if use in on)
             here = replace(around, adapters=(*around.adapters, *adapters)) if adapters else around
+            residuals = tuple(
+                self._net(use).follow(self.family, seen, use, entries, own, here)
+                for use, seen in zip(nets, cond.controls)
+                if use in on
+            )
+            here = replace(here, residuals=(*here.residuals, *residuals)) if residuals else here
             prepared = self.family.prepare(entries, request.width, request.height, own, here)
             legs.append(Leg(begins, here, prepared))
         return Run(request, solver, legs, len(times), start)
-
-    def _adapted(
-        self, request: Complete, schedule: Sequence[float], times: Sequence[float]
-    ) -> list[tuple[float, list[float], list[Adapter]]]:
-        """The stretches of a run in which the same adapters are on: the first time, all times, the adapters."""
-        uses = [LoraUse.read(lora) for lora in request.loras]
-        spans = [(time_at(schedule, use.begins), time_at(schedule, use.ends)) for use in uses]
-        stretches: list[tuple[float, list[float], list[Adapter]]] = []
-        on: list[bool] | None = None
-        for t in sorted(set(times), reverse=True):
-            now = [begin >= t and (t > end or end == 0) for begin, end in spans]
-            if now != on:
-                on = now
-                stretches.append((t, [], [self.adapters.get(use) for use, wanted in zip(uses, on) if wanted]))
-            stretches[-1][1].append(t)
-        return stretches or [(1.0, [], [])]
 
     def finish(self, run: Run, original: Original | None) -> Tensor:
         """Return the pixels (3, H, W) of a finished run. Outside a mask, they are the original's pixels."""
@@ -250,7 +257,7 @@ class Run:
     def samples(self) -> list[Sample]:
         """Return the samples of the pending query: of both prompts if guidance is on, else of the first."""
         assert self.query is not None
-        return [Sample(*self.query, entry, self.leg.around) for entry in self.entries()]
+        return [Sample(*self.query, entry, self.leg.around, i) for i, entry in enumerate(self.entries())]
 
     def entries(self) -> Sequence[Any]:
         """Return the prepared prompts of `samples`."""
@@ -280,6 +287,25 @@ class Run:
             return
         if self.leg is not before and self.leg.around.cache is not None:
             self.leg.around.cache.forget()
+
+
+Use = TypeVar("Use", bound="LoraUse | ControlUse")
+
+
+def stretches(
+    uses: Sequence[Use], schedule: Sequence[float], times: Sequence[float]
+) -> list[tuple[float, list[float], list[Use]]]:
+    """The stretches of a run in which the same uses are on: the first time, all times, the uses."""
+    spans = [(time_at(schedule, use.begins), time_at(schedule, use.ends)) for use in uses]
+    found: list[tuple[float, list[float], list[Use]]] = []
+    on: list[bool] | None = None
+    for t in sorted(set(times), reverse=True):
+        now = [begin >= t and (t > end or end == 0) for begin, end in spans]
+        if now != on:
+            on = now
+            found.append((t, [], [use for use, wanted in zip(uses, on) if wanted]))
+        found[-1][1].append(t)
+    return found or [(1.0, [], [])]
 
 
 def time_at(schedule: Sequence[float], share: float) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
+from inkstream.engine.files.controls import uses_of
 from inkstream.families import SPECS
 from inkstream.types import InputError, Request, Spec
 
@@ -51,6 +52,7 @@ def refuse(request: Request, spec: Spec) -> None:
         given = getattr(request, name) != Request.model_fields[name].default
         if (given and option.effect == "rejects") or (option.needed and not given):
             raise InputError(option.why)
+    uses_of(request)
     if "map" in spec.abilities and len(request.reference) > 1:
         raise InputError(f"{len(request.reference)} references were given, {spec.name} follows one map: give one")
 
@@ -140,4 +142,7 @@ def _pictures(spec: Spec, request: Request | None) -> dict[str, Option]:
     elif "references" not in able:
         why = f"{name} takes no references: leave them out, or take a model that does"
         table["reference"] = Option("rejects", why)
+    if "control" not in able:
+        why = f"{name} takes no control nets: leave them out, or take {_one_with('control')}"
+        table |= dict.fromkeys(("control", "control_nets"), Option("rejects", why))
     return table

@@ -21,7 +21,12 @@ def lora_folder(machine: Machine) -> Path:
 
 
 def find_lora(name: str, folder: Path) -> Path:
-    """Return the file or folder of an adapter: a name in the folder of adapters, or a path.
+    """Return the file or folder of an adapter. Raises InputError if there is none."""
+    return find_file("lora", name, folder)
+
+
+def find_file(what: str, name: str, folder: Path) -> Path:
+    """Return a file by its name in the folder, or a path. what: the kind of file, for the error.
 
     Raises InputError if there is none.
     """
@@ -34,11 +39,11 @@ def find_lora(name: str, folder: Path) -> Path:
     known = names_in(folder)
     near = difflib.get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a .safetensors file, or put one into {folder}"
-    raise InputError(f"lora {name} is neither a file nor a name in {folder}: {hint}")
+    raise InputError(f"{what} {name} is neither a file nor a name in {folder}: {hint}")
 
 
 def names_in(folder: Path) -> dict[str, Path]:
-    """Return the adapters in a folder and the folders inside: name -> file. A name is a path without its suffix.
+    """Return the safetensors files in a folder and those inside: name -> file. A name is a path without its suffix.
 
     Files whose names have control characters or are not valid UTF-8 are left out, because no text can name them.
     """

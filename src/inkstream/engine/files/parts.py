@@ -106,14 +106,15 @@ def is_transformer(path: Path) -> bool:
         return False
 
 
-def _match(part: Part, path: Path, section: str = "") -> _Match:
+def _match(part: Part, path: Path, section: str = "", by_shapes: bool = False) -> _Match:
     """Reads a file by the layout that names every key, else by the one with the fewest unknown keys.
 
-    InputError if the file is damaged or its config is invalid.
+    by_shapes: a config in the folder or in the file's header is not read. InputError if the file is damaged or its
+    config is invalid.
     """
     header = read_header(path)
     raw = in_section(header.tensors, section)
-    stated = None if section else _stated_config(part, path, header.metadata)
+    stated = None if section or by_shapes else _stated_config(part, path, header.metadata)
     matches: list[_Match] = []
     errors: list[InputError] = []
     for rules in part.layouts.values():
@@ -183,6 +184,42 @@ def locate_part(family: type[Family], name: str, path: Path | str) -> Found:
     """Finds and checks one part. path: a weight file, a folder of shards, or the folder of a model with the part."""
     path = existing(name, path)
     return _check(family, name, path / name if (path / name).is_dir() else path)
+
+
+def locate_control(family: type[Family], model: str, path: Path) -> Found:
+    """Finds and checks a control net, by the family's kind of nets whose layouts name every key.
+
+    model: its name, for the error. InputError if the file is something else, or a net for another family.
+    """
+    matches: list[tuple[Part, str, _Match]] = []
+    errors: list[InputError] = []
+    for kind, part in family.controls.items():
+        try:
+            matches.append((part, kind, _match(part, path, by_shapes=True)))
+        except InputError as error:
+            errors.append(error)
+    part, kind, match = min(
+        matches, key=lambda one: (len(one[2].unknown), len(one[2].missing)), default=(None, "", None)
+    )
+    if part is not None and match is not None and match.named:
+        return _checked(match, f"{kind} control net", part)
+    others = [other for other in map(family_of, FAMILIES) if other is not family]
+    if any(_is_named(part, path) for other in others for part in other.controls.values()):
+        raise InputError(f"{path} is a control net for another family of models: take one made for {model}")
+    header = read_header(path)
+    if found := describe(in_section(header.tensors, ""), "control net"):
+        raise InputError(f"{path} is {found[0]}, not a control net that {model} takes: take one made for {model}")
+    if errors:
+        raise errors[0]
+    raise InputError(f"{path} is not a control net, it holds {few(list(header.tensors))}: take one made for {model}")
+
+
+def _is_named(part: Part, path: Path) -> bool:
+    """Whether a part's layouts name every key of a file."""
+    try:
+        return _match(part, path, by_shapes=True).named
+    except InputError:
+        return False
 
 
 def choose_part(family: type[Family], option: str, path: Path | str, transformer: Found) -> dict[str, Found]:

@@ -7,27 +7,28 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from inkstream.engine.drawing.adapters import KEPT
 from inkstream.engine.drawing.model import Model
+from inkstream.engine.files.controls import control_folder
 from inkstream.engine.files.licences import is_commercial_only
 from inkstream.engine.files.loras import lora_folder, read_merges
 from inkstream.engine.files.merging import open_merge
 from inkstream.engine.files.names import Progress
-from inkstream.engine.files.parts import Found, locate_writer
+from inkstream.engine.files.parts import Found, locate_control, locate_writer
 from inkstream.engine.files.sources import Source, locate
 from inkstream.engine.files.tokenizers import encoder_of, open_tokenizer
 from inkstream.engine.machine.install import Placement, install
 from inkstream.engine.machine.placement import PLACEMENTS, Sharing, place_of
-from inkstream.families import Writer
+from inkstream.families import ControlNet, Writer
 from inkstream.nn.attention import check_attention
 from inkstream.nn.offload import advise, is_mapped, mapped_ranges
 from inkstream.quant.packed import Weight, unpack
-from inkstream.types import InputError, Loading, Machine, read_size
+from inkstream.types import ControlUse, InputError, Loading, Machine, read_size
 from inkstream.weights.files import in_section, read_state
 from inkstream.weights.keymap import translate
 from inkstream.weights.lora.merge import Merge, merge_into
@@ -126,7 +127,14 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
 
     family = source.family(source.spec, modules, opened.tokenizers)
     kept = KEPT if opened.machine.memory is None else 0
-    return Model(family, device, opened.dtype, placement, read_writer, lora_folder(opened.machine), kept)
+
+    def read_control(path: Path, use: ControlUse) -> nn.Module:
+        found = locate_control(source.family, source.spec.name, path)
+        cast("ControlNet", found.module).check(family, use)
+        return read(found, Placement(device, dtypes["transformer"], place_of(placement, "transformer"), found.rules))
+
+    loras, controls = lora_folder(opened.machine), control_folder(opened.machine)
+    return Model(family, device, opened.dtype, placement, read_writer, loras, kept, controls, read_control)
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:

@@ -16,9 +16,11 @@ from torch import nn
 
 from inkstream.engine.drawing.adapters import bytes_foreseen
 from inkstream.engine.drawing.complete import Complete, complete
+from inkstream.engine.drawing.controls import control_bytes
 from inkstream.engine.drawing.options import guided, options
+from inkstream.engine.files.controls import control_folder, find_control, uses_of
 from inkstream.engine.files.loras import lora_folder
-from inkstream.engine.files.parts import Unset
+from inkstream.engine.files.parts import Unset, locate_control
 from inkstream.engine.machine.loader import Opened
 from inkstream.engine.machine.placement import PLACEMENTS, Plan, plan_request
 from inkstream.families import parts_of
@@ -90,9 +92,11 @@ class Placing:
         spec = self.opened.source.spec
         request = complete(request, spec)
         asked = (request.width, request.height, guided(request, spec), len(request.reference), request.image is None)
+        asked = (*asked, request.mask is None, request.control_nets)
         texts = (len(request.prompt) // 64, len(request.negative_prompt) // 64)
         if (key := (*asked, *texts)) not in self._known:
             opened, without_loras = self.opened, request.model_copy(update={"loras": ()})
+            paths = {find_control(use.path, control_folder(opened.machine)) for use in uses_of(request)}
             self._known[key] = plan_request(
                 opened.source,
                 opened.tokenizers,
@@ -101,6 +105,8 @@ class Placing:
                 opened.dtypes,
                 opened.crew,
                 opened.merged,
+                {path: locate_control(opened.source.family, spec.name, path) for path in paths},
+                control_folder(opened.machine),
             )
         return self._known[key]
 
@@ -108,6 +114,7 @@ class Placing:
         """Whether the model is so small that it can be resident without a closer look."""
         opened = self.opened
         weights = sum(count * opened.dtypes[part].itemsize for part, count in opened.numbers.items())
+        weights += control_bytes(request, control_folder(opened.machine), opened.dtypes["transformer"])
         pixels = request.width * request.height
         return 2 * weights + PLENTY * pixels + self.adapters(request) <= (self.budget or 0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from inkstream.engine.drawing.complete import Complete
 from inkstream.engine.drawing.flow import way_of
 from inkstream.engine.drawing.model import Model
-from inkstream.engine.files.parts import Unset
+from inkstream.engine.files.parts import Found, Unset
 from inkstream.engine.files.sources import Source
 from inkstream.engine.machine.peak import peak_of
 from inkstream.nn.offload import Guest, Streamed, Weight, advise, is_number, read_at_home, visit_when_called, weights_of
@@ -31,6 +32,8 @@ PLACEMENTS: Mapping[str, tuple[Place, Place]] = {
     "streamed": ("visiting", "visiting"),
 }
 """Name -> the place of the transformer, and the place of the other parts, which run once for each picture."""
+
+NO_CONTROLS: Mapping[Path, Found] = {}
 
 PHASES = ("prompt", "steps", "picture")
 """The phases of a request, in their order."""
@@ -185,12 +188,14 @@ def pages_seen(guest: Guest) -> int:
 def plan_request(
     source: Source, tokenizers: Mapping[str, Any], request: Complete, device: torch.device,
     dtypes: Mapping[str, torch.dtype], crew: Sharing | None = None, merged: Collection[str] = (),
+    controls: Mapping[Path, Found] = NO_CONTROLS, control_folder: Path = Path("controls"),
 ) -> list[Plan]:  # fmt: skip
     """Return the plan of each placement for a request, the fastest placement first.
 
     dtypes: part -> the dtype that it computes in. crew: cuts the transformer to this process's share. merged: the names
-    of the transformer's weights that adapters change. Weights count as they are in the files or on the device. Computed
-    tensors are counted by running the request on meta. Memory of drivers and of the process itself is not counted.
+    of the transformer's weights that adapters change. controls: the control nets of the request, which are in the
+    folder or elsewhere. Weights count as they are in the files or on the device. Computed tensors are counted by running the
+    request on meta. Memory of drivers and of the process itself is not counted.
     """
     modules = {
         part: at_home(source, part, dtypes[part], merged if part == "transformer" else ()) for part in source.parts
@@ -198,7 +203,11 @@ def plan_request(
     if crew:
         crew.share(modules["transformer"])
     weights = weigh(source, modules, device, dtypes, merged)
-    work = working(on_meta(source, modules, tokenizers, dtypes), request)
+    nets = {path: net_at_home(found, dtypes["transformer"]) for path, found in controls.items()}
+    for name, phases in weights.items():
+        beside = sum(weigh_net(controls[path], net, name, device, dtypes["transformer"]) for path, net in nets.items())
+        weights[name] = {phase: count + beside for phase, count in phases.items()}
+    work = working(on_meta(source, modules, tokenizers, dtypes, nets, control_folder), request)
     return [add_up(name, phases, work, device) for name, phases in weights.items()]
 
 
@@ -235,13 +244,21 @@ def weigh(
 
 
 def on_meta(
-    source: Source, modules: Mapping[str, nn.Module], tokenizers: Mapping[str, Any], dtypes: Mapping[str, torch.dtype]
+    source: Source,
+    modules: Mapping[str, nn.Module],
+    tokenizers: Mapping[str, Any],
+    dtypes: Mapping[str, torch.dtype],
+    nets: Mapping[Path, nn.Module],
+    control_folder: Path,
 ) -> Model:
-    """Return the model without data. modules: as from `at_home`; afterwards they are resident on meta."""
-    meta = torch.device("meta")
+    """Return the model without data. modules, nets: at home; afterwards they are resident on meta."""
+    meta, own = torch.device("meta"), dtypes["transformer"]
     for part, module in modules.items():
         Placed(module, "resident", meta, dtypes[part]).settle()
-    return Model(source.family(source.spec, modules, tokenizers), meta, dtypes["transformer"])
+    for net in nets.values():
+        Placed(net, "resident", meta, own).settle()
+    family = source.family(source.spec, modules, tokenizers)
+    return Model(family, meta, own, controls=control_folder, read_control=lambda path, use: nets[path])
 
 
 def phases_of(source: Source) -> dict[str, list[str]]:
@@ -249,6 +266,19 @@ def phases_of(source: Source) -> dict[str, list[str]]:
     at_work = {part: source.family.parts[part].phases for part in source.parts}
     phases = {phase: [part for part, works in at_work.items() if phase in works] for phase in PHASES}
     return {phase: parts for phase, parts in phases.items() if parts}
+
+
+def net_at_home(found: Found, dtype: torch.dtype) -> nn.Module:
+    """Return a control net on meta, with the types that its file has."""
+    state = {key: found.tensors[key] for key in found.module.state_dict()}
+    found.module.load_state_dict(put_packed(found.module, state, dtype), strict=True, assign=True)
+    return found.module.eval().requires_grad_(False)
+
+
+def weigh_net(found: Found, net: nn.Module, placement: str, device: torch.device, dtype: torch.dtype) -> int:
+    """Return the bytes of a control net on the device. Its place is the transformer's. net: at home."""
+    placed = Placed(net, place_of(placement, "transformer"), device, dtype, copied(found.rules, net))
+    return placed.always + placed.working
 
 
 def at_home(source: Source, part: str, dtype: torch.dtype, merged: Collection[str] = ()) -> nn.Module:

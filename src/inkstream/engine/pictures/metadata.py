@@ -29,7 +29,7 @@ SOFTWARE = f"inkstream {__version__}"
 VERSION = 1
 """The version of our JSON. A reader of a newer version takes the fields that it knows and lists the others."""
 SUFFIXES = {".png": "PNG", ".webp": "WEBP", ".jpg": "JPEG", ".jpeg": "JPEG"}
-PICTURE_FIELDS = ("image", "mask", "reference")
+PICTURE_FIELDS = ("image", "mask", "reference", "control")
 JPEG_ROOM = 65_000
 """The most bytes of one metadata block in a JPEG."""
 PNG_EFFORT = 4

@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -46,7 +45,7 @@ from inkstream.families.flux1.text import (
     load_t5_tokenizer,
     t5_tokens,
 )
-from inkstream.families.parts import AUTOENCODER, decode, encode
+from inkstream.families.parts import AUTOENCODER, decode, encode, to_pixels
 from inkstream.families.scheduler import read_scheduler
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.flux import Prepared
@@ -82,6 +81,7 @@ class Flux1:
         "image_encoder": SIGLIP,
         "image_embedder": REDUX,
     }
+    controls: ClassVar[Mapping[str, Part]] = {}
     way = None
     joints = (
         ("transformer.pooled_projection_dim", "text_encoder.hidden_size"),
@@ -231,8 +231,3 @@ def map_size(width: int, height: int, multiple: int) -> tuple[int, int]:
         return min(MAP_LONGEST, max(multiple, round(pixels * scale / multiple) * multiple))
 
     return side(width), side(height)
-
-
-def to_pixels(picture: Image.Image) -> Tensor:
-    """(3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255

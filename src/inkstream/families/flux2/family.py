@@ -128,6 +128,7 @@ class Flux2:
         ),
         "vae": AUTOENCODER,
     }
+    controls: ClassVar[Mapping[str, Part]] = {}
     way = None
     joints = (
         ("transformer.joint_attention_dim", "text_encoder.joined_size"),

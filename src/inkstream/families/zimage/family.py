@@ -22,6 +22,7 @@ from inkstream.families.parts import (
     tokenize,
 )
 from inkstream.families.scheduler import SCHEDULER, read_scheduler
+from inkstream.families.zimage.control import UNION
 from inkstream.families.zimage.documents import documents
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE, NUNCHAKU, PACKS
 from inkstream.families.zimage.model import Prepared, ZImageTransformer
@@ -71,6 +72,7 @@ class ZImage:
         "text_encoder": QWEN3,
         "vae": AUTOENCODER,
     }
+    controls: ClassVar[Mapping[str, Part]] = {"union": UNION}
     way = None
     joints = (
         ("transformer.cap_feat_dim", "text_encoder.hidden_size"),

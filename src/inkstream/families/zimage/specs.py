@@ -46,7 +46,7 @@ _TINY = Spec(
     guidance=1.0,
     shift=3.0,
     size=(64, 64),
-    abilities=frozenset({"image", "mask"}),
+    abilities=frozenset({"image", "mask", "control"}),
     licence="apache-2.0",
     commercial=True,
 )
@@ -61,7 +61,7 @@ TURBO = Spec(
     steps=8,
     guidance=1.0,
     shift=3.0,
-    abilities=frozenset({"image", "mask"}),
+    abilities=frozenset({"image", "mask", "control"}),
     repo="Tongyi-MAI/Z-Image-Turbo",
     download_bytes=32_900_000_000,
     licence="apache-2.0",
@@ -76,7 +76,7 @@ BASE = replace(
     steps=50,
     guidance=5.0,
     shift=6.0,
-    abilities=frozenset({"image", "mask", "guidance"}),
+    abilities=frozenset({"image", "mask", "control", "guidance"}),
     repo="Tongyi-MAI/Z-Image",
     download_bytes=20_700_000_000,
     tiny=replace(
@@ -85,7 +85,7 @@ BASE = replace(
         steps=50,
         shift=6.0,
         guidance=5.0,
-        abilities=frozenset({"image", "mask", "guidance"}),
+        abilities=frozenset({"image", "mask", "control", "guidance"}),
     ),
 )
 
@@ -94,6 +94,7 @@ OMNI = replace(
     name="z-image-omni",
     title="Z-Image Omni: several pictures in, one out (its weights are not published)",
     transformer=ZImageConfig(siglip_feat_dim=1152),
+    abilities=BASE.abilities - {"control"},
     repo=None,
     download_bytes=None,
     tiny=replace(
@@ -102,7 +103,7 @@ OMNI = replace(
         transformer=replace(_TINY.transformer, siglip_feat_dim=24),
         steps=50,
         guidance=5.0,
-        abilities=BASE.abilities,
+        abilities=BASE.abilities - {"control"},
     ),
 )
 
@@ -133,7 +134,7 @@ POCKET = replace(
     guidance=4.0,
     shift=4.0,
     size=(128, 128),
-    abilities=BASE.abilities | {"upsample"},
+    abilities=BASE.abilities - {"control"} | {"upsample"},
     writer="scenes",
     repo=None,
     folder="pocket/weights",

@@ -29,6 +29,7 @@ GROUPS = {
     "guidance": "guidance", "cfg_normalization": "guidance", "cfg_truncation": "guidance", "guidance_from": "guidance",
     "guidance_until": "guidance",
     "image": "pictures", "mask": "pictures", "strength": "pictures", "reference": "pictures",
+    "control": "pictures", "control_nets": "pictures",
 }  # fmt: skip
 """Field -> its group in the form. A field that is missing here belongs to the group `more`."""
 STEPS = {"guidance": 0.1, "shift": 0.1, "strength": 0.01, "cfg_truncation": 0.05, "guidance_from": 0.05,
@@ -186,8 +187,8 @@ def _kind(name: str, field: FieldInfo) -> tuple[Any, list[str] | None]:
     kind = next((k for k in get_args(field.annotation) if k is not type(None)), field.annotation)
     if name in PICTURE_FIELDS:
         return ("pictures" if field.default == () else "picture"), None
-    if name == "loras":
-        return "loras", None
+    if name in ("loras", "control_nets"):
+        return name, None
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]
     plain = field.annotation if field.annotation in (bool, int, float, str) else kind

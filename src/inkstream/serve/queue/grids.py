@@ -14,7 +14,7 @@ from inkstream.serve.engines.models import Offered, choose
 from inkstream.serve.errors import Refused, explain_invalid
 from inkstream.serve.limits import Limits, check
 from inkstream.serve.schema import Grid
-from inkstream.types import InputError, LoraUse, Request, Spec
+from inkstream.types import ControlUse, InputError, LoraUse, Request, Spec
 
 
 def split(request: Request, grid: Grid | None) -> list[Request]:
@@ -48,14 +48,15 @@ def axes(grid: Grid) -> list[str]:
     return [axis.field for axis in (grid.x, grid.y) if axis is not None]
 
 
-def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits, loras: Path) -> int:
+def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits, loras: Path, controls: Path) -> int:
     """The number of pictures of all parts. Raises Refused if a part cannot be drawn or the number is too large."""
     for part in parts:
         part, model = choose(models, part)
         if not part.prompt.strip() and not part.reference:
             raise Refused(400, "there is no prompt: say what to draw", param="prompt")
         check(part, model.spec, limits)
-        _check_loras(part, loras)
+        _check_names([LoraUse.read(lora).path for lora in part.loras], loras, "lora", "loras")
+        _check_names([ControlUse.read(net).path for net in part.control_nets], controls, "control net", "control_nets")
         if model.spec is not None:
             _check_spec(part, model.spec)
     total = sum(part.count for part in parts)
@@ -64,14 +65,15 @@ def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits
     return total
 
 
-def _check_loras(request: Request, folder: Path) -> None:
-    """Only adapters in the server's folder are open to clients, and only by their names."""
-    known = names_in(folder) if request.loras else {}
-    for lora in request.loras:
-        if (name := LoraUse.read(lora).path) not in known:
+def _check_names(names: list[str], folder: Path, what: str, param: str) -> None:
+    """Only files in the server's folder are open to clients, and only by their names."""
+    known = names_in(folder) if names else {}
+    for name in names:
+        if name not in known:
             others = difflib.get_close_matches(name, known) or [*known][:5]
             hint = f"take {' or '.join(others)}" if others else "its folder of them is empty"
-            raise Refused(404, f"the server has no lora {name[:100]}: {hint}", param="loras", code="lora_not_found")
+            code = f"{what.replace(' ', '_')}_not_found"
+            raise Refused(404, f"the server has no {what} {name[:100]}: {hint}", param=param, code=code)
 
 
 def _check_spec(request: Request, spec: Spec) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from starlette.requests import Request as HTTPRequest
 
+from inkstream.engine.files.controls import control_folder
 from inkstream.engine.files.loras import lora_folder
 from inkstream.serve import schema
 from inkstream.serve.engines.models import Offered, choose
@@ -156,8 +157,8 @@ class Jobs:
                 raise Refused(409, line, code="idempotency")
             return job
         parts = split(request, grid)
-        loras = lora_folder(self.settings.machine)
-        total = check_parts(parts, self.models, self.settings.limits, loras)
+        folders = lora_folder(self.settings.machine), control_folder(self.settings.machine)
+        total = check_parts(parts, self.models, self.settings.limits, *folders)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         if seed + request.count > 2**63:
             line = f"seed {seed} is too large for {request.count} pictures: take at most {2**63 - request.count}"

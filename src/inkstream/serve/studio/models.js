@@ -30,7 +30,11 @@ export async function formOf(name) {
 export const takes = (form, name) => form.get(name)?.effect === "honours";
 
 /** Return the fields that a form shows. */
-export const shown = (form) => [...form.values()].filter((field) => field.effect === "honours");
+/** Fields that the form does not have. Programs send them. */
+const WITHOUT = ["control", "control_nets"];
+
+export const shown = (form) =>
+  [...form.values()].filter((field) => field.effect === "honours" && !WITHOUT.includes(field.name));
 
 async function patiently(work, tries = 30) {
   for (;;) {

@@ -1,0 +1,159 @@
+"""Our control nets against the reference implementations, on their own random tiny weights.
+
+diffusers adds the refiner's hints of Z-Image only to a copy of the picture that it drops. There the expected numbers
+come from VideoX-Fun's formula, written here with diffusers' blocks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
+from torch import Tensor, nn
+
+from inkstream.families.zimage.control import UNION
+from inkstream.families.zimage.keys import DIFFUSERS
+from inkstream.families.zimage.model import ZImageTransformer
+from inkstream.families.zimage.specs import ZImageConfig
+from inkstream.nn.around import Around
+from inkstream.nn.config import read_config
+from inkstream.nn.forward import Sample
+from inkstream.types import Conditioning, ControlUse
+from inkstream.weights.keymap import translate
+from rounding import agree, roundings
+
+ZIMAGE = {
+    "dim": 64, "n_layers": 4, "n_refiner_layers": 2, "n_heads": 2, "n_kv_heads": 2, "cap_feat_dim": 32,
+    "axes_dims": [8, 12, 12], "axes_lens": [1536, 512, 512],
+}  # fmt: skip
+VERSIONS = {
+    "1.0": {"control_in_dim": 16, "control_layers_places": [0, 2]},
+    "2.0": {"control_in_dim": 33, "control_layers_places": [0, 1, 2], "add_control_noise_refiner": "control_layers"},
+    "2.1": {
+        "control_in_dim": 33,
+        "control_layers_places": [0, 2],
+        "add_control_noise_refiner": "control_noise_refiner",
+    },
+    "lite": {"control_in_dim": 33, "control_layers_places": [0], "add_control_noise_refiner": "control_noise_refiner"},
+}
+
+
+def fill_in(module: nn.Module, std: float = 0.1) -> None:
+    """Weights far from their neutral start."""
+    for name, weight in module.named_parameters():
+        nn.init.normal_(weight, mean=1.0 if "norm" in name and weight.ndim == 1 else 0.0, std=std)
+
+
+def loaded(part: Any, state: dict[str, Tensor]) -> Any:
+    """Our net of a published state dict, recognised by its keys and shapes."""
+    for rules in part.layouts.values():
+        ours = translate(rules, state)
+        try:
+            net = part.build(part.infer({name: tuple(weight.shape) for name, weight in ours.items()}))
+            net.load_state_dict(ours)
+        except (KeyError, RuntimeError):
+            continue
+        return net.eval().requires_grad_(False)
+    raise AssertionError("no layout fits")
+
+
+def unions(version: str) -> tuple[Any, Any, Any, Any]:
+    """Their transformer and net, ours and our net."""
+    torch.manual_seed(0)
+    theirs = ZImageTransformer2DModel(**ZIMAGE).eval().requires_grad_(False)
+    fill_in(theirs)
+    ours = ZImageTransformer(read_config(ZImageConfig, theirs.config)).eval().requires_grad_(False)
+    ours.load_state_dict(translate(DIFFUSERS, theirs.state_dict()))
+    sizes = {key: ZIMAGE[key] for key in ("dim", "n_refiner_layers", "n_heads")}
+    net = ZImageControlNetModel(
+        **VERSIONS[version], control_refiner_layers_places=[0, 1], n_kv_heads=ZIMAGE["n_heads"], **sizes
+    )
+    fill_in(net.eval().requires_grad_(False))
+    state = net.state_dict()
+    net = ZImageControlNetModel.from_transformer(net, theirs)
+    return theirs, net, ours, loaded(UNION, state)
+
+
+def zimage_formula(theirs: Any, net: Any, x: Tensor, t: float, caption: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """VideoX-Fun's forward with refiner hints, for one caption and picture without pads."""
+    emb = theirs.t_embedder(torch.tensor([t * theirs.t_scale]))
+    packed = net.patchify_and_embed([x.unsqueeze(1)], [caption], 2, 1)
+    (picture,), (words,), (size,), (places,), (word_places,), (pads,), _ = packed
+    assert not pads.any()
+    ropes = [theirs.rope_embedder(ids)[None] for ids in (places, word_places)]
+    whole_rope = torch.cat(ropes, 1)
+
+    def run(block: Any, x: Tensor, table: Tensor) -> Tensor:
+        return block(x, torch.ones(x.shape[:2], dtype=torch.bool), table, emb)
+
+    def control(blocks: Any, c: Tensor, x: Tensor, table: Tensor) -> tuple[list[Tensor], Tensor]:
+        hints = []
+        c = blocks[0].before_proj(c) + x
+        for block in blocks:
+            mods = block.adaLN_modulation(emb).unsqueeze(1).chunk(4, dim=2)
+            attended = block.attention(
+                block.attention_norm1(c) * (1 + mods[0]),
+                attention_mask=torch.ones(c.shape[:2], dtype=torch.bool),
+                freqs_cis=table,
+            )
+            c = c + mods[1].tanh() * block.attention_norm2(attended)
+            c = c + mods[3].tanh() * block.ffn_norm2(block.feed_forward(block.ffn_norm1(c) * (1 + mods[2])))
+            hints.append(block.after_proj(c))
+        return hints, c
+
+    c = net.control_all_x_embedder["2-1"](net.patchify([seen.unsqueeze(1)], 2, 1)[0])[None]
+    x = theirs.all_x_embedder["2-1"](picture)[None]
+    hints, c = control(net.control_noise_refiner or net.control_layers, c, x, ropes[0])
+    for block, hint in zip(theirs.noise_refiner, hints):
+        x = run(block, x, ropes[0]) + scale * hint
+    words = theirs.cap_embedder(words)[None]
+    for block in theirs.context_refiner:
+        words = block(words, torch.ones(words.shape[:2], dtype=torch.bool), ropes[1])
+    whole = torch.cat((x, words), 1)
+    hints, _ = control(net.control_layers, torch.cat((c, words), 1), whole, whole_rope)
+    for i, block in enumerate(theirs.layers):
+        whole = run(block, whole, whole_rope)
+        if i in net.control_layers_places:
+            whole = whole + scale * hints[net.control_layers_places.index(i)]
+    out = theirs.all_final_layer["2-1"](whole, emb)
+    return theirs.unpatchify(list(out), [size], 2, 1)[0].squeeze(1)
+
+
+class Alone:
+    """As much of a family as a net reads."""
+
+    def __init__(self, transformer: Any):
+        self.transformer = transformer
+
+
+def answers(model: Any, net: Any, x: Tensor, t: float, cond: Conditioning, seen: Tensor, scale: float) -> list[Tensor]:
+    """Our forward of all prompts of a picture with a net. model, t: with the release's time."""
+    use = ControlUse("net", scale)
+    residual = net.follow(Alone(model), seen, use, cond, [1 - t], Around())
+    around = Around(residuals=(residual,))
+    prepared = model.prepare_all(cond.tokens.split(list(cond.lengths)), *x.shape[1:], around)
+    return model([Sample(x, t, one, around, i) for i, one in enumerate(prepared)])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("scale", [0.75, 0.2])
+def test_a_union_net_for_z_image_equals_videox_fun_and_diffusers(version, scale):
+    theirs, net, ours, own = unions(version)
+    x, captions = torch.randn(16, 16, 8), [torch.randn(32, 32), torch.randn(64, 32)]
+    seen = torch.randn(net.control_in_dim, 16, 8)
+    t = 0.25
+    cond = Conditioning(torch.cat(captions), (32, 64))
+    got = answers(ours, own, x, t, cond, seen, scale)
+    plain = [ours([Sample(x, t, one)])[0] for one in ours.prepare_all(captions, 16, 8)]
+    for y, without, caption in zip(got, plain, captions):
+        if version == "1.0":  # no hints in the refiner: diffusers is right
+            hints = net([x.unsqueeze(1)], torch.tensor([t]), [caption], [seen.unsqueeze(1)], conditioning_scale=scale)
+            given = ([x.unsqueeze(1)], torch.tensor([t]), [caption])
+            expected = theirs(*given, controlnet_block_samples=hints, return_dict=False)[0][0].squeeze(1)
+        else:
+            expected = zimage_formula(theirs, net, x, t, caption, seen, scale)
+        agree(y, expected, 2 * roundings(theirs))
+        assert float((y - without).abs().max()) > 0.01
