@@ -10,15 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
+from diffusers import FluxControlNetModel, FluxTransformer2DModel, ZImageControlNetModel, ZImageTransformer2DModel
 from torch import Tensor, nn
 
+from inkstream.families.flux1.control import CONTROLNET
+from inkstream.families.flux1.keys import DIFFUSERS as FLUX1_DIFFUSERS
+from inkstream.families.flux1.model import Flux1Transformer
+from inkstream.families.flux1.specs import Flux1Config
 from inkstream.families.zimage.control import UNION
 from inkstream.families.zimage.keys import DIFFUSERS
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import ZImageConfig
 from inkstream.nn.around import Around
 from inkstream.nn.config import read_config
+from inkstream.nn.flux import patchify, plane, unpatchify
 from inkstream.nn.forward import Sample
 from inkstream.types import Conditioning, ControlUse
 from inkstream.weights.keymap import translate
@@ -157,3 +162,63 @@ def test_a_union_net_for_z_image_equals_videox_fun_and_diffusers(version, scale)
             expected = zimage_formula(theirs, net, x, t, caption, seen, scale)
         agree(y, expected, 2 * roundings(theirs))
         assert float((y - without).abs().max()) > 0.01
+
+
+FLUX1 = {
+    "in_channels": 64, "num_layers": 3, "num_single_layers": 5, "attention_head_dim": 32, "num_attention_heads": 2,
+    "joint_attention_dim": 32, "pooled_projection_dim": 64, "guidance_embeds": True, "axes_dims_rope": (4, 14, 14),
+}  # fmt: skip
+NETS = {
+    "instantx": {"num_layers": 2, "num_single_layers": 2},
+    "union": {"num_layers": 2, "num_single_layers": 2, "num_mode": 7},
+    "union-pro-2": {"num_layers": 2, "num_single_layers": 0},
+    "xlabs": {"num_layers": 2, "num_single_layers": 0, "conditioning_embedding_channels": 16},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("spelling", ["diffusers", "native"])
+def test_a_net_for_flux1_equals_the_reference(name, spelling):
+    """XLabs' nets go by their own formula there too: diffusers' pipeline cycles through their residuals."""
+    torch.manual_seed(0)
+    theirs = FluxTransformer2DModel(**FLUX1).eval().requires_grad_(False)
+    net = FluxControlNetModel(**{**FLUX1, **NETS[name]}, patch_size=2 if name == "xlabs" else 1)
+    net = net.eval().requires_grad_(False)
+    for module in (theirs, net):
+        fill_in(module)
+    ours = Flux1Transformer(read_config(Flux1Config, theirs.config)).eval().requires_grad_(False)
+    ours.load_state_dict(translate(FLUX1_DIFFUSERS, theirs.state_dict()))
+    state = net.state_dict()
+    if spelling == "native":
+        rules = CONTROLNET.layouts
+        state = translate(rules["native"], translate(rules["diffusers"], state), back=True)
+        assert {"pos_embed_input.weight", "double_blocks.0.img_mod.lin.weight"} <= state.keys()
+    own = loaded(CONTROLNET, state)
+    x, seen, lengths, t, guidance = torch.randn(16, 12, 8), torch.randn(16, 12, 8), (5, 9), 0.7, 3.0
+    texts, pooled = [torch.randn(n, 32) for n in lengths], torch.randn(2, 64)
+    hint, expected_hint = seen, patchify(seen, 2)[None]
+    if name == "xlabs":
+        pixels = torch.rand(3, 96, 64)
+        hint, expected_hint = own.input_hint_block(pixels[None] * 2 - 1)[0], pixels[None] * 2 - 1
+        agree(hint, net.input_hint_block(expected_hint)[0], 64)
+    cond = Conditioning(torch.cat(texts), lengths, pooled, guidance)
+    use = ControlUse("net", 0.6, mode="pose" if name == "union" else "")
+    around = Around(residuals=(own.follow(Alone(ours), hint, use, cond, [t], Around()),))
+    prepared = ours.prepare(texts, pooled.unbind(), 12, 8, guidance, (), around=around)
+    got = ours([Sample(x, t, one, around, i) for i, one in enumerate(prepared)])
+    for y, text, vector in zip(got, texts, pooled):
+        given = {
+            "hidden_states": patchify(x, 2)[None], "encoder_hidden_states": text[None], "timestep": torch.tensor([t]),
+            "pooled_projections": vector[None], "guidance": torch.tensor([guidance]), "return_dict": False,
+            "txt_ids": torch.zeros(len(text), 3), "img_ids": plane(0, 6, 4, 3).float(),
+        }  # fmt: skip
+        mode = {"controlnet_mode": torch.tensor([[4]])} if name == "union" else {}
+        doubles, singles = net(**given, controlnet_cond=expected_hint, conditioning_scale=0.6, **mode)
+        (expected,) = theirs(
+            **given,
+            controlnet_block_samples=doubles,
+            controlnet_single_block_samples=singles,
+            controlnet_blocks_repeat=name == "xlabs",
+        )
+        agree(y, unpatchify(expected[0], 6, 4, 2), 2 * roundings(theirs, net))

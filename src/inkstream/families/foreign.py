@@ -12,8 +12,9 @@ _NET = "give the model's own file with -m, and this one with --control-net"
 
 KINDS: tuple[tuple[str, str, str], ...] = (
     (r"(\.|_)lora_(A|B|down|up)\b|\.lora\.(down|up)\.|\.(lokr|hada)_w\d|_lora\d\.|\.lora_[AB]\.", "a LoRA", _WHOLE),
-    (r"(^|\.)(controlnet_|control_layers\.|control_(all_)?x_embedder|control_transformer_blocks\.)", "a ControlNet", _NET),
-    (r"(^|\.)(zero_convs\.|input_hint_block\.)", "a ControlNet", _NET),
+    (r"(^|\.)(controlnet_|control_layers\.|control_(all_)?x_embedder|control_transformer_blocks\.|zero_convs\.)",
+     "a ControlNet", _NET),
+    (r"(^|\.)input_hint_block\.", "a ControlNet", _NET),
     (r"(^|\.)(ip_adapter|image_proj|double_blocks\.\d+\.processor\.ip_adapter)", "an IP-Adapter", _WHOLE),
     (r"^redux_(up|down)\.", "FLUX.1 Redux's image embedder",
      "put it into a FLUX.1 model's image_embedder/, or into ComfyUI's style_models/"),

@@ -23,7 +23,7 @@ def find_control(name: str, folder: Path) -> Path:
 
 
 def uses_of(request: Request) -> list[ControlUse]:
-    """Return the control nets of a request, one for each of its control pictures. Raises InputError for other numbers."""
+    """Return the control nets of a request. Raises InputError if there is not one for each control picture."""
     pictures, nets = len(request.control), len(request.control_nets)
     if pictures != nets:
         counted = [

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from inkstream.families import Documents, Part, Pictures
+from inkstream.families.flux1.control import CONTROLNET
 from inkstream.families.flux1.documents import documents
 from inkstream.families.flux1.keys import DIFFUSERS, NUNCHAKU, SINGLE_FILE, XLABS
 from inkstream.families.flux1.kontext import kontext_size, prepare_reference
@@ -81,7 +82,7 @@ class Flux1:
         "image_encoder": SIGLIP,
         "image_embedder": REDUX,
     }
-    controls: ClassVar[Mapping[str, Part]] = {}
+    controls: ClassVar[Mapping[str, Part]] = {"FLUX.1": CONTROLNET}
     way = None
     joints = (
         ("transformer.pooled_projection_dim", "text_encoder.hidden_size"),
