@@ -6,17 +6,29 @@ come from VideoX-Fun's formula, written here with diffusers' blocks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxControlNetModel, FluxTransformer2DModel, ZImageControlNetModel, ZImageTransformer2DModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxControlNetModel,
+    FluxTransformer2DModel,
+    ZImageControlNetModel,
+    ZImageTransformer2DModel,
+)
 from torch import Tensor, nn
 
 from inkstream.families.flux1.control import CONTROLNET
 from inkstream.families.flux1.keys import DIFFUSERS as FLUX1_DIFFUSERS
 from inkstream.families.flux1.model import Flux1Transformer
 from inkstream.families.flux1.specs import Flux1Config
+from inkstream.families.flux2.control import FUN, FunConfig
+from inkstream.families.flux2.keys import DIFFUSERS as FLUX2_DIFFUSERS
+from inkstream.families.flux2.model import Flux2Transformer
+from inkstream.families.flux2.specs import Flux2Config
 from inkstream.families.zimage.control import UNION
 from inkstream.families.zimage.keys import DIFFUSERS
 from inkstream.families.zimage.model import ZImageTransformer
@@ -222,3 +234,71 @@ def test_a_net_for_flux1_equals_the_reference(name, spelling):
             controlnet_blocks_repeat=name == "xlabs",
         )
         agree(y, unpatchify(expected[0], 6, 4, 2), 2 * roundings(theirs, net))
+
+
+FLUX2 = {
+    "in_channels": 16, "num_layers": 4, "num_single_layers": 2, "attention_head_dim": 32, "num_attention_heads": 2,
+    "joint_attention_dim": 96, "mlp_ratio": 3.0, "axes_dims_rope": (8, 8, 8, 8),
+}  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("references", [0, 1])
+def test_a_union_net_for_flux2_equals_videox_funs_formula(references):
+    """The formula is written here with diffusers' blocks: a hook adds each hint to the model's picture tokens."""
+    torch.manual_seed(0)
+    theirs = Flux2Transformer2DModel(**FLUX2).eval().requires_grad_(False)
+    fill_in(theirs, 0.05)
+    ours = Flux2Transformer(read_config(Flux2Config, {**FLUX2, "guidance_embeds": True})).eval().requires_grad_(False)
+    ours.load_state_dict(translate(FLUX2_DIFFUSERS, theirs.state_dict()))
+    config = FunConfig(control_in_dim=36, num_layers=2, attention_head_dim=32, num_attention_heads=2)
+    net = FUN.build(config).eval().requires_grad_(False)
+    for name, weight in net.named_parameters():
+        nn.init.normal_(weight, mean=1.0 if "norm" in name else 0.0, std=0.05)
+    state = translate(FUN.layouts["published"], net.state_dict(), back=True)
+    own = loaded(FUN, state)
+    assert own.config == config
+    x, seen, text, t, guidance = torch.randn(16, 6, 4), torch.randn(36, 6, 4), torch.randn(7, 96), 0.7, 3.0
+    reference = [torch.randn(16, 4, 4)] * references
+    cond = Conditioning(text, (7,), guidance=guidance, references=tuple(reference))
+    around = Around(residuals=(own.follow(Alone(ours), seen, ControlUse("net", 0.6), cond, [t], Around()),))
+    (prepared,) = ours.prepare([text], 6, 4, guidance, (), reference, around=around)
+    (got,) = ours([Sample(x, t, prepared, around)])
+    blocks = [deepcopy(theirs.transformer_blocks[0]) for _ in range(2)]
+    prefix = "control_transformer_blocks."
+    for i, block in enumerate(blocks):
+        own_state = {k.removeprefix(f"{prefix}{i}."): v for k, v in state.items() if k.startswith(f"{prefix}{i}.")}
+        block.load_state_dict({k: v for k, v in own_state.items() if "_proj." not in k or "attn" in k})
+    hints: list[Tensor] = []
+
+    def before_first(module: nn.Module, args: Any, given: dict[str, Any]) -> None:
+        picture, words = given["hidden_states"], given["encoder_hidden_states"]
+        control = patchify(seen, 1)[None]
+        control = torch.nn.functional.pad(control, (0, 0, 0, picture.shape[1] - control.shape[1]))
+        c = net.before_proj(net.control_img_in(control)) + picture
+        for block, make in zip(blocks, net.after_proj):
+            words, c = block(**{**given, "hidden_states": c, "encoder_hidden_states": words})
+            hints.append(make(c))
+
+    def behind(nth: int) -> Callable[..., Any]:
+        return lambda module, args, given, out: (out[0], out[1] + 0.6 * hints[nth])
+
+    theirs.transformer_blocks[0].register_forward_pre_hook(before_first, with_kwargs=True)
+    for nth in range(2):
+        theirs.transformer_blocks[2 * nth].register_forward_hook(behind(nth), with_kwargs=True)
+    ids = [plane(0, 6, 4, 4), *(plane(10, 4, 4, 4) for _ in reference)]
+    words = torch.zeros(7, 4)
+    words[:, 3] = torch.arange(7)
+    (out,) = theirs(
+        hidden_states=torch.cat([patchify(one, 1) for one in (x, *reference)])[None],
+        encoder_hidden_states=text[None],
+        timestep=torch.tensor([t]),
+        guidance=torch.tensor([guidance]),
+        img_ids=torch.cat(ids)[None].float(),
+        txt_ids=words[None],
+        return_dict=False,
+    )
+    assert hints
+    agree(got, unpatchify(out[0, :24], 6, 4, 1), 2 * roundings(theirs, net))
+    (plain,) = ours([Sample(x, t, ours.prepare([text], 6, 4, guidance, (), reference)[0])])
+    assert float((got - plain).abs().max()) > 0.001

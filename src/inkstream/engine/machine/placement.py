@@ -194,8 +194,8 @@ def plan_request(
 
     dtypes: part -> the dtype that it computes in. crew: cuts the transformer to this process's share. merged: the names
     of the transformer's weights that adapters change. controls: the control nets of the request, which are in the
-    folder or elsewhere. Weights count as they are in the files or on the device. Computed tensors are counted by running
-    the request on meta. Memory of drivers and of the process itself is not counted.
+    folder or elsewhere. Weights count as they are in the files or on the device. Computed tensors are counted by
+    running the request on meta. Memory of drivers and of the process itself is not counted.
     """
     modules = {
         part: at_home(source, part, dtypes[part], merged if part == "transformer" else ()) for part in source.parts

@@ -113,7 +113,7 @@ class FluxControlNet(nn.Module):
         self._mode(use)
 
     def _mode(self, use: ControlUse) -> int | None:
-        """The number of a use's mode, or None for a net without modes. Raises InputError if the net has no such mode."""
+        """The number of a use's mode, None for a net without modes. Raises InputError if it has no such mode."""
         count = self.config.num_mode
         if count is None:
             if use.mode:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from inkstream.families import CARD, Documents, Part, Pictures, Shapes
 from inkstream.families.flux2.autoencoder import AUTOENCODER
+from inkstream.families.flux2.control import FUN
 from inkstream.families.flux2.documents import documents
 from inkstream.families.flux2.keys import CUT_SHORT, DIFFUSERS, SINGLE_FILE
 from inkstream.families.flux2.mistral import count_mistral
@@ -128,7 +129,7 @@ class Flux2:
         ),
         "vae": AUTOENCODER,
     }
-    controls: ClassVar[Mapping[str, Part]] = {}
+    controls: ClassVar[Mapping[str, Part]] = {"FLUX.2": FUN}
     way = None
     joints = (
         ("transformer.joint_attention_dim", "text_encoder.joined_size"),

@@ -142,7 +142,7 @@ DEV = replace(
     steps=50,
     guidance=4.0,
     guides="read",
-    abilities=ABLE | {"guidance", "upsample_references"},
+    abilities=ABLE | {"control", "guidance", "upsample_references"},
     repo="black-forest-labs/FLUX.2-dev",
     download_bytes=112_000_000_000,
     licence=NON_COMMERCIAL,
@@ -158,7 +158,7 @@ DEV = replace(
         steps=50,
         guides="read",
         guidance=4.0,
-        abilities=ABLE | {"guidance", "upsample_references"},
+        abilities=ABLE | {"control", "guidance", "upsample_references"},
     ),
 )  # fmt: skip
 
