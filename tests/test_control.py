@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,16 @@ from torch import Tensor, nn
 
 from inkstream import Engine
 from inkstream.engine.drawing.complete import complete
+from inkstream.engine.drawing.controls import Controls
 from inkstream.engine.drawing.model import Model, advance
-from inkstream.engine.machine.loader import load, open_model
+from inkstream.engine.files.parts import Unset, locate_control
+from inkstream.engine.machine.install import Placement
+from inkstream.engine.machine.loader import load, open_model, read
 from inkstream.engine.machine.memory import Placing
+from inkstream.families.flux1.control import CONTROLNET, ControlConfig
+from inkstream.families.flux1.specs import DEV as FLUX1_DEV
+from inkstream.families.flux2.control import FUN, FunConfig
+from inkstream.families.flux2.specs import DEV as FLUX2_DEV
 from inkstream.families.zimage.control import UNION, UnionConfig
 from inkstream.types import ControlUse, InputError, Machine, Request
 from inkstream.weights.files import write_state
@@ -234,6 +243,99 @@ def test_wrong_nets_are_told_in_one_line(engine, nets, tiny_base_folder, tmp_pat
         engine.generate(Request(prompt="x", control=[picture()], control_nets=["union-2.1"]))
 
 
+SMALL = {
+    "num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32,
+    "pooled_projection_dim": 64,
+}  # fmt: skip
+FLUX = {
+    "instantx": (FLUX1_DEV, CONTROLNET, "diffusers", ControlConfig(**SMALL, num_single_layers=1), ""),
+    "union": (FLUX1_DEV, CONTROLNET, "diffusers", ControlConfig(**SMALL, num_single_layers=1, num_mode=7), "#pose"),
+    "union-pro-2": (FLUX1_DEV, CONTROLNET, "diffusers", ControlConfig(**SMALL, num_single_layers=0), ""),
+    "xlabs": (
+        FLUX1_DEV, CONTROLNET, "native",
+        ControlConfig(**SMALL, num_single_layers=0, conditioning_embedding_channels=16), "",
+    ),
+    "fun": (
+        FLUX2_DEV, FUN, "published", FunConfig(control_in_dim=36, num_layers=1, attention_head_dim=32,
+                                               num_attention_heads=2), "",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLUX)
+def test_pictures_of_flux_with_and_without_nets_share_forwards(name, build, tmp_path):
+    spec, part, layout, config, mode = FLUX[name]
+    with torch.no_grad():
+        model = build(spec.tiny)
+    path = tmp_path / f"{name}.safetensors"
+    write_state(path, translate(part.layouts[layout], random_state(part.build(config)), back=True))
+
+    def read_net(path: Path, use: ControlUse) -> nn.Module:
+        found = locate_control(type(model.family), "tiny", path)
+        assert found.config == config
+        return read(found, Placement(torch.device("cpu"), torch.float32, rules=found.rules))
+
+    model.controls = Controls(model.family, tmp_path, read_net)
+    net = {"control": [picture()], "control_nets": [f"{name}:0.5{mode}"]}
+    wishes = [
+        wish(tmp_path, **net),
+        wish(tmp_path, width=96, seed=1),
+        wish(tmp_path, **net, height=96, seed=2, steps=8, cache="first-block", cache_threshold=10),
+        wish(tmp_path, control=[picture("red")], control_nets=[f"{name}@0-0.5{mode}"], seed=3),
+    ]
+    together = runs_of(model, wishes)
+    for ours, request in zip(together, wishes):
+        (alone,) = runs_of(model, [request])
+        torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-3)
+    (plain,) = runs_of(model, [wish(tmp_path)])
+    assert not torch.allclose(plain, together[0], rtol=1e-3, atol=1e-3)
+    other = write_union(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="is a control net for another family of models: take one made for tiny"):
+        locate_control(type(model.family), "tiny", other)
+
+
+def test_a_union_net_of_flux1_wants_a_mode_that_it_has(build):
+    family = build(FLUX1_DEV.tiny).family
+    with torch.device("meta"):
+        union = CONTROLNET.build(ControlConfig(**SMALL, num_mode=7))
+        plain = CONTROLNET.build(ControlConfig(**SMALL))
+    union.check(family, ControlUse("net", mode="pose"))
+    union.check(family, ControlUse("net", mode="4"))
+    with pytest.raises(InputError, match="has modes: name what the control picture shows: #canny, #tile, "):
+        union.check(family, ControlUse("net"))
+    with pytest.raises(InputError, match="net has no mode 7: name what"):
+        union.check(family, ControlUse("net", mode="7"))
+    with pytest.raises(InputError, match="has no modes: leave out #pose"):
+        plain.check(family, ControlUse("net", mode="pose"))
+
+
+FLUX_PUBLISHED = {
+    "InstantX Union": (CONTROLNET, "diffusers", ControlConfig(num_mode=10)),
+    "Union-Pro": (CONTROLNET, "diffusers", ControlConfig(num_mode=10)),
+    "Union-Pro-2.0": (CONTROLNET, "diffusers", ControlConfig(num_layers=6, num_single_layers=0)),
+    "XLabs v3": (
+        CONTROLNET, "native", ControlConfig(num_layers=2, num_single_layers=0, conditioning_embedding_channels=16)
+    ),
+    "FLUX.2 Fun Union": (FUN, "published", FunConfig()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLUX_PUBLISHED)
+def test_published_files_of_flux_are_recognised_at_full_size(name):
+    part, layout, config = FLUX_PUBLISHED[name]
+    with torch.device("meta"), Unset():
+        state = part.build(config).state_dict()
+    theirs = translate(part.layouts[layout], state, back=True)
+    back = translate(part.layouts[layout], theirs)
+    assert part.infer({key: tuple(weight.shape) for key, weight in back.items()}) == config
+    assert back.keys() == state.keys()
+    telling = {
+        "InstantX Union": "controlnet_mode_embedder.weight", "XLabs v3": "pos_embed_input.weight",
+        "FLUX.2 Fun Union": "control_transformer_blocks.3.attn.to_q.weight",
+    }  # fmt: skip
+    assert telling.get(name, "controlnet_x_embedder.weight") in theirs
+
+
 PUBLISHED = {
     "1.0": ({"control_in_dim": 16, "n_layers": 6, "refiner": "plain"}, 1_550_778_368),
     "2.0": ({"n_layers": 15, "refiner": "layers"}, 2_950_156_800),
@@ -246,7 +348,7 @@ PUBLISHED = {
 def test_published_files_of_z_image_are_recognised_at_full_size(name):
     sizes, count = PUBLISHED[name]
     config = UnionConfig(**sizes)
-    with torch.device("meta"):
+    with torch.device("meta"), Unset():
         state = UNION.build(config).state_dict()
     assert sum(weight.numel() for weight in state.values()) == count
     theirs = translate(UNION.layouts["published"], state, back=True)
@@ -255,3 +357,26 @@ def test_published_files_of_z_image_are_recognised_at_full_size(name):
     back = translate(UNION.layouts["published"], theirs | {"x_pad_token": torch.empty(1, 3840, device="meta")})
     assert UNION.infer({key: tuple(weight.shape) for key, weight in back.items()}) == config
     assert back.keys() == state.keys()
+
+
+@pytest.mark.parametrize("net", ["/etc/passwd", "../secret", "none"])
+def test_clients_of_a_server_name_only_nets_of_its_folder(server, net):
+    edges = "data:image/png;base64," + base64.b64encode(png(picture())).decode()
+    body = {"prompt": "x", "control": [edges], "control_nets": [net]}
+    status, _, answer = server.ask("POST", "/v1/jobs", body)
+    assert status == 404
+    assert answer["error"]["code"] == "control_net_not_found"
+    assert answer["error"]["param"] == "control_nets"
+
+
+def test_clients_of_a_server_cannot_name_a_file_as_control_picture(server):
+    body = {"prompt": "x", "control": ["/etc/passwd"], "control_nets": ["none"]}
+    status, _, answer = server.ask("POST", "/v1/jobs", body)
+    assert status == 400
+    assert "control.0 is neither a data URL nor upload:ID" in answer["error"]["message"]
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -181,7 +181,8 @@ class ControlUse(NamedTuple):
             except (TypeError, ValueError):
                 raise InputError(f"{name} {value!r} of a control net is not a number: give one such as 0.7") from None
         mode = str(given.get("mode", ""))
-        return ControlUse(str(given.get("path") or "").strip(), *numbers.values(), mode)._checked()
+        scale, begins, ends = (numbers[name] for name in names[1:4])
+        return ControlUse(str(given.get("path") or "").strip(), scale, begins, ends, mode)._checked()
 
     def _checked(self) -> ControlUse:
         if not self.path:
@@ -344,7 +345,7 @@ class Request(BaseModel, frozen=True):
     control_nets: tuple[Control, ...] = Field(
         (),
         max_length=4,
-        description="ControlNet or IP-Adapter of each control picture, in the same order, as "
+        description="ControlNet of each control picture, in the same order, as "
         "PATH[:SCALE][@FROM-UNTIL][#MODE]; scale 0.75 and all steps (0-1) are the defaults.",
     )
 

@@ -101,8 +101,9 @@ class Flow:
 
     def phases(self, model: Model, request: Complete) -> Mapping[str, Callable[[], object]]:
         told: list[Any] = []
-        for use in uses_of(request) if model.controls else ():
-            model.controls.get(use)  # its weights are counted apart
+        if model.controls:
+            for use in uses_of(request):
+                model.controls.get(use)  # its weights are counted apart
 
         def encode() -> None:
             told[:] = model.encode(request), model.open_original(request)
