@@ -100,7 +100,7 @@ def in_pieces() -> dict[str, tuple[float, float]]:
     while run.query is not None:
         advance(model.family, [run])
     done(f"{request.steps} steps")
-    image = to_image(model.finish(run, None))
+    image = to_image(model.finish(run))
     done("decode")
     with tempfile.TemporaryDirectory() as folder:
         inkstream.engine.pictures.metadata.save_picture(image, Path(folder) / "x.png", request, model.spec)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from inkstream.engine.pictures import inputs
-from inkstream.engine.pictures.inputs import fit_size, open_mask, open_picture, to_image, to_pixels
+from inkstream.engine.pictures.inputs import fit_size, open_alpha, open_mask, open_picture, to_image, to_pixels
 from inkstream.types import InputError, Request
 
 
@@ -356,31 +356,35 @@ def test_white_repaints_and_black_keeps_in_every_mode(saved, mode):
     deep = Image.fromarray(np.asarray(ramp, np.uint16) * 257)
     picture = deep if mode == "I;16" else ramp.convert("RGB").convert(mode)
     mask = open_mask(saved(picture, "mask.tiff"), (4, 2))
-    assert mask.dtype == torch.float32
-    assert mask.tolist() == [[0, 0, 1, 1]] * 2
+    assert mask.mode == "L"
+    assert np.asarray(mask).tolist() == [[0, 0, 255, 255]] * 2
 
 
 def test_grey_in_a_mask_is_kept(saved):
     ramp = Image.fromarray(np.arange(256, dtype=np.uint8)[None])
-    expected = torch.arange(256, dtype=torch.float32) / 255
-    assert torch.equal(open_mask(saved(ramp), (256, 1))[0], expected)
-    assert torch.equal(open_mask(saved(ramp.convert("RGB")), (256, 1))[0], expected)
+    assert np.asarray(open_mask(saved(ramp), (256, 1)))[0].tolist() == list(range(256))
+    assert np.asarray(open_mask(saved(ramp.convert("RGB")), (256, 1)))[0].tolist() == list(range(256))
 
 
 def test_a_mask_with_transparency_repaints_its_transparent_pixels_of_any_colour(saved):
     picture = Image.new("RGBA", (3, 1), (255, 255, 255, 255))
     picture.putpixel((1, 0), (255, 255, 255, 0))
     picture.putpixel((2, 0), (0, 0, 0, 51))
-    assert open_mask(saved(picture), (3, 1))[0].tolist() == pytest.approx([0, 1, 0.8])
+    assert np.asarray(open_mask(saved(picture), (3, 1))).tolist() == [[0, 255, 204]]
+    assert np.asarray(open_alpha(saved(picture), (3, 1))).tolist() == [[0, 255, 204]]
+
+
+def test_an_opaque_picture_has_no_transparency_to_repaint(saved):
+    assert open_alpha(saved(Image.new("RGB", (4, 4), "white")), (4, 4)).getextrema() == (0, 0)
 
 
 def test_a_mask_is_fitted_like_its_picture_and_without_ringing(saved):
     picture = Image.new("L", (64, 32))
     picture.paste(255, (32, 0, 64, 32))
-    mask = open_mask(saved(picture), (16, 16))
+    mask = np.asarray(open_mask(saved(picture), (16, 16)))
     assert mask.shape == (16, 16)
     assert mask[:, :7].max() == 0
-    assert mask[:, 9:].min() == 1
+    assert mask[:, 9:].min() == 255
 
 
 # Pixels --------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Repainting: what is kept is kept whatever the solver, and what is pasted leaves the rest as it was."""
+"""Repainting in latents: what is kept is kept whatever the solver, and a soft mask frees points one after another."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from inkstream.flow import add_noise
-from inkstream.sampling.masks import keep, latent_mask, paste, start_index
+from inkstream.sampling.masks import keep, latent_mask, latent_strengths, left_at, start_index
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import SOLVERS, drive, euler
 from inkstream.types import Query
@@ -41,7 +39,7 @@ def test_every_solver_lands_on_the_image_outside_the_mask(name, start):
     image, noise, mask = gaussian(0, 4, 6, 6), gaussian(1, 4, 6, 6), window()
     ts = SCHEDULES["simple"](8, 3.0)[start:]
     solver = SOLVERS[name](add_noise(image, noise, ts[0]), ts, seeded(2))
-    result = drive(keep(solver, image, mask, noise), velocity)
+    result = drive(keep(solver, image, mask, noise, ts), velocity)
     kept = (mask == 0).expand_as(image)
     torch.testing.assert_close(result[kept], image[kept], rtol=0, atol=1e-5)
     assert (result - image)[~kept].abs().min() > 1e-4
@@ -57,14 +55,14 @@ def test_with_euler_it_is_the_blend_after_every_step_of_inpainting_pipelines(sta
     for t, s in pairwise(ts):
         blended = blended + (s - t) * velocity(blended, t)
         blended = (1 - mask) * add_noise(image, noise, s) + mask * blended
-    result = drive(keep(euler(x, ts), image, mask, noise, ts), velocity)
+    result = drive(keep(euler(x, ts), image, mask, noise, ts, mixes=True), velocity)
     torch.testing.assert_close(result, blended, rtol=0, atol=2e-6)
 
 
 def test_an_all_white_mask_changes_nothing():
     image, noise, ts = gaussian(0, 4, 6, 6), gaussian(1, 4, 6, 6), SCHEDULES["simple"](8, 3.0)
     free = drive(SOLVERS["heun"](noise, ts), velocity)
-    assert torch.equal(drive(keep(SOLVERS["heun"](noise, ts), image, torch.ones(1, 6, 6), noise), velocity), free)
+    assert torch.equal(drive(keep(SOLVERS["heun"](noise, ts), image, torch.ones(1, 6, 6), noise, ts), velocity), free)
 
 
 def test_a_wrapped_solver_asks_where_the_solver_itself_would_and_with_no_steps_asks_nothing():
@@ -75,9 +73,9 @@ def test_a_wrapped_solver_asks_where_the_solver_itself_would_and_with_no_steps_a
         asked.append(t)
         return velocity(x, t)
 
-    drive(keep(SOLVERS["heun"](noise, ts), image, window(), noise), remember)
+    drive(keep(SOLVERS["heun"](noise, ts), image, window(), noise, ts), remember)
     assert asked == [ts[0], ts[1], ts[1], ts[2], ts[2], ts[3], ts[3]]
-    assert torch.equal(drive(keep(euler(image, [0.0]), image, window(), noise), velocity), image)
+    assert torch.equal(drive(keep(euler(image, [0.0]), image, window(), noise, [0.0]), velocity), image)
 
 
 def test_closing_a_wrapped_solver_closes_the_one_inside():
@@ -91,7 +89,7 @@ def test_closing_a_wrapped_solver_closes_the_one_inside():
             closed.append(True)
 
     inside = endless()  # held here, so that it is not closed merely by being let go
-    wrapped = keep(inside, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.zeros(1, 1, 1))
+    wrapped = keep(inside, torch.zeros(1, 1, 1), torch.ones(1, 1, 1), torch.zeros(1, 1, 1), [1.0, 0.0])
     next(wrapped)
     assert not closed
     wrapped.close()
@@ -118,39 +116,32 @@ def test_a_smooth_latent_mask_is_the_mean_of_the_four_pixels_in_a_cells_middle()
     assert latent_mask(mask, 1, 2, smooth=True).tolist() == [[[0.25, 0.5]]]
 
 
-@given(seed=st.integers(0, 999), feather=st.integers(0, 9), share=st.floats(0, 1))
-def test_every_pixel_outside_the_mask_is_the_originals_exactly(seed, feather, share):
-    original, result = torch.rand(2, 3, 12, 17, generator=seeded(seed))
-    mask = torch.rand(12, 17, generator=seeded(seed + 1)).pow(4 * share)
-    pasted = paste(original, result, mask, feather)
-    assert torch.equal(pasted[:, mask < 0.5], original[:, mask < 0.5])
-    low, high = torch.minimum(original, result), torch.maximum(original, result)
-    assert ((pasted >= low - 1e-6) & (pasted <= high + 1e-6)).all()
+def test_the_share_of_the_steps_that_are_left_falls_from_1_to_one_step():
+    ts = SCHEDULES["simple"](4, 3.0)
+    assert [left_at(t, ts) for t in ts] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert left_at((ts[1] + ts[2]) / 2, ts) == 0.75  # a query inside the second step
 
 
-def test_the_seam_fades_in_linearly_inside_the_white_part():
-    mask = torch.zeros(1, 20)
-    mask[:, 5:] = 1
-    pasted = paste(torch.zeros(3, 1, 20), torch.ones(3, 1, 20), mask, feather=4)
-    expected = torch.cat([torch.zeros(5), torch.tensor([0.2, 0.4, 0.6, 0.8]), torch.ones(11)])
-    torch.testing.assert_close(pasted, expected.expand(3, 1, 20))
+@pytest.mark.parametrize("name", SOLVERS)
+def test_a_soft_masks_values_say_in_which_part_of_the_steps_a_point_is_free(name):
+    image, noise = torch.zeros(1, 1, 5), gaussian(1, 1, 1, 5)
+    strengths, ts = torch.tensor([[[0.0, 0.2, 0.5, 0.8, 1.0]]]), SCHEDULES["simple"](4, 3.0)
+    free: list[tuple[float, list[bool]]] = []
+
+    def watch(x, t):
+        free.append((t, (x - add_noise(image, noise, t)).abs().gt(1e-5).flatten().tolist()))
+        return torch.full_like(x, 5.0)
+
+    solver = SOLVERS[name](noise, ts, seeded(2))
+    result = drive(keep(solver, image, strengths, noise, ts, soft=True), watch).flatten()
+    assert result[:2].tolist() == pytest.approx([0, 0], abs=1e-5)  # 0.2 is less than the last of four steps
+    assert result[2:].abs().min() > 0.1
+    at_half = next(moved for t, moved in free if t == ts[2])  # before the third step only 0.8 and 1 were free
+    if name in ("euler", "heun", "dpmpp_2m"):
+        assert at_half == [False, False, False, True, True]
 
 
-def test_without_feather_the_result_begins_at_the_edge():
-    original, result = torch.rand(2, 3, 8, 8, generator=seeded(0))
-    mask = torch.zeros(8, 8)
-    mask[2:6, 2:6] = 1
-    assert torch.equal(paste(original, result, mask, 0), torch.where(mask >= 0.5, result, original))
-
-
-def test_an_all_white_mask_gives_the_whole_result_and_an_all_black_one_the_original():
-    original, result = torch.rand(2, 3, 8, 8, generator=seeded(0))
-    assert torch.equal(paste(original, result, torch.ones(8, 8), 3), result)
-    assert torch.equal(paste(original, result, torch.zeros(8, 8), 3), original)
-
-
-def test_a_stroke_thinner_than_the_feather_still_shows_the_result():
-    original, result = torch.zeros(3, 20, 20), torch.ones(3, 20, 20)
-    mask = torch.zeros(20, 20)
-    mask[8:11] = 1
-    assert paste(original, result, mask, feather=8)[0, :, 0].tolist()[7:12] == [0.0, 0.5, 1.0, 0.5, 0.0]
+def test_a_latent_strength_is_the_mean_of_its_cell():
+    mask = torch.zeros(16, 16)
+    mask[:8, :4], mask[8:, 8:] = 1, 0.5
+    assert latent_strengths(mask, 2, 2).tolist() == [[[0.5, 0.0], [0.0, 0.5]]]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, Protocol, TypeVar, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -33,6 +33,12 @@ none: no block is skipped. first-block: the residual of the last full step. tayl
 PlacementName = Literal["resident", "parked", "streamed"]
 AttentionName = Literal["auto", "sdpa", "varlen", "flash2", "flash3", "sage"]
 ScheduleName = Literal["simple", "sgm_uniform", "normal", "beta", "beta57", "linear_quadratic", "bong_tangent"]
+MaskFill = Literal["original", "blur", "noise", "telea"]
+"""What the repainted part holds before it is drawn.
+
+original: the picture itself. blur: the colours around it, spread over it. noise: random colours. telea: its edge
+continued inwards (Telea 2004).
+"""
 
 
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -271,6 +277,126 @@ Control = Annotated[
 ]
 
 
+class MaskSource(NamedTuple):
+    """What a mask is made from. As text: `alpha`, `colour:#00ff00[~TOLERANCE]`, `text` or `text:WORDS`.
+
+    alpha: the picture's transparent pixels. colour: the pixels of a colour, in which no channel differs by more than
+    the tolerance. text: all written text, or some words.
+    """
+
+    kind: Literal["alpha", "colour", "text"]
+    value: str = ""
+    tolerance: int = 24
+
+    @staticmethod
+    def read(text: str) -> MaskSource:
+        """Read the text form. Raises InputError."""
+        kind, _, value = (part.strip() for part in text.partition(":"))
+        if kind == "alpha" and not value:
+            return MaskSource("alpha")
+        if kind == "text":
+            return MaskSource("text", value)
+        if kind == "colour":
+            found = re.fullmatch(r"#([0-9a-fA-F]{3}|[0-9a-fA-F]{6})(?:~(\d{1,3}))?", value)
+            if found is None or int(found[2] or 0) > 255:
+                raise InputError(f"colour {value[:40]!r} of a mask is not like #00ff00 or #0f0~40 (tolerance 0 to 255)")
+            digits = found[1] if len(found[1]) == 6 else "".join(2 * digit for digit in found[1])
+            return MaskSource(
+                "colour", f"#{digits}", MaskSource._field_defaults["tolerance"] if found[2] is None else int(found[2])
+            )
+        raise InputError(f"a mask is not made from {text[:40]!r}: write alpha, colour:#00ff00, text or text:WORDS")
+
+
+class Extension(NamedTuple):
+    """New space around a picture, in pixels. As text: `left=128,right=64`, or `1024x768@ANCHOR` for a whole size.
+
+    anchor: the place of the picture in the whole.
+    """
+
+    left: int = 0
+    top: int = 0
+    right: int = 0
+    bottom: int = 0
+    size: tuple[int, int] | None = None
+    anchor: str = "center"
+
+    @staticmethod
+    def read(text: str) -> Extension:
+        """Read the text form. Raises InputError."""
+        if found := re.fullmatch(r"\s*(\d{1,5})x(\d{1,5})(?:@([a-z-]+))?\s*", text):
+            size, anchor = (int(found[1]), int(found[2])), found[3] or "center"
+            if anchor not in ANCHORS:
+                raise InputError(f"extend has no anchor {anchor[:40]!r}: take {', '.join(ANCHORS)}")
+            if not all(16 <= side <= 8192 for side in size):
+                raise InputError(f"extend {found[1]}x{found[2]} is out of range: take sides from 16 to 8192")
+            return Extension(size=size, anchor=anchor)
+        sides: dict[str, int] = {}
+        for part in text.split(","):
+            name, _, pixels = (piece.strip() for piece in part.partition("="))
+            if name not in ("left", "top", "right", "bottom") or name in sides or not re.fullmatch(r"\d{1,5}", pixels):
+                raise InputError(f"extend {text[:60]!r} is not like left=128,right=64 or 1024x768@center")
+            sides[name] = int(pixels)
+        if not 0 < max(sides.values()) <= 4096:
+            raise InputError(f"extend {text[:60]!r} is out of range: take 1 to 4096 pixels a side")
+        left, top, right, bottom = (sides.get(name, 0) for name in ("left", "top", "right", "bottom"))
+        return Extension(left, top, right, bottom)
+
+    def around(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Return the new pixels left, above, right and below of a picture. Raises InputError if it has no room."""
+        if self.size is None:
+            return self.left, self.top, self.right, self.bottom
+        across, down = self.size[0] - width, self.size[1] - height
+        if min(across, down) < 0 or across == down == 0:
+            whole = "x".join(map(str, self.size))
+            raise InputError(f"extend {whole} leaves no room around a picture of {width}x{height}: take a larger size")
+        share = ANCHORS[self.anchor]
+        left, top = (round(space * part) for space, part in zip((across, down), share))
+        return left, top, across - left, down - top
+
+
+ANCHORS = {
+    "center": (0.5, 0.5), "left": (0.0, 0.5), "right": (1.0, 0.5), "top": (0.5, 0.0), "bottom": (0.5, 1.0),
+    "top-left": (0.0, 0.0), "top-right": (1.0, 0.0), "bottom-left": (0.0, 1.0), "bottom-right": (1.0, 1.0),
+}  # fmt: skip
+"""Anchor of an Extension -> the share of the new space that is left of the picture, and above it."""
+
+
+class Context(NamedTuple):
+    """How much around a mask is drawn with it. As text: a factor of the mask's size such as `1.2`, or `32px`."""
+
+    factor: float = 1.0
+    pixels: int = 0
+
+    @staticmethod
+    def read(value: Any) -> Context:
+        """Read the text form, or a number. Raises InputError."""
+        text = str(value).strip()
+        if found := re.fullmatch(r"(\d{1,4})px", text):
+            return Context(pixels=int(found[1]))
+        if not re.fullmatch(_NUMBER, text) or not 1 <= float(text) <= 100:
+            raise InputError(
+                f"crop {text[:40]!r} is neither a factor from 1 to 100, such as 1.2, nor pixels such as 32px"
+            )
+        return Context(factor=float(text))
+
+
+def _context_to_text(value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    Context.read(value)
+    return str(value).strip()
+
+
+def _read_by(read: Callable[[str], object]) -> Callable[[str], str]:
+    """Return a validator: it gives a text back, without spaces around it, if `read` can read it."""
+
+    def check(text: str) -> str:
+        read(text)
+        return text.strip()
+
+    return check
+
+
 class Request(BaseModel, frozen=True):
     """One drawing request: the prompt, the settings and the input pictures. None means the model's own default.
 
@@ -327,6 +453,33 @@ class Request(BaseModel, frozen=True):
     mask: Picture | None = Field(
         None, description="Picture whose white part is repainted; the black part is kept exactly."
     )
+    mask_from: Annotated[str, AfterValidator(_read_by(MaskSource.read))] | None = Field(
+        None,
+        max_length=1000,
+        description="Repaint a part of the start picture without a mask: alpha (its transparent pixels), "
+        "colour:#00ff00[~TOLERANCE], text (all of it) or text:WORDS.",
+    )
+    mask_invert: bool = Field(False, description="Keep what the mask repaints, and repaint what it keeps.")
+    mask_grow: int = Field(0, ge=-1024, le=1024, description="Grow the mask by so many pixels; below 0 shrinks it.")
+    mask_blur: int = Field(
+        8, ge=0, le=1024, description="Width in pixels of the fade to the repainted part, inside the mask's edge."
+    )
+    mask_soft: bool = Field(
+        False, description="The mask's grey values, and its fade, are strengths: dark grey changes little."
+    )
+    mask_fill: MaskFill = Field(
+        "original", description="What the repainted part holds before it is drawn; matters with strength below 1."
+    )
+    crop: Annotated[str, BeforeValidator(_context_to_text)] | None = Field(
+        None,
+        description="Draw only the mask's surroundings, at full resolution: a factor of the mask's size such as 1.2, "
+        "or pixels around it such as 32px.",
+    )
+    extend: Annotated[str, AfterValidator(_read_by(Extension.read))] | None = Field(
+        None,
+        description="Draw beyond the start picture's edges: left=128,right=64 (pixels), or 1024x768@ANCHOR (the "
+        "whole, and where the picture is in it).",
+    )
     reference: tuple[Picture, ...] = Field(
         (), max_length=10, description="Reference picture, called 'image 1' in the prompt; repeat the option for more."
     )
@@ -349,7 +502,16 @@ class Request(BaseModel, frozen=True):
         "PATH[:SCALE][@FROM-UNTIL][#MODE]; scale 0.75 and all steps (0-1) are the defaults.",
     )
 
+    @property
+    def repaints(self) -> bool:
+        """Whether a part of the start picture is repainted and the rest is kept."""
+        return any(value is not None for value in (self.mask, self.mask_from, self.extend))
 
+
+REPAINTING = (
+    "mask", "mask_from", "mask_invert", "mask_grow", "mask_blur", "mask_soft", "mask_fill", "crop", "extend",
+)  # fmt: skip
+"""Fields of a Request that say which part of the start picture is repainted, and how."""
 Wish = TypeVar("Wish", bound=Request)
 
 

@@ -91,8 +91,8 @@ def evaluate(
     for name, value, most in (("--seeds", seeds, 1000), ("--limit", limit, None)):
         if value is not None and not 1 <= value <= (most or value):
             raise InputError(f"{name} {value} is out of range: give 1 {f'to {most}' if most else 'or more'}")
+    from inkstream.engine.pictures.ocr import open_reader
     from inkstream.evaluate.judge import judge_drawings, judge_sweep, judge_truths, measure_loss
-    from inkstream.evaluate.ocr import open_reader
     from inkstream.evaluate.report import matrix, record, table, write_sheet
     from inkstream.evaluate.run import Settings, claim, plan
     from inkstream.evaluate.suites import open_suite, thin

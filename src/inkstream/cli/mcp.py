@@ -17,19 +17,20 @@ from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import check, find_place
 from inkstream.cli.machine import ANYWHERE, Anywhere, make_drawer
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Done, Drawer, Event, Failed, InputError, Request, Step
+from inkstream.types import REPAINTING, Done, Drawer, Event, Failed, InputError, Request, Step
 
 if TYPE_CHECKING:
     from mcp.server import Server, ServerRequestContext
     from mcp.types import CallToolRequestParams, CallToolResult, ContentBlock
 
 
-FROM_PICTURES = ("image", "mask", "strength", "reference")
+FROM_PICTURES = ("image", *REPAINTING, "strength", "reference")
 """Fields of a Request that only `edit` takes."""
 TOOLS = {
     "generate": "Draw pictures of a prompt. Returns each at reduced size, with its seed and the path of the full file.",
-    "edit": "Draw from pictures: start from one (image), repaint the white part of a mask (mask), or use some as "
-    "references (reference). Pictures are file paths, such as those that generate and edit return, or data URLs.",
+    "edit": "Draw from pictures: start from one (image), repaint a part of it (mask, mask_from), draw beyond its "
+    "edges (extend), or use some as references (reference). Pictures are file paths, such as those that generate and "
+    "edit return, or data URLs.",
     "list_models": "List the available models: what each takes, its default size and its licence.",
 }
 SHOWN = 1024

@@ -15,7 +15,7 @@ from inkstream.cli.generate import as_options, check, draw, find_place, read_jso
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE, RUN, Here, make_engine
 from inkstream.cli.terminal import Terminal
-from inkstream.types import InputError, Machine, Request, Spec
+from inkstream.types import REPAINTING, InputError, Machine, Request, Spec
 
 if TYPE_CHECKING:
     from inkstream.engine.drawing.refine import Refinement
@@ -32,7 +32,7 @@ class Anew(Request, frozen=True):
     )
 
 
-as_options(Anew, bare=(), without=("image", "mask", "reference", "count"))
+as_options(Anew, bare=(), without=("image", *REPAINTING, "reference", "count"))
 ANEW = Anew.model_validate({})
 
 

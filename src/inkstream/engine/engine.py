@@ -268,11 +268,13 @@ def advice(request: Request, model: Model) -> list[str]:
 def remarks(request: Request, spec: Spec) -> list[str]:
     """Return the lines of `advice` that follow from the model's Spec. Values that equal the default are left out."""
     lines: list[str] = []
+    whole = complete(request, spec)
+    sized = request.model_copy(update={"width": whole.width, "height": whole.height})
     for name, option in options(spec, request).items():
         if not option.why or option.needed or name not in request.model_fields_set:
             continue
         value, default = getattr(request, name), Request.model_fields[name].default
-        left_out = complete(request.model_copy(update={name: default}), spec)
+        left_out = complete(sized.model_copy(update={name: default}), spec)
         if value not in (default, getattr(left_out, name)):
             shown = name.replace("_", " ") + ("" if isinstance(value, str) else f" {value:g}")
             lines.append(f"{shown}{' has no effect' if option.effect == 'ignores' else ''}: {option.why}")

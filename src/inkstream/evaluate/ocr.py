@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any
 
-import numpy as np
 from PIL import Image
 
-from inkstream.types import InputError
-
-LEAST = 512  # pixels of the shorter side; smaller pictures are enlarged, because rapidocr is made for photographs
-ALIKE = str.maketrans({"0": "o", "1": "l", "i": "l", "|": "l"})
+from inkstream.engine.pictures.ocr import fold, lines_in
 
 
 @dataclass(frozen=True)
@@ -28,15 +21,7 @@ class Reading:
 
 def read(picture: Image.Image, wanted: str) -> Reading:
     """Read a picture and compare it with the wanted lines, separated by "\\n". Raises InputError without the extra."""
-    return compare(lines_of(picture), wanted.split("\n"))
-
-
-def lines_of(picture: Image.Image) -> tuple[str, ...]:
-    """Return the lines that rapidocr finds, in its order."""
-    scale = max(1.0, LEAST / min(picture.size))
-    size = round(picture.width * scale), round(picture.height * scale)
-    pixels = np.asarray(picture.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-    return tuple(open_reader()(np.ascontiguousarray(pixels[..., ::-1])).txts or ())  # rapidocr takes BGR
+    return compare([line.text for line in lines_in(picture)], wanted.split("\n"))
 
 
 def compare(lines: Sequence[str], wanted: Sequence[str]) -> Reading:
@@ -50,11 +35,6 @@ def compare(lines: Sequence[str], wanted: Sequence[str]) -> Reading:
     return Reading(tuple(lines), exact, right / max(total, 1))
 
 
-def fold(text: str) -> str:
-    """Normalise a text: no case, no spaces, look-alikes are equal."""
-    return "".join(unicodedata.normalize("NFKC", text).casefold().split()).translate(ALIKE)
-
-
 def distance(a: str, b: str) -> int:
     """Return the Levenshtein distance: the fewest insertions, deletions and replacements."""
     row = list(range(len(b) + 1))
@@ -63,13 +43,3 @@ def distance(a: str, b: str) -> int:
         for j, y in enumerate(b, 1):
             before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
-
-
-@lru_cache(maxsize=1)
-def open_reader() -> Any:
-    """Load rapidocr with its models, once. Raises InputError if the extra is not installed."""
-    try:
-        from rapidocr import RapidOCR
-    except ImportError as error:
-        raise InputError(f"the second reader needs rapidocr ({error}): pip install 'inkstream[ocr]'") from error
-    return RapidOCR(params={"Global.log_level": "error"})

@@ -90,7 +90,7 @@ def draw(model: Model, jobs: Sequence[Job], folder: Path) -> Iterator[Step]:
                 step += 1
                 yield Step(step, steps, drawn - 1, len(jobs), t, time.perf_counter() - began)
             for job, run in zip(batch, runs):
-                save_picture(to_image(model.finish(run, None)), job.path(folder), job.request.plain(), model.spec)
+                save_picture(to_image(model.finish(run)), job.path(folder), job.request.plain(), model.spec)
         finally:
             for run in runs:
                 run.close()

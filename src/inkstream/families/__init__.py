@@ -57,13 +57,17 @@ WIDTHS = {3840: "Z-Image", 3072: "FLUX.1 or FLUX.2 klein 4B", 4096: "FLUX.2 klei
 
 @dataclass(frozen=True)
 class Pictures:
-    """The RGB pictures of a request, unchanged, and the size in pixels to draw at."""
+    """The pictures of a request, and the size in pixels to draw at.
+
+    references: RGB, unchanged. image: the part of the start picture that is drawn, RGB, and mask: mode L, white areas
+    are repainted; both at the size to draw at, and None unless a part is repainted.
+    """
 
     width: int
     height: int
     references: Sequence[Image] = ()
-    image: Image | None = None  # the start picture, if there is a mask
-    mask: Image | None = None  # white areas are repainted
+    image: Image | None = None
+    mask: Image | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Image to image and inpainting: the first step, a solver that keeps the unmasked part, and pasting of the result."""
+"""Image to image and inpainting: the first step, and a solver that keeps the unmasked part."""
 
 from __future__ import annotations
 
@@ -21,27 +21,44 @@ def start_index(steps: int, strength: float) -> int:
     return int(max(steps - min(steps * strength, steps), 0))
 
 
-def keep(solver: Solver, image: Tensor, mask: Tensor, noise: Tensor, ts: Sequence[float] = ()) -> Solver:
+def keep(
+    solver: Solver,
+    image: Tensor,
+    mask: Tensor,
+    noise: Tensor,
+    ts: Sequence[float],
+    mixes: bool = False,
+    soft: bool = False,
+) -> Solver:
     """Wrap a solver so that its result equals the image wherever the mask is 0.
 
     There the model's velocity is replaced by the velocity from the current point straight to the image. So Euler,
     started at `add_noise(image, noise, t)`, stays on the straight path from that noise to the image. Inpainting
     pipelines put their latents back onto the same path after each step. image, mask: broadcastable to the solver's x.
-    mask: 1 repaints, 0 keeps. Closing the wrapper closes the solver.
+    mask: 1 repaints, 0 keeps. ts: the solver's times. Closing the wrapper closes the solver.
 
-    ts: for Euler, its times. The velocity then leads to the path's point at the next time. This differs only between 0
-    and 1: as in those pipelines, each step mixes the solver's point with the path's.
+    mixes: for Euler. The velocity then leads to the path's point at the next time. This differs only between 0 and 1:
+    as in those pipelines, each step mixes the solver's point with the path's.
+
+    soft: the mask's values are strengths. A point is kept until the share of the steps that are left is no more than
+    its strength, and is then repainted (differential diffusion, Levin and Fried 2023).
     """
     try:
         query = next(solver)
         while True:
             v = yield query
-            s = next((s for s in ts if s < query.t), 0.0)
-            query = solver.send(mask * v + (1 - mask) * (query.x - add_noise(image, noise, s)) / (query.t - s))
+            now = (mask >= left_at(query.t, ts)).to(mask.dtype) if soft else mask
+            s = next((s for s in ts if s < query.t), 0.0) if mixes else 0.0
+            query = solver.send(now * v + (1 - now) * (query.x - add_noise(image, noise, s)) / (query.t - s))
     except StopIteration as end:
         return end.value
     finally:
         solver.close()
+
+
+def left_at(t: float, ts: Sequence[float]) -> float:
+    """Return the share of the steps that are left at a time: 1 in the first step, 1 / steps in the last one."""
+    return sum(s < t for s in ts) / max(len(ts) - 1, 1)
 
 
 def latent_mask(mask: Tensor, h: int, w: int, smooth: bool = False) -> Tensor:
@@ -54,17 +71,6 @@ def latent_mask(mask: Tensor, h: int, w: int, smooth: bool = False) -> Tensor:
     return F.interpolate(white, size=(h, w), mode="bilinear" if smooth else "nearest")[0]
 
 
-def paste(original: Tensor, result: Tensor, mask: Tensor, feather: int) -> Tensor:
-    """Paste the result over the original where the mask is white. original, result: (3, H, W); mask: (H, W).
-
-    Black pixels, mask < 0.5, are exactly the original's. The seam is inside the white part: the result fades in
-    linearly over `feather` pixels from the edge. The distance is the Chebyshev distance; the picture's border is not an
-    edge. If the white part is less deep than `feather` everywhere, the result fades in over the depth that it has.
-    """
-    black = (mask < 0.5).to(original.dtype)[None]  # (1, H, W)
-    depth = 1 - black  # distance from a white pixel to the nearest black one, counted up to feather + 1
-    spread = black
-    for _ in range(feather):
-        spread = F.max_pool2d(spread, 3, stride=1, padding=1)
-        depth = depth + (1 - spread)
-    return torch.lerp(original, result, depth / depth.max().clamp(min=1))
+def latent_strengths(mask: Tensor, h: int, w: int) -> Tensor:
+    """Resize a soft mask to the latent grid: the mean of each cell. mask: (H, W) in [0, 1] -> (1, h, w)."""
+    return F.interpolate(mask.to(torch.float32)[None, None], size=(h, w), mode="area")[0]

@@ -90,4 +90,4 @@ def draw(model: Model, prompt: str, seed: int, around: Around) -> Tensor:
     run = model.start(request, model.encode(request), None, around=around)
     while run.query is not None:
         advance(model.family, [run])
-    return model.finish(run, None)
+    return model.finish(run)

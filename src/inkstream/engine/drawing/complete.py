@@ -15,6 +15,8 @@ from inkstream.types import InputError, Request, ScheduleName, SolverName, Spec
 if TYPE_CHECKING:
     from PIL import Image
 
+    from inkstream.engine.pictures.edits import Canvas, Edit
+
 
 class Complete(Request, frozen=True):
     """A Request without open fields. `complete` makes it from a request and a model's Spec.
@@ -41,6 +43,24 @@ class Complete(Request, frozen=True):
         from inkstream.engine.pictures.inputs import open_picture
 
         return open_picture(self.image)
+
+    @cached_property
+    def canvas(self) -> Canvas | None:
+        """The picture of which a part is repainted; None if none is. Raises InputError if that is not possible."""
+        if self.start is None or not self.repaints:
+            return None
+        from inkstream.engine.pictures.edits import canvas_of
+
+        return canvas_of(self, self.start)
+
+    @cached_property
+    def edit(self) -> Edit | None:
+        """How a part of the start picture is drawn and pasted back; None if the whole is drawn."""
+        if self.canvas is None:
+            return None
+        from inkstream.engine.pictures.edits import Edit
+
+        return Edit(self.canvas, (self.width, self.height), self.mask_blur, self.mask_soft, self.mask_fill)
 
     @cached_property
     def shown(self) -> list[Image.Image]:
@@ -79,7 +99,9 @@ def complete(request: Request, spec: Spec) -> Complete:
     width, height = request.width, request.height
     if width is None or height is None:
         own = spec.size
-        if whole.start is not None:
+        if whole.canvas is not None:
+            own = whole.canvas.size_for(spec.multiple, spec.size)
+        elif whole.start is not None:
             from inkstream.engine.pictures.inputs import fit_size
 
             own = fit_size(whole.start, spec.multiple)
@@ -103,7 +125,7 @@ def complete(request: Request, spec: Spec) -> Complete:
         "seed": secrets.randbelow(2**32),
     }
     if request.image is not None:
-        defaults["strength"] = 1.0 if request.mask is not None else spec.strength
+        defaults["strength"] = 1.0 if request.repaints else spec.strength
     if spec.writer:
         defaults["upsample"] = writes_out(request, spec)
     return whole.model_copy(update={name: value for name, value in defaults.items() if name not in given})

@@ -91,7 +91,8 @@ class Flow:
                     preview = model.preview(run.estimate) if job.previews else None
                     yield Step(step, run.evaluations, index, request.count, t, seconds, preview)
                 job.end_phase()
-                image = to_image(model.finish(run, original))
+                drawn = to_image(model.finish(run))
+                image = drawn if one.edit is None else one.edit.paste(drawn)
             finally:
                 run.close()
             job.drawn.append(Done(image, one.plain(), index, request.count, time.perf_counter() - began))

@@ -17,7 +17,7 @@ from inkstream.engine.drawing.controls import Controls
 from inkstream.engine.drawing.options import cached, guided
 from inkstream.engine.drawing.writing import written_out
 from inkstream.engine.files.controls import uses_of
-from inkstream.engine.pictures.inputs import open_mask, open_picture, to_pixels
+from inkstream.engine.pictures.inputs import to_pixels
 from inkstream.engine.pictures.preview import fit_preview
 from inkstream.families import ControlNet, Family, Pictures, Writer
 from inkstream.flow import add_noise, to_image
@@ -25,13 +25,10 @@ from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.around.cache import POINTS, StepCache
 from inkstream.nn.forward import Sample
 from inkstream.sampling.guidance import guide, is_on
-from inkstream.sampling.masks import keep, latent_mask, paste, start_index
+from inkstream.sampling.masks import keep, latent_mask, latent_strengths, start_index
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import SOLVERS, times_asked
 from inkstream.types import Conditioning, ControlUse, InputError, LoraUse, Query, Request, Solver, Spec, singles
-
-FEATHER = 8
-"""Width in pixels of the fade between original and repainted pixels, inside a mask's edge."""
 
 
 class Model:
@@ -90,7 +87,7 @@ class Model:
         prompt = written_out(whole, self.spec)
         prompts = [prompt, whole.negative_prompt] if guided(whole, self.spec) else [prompt]
         cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
-        inpainting = (whole.start, open_picture(whole.mask)) if whole.mask else ()
+        inpainting = (whole.edit.shown, whole.edit.mask) if whole.edit else ()
         cond = self.family.look(cond, Pictures(whole.width, whole.height, whole.shown, *inpainting))
         if not whole.control:
             return cond
@@ -130,15 +127,13 @@ class Model:
 
     @torch.inference_mode()
     def open_original(self, request: Complete) -> Original | None:
-        """Return the picture that a request starts from, as pixels, latents and mask. None: it starts from noise."""
-        if request.start is None:
+        """Return the picture that a request starts from, as latents and mask. None: it starts from noise."""
+        edit = request.edit
+        if request.start is None or "fill" in self.spec.abilities:  # Fill reads the picture beside the noise
             return None
-        size = request.width, request.height
-        pixels = to_pixels(request.start, *size)
-        mask = None if request.mask is None else torch.as_tensor(open_mask(request.mask, size))
-        if "fill" in self.spec.abilities:  # the picture is an input beside the noise; it is not mixed with the noise
-            return Original(pixels, None, mask)
-        return Original(pixels, self.family.encode_image(pixels[None].to(self.device))[0], mask)
+        pixels = to_pixels(edit.start if edit else request.start, request.width, request.height)
+        mask = to_pixels(edit.mask, request.width, request.height)[0] if edit else None
+        return Original(self.family.encode_image(pixels[None].to(self.device))[0], mask)
 
     @torch.inference_mode()
     def start(
@@ -159,14 +154,17 @@ class Model:
             noise = torch.randn(shape, generator=generator)
         noise = start = noise.to(self.device, torch.float32)
         ts = schedule = SCHEDULES[request.schedule](request.steps, request.shift, self.spec.table)
-        latents = None if original is None else original.latents
-        if latents is not None:
+        if original is not None:
             ts = ts[start_index(len(ts) - 1, request.strength) :]
-            start = add_noise(latents, noise, ts[0])
+            start = add_noise(original.latents, noise, ts[0])
         solver = SOLVERS[request.solver](start, ts, generator)
-        if original is not None and latents is not None and original.mask is not None:
-            mask = latent_mask(original.mask, *shape[1:], smooth="source" in self.spec.abilities).to(self.device)
-            solver = keep(solver, latents, mask, noise, ts if request.solver == "euler" else ())
+        if original is not None and original.mask is not None:
+            if soft := request.mask_soft:
+                mask = latent_strengths(original.mask, *shape[1:])
+            else:
+                mask = latent_mask(original.mask, *shape[1:], smooth="source" in self.spec.abilities)
+            mixes = request.solver == "euler"
+            solver = keep(solver, original.latents, mask.to(self.device), noise, ts, mixes, soft)
         times = times_asked(request.solver, ts)
         if guided(request, self.spec) and len(cond) < 2:
             raise InputError(f"guidance {request.guidance} needs the negative prompt too: encode this same request")
@@ -192,15 +190,13 @@ class Model:
             legs.append(Leg(begins, here, prepared))
         return Run(request, solver, legs, len(times), start)
 
-    def finish(self, run: Run, original: Original | None) -> Tensor:
-        """Return the pixels (3, H, W) of a finished run. Outside a mask, they are the original's pixels."""
+    def finish(self, run: Run) -> Tensor:
+        """Return the pixels (3, H, W) of a finished run. Raises InputError if a number is not finite."""
         if not torch.isfinite(run.result).all():
             raise self.overflow()
         pixels = self.decode(run.result[None])[0].cpu()
         if not torch.isfinite(pixels).all():
             raise self.overflow()
-        if original is not None and original.mask is not None:
-            pixels = paste(original.pixels, pixels, original.mask, FEATHER)
         return pixels
 
     def overflow(self) -> InputError:
@@ -217,13 +213,9 @@ class Model:
 
 @dataclass(frozen=True)
 class Original:
-    """The picture to start from. pixels: (3, H, W) in [0, 1]; latents: (C, h, w); mask: (H, W), 1 repaints.
+    """The picture to start from. latents: (C, h, w); mask: (H, W) in [0, 1], 1 repaints; None: all is repainted."""
 
-    latents: None if no noise is mixed with the picture.
-    """
-
-    pixels: Tensor
-    latents: Tensor | None
+    latents: Tensor
     mask: Tensor | None
 
 

@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from inkstream.engine.files.controls import uses_of
 from inkstream.families import SPECS
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import REPAINTING, InputError, Request, Spec
 
 Effect = Literal["honours", "ignores", "rejects"]
 
@@ -120,23 +120,42 @@ def _guidance(spec: Spec, request: Request | None) -> dict[str, Option]:
     return {"guidance": Option("honours", why), **dict.fromkeys(for_two, Option("honours", note))}
 
 
+def _repainting(request: Request) -> dict[str, Option]:
+    """The options of repainting that have no effect beside the other fields of a request."""
+    if not request.repaints:
+        why = "it is for a part of a picture: give mask, mask_from or extend"
+        how = [name for name in REPAINTING if name not in ("mask", "mask_from", "extend")]
+        return dict.fromkeys(how, Option("ignores", why))
+    if request.mask is None and request.mask_from is None:
+        return {"mask_invert": Option("ignores", "there is no mask: give mask or mask_from")}
+    return {}
+
+
 def _pictures(spec: Spec, request: Request | None) -> dict[str, Option]:
     """The options of input pictures."""
     able, name = spec.abilities, spec.name
-    table: dict[str, Option] = {}
+    table = {} if request is None else _repainting(request)
     if request is not None and request.image is None:
-        for field in ("mask", "strength"):
+        for field in ("mask", "mask_from", "extend", "strength"):
             why = f"{field} needs a start picture: give image as well, or leave {field} out"
             table[field] = Option("rejects", why)
+    if request is not None and request.mask is not None and request.mask_from is not None:
+        table["mask_from"] = Option("rejects", "mask and mask_from were both given: leave one of them out")
     for field in ("image", "mask"):
         if field not in able:
             table[field] = Option("rejects", f"{name} takes no {field}: leave it out, or take a model that does")
     if "image" not in able:
         table["strength"] = table["image"]
+    if "mask" not in able:
+        table |= dict.fromkeys(REPAINTING, table["mask"])
     if "fill" in able:
         needed = Option("honours", f"{name} repaints part of a picture: give image and mask", needed=True)
         drawn = Option("ignores", f"{name} draws the masked region from noise alone")
-        table |= {"image": needed, "mask": needed, "strength": drawn}
+        table |= {"image": needed, "strength": drawn, "mask_fill": drawn}
+        hard = f"{name} repaints all of a masked region alike: leave mask_soft out"
+        table["mask_soft"] = Option("rejects", hard)
+        if request is None or not request.repaints:
+            table["mask"] = needed
     if "map" in able:
         table["reference"] = Option("honours", f"{name} follows one map: give it as reference", needed=True)
     elif "references" not in able:

@@ -12,7 +12,7 @@ from inkstream.engine.drawing.options import options
 from inkstream.engine.pictures.inputs import fit_size, open_picture, read_source, short_name
 from inkstream.families import SPECS
 from inkstream.sampling.schedules import shifted
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import REPAINTING, InputError, Request, Spec
 
 Way = Literal["strength", "reference"]
 """How the draft is given to the model: as the start picture, with noise added, or as a reference picture."""
@@ -55,7 +55,7 @@ def refined(wish: Request, draft: Request, picture: str, spec: Spec, way: Way | 
     for name in ("prompt", "negative_prompt", "seed"):
         if name in draft.model_fields_set:
             taken[name] = getattr(draft, name)
-    taken |= wish.model_dump(include=wish.model_fields_set - {"image", "mask", "reference", "count"})
+    taken |= wish.model_dump(include=wish.model_fields_set - {"image", *REPAINTING, "reference", "count"})
     if not taken.get("prompt", "").strip() and not draft.reference:
         raise InputError(f"{short_name(picture)} carries no prompt: give one with --prompt")
     taken["width"], taken["height"] = _size(wish, picture, spec.multiple)
@@ -124,7 +124,7 @@ def _strength(wish: Request, spec: Spec, width: int, height: int) -> float:
 
 def _left_out(draft: Request, wish: Request, spec: Spec) -> Iterator[str]:
     """A line for each kind of field that was set for the draft and is not taken over."""
-    pictures = [name for name in ("image", "mask") if getattr(draft, name) is not None]
+    pictures = [name for name in ("image", "mask", "mask_from", "extend") if getattr(draft, name) is not None]
     if pictures:
         yield f"the draft's own {' and '.join(pictures)} is left out: the draft was drawn from it"
     if draft.reference and "references" not in spec.abilities:

@@ -52,19 +52,25 @@ def open_picture(source: str) -> Image.Image:
     return colour
 
 
-def open_mask(source: str, size: tuple[int, int]) -> Tensor:
-    """A mask as (H, W) float32 in [0, 1], at size (width, height): 1 is repainted, 0 is kept.
+def open_mask(source: str, size: tuple[int, int]) -> Image.Image:
+    """A mask as a picture of mode L, at size (width, height): white is repainted, black is kept.
 
     A mask that has transparent pixels is read by its alpha alone, as in OpenAI's images API: transparent is repainted,
     opaque is kept. Any other mask is read by its brightness: white is repainted, black is kept.
     """
-    import torch
-
     colour, alpha = _split(_decode(source))
-    grey = colour.convert("RGB").convert("L") if alpha is None else ImageOps.invert(alpha)
-    # Bilinear, because a sharper filter overshoots and would change pixels that must be kept.
-    grey = ImageOps.fit(grey, size, Image.Resampling.BILINEAR)
-    return torch.as_tensor(np.asarray(grey, np.float32) / 255)
+    return _fitted(colour.convert("RGB").convert("L") if alpha is None else ImageOps.invert(alpha), size)
+
+
+def open_alpha(source: str, size: tuple[int, int]) -> Image.Image:
+    """A picture's transparency as a mask of mode L, at size (width, height). An opaque picture is black."""
+    _, alpha = _split(_decode(source))
+    return Image.new("L", size) if alpha is None else _fitted(ImageOps.invert(alpha), size)
+
+
+def _fitted(mask: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A mask scaled to cover a size, then cropped. Bilinear: a sharper filter overshoots and changes what is kept."""
+    return mask if mask.size == size else ImageOps.fit(mask, size, Image.Resampling.BILINEAR)
 
 
 def open_numbers(source: str) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:

@@ -171,7 +171,7 @@ class Flux1:
         if "fill" in able:
             assert pictures.image is not None
             assert pictures.mask is not None
-            return replace(cond, beside=self._to_fill(pictures.image, pictures.mask, (pictures.width, pictures.height)))
+            return replace(cond, beside=self._to_fill(pictures.image, pictures.mask))
         if not pictures.references:
             return cond
         if self.image_embedder is not None:
@@ -185,10 +185,10 @@ class Flux1:
         """A picture's latents (C, h, w)."""
         return self.encode_image(to_pixels(picture).to(self._device)[None])[0]
 
-    def _to_fill(self, image: Image.Image, mask: Image.Image, size: tuple[int, int]) -> Tensor:
+    def _to_fill(self, image: Image.Image, mask: Image.Image) -> Tensor:
         """Latents of the picture without the masked area, then the mask, one channel per pixel: (16 + 64, h, w)."""
-        pixels = to_pixels(image.resize(size, Image.Resampling.LANCZOS)).to(self._device)
-        masked = to_pixels(mask.resize(size, Image.Resampling.LANCZOS))[:1] >= 0.5  # (1, H, W)
+        pixels = to_pixels(image).to(self._device)
+        masked = to_pixels(mask)[:1] >= 0.5  # (1, H, W)
         masked = masked.float().to(self._device)
         kept = (pixels * 2 - 1) * (1 - masked)  # the masked area becomes gray
         latents = self.encode_image((kept / 2 + 0.5)[None])[0]

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
@@ -208,7 +207,7 @@ class Flux2:
         """
         size = pictures.width, pictures.height
         own = pictures.image if "source" in self.spec.abilities else None
-        source = [] if own is None else [ImageOps.fit(own, size, Image.Resampling.LANCZOS)]
+        source = [] if own is None else [own]
         if not (source or pictures.references):
             return cond
         check_references([picture.size for picture in pictures.references], size, MOST_REFERENCES, sources=len(source))

@@ -20,7 +20,7 @@ from inkstream.families.fits import Sizes, sizes_of
 from inkstream.serve.errors import Refused
 from inkstream.serve.limits import Limits
 from inkstream.serve.schema import Details, Field_, Form, Model
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import REPAINTING, InputError, Request, Spec
 
 GROUPS = {
     "prompt": "prompt", "negative_prompt": "prompt", "upsample": "prompt", "loras": "prompt",
@@ -28,7 +28,7 @@ GROUPS = {
     "steps": "sampling", "seed": "sampling", "solver": "sampling", "schedule": "sampling", "shift": "sampling",
     "guidance": "guidance", "cfg_normalization": "guidance", "cfg_truncation": "guidance", "guidance_from": "guidance",
     "guidance_until": "guidance",
-    "image": "pictures", "mask": "pictures", "strength": "pictures", "reference": "pictures",
+    "image": "pictures", **dict.fromkeys(REPAINTING, "pictures"), "strength": "pictures", "reference": "pictures",
     "control": "pictures", "control_nets": "pictures",
 }  # fmt: skip
 """Field -> its group in the form. A field that is missing here belongs to the group `more`."""
