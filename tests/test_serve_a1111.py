@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from inkstream.engine.pictures.foreign.a1111 import read_a1111
+from inkstream.serve.api.a1111 import FromPicture
+from inkstream.types import Request
 
 API = "/sdapi/v1"
 SMALL = {"prompt": "a red circle", "width": 32, "height": 32, "steps": 2, "seed": 7}
@@ -67,6 +69,27 @@ def test_img2img_keeps_the_black_part_of_the_mask(server):
     image = opened(ask(server, "POST", "/img2img", body)["images"][0])
     assert image.crop((0, 0, 16, 32)).getcolors() == [(512, (255, 165, 0))]
     assert image.crop((40, 0, 48, 32)).getcolors() != [(256, (255, 165, 0))]
+
+
+@pytest.mark.parametrize(
+    ("given", "fields"),
+    [
+        ({}, {}),
+        ({"mask_blur": 4}, {"mask_grow": 8, "mask_blur": 16}),
+        ({"mask_blur_x": 1, "mask_blur_y": 2}, {"mask_grow": 4, "mask_blur": 8}),
+        ({"mask_blur": 0, "inpainting_mask_invert": 1}, {"mask_grow": 0, "mask_blur": 0, "mask_invert": True}),
+        ({"inpainting_mask_invert": 0, "inpainting_fill": 0}, {"mask_fill": "blur"}),
+        ({"inpainting_fill": 2, "inpaint_full_res": True}, {"mask_fill": "noise", "crop": "32px"}),
+        ({"inpaint_full_res": 1, "inpaint_full_res_padding": 0}, {"crop": "0px"}),
+        ({"inpaint_full_res": False, "inpaint_full_res_padding": 64}, {}),
+    ],
+)
+def test_the_options_of_a_mask_become_ours(given, fields):
+    picture = base64_of(Image.new("RGB", (4, 4)))
+    body = FromPicture.model_validate({"init_images": [picture], "mask": picture, **given})
+    assert body.repainting() == fields
+    Request.model_validate(fields)
+    assert FromPicture.model_validate({"init_images": [picture], **given}).mask_blur is None  # nothing without a mask
 
 
 @pytest.mark.parametrize(

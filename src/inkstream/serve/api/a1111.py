@@ -45,7 +45,7 @@ from inkstream.serve.api.service import Parts, Service, Who
 from inkstream.serve.errors import Refused, answers, explain_invalid
 from inkstream.serve.queue.inputs import examine
 from inkstream.serve.queue.store import Job
-from inkstream.types import InputError, Request, ScheduleName, SolverName
+from inkstream.types import InputError, MaskFill, Request, ScheduleName, SolverName
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 
@@ -67,7 +67,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "firstphase_width": (0, None),
     "firstphase_height": (0, None),
     "firstpass_image": ("", None),
-    "inpainting_mask_invert": (0, False, None),
     "latent_mask": (None,),
     "initial_noise_multiplier": (1, None),
     "infotext": ("", None),
@@ -88,10 +87,13 @@ UNHEEDED = (
 )  # fmt: skip
 """Fields whose values are not checked: they belong to a feature that is off, or never change the picture."""
 MASKED = (
-    "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res",
+    "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_mask_invert", "inpainting_fill", "inpaint_full_res",
     "inpaint_full_res_padding",
 )  # fmt: skip
-OURS = ("resize_mode", *MASKED)
+"""Options of masks. Clients also send them without a mask, where they do nothing."""
+FILLS: tuple[MaskFill, ...] = ("blur", "original", "noise")
+"""A1111's number of an inpainting fill -> ours. 3, empty latents, is not supported."""
+OURS = ("resize_mode", "mask_round")
 """Options of A1111 for things that this server always does in the same way. They are listed in `info` as ignored."""
 SETTINGS: dict[str, tuple[Any, ...]] = {
     "CLIP_stop_at_last_layers": (0, 1, None),
@@ -104,8 +106,9 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 
 def _declare(document: dict[str, Any]) -> None:
     """Add the accepted fields that are not fields of the model to its JSON schema."""
-    document["properties"] |= {name: {"enum": list(values)} for name, values in OFF.items()}
-    document["properties"] |= {name: {} for name in (*UNHEEDED, *OURS)}
+    accepted = {name: {} for name in (*UNHEEDED, *OURS, *MASKED)}
+    off = {name: {"enum": list(values)} for name, values in OFF.items()}
+    document["properties"] = accepted | off | document["properties"]
 
 
 class Settings(BaseModel):
@@ -154,10 +157,11 @@ class Drawing(BaseModel):
     def _drop_off(cls, fields: Any, handler: ModelWrapValidatorHandler[Drawing]) -> Drawing:
         if not _is_object(fields):
             return handler(fields)
-        known = {name: value for name, value in fields.items() if name not in (*UNHEEDED, *OURS)}
-        drawing = handler(_without(known, OFF))
         unmasked = MASKED if fields.get("mask") is None else ()
-        drawing._ignored = [name for name in OURS if fields.get(name) is not None and name not in unmasked]
+        known = {name: value for name, value in fields.items() if name not in (*UNHEEDED, *OURS, *unmasked)}
+        drawing = handler(_without(known, OFF))
+        masked = OURS if not unmasked else ("resize_mode",)
+        drawing._ignored = [name for name in masked if fields.get(name) is not None]
         return drawing
 
 
@@ -166,6 +170,31 @@ class FromPicture(Drawing):
 
     init_images: list[str] = Field(min_length=1, max_length=1, description="Base64 or a data URL.")
     mask: str | None = Field(None, description="White areas are repainted, black areas are kept.")
+    mask_blur: int | None = Field(None, ge=0, le=256, description="Softness of the mask's edge, to both sides.")
+    mask_blur_x: int | None = Field(None, ge=0, le=256, description="As mask_blur. The larger one counts.")
+    mask_blur_y: int | None = Field(None, ge=0, le=256, description="As mask_blur. The larger one counts.")
+    inpainting_mask_invert: bool | None = None
+    inpainting_fill: int | None = Field(None, ge=0, le=2, description="0: blur, 1: original, 2: noise.")
+    inpaint_full_res: bool | None = Field(None, description="Draw only the mask's surroundings.")
+    inpaint_full_res_padding: int | None = Field(
+        None, ge=0, le=4096, description="Pixels around the mask; 32 if left out."
+    )
+
+    def repainting(self) -> dict[str, Any]:
+        """Our fields for those of the mask.
+
+        A1111 blurs a mask's edge by a Gaussian whose sigma is `mask_blur`: two sigmas to each side are most of it.
+        """
+        blurs = [blur for blur in (self.mask_blur, self.mask_blur_x, self.mask_blur_y) if blur is not None]
+        fields: dict[str, Any] = {"mask_grow": 2 * max(blurs), "mask_blur": 4 * max(blurs)} if blurs else {}
+        if self.inpainting_mask_invert:
+            fields["mask_invert"] = True
+        if self.inpainting_fill is not None:
+            fields["mask_fill"] = FILLS[self.inpainting_fill]
+        if self.inpaint_full_res:
+            padding = 32 if self.inpaint_full_res_padding is None else self.inpaint_full_res_padding
+            fields["crop"] = f"{padding}px"
+        return fields
 
 
 class Drawn(BaseModel):
@@ -271,10 +300,10 @@ async def txt2img(parts: Parts, who: Who, http: HTTPRequest, body: Drawing) -> D
 @router.post("/img2img", responses=DRAWING)
 async def img2img(parts: Parts, who: Who, http: HTTPRequest, body: FromPicture) -> Drawn:
     """Draw from a picture. A mask limits the change to a part of it."""
-    pictures = {"image": as_url(body.init_images[0])}
+    fields = {"image": as_url(body.init_images[0])}
     if body.mask is not None:
-        pictures["mask"] = as_url(body.mask)
-    return await draw(parts, who, http, body, pictures)
+        fields |= {"mask": as_url(body.mask), **body.repainting()}
+    return await draw(parts, who, http, body, fields)
 
 
 @router.get("/progress", responses=answers(400))
@@ -473,9 +502,12 @@ async def png_info(who: Who, body: Picture) -> Info:
 # Reading requests ---------------------------------------------------------------------------------------------------
 
 
-def to_request(parts: Service, who: Who, body: Drawing, pictures: dict[str, str]) -> Request:
-    """The Request for a body. Raises Refused for an unknown model, sampler, scheduler or LoRA."""
-    fields: dict[str, Any] = dict(pictures)
+def to_request(parts: Service, who: Who, body: Drawing, start: dict[str, Any]) -> Request:
+    """The Request for a body. Raises Refused for an unknown model, sampler, scheduler or LoRA.
+
+    start: the fields of the start picture and its mask.
+    """
+    fields = dict(start)
     reading = Reading(fields)
     for name, find, given in (
         ("sampler_name", find_solver, body.sampler_name or body.sampler_index),
@@ -568,12 +600,12 @@ def _without(fields: Any, off: dict[str, tuple[Any, ...]]) -> Any:
 # Answers ------------------------------------------------------------------------------------------------------------
 
 
-async def draw(parts: Service, who: Who, http: HTTPRequest, body: Drawing, pictures: dict[str, str]) -> Drawn:
-    """Draw, and return the pictures when the job has ended or was interrupted.
+async def draw(parts: Service, who: Who, http: HTTPRequest, body: Drawing, start: dict[str, Any]) -> Drawn:
+    """Draw, and return the pictures when the job has ended or was interrupted. start: as for `to_request`.
 
     If the client disconnects, the job is cancelled.
     """
-    request = await parts.take_pictures(who, to_request(parts, who, body, pictures))
+    request = await parts.take_pictures(who, to_request(parts, who, body, start))
     job = parts.jobs.submit(who, request, note=NOTE, waited=True)
     done = await parts.jobs.run(http, job)
     if done.state == "failed":

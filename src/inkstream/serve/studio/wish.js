@@ -8,10 +8,21 @@ import { formOf, takes } from "./models.js";
 const SHARED = new Set(["prompt", "negative_prompt", "seed", "count", "image", "mask", "reference"]);
 export const PICTURES = ["image", "mask", "reference"];
 
+const isMasked = (value) => value("image") !== null && (value("mask") !== null || Boolean(value("mask_from")));
+const isPartial = (value) => isMasked(value) || (value("image") !== null && Boolean(value("extend")));
+
 /** Fields that have no effect unless another field is set -> the test of that field. */
 const NEEDS = {
   strength: (value) => value("image") !== null,
   mask: (value) => value("image") !== null,
+  mask_from: (value) => value("image") !== null,
+  extend: (value) => value("image") !== null,
+  mask_invert: isMasked,
+  mask_grow: isPartial,
+  mask_blur: isPartial,
+  mask_soft: isPartial,
+  mask_fill: isPartial,
+  crop: isPartial,
   cache_threshold: (value) => value("cache") !== "none",
 };
 
