@@ -180,6 +180,17 @@ TABLES: Mapping[str, Columns] = {
             "Objects right": percent("objects"),
         },
     ),
+    "pocket-inpaint-": (
+        {"Kind": field("kind")},
+        {
+            "Pictures": field("pictures"),
+            "Right": percent("right"),
+            "Bytes outside equal": percent("outside_equal"),
+            "New pixels of the background": percent("background_share"),
+            "Mean step over the seam, of 255": field("seam_levels", ".2g"),
+            "Mean largest step in the new space": field("steepest_levels", ".2g"),
+        },
+    ),
     "start-": (
         {"Stage": field("stage")},
         {"Seconds": field("seconds", ".2f"), "CPU seconds": field("cpu_seconds", ".2f")},
