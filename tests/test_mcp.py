@@ -18,7 +18,7 @@ from PIL import Image
 import inkstream
 from inkstream.cli.machine import Anywhere
 from inkstream.engine.pictures.metadata import read_request
-from inkstream.types import InputError
+from inkstream.types import REPAINTING, InputError
 
 protocol = pytest.importorskip("mcp")
 from inkstream.cli.mcp import build  # noqa: E402
@@ -50,7 +50,12 @@ def test_the_tools_take_the_fields_of_a_request(here):
     assert set(tools) == {"generate", "edit", "list_models"}
     fields = tools["generate"].input_schema["properties"]
     assert fields["steps"]["description"] == "Number of solver steps."
-    assert tools["edit"].input_schema["properties"].keys() - fields.keys() == {"image", "mask", "strength", "reference"}
+    assert tools["edit"].input_schema["properties"].keys() - fields.keys() == {
+        "image",
+        *REPAINTING,
+        "strength",
+        "reference",
+    }
 
 
 def test_a_picture_comes_as_an_image_and_as_a_file_that_edit_can_name(here):

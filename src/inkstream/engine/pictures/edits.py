@@ -27,7 +27,7 @@ CELL = 8
 LEAST = 32
 """The shortest side of a cropped part. With less context, a model does not see what it draws."""
 GREY = 128
-"""The colour of new space in pictures that a model looks at: #808080. FLUX.2's users ask it to fill that."""
+"""The colour of new space in pictures that a model looks at: #808080, which the prompt then asks it to fill."""
 
 
 @dataclass(frozen=True, eq=False)
