@@ -104,7 +104,7 @@ def test_guidance_doubles_the_prompts_only_where_it_is_on(tiny_base_folder):
     counts = []
     while run.query is not None:
         counts.append(len(run.entries()))
-        run.answer([torch.zeros_like(run.query.x)] * counts[-1])
+        run.answer([[torch.zeros_like(run.query.x)] * counts[-1]])
     assert counts == [2, 2, 2, 1]  # t = 1, 0.75, 0.5 and then 0.25, below the interval
 
 

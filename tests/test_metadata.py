@@ -121,6 +121,8 @@ REQUESTS = st.builds(
     shift=st.none() | st.floats(0.01, 100),
     strength=st.none() | NUMBER,
     cfg_truncation=NUMBER,
+    variation=st.none() | st.builds("{}:{}".format, st.integers(0, 2**63 - 1), NUMBER),
+    seed_variance=NUMBER,
     image=st.none() | st.just("start.png"),
 )
 

@@ -40,6 +40,8 @@ OTHER = {
     "steps": 2,
     "guidance": 7.0,
     "seed": 1,
+    "variation": "5:0.5",
+    "seed_variance": 0.5,
     "solver": "heun",
     "schedule": "normal",
     "shift": 9.0,
@@ -63,9 +65,9 @@ OTHER = {
     "reference": (picture("blue"),),
 }
 """For every option outside APART, a value that would change the picture."""
-APART = ("model", "count", "upsample", "control", "control_nets")
-"""Options that are not tested here: `upsample` needs a language model, control has its own tests, the others do not
-change the picture."""
+APART = ("model", "count", "upsample", "control", "control_nets", "tile")
+"""Options that are not tested here: `upsample` needs a language model, `tile` a larger picture, control has its own
+tests, the others do not change the picture."""
 
 
 def draw(model: Model, fields: dict) -> tuple[bytes, bytes]:

@@ -60,6 +60,19 @@ def test_batch_size_times_n_iter_pictures_have_their_seeds_and_texts(server):
     assert (found.fields["prompt"], int(found.fields["seed"])) == ("a red circle", 8)
 
 
+def test_a_subseed_varies_one_picture_and_counts_up(server):
+    answer = ask(server, "POST", "/txt2img", {**SMALL, "subseed": 5, "subseed_strength": 0.25, "batch_size": 2})
+    info = json.loads(answer["info"])
+    assert (info["all_seeds"], info["all_subseeds"]) == ([7, 7], [5, 6])
+    assert (info["subseed"], info["subseed_strength"]) == (5, 0.25)
+    found = read_a1111(info["infotexts"][1])
+    assert found is not None
+    assert found.fields["variation"] == "6:0.25"
+    assert answer["images"][0] != answer["images"][1]
+    random = json.loads(ask(server, "POST", "/txt2img", {**SMALL, "subseed_strength": 0.25, "subseed": -1})["info"])
+    assert random["subseed"] >= 0
+
+
 def test_img2img_keeps_the_black_part_of_the_mask(server):
     start = Image.new("RGB", (48, 32), "orange")
     mask = Image.new("L", (48, 32))

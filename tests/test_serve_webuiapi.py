@@ -62,7 +62,7 @@ def test_img2img_keeps_the_black_part_of_the_mask(api):
         ({"restore_faces": True}, "restore_faces"),
         ({"tiling": True}, "tiling"),
         ({"styles": ["noir"]}, "styles"),
-        ({"subseed_strength": 0.5}, "subseed_strength"),
+        ({"subseed_strength": 1.5}, "subseed_strength"),
         ({"s_churn": 1}, "s_churn"),
         ({"eta": 0.5}, "eta 0.5 is not supported with Euler a: give 1"),
         ({"s_noise": 1.1}, "s_noise 1.1 is not supported with Euler a"),

@@ -397,6 +397,58 @@ def _read_by(read: Callable[[str], object]) -> Callable[[str], str]:
     return check
 
 
+class Variation(NamedTuple):
+    """A little different start of a picture. As text: `SEED:STRENGTH`.
+
+    seed: of other noise, to which the picture's own noise is turned. strength: from 0 (its own) to 1 (the other).
+    """
+
+    seed: int
+    strength: float
+
+    @staticmethod
+    def read(value: Any) -> Variation:
+        """Read the text form, or an object with seed and strength. Raises InputError."""
+        if isinstance(value, Variation):
+            return value
+        if (given := as_object(value)) is not None:
+            if unknown := [name for name in given if name not in ("seed", "strength")]:
+                raise InputError(f"variation has no field {unknown[0]}: its fields are seed, strength")
+            value = f"{given.get('seed')}:{given.get('strength')}"
+        found = _VARIATION.fullmatch(str(value).strip())
+        if found is None or int(found["seed"]) >= 2**63 or float(found["strength"]) > 1:
+            shown = "".join(c if c.isprintable() else "?" for c in str(value)[:100])
+            raise InputError(f"variation {shown} is not SEED:STRENGTH: give a seed and 0 to 1, such as 7:0.2")
+        return Variation(int(found["seed"]), float(found["strength"]))
+
+    def __str__(self) -> str:
+        return f"{self.seed}:{_digits(self.strength)}"
+
+
+_VARIATION = re.compile(rf"(?P<seed>\d{{1,19}}):(?P<strength>{_NUMBER})")
+VariationText = Annotated[
+    str,
+    BeforeValidator(lambda value: str(Variation.read(value))),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "pattern": r"^\s*\d+:[\d.eE+-]+\s*$", "description": "SEED:STRENGTH"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "seed": {"type": "integer", "minimum": 0, "exclusiveMaximum": 2**63},
+                        "strength": {"type": "number", "minimum": 0, "maximum": 1},
+                    },
+                    "required": ["seed", "strength"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+        mode="validation",
+    ),
+]
+
+
 class Request(BaseModel, frozen=True):
     """One drawing request: the prompt, the settings and the input pictures. None means the model's own default.
 
@@ -421,6 +473,19 @@ class Request(BaseModel, frozen=True):
     )
     seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the first picture; random if not given.")
     count: int = Field(1, ge=1, le=10_000, description="Number of pictures; picture i has seed + i.")
+    variation: VariationText | None = Field(
+        None,
+        description="Vary a seed's picture, as SEED:STRENGTH: its noise is turned towards another seed's, by a "
+        "strength of 0 to 1. With a count, all pictures have one seed, and picture i has variation seed + i.",
+    )
+    seed_variance: float = Field(
+        0.0,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description="More variety from seed to seed, for models whose pictures look alike: noise of this strength on "
+        "the encoded prompt. 0.1 is subtle, 0.5 strong, 0 is off.",
+    )
     solver: SolverName | None = Field(None, description="Method that integrates the flow.")
     schedule: ScheduleName | None = Field(None, description="Spacing of the noise levels.")
     shift: float | None = Field(
@@ -483,6 +548,13 @@ class Request(BaseModel, frozen=True):
     reference: tuple[Picture, ...] = Field(
         (), max_length=10, description="Reference picture, called 'image 1' in the prompt; repeat the option for more."
     )
+    tile: int | None = Field(
+        None,
+        ge=64,
+        le=8192,
+        description="Draw a picture larger than this in overlapping square windows of this side in pixels, which each "
+        "step blends; for a second pass over an enlarged picture, at a low strength.",
+    )
     loras: tuple[Lora, ...] = Field(
         (),
         max_length=16,
@@ -516,9 +588,16 @@ Wish = TypeVar("Wish", bound=Request)
 
 
 def singles(request: Wish, first: int = 0) -> Iterator[Wish]:
-    """The requests that draw each picture of a request alone, from picture `first` on. The request has a seed."""
+    """The requests that draw each picture of a request alone, from picture `first` on. The request has a seed.
+
+    With a variation, it is the variation's seed that counts up.
+    """
+    varied = None if request.variation is None else Variation.read(request.variation)
     for index in range(first, request.count):
-        yield request.model_copy(update={"seed": (request.seed or 0) + index, "count": 1})
+        own: dict[str, Any] = {"seed": (request.seed or 0) + index}
+        if varied is not None:
+            own = {"variation": str(varied._replace(seed=(varied.seed + index) % 2**63))}
+        yield request.model_copy(update={**own, "count": 1})
 
 
 @dataclass(frozen=True)
@@ -654,6 +733,8 @@ class Machine:
         Folder of control nets that requests can name; default: `controls` in the data folder of inkstream.
     merge_lora
         LoRA to merge into the transformer's weights while they are read, as PATH[:STRENGTH]; repeat for more.
+    wildcards
+        Folder of text files that prompts can name as __FILE__; default: `wildcards` in the data folder of inkstream.
     """
 
     device: str | None = None
@@ -668,6 +749,7 @@ class Machine:
     lora_folder: str | None = None
     control_folder: str | None = None
     merge_lora: tuple[str, ...] = ()
+    wildcards: str | None = None
 
     @property
     def chosen(self) -> dict[str, str]:

@@ -262,6 +262,7 @@ def slug(prompt: str) -> str:
 def check(request: Request, machine: Machine) -> None:
     """Check a request before anything big is downloaded or read. Raises InputError."""
     from inkstream.engine.drawing.complete import complete
+    from inkstream.engine.drawing.templates import filled, wildcard_folder
     from inkstream.engine.files.controls import check_controls, control_folder
     from inkstream.engine.files.loras import check_loras, lora_folder, read_merges
     from inkstream.engine.files.names import check_name
@@ -272,6 +273,7 @@ def check(request: Request, machine: Machine) -> None:
     check_loras([*request.loras, *machine.merge_lora], lora_folder(machine))
     check_controls(request, control_folder(machine))
     check_name(request.model)
+    filled(request, wildcard_folder(machine))
     if request.model in SPECS:
         complete(request, SPECS[request.model])
 
@@ -302,6 +304,7 @@ def draw(
     extra: JSON for the picture's metadata, beside its request. before, total: if the request is part of a larger run,
     the number of earlier pictures and of all pictures, for the progress.
     """
+    from inkstream.engine.drawing.templates import is_template
     from inkstream.engine.drawing.writing import wording
     from inkstream.engine.pictures.metadata import free_name, save_picture
 
@@ -316,7 +319,8 @@ def draw(
             written = event.text
         elif isinstance(event, Step) and event.step == 1 and (event.index == 0 or written != told):
             if written not in (told, request.prompt):
-                hint = "" if request.upsample or told else " (--no-upsample leaves it as typed)"
+                as_typed = request.upsample or told or is_template(request.prompt)
+                hint = "" if as_typed else " (--no-upsample leaves it as typed)"
                 terminal.say(f"prompt: {written}{hint}")
                 told = written
             for line in drawer.remarks(request.model_copy(update={"prompt": written} if written else {})):

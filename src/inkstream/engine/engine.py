@@ -17,6 +17,7 @@ from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.flow import Job, expand, way_of
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import options
+from inkstream.engine.drawing.templates import filled, has_template, wildcard_folder
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.engine.files.sources import locate
 from inkstream.engine.machine.fit import seconds_of
@@ -25,7 +26,21 @@ from inkstream.engine.machine.memory import Placing, typical
 from inkstream.engine.machine.placement import PLACEMENTS
 from inkstream.families import SPECS
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
-from inkstream.types import Done, Event, Failed, InputError, Loading, Machine, Queued, Request, Result, Spec, in_time
+from inkstream.types import (
+    Done,
+    Event,
+    Failed,
+    InputError,
+    Loading,
+    Machine,
+    Queued,
+    Request,
+    Result,
+    Spec,
+    Step,
+    in_time,
+    singles,
+)
 
 if TYPE_CHECKING:
     from inkstream.engine.machine.parallel import Crew
@@ -190,9 +205,19 @@ class Engine:
         return self._model
 
     def _draw_all(self, request: Request) -> Drawing:
-        """Draw all pictures, under one placement or, if memory runs out, several."""
+        """Draw all pictures. If the prompt is a template, each picture has its own prompt."""
         if request.seed is None:
             request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
+        if not has_template(request):
+            yield from self._draw_under_placements(request)
+            return
+        folder = wildcard_folder(self.machine)
+        for index, one in enumerate([filled(one, folder) for one in singles(request)]):
+            yield Loading("prompt", text=one.prompt)
+            yield from numbered(self._draw_under_placements(one), index, request.count)
+
+    def _draw_under_placements(self, request: Request) -> Drawing:
+        """Draw all pictures of a request, under one placement or, if memory runs out, several."""
         if self.crew:
             request = self.crew.same(request)
         drawn: list[Done] = []
@@ -245,6 +270,23 @@ class Engine:
         """Where memory is short, give freed memory back, so that the next phase starts with what its plan foresees."""
         if self.model.device.type == "cpu" and self.model.placement != "resident":
             give_back_freed_memory()
+
+
+def numbered(drawing: Drawing, index: int, count: int) -> Drawing:
+    """The drawing of a request's only picture, as picture `index` of `count`. Errors are thrown into it."""
+    failure: BaseException | None = None
+    try:
+        while True:
+            item = next(drawing) if failure is None else drawing.throw(failure)
+            failure = None
+            try:
+                yield replace(item, index=index, count=count) if isinstance(item, Step | Done) else item
+            except Exception as error:
+                failure = error
+    except StopIteration:
+        return
+    finally:
+        drawing.close()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

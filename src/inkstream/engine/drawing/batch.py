@@ -56,6 +56,8 @@ Admits = Callable[[Sequence[Ask], Ask], bool]
 def tokens_of(run: Run, cond: Conditioning, side: int) -> int:
     """The tokens of one sample of a run, about: of its picture, text and references. side: of a token, in pixels."""
     picture = run.request.width // side * (run.request.height // side)
+    if run.windows is not None:
+        picture = picture * run.windows.side[0] * run.windows.side[1] // (run.windows.h * run.windows.w)
     pictures = sum(latents[0].numel() for latents in (run.estimate, *cond.references)) / run.estimate[0].numel()
     return round(picture * pictures) + max(cond.lengths)
 

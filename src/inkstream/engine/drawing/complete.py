@@ -108,18 +108,19 @@ def complete(request: Request, spec: Spec) -> Complete:
         elif whole.shown:
             own = family_of(spec.family).size_for(spec, whole.shown[0].size)
         width, height = width or own[0], height or own[1]
-    for name, value in (("width", width), ("height", height)):
+    for name, value in (("width", width), ("height", height), ("tile", request.tile or spec.multiple)):
         if value % spec.multiple:
             low = value // spec.multiple * spec.multiple
             near = f"{low} or {low + spec.multiple}" if low else f"{spec.multiple}"
             raise InputError(f"{name} {value} is not a multiple of {spec.multiple}: take {near}")
     steps = request.steps or spec.steps
+    wide, high = (min(side, request.tile or side) for side in (width, height))  # what the model sees at once
     defaults: dict[str, Any] = {
         "width": width,
         "height": height,
         "steps": steps,
         "guidance": spec.guidance,
-        "shift": shift_for(spec, width, height, steps),
+        "shift": shift_for(spec, wide, high, steps),
         "solver": spec.solver,
         "schedule": spec.schedule,
         "seed": secrets.randbelow(2**32),

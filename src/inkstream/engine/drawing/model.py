@@ -28,7 +28,20 @@ from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, latent_strengths, start_index
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import SOLVERS, times_asked
-from inkstream.types import Conditioning, ControlUse, InputError, LoraUse, Query, Request, Solver, Spec, singles
+from inkstream.sampling.variety import varied_noise, varied_prompt
+from inkstream.sampling.windows import Windows
+from inkstream.types import (
+    Conditioning,
+    ControlUse,
+    InputError,
+    LoraUse,
+    Query,
+    Request,
+    Solver,
+    Spec,
+    Variation,
+    singles,
+)
 
 
 class Model:
@@ -152,8 +165,14 @@ class Model:
         generator = torch.Generator("cpu").manual_seed(request.seed)
         if noise is None:
             noise = torch.randn(shape, generator=generator)
+            if request.variation is not None:
+                noise = varied_noise(noise, Variation.read(request.variation))
         noise = start = noise.to(self.device, torch.float32)
         ts = schedule = SCHEDULES[request.schedule](request.steps, request.shift, self.spec.table)
+        windows = windows_of(request, shape)
+        width, height = request.width, request.height
+        if windows is not None:
+            width, height = (side * width // shape[2] for side in windows.side[::-1])
         if original is not None:
             ts = ts[start_index(len(ts) - 1, request.strength) :]
             start = add_noise(original.latents, noise, ts[0])
@@ -171,7 +190,9 @@ class Model:
         entries = cond if guided(request, self.spec) else cond[0]
         if self.spec.guides == "read":
             entries = replace(entries, guidance=request.guidance)
-        if cached(request, self.spec):
+        if request.seed_variance:
+            entries = varied_prompt(entries, request.seed, request.seed_variance)
+        if cached(request, self.spec) and windows is None:
             around = replace(around, cache=StepCache(POINTS[request.cache], request.cache_threshold))
         loras, nets = [LoraUse.read(lora) for lora in request.loras], uses_of(request)
         if len(nets) != len(cond.controls):
@@ -186,9 +207,9 @@ class Model:
                 if use in on
             )
             here = replace(here, residuals=(*here.residuals, *residuals)) if residuals else here
-            prepared = self.family.prepare(entries, request.width, request.height, own, here)
+            prepared = self.family.prepare(entries, width, height, own, here)
             legs.append(Leg(begins, here, prepared))
-        return Run(request, solver, legs, len(times), start)
+        return Run(request, solver, legs, len(times), start, windows)
 
     def finish(self, run: Run) -> Tensor:
         """Return the pixels (3, H, W) of a finished run. Raises InputError if a number is not finite."""
@@ -230,8 +251,17 @@ class Leg(NamedTuple):
 class Run:
     """A picture that is being drawn: its solver, the pending query, and the legs of the way, in their order."""
 
-    def __init__(self, request: Complete, solver: Solver, legs: Sequence[Leg], evaluations: int, start: Tensor):
+    def __init__(
+        self,
+        request: Complete,
+        solver: Solver,
+        legs: Sequence[Leg],
+        evaluations: int,
+        start: Tensor,
+        windows: Windows | None = None,
+    ):
         self.request = request
+        self.windows = windows
         self.evaluations = evaluations
         self.result: Tensor = start
         self.query: Query | None = None
@@ -246,10 +276,16 @@ class Run:
         t = 1.0 if self.query is None else self.query.t
         return next((leg for leg in reversed(self._legs) if t <= leg.begins), self._legs[0])
 
-    def samples(self) -> list[Sample]:
-        """Return the samples of the pending query: of both prompts if guidance is on, else of the first."""
+    def samples(self) -> list[list[Sample]]:
+        """Return the samples of the pending query: of both prompts if guidance is on, else of the first.
+
+        There is a list for each forward: one, or one for each window.
+        """
         assert self.query is not None
-        return [Sample(*self.query, entry, self.leg.around, i) for i, entry in enumerate(self.entries())]
+        x, t = self.query
+        pieces = [x] if self.windows is None else self.windows.cut(x)
+        around = self.leg.around
+        return [[Sample(piece, t, entry, around, i) for i, entry in enumerate(self.entries())] for piece in pieces]
 
     def entries(self) -> Sequence[Any]:
         """Return the prepared prompts of `samples`."""
@@ -258,9 +294,13 @@ class Run:
         on = is_on(self.query.t, r.guidance, r.cfg_truncation, r.guidance_from, r.guidance_until)
         return self.leg.prepared if on else self.leg.prepared[:1]
 
-    def answer(self, velocities: Sequence[Tensor]) -> None:
-        """Send the velocity at the pending query, and get the next query. Guidance makes one of two velocities."""
+    def answer(self, answers: Sequence[Sequence[Tensor]]) -> None:
+        """Send the velocity at the pending query, and get the next query. answers: shaped as `samples`.
+
+        The windows are blended, then guidance makes one of two velocities.
+        """
         assert self.query is not None
+        velocities = answers[0] if self.windows is None else [self.windows.blend(pieces) for pieces in zip(*answers)]
         v = velocities[0]
         if len(velocities) == 2:
             v = guide(v, velocities[1], self.request.guidance, self.request.cfg_normalization)
@@ -300,6 +340,13 @@ def stretches(
     return found or [(1.0, [], [])]
 
 
+def windows_of(request: Complete, shape: tuple[int, int, int]) -> Windows | None:
+    """The windows of a request over latents of a shape (C, h, w), if it asks for some and does not fit into one."""
+    if request.tile is None:
+        return None
+    return Windows.over(*shape[1:], side=request.tile * shape[2] // request.width)
+
+
 def time_at(schedule: Sequence[float], share: float) -> float:
     """Return the time t after a share of a schedule's steps."""
     return schedule[round(share * (len(schedule) - 1))]
@@ -307,14 +354,23 @@ def time_at(schedule: Sequence[float], share: float) -> float:
 
 @torch.inference_mode()
 def advance(family: Family, runs: Sequence[Run]) -> None:
-    """Answer the pending query of every run in one packed forward. If the forward fails, step caches forget it."""
+    """Answer the pending query of every run in one packed forward. If the forward fails, step caches forget it.
+
+    Runs in windows take more forwards, one for each window, so that they need no more memory than a window does.
+    """
     asked = [run.samples() for run in runs]
+    forwards = max(len(samples) for samples in asked)
+    answers: list[list[list[Tensor]]] = [[] for _ in runs]
     try:
-        answers = iter(family.answer([sample for samples in asked for sample in samples]))
+        for number in range(forwards):
+            own = [(place, samples[number]) for place, samples in enumerate(asked) if number < len(samples)]
+            velocities = iter(family.answer([sample for _, samples in own for sample in samples]))
+            for place, samples in own:
+                answers[place].append([next(velocities) for _ in samples])
     except BaseException:
         for run in runs:
             if run.leg.around.cache is not None:
                 run.leg.around.cache.forget()
         raise
-    for run, samples in zip(runs, asked):
-        run.answer([next(answers) for _ in samples])
+    for run, answer in zip(runs, answers):
+        run.answer(answer)

@@ -75,6 +75,9 @@ def _cache(spec: Spec, request: Request | None) -> dict[str, Option]:
         return dict.fromkeys(("cache", "cache_threshold"), Option("ignores", why))
     if request is None:
         return {"cache_threshold": Option("honours", "only with a cache")}
+    if request.tile is not None:
+        why = "windows have no step cache: leave tile out, or the cache"
+        return dict.fromkeys(("cache", "cache_threshold"), Option("ignores", why))
     if request.cache == "none":
         return {"cache_threshold": Option("ignores", "cache is none: set it, for example to first-block")}
     return {}
@@ -156,6 +159,12 @@ def _pictures(spec: Spec, request: Request | None) -> dict[str, Option]:
         table["mask_soft"] = Option("rejects", hard)
         if request is None or not request.repaints:
             table["mask"] = needed
+    if able & {"fill", "map"} or (request is not None and request.reference):
+        why = "draws whole pictures" if able & {"fill", "map"} else "sees its references whole"
+        table["tile"] = Option("rejects", f"{name} {why}, not windows: leave tile out")
+    elif request is not None and (request.control or ("source" in able and request.repaints)):
+        what = "control pictures are seen" if request.control else f"{name} sees the picture that it repaints"
+        table["tile"] = Option("rejects", f"{what} whole, not in windows: leave tile out")
     if "map" in able:
         table["reference"] = Option("honours", f"{name} follows one map: give it as reference", needed=True)
     elif "references" not in able:

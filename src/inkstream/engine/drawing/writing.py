@@ -11,6 +11,7 @@ import shlex
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from inkstream.engine.drawing.templates import is_template
 from inkstream.types import Request, Spec
 
 if TYPE_CHECKING:
@@ -47,10 +48,14 @@ def notes(request: Request, spec: Spec) -> list[str]:
 
 
 def wording(typed: str, drawn: Request, spec: Spec) -> dict[str, str]:
-    """The metadata of an expanded prompt: the typed prompt if a language model expanded it, else the expanded one."""
+    """The metadata of a written-out prompt: the typed one, and the one that a grammar made of the request's.
+
+    typed: a template, or what a language model expanded.
+    """
+    kept = {"told": written_out(drawn, spec)} if writes_out(drawn, spec) else {}
     if typed != drawn.prompt:
-        return {"upsampled_from": typed}
-    return {"told": written_out(drawn, spec)} if writes_out(drawn, spec) else {}
+        kept["template" if is_template(typed) else "upsampled_from"] = typed
+    return kept
 
 
 def _write(request: Request, spec: Spec) -> Written:

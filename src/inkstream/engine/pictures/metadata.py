@@ -247,7 +247,7 @@ def describe(source: str | Path) -> dict[str, Any]:
             known = ("model", "licence", "commercial", "software")
             facts |= {key: _short(record[key]) for key in known if key in record}
             extra = as_object(record.get("extra")) or {}
-            for name in ("upsampled_from", "told", "merged_loras"):
+            for name in ("template", "upsampled_from", "told", "merged_loras"):
                 if isinstance(given := extra.get(name), str):
                     facts[name] = _short(given)
             if origin := as_object(extra.get("refined_from")):

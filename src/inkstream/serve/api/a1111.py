@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
@@ -45,7 +46,7 @@ from inkstream.serve.api.service import Parts, Service, Who
 from inkstream.serve.errors import Refused, answers, explain_invalid
 from inkstream.serve.queue.inputs import examine
 from inkstream.serve.queue.store import Job
-from inkstream.types import InputError, MaskFill, Request, ScheduleName, SolverName
+from inkstream.types import InputError, MaskFill, Request, ScheduleName, SolverName, Variation
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 
@@ -55,7 +56,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "enable_hr": (False, None),
     "restore_faces": (False, None),
     "tiling": (False, None),
-    "subseed_strength": (0, None),
     "seed_resize_from_w": (-1, 0, None),
     "seed_resize_from_h": (-1, 0, None),
     "styles": ([], None),
@@ -81,7 +81,7 @@ NOISY = {"eta": ("euler_ancestral",), "s_noise": ("euler_ancestral", "lcm")}
 UNHEEDED = (
     "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name",
     "hr_additional_modules", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg",
-    "hr_distilled_cfg", "subseed", "refiner_switch_at", "s_tmin", "s_tmax", "comments", "disable_extra_networks",
+    "hr_distilled_cfg", "refiner_switch_at", "s_tmin", "s_tmax", "comments", "disable_extra_networks",
     "do_not_save_samples", "do_not_save_grid", "save_images", "force_task_id", "override_settings_restore_afterwards",
     "include_init_images", "image_cfg_scale",
 )  # fmt: skip
@@ -132,6 +132,10 @@ class Drawing(BaseModel):
     prompt: str = ""
     negative_prompt: str = ""
     seed: int = Field(-1, ge=-1, lt=2**63, description="-1 means a random seed.")
+    subseed: int | None = Field(None, ge=-1, lt=2**63, description="Seed of the variation; -1 means a random seed.")
+    subseed_strength: float | None = Field(
+        None, ge=0, le=1, description="Strength of the variation. Above 0, all pictures have one seed, as in A1111."
+    )
     sampler_name: str | None = Field(None, max_length=100)
     sampler_index: str | None = Field(None, max_length=100, description="Old name of sampler_name.")
     scheduler: str | None = Field(None, max_length=100)
@@ -532,6 +536,9 @@ def to_request(parts: Service, who: Who, body: Drawing, start: dict[str, Any]) -
         "seed": None if body.seed < 0 else body.seed,
     }
     fields |= {name: value for name, value in same.items() if value is not None}
+    if body.subseed_strength:
+        subseed = body.subseed if body.subseed is not None and body.subseed >= 0 else secrets.randbelow(2**32)
+        fields["variation"] = str(Variation(subseed, body.subseed_strength))
     settings = body.override_settings
     named = None if settings is None else settings.sd_model_checkpoint
     fields["model"] = find_model(parts, named) if named else chosen(parts, who)
@@ -621,6 +628,7 @@ def describe(done: schema.Job, body: Drawing) -> dict[str, JsonValue]:
     """The content of `info` in the answer."""
     requests = [Request.model_validate(picture.request) for picture in done.pictures]
     first = requests[0] if requests else Request.model_validate(done.request)
+    varied = [None if one.variation is None else Variation.read(one.variation) for one in requests]
     return {
         "prompt": first.prompt,
         "all_prompts": [request.prompt for request in requests],
@@ -628,6 +636,9 @@ def describe(done: schema.Job, body: Drawing) -> dict[str, JsonValue]:
         "all_negative_prompts": [request.negative_prompt for request in requests],
         "seed": first.seed,
         "all_seeds": [request.seed for request in requests],
+        "subseed": varied[0].seed if varied and varied[0] else -1,
+        "all_subseeds": [-1 if one is None else one.seed for one in varied],
+        "subseed_strength": varied[0].strength if varied and varied[0] else 0,
         "width": first.width,
         "height": first.height,
         "sampler_name": A1111_SOLVERS.get(first.solver or "", first.solver),

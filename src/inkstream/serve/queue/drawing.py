@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+from inkstream.engine.drawing.templates import is_template
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 from inkstream.serve import schema
 from inkstream.serve.engines.models import Offered, choose
@@ -129,10 +130,13 @@ class Drawing:
             request, start = part_at(job, first)
             request, model = choose(self.models, request)
             skip = first - start
-            update: dict[str, Any] = {"seed": next(singles(request, skip)).seed, "count": request.count - skip}
-            given = request.prompt if request.upsample else ""
+            first_one = next(singles(request, skip))
+            update: dict[str, Any] = {
+                "seed": first_one.seed, "variation": first_one.variation, "count": request.count - skip
+            }  # fmt: skip
+            given = request.prompt if request.upsample and not is_template(request.prompt) else ""
             # The first seed chose the written-out prompt, so a run that starts later must reuse that prompt.
-            if skip and request.upsample and not drawn[start].request["upsample"]:
+            if skip and given and not drawn[start].request["upsample"]:
                 update |= {"upsample": False, "prompt": drawn[start].request["prompt"]}
             request = request.model_copy(update=update)
             fields = request.model_dump(mode="json", exclude_unset=True) | self._paths(request)

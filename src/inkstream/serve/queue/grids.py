@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from inkstream.engine.drawing.options import refuse
+from inkstream.engine.drawing.templates import filled
 from inkstream.engine.files.loras import names_in
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 from inkstream.serve.engines.models import Offered, choose
@@ -48,7 +49,9 @@ def axes(grid: Grid) -> list[str]:
     return [axis.field for axis in (grid.x, grid.y) if axis is not None]
 
 
-def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits, loras: Path, controls: Path) -> int:
+def check_parts(
+    parts: list[Request], models: dict[str, Offered], limits: Limits, loras: Path, controls: Path, wildcards: Path
+) -> int:
     """The number of pictures of all parts. Raises Refused if a part cannot be drawn or the number is too large."""
     for part in parts:
         part, model = choose(models, part)
@@ -57,6 +60,7 @@ def check_parts(parts: list[Request], models: dict[str, Offered], limits: Limits
         check(part, model.spec, limits)
         _check_names([LoraUse.read(lora).path for lora in part.loras], loras, "lora", "loras")
         _check_names([ControlUse.read(net).path for net in part.control_nets], controls, "control net", "control_nets")
+        _check_template(part, wildcards)
         if model.spec is not None:
             _check_spec(part, model.spec)
     total = sum(part.count for part in parts)
@@ -74,6 +78,14 @@ def _check_names(names: list[str], folder: Path, what: str, param: str) -> None:
             hint = f"take {' or '.join(others)}" if others else "its folder of them is empty"
             code = f"{what.replace(' ', '_')}_not_found"
             raise Refused(404, f"the server has no {what} {name[:100]}: {hint}", param=param, code=code)
+
+
+def _check_template(request: Request, folder: Path) -> None:
+    """Write the first picture's prompt out, so that a wildcard that is not known is told at once."""
+    try:
+        filled(request, folder)
+    except InputError as error:
+        raise Refused(400, str(error), param="prompt") from None
 
 
 def _check_spec(request: Request, spec: Spec) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 from starlette.requests import Request as HTTPRequest
 
+from inkstream.engine.drawing.templates import wildcard_folder
 from inkstream.engine.files.controls import control_folder
 from inkstream.engine.files.loras import lora_folder
 from inkstream.serve import schema
@@ -157,7 +158,8 @@ class Jobs:
                 raise Refused(409, line, code="idempotency")
             return job
         parts = split(request, grid)
-        folders = lora_folder(self.settings.machine), control_folder(self.settings.machine)
+        machine = self.settings.machine
+        folders = lora_folder(machine), control_folder(machine), wildcard_folder(machine)
         total = check_parts(parts, self.models, self.settings.limits, *folders)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         if seed + request.count > 2**63:

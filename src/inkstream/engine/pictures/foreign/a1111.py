@@ -23,9 +23,10 @@ from inkstream.engine.pictures.foreign.reading import (
     leftovers,
     take_loras,
     take_size,
+    take_variation,
 )
 from inkstream.families.names import named
-from inkstream.types import LoraUse, Request, as_object
+from inkstream.types import LoraUse, Request, Variation, as_object
 
 # Writing ------------------------------------------------------------------------------------------------------------
 
@@ -38,6 +39,7 @@ def write_a1111(request: Request, software: str, model: str | None = None) -> st
     model = request.model if model is None else model
     spec = named(model)
     read = spec is not None and spec.guides == "read" and request.guidance is not None
+    varied = None if request.variation is None else Variation.read(request.variation)
     pairs = {
         "Steps": request.steps,
         "Sampler": A1111_SOLVERS.get(request.solver or "", request.solver),
@@ -46,6 +48,8 @@ def write_a1111(request: Request, software: str, model: str | None = None) -> st
         "Distilled CFG Scale": request.guidance if read else None,
         "Shift": request.shift,
         "Seed": request.seed,
+        "Variation seed": varied.seed if varied else None,
+        "Variation seed strength": varied.strength if varied else None,
         "Size": f"{request.width}x{request.height}" if request.width and request.height else None,
         "Model": re.split(r"[/\\]", model.rstrip("/\\"))[-1],
         "Denoising strength": request.strength,
@@ -108,6 +112,7 @@ def read_a1111(text: str) -> Reading | None:
         if name in pairs:
             reading.embedded, reading.embedded_as = pairs.pop(name), name
     take_size(pairs.pop("Size", None), reading)
+    take_variation(pairs, "Variation seed", "Variation seed strength", reading)
     if not any(key.startswith("Hires") for key in pairs):  # with Hires, the strength is that of the second pass
         reading.fields["strength"] = pairs.pop("Denoising strength", None)
     _read_names(pairs, reading)

@@ -14,6 +14,7 @@ from inkstream.engine.pictures.foreign.reading import (
     parse_json,
     take,
     take_size,
+    take_variation,
 )
 from inkstream.families.names import named
 from inkstream.types import as_object
@@ -41,6 +42,8 @@ def read_swarmui(data: Mapping[str, Any]) -> Reading | None:
         "comfyuischeduler": "schedule",
         "model": "model",
     }
+    params = dict(params)
+    take_variation(params, "variationseed", "variationseedstrength", reading)
     take(params, names, reading)
     prompt = reading.fields.get("prompt")
     if isinstance(prompt, str) and (section := _SECTIONS.search(prompt)):
@@ -80,8 +83,11 @@ def read_invokeai(data: Mapping[str, Any]) -> Reading | None:
         model = described.get("name") or described.get("model_name")
     if model:
         find_model(model, reading)
-    off = {f"z_image_seed_variance_{name}" for name in ("enabled", "strength", "randomize_percent")}
-    off = set[str]() if data.get("z_image_seed_variance_enabled") else off
+    off = {f"z_image_seed_variance_{name}" for name in ("enabled", "strength")}
+    if data.get("z_image_seed_variance_enabled"):
+        reading.fields["seed_variance"] = data.get("z_image_seed_variance_strength")
+    if not data.get("z_image_seed_variance_enabled") or data.get("z_image_seed_variance_randomize_percent") == 50:
+        off |= {"z_image_seed_variance_randomize_percent"}
     off |= {"dype_preset"} if data.get("dype_preset") == "off" else set()
     harmless = {"app_version", "generation_mode", "rand_device", "model", "canvas_v2_metadata", "guidance"}
     leftovers(data, set(names) | harmless | off | {"z_image_shift"}, reading)

@@ -197,6 +197,17 @@ def take_size(size: Any, reading: Reading) -> None:
         reading.ignored["size"] = size
 
 
+def take_variation(data: dict[str, Any], seed: str, strength: str, reading: Reading) -> None:
+    """Takes a variation's seed and strength, which many programs count alike, out of the settings. 0 is off."""
+    given = as_number(data.get(strength))
+    if given is None:
+        return
+    if given > 0:
+        reading.fields["variation"] = f"{data.get(seed)}:{data[strength]}"
+    del data[strength]
+    data.pop(seed, None)
+
+
 def leftovers(data: Mapping[str, Any], known: set[str], reading: Reading) -> None:
     """Notes every setting outside `known` that has a value as ignored."""
     for key, value in data.items():

@@ -1,0 +1,83 @@
+"""Overlapping windows over latents: a large picture is drawn in pieces, and their velocities are blended.
+
+As in MultiDiffusion (Bar-Tal and others 2023), with weights that fade towards a window's edges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+OVERLAP = 0.25
+"""Share of a window's side that it has in common with its neighbour, at least."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Windows of one size that cover latents of h x w, with the rows and columns of their corners."""
+
+    h: int
+    w: int
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    side: tuple[int, int]  # height and width of a window
+
+    @staticmethod
+    def over(h: int, w: int, side: int, multiple: int = 1) -> Windows | None:
+        """Windows of at most `side` over latents of h x w; None if one window is enough. Corners are multiples."""
+        if max(h, w) <= side:
+            return None
+        high, wide = min(h, side), min(w, side)
+        return Windows(h, w, _corners(h, high, multiple), _corners(w, wide, multiple), (high, wide))
+
+    def __len__(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+    def cut(self, x: Tensor) -> list[Tensor]:
+        """(C, h, w) -> each window, (C, *side)."""
+        high, wide = self.side
+        return [x[:, top : top + high, left : left + wide] for top in self.rows for left in self.columns]
+
+    def blend(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Each window (C, *side) -> (C, h, w), the weighted mean where they overlap."""
+        high, wide = self.side
+        whole = torch.zeros(pieces[0].shape[0], self.h, self.w, device=pieces[0].device)
+        places = [(top, left) for top in self.rows for left in self.columns]
+        for (top, left), piece in zip(places, pieces):
+            down, across = _fade(top, high, self.rows, self.h), _fade(left, wide, self.columns, self.w)
+            weights = (down[:, None] * across[None]).to(piece.device)
+            whole[:, top : top + high, left : left + wide] += weights * piece
+        return whole
+
+
+def _corners(length: int, side: int, multiple: int) -> tuple[int, ...]:
+    """The first positions of windows that cover a length, evenly spaced, each OVERLAP or more over the one before."""
+    last = length - side
+    if last <= 0:
+        return (0,)
+    stride = max(multiple, int(side * (1 - OVERLAP)))
+    count = -(-last // stride) + 1
+    return tuple(dict.fromkeys(round(last * i / (count - 1) / multiple) * multiple for i in range(count)))
+
+
+def _fade(first: int, side: int, corners: Sequence[int], length: int) -> Tensor:
+    """The weights of a window along one axis. At each position, the weights of all windows sum to 1."""
+    positions = torch.arange(first, first + side) + 0.5
+    own = _slope(positions, first, side, corners, length)
+    return own / sum(_slope(positions, other, side, corners, length) for other in corners)
+
+
+def _slope(positions: Tensor, first: int, side: int, corners: Sequence[int], length: int) -> Tensor:
+    """A trapezoid: 1 in the middle and at the picture's edge, falling to 0 over the overlap with a neighbour."""
+    index = corners.index(first)
+    weights = torch.ones_like(positions)
+    if index > 0:
+        overlap = max(1, corners[index - 1] + side - first)
+        weights = torch.minimum(weights, (positions - first) / overlap)
+    if index + 1 < len(corners):
+        overlap = max(1, first + side - corners[index + 1])
+        weights = torch.minimum(weights, (first + side - positions) / overlap)
+    return weights.clamp(min=0)
