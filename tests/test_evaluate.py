@@ -17,6 +17,7 @@ import inkstream
 from inkstream.cli import main
 from inkstream.cli.terminal import Terminal
 from inkstream.engine.pictures.inputs import to_pixels
+from inkstream.engine.pictures.ocr import open_reader
 from inkstream.engine.pictures.sheet import GRAY, GREEN, RED, TILE, edge_of
 from inkstream.evaluate import judge, measures, ocr, report, run
 from inkstream.evaluate.grades import Marks, grade
@@ -529,14 +530,14 @@ def test_a_reading_is_compared_up_to_case_spaces_and_look_alikes(lines, wanted, 
 
 def test_without_the_extra_its_name_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    ocr.open_reader.cache_clear()
+    open_reader.cache_clear()
     with pytest.raises(InputError, match=r"pip install 'inkstream\[ocr\]'"):
         ocr.read(Image.new("RGB", (8, 8)), "A")
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_the_second_reader_reads_true_pictures(pocket):
-    ocr.open_reader.cache_clear()
+    open_reader.cache_clear()
     case = next(case for case in pocket if case.group == "English 4-6")
     assert ocr.read(render(case.scene, 128), case.text).exact
 
