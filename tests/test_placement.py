@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from inkstream.bench.random_model import write_random
 from inkstream.engine.engine import Engine
@@ -232,3 +233,15 @@ def test_what_is_no_size_is_refused_with_an_example(text):
 def test_a_plan_nobody_knows_is_refused():
     with pytest.raises(InputError, match="take resident, parked, streamed"):
         Engine(Machine("cpu", placement="somewhere"))
+
+
+@pytest.mark.parametrize("name", ["z-image-turbo", "flux2-klein-4b"])
+def test_requests_that_need_other_memory_have_plans_of_their_own(folders, name):
+    opened = open_model(folders(name), Machine("cpu"))
+    placing, start = Placing(opened), Image.new("RGB", (128, 128), "#00ff00")
+    phases: list[list[dict[str, int]]] = []
+    for fields in ({}, {"tile": 64}, {"image": start}, {"image": start, "mask_from": "colour:#0f0"}):
+        request = Request(prompt="a fox", model=str(folders(name)), width=128, height=128, steps=2, seed=5, **fields)
+        phases.append([dict(plan.phases) for plan in placing.plans(request)])
+        assert phases[-1] == [dict(plan.phases) for plan in Placing(opened).plans(request)]
+    assert phases[1][0]["steps"] < phases[0][0]["steps"]

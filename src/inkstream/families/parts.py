@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from torch import Tensor
 
@@ -236,10 +236,9 @@ def inpainting_to_follow(family: Family, pictures: Pictures) -> tuple[Tensor, Te
     """
     if pictures.image is None or pictures.mask is None:
         return None
-    size, device = (pictures.width, pictures.height), where_it_computes(family.transformer)[0]
-    pixels = to_pixels(ImageOps.fit(pictures.image, size, Image.Resampling.LANCZOS)).to(device)
-    mask = to_pixels(ImageOps.fit(pictures.mask, size, Image.Resampling.BILINEAR))[:1].to(device)
-    kept = (mask < 0.5).float()
+    device, _ = where_it_computes(family.transformer)
+    pixels, mask = (to_pixels(picture).to(device) for picture in (pictures.image, pictures.mask))
+    kept = (mask[:1] < 0.5).float()
     return kept, family.encode_image(((pixels * 2 - 1) * kept / 2 + 0.5)[None])[0]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,12 +27,12 @@ class Windows:
     side: tuple[int, int]  # height and width of a window
 
     @staticmethod
-    def over(h: int, w: int, side: int, multiple: int = 1) -> Windows | None:
-        """Windows of at most `side` over latents of h x w; None if one window is enough. Corners are multiples."""
+    def over(h: int, w: int, side: int) -> Windows | None:
+        """Windows of at most `side` over latents of h x w; None if one window is enough."""
         if max(h, w) <= side:
             return None
         high, wide = min(h, side), min(w, side)
-        return Windows(h, w, _corners(h, high, multiple), _corners(w, wide, multiple), (high, wide))
+        return Windows(h, w, _corners(h, high), _corners(w, wide), (high, wide))
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
@@ -46,31 +47,38 @@ class Windows:
         high, wide = self.side
         whole = torch.zeros(pieces[0].shape[0], self.h, self.w, device=pieces[0].device)
         places = [(top, left) for top in self.rows for left in self.columns]
-        for (top, left), piece in zip(places, pieces):
-            down, across = _fade(top, high, self.rows, self.h), _fade(left, wide, self.columns, self.w)
-            weights = (down[:, None] * across[None]).to(piece.device)
+        for (top, left), weights, piece in zip(places, _weights(self, whole.device), pieces):
             whole[:, top : top + high, left : left + wide] += weights * piece
         return whole
 
 
-def _corners(length: int, side: int, multiple: int) -> tuple[int, ...]:
+@lru_cache(maxsize=16)  # a run asks for the same ones at each step
+def _weights(windows: Windows, device: torch.device) -> list[Tensor]:
+    """The weights of each window, (*side), on a device."""
+    downs, acrosses = (
+        [_fade(first, side, corners).to(device) for first in corners]
+        for corners, side in zip((windows.rows, windows.columns), windows.side)
+    )
+    return [down[:, None] * across for down in downs for across in acrosses]
+
+
+def _corners(length: int, side: int) -> tuple[int, ...]:
     """The first positions of windows that cover a length, evenly spaced, each OVERLAP or more over the one before."""
     last = length - side
     if last <= 0:
         return (0,)
-    stride = max(multiple, int(side * (1 - OVERLAP)))
-    count = -(-last // stride) + 1
-    return tuple(dict.fromkeys(round(last * i / (count - 1) / multiple) * multiple for i in range(count)))
+    count = -(-last // max(1, int(side * (1 - OVERLAP)))) + 1
+    return tuple(dict.fromkeys(round(last * i / (count - 1)) for i in range(count)))
 
 
-def _fade(first: int, side: int, corners: Sequence[int], length: int) -> Tensor:
+def _fade(first: int, side: int, corners: Sequence[int]) -> Tensor:
     """The weights of a window along one axis. At each position, the weights of all windows sum to 1."""
     positions = torch.arange(first, first + side) + 0.5
-    own = _slope(positions, first, side, corners, length)
-    return own / sum(_slope(positions, other, side, corners, length) for other in corners)
+    own = _slope(positions, first, side, corners)
+    return own / sum(_slope(positions, other, side, corners) for other in corners)
 
 
-def _slope(positions: Tensor, first: int, side: int, corners: Sequence[int], length: int) -> Tensor:
+def _slope(positions: Tensor, first: int, side: int, corners: Sequence[int]) -> Tensor:
     """A trapezoid: 1 in the middle and at the picture's edge, falling to 0 over the overlap with a neighbour."""
     index = corners.index(first)
     weights = torch.ones_like(positions)

@@ -92,7 +92,7 @@ class Placing:
         spec = self.opened.source.spec
         request = complete(request, spec)
         asked = (request.width, request.height, guided(request, spec), len(request.reference), request.image is None)
-        asked = (*asked, request.mask is None, request.control_nets)
+        asked = (*asked, request.repaints, request.tile, request.control_nets)
         texts = (len(request.prompt) // 64, len(request.negative_prompt) // 64)
         if (key := (*asked, *texts)) not in self._known:
             opened, without_loras = self.opened, request.model_copy(update={"loras": ()})

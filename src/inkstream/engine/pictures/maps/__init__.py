@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from PIL import Image, ImageOps
 
-from inkstream.engine.pictures.inputs import MAX_AREA, fit_size, open_picture, read_source, short_name
+from inkstream.engine.pictures.inputs import fit_size, open_picture, read_source, short_name
 from inkstream.types import InputError, as_object
 
 Size = tuple[int, int]
@@ -133,7 +133,7 @@ def map_of(name: str, source: str | Image.Image, size: Size | None = None, **set
     """The map `name` of a picture, RGB, at `size` (width, height); the default is the picture's size.
 
     source: a path, a `data:` URL or a picture; for a pose, a path or URL of JSON. Another aspect ratio is cropped, as
-    for a start picture. A source of more than MAX_AREA pixels is scaled down first. settings: as the map takes them.
+    for a start picture. A source of more than 4 megapixels is scaled down first. settings: as the map takes them.
     Raises InputError for an unknown map or setting, a source that cannot be read, or a package that is missing.
     """
     name = known(name)
@@ -216,6 +216,3 @@ def read_keypoints(source: str | Image.Image) -> Any:
     if not frames or (first := as_object(frames[0])) is None or not isinstance(first.get("people"), list):
         raise InputError(f'{shown} has no "people": give an OpenPose JSON file with people and pose_keypoints_2d')
     return first
-
-
-__all__ = ["ALIASES", "MAPS", "MAX_AREA", "Map", "Setting", "check_settings", "known", "map_of", "missing"]
