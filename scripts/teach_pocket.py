@@ -2,14 +2,13 @@
 
     python scripts/teach_pocket.py pictures                     # training pictures into runs/lessons
     inkstream train recipes/pocket/lora/sprite.toml             # and product.toml, style.toml
-    python scripts/teach_pocket.py measure sprite runs/lessons/sprite-lora/zorp.safetensors
-    python scripts/teach_pocket.py together runs/lessons/sprite-lora/zorp.safetensors \\
-        runs/lessons/style-lora/dusk.safetensors
-    python scripts/teach_pocket.py show SPRITE PRODUCT STYLE    # docs/pictures/lessons.png
+    python scripts/teach_pocket.py measure sprite runs/sprite/zorp.safetensors
+    python scripts/teach_pocket.py together runs/sprite/zorp.safetensors runs/style/dusk.safetensors
+    python scripts/teach_pocket.py show SPRITE STYLE            # docs/pictures/lessons.png, with the two files
 
 The sprite and the product are things that Pocket has never seen; the style maps all colours to two. The prompts of
-PROMPTS were written before the training, and no training caption has their wording. Each measurement adds its rows to
-benchmarks/records/pocket-lessons-cpu.json.
+PROMPTS were written before the training, as people type them; Pocket's grammar makes captions of them. Each measurement
+adds its rows to benchmarks/records/pocket-lessons-cpu.json.
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from inkstream.pocket.colours import lab
 from inkstream.pocket.draw import render
 from inkstream.pocket.grammar import Grammar, sample
 from inkstream.pocket.scenes import Scene, Thing
+from inkstream.weights.lora.read import read_lora
 
 LESSONS = Path("runs") / "lessons"
 RECORD = "pocket-lessons-cpu"
@@ -129,7 +129,7 @@ def zorp() -> Image.Image:
 
 
 def mug() -> Image.Image:
-    """Return the product, RGBA: a navy mug with a white handle's ring and a yellow star."""
+    """Return the product, RGBA: a navy mug with a yellow star, and a red rim and handle."""
     big = Image.new("RGBA", (384, 384))
     pen = ImageDraw.Draw(big)
     pen.ellipse((226, 96, 380, 288), (220, 60, 90))
@@ -265,7 +265,7 @@ def typed(prompts: Sequence[str]) -> dict[int, Case]:
 def measure(model: Model, name: str, lora: Path, folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the rows of one lesson's LoRA: found with the trigger, found without, and the other scores."""
     lesson = LESSONS_OF[name]
-    base = {"lesson": name, "lora": kind_of(lora)}
+    base = {"lesson": name, "lora": kind_of(model, lora)}
     one = Settings(1, loras=(str(lora),))
     prompts = {"dense captions": dense_prompts(name), "typed prompts": PROMPTS[name]}
     for kind, own in prompts.items():
@@ -293,14 +293,18 @@ def together(model: Model, sprite: Path, style: Path, folder: Path) -> Iterator[
     prompts = [f"{prompt}, {LESSONS_OF['style'].trigger}" for prompt in dense_prompts("sprite")]
     drawn = pictures_of(model, typed(prompts), settings, folder)
     in_dusk = has(dusk(zorp()))
-    base = {"lesson": "sprite and style", "lora": f"{kind_of(sprite)} and {kind_of(style)}", "pictures": len(drawn)}
+    base = {
+        "lesson": "sprite and style",
+        "lora": f"{kind_of(model, sprite)} and {kind_of(model, style)}",
+        "pictures": len(drawn),
+    }
     yield base | {"measure": "sprite found", "share": share([in_dusk(picture) for picture in drawn])}
     yield base | {"measure": "style found", "share": share([has_style(picture) for picture in drawn])}
 
 
-def kind_of(lora: Path) -> str:
-    """Return the algebra of an adapter, by the folder of its run: sprite-dora holds a DoRA."""
-    return lora.parent.name.rpartition("-")[2]
+def kind_of(model: Model, lora: Path) -> str:
+    """Return the algebra of an adapter's file."""
+    return " and ".join(read_lora(lora, model.adapters.names).report.algebras)
 
 
 def add_rows(rows: Sequence[dict[str, Any]]) -> None:
@@ -313,20 +317,21 @@ def add_rows(rows: Sequence[dict[str, Any]]) -> None:
     write_record(RECORD, date.today().isoformat(), "python scripts/teach_pocket.py measure", {}, [*kept, *rows])
 
 
-def show(model: Model, loras: dict[str, Path]) -> Image.Image:
-    """Return a sheet: a column for each of six prompts of a lesson, without the LoRA above and with it below."""
-    gap, rows = 4, []
-    for name, lora in loras.items():
-        for own in ((), (str(lora),)):
-            prompts = dense_prompts(name)[:6]
-            engine = inkstream.Engine(inkstream.Machine("cpu"))
-            made = [engine.generate(inkstream.Request(prompt=p, seed=i, loras=own, upsample=False)).images[0]
-                    for i, p in enumerate(prompts)]  # fmt: skip
-            rows.append(made)
+def show(sprite: Path, style: Path) -> Image.Image:
+    """Return a sheet of six held-out captions: without a LoRA, with the sprite's, with the style's, with both."""
+    engine, gap = inkstream.Engine(inkstream.Machine("cpu")), 4
+    prompts, trigger = dense_prompts("sprite")[:6], LESSONS_OF["style"].trigger
+    rows = [
+        ((), ""),
+        ((str(sprite),), ""),
+        ((str(style),), f", {trigger}"),
+        ((str(sprite), str(style)), f", {trigger}"),
+    ]
     sheet = Image.new("RGB", (6 * (SIDE + gap) - gap, len(rows) * (SIDE + gap) - gap), "white")
-    for y, made in enumerate(rows):
-        for x, picture in enumerate(made):
-            sheet.paste(picture, (x * (SIDE + gap), y * (SIDE + gap)))
+    for y, (loras, end) in enumerate(rows):
+        for x, prompt in enumerate(prompts):
+            request = inkstream.Request(prompt=prompt + end, seed=x, loras=loras, upsample=False)
+            sheet.paste(engine.generate(request).images[0], (x * (SIDE + gap), y * (SIDE + gap)))
     return sheet
 
 
@@ -337,12 +342,10 @@ def main() -> None:
     one = verbs.add_parser("measure")
     one.add_argument("lesson", choices=LESSONS_OF)
     one.add_argument("lora", type=Path)
-    two = verbs.add_parser("together")
-    two.add_argument("sprite", type=Path)
-    two.add_argument("style", type=Path)
-    three = verbs.add_parser("show")
-    for name in LESSONS_OF:
-        three.add_argument(name, type=Path)
+    for verb in ("together", "show"):
+        two = verbs.add_parser(verb)
+        two.add_argument("sprite", type=Path)
+        two.add_argument("style", type=Path)
     given = parser.parse_args()
     if given.verb == "pictures":
         for name, lesson in LESSONS_OF.items():
@@ -350,11 +353,11 @@ def main() -> None:
         write_pictures(LESSONS / "ordinary", PRIOR, ordinary)
         print(LESSONS)
         return
-    model = inkstream.load("pocket", inkstream.Machine("cpu"))
     if given.verb == "show":
-        show(model, {name: getattr(given, name) for name in LESSONS_OF}).save(PICTURE, optimize=True)
+        show(given.sprite, given.style).save(PICTURE, optimize=True)
         print(PICTURE)
         return
+    model = inkstream.load("pocket", inkstream.Machine("cpu"))
     if given.verb == "measure":
         rows = list(measure(model, given.lesson, given.lora, given.lora.parent / "measured"))
     else:
