@@ -26,7 +26,7 @@ from inkstream.sampling.schedules import SCHEDULES
 from inkstream.types import Done, Failed, InputError, Loading, LoraUse, Machine, Request, Spec
 from inkstream.weights.files import read_header
 from inkstream.weights.lora.changes import Change, LayerChange, Lora, LowRank, Part
-from inkstream.weights.lora.factors import Dora, LoHa, LoKr
+from inkstream.weights.lora.factors import IA3, Dora, LoHa, LoKr
 from inkstream.weights.lora.write import write_lora
 
 SPECS = [BASE, DEV, KLEIN_BASE_4B]
@@ -49,6 +49,14 @@ def dora(outputs: int, inputs: int, by: torch.Generator) -> Change:
 def loha(outputs: int, inputs: int, by: torch.Generator) -> Change:
     factors = [torch.randn(*shape, generator=by) / 4 for shape in ((outputs, 2), (2, inputs)) * 2]
     return LoHa(*factors)
+
+
+def dora_by_columns(outputs: int, inputs: int, by: torch.Generator) -> Change:
+    return Dora(low_rank(2)(outputs, inputs, by), 1 + torch.rand(1, inputs, generator=by))
+
+
+def ia3(outputs: int, inputs: int, by: torch.Generator) -> Change:
+    return IA3(torch.randn(1, inputs, generator=by) / 4, (outputs, inputs))
 
 
 def lokr(outputs: int, inputs: int, by: torch.Generator) -> Change:
@@ -193,9 +201,14 @@ def test_blocks_have_strengths_of_their_own(model, spec, save):
         held.get(LoraUse.read(f"{path}#layers.99=1"))
 
 
-@pytest.mark.parametrize("make", [low_rank(4), loha, lokr], ids=["lora", "loha", "lokr"])
-def test_the_foreseen_memory_of_an_adapter_is_at_least_what_it_takes(model, spec, save, make):
-    path = save("mine", make)
+@pytest.mark.parametrize(
+    ("make", "dialect"),
+    [(low_rank(4), "comfyui"), (loha, "lycoris"), (lokr, "lycoris"), (dora_by_columns, "kohya"), (ia3, "lycoris")],
+    ids=["lora", "loha", "lokr", "dora of columns", "ia3 of inputs"],
+)
+def test_the_foreseen_memory_of_an_adapter_is_at_least_what_it_takes(model, spec, tmp_path, make, dialect):
+    layers = {path: change for path, change in make_lora(spec, make).layers.items() if "qkv" not in path}
+    path = write_lora(tmp_path / "mine.safetensors", Lora(layers), adapter_names(spec), dialect)
     model.adapters.get(LoraUse(str(path)))
     foreseen = adapters.bytes_foreseen([str(path)], path.parent, torch.float32, spec)
     assert model.adapters.bytes <= foreseen <= 1.5 * model.adapters.bytes

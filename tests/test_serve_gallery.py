@@ -174,6 +174,15 @@ def test_the_prompts_route_gives_the_prompt_that_a_drawing_uses(server):
     assert answer["notes"] == [line for line in job["remarks"] if line in answer["notes"]]
 
 
+def test_the_words_of_a_lora_stay_in_the_prompt_that_is_told(server):
+    body = {"prompt": "a zorp on a yellow background", "seed": 3}
+    plain, kept = (server.ask("POST", "/v1/prompts", body | more)[2] for more in ({}, {"loras": ["zorp:0.8"]}))
+    assert "zorp" not in plain["told"]
+    assert "zorp" in plain["notes"][0]
+    assert "zorp" in kept["told"]
+    assert kept["notes"] == []
+
+
 @pytest.mark.parametrize("asked", [{"upsample": False}, {"prompt": "a dragon", "upsample": False}])
 def test_a_prompt_that_is_not_written_out_is_returned_unchanged(server, asked):
     body = {"prompt": "a red heart", **asked}

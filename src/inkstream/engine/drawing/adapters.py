@@ -248,19 +248,16 @@ def bytes_of(product: Product) -> int:
 def bytes_foreseen(loras: Sequence[str], folder: Path, dtype: torch.dtype, spec: Spec) -> int:
     """Return the memory that adapters take on a device, from the headers of their files. spec: of the model."""
     files = {find_lora(LoraUse.read(lora).path, folder) for lora in loras}
-    headers = [read_header(adapter_file(file)).tensors for file in files]
-    shapes = [weight.shape for tensors in headers for weight in tensors.values()]
-    keys = [read_key(key) for tensors in headers for key, weight in tensors.items() if is_dense(key, weight.shape)]
-    names = names_of(spec) if keys else None
-    for key in keys:
-        assert names is not None
-        if found := names.find(key.path):
-            place = found[2]
-            shapes.append((place.height, names.layers[place.layer][1]))
-    return sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+    tensors = [(read_key(key), tuple(weight.shape)) for file in files
+               for key, weight in read_header(adapter_file(file)).tensors.items()]  # fmt: skip
+    numbers = sum(math.prod(shape) for _, shape in tensors)
+    if dense := [key.path for key, shape in tensors if is_dense(key.role, shape)]:
+        names = names_of(spec)
+        places = [found[2] for path in dense if (found := names.find(path))]
+        numbers += sum(place.height * names.layers[place.layer][1] for place in places)
+    return numbers * dtype.itemsize
 
 
-def is_dense(key: str, shape: Sequence[int]) -> bool:
-    """Whether a tensor of an adapter's file says that the change is as large as the layer's weight when it is bound."""
-    role = read_key(key).role
+def is_dense(role: str, shape: Sequence[int]) -> bool:
+    """Whether a tensor of a file says that its change is as large as the layer's weight when it is bound."""
     return role in DENSE or (role == "dora_scale" and len(shape) == 2 and shape[0] == 1 < shape[1])
