@@ -105,20 +105,12 @@ class LoraUse(NamedTuple):
 
     @staticmethod
     def _of(given: dict[str, Any]) -> LoraUse:
-        names = ("path", "strength", "from", "until", "blocks")
-        if unknown := [name for name in given if name not in names]:
-            raise InputError(f"lora has no field {unknown[0]}: its fields are {', '.join(names)}")
+        _check_fields("a lora", given, ("path", "strength", "from", "until", "blocks"))
         factors = as_object(given.get("blocks") or {})
         if factors is None:
             raise InputError(f"blocks {given['blocks']!r} in a lora is no object: write it as {{'layers.0-14': 0.5}}")
-        numbers = {"strength": 1, "from": 0, "until": 1} | {n: given[n] for n in names[1:4] if n in given} | factors
-        for name, value in numbers.items():
-            try:
-                numbers[name] = float(value)
-            except (TypeError, ValueError):
-                raise InputError(f"{name} {value!r} in a lora is not a number: give one such as 0.8") from None
-        strength, begins, ends = (numbers[name] for name in names[1:4])
-        blocks = tuple((str(name), numbers[name]) for name in factors)
+        strength, begins, ends = _numbers("a lora", given, {"strength": 1, "from": 0, "until": 1})
+        blocks = tuple(zip(map(str, factors), _numbers("a lora", factors, dict.fromkeys(factors, 1))))
         return LoraUse(str(given.get("path") or "").strip(), strength, begins, ends, blocks)._checked()
 
     def _checked(self) -> LoraUse:
@@ -127,8 +119,7 @@ class LoraUse(NamedTuple):
         for factor in (self.strength, *(factor for _, factor in self.blocks)):
             if not -10 <= factor <= 10:
                 raise InputError(f"lora strength {factor:g} is out of range: take -10 to 10")
-        if not 0 <= self.begins < self.ends <= 1:
-            raise InputError(f"lora steps {self.begins:g}-{self.ends:g} are no range: take 0 <= FROM < UNTIL <= 1")
+        _check_steps("lora", self.begins, self.ends)
         return self
 
     def __str__(self) -> str:
@@ -175,28 +166,18 @@ class ControlUse(NamedTuple):
 
     @staticmethod
     def _of(given: dict[str, Any]) -> ControlUse:
-        names = ("path", "scale", "from", "until", "mode")
-        if unknown := [name for name in given if name not in names]:
-            raise InputError(f"a control net has no field {unknown[0]}: its fields are {', '.join(names)}")
-        numbers = dict(zip(names[1:4], ControlUse._field_defaults.values())) | {
-            n: given[n] for n in names[1:4] if n in given
-        }
-        for name, value in numbers.items():
-            try:
-                numbers[name] = float(value)
-            except (TypeError, ValueError):
-                raise InputError(f"{name} {value!r} of a control net is not a number: give one such as 0.7") from None
-        mode = str(given.get("mode", ""))
-        scale, begins, ends = (numbers[name] for name in names[1:4])
-        return ControlUse(str(given.get("path") or "").strip(), scale, begins, ends, mode)._checked()
+        _check_fields("a control net", given, ("path", "scale", "from", "until", "mode"))
+        usual = {"scale": ControlUse._field_defaults["scale"], "from": 0, "until": 1}
+        scale, begins, ends = _numbers("a control net", given, usual)
+        path, mode = str(given.get("path") or "").strip(), str(given.get("mode", ""))
+        return ControlUse(path, scale, begins, ends, mode)._checked()
 
     def _checked(self) -> ControlUse:
         if not self.path:
             raise InputError("a control net has no path: write PATH[:SCALE][@FROM-UNTIL][#MODE]")
         if not 0 <= self.scale <= 10:
             raise InputError(f"control scale {self.scale:g} is out of range: take 0 to 10, usually 0.4 to 1")
-        if not 0 <= self.begins < self.ends <= 1:
-            raise InputError(f"control steps {self.begins:g}-{self.ends:g} are no range: take 0 <= FROM < UNTIL <= 1")
+        _check_steps("control", self.begins, self.ends)
         if self.mode and not re.fullmatch(_MODE, self.mode):
             raise InputError(f"control mode {self.mode!r} is not a word or a number: take one such as canny")
         return self
@@ -211,6 +192,27 @@ class ControlUse(NamedTuple):
         )
         # The end of a path may look like a scale or like steps: then all is written out.
         return short if ControlUse.read(short) == self else f"{self.path}{scale}{steps}{mode}"
+
+
+def _check_fields(what: str, given: dict[str, Any], names: Sequence[str]) -> None:
+    if unknown := [name for name in given if name not in names]:
+        raise InputError(f"{what} has no field {unknown[0]}: its fields are {', '.join(names)}")
+
+
+def _numbers(what: str, given: dict[str, Any], usual: dict[str, Any]) -> list[float]:
+    """Return the fields that `usual` names, as numbers. Those that are not given have its values."""
+    numbers: list[float] = []
+    for name, default in usual.items():
+        try:
+            numbers.append(float(given.get(name, default)))
+        except (TypeError, ValueError):
+            raise InputError(f"{name} {given[name]!r} in {what} is not a number: give one such as 0.8") from None
+    return numbers
+
+
+def _check_steps(what: str, begins: float, ends: float) -> None:
+    if not 0 <= begins < ends <= 1:
+        raise InputError(f"{what} steps {begins:g}-{ends:g} are no range: take 0 <= FROM < UNTIL <= 1")
 
 
 def _digits(number: float) -> str:
@@ -412,8 +414,7 @@ class Variation(NamedTuple):
         if isinstance(value, Variation):
             return value
         if (given := as_object(value)) is not None:
-            if unknown := [name for name in given if name not in ("seed", "strength")]:
-                raise InputError(f"variation has no field {unknown[0]}: its fields are seed, strength")
+            _check_fields("a variation", given, ("seed", "strength"))
             value = f"{given.get('seed')}:{given.get('strength')}"
         found = _VARIATION.fullmatch(str(value).strip())
         if found is None or int(found["seed"]) >= 2**63 or float(found["strength"]) > 1:
