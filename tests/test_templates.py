@@ -100,7 +100,7 @@ def test_a_prompt_without_choices_stays_as_it_is(prompt, folder):
     ("prompt", "said"),
     [
         ("__color__", "wildcard __color__ is not known: did you mean colour?"),
-        ("__zzz__", "wildcard __zzz__ is not known: put zzz.txt into the folder of wildcards"),
+        ("__zzz__", "wildcard __zzz__ is not known: put zzz.txt into the folder of --wildcards"),
         ("__a/../../secret__", "is not known"),
         ("__colour/../colour__", "is not known"),
         ("__endless__", "do not end within 1000 parts"),
