@@ -132,11 +132,7 @@ def _lines(folder: Path, name: str) -> list[str]:
     path = folder / f"{name.strip()}.txt"
     if ".." in path.relative_to(folder).parts or not path.is_file():
         near = difflib.get_close_matches(name, names_in(folder), n=2)
-        hint = (
-            f"did you mean {' or '.join(near)}?"
-            if near
-            else f"put {name}.txt into the folder of wildcards (--wildcards)"
-        )
+        hint = f"did you mean {' or '.join(near)}?" if near else f"put {name}.txt into the folder of --wildcards"
         raise InputError(f"wildcard __{name}__ is not known: {hint}")
     try:
         if path.stat().st_size > MOST_BYTES:
