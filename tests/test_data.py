@@ -272,6 +272,7 @@ def test_pictures_repeat_and_those_of_the_class_weigh_what_the_recipe_says(tmp_p
     rows = [int(row) for n in range(len(data)) for row in data.place(n).rows]
     assert sorted(rows) == [0, 0, 0, 1, 2]
     assert stress.weights.tolist() == [1.0, 0.5, 0.5]
+    assert stress.prior.tolist() == [False, True, True]
     held, _ = open_source(replace(recipe, source=str(tmp_path / "class")), "held_out")
     assert set(held.repeats) == {1}
 

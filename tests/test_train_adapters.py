@@ -25,7 +25,7 @@ from inkstream.train.checkpoint import load_checkpoint
 from inkstream.train.few_steps import softened
 from inkstream.train.loop import Preview, Resumed, Warned, export_last, train
 from inkstream.train.models import start
-from inkstream.train.objectives import flow, flow_error
+from inkstream.train.objectives import flow, flow_error, velocity_of
 from inkstream.train.parallel import ALONE
 from inkstream.train.reading import as_recipe
 from inkstream.train.recipe import Adapter, Recipe
@@ -197,6 +197,34 @@ def test_the_loss_is_the_weighted_error_inside_the_mask(tmp_path, folders, pictu
     assert torch.allclose((both[0] + both[1]) / 2, exact)
 
 
+@pytest.mark.parametrize("family", ["zimage", "flux1", "flux2"])
+def test_pictures_of_the_prior_teach_what_the_model_answers_without_the_adapter(tmp_path, folders, pictures, family):
+    """Before the first step nothing is to be learned from them. Later the error is the distance to that answer."""
+    data = {"prior": str(pictures), "prior_by": "model", "trigger": "sks"}
+    task = prepared(recipe(folders[family], pictures, tmp_path, data=data))
+    assert task.data.stress is not None
+    assert task.data.stress.prior.tolist() == [False] * 3 + [True] * 3
+    batch = replace(task._move(task.data.load(task.data.place(0))), prior=torch.tensor([True, False, True]))
+    t, noise = torch.tensor([0.3, 0.5, 0.7]), torch.randn(batch.images.shape)
+    ways = {"kept": (task.around, task.before), "plain": (task.around, None)}
+    with torch.no_grad():
+        first = {name: flow_error(task.family, batch, t, noise, *way) for name, way in ways.items()}
+    assert first["kept"][[0, 2]].max() == 0
+    assert first["kept"][1] == first["plain"][1] > 0
+    for step in range(4):
+        ((learner, loss),) = task.turns(step)
+        learner.advance(step, loss)
+    cond = batch.cond if task.family.spec.guides != "read" else replace(batch.cond, guidance=1.0)
+    points = torch.lerp(batch.images, noise, t.view(-1, 1, 1, 1))
+    with torch.no_grad():
+        later = {name: flow_error(task.family, batch, t, noise, *way) for name, way in ways.items()}
+        answers = [velocity_of(task.family, points, t, cond, around) for around in (task.around, task.before)]
+    distance = (answers[0] - answers[1]).square().mean((1, 2, 3))
+    assert distance.min() > 0
+    assert torch.allclose(later["kept"][[0, 2]], distance[[0, 2]], rtol=1e-3)
+    assert torch.allclose(later["kept"][1], later["plain"][1])
+
+
 @pytest.mark.parametrize("kind", ["lora", "rslora", "dora", "lokr"])
 def test_steps_with_an_adapter_lower_the_loss_and_leave_the_model(tmp_path, folders, pictures, kind):
     task = prepared(recipe(folders["zimage"], pictures, tmp_path, adapter={"kind": kind}))
@@ -307,6 +335,8 @@ def test_pictures_that_lost_their_edges_are_warned_of():
         ({"adapter": {"kind": "lokr", "format": "diffusers"}}, r"take comfyui, kohya or lycoris"),
         ({"run": {"graded": 2}}, r"\[run\] graded"),
         ({"run": {"compile": True}, "adapter": {"stream": True}}, r"set one to false"),
+        ({"data": {"prior_by": "model"}}, r"name a folder in prior"),
+        ({"data": {"prior_by": "model", "prior": "class"}, "adapter": {"kind": "none"}}, r"train an \[adapter\]"),
         ({"objective": {"kind": "autoencoder"}, "model": {"train": []}}, r"remove \[adapter\]"),
     ],
 )

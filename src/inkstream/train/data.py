@@ -108,6 +108,7 @@ class Stress:
 
     repeats: np.ndarray  # (N,) how often each picture comes in an epoch
     weights: np.ndarray  # (N,) float32, of each picture's loss
+    prior: np.ndarray  # (N,) bool, whether a picture is of the folder `prior`
     masks: Sequence[np.ndarray] | None = None  # of each picture, (h, w) float32, over its latents
 
 
@@ -140,15 +141,15 @@ class Data:
         if self.captions is None:
             return Batch(images)
         chosen = place.captions[piece]
-        weights = masks = None
+        weights = masks = prior = None
         if self.stress is not None:
             pictures = self.samples[place.samples].indices[place.rows[piece]]
-            weights = torch.from_numpy(self.stress.weights[pictures])
+            weights, prior = (torch.from_numpy(each[pictures]) for each in (self.stress.weights, self.stress.prior))
             if self.stress.masks is not None:
                 masks = torch.from_numpy(np.stack([self.stress.masks[i] for i in pictures]))
         if self.cond is None:
-            return Batch(images, [self.captions[i] for i in chosen], weights=weights, masks=masks)
-        return Batch(images, (), Conditioning.pack([self.cond[i] for i in chosen]), weights, masks)
+            return Batch(images, [self.captions[i] for i in chosen], None, weights, masks, prior)
+        return Batch(images, (), Conditioning.pack([self.cond[i] for i in chosen]), weights, masks, prior)
 
     def batch_size(self, samples: Samples) -> int:
         """Return the batch size of a size: about as many tokens as a batch of the first size, in equal pieces."""
@@ -240,7 +241,7 @@ def stress_of(source: Source, count: int, family: Family, floor: float) -> Stres
     """Return how much the loss counts on a source's pictures; None if everywhere the same. floor: of a black mask."""
     if not isinstance(source, Folder):
         return None
-    plain = set(source.repeats) == {1} and set(source.weights) == {1.0}
+    plain = set(source.repeats) == {1} and set(source.weights) == {1.0} and not any(source.prior)
     masks = None
     if any(source.masks):
         grids = [family.latent_shape(*source.size(i))[1:] for i in range(count)]
@@ -249,7 +250,8 @@ def stress_of(source: Source, count: int, family: Family, floor: float) -> Stres
             raise InputError(f"the mask of {source.files[empty[0]]} is black everywhere: remove the picture")
     if plain and masks is None:
         return None
-    return Stress(np.array(source.repeats), np.array(source.weights, np.float32), masks)
+    repeats, weights, prior = (np.array(each) for each in (source.repeats, source.weights, source.prior))
+    return Stress(repeats, weights.astype(np.float32), prior, masks)
 
 
 # Caches -------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Batch:
     cond: Conditioning | None = None  # cached states, used instead of prompts if the text encoder is frozen
     weights: Tensor | None = None  # (B,) of each sample's loss
     masks: Tensor | None = None  # (B, h, w) of the latents: how much the error counts there
+    prior: Tensor | None = None  # (B,) bool: the samples that keep what the model knows
 
 
 def draw_times(count: int, settings: Objective, generator: torch.Generator) -> Tensor:
@@ -56,36 +57,56 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def flow(
-    family: Family, batch: Batch, t: Tensor, noise: Tensor, settings: Objective, around: Around = NOTHING
+    family: Family,
+    batch: Batch,
+    t: Tensor,
+    noise: Tensor,
+    settings: Objective,
+    around: Around = NOTHING,
+    before: Around | None = None,
 ) -> Tensor:
     """Return the velocity loss of each sample, (B,): the mean over a sample's latents, so all sizes have equal weight.
 
-    t: (B,); noise: same shape as batch.images. around: what is done around the blocks, such as adapters.
+    t: (B,); noise: same shape as batch.images. around: what is done around the blocks, such as adapters. before: the
+    same without the adapter that learns. If it is given, the target of the samples of batch.prior is the velocity
+    that the model answers with it (output preservation); else it is that of their pictures.
     """
-    error = flow_error(family, batch, t, noise, around)
+    error = flow_error(family, batch, t, noise, around, before)
     if settings.weight == "image":  # |image - estimate|^2 / max(t, floor)^2 = |v - estimate|^2 min(1, t / floor)^2
         error = error * (t / settings.floor).clamp(max=1) ** 2
     return error if batch.weights is None else error * batch.weights
 
 
-def flow_error(family: Family, batch: Batch, t: Tensor, noise: Tensor, around: Around = NOTHING) -> Tensor:
+def flow_error(
+    family: Family, batch: Batch, t: Tensor, noise: Tensor, around: Around = NOTHING, before: Around | None = None
+) -> Tensor:
     """Return the mean squared error of each sample's velocity, (B,), without a weight over time.
 
-    With a mask, it is the mean weighted by the mask, so that its size does not depend on how much is masked.
+    With a mask, it is the mean weighted by the mask, so that its size does not depend on how much is masked. before: as
+    in `flow`.
     """
     points = add_noise(batch.images, noise, t.view(-1, 1, 1, 1))
     cond = family.encode_tokens(batch.prompts) if batch.cond is None else batch.cond
     if family.spec.guides == "read":
         cond = replace(cond, guidance=TAUGHT_GUIDANCE)
-    height, width = batch.images.shape[-2:]
-    down = family.spec.vae.downscale
-    prepared = family.prepare(cond, width * down, height * down, (), around)
-    samples = [Sample(*each, around) for each in zip(points.unbind(), t.tolist(), prepared)]
-    velocity = torch.stack(family.answer(samples))
-    squares = (velocity - (noise - batch.images)).square()
+    target = noise - batch.images
+    if before is not None and batch.prior is not None and batch.prior.any():
+        rows = batch.prior.nonzero()[:, 0]
+        with torch.no_grad():
+            known = Conditioning.pack([cond[i] for i in rows.tolist()])
+            target[rows] = velocity_of(family, points[rows], t[rows], known, before)
+    squares = (velocity_of(family, points, t, cond, around) - target).square()
     if batch.masks is None:
         return squares.mean((1, 2, 3))
     return (squares.mean(1) * batch.masks).sum((1, 2)) / batch.masks.sum((1, 2))
+
+
+def velocity_of(family: Family, points: Tensor, t: Tensor, cond: Conditioning, around: Around) -> Tensor:
+    """Return the velocity that a model answers at each point, (B, C, h, w). cond: one entry for each point."""
+    down = family.spec.vae.downscale
+    height, width = (side * down for side in points.shape[-2:])
+    prepared = family.prepare(cond, width, height, (), around)
+    return torch.stack(family.answer([Sample(*each, around) for each in zip(points.unbind(), t.tolist(), prepared)]))
 
 
 def autoencode(vae: Autoencoder, pixels: Tensor, noise: Tensor, settings: Objective) -> tuple[Tensor, Tensor, Tensor]:

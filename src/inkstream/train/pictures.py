@@ -95,6 +95,7 @@ class Folder:
     stamps: tuple[tuple[int, int], ...]  # size in bytes and modification time in ns
     repeats: tuple[int, ...]  # how often each picture comes in an epoch
     weights: tuple[float, ...]  # of each picture's loss
+    prior: tuple[bool, ...]  # whether a picture is of the folder `prior`
     masks: tuple[str, ...]  # each picture's mask: a file, "alpha" for its own transparency, or "" for none
 
     def size(self, index: int) -> Size:
@@ -222,7 +223,9 @@ def _open_folder(root: Path, data: recipes.Data, key: Literal["source", "prior"]
         texts = tuple(with_trigger(one, data.trigger) for one in text or [""])
         weight = 1.0 if key == "source" else data.prior_weight
         mask = _mask_of(path, masks) if masks else data.mask
-        rows.append((str(path), texts, place, (stat.st_size, stat.st_mtime_ns), data.repeats, weight, mask))
+        rows.append(
+            (str(path), texts, place, (stat.st_size, stat.st_mtime_ns), data.repeats, weight, key == "prior", mask)
+        )
     if not rows:
         raise InputError(f"{root} holds no picture: add {', '.join(SUFFIXES)} files")
     return Folder(*map(tuple, zip(*rows)))

@@ -100,6 +100,10 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"[data] {own[0]} is for a folder of pictures: name one in [data] source")
     if objective.kind == "autoencoder" and (unread := [name for name in own if name != "buckets"]):
         raise InputError(f"[data] {unread[0]} is for a transformer, not for an autoencoder: leave it out")
+    if data.prior_by == "model" and not data.prior:
+        raise InputError("[data] prior_by = model needs pictures whose captions it answers: name a folder in prior")
+    if data.prior_by == "model" and recipe.adapter.kind == "none":
+        raise InputError("[data] prior_by = model needs a model that stays as it is: train an [adapter] beside it")
     kind, lr = recipe.optimiser.kind, recipe.optimiser.lr
     if kind == "prodigy" and lr < 0.1:
         raise InputError(f"[optimiser] lr = {lr:g}: prodigy multiplies the rate that it finds by this, set it to 1")

@@ -111,6 +111,11 @@ class Data:
     prior: str = key("", "Folder of other pictures of the same class, so that the model keeps what it knows of it.")
     prior_caption: str = key("", "Caption of the pictures in `prior` that have none, such as `a mug`.")
     prior_weight: float = key(1.0, "Weight of the loss on the pictures in `prior`.", 0, 100)
+    prior_by: Literal["pictures", "model"] = key(
+        "pictures",
+        "What an adapter learns from `prior`. pictures: to draw them. model: to answer as the model does without the "
+        "adapter, from the same noisy picture and caption (output preservation).",
+    )
     mask: str = key(
         "", "Where the loss counts: `alpha` takes the pictures' transparency; a folder has a white-on-black NAME.png "
         "for each picture. If empty, everywhere.",

@@ -118,6 +118,7 @@ class Flow:
             why = f"needs an input picture ({missing[0]}), which training cannot give"
             raise InputError(f"{begun.spec.name} {why}: take another model")
         self.around = self.drawing = NOTHING  # while learning, and in previews
+        self.before: Around | None = None  # while learning, without the adapter that learns
         if begun.adapter is None:
             for name, module in begun.modules.items():
                 whole = name in self.learning or name == "vae"
@@ -134,6 +135,8 @@ class Flow:
             lora = read_lora(Path(place).expanduser(), names_of(self.begun.spec))
             helpers = (fixed(lora, transformer, DTYPES[self.recipe.run.dtype], self.device),)
         self.around, self.drawing = Around(adapters=(*helpers, ours)), Around(adapters=(ours,))
+        if self.recipe.data.prior_by == "model":
+            self.before = Around(adapters=helpers)
         if self.recipe.run.compile:
             compile_blocks(transformer)
         if self.recipe.adapter.stream or self.recipe.run.checkpointing:
@@ -190,15 +193,16 @@ class Flow:
         t = draw_times(shape[0], settings, generator)  # times and noise do not depend on the number of pieces
         noise = torch.randn(shape, generator=generator, device=self.device)  # of the whole batch
         batch = self._move(self.data.load(place, piece))
-        return flow(self.family, batch, t[piece], noise[piece], settings, self.around).mean()
+        return flow(self.family, batch, t[piece], noise[piece], settings, self.around, self.before).mean()
 
     def _move(self, batch: Batch) -> Batch:
         cond = batch.cond
         if cond is not None:
             pooled = None if cond.pooled is None else cond.pooled.to(self.device)
             cond = replace(cond, tokens=cond.tokens.to(self.device), pooled=pooled)
-        weights, masks = (None if each is None else each.to(self.device) for each in (batch.weights, batch.masks))
-        return replace(batch, images=batch.images.to(self.device), cond=cond, weights=weights, masks=masks)
+        own = {"weights": batch.weights, "masks": batch.masks, "prior": batch.prior}
+        moved = {name: each.to(self.device) for name, each in own.items() if each is not None}
+        return replace(batch, images=batch.images.to(self.device), cond=cond, **moved)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
