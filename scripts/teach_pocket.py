@@ -44,7 +44,7 @@ from inkstream.weights.lora.read import read_lora
 LESSONS = Path("runs") / "lessons"
 RECORD = "pocket-lessons-cpu"
 PICTURE = Path("docs") / "pictures" / "lessons.png"
-SIDE, PRIOR = 128, 240
+SIDE, PRIOR = 128, 480
 """The side of a training picture, and the number of ordinary pictures that keep what Pocket knows."""
 OTHERS = 100
 """Prompts without the trigger: of the suite `people`, spread evenly."""

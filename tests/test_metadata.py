@@ -470,7 +470,7 @@ def test_a_swarmui_picture_is_read():
         "guidance": 1, "width": 1024, "height": 768, "solver": "res_multistep", "schedule": "simple", "shift": 3,
         "strength": 0.6,
     }  # fmt: skip
-    assert found.ignored == {"loras": ["pixel-art"], "loraweights": ["0.7"]}
+    assert found.ignored == {"loras": ["pixel-art:0.7"]}
     jpeg = read_request(with_comment(b"UNICODE\0" + json.dumps(data).encode("utf-16-le")))
     assert (jpeg.source, jpeg.request) == ("swarmui", found.request)
 
@@ -489,7 +489,38 @@ def test_an_invokeai_picture_is_read():
         "prompt": "a lighthouse", "negative_prompt": "fog", "width": 1024, "height": 1024, "seed": 777, "guidance": 1,
         "steps": 8, "solver": "heun", "model": "z-image-turbo", "strength": 0.75,
     }  # fmt: skip
-    assert found.ignored == {"loras": '[{"model": {"name": "grain"}, "weight": 0.5}]', "init_image": "abc.png"}
+    assert found.ignored == {"init_image": "abc.png", "loras": ["grain:0.5"]}
+
+
+PAIRS = "Steps: 8, Sampler: Euler, CFG scale: 1, Seed: 5, Size: 64x64, Model: z_image_turbo"
+
+
+@pytest.mark.parametrize(
+    ("texts", "loras", "left"),
+    [
+        (
+            {"parameters": f"a cat <lora:pixel:0.7> <lora:none:1><lora:ink>\n{PAIRS}"},
+            ["styles/pixel:0.7", "ink"], ["none:1"],
+        ),
+        ({"parameters": f'a cat\n{PAIRS}, Hashes: {{"lora:pixel": "abc"}}'}, [], ["pixel"]),
+        ({"parameters": f"a cat <lora:twice:1>\n{PAIRS}"}, [], ["twice:1"]),  # it may be either file
+        (
+            {"parameters": json.dumps({"sui_image_params": {"prompt": "a", "loras": ["styles/pixel", "ink"],
+                                                            "loraweights": ["0.5"]}})},
+            ["styles/pixel:0.5", "ink"], None,
+        ),
+        (
+            {"invokeai_metadata": json.dumps({"positive_prompt": "a", "app_version": "6",
+                                              "loras": [{"model": {"name": "ink"}, "weight": 0.25}, 3]})},
+            ["ink:0.25"], ["None:1"],
+        ),
+    ],
+)  # fmt: skip
+def test_loras_of_other_programs_are_used_if_one_file_of_that_name_is_here(texts, loras, left):
+    found = read_request(png_with(**texts), loras=["styles/pixel", "ink", "a/twice", "b/twice"])
+    assert list(found.request.loras) == loras
+    assert found.ignored.get("loras") == left
+    assert not read_request(png_with(**texts)).request.loras
 
 
 MFLUX = {
@@ -616,6 +647,8 @@ def test_the_parts_of_a_custom_sampler_are_followed():
         "seed": 11, "guidance": 4.5, "solver": "euler", "schedule": "beta", "steps": 24, "negative_prompt": "blurry"
     }  # fmt: skip
     assert found.ignored == {"loras": ["pixel.safetensors:0.7"]}
+    known = read_request(png_with(prompt=json.dumps(turbo(**custom))), loras=["styles/pixel"])
+    assert (known.request.loras, known.ignored) == (("styles/pixel:0.7",), {})
     custom["n51"] = node("BasicGuider", model=["55", 0], conditioning=["57", 0])
     custom["n57"] = node("FluxGuidance", guidance=3.5, conditioning=["45", 0])
     found = comfy(turbo(**custom))

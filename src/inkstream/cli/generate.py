@@ -177,9 +177,11 @@ def understand(
     elif given.get("prompt") == "-":
         given["prompt"] = sys.stdin.read().strip()
     if source is not None:
+        from inkstream.engine.files.loras import lora_folder, names_in
         from inkstream.engine.pictures.metadata import read_request
 
-        found = read_request(source, spec_of(given["model"], machine) if "model" in given else None)
+        here = names_in(lora_folder(machine)) if machine.server is None else ()
+        found = read_request(source, spec_of(given["model"], machine) if "model" in given else None, here)
         if "model" not in given.keys() | found.request.model_fields_set:
             named = found.ignored.get("model")
             told = f"names the model {named}, which is not known here" if named else "names no model"

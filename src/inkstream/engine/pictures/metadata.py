@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -210,15 +210,16 @@ def write_new(path: Path, data: bytes) -> None:
 # Reading ------------------------------------------------------------------------------------------------------------
 
 
-def read_request(source: str | Path, spec: Spec | None = None) -> Found:
+def read_request(source: str | Path, spec: Spec | None = None, loras: Collection[str] = ()) -> Found:
     """The Request in a picture's metadata. InputError if there is none.
 
     Reads our own JSON, and the formats of `foreign`. spec: of the model that will draw, if it is not the picture's; the
-    settings of other programs are read as that model means them.
+    settings of other programs are read as that model means them. loras: the names of those that are here; the request
+    has those of another program's that are among them.
     """
     name = short_name(str(source))
     texts, _ = read_texts(open_header(str(source)))
-    found = _find_request(texts, spec)
+    found = _find_request(texts, spec, loras)
     if found is None:
         raise InputError(f"{name} carries no request: give a prompt, or a picture saved with its metadata")
     return found
@@ -259,7 +260,7 @@ _KEYS = ("inkstream", "parameters", "comment", "ImageDescription", "invokeai_met
 """The keys of texts that may hold a request. The first that does counts."""
 
 
-def _find_request(texts: Mapping[str, str], spec: Spec | None = None) -> Found | None:
+def _find_request(texts: Mapping[str, str], spec: Spec | None = None, loras: Collection[str] = ()) -> Found | None:
     """The request of the first text in a known format; None if there is none."""
     readings = _all_readings(texts)
     first = next(readings, None)
@@ -273,6 +274,7 @@ def _find_request(texts: Mapping[str, str], spec: Spec | None = None) -> Found |
                 break
     if source != "inkstream":
         reading.settle(spec)
+        reading.use_loras(loras)
     return Found(*_validate(source, reading), raw=raw)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import io
 import logging
 import time
+from collections.abc import Collection
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -15,6 +16,7 @@ from fastapi.responses import FileResponse
 from PIL import Image
 
 from inkstream.disk import whole_file
+from inkstream.engine.files.loras import lora_folder, names_in
 from inkstream.engine.pictures.inputs import open_picture
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS, read_request
 from inkstream.serve import schema
@@ -142,15 +144,19 @@ async def recall(parts: Parts, who: Who, request: Request) -> schema.Recalled:
     For a picture of the caller's own gallery, the request also has the pictures it was made from.
     """
     data = await request.body()
-    found = await to_thread.run_sync(read_recalled, data)
+    folder = lora_folder(parts.settings.machine)
+    found = await to_thread.run_sync(lambda: read_recalled(data, names_in(folder)))
     own = parts.store.with_content(hashlib.sha256(data).hexdigest(), who.scope)
     return found if own is None else schema.Recalled(request=own.request, tool=found.tool, remarks=[])
 
 
-def read_recalled(data: bytes) -> schema.Recalled:
-    """The request in the metadata of a picture's bytes, without names of files. Call it in a thread."""
+def read_recalled(data: bytes, loras: Collection[str] = ()) -> schema.Recalled:
+    """The request in the metadata of a picture's bytes, without names of files. Call it in a thread.
+
+    loras: as in `read_request`.
+    """
     try:
-        found = read_request(as_data(data))
+        found = read_request(as_data(data), loras=loras)
     except InputError as error:
         text = str(error)
         status = 404 if "carries no request" in text else 400

@@ -14,7 +14,7 @@ from fastapi import APIRouter, Path, Response
 from PIL import Image
 
 from inkstream.engine.files.lora_facts import find_preview, picture_beside, read_facts
-from inkstream.engine.files.loras import lora_folder, names_in
+from inkstream.engine.files.loras import lora_folder, named_loras, names_in
 from inkstream.engine.pictures.inputs import open_picture
 from inkstream.families import SPECS
 from inkstream.families.fits import Sizes, fits, sizes_of
@@ -119,12 +119,10 @@ def make_preview(file: FilePath, changed: int, size: int) -> bytes:
 def find_use(tag: str, known: Collection[str]) -> LoraUse:
     """How a prompt uses a LoRA, by its tag NAME[:STRENGTH]. known: the names in the server's folder.
 
-    A name may end in .safetensors. It may leave out the folders before it, if no other file has this name. Raises
-    Refused for other tags.
+    Raises Refused for tags that mean no file or several.
     """
     name, _, strength = tag.partition(":")
-    name = name.removesuffix(".safetensors")
-    found = [one for one in known if one == name] or [one for one in known if one.rpartition("/")[2] == name]
+    found = named_loras(name, known)
     if len(found) != 1:
         problem = f"means {' and '.join(found)}" if found else "is not one of /v1/loras"
         raise Refused(400, f"prompt has the LoRA {name[:100]}, which {problem}: give one name", param="prompt")

@@ -16,6 +16,7 @@ from inkstream.engine.pictures.foreign.reading import (
     A1111_SCHEDULES,
     A1111_SOLVERS,
     Reading,
+    add_loras,
     find_model,
     find_schedule,
     find_solver,
@@ -118,7 +119,7 @@ def read_a1111(text: str) -> Reading | None:
     _read_names(pairs, reading)
     if details := as_object(pairs.pop("SDCPP", None)):
         _read_details(details, reading)
-    _add_loras([key[5:] for key in as_object(pairs.get("Hashes")) or {} if key.lower().startswith("lora:")], reading)
+    add_loras([key[5:] for key in as_object(pairs.get("Hashes")) or {} if key.lower().startswith("lora:")], reading)
     leftovers({key: value for key, value in pairs.items() if not _HARMLESS.search(key)}, set(), reading)
     return reading
 
@@ -182,14 +183,7 @@ def _read_details(details: Mapping[str, Any], reading: Reading) -> None:
         reading.ignored["strength"] = strength
     entries = details.get("loras")
     loras = [as_object(entry) or {} for entry in cast("list[Any]", entries)] if isinstance(entries, list) else []
-    _add_loras([f"{lora.get('name')}:{lora.get('multiplier')}" for lora in loras], reading)
-
-
-def _add_loras(loras: list[str], reading: Reading) -> None:
-    """Notes LoRAs as ignored, except those that the prompt's tags have told already."""
-    told = {str(name).partition(":")[0] for name in reading.ignored.get("loras", [])}
-    if new := [lora for lora in loras if lora.partition(":")[0] not in told]:
-        reading.ignored.setdefault("loras", []).extend(new)
+    add_loras([f"{lora.get('name')}:{lora.get('multiplier')}" for lora in loras], reading)
 
 
 _KEY = re.compile(r"\s*([A-Za-z][^,:\"\n\[\]{}]{0,60}):\s*")

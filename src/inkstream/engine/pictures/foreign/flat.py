@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 from inkstream.engine.pictures.foreign.reading import (
     Reading,
+    add_loras,
     find_model,
     is_number,
     leftovers,
@@ -52,7 +54,9 @@ def read_swarmui(data: Mapping[str, Any]) -> Reading | None:
     if "fluxguidancescale" in params:
         reading.embedded, reading.embedded_as = params["fluxguidancescale"], "fluxguidancescale"
     harmless = {"aspectratio", "images", "imageformat", "nopreviews", "swarm_version", "date", "generation_time"}
-    harmless |= {"automaticvae", "wildcardseed", "fluxguidancescale"}
+    harmless |= {"automaticvae", "wildcardseed", "fluxguidancescale", "loras", "loraweights"}
+    loras, weights = (params[key] if isinstance(params.get(key), list) else [] for key in ("loras", "loraweights"))
+    add_loras([f"{lora}:{weight}" for lora, weight in zip_longest(loras, weights[: len(loras)], fillvalue=1)], reading)
     leftovers(params, set(names) | harmless, reading)
     return reading
 
@@ -89,7 +93,10 @@ def read_invokeai(data: Mapping[str, Any]) -> Reading | None:
     if not data.get("z_image_seed_variance_enabled") or data.get("z_image_seed_variance_randomize_percent") == 50:
         off |= {"z_image_seed_variance_randomize_percent"}
     off |= {"dype_preset"} if data.get("dype_preset") == "off" else set()
-    harmless = {"app_version", "generation_mode", "rand_device", "model", "canvas_v2_metadata", "guidance"}
+    harmless = {"app_version", "generation_mode", "rand_device", "model", "canvas_v2_metadata", "guidance", "loras"}
+    for lora in map(as_object, data["loras"] if isinstance(data.get("loras"), list) else []):
+        file = as_object((lora or {}).get("model") or (lora or {}).get("lora")) or {}
+        add_loras([f"{file.get('name') or file.get('model_name')}:{(lora or {}).get('weight', 1)}"], reading)
     leftovers(data, set(names) | harmless | off | {"z_image_shift"}, reading)
     return reading
 
@@ -163,7 +170,7 @@ def read_fooocus(data: Mapping[str, Any]) -> Reading | None:
     harmless |= {"base_model_hash", "refiner_model_hash"}
     loras = [str(value) for key, value in data.items() if key.startswith("lora_combined_")]
     if loras:
-        reading.ignored["loras"] = loras
+        add_loras(loras, reading)
         harmless |= {key for key in data if key.startswith("lora")}
     if data.get("refiner_model") == "None":
         harmless |= {"refiner_model", "refiner_switch"}

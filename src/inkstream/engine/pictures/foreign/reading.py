@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, get_args
 
+from inkstream.engine.files.loras import named_loras
 from inkstream.families.names import SCHEDULES, named
-from inkstream.types import ScheduleName, SolverName, Spec
+from inkstream.types import LoraUse, ScheduleName, SolverName, Spec
 
 
 @dataclass
@@ -62,6 +63,19 @@ class Reading:
             self.ignored[self.embedded_as] = self.embedded
         if spec is not None and SCHEDULES.get(str(self.ignored.get("schedule"))) == spec.shift_rule:
             del self.ignored["schedule"]  # it is the model's own
+
+    def use_loras(self, known: Collection[str]) -> None:
+        """Takes the LoRAs that have a strength and exactly one of the known names. The others stay ignored."""
+        left: list[str] = []
+        for told in self.ignored.pop("loras", []):
+            name, _, strength = str(told).partition(":")
+            number, names = as_number(strength.partition(":")[0]), named_loras(name.strip(), known)
+            if number is None or len(names) != 1:
+                left.append(told)
+            else:
+                self.fields.setdefault("loras", []).append(str(LoraUse(names[0], number)))
+        if left:
+            self.ignored["loras"] = left
 
 
 # Names --------------------------------------------------------------------------------------------------------------
@@ -150,9 +164,16 @@ _LORA = re.compile(r"<lora:([^<>]{1,300})>")
 def take_loras(prompt: Any, reading: Reading) -> Any:
     """Removes `<lora:name:weight>` tags from a prompt. The tags are noted as ignored."""
     if isinstance(prompt, str) and (found := _LORA.findall(prompt)):
-        reading.ignored.setdefault("loras", []).extend(found)
+        add_loras([tag if ":" in tag else f"{tag}:1" for tag in found], reading)
         prompt = _LORA.sub("", prompt).strip()
     return prompt
+
+
+def add_loras(loras: Iterable[str], reading: Reading) -> None:
+    """Notes LoRAs, as `name:strength`, as ignored. Those that are told already are left out."""
+    told = {str(name).partition(":")[0] for name in reading.ignored.get("loras", [])}
+    if new := [lora for lora in loras if lora.partition(":")[0] not in told]:
+        reading.ignored.setdefault("loras", []).extend(new)
 
 
 # Values -------------------------------------------------------------------------------------------------------------
