@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import math
 import os
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from contextlib import suppress
@@ -107,6 +110,13 @@ def test_a_float_picture_with_nan_values_is_read(saved):
     values = np.array([[np.nan, np.inf, -1.0, 1.0]], np.float32)
     picture = open_picture(saved(Image.fromarray(values), "float.tiff"))
     assert [pixel(picture, (x, 0))[0] for x in range(4)] == [0, 0, 0, 255]
+
+
+def test_a_float_picture_with_a_signalling_nan_is_read_without_a_warning(saved):
+    values = np.array([[0.5, 0], [1, 1]], np.float32)
+    values.view(np.uint32)[0, 1] = 0x7FA00000
+    image = open_picture(saved(Image.fromarray(values), "a.tiff"))
+    assert (pixel(image), pixel(image, (1, 0))) == ((128, 128, 128), (0, 0, 0))
 
 
 def test_a_16_bit_rgb_png_is_read(saved):
@@ -333,6 +343,18 @@ def test_a_damaged_picture_never_raises_anything_but_an_input_error(junk, at, ki
     source = "data:image/png;base64," + base64.b64encode(bytes(data)).decode()
     with suppress(InputError):
         open_picture(source)
+
+
+@pytest.mark.slow
+def test_broken_and_absurd_inputs_of_every_kind_are_taken_or_refused_in_one_line():
+    """60 of the 5,000 cases in benchmarks/records/fuzz-inputs.json."""
+    words = [sys.executable, str(Path(__file__).parent.parent / "scripts" / "fuzz_inputs.py"), "--cases", "60"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sum(row["cases"] for row in rows) == 60
+    assert len(rows) == 6
+    assert all(row["faults"] == 0 < row["refused"] for row in rows)
 
 
 def test_the_limits_leave_pillows_own_settings_alone(saved):

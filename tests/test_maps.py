@@ -209,6 +209,11 @@ def test_no_size_and_no_mode_of_a_picture_breaks_a_map(name, width, height, mode
     assert map_of(name, Image.new(mode, (width, height))).size == (width, height)
 
 
+def test_a_number_beyond_all_floats_is_told_in_one_line():
+    with pytest.raises(InputError, match=r"sigma .*of map blur is no number from 0 to 100"):
+        map_of("blur", Image.new("RGB", (8, 8)), sigma=10**400)
+
+
 def test_other_programs_names_are_names_of_maps():
     assert set(ALIASES.values()) <= set(MAPS)
     assert not set(ALIASES) & set(MAPS)

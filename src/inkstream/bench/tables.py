@@ -191,6 +191,16 @@ TABLES: Mapping[str, Columns] = {
             "Mean largest step in the new space": field("steepest_levels", ".2g"),
         },
     ),
+    "fuzz-": (
+        {"Input": field("kind")},
+        {
+            "Cases": field("cases"),
+            "Taken": field("taken"),
+            "Refused in one line": field("refused"),
+            "Faults": field("faults"),
+            "Slowest": field("slowest_seconds", ".1f", " s"),
+        },
+    ),
     "start-": (
         {"Stage": field("stage")},
         {"Seconds": field("seconds", ".2f"), "CPU seconds": field("cpu_seconds", ".2f")},

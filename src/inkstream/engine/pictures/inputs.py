@@ -233,7 +233,8 @@ def _split(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
     """Scales grey of more than 8 bits to 8. White is 65535 (1.0 for floats), or the largest value if that is larger."""
-    values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
+    with np.errstate(invalid="ignore"):  # numpy warns of a signalling NaN
+        values = np.nan_to_num(np.asarray(image, np.float64), posinf=0.0, neginf=0.0)
     white = max(1.0 if image.mode == "F" else 65535.0, values.max())
     return Image.fromarray((values.clip(0, white) * (255 / white)).round().astype(np.uint8))
 

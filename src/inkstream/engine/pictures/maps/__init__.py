@@ -188,7 +188,7 @@ def _read(name: str, key: str, value: Any, setting: Setting) -> Any:
         return value
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not setting.least <= number <= setting.most:
         raise InputError(
