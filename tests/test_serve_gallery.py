@@ -176,7 +176,7 @@ def test_the_prompts_route_gives_the_prompt_that_a_drawing_uses(server):
 
 def test_the_words_of_a_lora_stay_in_the_prompt_that_is_told(server):
     body = {"prompt": "a zorp on a yellow background", "seed": 3}
-    plain, kept = (server.ask("POST", "/v1/prompts", body | more)[2] for more in ({}, {"loras": ["zorp:0.8"]}))
+    plain, kept = (server.ask("POST", "/v1/prompts", body | more)[2] for more in ({}, {"loras": ["styles/bold:0.8"]}))
     assert "zorp" not in plain["told"]
     assert "zorp" in plain["notes"][0]
     assert "zorp" in kept["told"]
@@ -197,6 +197,8 @@ def test_a_prompt_that_is_not_written_out_is_returned_unchanged(server, asked):
         ({"negative_prompt": "x" * 40_000}, 400, "negative_prompt"),
         ({"prompt": "x", "seed": -1}, 400, "seed"),
         ({"prompt": "x", "steps": 3}, 400, "steps"),
+        ({"prompt": "x", "loras": ["bold"]}, 404, "loras"),
+        ({"prompt": "x", "loras": ["/etc/passwd"]}, 404, "loras"),
     ],
 )
 def test_a_prompt_that_cannot_be_written_out_is_refused(server, body, status, param):

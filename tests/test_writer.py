@@ -5,19 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
+from inkstream.engine.drawing.writing import kept_words
 from inkstream.evaluate.grades import grade
 from inkstream.evaluate.report import Judged
 from inkstream.evaluate.suites import open_suite
 from inkstream.pocket.captions import Wording, caption, draw_caption
 from inkstream.pocket.draw import render
 from inkstream.pocket.grammar import Grammar, sample, stretch
-from inkstream.pocket.kept import keep_unknown
+from inkstream.pocket.kept import STAND_INS, keep_unknown
 from inkstream.pocket.scenes import GAP, Scene
 from inkstream.pocket.wishes import read_wish
 from inkstream.pocket.writer import write
+from inkstream.types import Request
 
 PIECES = ["zorp", "a", "cat", "two", ",", "red", "on", "sks", "style", "zorps", "一只", "灯塔", "robot", "an", "."]
 
@@ -221,6 +225,37 @@ def test_words_that_only_an_adapter_knows_stay_in_the_prompt(prompt, words):
     assert all(word in written.prompt for word in words), written.prompt
     assert not written.notes
     assert "robot" not in written.prompt or "robot" in prompt
+
+
+@pytest.mark.parametrize(
+    ("prompt", "there", "gone"),
+    [
+        ("a zorp and a lighthouse", ["zorp"], ["lighthouse"]),
+        ("two Zorps in fog, Dusk style", ["two Zorps", ", Dusk style"], ["fog"]),
+        ('a cafe menu that says "OPEN"', ['"OPEN"'], ["cafe", "menu"]),
+    ],
+)
+def test_of_unknown_words_only_an_adapter_s_triggers_stay(prompt, there, gone):
+    written = write(prompt, 1, keep={"zorp", "dusk", "style"})
+    assert all(word in written.prompt for word in there), written.prompt
+    assert not any(word in written.prompt for word in gone), written.prompt
+    assert not any(name in written.prompt for name in STAND_INS), written.prompt
+    assert written.scene is not None
+    assert any(gone[-1] in note for note in written.notes)
+
+
+def test_the_words_that_stay_are_the_triggers_in_the_files_or_all_if_a_file_names_none(tmp_path):
+    weight = {"lora_unet_layers_0_attention_qkv.lora_down.weight": torch.zeros(4, 8)}
+    save_file(weight, tmp_path / "zorp.safetensors", {"modelspec.trigger_phrase": "Zorp"})
+    save_file(weight, tmp_path / "dusk.safetensors", {"ss_trigger": "dusk style, evening"})
+    save_file(weight, tmp_path / "none.safetensors")
+
+    def words(*names: str) -> bool | frozenset[str]:
+        return kept_words(Request(loras=[f"{name}:0.5" for name in names]), tmp_path)
+
+    assert words("zorp", "dusk") == {"zorp", "dusk", "style", "evening"}
+    assert words("zorp", "none") is True
+    assert not words()
 
 
 @settings(deadline=None)

@@ -817,13 +817,17 @@ class Step:
 
 @dataclass(frozen=True)
 class Done:
-    """Picture `index` of `count` is finished. `request` is the complete Request that draws only this picture."""
+    """Picture `index` of `count` is finished. `request` is the complete Request that draws only this picture.
+
+    told: the prompt that the model's grammar made of the request's; empty if no grammar did.
+    """
 
     image: Image
     request: Request
     index: int
     count: int
     seconds: float
+    told: str = ""
 
 
 @dataclass(frozen=True)

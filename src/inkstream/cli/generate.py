@@ -333,7 +333,7 @@ def draw(
             path = place(event.request, before + event.index) if place else None
             model = event.request.model
             spec, runs = known = known or (drawer.spec(model), drawer.ran_on(model))
-            ran = runs | wording(request.prompt, event.request, spec)
+            ran = runs | wording(request.prompt, event)
             kept = {**ran, **(extra or {})}
             facts: Any = {"request": event.request, "spec": spec, "metadata": metadata, "extra": kept}
             try:

@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 from PIL import Image
 
 from inkstream.engine.pictures.inputs import read_source
-from inkstream.engine.pictures.metadata import PICTURE_FIELDS
+from inkstream.engine.pictures.metadata import PICTURE_FIELDS, told_in
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
 
 SILENCE = 60.0
@@ -142,8 +142,8 @@ class Client:
                 yield _step(data)
             elif name == "picture" and data["index"] not in seen:
                 seen.add(data["index"])
-                image = self._picture(data["url"])
-                yield Done(image, _drawn(data, request), data["index"], request.count, data["seconds"])
+                image, told = self._picture(data["url"])
+                yield Done(image, _drawn(data, request), data["index"], request.count, data["seconds"], told)
             elif name == "failed":
                 error = data["error"]
                 yield Failed(error["message"], "input" if error["type"] == "invalid_request_error" else "internal")
@@ -181,11 +181,12 @@ class Client:
                 yield "lost", "", {}
             time.sleep(PAUSE)
 
-    def _picture(self, url: str) -> Image.Image:
-        """Download a finished picture, as RGB."""
-        image = Image.open(io.BytesIO(self._ask("GET", url))).convert("RGB")
-        image.info = {}
-        return image
+    def _picture(self, url: str) -> tuple[Image.Image, str]:
+        """Download a finished picture, as RGB, and the prompt that a grammar told the model."""
+        image = Image.open(io.BytesIO(self._ask("GET", url)))
+        told, colours = told_in(image), image.convert("RGB")
+        colours.info = {}
+        return colours, told
 
     # Inside: HTTP ---------------------------------------------------------------------------------------------------
 

@@ -105,5 +105,5 @@ def _draw(
 
 def _encode(drawer: Drawer, done: Done, request: Request, metadata: Literal["full", "minimal", "none"]) -> bytes:
     spec = drawer.spec(done.request.model)
-    extra = drawer.ran_on(done.request.model) | wording(request.prompt, done.request, spec)
+    extra = drawer.ran_on(done.request.model) | wording(request.prompt, done)
     return encode_picture(done.image, "PNG", done.request, spec, metadata=metadata, extra=extra)

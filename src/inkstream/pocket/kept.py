@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from inkstream.pocket.vocabulary import EMOJI, plural, with_article
@@ -35,13 +35,13 @@ class Kept:
         return ", ".join([caption, *self.ends])
 
 
-def keep_unknown(prompt: str) -> Kept:
-    """Find the unknown words of a prompt.
+def keep_unknown(prompt: str, words: Collection[str] | None = None) -> Kept:
+    """Find the unknown words of a prompt. words: keep only these, and their plurals; None: keep all.
 
     A clause of unknown words alone is kept as it is, unless it is the first one. Elsewhere, unknown words in a row are
     the name of a thing, with the known thing directly behind them if there is one: `sks dog`.
     """
-    tokens = list(tokens_of(prompt))
+    tokens = [token if _is_kept(token, words) else token._replace(kind="ignored") for token in tokens_of(prompt)]
     named = {token.value for token in tokens if token.kind == "thing"}
     free = [name for name in STAND_INS if name in EMOJI and name not in named]
     names: dict[str, str] = {}
@@ -74,6 +74,12 @@ def keep_unknown(prompt: str) -> Kept:
             end = end if found < 0 else found + len(token.said)
         written, at = written + prompt[at:end], end
     return Kept(written + prompt[at:], names, ends)
+
+
+def _is_kept(token: Token, words: Collection[str] | None) -> bool:
+    """Whether a token is known anyway, or is one of the words."""
+    said = token.said.casefold()
+    return token.kind != "unknown" or words is None or said in words or said.removesuffix("s") in words
 
 
 def _clauses(tokens: Sequence[Token]) -> list[list[Token]]:

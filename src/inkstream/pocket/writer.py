@@ -6,7 +6,7 @@ composes a scene from it, and the model gets the scene's dense caption.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import cast
@@ -38,13 +38,13 @@ class Written:
     notes: tuple[str, ...] = ()
 
 
-def write(prompt: str, seed: int, negative: str = "", keep: bool = False) -> Written:
+def write(prompt: str, seed: int, negative: str = "", keep: bool | Collection[str] = False) -> Written:
     """Rewrite a prompt for Pocket. Equal prompts and seeds give equal results.
 
     negative: names and colours that the writer does not choose by itself. keep: words that are not known stay, because
-    an adapter may know them; the scene has stand-ins for them.
+    an adapter knows them: all (True), or only these, in lower case. The scene has stand-ins for them.
     """
-    kept = keep_unknown(prompt) if keep else Kept(prompt, {})
+    kept = keep_unknown(prompt, None if keep is True else keep) if keep else Kept(prompt, {})
     wish = read_wish(kept.prompt)
     wish.without |= {token.value for token in tokens_of(negative) if token.kind in ("thing", "colour")}
     notes = list(_notes(wish))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from inkstream.engine.drawing.batch import Ask, Drawing, tokens_of
 from inkstream.engine.drawing.complete import Complete
 from inkstream.engine.drawing.model import Model, Run, advance
-from inkstream.engine.drawing.writing import notes, writes_out, written_out
+from inkstream.engine.drawing.writing import kept_words, notes, writes_out
 from inkstream.engine.files.controls import uses_of
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.families import Family, Way
@@ -65,7 +65,7 @@ class Flow:
         model, request = job.model, job.request
         by_grammar = writes_out(request, model.spec)
         yield Loading("prompt")
-        for line in notes(request, model.spec):
+        for line in notes(request, model.spec, kept_words(request, model.loras)):
             yield Loading("prompt", note=line)
         cond = model.encode(request)
         original = model.open_original(request)
@@ -73,10 +73,10 @@ class Flow:
         own = job.crew.own if job.crew else slice(None)
         pictures = list(singles(request))
         for index, one in list(enumerate(pictures))[own][len(job.drawn) :]:
-            began = time.perf_counter()
+            began, told = time.perf_counter(), ""
             if by_grammar:  # each picture has the words of its own seed; `cond` has those of picture 0
-                cond = model.encode(one) if index else cond
-                yield Loading("prompt", text=written_out(one, model.spec))
+                cond, told = model.encode(one) if index else cond, model.told(one)
+                yield Loading("prompt", text=told)
             run = model.start(one, cond, original)
             try:
                 ask = Ask(model.family, run, tokens_of(run, cond, model.spec.multiple))
@@ -95,10 +95,12 @@ class Flow:
                 image = drawn if one.edit is None else one.edit.paste(drawn)
             finally:
                 run.close()
-            job.drawn.append(Done(image, one.plain(), index, request.count, time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            job.drawn.append(Done(image, one.plain(), index, request.count, seconds, told))
             yield job.drawn[-1]
             if job.crew:
-                yield from job.crew.others(job.drawn[-1], pictures)
+                for other in job.crew.others(job.drawn[-1], pictures):
+                    yield replace(other, told=model.told(pictures[other.index])) if by_grammar else other
 
     def phases(self, model: Model, request: Complete) -> Mapping[str, Callable[[], object]]:
         told: list[Any] = []

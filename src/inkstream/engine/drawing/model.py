@@ -15,7 +15,7 @@ from inkstream.engine.drawing.adapters import KEPT, Adapters
 from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.controls import Controls
 from inkstream.engine.drawing.options import cached, guided
-from inkstream.engine.drawing.writing import written_out
+from inkstream.engine.drawing.writing import kept_words, written_out
 from inkstream.engine.files.controls import uses_of
 from inkstream.engine.pictures.inputs import to_pixels
 from inkstream.engine.pictures.preview import fit_preview
@@ -90,6 +90,10 @@ class Model:
         if self.placement != "resident":
             del self.writer
 
+    def told(self, request: Complete) -> str:
+        """Return the prompt that the model gets for the request's first picture: with a grammar, the expanded one."""
+        return written_out(request, self.spec, kept_words(request, self.loras))
+
     @torch.inference_mode()
     def encode(self, request: Request) -> Conditioning:
         """Encode the prompt, the negative prompt if guidance needs it, and the pictures that the model looks at.
@@ -97,7 +101,7 @@ class Model:
         If a grammar expands the prompt, it uses the request's seed.
         """
         whole = complete(request, self.spec)
-        prompt = written_out(whole, self.spec)
+        prompt = self.told(whole)
         prompts = [prompt, whole.negative_prompt] if guided(whole, self.spec) else [prompt]
         cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
         inpainting = (whole.edit.shown, whole.edit.mask) if whole.edit else ()

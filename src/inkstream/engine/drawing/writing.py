@@ -1,7 +1,7 @@
 """Expanding a prompt by a model's own grammar, separately for each picture. No torch.
 
-The request keeps the typed prompt. The same prompt and seed always give the same expanded prompt, so the request alone
-draws the picture again. A language model expands prompts in another way: see `Model.upsample`.
+The request keeps the typed prompt. The same prompt, seed and adapters always give the same expanded prompt, so the
+request draws the picture again. A language model expands prompts in another way: see `Model.upsample`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 import shlex
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from inkstream.engine.drawing.templates import is_template
-from inkstream.types import Request, Spec
+from inkstream.engine.files.lora_facts import read_facts
+from inkstream.engine.files.loras import find_lora
+from inkstream.types import Done, LoraUse, Request, Spec
 
 if TYPE_CHECKING:
     from inkstream.pocket.writer import Written
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 WRITERS = {"scenes": "inkstream.pocket.writer:write"}
 """Spec.writer -> the path of the function (prompt, seed, negative prompt, keep) -> Written: the expanded prompt, notes.
 
-keep: whether words that the grammar does not know stay in the prompt, because an adapter may know them.
+keep: as from `kept_words`.
 """
 REAL_MODEL = "z-image-turbo"
 """The model that the notes recommend for prompts outside the grammar."""
@@ -32,37 +35,52 @@ def writes_out(request: Request, spec: Spec) -> bool:
     return bool(spec.writer) and asked
 
 
-def written_out(request: Request, spec: Spec) -> str:
-    """The prompt that the model gets for the request's first picture. The request must have a seed."""
-    return _write(request, spec).prompt if writes_out(request, spec) else request.prompt
+def kept_words(request: Request, loras: Path) -> bool | frozenset[str]:
+    """The words that stay in the prompt although the grammar does not know them, because an adapter knows them.
+
+    The adapters' files name them as triggers; True, which is all words, if a file names none. loras: the folder of the
+    adapters that requests name.
+    """
+    facts = [read_facts(find_lora(LoraUse.read(lora).path, loras)) for lora in request.loras]
+    if not all(each.triggers for each in facts):
+        return True
+    return frozenset(word for each in facts for phrase in each.triggers for word in phrase.casefold().split())
 
 
-def notes(request: Request, spec: Spec) -> list[str]:
+def written_out(request: Request, spec: Spec, keep: bool | frozenset[str] = False) -> str:
+    """The prompt that the model gets for the request's first picture. The request must have a seed.
+
+    keep: from `kept_words`.
+    """
+    return _write(request, spec, keep).prompt if writes_out(request, spec) else request.prompt
+
+
+def notes(request: Request, spec: Spec, keep: bool | frozenset[str] = False) -> list[str]:
     """A line for each part of the prompt that the grammar did not understand, and one with a model to take instead."""
     if not writes_out(request, spec):
         return []
-    lines = list(_write(request, spec).notes)
+    lines = list(_write(request, spec, keep).notes)
     if lines:
         lines.append(f"for anything else: inkstream generate {shlex.quote(request.prompt)} -m {REAL_MODEL}")
     return lines
 
 
-def wording(typed: str, drawn: Request, spec: Spec) -> dict[str, str]:
+def wording(typed: str, done: Done) -> dict[str, str]:
     """The metadata of a written-out prompt: the typed one, and the one that a grammar made of the request's.
 
     typed: a template, or what a language model expanded.
     """
-    kept = {"told": written_out(drawn, spec)} if writes_out(drawn, spec) else {}
-    if typed != drawn.prompt:
+    kept = {"told": done.told} if done.told else {}
+    if typed != done.request.prompt:
         kept["template" if is_template(typed) else "upsampled_from"] = typed
     return kept
 
 
-def _write(request: Request, spec: Spec) -> Written:
-    return _write_once(spec.writer, request.prompt, request.seed or 0, request.negative_prompt, bool(request.loras))
+def _write(request: Request, spec: Spec, keep: bool | frozenset[str]) -> Written:
+    return _write_once(spec.writer, request.prompt, request.seed or 0, request.negative_prompt, keep)
 
 
 @lru_cache(256)
-def _write_once(writer: str, prompt: str, seed: int, negative: str, keep: bool) -> Written:
+def _write_once(writer: str, prompt: str, seed: int, negative: str, keep: bool | frozenset[str]) -> Written:
     module, _, function = WRITERS[writer].partition(":")
     return getattr(importlib.import_module(module), function)(prompt, seed, negative, keep)

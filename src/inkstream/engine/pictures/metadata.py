@@ -225,6 +225,13 @@ def read_request(source: str | Path, spec: Spec | None = None, loras: Collection
     return found
 
 
+def told_in(image: Image.Image) -> str:
+    """The prompt that a grammar told the model, in the metadata of a PNG of ours; empty if there is none."""
+    record = as_object(parse_json(str(image.info.get("inkstream", "")))) or {}
+    told = (as_object(record.get("extra")) or {}).get("told")
+    return told if isinstance(told, str) else ""
+
+
 def describe(source: str | Path) -> dict[str, Any]:
     """A picture's format, size and metadata as JSON. Facts that are missing have no key."""
     image = open_header(str(source))

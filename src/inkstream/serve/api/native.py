@@ -8,11 +8,13 @@ from anyio import to_thread
 from fastapi import APIRouter, Header, Path, Query, Response
 
 from inkstream.engine.drawing import writing
+from inkstream.engine.files.loras import lora_folder
 from inkstream.serve import schema
 from inkstream.serve.api.service import EVENTS, Parts, Service, Who, stream
 from inkstream.serve.engines.models import Offered, choose, describe, form, spec_of
 from inkstream.serve.errors import Refused, answers
 from inkstream.serve.limits import check, check_text
+from inkstream.serve.queue.grids import check_loras
 from inkstream.serve.queue.store import Job, Picture
 from inkstream.types import Request
 
@@ -141,7 +143,11 @@ async def write_prompt(parts: Parts, who: Who, body: schema.PromptBody) -> schem
     check(request, spec, parts.settings.limits)
 
     def write() -> schema.PromptTold:
-        return schema.PromptTold(told=writing.written_out(request, spec), notes=writing.notes(request, spec))
+        folder = lora_folder(parts.settings.machine)
+        check_loras(request, folder)
+        keep = writing.kept_words(request, folder)
+        told, lines = writing.written_out(request, spec, keep), writing.notes(request, spec, keep)
+        return schema.PromptTold(told=told, notes=lines)
 
     return await to_thread.run_sync(write)
 

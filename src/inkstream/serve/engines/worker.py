@@ -138,7 +138,7 @@ class Worker:
 
         model = self.engine.model
         typed = message.get("upsampled_from") or request.prompt
-        extra = self.engine.ran_on(message["name"]) | wording(typed, done.request, model.spec)
+        extra = self.engine.ran_on(message["name"]) | wording(typed, done)
         complete = done.request.model_copy(update={"model": message["name"]})
         data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
         path = self.parts / f"{run}-{done.index}.png"

@@ -58,7 +58,7 @@ def check_parts(
         if not part.prompt.strip() and not part.reference:
             raise Refused(400, "there is no prompt: say what to draw", param="prompt")
         check(part, model.spec, limits)
-        _check_names([LoraUse.read(lora).path for lora in part.loras], loras, "lora", "loras")
+        check_loras(part, loras)
         _check_names([ControlUse.read(net).path for net in part.control_nets], controls, "control net", "control_nets")
         _check_template(part, wildcards)
         if model.spec is not None:
@@ -67,6 +67,11 @@ def check_parts(
     if total > limits.pictures:
         raise Refused(400, f"a grid of {total} pictures is too large: take at most {limits.pictures}", param="grid")
     return total
+
+
+def check_loras(request: Request, folder: Path) -> None:
+    """Raises Refused if a request names an adapter that is not one of the server's folder."""
+    _check_names([LoraUse.read(lora).path for lora in request.loras], folder, "lora", "loras")
 
 
 def _check_names(names: list[str], folder: Path, what: str, param: str) -> None:
