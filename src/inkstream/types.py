@@ -382,6 +382,33 @@ class Context(NamedTuple):
         return Context(factor=float(text))
 
 
+class Enlargement(NamedTuple):
+    """How large a picture becomes. As text: a factor such as `2x`, or a size such as `2048x1536`."""
+
+    factor: float = 1.0
+    size: tuple[int, int] | None = None
+
+    @staticmethod
+    def read(value: Any) -> Enlargement:
+        """Read the text form, or a number. Raises InputError."""
+        text = str(value).strip().lower()
+        if found := re.fullmatch(r"(\d{1,5})x(\d{1,5})", text):
+            size = int(found[1]), int(found[2])
+            if not all(16 <= side <= 32_768 for side in size):
+                raise InputError(f"size {text} is out of range: take sides from 16 to 32768")
+            return Enlargement(size=size)
+        if not re.fullmatch(rf"{_NUMBER}x?", text) or not 1 <= float(text.removesuffix("x")) <= 16:
+            raise InputError(f"{text[:40]!r} is neither a factor from 1x to 16x, such as 2x, nor a size like 2048x1536")
+        return Enlargement(float(text.removesuffix("x")))
+
+    def of(self, width: int, height: int) -> tuple[int, int]:
+        """Return the width and height that a picture of this size gets."""
+        return self.size or (round(width * self.factor), round(height * self.factor))
+
+    def __str__(self) -> str:
+        return f"{self.size[0]}x{self.size[1]}" if self.size else f"{_digits(self.factor)}x"
+
+
 def _context_to_text(value: Any) -> Any:
     if value is None or isinstance(value, bool):
         return value
@@ -732,6 +759,9 @@ class Machine:
         Folder of LoRA files that requests can name; default: `loras` in the data folder of inkstream.
     control_folder
         Folder of control nets that requests can name; default: `controls` in the data folder of inkstream.
+    upscaler_folder
+        Folder of upscaling models that requests can name, or that of ComfyUI or A1111 with its models; default:
+        `upscalers` in the data folder of inkstream.
     merge_lora
         LoRA to merge into the transformer's weights while they are read, as PATH[:STRENGTH]; repeat for more.
     wildcards
@@ -749,6 +779,7 @@ class Machine:
     vae: str | None = None
     lora_folder: str | None = None
     control_folder: str | None = None
+    upscaler_folder: str | None = None
     merge_lora: tuple[str, ...] = ()
     wildcards: str | None = None
 

@@ -52,6 +52,11 @@ CONTROL = """Draw a map of a picture for models that follow one, or list the map
 Maps are edges, lines, tones, poses and depth. The map is a picture file, whose path goes to stdout."""
 app.command("inkstream.cli.control:control", help=CONTROL)
 
+UPSCALE = """Enlarge pictures with an upscaling model, or by Lanczos resampling. Without pictures, list the models.
+
+The paths of the results go to stdout. Transparency and the request in a picture's metadata stay."""
+app.command("inkstream.cli.upscale:upscale", help=UPSCALE)
+
 BATCH = """Draw a file of requests into a folder, several at once.
 
 The same command resumes an interrupted run. It keeps finished pictures, retries failed rows, and draws changed rows

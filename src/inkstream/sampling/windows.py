@@ -5,6 +5,7 @@ As in MultiDiffusion (Bar-Tal and others 2023), with weights that fade towards a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,7 +33,8 @@ class Windows:
         if max(h, w) <= side:
             return None
         high, wide = min(h, side), min(w, side)
-        return Windows(h, w, _corners(h, high), _corners(w, wide), (high, wide))
+        rows, columns = (corners(whole, own, math.ceil(own * OVERLAP)) for whole, own in ((h, high), (w, wide)))
+        return Windows(h, w, rows, columns, (high, wide))
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
@@ -62,12 +64,12 @@ def _weights(windows: Windows, device: torch.device) -> list[Tensor]:
     return [down[:, None] * across for down in downs for across in acrosses]
 
 
-def _corners(length: int, side: int) -> tuple[int, ...]:
-    """The first positions of windows that cover a length, evenly spaced, each OVERLAP or more over the one before."""
+def corners(length: int, side: int, overlap: int) -> tuple[int, ...]:
+    """The first positions of windows that cover a length, evenly spaced, with `overlap` or more over the one before."""
     last = length - side
     if last <= 0:
         return (0,)
-    count = -(-last // max(1, int(side * (1 - OVERLAP)))) + 1
+    count = -(-last // max(1, side - overlap)) + 1
     return tuple(dict.fromkeys(round(last * i / (count - 1)) for i in range(count)))
 
 

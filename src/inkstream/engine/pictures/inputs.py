@@ -41,15 +41,27 @@ def open_picture(source: str) -> Image.Image:
     The picture is turned upright by its EXIF orientation and converted to sRGB by its colour profile. Transparent
     pixels are blended with white. Of an animation the first frame is taken. InputError if the picture cannot be read.
     """
+    colour, alpha = open_layers(source)
+    if alpha is None:
+        return colour
+    page = Image.new("RGB", colour.size, "white")
+    page.paste(colour, mask=alpha)
+    return page
+
+
+def open_layers(source: str) -> tuple[Image.Image, Image.Image | None]:
+    """The colours of a picture as for `open_picture`, and its alpha as mode L; None if the picture is opaque."""
     image = _decode(source)
     colour, alpha = _split(image)
     colour = _to_srgb(colour, image.info.get("icc_profile"))
-    if alpha is not None:
-        page = Image.new("RGB", colour.size, "white")
-        page.paste(colour, mask=alpha)
-        colour = page
     colour.info = {}  # otherwise Pillow writes the old colour profile when the picture is saved
-    return colour
+    return colour, alpha
+
+
+def is_deep(source: str) -> bool:
+    """Whether a picture has more than 8 bits a channel, of which `open_picture` keeps 8. Only the header is read."""
+    image: Any = open_header(source)  # `tile` says how a file's bytes are read, such as RGB;16B
+    return image.mode.startswith(("I", "F")) or any("16" in str(tile[3]) for tile in image.tile[:1])
 
 
 def open_mask(source: str, size: tuple[int, int]) -> Image.Image:

@@ -52,6 +52,15 @@ class Found:
     raw: str = ""  # the text that was read
 
 
+@dataclass(frozen=True)
+class Texts:
+    """The metadata to write: our JSON, other programs' texts by their keys, and IPTC's DigitalSourceType."""
+
+    record: str | None = None
+    others: Mapping[str, str] = field(default_factory=dict[str, str])
+    mark: str | None = MADE_BY_A_MODEL
+
+
 # Writing ------------------------------------------------------------------------------------------------------------
 
 
@@ -113,30 +122,39 @@ def encode_picture(
     """The bytes of a picture file. kind: as `picture_format` returns; other arguments: as in `save_picture`."""
     if not 1 <= quality <= 100:
         raise InputError(f"quality {quality} is not between 1 and 100: take 95")
-    record = _record(request, spec, extra) if metadata == "full" else None
-    parameters = write_a1111(request, SOFTWARE) if metadata == "full" else None
+    if metadata == "full":
+        texts = Texts(_record(request, spec, extra), {"parameters": write_a1111(request, SOFTWARE)})
+    else:
+        texts = Texts(mark=MADE_BY_A_MODEL if metadata == "minimal" else None)
+    return encode_with(image, kind, texts, quality, lossless)
+
+
+def encode_with(image: Image.Image, kind: str, texts: Texts, quality: int, lossless: bool) -> bytes:
+    """The bytes of a picture file with these texts. kind, quality, lossless: as in `encode_picture`."""
     buffer = io.BytesIO()
     image = image.copy()
     image.info = {}  # otherwise Pillow writes the metadata of the input file too
+    xmp = _xmp(texts.mark, None if kind == "PNG" else texts.record)
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
-        if parameters is not None and record is not None:
-            chunks.add_text("parameters", parameters)  # tEXt where Latin-1 holds it, else iTXt
-            chunks.add_text("inkstream", record)
-        if metadata != "none":
-            chunks.add_itxt("XML:com.adobe.xmp", _xmp(None))
+        for key, text in texts.others.items():
+            chunks.add_text(key, text)  # tEXt where Latin-1 holds it, else iTXt
+        if texts.record is not None:
+            chunks.add_text("inkstream", texts.record)
+        if xmp:
+            chunks.add_itxt("XML:com.adobe.xmp", xmp)
         image.save(buffer, "PNG", pnginfo=chunks, compress_level=PNG_EFFORT)
         return buffer.getvalue()
-    xmp = _xmp(record).encode() if metadata != "none" else b""
-    exif = _exif(parameters) if parameters is not None else b""
+    comment = next((texts.others[key] for key in ("parameters", "comment") if key in texts.others), None)
+    exif = _exif(comment) if comment is not None else b""
     if kind == "JPEG":
-        if (size := max(len(xmp), len(exif))) > JPEG_ROOM:
+        if (size := max(len(xmp.encode()), len(exif))) > JPEG_ROOM:
             raise InputError(
                 f"the request has {size} bytes of metadata, a JPEG holds {JPEG_ROOM}: save it as .png or .webp"
             )
-        image.save(buffer, "JPEG", quality=quality, subsampling=0, exif=exif, xmp=xmp)
+        image.save(buffer, "JPEG", quality=quality, subsampling=0, exif=exif, xmp=xmp.encode())
     else:
-        image.save(buffer, "WEBP", quality=quality, lossless=lossless, exif=exif, xmp=xmp)
+        image.save(buffer, "WEBP", quality=quality, lossless=lossless, exif=exif, xmp=xmp.encode())
     return buffer.getvalue()
 
 
@@ -161,11 +179,15 @@ def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None
     return json.dumps(record)
 
 
-def _xmp(record: str | None) -> str:
-    """An XMP packet: IPTC's DigitalSourceType says that a model made the picture. record: our JSON, or None."""
-    properties = {"Iptc4xmpExt:DigitalSourceType": MADE_BY_A_MODEL}
+def _xmp(mark: str | None, record: str | None) -> str:
+    """An XMP packet of IPTC's DigitalSourceType and our JSON; empty without both."""
+    properties: dict[str, str] = {}
+    if mark is not None:
+        properties["Iptc4xmpExt:DigitalSourceType"] = mark
     if record is not None:
         properties |= {"xmp:CreatorTool": SOFTWARE, "inkstream:Record": record}
+    if not properties:
+        return ""
     spaces = " ".join(f'xmlns:{prefix}="{uri}"' for prefix, uri in NAMESPACES.items())
     body = "".join(f"<{name}>{escape(value)}</{name}>" for name, value in properties.items())
     return (
@@ -260,10 +282,12 @@ def describe(source: str | Path) -> dict[str, Any]:
                     facts[name] = _short(given)
             if origin := as_object(extra.get("refined_from")):
                 facts["refined_from"] = {_short(key): _short(value) for key, value in islice(origin.items(), 10)}
+    if enlarged := (as_object(parse_json(texts.get("inkstream", ""))) or {}).get("enlarged"):
+        facts["enlarged"] = _short(enlarged)
     return {key: value for key, value in facts.items() if value not in (None, {})}
 
 
-_KEYS = ("inkstream", "parameters", "comment", "ImageDescription", "invokeai_metadata", "prompt", "workflow")
+KEYS = ("inkstream", "parameters", "comment", "ImageDescription", "invokeai_metadata", "prompt", "workflow")
 """The keys of texts that may hold a request. The first that does counts."""
 
 
@@ -287,7 +311,7 @@ def _find_request(texts: Mapping[str, str], spec: Spec | None = None, loras: Col
 
 def _all_readings(texts: Mapping[str, str]) -> Iterator[tuple[str, Source, Reading]]:
     """Every text that is in a known format, the format's name, and what it says."""
-    for key in _KEYS:
+    for key in KEYS:
         raw = texts.get(key, "").strip()
         for source, reading in _readings(key, raw):
             yield raw, source, reading
@@ -321,6 +345,8 @@ def _read_record(data: Any) -> Reading | None:
     left_out = dict(as_object(record.get("left_out")) or {})
     if merged := (as_object(record.get("extra")) or {}).get("merged_loras"):
         left_out["--merge-lora"] = merged
+    if enlarged := record.get("enlarged"):
+        left_out["enlarged"] = enlarged
     return None if request is None else Reading(dict(request), left_out)
 
 
