@@ -198,6 +198,15 @@ def tiny_base_folder(tmp_path_factory) -> Path:
     return write_folder(tmp_path_factory.mktemp("models") / "tiny-base", BASE.tiny, seed=1)
 
 
+def write_upscaler_folder(folder: Path) -> Path:
+    """A folder with the upscaling model `twice`, which repeats each pixel."""
+    from inkstream.families.upscalers.compact import CompactConfig, SRVGGNetCompact
+
+    network = SRVGGNetCompact(CompactConfig(num_feat=4, num_conv=0, upscale=2))
+    torch.save({name: torch.zeros_like(weight) for name, weight in network.state_dict().items()}, folder / "twice.pth")
+    return folder
+
+
 class Served:
     """The real application on a free port of this machine, in a thread; its engine is a process, as always.
 
@@ -321,7 +330,10 @@ def server(tmp_path_factory) -> Iterator[Served]:
     from inkstream.serve.limits import Limits, Settings
 
     limits = Limits(body_bytes=4 << 20, pictures=8, steps=50, pixels=512 * 512)
-    machine = Machine(lora_folder=str(write_lora_folder(tmp_path_factory.mktemp("loras"))))
+    machine = Machine(
+        lora_folder=str(write_lora_folder(tmp_path_factory.mktemp("loras"))),
+        upscaler_folder=str(write_upscaler_folder(tmp_path_factory.mktemp("upscalers"))),
+    )
     served = Served(Settings(tmp_path_factory.mktemp("server"), models=("pocket",), limits=limits, machine=machine))
     yield served
     served.stop()

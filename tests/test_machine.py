@@ -42,7 +42,8 @@ def test_the_server_hands_every_option_on(monkeypatch, tmp_path):
         (tmp_path / file).touch()
     words = ["--device=cpu", "--dtype=bf16", "--memory=8GiB", "--placement=parked", "--attention=sdpa", "--compile",
              "--commercial-only", "--text-encoder=t5.safetensors", "--vae=ae.safetensors", "--lora-folder=loras",
-             "--control-folder=nets", "--upscaler-folder=nets2", "--merge-lora=a:0.5", "--merge-lora=b", "--wildcards=cards"]  # fmt: skip
+             "--control-folder=nets", "--upscaler-folder=nets2", "--merge-lora=a:0.5", "--merge-lora=b",
+             "--wildcards=cards"]  # fmt: skip
     assert main(["serve", f"--data={tmp_path}", *words]) == 2
     assert settings[0].machine == ALL
     engine = make_workers_engine(asdict(settings[0].machine))

@@ -65,9 +65,10 @@ OTHER = {
     "reference": (picture("blue"),),
 }
 """For every option outside APART, a value that would change the picture."""
-APART = ("model", "count", "upsample", "control", "control_nets", "tile")
-"""Options that are not tested here: `upsample` needs a language model, `tile` a larger picture, control has its own
-tests, the others do not change the picture."""
+ENLARGING = ("upscale", "upscaler", "upscale_strength")
+APART = ("model", "count", "upsample", "control", "control_nets", "tile", *ENLARGING)
+"""Options that are not tested here: `upsample` needs a language model, `tile` a larger picture, control and enlarging
+have their own tests, the others do not change the picture."""
 
 
 def draw(model: Model, fields: dict) -> tuple[bytes, bytes]:

@@ -108,7 +108,9 @@ def test_the_options_of_a_mask_become_ours(given, fields):
 @pytest.mark.parametrize(
     ("fields", "param", "words"),
     [
-        ({"enable_hr": True}, "enable_hr", "leave it out"),
+        ({"enable_hr": True, "hr_upscaler": "Latent"}, "hr_upscaler", "take one of /sdapi/v1/upscalers"),
+        ({"enable_hr": True, "hr_prompt": "a cat"}, "hr_prompt", "leave it out"),
+        ({"enable_hr": True, "hr_resize_x": 1024}, "upscale", "more than this server's limit of 0.25 megapixels"),
         ({"styles": ["noir"]}, "styles", "noir"),
         ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts", "controlnet"),
         ({"override_settings": {"eta": 1}}, "override_settings.eta", "not a known field"),
@@ -159,7 +161,8 @@ def test_the_lists_that_clients_read_at_their_start_exist(server):
     assert {"automatic", "simple"} <= {schedule["name"] for schedule in ask(server, "GET", "/schedulers")}
     assert ask(server, "GET", "/options")["sd_model_checkpoint"] == "pocket"
     assert [lora["name"] for lora in ask(server, "GET", "/loras")] == ["styles/bold"]
-    for path in ("upscalers", "sd-vae", "prompt-styles", "hypernetworks"):
+    assert [one["name"] for one in ask(server, "GET", "/upscalers")] == ["None", "Lanczos", "twice"]
+    for path in ("sd-vae", "prompt-styles", "hypernetworks"):
         assert ask(server, "GET", f"/{path}") == []
 
 
@@ -199,3 +202,52 @@ def test_only_names_of_the_folder_are_open_to_clients(server, path):
     assert answer["error"]["param"].startswith("loras")
     if path == "bolt":
         assert "take styles/bold" in answer["error"]["message"]
+
+
+def test_the_second_pass_is_drawn_as_the_native_api_draws_it(server):
+    second = {"enable_hr": True, "hr_scale": 2, "hr_upscaler": "twice", "hr_second_pass_steps": 0}
+    answer = ask(server, "POST", "/txt2img", {**SMALL, "steps": 4, **second, "denoising_strength": 0.5})
+    own = server.ended(server.draw(seed=7, steps=4, upscale="2x", upscaler="twice", upscale_strength=0.5))
+    native = Image.open(io.BytesIO(server.ask("GET", own["pictures"][0]["url"])[2]))
+    assert opened(answer["images"][0]).size == (64, 64)
+    assert opened(answer["images"][0]).tobytes() == native.tobytes()
+    sized = {"enable_hr": True, "hr_resize_x": 96, "hr_resize_y": 64, "hr_cfg": 2}
+    answer = ask(server, "POST", "/txt2img", {**SMALL, **sized, "denoising_strength": 0})
+    assert opened(answer["images"][0]).size == (96, 64)
+    assert json.loads(answer["info"])["ignored"] == ["hr_cfg"]
+
+
+def test_extras_enlarge_pictures_by_the_models_of_the_folder(server):
+    picture = Image.linear_gradient("L").resize((20, 12)).convert("RGB")
+    given = {"image": base64_of(picture), "upscaler_1": "twice"}
+    twice = opened(ask(server, "POST", "/extra-single-image", given)["image"])
+    assert twice.tobytes() == picture.resize((40, 24), Image.Resampling.NEAREST).tobytes()
+    for fields, size in (
+        ({"upscaling_resize": 4}, (80, 48)),
+        ({"resize_mode": 1, "upscaling_resize_w": 64, "upscaling_resize_h": 64}, (64, 64)),
+        ({"resize_mode": 1, "upscaling_resize_w": 64, "upscaling_resize_h": 64, "upscaling_crop": False}, (64, 38)),
+        ({"upscaler_1": "Lanczos"}, (40, 24)),
+        ({"upscaler_1": "None"}, (20, 12)),
+    ):
+        assert opened(ask(server, "POST", "/extra-single-image", given | fields)["image"]).size == size
+    both = {"imageList": [{"data": base64_of(picture), "name": "a"}] * 2, "upscaler_1": "twice"}
+    images = ask(server, "POST", "/extra-batch-images", both)["images"]
+    assert [opened(image).tobytes() for image in images] == [twice.tobytes()] * 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"upscaler_1": "/etc/passwd"}, "upscaler_1"),
+        ({"upscaler_1": "../twice"}, "upscaler_1"),
+        ({"upscaler_2": "twice", "extras_upscaler_2_visibility": 0.5}, "upscaler_2"),
+        ({"upscaler_1": "Lanczos", "resize_mode": 1, "upscaling_resize_w": 30_000, "upscaling_resize_h": 30_000},
+         "upscale"),
+    ],
+)  # fmt: skip
+def test_extras_of_other_upscalers_and_huge_sizes_are_refused(server, fields, param):
+    body = {"image": base64_of(Image.new("RGB", (8, 8))), **fields}
+    status, _, answer = server.ask("POST", f"{API}/extra-single-image", body)
+    assert (status, answer["error"]["param"]) == (400, param)
+    status, _, answer = server.ask("POST", "/v1/jobs", {"prompt": "x", "upscaler": "/etc/passwd", "upscale": "2x"})
+    assert (status, answer["error"]["code"]) == (404, "upscaler_not_found")

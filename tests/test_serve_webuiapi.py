@@ -58,7 +58,7 @@ def test_img2img_keeps_the_black_part_of_the_mask(api):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"enable_hr": True}, "enable_hr true is not supported: leave it out, and give the full size"),
+        ({"enable_hr": True}, "hr_upscaler Latent is not known: take one of /sdapi/v1/upscalers"),
         ({"restore_faces": True}, "restore_faces"),
         ({"tiling": True}, "tiling"),
         ({"styles": ["noir"]}, "styles"),
@@ -112,8 +112,9 @@ def test_lists_have_the_models_samplers_and_schedules_and_all_others_are_empty(a
     assert {"Euler", "Euler a"} <= set(api.util_get_sampler_names())
     assert {"automatic", "simple"} <= set(api.util_get_scheduler_names())
     assert [lora["name"] for lora in api.get_loras()] == ["styles/bold"]
+    assert [one["name"] for one in api.get_upscalers()] == ["None", "Lanczos", "twice"]
     for look in (
-        api.get_upscalers, api.get_latent_upscale_modes, api.get_hypernetworks, api.get_face_restorers,
+        api.get_latent_upscale_modes, api.get_hypernetworks, api.get_face_restorers,
         api.get_realesrgan_models, api.get_prompt_styles, api.get_sd_vae,
     ):  # fmt: skip
         assert look() == []
@@ -134,12 +135,14 @@ def test_the_request_of_a_picture_is_read_from_its_metadata(api):
     assert api.png_info(Image.new("RGB", (8, 8))).info == ""
 
 
-def test_extras_return_the_picture_unchanged_and_refuse_to_enlarge_it(api):
+def test_extras_return_the_picture_unchanged_or_enlarged(api):
     picture = Image.new("RGB", (16, 8), "teal")
     assert api.extra_single_image(picture).image.tobytes() == picture.tobytes()
     assert [image.size for image in api.extra_batch_images([picture, picture]).images] == [(16, 8)] * 2
-    with pytest.raises(RuntimeError, match=r"upscaler_1 Lanczos is not known: give None, or draw larger"):
-        api.extra_single_image(picture, upscaler_1=webuiapi.Upscaler.Lanczos)
+    assert api.extra_single_image(picture, upscaler_1=webuiapi.Upscaler.Lanczos).image.size == (32, 16)
+    assert api.extra_single_image(picture, upscaler_1="twice", upscaling_resize=4).image.size == (64, 32)
+    with pytest.raises(RuntimeError, match=r"upscaler_1 LDSR is not known: take one of /sdapi/v1/upscalers"):
+        api.extra_single_image(picture, upscaler_1=webuiapi.Upscaler.LDSR)
     with pytest.raises(RuntimeError, match="is not supported: give 0"):
         api.extra_batch_images([picture], gfpgan_visibility=1)
 

@@ -46,6 +46,21 @@ def test_neighbours_fade_into_each_other_in_small_steps():
     assert (row[0], row[-1]) == (0, len(windows) - 1)
 
 
+def test_windows_move_from_step_to_step_and_always_cover():
+    windows = Windows.over(100, 64, 32)
+    assert windows is not None
+    moved = [windows.moved(turn) for turn in range(5)]
+    assert moved[0] == windows == windows.moved(5)
+    assert len({one.rows for one in moved}) == 5
+    x = torch.randn(1, 100, 64, generator=torch.Generator().manual_seed(0))
+    for one in moved:
+        assert (one.rows[0], one.rows[-1], len(one)) == (0, 68, len(windows))
+        assert torch.allclose(one.blend(one.cut(x)), x, atol=1e-5)
+        assert all(b - a < 32 for a, b in pairwise(one.rows))
+    inside = [set(one.rows[1:-1]) for one in moved]
+    assert not set.intersection(*inside)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["z-image-turbo", "flux1-schnell", "flux2-klein-4b"])
 def test_a_picture_that_fits_into_a_window_does_not_change(name, build):

@@ -41,6 +41,8 @@ continued inwards (Telea 2004).
 """
 
 
+LONGEST = 8192
+"""The longest side of a drawn picture, in pixels."""
 UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -416,6 +418,10 @@ def _context_to_text(value: Any) -> Any:
     return str(value).strip()
 
 
+def _enlargement_to_text(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool) else str(Enlargement.read(value))
+
+
 def _read_by(read: Callable[[str], object]) -> Callable[[str], str]:
     """Return a validator: it gives a text back, without spaces around it, if `read` can read it."""
 
@@ -493,8 +499,8 @@ class Request(BaseModel, frozen=True):
     )
     negative_prompt: str = Field("", description="What not to draw; works only with guidance above 1.")
     model: str = Field("pocket", description="A model's name, a repository on the hub, or a local path.")
-    width: int | None = Field(None, ge=16, le=8192, description="Width in pixels, a multiple of 16.")
-    height: int | None = Field(None, ge=16, le=8192, description="Height in pixels, a multiple of 16.")
+    width: int | None = Field(None, ge=16, le=LONGEST, description="Width in pixels, a multiple of 16.")
+    height: int | None = Field(None, ge=16, le=LONGEST, description="Height in pixels, a multiple of 16.")
     steps: int | None = Field(None, ge=1, le=1000, description="Number of solver steps.")
     guidance: float | None = Field(
         None, ge=0, le=100, allow_inf_nan=False, description="Classifier-free guidance scale; 1 is off."
@@ -583,6 +589,20 @@ class Request(BaseModel, frozen=True):
         description="Draw a picture larger than this in overlapping square windows of this side in pixels, which each "
         "step blends; for a second pass over an enlarged picture, at a low strength.",
     )
+    upscale: Annotated[str, BeforeValidator(_enlargement_to_text)] | None = Field(
+        None,
+        description="Enlarge the finished picture by a factor such as 2x, or to a size such as 2048x1536, and draw it "
+        "again at a low strength, in windows.",
+    )
+    upscaler: str | None = Field(
+        None,
+        max_length=500,
+        description="Upscaling model that enlarges pictures before they are drawn again: a name in the folder of "
+        "upscaling models, or a file; Lanczos resampling without one.",
+    )
+    upscale_strength: float = Field(
+        0.25, ge=0, le=1, description="How much the second pass changes the enlarged picture; 0 leaves it out."
+    )
     loras: tuple[Lora, ...] = Field(
         (),
         max_length=16,
@@ -606,6 +626,16 @@ class Request(BaseModel, frozen=True):
     def repaints(self) -> bool:
         """Whether a part of the start picture is repainted and the rest is kept."""
         return any(value is not None for value in (self.mask, self.mask_from, self.extend))
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the start picture is enlarged as it is: nothing is drawn before."""
+        return self.upscale is not None and self.image is not None and self.strength == 0 and not self.repaints
+
+    @property
+    def only_enlarges(self) -> bool:
+        """Whether the start picture is enlarged and nothing is drawn."""
+        return self.keeps_start and self.upscale_strength == 0
 
 
 REPAINTING = (

@@ -217,6 +217,7 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
     from inkstream.engine.files.loras import check_loras, lora_folder
     from inkstream.engine.files.names import downloads
     from inkstream.engine.files.sources import locate
+    from inkstream.engine.files.upscalers import check_upscaler, upscaler_folder
     from inkstream.families import SPECS
 
     known: dict[str, Spec | InputError | None] = {}
@@ -238,6 +239,7 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
         check_pictures(request)
         check_loras(request.loras, lora_folder(machine))
         check_controls(request, control_folder(machine))
+        check_upscaler(request, upscaler_folder(machine))
         spec = spec_of(request.model)
         if spec is None:
             return ()

@@ -268,12 +268,14 @@ def check(request: Request, machine: Machine) -> None:
     from inkstream.engine.files.controls import check_controls, control_folder
     from inkstream.engine.files.loras import check_loras, lora_folder, read_merges
     from inkstream.engine.files.names import check_name
+    from inkstream.engine.files.upscalers import check_upscaler, upscaler_folder
     from inkstream.families import SPECS
 
     check_pictures(request)
     read_merges(machine.merge_lora)
     check_loras([*request.loras, *machine.merge_lora], lora_folder(machine))
     check_controls(request, control_folder(machine))
+    check_upscaler(request, upscaler_folder(machine))
     check_name(request.model)
     filled(request, wildcard_folder(machine))
     if request.model in SPECS:

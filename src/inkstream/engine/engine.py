@@ -6,6 +6,7 @@ import gc
 import queue
 import secrets
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,12 +19,15 @@ from inkstream.engine.drawing.flow import Job, expand, way_of
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import options
 from inkstream.engine.drawing.templates import filled, has_template, wildcard_folder
+from inkstream.engine.drawing.upscaling import Upscalers, enlarge, with_alpha
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.engine.files.sources import locate
+from inkstream.engine.files.upscalers import upscaler_folder
 from inkstream.engine.machine.fit import seconds_of
 from inkstream.engine.machine.loader import ANY, Opened, check_machine, open_model, read_model
 from inkstream.engine.machine.memory import Placing, typical
 from inkstream.engine.machine.placement import PLACEMENTS
+from inkstream.engine.pictures.inputs import open_layers
 from inkstream.families import SPECS
 from inkstream.nn.heap import give_back_freed_memory, keep_freed_memory
 from inkstream.types import (
@@ -109,10 +113,12 @@ class Engine:
 
     def remarks(self, request: Request) -> list[str]:
         """Return one line for each option of the request that has no effect on the loaded model, or a poor one."""
-        return advice(request, self.model)
+        return [] if request.only_enlarges else advice(request, self.model)
 
     def ran_on(self, name: str) -> dict[str, str]:
-        """Return the device and the dtype of the loaded model, and the adapters that are merged into it."""
+        """Return the device, and of a loaded model the dtype and the adapters that are merged into it."""
+        if self._model is None:  # only an upscaling model has drawn
+            return {"device": str(check_machine(self.machine)[0])}
         merged = {"merged_loras": ", ".join(self.machine.merge_lora)} if self.machine.merge_lora else {}
         return {"device": str(self.model.device), "dtype": str(self.model.dtype).removeprefix("torch."), **merged}
 
@@ -208,6 +214,9 @@ class Engine:
         """Draw all pictures. If the prompt is a template, each picture has its own prompt."""
         if request.seed is None:
             request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
+        if request.only_enlarges:
+            yield from self._enlarge(request)
+            return
         if not has_template(request):
             yield from self._draw_under_placements(request)
             return
@@ -215,6 +224,35 @@ class Engine:
         for index, one in enumerate([filled(one, folder) for one in singles(request)]):
             yield Loading("prompt", text=one.prompt)
             yield from numbered(self._draw_under_placements(one), index, request.count)
+
+    def _enlarge(self, request: Request) -> Drawing:
+        """Enlarge the start picture. No model is loaded but the request's upscaling model. Transparency stays."""
+        assert request.image is not None  # or it would not only enlarge
+        whole = complete(request, self.spec(request.model))
+        upscalers, began = self._upscalers, time.perf_counter()
+        colour, alpha = open_layers(request.image)
+        loaded = upscalers.get(request.upscaler) if request.upscaler else None
+        steps = enlarge(colour, whole.final_size(1), loaded)
+        image, at = None, began
+        while image is None:
+            try:
+                done, total = next(steps)
+            except StopIteration as end:
+                image = with_alpha(end.value, alpha)
+            else:
+                now = time.perf_counter()
+                if done:
+                    yield Step(done, total, 0, whole.count, 0.0, now - at)
+                at = now
+        for index, one in enumerate(singles(whole)):
+            yield Done(image.copy(), one.plain(), index, whole.count, time.perf_counter() - began)
+
+    @property
+    def _upscalers(self) -> Upscalers:
+        """The loaded model's upscaling models, or those of the machine."""
+        if self._model is not None:
+            return self._model.upscalers
+        return Upscalers(upscaler_folder(self.machine), check_machine(self.machine)[0])
 
     def _draw_under_placements(self, request: Request) -> Drawing:
         """Draw all pictures of a request, under one placement or, if memory runs out, several."""

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 OVERLAP = 0.25
 """Share of a window's side that it has in common with its neighbour, at least."""
+TURNS = (0.0, 0.5, -0.5, 0.25, -0.25)
+"""Where the windows are in successive evaluations, as shares of what neighbours have in common."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ class Windows:
         high, wide = min(h, side), min(w, side)
         rows, columns = (corners(whole, own, math.ceil(own * OVERLAP)) for whole, own in ((h, high), (w, wide)))
         return Windows(h, w, rows, columns, (high, wide))
+
+    def moved(self, turn: int) -> Windows:
+        """The windows of evaluation number `turn`: those inside move by up to half of what neighbours share.
+
+        So no border is at one place in all steps, where the parts that windows draw alone would meet. The first and
+        the last window of an axis stay.
+        """
+        share = TURNS[turn % len(TURNS)]
+        rows, columns = (
+            _moved(firsts, side, share) for firsts, side in ((self.rows, self.side[0]), (self.columns, self.side[1]))
+        )
+        return replace(self, rows=rows, columns=columns)
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
@@ -71,6 +86,13 @@ def corners(length: int, side: int, overlap: int) -> tuple[int, ...]:
         return (0,)
     count = -(-last // max(1, side - overlap)) + 1
     return tuple(dict.fromkeys(round(last * i / (count - 1)) for i in range(count)))
+
+
+def _moved(firsts: tuple[int, ...], side: int, share: float) -> tuple[int, ...]:
+    if len(firsts) < 3:
+        return firsts
+    by = round(share * min(before + side - after for before, after in pairwise(firsts)))
+    return (firsts[0], *(first + by for first in firsts[1:-1]), firsts[-1])
 
 
 def _fade(first: int, side: int, corners: Sequence[int]) -> Tensor:

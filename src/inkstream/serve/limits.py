@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from inkstream.serve.errors import Refused
-from inkstream.types import InputError, Machine, Request, Spec
+from inkstream.types import Enlargement, InputError, Machine, Request, Spec
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -20,6 +20,7 @@ class Limits:
     body_seconds: float = 30.0  # longest pause between two pieces of a body
     upload_pixels: int = 32 << 20
     pixels: int = 2048 * 2048  # of a drawn picture
+    enlarged: int = 64 << 20  # pixels of a picture that is enlarged and not drawn again
     pictures: int = 64  # of one job
     steps: int = 200
     prompt: int = 32_000  # characters
@@ -98,3 +99,18 @@ def check(request: Request, spec: Spec | None, limits: Limits) -> None:
         )
     if (request.steps or 0) > limits.steps:
         raise Refused(400, f"steps {request.steps} is too many: take at most {limits.steps}", param="steps")
+
+
+def check_enlarged(request: Request, spec: Spec | None, start: tuple[int, int] | None, limits: Limits) -> None:
+    """Raise Refused if a request makes its pictures larger than the limit. start: the size of its start picture."""
+    if request.upscale is None:
+        return
+    own = start if request.keeps_start and start else (request.width or 0, request.height or 0)
+    if not all(own):
+        own = start or (spec.size if spec else (1024, 1024))
+    width, height = Enlargement.read(request.upscale).of(*own)
+    most = limits.pixels if request.upscale_strength else limits.enlarged
+    if width * height > most:
+        limit = f"{most / 2**20:g} megapixels"
+        line = f"upscale {request.upscale} makes {width}x{height}, more than this server's limit of {limit}: take less"
+        raise Refused(400, line, param="upscale")

@@ -10,7 +10,7 @@ from inkstream.engine.drawing.options import refuse
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.families import family_of
 from inkstream.sampling.schedules import dynamic_shift, empirical_shift
-from inkstream.types import InputError, Request, ScheduleName, SolverName, Spec
+from inkstream.types import LONGEST, Enlargement, InputError, Request, ScheduleName, SolverName, Spec
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -80,6 +80,31 @@ class Complete(Request, frozen=True):
 
         return [open_picture(picture) for picture in self.control]
 
+    def final_size(self, multiple: int) -> tuple[int, int]:
+        """The width and height of the finished picture. Raises InputError if it is too large for a second pass.
+
+        multiple: of a drawn picture's sides.
+        """
+        own = self.start.size if self.keeps_start and self.start is not None else (self.width, self.height)
+        if self.upscale is None:
+            return self.width, self.height
+        width, height = Enlargement.read(self.upscale).of(*own)
+        if self.upscale_strength == 0:
+            return width, height
+        width, height = (max(1, round(side / multiple)) * multiple for side in (width, height))
+        if max(width, height) > LONGEST:
+            raise InputError(
+                f"upscale {self.upscale} makes {width}x{height}, and a side of a drawn picture has {LONGEST} pixels at "
+                "most: take a smaller one, or upscale_strength 0"
+            )
+        return width, height
+
+    def starting_from(self, image: Image.Image) -> Complete:
+        """Return a copy that starts from this picture (RGB) in place of its own."""
+        copy = self.model_copy()
+        copy.__dict__["start"] = image  # where the cached property looks
+        return copy
+
     def plain(self) -> Request:
         """Return the plain Request that draws the same picture again."""
         given = self.model_fields_set
@@ -129,7 +154,9 @@ def complete(request: Request, spec: Spec) -> Complete:
         defaults["strength"] = 1.0 if request.repaints else spec.strength
     if spec.writer:
         defaults["upsample"] = writes_out(request, spec)
-    return whole.model_copy(update={name: value for name, value in defaults.items() if name not in given})
+    whole = whole.model_copy(update={name: value for name, value in defaults.items() if name not in given})
+    whole.final_size(spec.multiple)
+    return whole
 
 
 def shift_for(spec: Spec, width: int, height: int, steps: int) -> float:

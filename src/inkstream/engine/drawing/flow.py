@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 
-from inkstream.engine.drawing.batch import Ask, Drawing, tokens_of
+from inkstream.engine.drawing.batch import Alone, Ask, Drawing, tokens_of
 from inkstream.engine.drawing.complete import Complete
-from inkstream.engine.drawing.model import Model, Run, advance
+from inkstream.engine.drawing.larger import evaluations_of, second_pass
+from inkstream.engine.drawing.model import Model, Original, Run, advance
+from inkstream.engine.drawing.upscaling import Upscalers, enlarge, missing, weights_of, work_of
 from inkstream.engine.drawing.writing import kept_words, notes, writes_out
 from inkstream.engine.files.controls import uses_of
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.families import Family, Way
-from inkstream.types import Done, Loading, LoraUse, Step, singles
+from inkstream.types import Conditioning, Done, Event, Loading, LoraUse, Step, singles
 
 
 class Others(Protocol):
@@ -68,6 +71,7 @@ class Flow:
         for line in notes(request, model.spec, kept_words(request, model.loras)):
             yield Loading("prompt", note=line)
         cond = model.encode(request)
+        request = yield from enlarging_start(model, request)
         original = model.open_original(request)
         job.end_phase()
         own = job.crew.own if job.crew else slice(None)
@@ -77,24 +81,22 @@ class Flow:
             if by_grammar:  # each picture has the words of its own seed; `cond` has those of picture 0
                 cond, told = model.encode(one) if index else cond, model.told(one)
                 yield Loading("prompt", text=told)
-            run = model.start(one, cond, original)
-            try:
-                ask = Ask(model.family, run, tokens_of(run, cond, model.spec.multiple))
-                for step in range(1, run.evaluations + 1):
-                    asked, t = time.perf_counter(), run.query.t  # type: ignore[union-attr]
-                    yield ask
-                    if step == 1 and not torch.isfinite(run.estimate).all():  # later ones show in the result
-                        if model.controls:
-                            model.controls.check_numbers(uses_of(request))
-                        raise model.overflow()
-                    seconds = time.perf_counter() - asked
-                    preview = model.preview(run.estimate) if job.previews else None
-                    yield Step(step, run.evaluations, index, request.count, t, seconds, preview)
-                job.end_phase()
-                drawn = to_image(model.finish(run))
-                image = drawn if one.edit is None else one.edit.paste(drawn)
-            finally:
-                run.close()
+            again = second_pass(one, model.spec)
+            more = evaluations_of(again, model.spec) if again else 0
+            if one.keeps_start and one.start is not None:
+                image, before = one.start, 0
+            else:
+                run = model.start(one, cond, original)
+                before = run.evaluations
+                image = yield from self._steps(job, run, cond, index, 0, more)
+            if one.upscale is not None:
+                size = one.final_size(model.spec.multiple)
+                image = yield from enlarging(model.upscalers, image, size, one.upscaler)
+            if again is not None:
+                again = again.starting_from(image)
+                seen = model.encode(again)
+                run = model.start(again, seen, model.open_original(again))
+                image = yield from self._steps(job, run, seen, index, before, 0)
             seconds = time.perf_counter() - began
             job.drawn.append(Done(image, one.plain(), index, request.count, seconds, told))
             yield job.drawn[-1]
@@ -102,26 +104,58 @@ class Flow:
                 for other in job.crew.others(job.drawn[-1], pictures):
                     yield replace(other, told=model.told(pictures[other.index])) if by_grammar else other
 
+    def _steps(
+        self, job: Job, run: Run, cond: Conditioning, index: int, before: int, after: int
+    ) -> Generator[Event | Ask | Alone, None, Image.Image]:
+        """Draw one pass of a picture. before, after: the evaluations of its other passes."""
+        model, request = job.model, run.request
+        try:
+            ask = Ask(model.family, run, tokens_of(run, cond, model.spec.multiple))
+            for step in range(1, run.evaluations + 1):
+                asked, t = time.perf_counter(), run.query.t  # type: ignore[union-attr]
+                yield ask
+                if step == 1 and not torch.isfinite(run.estimate).all():  # later ones show in the result
+                    if model.controls:
+                        model.controls.check_numbers(uses_of(request))
+                    raise model.overflow()
+                seconds = time.perf_counter() - asked
+                preview = model.preview(run.estimate) if job.previews else None
+                total = before + run.evaluations + after
+                yield Step(before + step, total, index, job.request.count, t, seconds, preview)
+            job.end_phase()
+            drawn = to_image(model.finish(run))
+            return drawn if request.edit is None else request.edit.paste(drawn)
+        finally:
+            run.close()
+
     def phases(self, model: Model, request: Complete) -> Mapping[str, Callable[[], object]]:
-        told: list[Any] = []
         if model.controls:
             for use in uses_of(request):
                 model.controls.get(use)  # its weights are counted apart
+        passes = [] if request.keeps_start else [request]
+        if again := second_pass(request, model.spec):
+            passes.append(again.starting_from(Image.new("RGB", (again.width, again.height))))
+        loaded = model.upscalers.get(request.upscaler) if request.upscaler else None
+        told: list[tuple[Conditioning, Original | None]] = []
 
         def encode() -> None:
-            told[:] = model.encode(request), model.open_original(request)
+            told[:] = [(model.encode(one), model.open_original(one)) for one in passes]
 
-        def step() -> Run:
-            run = model.start(request, *told)
-            advance(model.family, [run])
-            return run
+        def step() -> None:
+            beside = weights_of(loaded)
+            for one, (cond, original) in zip(passes, told):
+                advance(model.family, [model.start(one, cond, original)])
+            del beside
 
-        shape = model.family.latent_shape(request.width, request.height)
-        return {
-            "prompt": encode,
-            "steps": step,
-            "picture": lambda: model.decode(torch.empty(1, *shape, device="meta")),
-        }
+        def decode() -> None:
+            beside = weights_of(loaded)
+            for one in passes:
+                model.decode(torch.empty(1, *model.family.latent_shape(one.width, one.height), device="meta"))
+            if loaded is not None:
+                work_of(loaded, request.width)
+            del beside
+
+        return {"prompt": encode, "steps": step, "picture": decode}
 
 
 FLOW = Flow()
@@ -130,6 +164,31 @@ FLOW = Flow()
 def way_of(family: Family | type[Family]) -> Way:
     """How an engine draws with a family."""
     return family.way or FLOW
+
+
+def enlarging(
+    upscalers: Upscalers, image: Image.Image, size: tuple[int, int], upscaler: str | None
+) -> Generator[Event | Ask | Alone, None, Image.Image]:
+    """Enlarge a picture (RGB), by an upscaling model if one is named."""
+    steps = enlarge(image, size, upscalers.get(upscaler) if upscaler else None)
+    while True:
+        try:
+            done, total = next(steps)
+        except StopIteration as end:
+            return end.value
+        yield Loading(f"tile {done} of {total}")
+
+
+def enlarging_start(model: Model, request: Complete) -> Generator[Event | Ask | Alone, None, Complete]:
+    """Enlarge the start picture by the request's upscaling model, if it is smaller than what is drawn of it."""
+    if request.upscaler is None:
+        model.upscalers.forget()
+    if request.upscaler is None or request.start is None or request.edit is not None or request.keeps_start:
+        return request
+    size = request.width, request.height
+    if missing(request.start.size, size) <= 1:
+        return request
+    return request.starting_from((yield from enlarging(model.upscalers, request.start, size, request.upscaler)))
 
 
 def expand(model: Model, request: Complete) -> Iterator[Loading]:

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from inkstream.engine.drawing.adapters import KEPT, Adapters
 from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.controls import Controls
+from inkstream.engine.drawing.larger import times_of
 from inkstream.engine.drawing.options import cached, guided
+from inkstream.engine.drawing.upscaling import Upscalers
 from inkstream.engine.drawing.writing import kept_words, written_out
 from inkstream.engine.files.controls import uses_of
 from inkstream.engine.pictures.inputs import to_pixels
@@ -25,8 +27,7 @@ from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.around.cache import POINTS, StepCache
 from inkstream.nn.forward import Sample
 from inkstream.sampling.guidance import guide, is_on
-from inkstream.sampling.masks import keep, latent_mask, latent_strengths, start_index
-from inkstream.sampling.schedules import SCHEDULES
+from inkstream.sampling.masks import keep, latent_mask, latent_strengths
 from inkstream.sampling.solvers import SOLVERS, times_asked
 from inkstream.sampling.variety import varied_noise, varied_prompt
 from inkstream.sampling.windows import Windows
@@ -58,6 +59,7 @@ class Model:
         adapters_kept: int = KEPT,  # bytes of adapters that stay for later requests
         controls: Path = Path("controls"),  # the folder of control nets that requests name
         read_control: Callable[[Path, ControlUse], nn.Module] | None = None,  # None: there are no control nets
+        upscalers: Path = Path("upscalers"),  # the folder of upscaling models that requests name
     ):
         self.family = family
         self.device = device
@@ -66,6 +68,7 @@ class Model:
         self.loras = loras
         self.adapters_kept = adapters_kept
         self.controls = None if read_control is None else Controls(family, controls, read_control)
+        self.upscalers = Upscalers(upscalers, device)
         self._read_writer = read_writer
 
     @property
@@ -172,13 +175,12 @@ class Model:
             if request.variation is not None:
                 noise = varied_noise(noise, Variation.read(request.variation))
         noise = start = noise.to(self.device, torch.float32)
-        ts = schedule = SCHEDULES[request.schedule](request.steps, request.shift, self.spec.table)
+        ts, schedule = times_of(request, self.spec, original is not None)
         windows = windows_of(request, shape)
         width, height = request.width, request.height
         if windows is not None:
             width, height = (side * width // shape[2] for side in windows.side[::-1])
         if original is not None:
-            ts = ts[start_index(len(ts) - 1, request.strength) :]
             start = add_noise(original.latents, noise, ts[0])
         solver = SOLVERS[request.solver](start, ts, generator)
         if original is not None and original.mask is not None:
@@ -265,7 +267,8 @@ class Run:
         windows: Windows | None = None,
     ):
         self.request = request
-        self.windows = windows
+        self.windows = windows  # of the pending query
+        self._all_windows, self._turn = windows, 0
         self.evaluations = evaluations
         self.result: Tensor = start
         self.query: Query | None = None
@@ -309,6 +312,9 @@ class Run:
         if len(velocities) == 2:
             v = guide(v, velocities[1], self.request.guidance, self.request.cfg_normalization)
         self.estimate = to_image(self.query.x, v, self.query.t)
+        if self._all_windows is not None:
+            self._turn += 1
+            self.windows = self._all_windows.moved(self._turn)
         self._send(v)
 
     def close(self) -> None:

@@ -40,6 +40,7 @@ def options(spec: Spec, request: Request | None = None) -> dict[str, Option]:
         **_pictures(spec, request),
         **_prompt(spec, request),
         **_cache(spec, request),
+        **_enlarging(spec, request),
     }
     if request is not None and (schedule := request.schedule or spec.schedule) in UNSHIFTED:
         table["shift"] = Option("ignores", f"schedule {schedule} uses no shift")
@@ -132,6 +133,25 @@ def _repainting(request: Request) -> dict[str, Option]:
     if request.mask is None and request.mask_from is None:
         return {"mask_invert": Option("ignores", "there is no mask: give mask or mask_from")}
     return {}
+
+
+def _enlarging(spec: Spec, request: Request | None) -> dict[str, Option]:
+    """The options of enlarging a finished picture."""
+    able, table = spec.abilities, dict[str, Option]()
+    if request is None or request.upscale is None:
+        if request is not None:
+            why = "nothing is enlarged: give upscale"
+            table["upscale_strength"] = Option("ignores", why)
+            if request.image is None:
+                table["upscaler"] = Option("ignores", f"{why}, or a start picture")
+        return table
+    if request.upscale_strength > 0 and ("image" not in able or able & {"fill", "map"}):
+        why = f"{spec.name} does not draw a picture again: take upscale_strength 0, or leave upscale out"
+        table["upscale"] = Option("rejects", why)
+    elif request.upscale_strength > 0 and request.repaints:
+        why = "a second pass changes what the mask keeps: take upscale_strength 0, or leave upscale out"
+        table["upscale"] = Option("rejects", why)
+    return table
 
 
 def _pictures(spec: Spec, request: Request | None) -> dict[str, Option]:

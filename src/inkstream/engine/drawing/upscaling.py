@@ -158,6 +158,22 @@ def in_tiles(image: Image.Image, loaded: Loaded, tile: int = TILE, overlap: int 
     return Image.fromarray(out)
 
 
+def weights_of(loaded: Loaded | None) -> Tensor | None:
+    """As many bytes on meta as a model's weights have: what they count in a plan."""
+    module: Any = None if loaded is None else loaded.network
+    if module is None:
+        return None
+    return torch.empty(sum(weight.nbytes for weight in module.state_dict().values()), dtype=torch.uint8, device="meta")
+
+
+def work_of(loaded: Loaded, width: int) -> None:
+    """Compute on meta what `in_tiles` computes at once, for a picture of this width. The model is on meta."""
+    side, scale = min(TILE, width), loaded.network.scale
+    strip = torch.empty(3, side * scale, width * scale, device="meta")
+    loaded.network(torch.empty(1, 3, side, side, device="meta"))
+    del strip
+
+
 def to_pixels(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Tensor:
     """(h, w, 3) bytes -> (3, h, w) float32 in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))).float() / 255  # pyright: ignore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from pathlib import Path
 
-from inkstream.types import InputError, Machine
+from inkstream.types import InputError, Machine, Request
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
 """Suffixes of these files, in order of preference."""
@@ -52,3 +52,9 @@ def find_upscaler(name: str, folder: Path) -> Path:
     near = difflib.get_close_matches(name, known)
     hint = f"did you mean {' or '.join(near)}?" if near else f"give a .safetensors or .pth file, or put one in {folder}"
     raise InputError(f"upscaler {name} is neither a file nor a name in {folder}: {hint}")
+
+
+def check_upscaler(request: Request, folder: Path) -> None:
+    """Raise InputError if the upscaling model of a request does not exist."""
+    if request.upscaler is not None:
+        find_upscaler(request.upscaler, folder)

@@ -22,6 +22,7 @@ from inkstream.engine.files.names import Progress
 from inkstream.engine.files.parts import Found, locate_control, locate_writer
 from inkstream.engine.files.sources import Source, locate
 from inkstream.engine.files.tokenizers import encoder_of, open_tokenizer
+from inkstream.engine.files.upscalers import upscaler_folder
 from inkstream.engine.machine.install import Placement, install
 from inkstream.engine.machine.placement import PLACEMENTS, Sharing, place_of
 from inkstream.families import ControlNet, Writer
@@ -134,7 +135,8 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
         return read(found, Placement(device, dtypes["transformer"], place_of(placement, "transformer"), found.rules))
 
     loras, controls = lora_folder(opened.machine), control_folder(opened.machine)
-    return Model(family, device, opened.dtype, placement, read_writer, loras, kept, controls, read_control)
+    upscalers = upscaler_folder(opened.machine)
+    return Model(family, device, opened.dtype, placement, read_writer, loras, kept, controls, read_control, upscalers)
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:

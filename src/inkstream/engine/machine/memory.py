@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -21,6 +22,7 @@ from inkstream.engine.drawing.options import guided, options
 from inkstream.engine.files.controls import control_folder, find_control, uses_of
 from inkstream.engine.files.loras import lora_folder
 from inkstream.engine.files.parts import Unset, locate_control
+from inkstream.engine.files.upscalers import upscaler_folder
 from inkstream.engine.machine.loader import Opened
 from inkstream.engine.machine.placement import PLACEMENTS, Plan, plan_request
 from inkstream.families import parts_of
@@ -28,6 +30,8 @@ from inkstream.types import InputError, Request, Spec
 
 PLENTY = 32 * 1024
 """Bytes for each pixel of a picture: far more than any model here computes with."""
+UPSCALING = 2**30
+"""Bytes of a tile's work of an upscaling model, about: of ESRGAN at factor 4."""
 SPARE = 0.9
 """The share of free memory to plan with. Drivers and libraries take the rest."""
 
@@ -93,6 +97,7 @@ class Placing:
         request = complete(request, spec)
         asked = (request.width, request.height, guided(request, spec), len(request.reference), request.image is None)
         asked = (*asked, request.repaints, request.tile, request.control_nets)
+        asked = (*asked, request.final_size(spec.multiple), request.upscale_strength > 0, request.upscaler)
         texts = (len(request.prompt) // 64, len(request.negative_prompt) // 64)
         if (key := (*asked, *texts)) not in self._known:
             opened, without_loras = self.opened, request.model_copy(update={"loras": ()})
@@ -107,6 +112,7 @@ class Placing:
                 opened.merged,
                 {path: locate_control(opened.source.family, spec.name, path) for path in paths},
                 control_folder(opened.machine),
+                upscaler_folder(opened.machine),
             )
         return self._known[key]
 
@@ -115,7 +121,8 @@ class Placing:
         opened = self.opened
         weights = sum(count * opened.dtypes[part].itemsize for part, count in opened.numbers.items())
         weights += control_bytes(request, control_folder(opened.machine), opened.dtypes["transformer"])
-        pixels = request.width * request.height
+        weights += UPSCALING if request.upscaler else 0
+        pixels = math.prod(request.final_size(opened.source.spec.multiple))
         return 2 * weights + PLENTY * pixels + self.adapters(request) <= (self.budget or 0)
 
 

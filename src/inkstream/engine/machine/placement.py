@@ -189,13 +189,15 @@ def plan_request(
     source: Source, tokenizers: Mapping[str, Any], request: Complete, device: torch.device,
     dtypes: Mapping[str, torch.dtype], crew: Sharing | None = None, merged: Collection[str] = (),
     controls: Mapping[Path, Found] = NO_CONTROLS, control_folder: Path = Path("controls"),
+    upscaler_folder: Path = Path("upscalers"),
 ) -> list[Plan]:  # fmt: skip
     """Return the plan of each placement for a request, the fastest placement first.
 
     dtypes: part -> the dtype that it computes in. crew: cuts the transformer to this process's share. merged: the names
     of the transformer's weights that adapters change. controls: the control nets of the request, which are in the
-    folder or elsewhere. Weights count as they are in the files or on the device. Computed tensors are counted by
-    running the request on meta. Memory of drivers and of the process itself is not counted.
+    folder or elsewhere. upscaler_folder: of the upscaling models that requests name. Weights count as they are in the
+    files or on the device. Computed tensors are counted by running the request on meta. Memory of drivers and of the
+    process itself is not counted.
     """
     modules = {
         part: at_home(source, part, dtypes[part], merged if part == "transformer" else ()) for part in source.parts
@@ -207,7 +209,7 @@ def plan_request(
     for name, phases in weights.items():
         beside = sum(weigh_net(controls[path], net, name, device, dtypes["transformer"]) for path, net in nets.items())
         weights[name] = {phase: count + beside for phase, count in phases.items()}
-    work = working(on_meta(source, modules, tokenizers, dtypes, nets, control_folder), request)
+    work = working(on_meta(source, modules, tokenizers, dtypes, nets, control_folder, upscaler_folder), request)
     return [add_up(name, phases, work, device) for name, phases in weights.items()]
 
 
@@ -250,6 +252,7 @@ def on_meta(
     dtypes: Mapping[str, torch.dtype],
     nets: Mapping[Path, nn.Module],
     control_folder: Path,
+    upscaler_folder: Path = Path("upscalers"),
 ) -> Model:
     """Return the model without data. modules, nets: at home; afterwards they are resident on meta."""
     meta, own = torch.device("meta"), dtypes["transformer"]
@@ -258,7 +261,9 @@ def on_meta(
     for net in nets.values():
         Placed(net, "resident", meta, own).settle()
     family = source.family(source.spec, modules, tokenizers)
-    return Model(family, meta, own, controls=control_folder, read_control=lambda path, use: nets[path])
+    return Model(
+        family, meta, own, controls=control_folder, read_control=lambda path, use: nets[path], upscalers=upscaler_folder
+    )
 
 
 def phases_of(source: Source) -> dict[str, list[str]]:

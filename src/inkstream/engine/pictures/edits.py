@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from inkstream.engine.pictures.inputs import LONGEST, MAX_AREA, MAX_PIXELS, MAX_SIDE
+from inkstream.engine.pictures.inputs import MAX_AREA, MAX_PIXELS, MAX_SIDE
 from inkstream.engine.pictures.regions import WHITE, Greys, fade, grow, region_of
-from inkstream.types import Context, Extension, InputError, MaskFill, Request
+from inkstream.types import LONGEST, Context, Extension, InputError, MaskFill, Request
 
 Box = tuple[int, int, int, int]
 """Left, top, right and bottom in pixels of the canvas; right and bottom are exclusive."""

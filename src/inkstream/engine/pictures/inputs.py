@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from inkstream.types import InputError
+from inkstream.types import LONGEST, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +28,6 @@ MAX_BYTES = 512 * 1024 * 1024
 """A larger file is refused without being read."""
 MAX_AREA = 2048 * 2048
 """A start picture with more pixels is scaled down, unless the request sets a size."""
-LONGEST = 8192
-"""The longest side of a Request, in pixels."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "TIFF", "BMP", "PPM", "JPEG2000")
 """The formats that are read, by their Pillow names. Formats that run other programs (EPS) are left out."""

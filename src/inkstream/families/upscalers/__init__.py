@@ -13,11 +13,12 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from inkstream.families.upscalers import compact, esrgan
+from inkstream.families.upscalers import compact, dat, esrgan, hat, plksr, span, swinir
 from inkstream.types import InputError
 from inkstream.weights.files import few
 from inkstream.weights.keymap import Rule, translate
 
+State = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -36,20 +37,26 @@ class Architecture:
 
     name: str
     mark: Callable[[Shapes], bool]  # whether a file's names are of this architecture
-    rules: Callable[[Shapes], Sequence[Rule]]  # shapes of a file -> rules into our names
     infer: Callable[[Shapes], Any]  # shapes, by our names -> config
     build: Callable[[Any], nn.Module]
+    rules: Callable[[Shapes], Sequence[Rule]] = lambda shapes: ()  # shapes of a file -> rules into our names
+    fold: Callable[[State], State] = lambda state: state  # joins what trained apart
 
 
 ARCHITECTURES = (
-    Architecture("ESRGAN", esrgan.is_esrgan, esrgan.rules_of, esrgan.infer, esrgan.RRDBNet),
-    Architecture("Compact", compact.is_compact, lambda shapes: (), compact.infer, compact.SRVGGNetCompact),
+    Architecture("ESRGAN", esrgan.is_esrgan, esrgan.infer, esrgan.RRDBNet, esrgan.rules_of),
+    Architecture("Compact", compact.is_compact, compact.infer, compact.SRVGGNetCompact),
+    Architecture("SPAN", span.is_span, span.infer, span.SPAN, fold=span.fold),
+    Architecture("PLKSR", plksr.is_plksr, plksr.infer, plksr.PLKSR),
+    Architecture("SwinIR", swinir.is_swinir, swinir.infer, swinir.SwinIR, swinir.rules_of),
+    Architecture("DAT", dat.is_dat, dat.infer, dat.DAT, dat.rules_of),
+    Architecture("HAT", hat.is_hat, hat.infer, hat.HAT, hat.rules_of),
 )
 PREFIXES = ("module.", "netG.")
 """Prefixes that training programs put before all names."""
 
 
-def build_upscaler(state: Mapping[str, Tensor]) -> tuple[str, nn.Module]:
+def build_upscaler(state: State) -> tuple[str, nn.Module]:
     """The name of a file's architecture, and the network with the file's weights in float32.
 
     state: all weights of a file. Raises InputError, without the file's name, if no architecture has these names and
@@ -63,12 +70,14 @@ def build_upscaler(state: Mapping[str, Tensor]) -> tuple[str, nn.Module]:
     if kind is None:
         known = ", ".join(kind.name for kind in ARCHITECTURES)
         raise InputError(f"is no upscaler that is known here, it holds {few(list(state))}: take one of {known}")
-    ours = cast("Mapping[str, Tensor]", translate(kind.rules(shapes), state))
     try:
+        ours = cast("State", translate(kind.rules(shapes), kind.fold(state)))
         config = kind.infer(shapes_of(ours))
         with torch.device("meta"):
             network = kind.build(config)
-    except (KeyError, ValueError, IndexError, ZeroDivisionError):
+    except InputError:
+        raise
+    except (KeyError, ValueError, IndexError, ZeroDivisionError, RuntimeError):
         raise InputError(f"looks like {kind.name}, but its weights have unknown shapes: download it again") from None
     check(kind.name, shapes_of(network.state_dict()), shapes_of(ours))
     network.load_state_dict({name: weight.float() for name, weight in ours.items()}, assign=True)
@@ -87,5 +96,5 @@ def check(name: str, wanted: Shapes, found: Shapes) -> None:
         raise InputError(f"has {wrong[0]} of {shape}, which does not fit its other weights: download it again")
 
 
-def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def shapes_of(state: State) -> dict[str, tuple[int, ...]]:
     return {name: tuple(weight.shape) for name, weight in state.items()}

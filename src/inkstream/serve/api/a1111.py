@@ -28,6 +28,7 @@ from pydantic import (
 from pydantic.functional_validators import ModelWrapValidatorHandler  # pydantic itself has no such name before 2.11
 
 from inkstream.engine.files.loras import lora_folder, names_in
+from inkstream.engine.files.upscalers import upscaler_folder, upscalers_in
 from inkstream.engine.pictures.foreign.a1111 import write_a1111
 from inkstream.engine.pictures.foreign.reading import (
     A1111_SCHEDULES,
@@ -45,7 +46,7 @@ from inkstream.serve.api.openai import failure
 from inkstream.serve.api.service import Parts, Service, Who
 from inkstream.serve.errors import Refused, answers, explain_invalid
 from inkstream.serve.queue.inputs import examine
-from inkstream.serve.queue.store import Job
+from inkstream.serve.queue.store import Job, Upload
 from inkstream.types import InputError, MaskFill, Request, ScheduleName, SolverName, Variation
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
@@ -53,7 +54,6 @@ router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 NOTE = "a1111"
 """Note of the jobs of this API. `progress` and `interrupt` concern only these jobs."""
 OFF: dict[str, tuple[Any, ...]] = {
-    "enable_hr": (False, None),
     "restore_faces": (False, None),
     "tiling": (False, None),
     "seed_resize_from_w": (-1, 0, None),
@@ -74,18 +74,27 @@ OFF: dict[str, tuple[Any, ...]] = {
     "s_min_uncond": (0, None),
 }
 """Unsupported field that would change the picture -> its values that mean "off". Other values are refused."""
-REMEDIES = {"enable_hr": "leave it out, and give the full size in width and height"}
-"""Unsupported field -> remedy in the error message. For all others the remedy is to leave the field out."""
 NOISY = {"eta": ("euler_ancestral",), "s_noise": ("euler_ancestral", "lcm")}
 """A1111's factor for the noise that a solver adds -> our solvers that add noise. They only support the factor 1."""
+HIRES: dict[str, tuple[Any, ...]] = {
+    "hr_checkpoint_name": (None, "", "Use same checkpoint"),
+    "hr_additional_modules": (None, [], ["Use same choices"]),
+    "hr_sampler_name": (None, "", "Use same sampler"),
+    "hr_scheduler": (None, "", "Use same scheduler"),
+    "hr_prompt": ("", None),
+    "hr_negative_prompt": ("", None),
+}
+"""Unsupported field of the second pass -> its values that mean "as in the first", as in OFF."""
 UNHEEDED = (
-    "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name",
-    "hr_additional_modules", "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg",
+    "enable_hr", "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", *HIRES, "hr_cfg",
     "hr_distilled_cfg", "refiner_switch_at", "s_tmin", "s_tmax", "comments", "disable_extra_networks",
     "do_not_save_samples", "do_not_save_grid", "save_images", "force_task_id", "override_settings_restore_afterwards",
     "include_init_images", "image_cfg_scale",
 )  # fmt: skip
-"""Fields whose values are not checked: they belong to a feature that is off, or never change the picture."""
+"""Fields whose values are not checked with the others: those of the second pass, those of a feature that is off, and
+those that never change the picture."""
+LANCZOS = "Lanczos"
+"""A1111's name of the upscaler that is no model."""
 MASKED = (
     "mask_blur", "mask_blur_x", "mask_blur_y", "inpainting_mask_invert", "inpainting_fill", "inpaint_full_res",
     "inpaint_full_res_padding",
@@ -124,6 +133,22 @@ class Settings(BaseModel):
         return _without(fields, SETTINGS)
 
 
+class Hires(BaseModel):
+    """The fields of A1111's second pass. Its steps, sampler and guidance are those of the first."""
+
+    hr_scale: float = Field(2, ge=1, le=16)
+    hr_resize_x: int = Field(0, ge=0, le=8192)
+    hr_resize_y: int = Field(0, ge=0, le=8192)
+    hr_upscaler: str | None = Field(None, max_length=500)
+
+    def upscale(self, width: int, height: int) -> str:
+        """Our field `upscale`. width, height: of the first pass. Of two sides, one may be left out."""
+        across, down = self.hr_resize_x, self.hr_resize_y
+        if not across and not down:
+            return f"{self.hr_scale:g}x"
+        return f"{across or round(down * width / height)}x{down or round(across * height / width)}"
+
+
 class Drawing(BaseModel):
     """The fields of A1111's txt2img. A missing field has the model's default, not A1111's."""
 
@@ -155,6 +180,7 @@ class Drawing(BaseModel):
     send_images: bool = True
 
     _ignored: list[str] = PrivateAttr(default_factory=list)  # given fields that have no effect
+    _hires: Hires | None = PrivateAttr(None)  # the second pass, if it is on
 
     @model_validator(mode="wrap")
     @classmethod
@@ -166,6 +192,11 @@ class Drawing(BaseModel):
         drawing = handler(_without(known, OFF))
         masked = OURS if not unmasked else ("resize_mode",)
         drawing._ignored = [name for name in masked if fields.get(name) is not None]
+        if fields.get("enable_hr"):
+            given = {name: value for name, value in _without(fields, HIRES).items() if value is not None}
+            drawing._hires = Hires.model_validate(given)
+            beside = ("hr_second_pass_steps", "hr_cfg", "hr_distilled_cfg")
+            drawing._ignored += [name for name in beside if given.get(name)]
         return drawing
 
 
@@ -218,21 +249,21 @@ class Picture(BaseModel):
 
 
 class Extras(BaseModel):
-    """Common fields of A1111's extras: upscaling and face restoration. Only values that change nothing are allowed."""
+    """Common fields of A1111's extras: upscaling and face restoration. There is no face restoration."""
 
     model_config = ConfigDict(extra="forbid")
 
-    upscaler_1: str = Field("None", max_length=200, description="Only None: there are no upscalers.")
-    upscaler_2: str = Field("None", max_length=200, description="Only None: there are no upscalers.")
+    upscaler_1: str = Field("None", max_length=500, description="A name from /upscalers. None changes nothing.")
+    upscaler_2: str = Field("None", max_length=500, description="Only None, unless its visibility is 0.")
     gfpgan_visibility: float = Field(0, ge=0, le=1, description="Only 0: there is no face restoration.")
     codeformer_visibility: float = Field(0, ge=0, le=1, description="Only 0: there is no face restoration.")
     codeformer_weight: float = 0
-    resize_mode: int = 0
+    resize_mode: int = Field(0, ge=0, le=1, description="0: by upscaling_resize; 1: to a width and height.")
     show_extras_results: bool = True
-    upscaling_resize: float = 2
-    upscaling_resize_w: int = 512
-    upscaling_resize_h: int = 512
-    upscaling_crop: bool = True
+    upscaling_resize: float = Field(2, ge=1, le=16)
+    upscaling_resize_w: int = Field(512, ge=16, le=32_768)
+    upscaling_resize_h: int = Field(512, ge=16, le=32_768)
+    upscaling_crop: bool = Field(True, description="With a width and height: crop another aspect ratio, or fit it in.")
     extras_upscaler_2_visibility: float = 0
     upscale_first: bool = False
 
@@ -258,15 +289,15 @@ class ExtrasOfMany(Extras):
     imageList: list[Named] = Field(max_length=64)
 
 
-class Unchanged(BaseModel):
-    """The unchanged picture."""
+class Enlarged(BaseModel):
+    """The enlarged picture."""
 
     html_info: str = ""
     image: str
 
 
-class AllUnchanged(BaseModel):
-    """The unchanged pictures."""
+class AllEnlarged(BaseModel):
+    """The enlarged pictures."""
 
     html_info: str = ""
     images: list[str]
@@ -296,14 +327,15 @@ DRAWING = answers(400, 404, 409, 429, 500, 503)
 @router.post("/txt2img", responses=DRAWING)
 async def txt2img(parts: Parts, who: Who, http: HTTPRequest, body: Drawing) -> Drawn:
     """Draw pictures from a prompt. If the client disconnects before the answer, the job is cancelled."""
-    if body.denoising_strength:
-        body = body.model_copy(update={"denoising_strength": None})  # it belongs to the second pass, which is off
-    return await draw(parts, who, http, body, {})
+    strength, body = body.denoising_strength, body.model_copy(update={"denoising_strength": None})
+    return await draw(parts, who, http, body, second_pass(parts, who, body, strength))
 
 
 @router.post("/img2img", responses=DRAWING)
 async def img2img(parts: Parts, who: Who, http: HTTPRequest, body: FromPicture) -> Drawn:
     """Draw from a picture. A mask limits the change to a part of it."""
+    if body._hires is not None:
+        raise Refused(400, "enable_hr is for txt2img: leave it out, and give width and height", param="enable_hr")
     fields = {"image": as_url(body.init_images[0])}
     if body.mask is not None:
         fields |= {"mask": as_url(body.mask), **body.repainting()}
@@ -391,7 +423,6 @@ async def list_sd_models(parts: Parts, who: Who) -> list[dict[str, JsonValue]]:
 
 
 NONE: dict[str, JsonValue] = {
-    "upscalers": [],
     "sd-vae": [],
     "sd-modules": [],
     "hypernetworks": [],
@@ -415,6 +446,16 @@ async def list_loras(parts: Parts, who: Who) -> list[dict[str, JsonValue]]:
     """The LoRA files of the server's folder. A prompt uses one as `<lora:NAME:STRENGTH>`."""
     names = names_in(lora_folder(parts.settings.machine))
     return [{"name": name, "alias": name, "path": f"{name}.safetensors", "metadata": {}} for name in names]
+
+
+@router.get("/upscalers", responses=answers())
+async def list_upscalers(parts: Parts, who: Who) -> list[dict[str, JsonValue]]:
+    """The upscaling models of the server's folder, and what enlarges without one."""
+    names = await to_thread.run_sync(upscalers_in, upscaler_folder(parts.settings.machine))
+    nothing: dict[str, JsonValue] = {"model_path": None, "model_url": None, "scale": None}
+    return [
+        {"name": name, "model_name": name if name in names else None, **nothing} for name in ("None", LANCZOS, *names)
+    ]
 
 
 def _constant_route(answer: JsonValue) -> Callable[[Who], Awaitable[Response]]:
@@ -451,41 +492,77 @@ async def interrogate(who: Who) -> Response:
     raise Refused(400, "interrogate: no model here describes pictures: read their metadata with /sdapi/v1/png-info")
 
 
-@router.post("/extra-single-image", responses=answers(400))
-async def extra_single_image(parts: Parts, who: Who, body: ExtrasOfOne) -> Unchanged:
-    """The unchanged picture, as A1111 returns it for the upscaler None. Any other upscaler is refused."""
-    return Unchanged(image=(await unchanged(parts, who, body, {"image": body.image}))[0])
+@router.post("/extra-single-image", responses=DRAWING)
+async def extra_single_image(parts: Parts, who: Who, http: HTTPRequest, body: ExtrasOfOne) -> Enlarged:
+    """The enlarged picture. The upscaler None leaves it unchanged, as in A1111."""
+    return Enlarged(image=(await enlarge(parts, who, http, body, {"image": body.image}))[0])
 
 
-@router.post("/extra-batch-images", responses=answers(400))
-async def extra_batch_images(parts: Parts, who: Who, body: ExtrasOfMany) -> AllUnchanged:
-    """The unchanged pictures, as A1111 returns them for the upscaler None. Any other upscaler is refused."""
+@router.post("/extra-batch-images", responses=DRAWING)
+async def extra_batch_images(parts: Parts, who: Who, http: HTTPRequest, body: ExtrasOfMany) -> AllEnlarged:
+    """The enlarged pictures. The upscaler None leaves them unchanged, as in A1111."""
     given = {f"imageList.{place}.data": one.data for place, one in enumerate(body.imageList)}
-    return AllUnchanged(images=await unchanged(parts, who, body, given))
+    return AllEnlarged(images=await enlarge(parts, who, http, body, given))
 
 
-async def unchanged(parts: Service, who: Who, body: Extras, given: dict[str, str]) -> list[str]:
-    """The pictures in base64. given: field -> picture.
+async def enlarge(parts: Service, who: Who, http: HTTPRequest, body: Extras, given: dict[str, str]) -> list[str]:
+    """The enlarged pictures in base64, each drawn as a job. given: field -> picture.
 
-    Raises Refused if a value is not a picture, or the request asks for a change.
+    Raises Refused if a value is not a picture, or the request asks for another change.
     """
-    for name in ("upscaler_1", "upscaler_2"):
-        if (upscaler := getattr(body, name)) not in ("", "None"):
-            raise Refused(400, f"{name} {upscaler} is not known: give None, or draw larger with width and height",
-                          param=name)  # fmt: skip
+    if body.upscaler_2 not in ("", "None") and body.extras_upscaler_2_visibility:
+        line = f"upscaler_2 {body.upscaler_2[:100]} is not supported: give None, and one upscaler as upscaler_1"
+        raise Refused(400, line, param="upscaler_2")
     for name in ("gfpgan_visibility", "codeformer_visibility"):
         if visibility := getattr(body, name):
             raise Refused(400, f"{name} {visibility:g} is not supported: give 0", param=name)
 
-    def work(param: str, picture: str) -> str:
+    def examined(param: str, picture: str) -> tuple[bytes, Upload]:
         try:
             data = read_source(as_url(picture))
         except InputError as error:
             raise Refused(400, f"{param}: {error}", param=param, code="invalid_image") from None
-        examine(data, who.name, time.time(), parts.settings.limits, param)
-        return base64.b64encode(data).decode()
+        return data, examine(data, who.name, time.time(), parts.settings.limits, param)
 
-    return [await to_thread.run_sync(work, param, picture) for param, picture in given.items()]
+    found = [await to_thread.run_sync(examined, param, picture) for param, picture in given.items()]
+    if body.upscaler_1 in ("", "None"):
+        return [base64.b64encode(data).decode() for data, _ in found]
+    fields: dict[str, Any] = {
+        "model": chosen(parts, who),
+        "strength": 0,
+        "upscale_strength": 0,
+        "upscaler": find_upscaler(parts, body.upscaler_1, "upscaler_1"),
+    }
+    images: list[str] = []
+    for picture, (_, upload) in zip(given.values(), found):
+        own = fields | {"image": as_url(picture), "upscale": enlargement_of(body, upload.width, upload.height)}
+        request = await parts.take_pictures(who, Request.model_validate(own))
+        job = parts.jobs.submit(who, request, note=NOTE, waited=True)
+        done = await parts.jobs.run(http, job)
+        if done.state == "failed":
+            raise failure(done)
+        images += [await to_thread.run_sync(_read, parts, one) for one in done.pictures]
+    return images
+
+
+def enlargement_of(body: Extras, width: int, height: int) -> str:
+    """Our field `upscale` for a picture of a size."""
+    if body.resize_mode == 0:
+        return f"{body.upscaling_resize:g}x"
+    across, down = body.upscaling_resize_w, body.upscaling_resize_h
+    if not body.upscaling_crop:
+        share = min(across / width, down / height)
+        across, down = (max(16, round(side * share)) for side in (width, height))
+    return f"{across}x{down}"
+
+
+def find_upscaler(parts: Service, name: str | None, param: str) -> str | None:
+    """The upscaling model of that name; None for those that are no model. Raises Refused if there is none."""
+    if name in (None, "", "None", LANCZOS):
+        return None
+    if name not in upscalers_in(upscaler_folder(parts.settings.machine)):
+        raise Refused(400, f"{param} {name[:100]} is not known: take one of /sdapi/v1/upscalers", param=param)
+    return name
 
 
 @router.post("/png-info", responses=answers(400))
@@ -503,13 +580,28 @@ async def png_info(who: Who, body: Picture) -> Info:
     return Info(info=text, items={"parameters": text}, parameters=fields)
 
 
+def second_pass(parts: Service, who: Who, body: Drawing, strength: float | None) -> dict[str, Any]:
+    """Our fields of A1111's second pass; none if it is off. strength: A1111's `denoising_strength`."""
+    if body._hires is None:
+        return {}
+    spec = parts.models[chosen(parts, who)].spec
+    size = spec.size if spec else (1024, 1024)
+    fields: dict[str, Any] = {
+        "upscale": body._hires.upscale(body.width or size[0], body.height or size[1]),
+        "upscaler": find_upscaler(parts, body._hires.hr_upscaler, "hr_upscaler"),
+    }
+    if strength is not None:
+        fields["upscale_strength"] = strength
+    return {name: value for name, value in fields.items() if value is not None}
+
+
 # Reading requests ---------------------------------------------------------------------------------------------------
 
 
 def to_request(parts: Service, who: Who, body: Drawing, start: dict[str, Any]) -> Request:
     """The Request for a body. Raises Refused for an unknown model, sampler, scheduler or LoRA.
 
-    start: the fields of the start picture and its mask.
+    start: the fields of the start picture and its mask, or of the second pass.
     """
     fields = dict(start)
     reading = Reading(fields)
@@ -600,7 +692,7 @@ def _without(fields: Any, off: dict[str, tuple[Any, ...]]) -> Any:
     for name, neutral in off.items():
         if name in fields and fields[name] not in neutral:
             value = json.dumps(fields[name])[:100]
-            raise Refused(400, f"{name} {value} is not supported: {REMEDIES.get(name, 'leave it out')}", param=name)
+            raise Refused(400, f"{name} {value} is not supported: leave it out", param=name)
     return {name: value for name, value in fields.items() if name not in off}
 
 

@@ -25,6 +25,7 @@ from inkstream.types import REPAINTING, InputError, Request, Spec
 GROUPS = {
     "prompt": "prompt", "negative_prompt": "prompt", "upsample": "prompt", "loras": "prompt",
     "width": "size", "height": "size", "count": "size", "tile": "size",
+    "upscale": "size", "upscaler": "size", "upscale_strength": "size",
     "steps": "sampling", "seed": "sampling", "solver": "sampling", "schedule": "sampling", "shift": "sampling",
     "variation": "sampling", "seed_variance": "sampling",
     "guidance": "guidance", "cfg_normalization": "guidance", "cfg_truncation": "guidance", "guidance_from": "guidance",
@@ -34,7 +35,7 @@ GROUPS = {
 }  # fmt: skip
 """Field -> its group in the form. A field that is missing here belongs to the group `more`."""
 STEPS = {"guidance": 0.1, "shift": 0.1, "strength": 0.01, "cfg_truncation": 0.05, "guidance_from": 0.05,
-         "guidance_until": 0.05, "cfg_normalization": 0.1, "seed_variance": 0.05}  # fmt: skip
+         "guidance_until": 0.05, "cfg_normalization": 0.1, "seed_variance": 0.05, "upscale_strength": 0.05}  # fmt: skip
 
 
 @dataclass

@@ -115,7 +115,7 @@ class Worker:
                     if not advised:
                         advised = True
                         as_drawn = request.model_copy(update={"prompt": written} if written else {})
-                        self.say(run=run, event="remarks", device=str(self.engine.model.device),
+                        self.say(run=run, event="remarks", device=self.engine.ran_on(message["name"])["device"],
                              remarks=noted + self.engine.remarks(as_drawn))  # fmt: skip
                     preview = None if event.preview is None else data_url(event.preview)
                     self.say(run=run, event="step", picture=event.index, of=event.count, step=event.step,
@@ -136,11 +136,11 @@ class Worker:
         from inkstream.engine.drawing.writing import wording
         from inkstream.engine.pictures.metadata import PICTURE_FIELDS, encode_picture
 
-        model = self.engine.model
+        spec = self.engine.spec(request.model)
         typed = message.get("upsampled_from") or request.prompt
         extra = self.engine.ran_on(message["name"]) | wording(typed, done)
         complete = done.request.model_copy(update={"model": message["name"]})
-        data = encode_picture(done.image, "PNG", complete, model.spec, extra=extra)
+        data = encode_picture(done.image, "PNG", complete, spec, extra=extra)
         path = self.parts / f"{run}-{done.index}.png"
         try:
             path.write_bytes(data)

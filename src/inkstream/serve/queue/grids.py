@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 from inkstream.engine.drawing.options import refuse
 from inkstream.engine.drawing.templates import filled
 from inkstream.engine.files.loras import names_in
+from inkstream.engine.files.upscalers import upscalers_in
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 from inkstream.serve.engines.models import Offered, choose
 from inkstream.serve.errors import Refused, explain_invalid
@@ -50,16 +52,25 @@ def axes(grid: Grid) -> list[str]:
 
 
 def check_parts(
-    parts: list[Request], models: dict[str, Offered], limits: Limits, loras: Path, controls: Path, wildcards: Path
+    parts: list[Request],
+    models: dict[str, Offered],
+    limits: Limits,
+    loras: Path,
+    controls: Path,
+    wildcards: Path,
+    upscalers: Path,
 ) -> int:
     """The number of pictures of all parts. Raises Refused if a part cannot be drawn or the number is too large."""
     for part in parts:
         part, model = choose(models, part)
-        if not part.prompt.strip() and not part.reference:
+        if not part.prompt.strip() and not part.reference and not part.only_enlarges:
             raise Refused(400, "there is no prompt: say what to draw", param="prompt")
         check(part, model.spec, limits)
         check_loras(part, loras)
-        _check_names([ControlUse.read(net).path for net in part.control_nets], controls, "control net", "control_nets")
+        nets = [ControlUse.read(net).path for net in part.control_nets]
+        _check_names(nets, names_in(controls) if nets else {}, "control net", "control_nets")
+        if part.upscaler is not None:
+            _check_names([part.upscaler], upscalers_in(upscalers), "upscaler", "upscaler")
         _check_template(part, wildcards)
         if model.spec is not None:
             _check_spec(part, model.spec)
@@ -71,12 +82,12 @@ def check_parts(
 
 def check_loras(request: Request, folder: Path) -> None:
     """Raises Refused if a request names an adapter that is not one of the server's folder."""
-    _check_names([LoraUse.read(lora).path for lora in request.loras], folder, "lora", "loras")
+    names = [LoraUse.read(lora).path for lora in request.loras]
+    _check_names(names, names_in(folder) if names else {}, "lora", "loras")
 
 
-def _check_names(names: list[str], folder: Path, what: str, param: str) -> None:
-    """Only files in the server's folder are open to clients, and only by their names."""
-    known = names_in(folder) if names else {}
+def _check_names(names: list[str], known: Mapping[str, Path], what: str, param: str) -> None:
+    """Only files in the server's folder are open to clients, and only by their names. known: name -> file."""
     for name in names:
         if name not in known:
             others = difflib.get_close_matches(name, known) or [*known][:5]

@@ -26,13 +26,14 @@ from starlette.requests import Request as HTTPRequest
 from inkstream.engine.drawing.templates import wildcard_folder
 from inkstream.engine.files.controls import control_folder
 from inkstream.engine.files.loras import lora_folder
+from inkstream.engine.files.upscalers import upscaler_folder
 from inkstream.serve import schema
 from inkstream.serve.engines.models import Offered, choose
 from inkstream.serve.engines.pace import ends
 from inkstream.serve.engines.process import EngineProcess, MakeEngine
 from inkstream.serve.errors import KINDS, Refused, disk_full
 from inkstream.serve.keys import Caller, Keys, sign
-from inkstream.serve.limits import Settings, check_text
+from inkstream.serve.limits import Settings, check_enlarged, check_text
 from inkstream.serve.metrics import Metrics
 from inkstream.serve.queue.drawing import Drawing
 from inkstream.serve.queue.feed import Feed, Happening
@@ -159,8 +160,12 @@ class Jobs:
             return job
         parts = split(request, grid)
         machine = self.settings.machine
-        folders = lora_folder(machine), control_folder(machine), wildcard_folder(machine)
+        folders = lora_folder(machine), control_folder(machine), wildcard_folder(machine), upscaler_folder(machine)
         total = check_parts(parts, self.models, self.settings.limits, *folders)
+        for part in parts:
+            start = None if part.image is None else self.store.upload(part.image.removeprefix(PREFIX), None)
+            size = None if start is None else (start.width, start.height)
+            check_enlarged(part, self.models[part.model].spec, size, self.settings.limits)
         seed = secrets.randbelow(2**32) if request.seed is None else request.seed
         if seed + request.count > 2**63:
             line = f"seed {seed} is too large for {request.count} pictures: take at most {2**63 - request.count}"

@@ -23,6 +23,8 @@ const NEEDS = {
   mask_soft: isPartial,
   mask_fill: isPartial,
   crop: isPartial,
+  upscaler: (value) => Boolean(value("upscale")) || value("image") !== null,
+  upscale_strength: (value) => Boolean(value("upscale")),
   cache_threshold: (value) => value("cache") !== "none",
 };
 
