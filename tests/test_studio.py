@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conftest import write_lora_folder
+from inkstream.engine.pictures.edits import Edit, canvas_of
 from inkstream.serve.api import studio
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Limits, Settings
@@ -524,6 +528,165 @@ def test_what_is_copied_is_true(served, page):
     assert words[1] == f"http://127.0.0.1:{served.port}/v1/jobs"
     asked = python[python.index("inkstream.Request") : python.index("\n)") + 2]
     assert eval(asked, {"inkstream": type("inkstream", (), {"Request": Request})}) == Request.model_validate(made)
+
+
+# The canvas ---------------------------------------------------------------------------------------------------------
+
+
+def add_picture(page: Any, field: str, picture: Image.Image) -> None:
+    """Put a picture into a field of the form, by its button."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    if not page.locator(f"[data-field={field}]").is_visible():
+        page.click("summary >> text=Start from pictures")
+    with page.expect_file_chooser() as chooser:
+        page.locator(f"[data-field={field}] button.empty").click()
+    chooser.value.set_files({"name": "a.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
+    page.wait_for_selector(f"[data-field={field}] .slot img")
+
+
+def on_canvas(page: Any, width: int) -> Callable[[float, float], tuple[float, float]]:
+    """A function from pixels of the picture to those of the window, for a picture that is shown whole."""
+    page.wait_for_selector("dialog.canvas .board[data-shown]")
+    box = page.locator("dialog.canvas .surface").bounding_box()
+    zoom = min((box["width"] - 56) / width, (box["height"] - 56) / width, 8)  # square, with margins of 28
+    left, top = box["x"] + (box["width"] - width * zoom) / 2, box["y"] + (box["height"] - width * zoom) / 2
+    return lambda x, y: (left + x * zoom, top + y * zoom)
+
+
+def drag(page: Any, *points: tuple[float, float]) -> None:
+    page.mouse.move(*points[0])
+    page.mouse.down()
+    for point in points[1:]:
+        page.mouse.move(*point, steps=4)
+    page.mouse.up()
+
+
+def mask_of(served: Any, request: dict[str, Any]) -> np.ndarray:
+    """The mask that the server got."""
+    data = served.ask("GET", f"/v1/uploads/{request['mask'].removeprefix('upload:')}")[2]
+    return np.asarray(Image.open(io.BytesIO(data)).convert("L"))
+
+
+def test_what_is_painted_is_the_servers_mask_and_the_edges_extend_the_picture(served, page):
+    add_picture(page, "image", Image.new("RGB", (64, 64), "teal"))
+    page.get_by_role("button", name="Paint a mask, extend").click()
+    at = on_canvas(page, 64)
+    page.fill("#canvas-size", "8")
+    drag(page, at(16, 16), at(48, 16))
+    page.keyboard.press("r")
+    drag(page, at(8, 40), at(24, 56))
+    page.keyboard.press("e")
+    drag(page, at(8, 40), at(16, 48))
+    page.keyboard.press("Control+z")
+    page.keyboard.press("Control+z")
+    page.keyboard.press("Control+y")  # the rectangle is back, the erased part is not
+    assert page.evaluate("document.activeElement.className") == "surface"
+    page.keyboard.press("x")
+    handle = page.get_by_role("slider", name="New space: Right")
+    box = handle.bounding_box()
+    grip = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    drag(page, grip, (grip[0] + at(16, 0)[0] - at(0, 0)[0], grip[1]))
+    assert handle.get_attribute("aria-valuenow") == "16"
+    page.fill("#extend-top", "24")
+    assert complaints(page) == {"light": [], "dark": []}
+    page.get_by_role("button", name="Done").click()
+    page.wait_for_selector("[data-field=mask] .slot img")
+    ask_for(page, "on the canvas")
+    page.wait_for_selector(".tile img[alt='on the canvas']")
+    request = jobs(served, "succeeded")[0]["request"]
+    assert request["extend"] == "top=24,right=16"
+    mask = mask_of(served, request)
+    assert mask.shape == (64, 64)
+    assert (mask[13:19, 14:50] == 255).all()
+    assert (mask[40:56, 8:24] == 255).all()
+    assert mask[:11].max() == mask[22:39].max() == mask[30:, 26:].max() == 0
+    assert set(np.unique(mask)) == {0, 255}
+    page.reload()  # what was painted last is forgotten: the canvas shows the mask of a request
+    page.locator(".tile-open").first.click()
+    page.locator("dialog").get_by_role("button", name="Use these settings").click()
+    page.get_by_role("button", name="Paint a mask, extend").click()
+    page.get_by_text(f"Painted: {round(100 * (mask > 0).mean(), 1):g}%").wait_for()
+    page.keyboard.press("Delete")
+    page.get_by_text("Painted: 0%").wait_for()
+    page.keyboard.press("Escape")
+    page.wait_for_selector("[data-field=mask] .slot img", state="detached")
+
+
+def test_one_finger_paints_two_fingers_move_and_a_pen_presses(served, page):
+    add_picture(page, "image", Image.new("RGB", (64, 64), "teal"))
+    page.get_by_role("button", name="Paint a mask, extend").click()
+    at = on_canvas(page, 64)
+    page.fill("#canvas-size", "8")
+    painted = page.locator(".canvas-options [role=status]")
+    devtools = page.context.new_cdp_session(page)
+
+    def touch(kind: str, *points: tuple[float, float]) -> None:
+        spots = [{"x": x, "y": y, "id": i} for i, (x, y) in enumerate(points)]
+        devtools.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": spots})
+
+    touch("touchStart", at(20, 20))
+    touch("touchMove", at(40, 20))
+    touch("touchEnd")
+    until(lambda: "Painted: 0%" not in painted.inner_text())
+    one = painted.inner_text()
+    touch("touchStart", at(20, 40))
+    touch("touchMove", at(24, 40))
+    touch("touchStart", at(24, 40), at(44, 40))  # a second finger: the stroke was no stroke
+    touch("touchMove", at(14, 40), at(54, 40))
+    touch("touchEnd")
+    assert painted.inner_text() == one
+    page.keyboard.press("0")
+    for force, y in ((0.1, 50), (1.0, 40)):
+        pen = {"button": "left", "buttons": 1, "clickCount": 1, "pointerType": "pen", "force": force}
+        for kind, x in (("mousePressed", 20), ("mouseMoved", 40), ("mouseReleased", 40)):
+            devtools.send("Input.dispatchMouseEvent", {"type": kind, **dict(zip("xy", at(x, y))), **pen})
+    page.get_by_role("button", name="Done").click()
+    page.wait_for_selector("[data-field=mask] .slot img")
+    name = until(lambda: page.evaluate("JSON.parse(localStorage.getItem('inkstream.wish'))?.shared.mask"))
+    mask = mask_of(served, {"mask": name})
+    touched, light, firm = ((mask[:, 30][rows] > 0).sum() for rows in (slice(10, 30), slice(46, 60), slice(32, 46)))
+    assert touched == firm == 8
+    assert 1 <= light <= 4
+
+
+def test_the_canvas_shows_what_the_server_repaints(page):
+    rng = np.random.default_rng(0)
+    spots = np.kron(rng.random((6, 9)) < 0.3, np.ones((8, 8))) * 255
+    greys = np.kron(rng.integers(0, 256, (6, 9)), np.ones((8, 8)))
+    for greyed, fields in (
+        (spots, {"mask_blur": 5}),
+        (spots, {"mask_blur": 9, "mask_grow": 7, "mask_invert": True}),
+        (spots, {"mask_blur": 0, "mask_grow": -2, "extend": "left=9,bottom=5"}),
+        (greys, {"mask_blur": 20, "mask_soft": True, "mask_grow": 2, "extend": "90x80@top-right"}),
+    ):
+        mask = Image.fromarray(greyed.astype(np.uint8))
+        request = Request(image="data:,", mask=png_of(mask), **fields)
+        canvas = canvas_of(request, Image.new("RGB", mask.size))
+        edit = Edit(canvas, canvas.picture.size, request.mask_blur, request.mask_soft, "original")
+        share = edit._share(min(request.mask_blur, 8) if request.mask_soft else request.mask_blur)
+        if request.mask_soft:
+            share = np.minimum(share, edit._share(request.mask_blur)) * canvas.mask / 255
+        shown = page.evaluate(
+            """async ([base, bytes, width, height, fields]) => {
+              const { regionOf } = await import(`${base}/region.js`);
+              const { readExtend } = await import(`${base}/extend.js`);
+              const region = regionOf({ width, height, bytes: Uint8Array.from(bytes) }, {
+                invert: fields.mask_invert ?? false, soft: fields.mask_soft ?? false, grow: fields.mask_grow ?? 0,
+                blur: fields.mask_blur, extend: readExtend(fields.extend, { width, height }),
+              });
+              return [region.height, region.width, [...region.shares]];
+            }""",
+            [f"/studio/{studio.DIGEST}", list(mask.tobytes()), *mask.size, fields],
+        )
+        assert (shown[0], shown[1]) == canvas.mask.shape
+        assert np.abs(np.reshape(shown[2], canvas.mask.shape) - share * 255).max() <= 1
+
+
+def png_of(picture: Image.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 # Recall -------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import { say } from "./bus.js";
 import { byId } from "./dom.js";
 import { complain, notice, speak } from "./notice.js";
 import { remember } from "./prompt.js";
-import { presentForm, request } from "./wish.js";
+import { presentForm, request, settled } from "./wish.js";
 import { t } from "./words.js";
 import { view } from "./views.js";
 import { gridOf } from "./xy.js";
@@ -25,6 +25,7 @@ export async function submit(made, beside = {}) {
 
 /** Queue the request of the form. */
 export async function draw() {
+  await settled();
   const made = request(presentForm());
   if (empty(made)) return;
   const grid = gridOf(presentForm());
@@ -34,6 +35,7 @@ export async function draw() {
 
 /** Queue many pictures of the form's request with fewer steps: drafts to pick from. */
 export async function draft() {
+  await settled();
   const form = presentForm();
   const made = request(form);
   if (empty(made)) return;

@@ -4,15 +4,19 @@ import { h, iconButton } from "./dom.js";
 import { give, isGiven, valueOf } from "./wish.js";
 import { fieldTitle, known, t } from "./words.js";
 
-/** Ends of sliders for fields whose maximum is far above useful values. The number box beside the slider takes all. */
-const FAR = { guidance: 12, shift: 12, cfg_normalization: 2, cache_threshold: 1 };
+/** Ends of sliders for fields that take far more than the useful values. The number box beside the slider takes all. */
+const FAR = { guidance: 12, shift: 12, cfg_normalization: 2, cache_threshold: 1, mask_grow: 64, mask_blur: 128 };
+const NEAR = { mask_grow: -64 };
 
 export const titleOf = (field) => fieldTitle(field.name);
 export const helpOf = (field) => known(`help.${field.name}`, field.help);
 
-/** Return a field's control with its title, help and a button that resets it: {element, refresh}. */
-export function control(field) {
-  const id = `field-${field.name}`;
+/**
+ * Return a field's control with its title, help and a button that resets it: {element, refresh}. place: the beginning
+ * of its id, for a second control of a field.
+ */
+export function control(field, place = "field") {
+  const id = `${place}-${field.name}`;
   const { element: input, refresh } = CONTROLS[field.type](field, id);
   const back = iconButton("again", t("ownValue", { field: titleOf(field) }), () => (give(field, null), show()), {
     class: "icon-only back",
@@ -40,7 +44,7 @@ const CONTROLS = { integer: numeric, number: numeric, boolean, choice, text };
 function numeric(field, id) {
   const whole = field.type === "integer";
   const step = field.step ?? (whole ? 1 : 0.01);
-  const low = field.minimum ?? 0;
+  const low = NEAR[field.name] ?? field.minimum ?? 0;
   const far = Math.min(reach(field), field.maximum ?? Infinity);
   const entry = h("input", {
     type: "number",

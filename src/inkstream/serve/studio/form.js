@@ -1,6 +1,7 @@
 // The form. It is built from the chosen model's schema and shows only fields that the model takes.
 
 import { hear } from "./bus.js";
+import { canvasButton } from "./canvas.js";
 import { copyMenu } from "./copy.js";
 import { byId, h, icon, iconButton } from "./dom.js";
 import { draft, draw } from "./draw.js";
@@ -74,7 +75,7 @@ function add(name, field = form.get(name), make = null) {
     : name === "prompt"
       ? promptControl(field, form)
       : PICTURES.includes(name)
-        ? slots(field)
+        ? slots(field, name === "image" ? [canvasButton(form)] : [])
         : control(field);
   controls.set(name, made);
   return made.element;

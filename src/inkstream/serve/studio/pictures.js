@@ -36,8 +36,8 @@ export function chooseFiles(several, taken) {
 }
 
 /**
- * Return the slots of a field: {element, refresh}. tools: functions (field, name) => element that make buttons for a
- * filled slot, such as one that paints a mask.
+ * Return the slots of a field: {element, refresh}. tools: functions (field, name, place) => element that make buttons
+ * beside a filled slot, such as one that opens the canvas.
  */
 export function slots(field, tools = []) {
   const several = field.type === "pictures";
@@ -53,7 +53,10 @@ export function slots(field, tools = []) {
   );
   const refresh = () => {
     const names = several ? valueOf(field) : [valueOf(field)].filter(Boolean);
-    const full = names.map((name, place) => slot(field, name, place, several, tools));
+    const full = names.flatMap((name, place) => {
+      const beside = tools.map((tool) => tool(field, name, place)).filter(Boolean);
+      return [slot(field, name, place, several), ...(beside.length ? [h("div", { class: "slot-tools" }, beside)] : [])];
+    });
     row.replaceChildren(...full, ...(several || !names.length ? [empty] : []));
   };
   refresh();
@@ -65,7 +68,7 @@ export function slots(field, tools = []) {
   return { element, refresh };
 }
 
-function slot(field, name, place, several, tools) {
+function slot(field, name, place, several) {
   const label = several ? `${titleOf(field)} ${place + 1}` : titleOf(field);
   const drop = () => give(field, several ? valueOf(field).filter((_, i) => i !== place) : null);
   const image = h("img", { src: addressOf(name), alt: label });
@@ -76,10 +79,5 @@ function slot(field, name, place, several, tools) {
     image,
     h("figcaption", {}, label),
     iconButton("close", t("takeAway", { what: label }), drop),
-    h(
-      "div",
-      { class: "slot-tools" },
-      tools.map((tool) => tool(field, name)),
-    ),
   );
 }

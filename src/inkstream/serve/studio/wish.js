@@ -33,6 +33,14 @@ const OWN = { upsample: (field) => Boolean(field.default) && !state.shared.image
 
 const state = { model: null, shared: {}, own: {}, grid: null, ...recollect("wish", {}) };
 
+let held = Promise.resolve();
+
+/** Let the next request wait for work that gives a field its value, such as an upload. */
+export const hold = (work) => (held = work);
+
+/** Wait for the work that was given to `hold`. */
+export const settled = () => held;
+
 let saving = 0;
 
 function changed(name) {
