@@ -10,6 +10,9 @@ import { t } from "./words.js";
 const PREFIX = "upload:";
 const MOST = 10;
 
+/** Return whether a name is that of an uploaded picture. */
+export const isUpload = (name) => Boolean(name?.startsWith(PREFIX));
+
 /** Return the address of an uploaded picture. */
 export const addressOf = (name) => `/v1/uploads/${name.slice(PREFIX.length)}`;
 

@@ -2,6 +2,7 @@
 
 import { get } from "./api.js";
 import { say } from "./bus.js";
+import { editedOf, openBefore } from "./compare.js";
 import { copyMenu } from "./copy.js";
 import { openDialog } from "./dialog.js";
 import { h, icon, iconButton } from "./dom.js";
@@ -10,7 +11,7 @@ import { tellUse } from "./loras.js";
 import { deletePictures, markFavourite, restorePictures } from "./marks.js";
 import { takes } from "./models.js";
 import { guarded, notice } from "./notice.js";
-import { addressOf, put, uploadOf } from "./pictures.js";
+import { addressOf, isUpload, put, uploadOf } from "./pictures.js";
 import { recallRequest } from "./recall.js";
 import { openRefine } from "./refine.js";
 import { compareWith } from "./selection.js";
@@ -136,6 +137,7 @@ function facts(picture, { close, show, next }) {
       ),
       ...uses(picture, leave),
       action("spark", t("refine"), () => (close(), openRefine([picture]))),
+      editedOf(made) && action("split", t("beforeAfter"), () => openBefore(picture)),
       action("compare", t("compareWith"), () => (close(), compareWith(picture))),
       action("grid", t("sheet"), () => (close(), say("open sheet", picture.job))),
     ),
@@ -192,7 +194,7 @@ function pairs(picture) {
 
 /** Return the input pictures of a request. */
 function given(made) {
-  const names = PICTURES.flatMap((field) => made[field] ?? []).filter((name) => name.startsWith("upload:"));
+  const names = PICTURES.flatMap((field) => made[field] ?? []).filter(isUpload);
   return names.length
     ? h(
         "div",
