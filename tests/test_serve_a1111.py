@@ -112,7 +112,7 @@ def test_the_options_of_a_mask_become_ours(given, fields):
         ({"enable_hr": True, "hr_prompt": "a cat"}, "hr_prompt", "leave it out"),
         ({"enable_hr": True, "hr_resize_x": 1024}, "upscale", "more than this server's limit of 0.25 megapixels"),
         ({"styles": ["noir"]}, "styles", "noir"),
-        ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts", "controlnet"),
+        ({"alwayson_scripts": {"ADetailer": {"args": [{}]}}}, "alwayson_scripts", "ADetailer"),
         ({"override_settings": {"eta": 1}}, "override_settings.eta", "not a known field"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers", "is not supported"),
         ({"sampler_name": "PLMS"}, "sampler_name", "/sdapi/v1/samplers"),

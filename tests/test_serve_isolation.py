@@ -217,7 +217,8 @@ def a_request_cannot_use_uploads_of_another_key(world: World) -> None:
     names = f"upload:{world.upload}"
     own = world.ann("POST", "/v1/uploads", picture("red"))[1]["id"]
     for given in ({"image": names}, {"reference": [names]}, {"image": f"upload:{own}", "mask": names},
-                  {"image": f"upload:{own}", "reference": [f"upload:{own}", names]}):  # fmt: skip
+                  {"image": f"upload:{own}", "reference": [f"upload:{own}", names]},
+                  {"control": [names], "control_nets": ["x"]}):  # fmt: skip
         status, answer = world.ann("POST", "/v1/jobs", {**SMALL, "prompt": "x", **given})
         assert (status, answer["error"]["code"]) == (400, "no_upload")
     for given in (f"upload:{world.picture}", f"/v1/pictures/{world.picture}/file", world.upload):
@@ -323,6 +324,38 @@ def all_keys_see_the_loras_and_no_path(world: World) -> None:
             assert world.ann("GET", f"/v1/loras/{given}/preview")[0] == 404
     assert world.served.ask("GET", "/v1/loras")[0] == 401
     assert world.served.ask("GET", "/v1/loras/styles/bold/preview")[0] == 401
+
+
+@case(
+    "GET /v1/controls",
+    "GET /v1/maps",
+    "POST /controlnet/detect",
+    *(f"GET /controlnet/{name}" for name in ("version", "settings", "model_list", "module_list", "control_types")),
+)
+def all_keys_see_the_control_nets_and_the_maps_and_no_path(world: World) -> None:
+    own = base64.b64encode(picture("red")).decode()
+    for route in [route for route, function in CASES.items() if function.__name__.startswith("all_keys_see_the_cont")]:
+        method, _, path = route.partition(" ")
+        body = {"controlnet_input_images": [own]} if method == "POST" else None
+        status, answer = world.ann(method, path, body)
+        assert status == 200
+        assert answer == world.ask("bob", method, path, body)[1]
+        assert str(world.served.service.settings.data) not in str(answer)
+        assert world.served.ask(method, path, body)[0] == 401
+    for given in (f"upload:{world.upload}", world.upload, f"/v1/pictures/{world.picture}/file"):
+        assert world.ann("POST", "/controlnet/detect", {"controlnet_input_images": [given]})[0] == 400
+
+
+@case("POST /v1/maps")
+def a_map_is_not_drawn_of_an_upload_of_another_key(world: World) -> None:
+    status, answer = world.ann("POST", "/v1/maps", {"map": "grey", "picture": f"upload:{world.upload}"})
+    assert (status, answer["error"]["code"]) == (400, "no_upload")
+    for given in (world.upload, f"/v1/pictures/{world.picture}/file"):
+        assert world.ann("POST", "/v1/maps", {"map": "grey", "picture": given})[0] == 400
+    sent = "data:image/png;base64," + base64.b64encode(world.sent).decode()
+    status, own = world.ann("POST", "/v1/maps", {"map": "grey", "picture": sent})
+    assert status == 201
+    assert world.ask("bob", "GET", f"/v1/uploads/{own['id']}")[0] == 404
 
 
 @case("GET /v1/pictures")

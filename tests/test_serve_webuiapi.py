@@ -69,7 +69,7 @@ def test_img2img_keeps_the_black_part_of_the_mask(api):
         ({"sampler_name": "DPM fast"}, "/sdapi/v1/samplers"),
         ({"scheduler": "karras"}, "/sdapi/v1/schedulers"),
         ({"script_name": "X/Y/Z plot"}, "script_name"),
-        ({"controlnet_units": [webuiapi.ControlNetUnit()], "alwayson_scripts": {}}, "alwayson_scripts"),
+        ({"controlnet_units": [webuiapi.ControlNetUnit()], "alwayson_scripts": {}}, "/controlnet/model_list"),
         ({"override_settings": {"sd_model_checkpoint": "sdxl"}}, "model sdxl is not offered: take pocket"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers"),
     ],

@@ -25,7 +25,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inkstream import __version__
-from inkstream.serve.api import a1111, comfyui, gallery, loras, native, openai, status, studio
+from inkstream.serve.api import a1111, comfyui, controlnet, controls, gallery, loras, native, openai, status, studio
 from inkstream.serve.api.service import Service
 from inkstream.serve.engines.models import offer, read_aliases
 from inkstream.serve.engines.process import EngineProcess, MakeEngine
@@ -41,8 +41,10 @@ ROUTERS = (
     native.router,
     gallery.router,
     loras.router,
+    controls.router,
     openai.router,
     a1111.router,
+    controlnet.router,
     comfyui.router,
     studio.router,
 )

@@ -243,6 +243,66 @@ class Loras(BaseModel):
     data: list[Lora]
 
 
+class ControlNet(BaseModel):
+    """A control net's file in the server's folder."""
+
+    name: str = Field(description="The name for requests.")
+    family: str = Field(description="Family of the models that it guides; empty if it is no known control net.")
+    fits: dict[str, bool] = Field(
+        description="Offered model -> whether the net guides it. Models of which this is unknown are left out."
+    )
+    modes: list[str] = Field(description="Kinds of control pictures, of which such a net is told one; else empty.")
+    bytes: int
+    error: str | None = Field(description="Why the file cannot be used.")
+
+
+class ControlNets(BaseModel):
+    """All control nets of the server, by name."""
+
+    data: list[ControlNet]
+
+
+class MapSetting(BaseModel):
+    """A number that a map takes."""
+
+    name: str
+    help: str
+    default: float
+    minimum: float
+    maximum: float
+
+
+class Map(BaseModel):
+    """A kind of map of a picture."""
+
+    name: str
+    help: str
+    reads: Literal["picture", "depth", "keypoints"] = Field(
+        description="What it is drawn from: any picture, a depth map, or keypoints as OpenPose writes them."
+    )
+    settings: list[MapSetting]
+    missing: str | None = Field(description="What the server lacks for it, and how to install that.")
+
+
+class Maps(BaseModel):
+    """All kinds of maps."""
+
+    data: list[Map]
+
+
+class MapBody(BaseModel):
+    """What to draw a map of."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    map: str = Field(max_length=40, description="One of /v1/maps, or another program's name for it.")
+    picture: str | None = Field(None, description="A data URL or `upload:ID`.")
+    keypoints: dict[str, Any] | None = Field(None, description="For a pose, instead of a picture: OpenPose's JSON.")
+    width: int | None = Field(None, ge=16, le=8192, description="With height. The default is the picture's size.")
+    height: int | None = Field(None, ge=16, le=8192)
+    settings: dict[str, float] = Field({}, max_length=16)
+
+
 class Field_(BaseModel):
     """One field of a model's form."""
 

@@ -20,6 +20,7 @@ from inkstream.families import Part, Pictures, Shapes
 from inkstream.families.flux1.keys import DIFFUSERS, SINGLE_FILE
 from inkstream.families.flux1.model import MLP_RATIO, PATCH, THETA, positions
 from inkstream.families.flux1.specs import DEV, Flux1Config
+from inkstream.families.nets import CONTROL_MODES
 from inkstream.families.parts import latents_to_follow, to_pixels
 from inkstream.nn.around import Around
 from inkstream.nn.around.residuals import Hints, Residual
@@ -45,8 +46,6 @@ from inkstream.nn.stack import Blocks, visits
 from inkstream.types import Conditioning, ControlUse, InputError
 from inkstream.weights.keymap import rename
 
-MODES = ("canny", "tile", "depth", "blur", "pose", "gray", "low-quality")
-"""The modes of InstantX's and Shakker's Union nets, by number."""
 CONVOLUTIONS = 8
 """Of an XLabs net: before it, after each of them but the last a SiLU, and every other one halves the picture."""
 
@@ -119,10 +118,16 @@ class FluxControlNet(nn.Module):
             if use.mode:
                 raise InputError(f"control net {use.path} has no modes: leave out #{use.mode}")
             return None
-        known = f"name what the control picture shows: #{', #'.join(MODES[:count])}"
+        known = f"name what the control picture shows: #{', #'.join(CONTROL_MODES[:count])}"
         if not use.mode:
             raise InputError(f"control net {use.path} has modes: {known}")
-        number = int(use.mode) if use.mode.isdigit() else MODES.index(use.mode) if use.mode in MODES else count
+        number = (
+            int(use.mode)
+            if use.mode.isdigit()
+            else CONTROL_MODES.index(use.mode)
+            if use.mode in CONTROL_MODES
+            else count
+        )
         if number >= count:
             raise InputError(f"control net {use.path} has no mode {use.mode}: {known}")
         return number

@@ -41,11 +41,12 @@ from inkstream.engine.pictures.foreign.reading import (
 from inkstream.engine.pictures.inputs import read_source
 from inkstream.engine.pictures.metadata import SOFTWARE, read_request
 from inkstream.serve import schema
+from inkstream.serve.api.controlnet import Unit, follow, read_units
 from inkstream.serve.api.loras import find_use
 from inkstream.serve.api.openai import failure
 from inkstream.serve.api.service import Parts, Service, Who
 from inkstream.serve.errors import Refused, answers, explain_invalid
-from inkstream.serve.queue.inputs import examine
+from inkstream.serve.queue.inputs import as_url, examine
 from inkstream.serve.queue.store import Job, Upload
 from inkstream.types import InputError, MaskFill, Request, ScheduleName, SolverName, Variation
 
@@ -60,7 +61,6 @@ OFF: dict[str, tuple[Any, ...]] = {
     "seed_resize_from_h": (-1, 0, None),
     "styles": ([], None),
     "refiner_checkpoint": ("", "None", None),
-    "alwayson_scripts": ({}, None),
     "script_name": ("", "None", None),
     "script_args": ([], None),
     "clip_skip": (0, 1, None),
@@ -178,9 +178,11 @@ class Drawing(BaseModel):
     s_noise: float | None = Field(None, description="Factor for the noise of solvers that add noise: only 1.")
     override_settings: Settings | None = None
     send_images: bool = True
+    alwayson_scripts: dict[str, Any] | None = Field(None, description="Only ControlNet: {controlnet: {args: [units]}}.")
 
     _ignored: list[str] = PrivateAttr(default_factory=list)  # given fields that have no effect
     _hires: Hires | None = PrivateAttr(None)  # the second pass, if it is on
+    _units: list[Unit] = PrivateAttr(default_factory=list[Unit])  # of ControlNet
 
     @model_validator(mode="wrap")
     @classmethod
@@ -190,6 +192,7 @@ class Drawing(BaseModel):
         unmasked = MASKED if fields.get("mask") is None else ()
         known = {name: value for name, value in fields.items() if name not in (*UNHEEDED, *OURS, *unmasked)}
         drawing = handler(_without(known, OFF))
+        drawing._units = read_units(drawing.alwayson_scripts)
         masked = OURS if not unmasked else ("resize_mode",)
         drawing._ignored = [name for name in masked if fields.get(name) is not None]
         if fields.get("enable_hr"):
@@ -676,11 +679,6 @@ def find_model(parts: Service, title: str) -> str:
     return name
 
 
-def as_url(picture: str) -> str:
-    """A picture as a data URL. picture: base64, or already a data URL."""
-    return picture if picture[:5].lower() == "data:" else f"data:image/png;base64,{picture}"
-
-
 def _is_object(fields: Any) -> bool:
     return isinstance(fields, dict)
 
@@ -704,7 +702,7 @@ async def draw(parts: Service, who: Who, http: HTTPRequest, body: Drawing, start
 
     If the client disconnects, the job is cancelled.
     """
-    request = await parts.take_pictures(who, to_request(parts, who, body, start))
+    request = await parts.take_pictures(who, await controlled(parts, body, to_request(parts, who, body, start)))
     job = parts.jobs.submit(who, request, note=NOTE, waited=True)
     done = await parts.jobs.run(http, job)
     if done.state == "failed":
@@ -712,8 +710,23 @@ async def draw(parts: Service, who: Who, http: HTTPRequest, body: Drawing, start
     images: list[str] = []
     if body.send_images:
         images = [await to_thread.run_sync(_read, parts, picture) for picture in done.pictures]
-    asked = body.model_dump(mode="json", exclude_unset=True, exclude={"init_images", "mask"})
+    asked = body.model_dump(mode="json", exclude_unset=True, exclude={"init_images", "mask", "alwayson_scripts"})
     return Drawn(images=images, parameters=asked, info=json.dumps(describe(done, body)))
+
+
+async def controlled(parts: Service, body: Drawing, request: Request) -> Request:
+    """The request with the control pictures and nets of the body's units of ControlNet."""
+    if not body._units:
+        return request
+    spec = parts.models[request.model].spec
+    own = None if spec is None or request.image is not None else spec.size
+    size = own if request.width is None or request.height is None else (request.width, request.height)
+    try:
+        return Request.model_validate(
+            request.model_dump(exclude_unset=True) | await follow(parts, body._units, request.image, size)
+        )
+    except ValidationError as error:
+        raise explain_invalid(error) from None
 
 
 def describe(done: schema.Job, body: Drawing) -> dict[str, JsonValue]:

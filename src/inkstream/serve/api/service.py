@@ -48,6 +48,11 @@ class Service:
         """
         return CapacityLimiter(8)
 
+    @cached_property
+    def mapping(self) -> CapacityLimiter:
+        """Lets one map of a picture be drawn at a time. It is made at its first use, as `fetchers`."""
+        return CapacityLimiter(1)
+
     async def take_pictures(self, caller: Caller, request: types.Request) -> types.Request:
         """Store all pictures of a request, and return it with each picture as `upload:ID`.
 

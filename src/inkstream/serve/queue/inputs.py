@@ -46,6 +46,11 @@ def as_data(data: bytes) -> str:
     return "data:application/octet-stream;base64," + base64.b64encode(data).decode()
 
 
+def as_url(picture: str) -> str:
+    """A picture as a data URL. picture: base64, or already a data URL."""
+    return picture if picture[:5].lower() == "data:" else f"data:image/png;base64,{picture}"
+
+
 def pictures_in(request: Request) -> Iterator[tuple[str, int | None, str]]:
     """Each picture of a request: its field, its index (None unless the field is a list), and its value."""
     for name in PICTURE_FIELDS:

@@ -7,14 +7,16 @@ import { byId, h, icon, iconButton } from "./dom.js";
 import { draft, draw } from "./draw.js";
 import { control } from "./fields.js";
 import { loadLoras, lorasControl } from "./loras.js";
+import { mapButton } from "./maps.js";
 import { keep, recollect } from "./memory.js";
 import { modelOf, models, shown } from "./models.js";
 import { complain, guarded } from "./notice.js";
+import { netsControl } from "./nets.js";
 import { slots } from "./pictures.js";
 import { promptControl } from "./prompt.js";
 import { openPicture } from "./recall.js";
 import { shapeControl } from "./shape.js";
-import { chooseModel, chosenModel, isGiven, matters, openForm, PICTURES, request } from "./wish.js";
+import { chooseModel, chosenModel, give, isGiven, matters, openForm, PICTURES, request } from "./wish.js";
 import { known, t } from "./words.js";
 import { gridControl, gridOf } from "./xy.js";
 
@@ -22,12 +24,13 @@ import { gridControl, gridOf } from "./xy.js";
 const OPEN = ["prompt", "loras", "upsample", "width", "height", "count", "seed", "steps", "guidance"];
 const SECTIONS = [
   ["negative", (field) => field.name === "negative_prompt"],
+  ["control", (field) => field.name === "control"],
   ["pictures", (field) => field.group === "pictures"],
   ["finer", () => true],
 ];
 
 /** Control -> fields whose changes it also shows. */
-const FOLLOWS = { size: ["width", "height"], upsample: ["image"], loras: ["prompt"] };
+const FOLLOWS = { size: ["width", "height"], upsample: ["image"], loras: ["prompt"], control: ["control_nets"] };
 
 let form = null; // of the chosen model, by field
 let controls = new Map();
@@ -60,8 +63,7 @@ export async function showForm() {
       h("div", { class: "two" }, add("count"), add("seed")),
       add("steps"),
       form.get("guidance")?.effect === "honours" && add("guidance"),
-      sections[1],
-      sections[2],
+      sections.slice(1),
       section("grid", [add("grid", null, () => gridControl(form))]),
     ]),
     actions(),
@@ -74,11 +76,21 @@ function add(name, field = form.get(name), make = null) {
     ? make()
     : name === "prompt"
       ? promptControl(field, form)
-      : PICTURES.includes(name)
-        ? slots(field, name === "image" ? [canvasButton(form)] : [])
+      : name === "control"
+        ? netsControl(form)
+        : PICTURES.includes(name)
+          ? slots(field, toolsOf(name))
         : control(field);
   controls.set(name, made);
   return made.element;
+}
+
+/** Return the buttons beside a filled slot of a field. */
+function toolsOf(name) {
+  if (name === "image") return [canvasButton(form)];
+  const follows = modelOf(chosenModel()).inkstream.abilities.includes("map"); // its only reference is a map
+  if (name !== "reference" || !follows) return [];
+  return [(field, upload) => mapButton(form, upload, (made) => give(field, [made]))];
 }
 
 /** Show changed values, hide fields that have no effect, and mark sections that hold given values. */

@@ -29,12 +29,9 @@ export async function formOf(name) {
 /** Return whether a model takes a field. The page does not offer fields that the model ignores or rejects. */
 export const takes = (form, name) => form.get(name)?.effect === "honours";
 
-/** Return the fields that a form shows. */
-/** Fields that the form does not have. Programs send them. */
-const WITHOUT = ["control", "control_nets"];
-
+/** Return the fields that a form shows. The control of `control` shows control_nets, too. */
 export const shown = (form) =>
-  [...form.values()].filter((field) => field.effect === "honours" && !WITHOUT.includes(field.name));
+  [...form.values()].filter((field) => field.effect === "honours" && field.name !== "control_nets");
 
 async function patiently(work, tries = 30) {
   for (;;) {

@@ -32,8 +32,8 @@ export function put(field, name) {
 }
 
 /** Let the user choose files. taken(files) is called with them. */
-export function chooseFiles(several, taken) {
-  const input = h("input", { type: "file", accept: "image/*", multiple: several });
+export function chooseFiles(several, taken, accept = "image/*") {
+  const input = h("input", { type: "file", accept, multiple: several });
   input.addEventListener("change", () => taken([...input.files]));
   input.click();
 }

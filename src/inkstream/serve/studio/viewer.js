@@ -10,6 +10,7 @@ import { titleOf } from "./fields.js";
 import { tellUse } from "./loras.js";
 import { deletePictures, markFavourite, restorePictures } from "./marks.js";
 import { takes } from "./models.js";
+import { addControl } from "./nets.js";
 import { guarded, notice } from "./notice.js";
 import { addressOf, isUpload, put, uploadOf } from "./pictures.js";
 import { recallRequest } from "./recall.js";
@@ -155,27 +156,32 @@ const action = (name, text, onclick) => h("button", { type: "button", onclick },
 /** Return buttons that put the picture into a field of the form. */
 function uses(picture, leave) {
   const form = presentForm();
-  const into = (name, text) =>
+  const into = (name, text, add = put) =>
     form &&
     takes(form, name) &&
     action(
       "picture",
       text,
       leave(async () => {
-        put(form.get(name), await uploadOf(picture));
-        const section = document.querySelector('[data-section="pictures"]');
+        add(form.get(name), await uploadOf(picture));
+        const section = document.querySelector(`#draw [data-field="${name}"]`)?.closest("details");
         if (section) section.open = true;
         view("draw", { onlyNarrow: true });
         document.querySelector(`#draw [data-field="${name}"]`)?.scrollIntoView({ block: "nearest" });
         notice(t("putInto", { field: titleOf(form.get(name)) }));
       }),
     );
-  return [into("image", t("startFrom")), into("reference", t("asReference"))];
+  const control = (field, name) => addControl(form, name);
+  return [
+    into("image", t("startFrom")),
+    into("reference", t("asReference")),
+    into("control", t("asControl"), control),
+  ];
 }
 
 function pairs(picture) {
   const fields = presentForm();
-  const skip = new Set(["loras", "prompt", "model", "seed", "width", "height", "count", ...PICTURES]);
+  const skip = new Set(["loras", "control_nets", "prompt", "model", "seed", "width", "height", "count", ...PICTURES]);
   const tell = (value) => (typeof value === "string" ? known(`choice.${value}`, value) : String(value));
   const dull = (name, value) => fields?.get(name)?.default === value && !["steps", "guidance"].includes(name);
   return [
@@ -186,6 +192,7 @@ function pairs(picture) {
       .filter(([name, value]) => !skip.has(name) && value !== null && value !== "" && !dull(name, value))
       .map(([name, value]) => [fieldTitle(name), tell(value)]),
     ...(picture.request.loras ?? []).map((use) => [t("lora"), tellUse(use)]),
+    ...(picture.request.control_nets ?? []).map((use) => [t("controlNet"), use]),
     [t("drawnAt"), moment(picture.created)],
     [t("drawnIn"), `${picture.seconds.toFixed(1)} s`],
     [t("file"), `PNG, ${size(picture.bytes)}`],

