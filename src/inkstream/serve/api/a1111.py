@@ -31,11 +31,13 @@ from inkstream.engine.files.loras import lora_folder, names_in
 from inkstream.engine.files.upscalers import upscaler_folder, upscalers_in
 from inkstream.engine.pictures.foreign.a1111 import write_a1111
 from inkstream.engine.pictures.foreign.reading import (
+    A1111_FILLS,
     A1111_SCHEDULES,
     A1111_SOLVERS,
     Reading,
     find_schedule,
     find_solver,
+    repainting,
     take_loras,
 )
 from inkstream.engine.pictures.inputs import read_source
@@ -48,7 +50,7 @@ from inkstream.serve.api.service import Parts, Service, Who
 from inkstream.serve.errors import Refused, answers, explain_invalid
 from inkstream.serve.queue.inputs import as_url, examine
 from inkstream.serve.queue.store import Job, Upload
-from inkstream.types import InputError, MaskFill, Request, ScheduleName, SolverName, Variation
+from inkstream.types import InputError, Request, ScheduleName, SolverName, Variation
 
 router = APIRouter(prefix="/sdapi/v1", tags=["a1111"])
 
@@ -100,8 +102,6 @@ MASKED = (
     "inpaint_full_res_padding",
 )  # fmt: skip
 """Options of masks. Clients also send them without a mask, where they do nothing."""
-FILLS: tuple[MaskFill, ...] = ("blur", "original", "noise")
-"""A1111's number of an inpainting fill -> ours. 3, empty latents, is not supported."""
 OURS = ("resize_mode", "mask_round")
 """Options of A1111 for things that this server always does in the same way. They are listed in `info` as ignored."""
 SETTINGS: dict[str, tuple[Any, ...]] = {
@@ -219,19 +219,14 @@ class FromPicture(Drawing):
     )
 
     def repainting(self) -> dict[str, Any]:
-        """Our fields for those of the mask.
-
-        A1111 blurs a mask's edge by a Gaussian whose sigma is `mask_blur`: two sigmas to each side are most of it.
-        """
+        """Our fields for those of the mask."""
         blurs = [blur for blur in (self.mask_blur, self.mask_blur_x, self.mask_blur_y) if blur is not None]
-        fields: dict[str, Any] = {"mask_grow": 2 * max(blurs), "mask_blur": 4 * max(blurs)} if blurs else {}
+        padding = 32 if self.inpaint_full_res_padding is None else self.inpaint_full_res_padding
+        fields = repainting(max(blurs, default=None), padding if self.inpaint_full_res else None)
         if self.inpainting_mask_invert:
             fields["mask_invert"] = True
         if self.inpainting_fill is not None:
-            fields["mask_fill"] = FILLS[self.inpainting_fill]
-        if self.inpaint_full_res:
-            padding = 32 if self.inpaint_full_res_padding is None else self.inpaint_full_res_padding
-            fields["crop"] = f"{padding}px"
+            fields["mask_fill"] = [*A1111_FILLS.values()][self.inpainting_fill]
         return fields
 
 

@@ -23,6 +23,7 @@ from inkstream.engine.pictures.foreign.reading import (
     is_number,
     leftovers,
     take_loras,
+    take_mask,
     take_size,
     take_variation,
 )
@@ -114,6 +115,7 @@ def read_a1111(text: str) -> Reading | None:
             reading.embedded, reading.embedded_as = pairs.pop(name), name
     take_size(pairs.pop("Size", None), reading)
     take_variation(pairs, "Variation seed", "Variation seed strength", reading)
+    take_mask(pairs, reading)
     if not any(key.startswith("Hires") for key in pairs):  # with Hires, the strength is that of the second pass
         reading.fields["strength"] = pairs.pop("Denoising strength", None)
     _read_names(pairs, reading)

@@ -11,7 +11,7 @@ from typing import Any, TypeGuard, get_args
 
 from inkstream.engine.files.loras import named_loras
 from inkstream.families.names import SCHEDULES, named
-from inkstream.types import LoraUse, ScheduleName, SolverName, Spec
+from inkstream.types import LoraUse, MaskFill, ScheduleName, SolverName, Spec
 
 
 @dataclass
@@ -227,6 +227,41 @@ def take_variation(data: dict[str, Any], seed: str, strength: str, reading: Read
         reading.fields["variation"] = f"{data.get(seed)}:{data[strength]}"
     del data[strength]
     data.pop(seed, None)
+
+
+def repainting(blur: float | None, padding: float | None) -> dict[str, Any]:
+    """Our fields for A1111's `mask_blur`, and for the padding if only the masked area is drawn.
+
+    A1111 blurs a mask's edge by a Gaussian whose sigma is `mask_blur`: two sigmas to each side are most of it.
+    """
+    fields: dict[str, Any] = {}
+    if blur is not None:
+        fields |= {"mask_grow": round(2 * blur), "mask_blur": round(4 * blur)}
+    if padding is not None:
+        fields["crop"] = f"{round(padding)}px"
+    return fields
+
+
+A1111_FILLS: dict[str, MaskFill] = {"fill": "blur", "original": "original", "latent noise": "noise"}
+"""A1111's name of a fill of the mask, in the order of its numbers -> ours. Its fourth has no equivalent."""
+
+
+def take_mask(data: dict[str, Any], reading: Reading) -> None:
+    """Takes A1111's settings of a mask out of the settings, and notes that the mask itself is not in the file."""
+    blur = as_number(data.get("Mask blur"))
+    padding = 32.0 if (padded := as_number(data.get("Masked area padding"))) is None else padded
+    found = repainting(blur, padding if data.get("Inpaint area") == "Only masked" else None)
+    if fill := A1111_FILLS.get(str(data.get("Masked content"))):
+        found["mask_fill"] = fill
+        del data["Masked content"]
+    if data.get("Mask mode") == "Inpaint not masked":
+        found["mask_invert"] = True
+        del data["Mask mode"]
+    if found:
+        reading.fields |= found
+        reading.ignored["mask"] = "is not in the file: give image and mask as well"
+        for name in ("Mask blur", "Inpaint area", "Masked area padding"):
+            data.pop(name, None)
 
 
 def leftovers(data: Mapping[str, Any], known: set[str], reading: Reading) -> None:
