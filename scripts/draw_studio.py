@@ -28,6 +28,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from inkstream.serve.app import build
 from inkstream.serve.limits import Settings
+from inkstream.types import Machine
 
 PICTURES = Path(__file__).parent.parent / "docs" / "pictures"
 CHINESE = ("三个红色的爱心，白色背景", "四颗黄色的星星，蓝色背景")
@@ -56,7 +57,8 @@ MOST = 200_000
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
     """Run a server in a thread and yield its address."""
-    app = build(Settings(folder, models=("pocket",)))
+    machine = Machine(control_folder=str(write_net(folder / "controls")))
+    app = build(Settings(folder, models=("pocket", "z-image-turbo"), machine=machine))
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_config=None, timeout_graceful_shutdown=2))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()), daemon=True)
     thread.start()
@@ -149,6 +151,42 @@ def draw_dialogs(browser: Any, address: str) -> None:
     shoot(page, "compare")
 
 
+def draw_canvas(browser: Any, address: str) -> None:
+    page = open_page(browser, address, DESK, "light")
+    page.locator(".tile-open").first.click()
+    page.get_by_role("button", name="Start from this picture").click()
+    page.get_by_role("button", name="Paint a mask, extend").click()
+    page.wait_for_selector(".board[data-shown]")
+    box = page.locator(".surface").bounding_box()
+    middle = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(middle[0] - 180, middle[1] - 60)
+    page.mouse.down()
+    for x, y in ((-60, 60), (60, -20), (150, 90)):
+        page.mouse.move(middle[0] + x, middle[1] + y, steps=12)
+    page.mouse.up()
+    page.keyboard.press("x")
+    page.fill("#extend-right", "40")
+    shoot(page, "canvas")
+    page.get_by_role("button", name="Done").click()
+    page.select_option("#model", "z-image-turbo")
+    page.wait_for_selector("#draw:has([data-section=control])")
+    page.locator(".tile-open").first.click()
+    page.get_by_role("button", name="As control picture").click()
+    page.get_by_role("button", name="Make a map").click()
+    page.wait_for_selector(".map-place img:not([hidden])")
+    shoot(page, "map")
+
+
+def write_net(folder: Path) -> Path:
+    """Write a file that looks like a control net of Z-Image, for the form, and return its folder."""
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True)
+    save_file({"control_all_x_embedder.2-1.weight": torch.zeros(3840, 132)}, folder / "z-image-union.safetensors")
+    return folder
+
+
 def draw_phone(browser: Any, address: str) -> None:
     page = open_page(browser, address, PHONE, "light")
     page.fill("#prompt", PROMPTS[0])
@@ -166,7 +204,7 @@ def main() -> None:
     with serve(folder) as address, sync_playwright() as p:
         fill(address)
         browser = p.chromium.launch(executable_path=chromium, args=FLAGS)
-        for draw in (draw_desk, draw_dialogs, draw_phone):
+        for draw in (draw_desk, draw_dialogs, draw_canvas, draw_phone):
             draw(browser, address)
         browser.close()
 

@@ -142,6 +142,16 @@ export const en = {
   "map.hed": "soft edges (HED)",
   "map.grey": "grey",
   "map.colour": "colours",
+  "setting.low": "Low threshold",
+  "setting.high": "High threshold",
+  "setting.shortest": "Shortest line",
+  "setting.sigma": "Width",
+  "setting.threshold": "Threshold",
+  "setting.factor": "Factor",
+  "setting.cells": "Squares",
+  "setting.least": "Least confidence",
+  "setting.invert": "Invert",
+  "setting.relief": "Relief",
 
   // The canvas
   canvas: "Canvas",
