@@ -21,10 +21,12 @@ from safetensors.torch import load_file, save_file
 
 from conftest import write_lora_folder
 from inkstream.engine.pictures.edits import Edit, canvas_of
+from inkstream.engine.pictures.maps import map_of
 from inkstream.serve.api import studio
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Limits, Settings
 from inkstream.types import Machine, Request
+from test_control import write_union
 
 playwright = pytest.importorskip("playwright.sync_api", reason="THE STUDIO WAS NOT TESTED: pip install playwright")
 
@@ -42,7 +44,9 @@ def served(tmp_path_factory, start_server, tiny_folder) -> Iterator[Any]:
     """A server of its own, with a full gallery: rows and a few files, put straight into its store."""
     models = ("pocket", f"turbo={tiny_folder}")
     limits = Limits(pictures=4, steps=200)
-    machine = Machine(lora_folder=str(fill_loras(write_lora_folder(tmp_path_factory.mktemp("loras")))))
+    loras, nets = fill_loras(write_lora_folder(tmp_path_factory.mktemp("loras"))), tmp_path_factory.mktemp("nets")
+    write_union(nets / "union.safetensors")
+    machine = Machine(lora_folder=str(loras), control_folder=str(nets))
     data = tmp_path_factory.mktemp("studio")
     served = start_server(Settings(data, models=models, limits=limits, preload=False, machine=machine))
     fill(served.service.store)
@@ -681,6 +685,51 @@ def test_the_canvas_shows_what_the_server_repaints(page):
         )
         assert (shown[0], shown[1]) == canvas.mask.shape
         assert np.abs(np.reshape(shown[2], canvas.mask.shape) - share * 255).max() <= 1
+
+
+def test_a_control_picture_gets_a_map_a_net_and_its_steps(served, page):
+    until(lambda: served.ask("GET", "/v1/models/turbo/form")[0] == 200)
+    page.select_option("#model", "turbo")
+    page.click("summary >> text=Control pictures")
+    picture = Image.new("RGB", (48, 32), "navy")
+    picture.paste("gold", (12, 8, 36, 24))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    with page.expect_file_chooser() as chooser:
+        page.click("#add-control")
+    chooser.value.set_files({"name": "a.png", "mimeType": "image/png", "buffer": buffer.getvalue()})
+    assert page.get_by_label("Control net of Control 1").input_value() == "union"
+    for label in ("Width", "Height"):
+        page.get_by_label(label, exact=True).fill("32")
+        page.keyboard.press("Tab")
+    page.get_by_role("button", name="Make a map").click()
+    page.wait_for_selector(".map-place img:not([hidden])")
+    page.select_option("#map-kind", "grey")
+    page.wait_for_selector("dialog.maps >> text=32 × 32")
+    assert complaints(page) == {"light": [], "dark": []}
+    page.get_by_role("button", name="Use this map").click()
+    page.locator(".net-strength input[type=number]").fill("0.5")
+    page.get_by_label("Control 1: to").fill("60")
+    page.keyboard.press("Tab")
+    ask_for(page, "controlled")
+    page.wait_for_selector(".tile img[alt='controlled']")
+    request = jobs(served, "succeeded")[0]["request"]
+    assert request["control_nets"] == ["union:0.5@0-0.6"]
+    name = request["control"][0].removeprefix("upload:")
+    sent = Image.open(io.BytesIO(served.ask("GET", f"/v1/uploads/{name}")[2]))
+    assert sent.tobytes() == map_of("grey", picture, (32, 32)).tobytes()
+
+
+def test_an_edited_picture_is_laid_over_its_start_picture(served, page):
+    start = png_of(Image.new("RGB", (32, 32), "teal"))
+    served.ended(served.draw(prompt="a wider one", width=None, height=None, image=start, extend="left=16,bottom=32"))
+    page.locator(".tile-open", has=page.locator("img[alt='a wider one']")).click()
+    page.get_by_role("button", name="Before and after").click()
+    page.get_by_label("Line between the pictures").fill("80")
+    stage, before = (page.locator(f".compare-stage{part}").bounding_box() for part in ("", " .over img"))
+    assert before["width"] == pytest.approx(stage["width"] * 32 / 48, abs=1)
+    assert before["x"] - stage["x"] == pytest.approx(stage["width"] * 16 / 48, abs=1)
+    assert before["height"] == pytest.approx(stage["height"] / 2, abs=1)
 
 
 def png_of(picture: Image.Image) -> str:

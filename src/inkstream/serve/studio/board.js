@@ -160,10 +160,16 @@ export function newBoard({ picture, mask, past, options, extendTo, painted }) {
     const image = page.createImageData(region.width, region.height);
     const dots = new Uint32Array(image.data.buffer);
     const colour = COLOUR[0] | (COLOUR[1] << 8) | (COLOUR[2] << 16);
-    const { width: across, shares } = region;
-    for (let i = 0; i < dots.length; i += 1) {
-      const edge = shares[i] && !(shares[i - 1] && shares[i + 1] && shares[i - across] && shares[i + across]);
-      dots[i] = edge ? 0xffffffff : (colour | (shares[i] << 24)) >>> 0;
+    const { width: across, height: down, shares } = region;
+    for (let y = 0, i = 0; y < down; y += 1) {
+      for (let x = 0; x < across; x += 1, i += 1) {
+        const kept =
+          (x && !shares[i - 1]) ||
+          (x < across - 1 && !shares[i + 1]) ||
+          (y && !shares[i - across]) ||
+          (y < down - 1 && !shares[i + across]);
+        dots[i] = shares[i] && kept ? 0xffffffff : (colour | (shares[i] << 24)) >>> 0; // with a white outline
+      }
     }
     page.putImageData(image, 0, 0);
     shown = { ...extend };
