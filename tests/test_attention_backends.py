@@ -137,7 +137,7 @@ def test_what_was_chosen_is_taken_wherever_it_can_be():
 def test_a_choice_is_one_models_own_and_reaches_its_attention(build, spec, monkeypatch):
     asked: list[str] = []
     module = importlib.import_module("inkstream.nn.flux" if spec.family != "zimage" else ZImageTransformer.__module__)
-    monkeypatch.setattr(module, "attend", lambda *given, by: asked.append(by) or attend(*given, by=by))
+    monkeypatch.setattr(module, "attend", lambda *given, by, **more: asked.append(by) or attend(*given, by=by, **more))
     with torch.no_grad():
         chosen, other = build(spec.tiny), build(spec.tiny)
     choose_attention(chosen.family.transformer, "sdpa", CPU)

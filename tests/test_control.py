@@ -145,6 +145,7 @@ def test_pictures_with_and_without_nets_share_forwards_with_guidance_and_step_ca
         wish(tiny_base_folder, width=96, seed=1),
         wish(tiny_base_folder, **net, height=48, seed=2, steps=8, cache="first-block", cache_threshold=10),
         wish(tiny_base_folder, control=[picture("red")], control_nets=["other@0-0.5"], seed=3, steps=6),
+        wish(tiny_base_folder, **net, seed=4, regions=["0,0,0.5x1:a tree", "32,16,16x32:a long text of a box"]),
     ]
     for ours, request in zip(runs_of(model, wishes), wishes):
         (alone,) = runs_of(model, [request])

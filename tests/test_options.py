@@ -63,6 +63,7 @@ OTHER = {
     "crop": "2",
     "extend": "left=16",
     "reference": (picture("blue"),),
+    "regions": ("0,0,0.5x1:a star in the night",),
 }
 """For every option outside APART, a value that would change the picture."""
 ENLARGING = ("upscale", "upscaler", "upscale_strength")

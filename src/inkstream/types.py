@@ -196,6 +196,88 @@ class ControlUse(NamedTuple):
         return short if ControlUse.read(short) == self else f"{self.path}{scale}{steps}{mode}"
 
 
+class Region(NamedTuple):
+    """A box of the picture with a text of its own. As text: `X,Y,WxH[*STRENGTH]:TEXT`.
+
+    x, y, width, height: in pixels, or as shares of the picture if none of them is above 1. strength: the weight of the
+    text in the attention of the box's tokens; 0 hides the text from them.
+    """
+
+    text: str
+    x: float
+    y: float
+    width: float
+    height: float
+    strength: float = 1.0
+
+    @staticmethod
+    def read(value: Any) -> Region:
+        """Read the text form, or an object with text, x, y, width, height and strength. Raises InputError."""
+        if isinstance(value, Region):
+            return value
+        if (given := as_object(value)) is not None:
+            names = ("x", "y", "width", "height")
+            _check_fields("a region", given, ("text", *names, "strength"))
+            if missing := [name for name in names if name not in given]:
+                raise InputError(f"a region has no {missing[0]}: give x, y, width and height of its box")
+            numbers = _numbers("a region", given, {**dict.fromkeys(names, 0), "strength": 1})
+            x, y, width, height, strength = numbers
+            return Region(str(given.get("text") or "").strip(), x, y, width, height, strength)._checked()
+        found = _REGION.fullmatch(value.strip()) if isinstance(value, str) else None
+        if found is None:
+            raise InputError(f"region {_shown(value)} is not X,Y,WxH:TEXT: write it like '0,0,512x1024:a red circle'")
+        x, y, width, height = (float(found[name]) for name in ("x", "y", "width", "height"))
+        return Region(found["text"].strip(), x, y, width, height, float(found["strength"] or 1))._checked()
+
+    def _checked(self) -> Region:
+        box = self[1:5]
+        if not self.text:
+            raise InputError(f"region {self.place} has no text: write what to draw there behind a colon")
+        if not (min(box) >= 0 and min(self.width, self.height) > 0 and max(box) <= 8192):
+            raise InputError(f"region {self.place} is no box: take x and y from 0, width and height above 0")
+        if not self.in_shares and any(number % 1 for number in box):
+            raise InputError(f"region {self.place} mixes shares and pixels: take numbers up to 1, or whole pixels")
+        if self.in_shares and max(self.x + self.width, self.y + self.height) > 1 + 1e-6:
+            raise InputError(f"region {self.place} leaves the picture: take x + width and y + height up to 1")
+        if not 0 <= self.strength <= 10:
+            raise InputError(f"region strength {self.strength:g} is out of range: take 0 to 10, usually 1")
+        return self
+
+    @property
+    def in_shares(self) -> bool:
+        return max(self[1:5]) <= 1
+
+    @property
+    def place(self) -> str:
+        """The box as text."""
+        x, y, width, height = map(_digits, self[1:5])
+        return f"{x},{y},{width}x{height}"
+
+    def on_grid(self, width: int, height: int, unit: int) -> tuple[int, int, int, int]:
+        """Return left, top, right and bottom in units of so many pixels. width, height: of the picture, in pixels.
+
+        Edges are rounded to the nearest unit. Raises InputError if the box leaves the picture, or is less than a unit.
+        """
+        wide, high = (width, height) if self.in_shares else (1, 1)
+        edges = self.x * wide, self.y * high, (self.x + self.width) * wide, (self.y + self.height) * high
+        if edges[2] > width + 0.5 or edges[3] > height + 0.5:
+            raise InputError(f"region {self.place} leaves the picture, which is {width}x{height}: take a smaller box")
+        left, top, right, bottom = (int(edge / unit + 0.5) for edge in edges)
+        if left == right or top == bottom:
+            raise InputError(f"region {self.place} is too small: the model sees units of {unit}x{unit} pixels")
+        return left, top, right, bottom
+
+    def __str__(self) -> str:
+        """Return the text that `read` reads as the same region, digit for digit."""
+        strength = f"*{_digits(self.strength)}" if self.strength != 1 else ""
+        return f"{self.place}{strength}:{self.text}"
+
+
+def _shown(value: Any) -> str:
+    """Return the beginning of a value, for an error of one line."""
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:100])
+
+
 def _check_fields(what: str, given: dict[str, Any], names: Sequence[str]) -> None:
     if unknown := [name for name in given if name not in names]:
         raise InputError(f"{what} has no field {unknown[0]}: its fields are {', '.join(names)}")
@@ -230,6 +312,11 @@ _MODE = r"[a-z][a-z-]*|\d+"
 _CONTROL = re.compile(
     rf"(?P<path>.+?)(?::(?P<scale>[+-]?(?:{_NUMBER})))?(?:@(?P<begins>{_NUMBER})-(?P<ends>{_NUMBER}))?"
     rf"(?:#(?P<mode>{_MODE}))?"
+)
+_REGION = re.compile(
+    rf"(?P<x>{_NUMBER})\s*,\s*(?P<y>{_NUMBER})\s*,\s*(?P<width>{_NUMBER})\s*x\s*(?P<height>{_NUMBER})\s*"
+    rf"(?:\*\s*(?P<strength>{_NUMBER})\s*)?:(?P<text>.*)",
+    re.DOTALL,
 )
 Lora = Annotated[
     str,
@@ -272,6 +359,33 @@ Control = Annotated[
                         "mode": {"type": "string"},
                     },
                     "required": ["path"],
+                    "additionalProperties": False,
+                },
+            ]
+        },
+        mode="validation",
+    ),
+]
+
+RegionText = Annotated[
+    str,
+    BeforeValidator(lambda value: str(Region.read(value))),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "description": "X,Y,WxH[*STRENGTH]:TEXT"},
+                {
+                    "type": "object",
+                    "properties": {
+                        "text": {"type": "string"},
+                        **{name: {"type": "number", "minimum": 0, "maximum": 8192} for name in ("x", "y")},
+                        **{
+                            name: {"type": "number", "exclusiveMinimum": 0, "maximum": 8192}
+                            for name in ("width", "height")
+                        },
+                        "strength": {"type": "number", "minimum": 0, "maximum": 10, "default": 1},
+                    },
+                    "required": ["text", "x", "y", "width", "height"],
                     "additionalProperties": False,
                 },
             ]
@@ -451,8 +565,7 @@ class Variation(NamedTuple):
             value = f"{given.get('seed')}:{given.get('strength')}"
         found = _VARIATION.fullmatch(str(value).strip())
         if found is None or int(found["seed"]) >= 2**63 or float(found["strength"]) > 1:
-            shown = "".join(c if c.isprintable() else "?" for c in str(value)[:100])
-            raise InputError(f"variation {shown} is not SEED:STRENGTH: give a seed and 0 to 1, such as 7:0.2")
+            raise InputError(f"variation {_shown(value)} is not SEED:STRENGTH: give a seed and 0 to 1, such as 7:0.2")
         return Variation(int(found["seed"]), float(found["strength"]))
 
     def __str__(self) -> str:
@@ -582,6 +695,12 @@ class Request(BaseModel, frozen=True):
     reference: tuple[Picture, ...] = Field(
         (), max_length=10, description="Reference picture, called 'image 1' in the prompt; repeat the option for more."
     )
+    regions: tuple[RegionText, ...] = Field(
+        (),
+        max_length=16,
+        description="Box of the picture with a text of its own, as X,Y,WxH[*STRENGTH]:TEXT, in pixels or in shares of "
+        "the picture; strength 1 is the default; repeat the option for more.",
+    )
     tile: int | None = Field(
         None,
         ge=64,
@@ -692,7 +811,7 @@ class Spec:
     table: int = 1000  # entries of the table of times behind most schedules
     strength: float = 0.6
     abilities: frozenset[str] = frozenset()  # any of: guidance, image, mask, control (nets), source (with a mask, the
-    # start picture is the first reference), references, references_once, fill, map, json (prompts), upsample,
+    # start picture is the first reference), references, references_once, fill, map, regions, json (prompts), upsample,
     # upsample_references
     writer: str = ""  # a key of engine.writing.WRITERS, the grammar that expands prompts; empty: no grammar
     repo: str | None = None  # repository on the Hugging Face hub
@@ -705,11 +824,23 @@ class Spec:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """The encoded text of a region. tokens: (L, D), the text encoder's states.
+
+    box: left, top, right, bottom in image tokens. strength: as in `Region`.
+    """
+
+    tokens: Tensor
+    box: tuple[int, int, int, int]
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """All conditions of a picture. Entry 0 is the prompt; entry 1, if there is one, is the negative prompt.
 
     tokens: (sum(lengths), D), the text encoder's states, packed one prompt after the other, without padding.
-    The fields guidance, references, beside and controls hold for all entries.
+    The fields guidance, references, beside and controls hold for all entries, regions for entry 0 alone.
     """
 
     tokens: Tensor
@@ -719,6 +850,7 @@ class Conditioning:
     references: tuple[Tensor, ...] = ()  # latents (C, h, w) of the reference pictures
     beside: Tensor | None = None  # (C', h, w), channels concatenated to the noisy latents at every step
     controls: tuple[Tensor, ...] = ()  # what each control net sees of its picture
+    regions: tuple[Encoded, ...] = ()  # the texts of boxes of the picture
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -729,7 +861,9 @@ class Conditioning:
         start = sum(self.lengths[:index])
         length = self.lengths[index]
         pooled = None if self.pooled is None else self.pooled[index : index + 1]
-        return replace(self, tokens=self.tokens[start : start + length], lengths=(length,), pooled=pooled)
+        regions = self.regions if index == 0 else ()
+        tokens = self.tokens[start : start + length]
+        return replace(self, tokens=tokens, lengths=(length,), pooled=pooled, regions=regions)
 
     @staticmethod
     def pack(entries: Sequence[Conditioning]) -> Conditioning:

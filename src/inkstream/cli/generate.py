@@ -33,7 +33,7 @@ SHORT = {
     "seed": "-s",
     "count": "-c",
 }
-NAMES = {"loras": "--lora", "control_nets": "--control-net"}
+NAMES = {"loras": "--lora", "control_nets": "--control-net", "regions": "--region"}
 """The options that are not called as their fields."""
 THE_REAL_ONE = "for photographs and long texts add -m z-image-turbo (a download of 33 GB)"
 

@@ -38,6 +38,7 @@ from inkstream.types import (
     Loading,
     Machine,
     Queued,
+    Region,
     Request,
     Result,
     Spec,
@@ -342,6 +343,9 @@ def advice(request: Request, model: Model) -> list[str]:
     for name in ("prompt", "negative_prompt"):
         if most := model.family.cut_at(getattr(request, name)):
             lines.append(f"the {name.replace('_', ' ')} is longer than {most} tokens: the model does not read its end")
+    for region in map(Region.read, request.regions):
+        if most := model.family.cut_at(region.text):
+            lines.append(f"the text of region {region.place} is longer than {most} tokens: its end is not read")
     return lines + remarks(request, model.spec)
 
 

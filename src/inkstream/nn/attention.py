@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from inkstream.nn.sight import Sight
 from inkstream.types import InputError
 
 BACKENDS = {
@@ -58,12 +59,15 @@ def attend(
     k_lengths: Sequence[int],
     causal: bool = False,
     by: str = "auto",
+    sights: Sequence[Sight | None] = (),
 ) -> Tensor:
     """Attention within each sequence. q: (sum(q_lengths), H, E); k, v: (sum(k_lengths), G, E) -> like q.
 
     k and v may have fewer heads than q: G divides H (grouped-query attention). The scale is 1 / sqrt(E). by: the
-    backend, as in `choose_attention`.
+    backend, as in `choose_attention`. sights: what the tokens of each sequence see, if not all of them see all.
     """
+    if any(sights):
+        return attend_in_sight(q, k, v, q_lengths, k_lengths, by, sights)
     runs = [(n, len(list(run))) for n, run in groupby(zip(q_lengths, k_lengths, strict=True))]
     plain = causal or not q.is_cuda or torch.is_grad_enabled() or q.shape[1] != k.shape[1]
     name = "sdpa" if plain else backend_for(q.dtype, q.shape[-1], len(runs) > 1, backends_on(q.device), by)
@@ -78,8 +82,45 @@ def attend(
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def attend_evenly(name: str, q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool) -> Tensor:
-    """`attend` for b sequences with equal q lengths and equal k lengths."""
+def attend_in_sight(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_lengths: Sequence[int],
+    k_lengths: Sequence[int],
+    by: str,
+    sights: Sequence[Sight | None],
+) -> Tensor:
+    """`attend` where some sequences have a sight. The others are attended to as they are without them."""
+    qs, ks, vs = q.split(list(q_lengths)), k.split(list(k_lengths)), v.split(list(k_lengths))
+    parts: list[Tensor] = []
+    for sight, run in groupby(range(len(sights)), key=lambda i: sights[i]):
+        first, *others = run
+        if sight is None:
+            own = slice(first, first + 1 + len(others))
+            some = torch.cat(qs[own]), torch.cat(ks[own]), torch.cat(vs[own])
+            parts.append(attend(*some, q_lengths[own], k_lengths[own], by=by))
+        else:
+            parts += [attend_in_groups(sight, qs[i], ks[i], vs[i], by) for i in (first, *others)]
+    return torch.cat(parts)
+
+
+def attend_in_groups(sight: Sight, q: Tensor, k: Tensor, v: Tensor, by: str) -> Tensor:
+    """`attend` for one sequence with a sight."""
+    parts: list[Tensor] = []
+    for group in sight.groups:
+        some_q, some_k, some_v = q[group.rows], k[group.sees], v[group.sees]
+        if group.bias is None:
+            parts.append(attend(some_q, some_k, some_v, [len(some_q)], [len(some_k)], by=by))
+        else:
+            parts.append(attend_evenly("sdpa", some_q, some_k, some_v, 1, False, group.bias))
+    return torch.cat(parts)[sight.back]
+
+
+def attend_evenly(
+    name: str, q: Tensor, k: Tensor, v: Tensor, b: int, causal: bool, bias: Tensor | None = None
+) -> Tensor:
+    """`attend` for b sequences with equal q lengths and equal k lengths. bias: (Lk,), added to the scores; sdpa only"""
     q, k, v = (s.unflatten(0, (b, -1)) for s in (q, k, v))  # (B, L, H, E)
     if name == "sage":
         from sageattention import sageattn  # pyright: ignore[reportMissingImports]
@@ -93,7 +134,8 @@ def attend_evenly(name: str, q: Tensor, k: Tensor, v: Tensor, b: int, causal: bo
     dtype = q.dtype
     if q.device.type == "cpu" and torch.is_grad_enabled():
         q, k, v = q.float(), k.float(), v.float()
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=grouped).to(dtype)
+    mask = None if bias is None else bias.to(q.dtype).expand(1, 1, 1, -1)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped).to(dtype)
     return out.transpose(1, 2).flatten(0, 1)
 
 

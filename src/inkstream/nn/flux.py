@@ -25,6 +25,7 @@ from inkstream.nn.layers import run_of_each, silu_times
 from inkstream.nn.linear import Chain, linear
 from inkstream.nn.quant import E4M3, Rounded, all_multiply_fp8
 from inkstream.nn.rope import Rope, norm_rope
+from inkstream.nn.sight import Sight
 from inkstream.nn.stack import Blocks
 from inkstream.types import InputError
 
@@ -68,7 +69,7 @@ class Modulation:
 class Prepared:
     """The parts of one sample that are constant over its steps. Token order: text, target picture, references."""
 
-    text: Tensor  # (T, D) embedded prompt
+    text: Tensor  # (T, D) embedded prompt, then the texts of regions
     references: Tensor  # (R, D) embedded reference pictures that run in every step
     rope: Rope  # rotary table of all tokens
     grid: tuple[int, int]  # rows and columns of the target's patches
@@ -76,6 +77,7 @@ class Prepared:
     channels: Tensor | None = None  # (rows * columns, C') features appended to the target's channels at every step
     memory: Sequence[KeysValues] = ()  # KV cache by block, of references that are read once, before the first step
     modulation: Mapping[float, Modulation] = field(default_factory=dict)  # one row for each foreseen time
+    sight: Sight | None = None  # what each token sees, if not all see all
 
     def at(self, t: float) -> Prepared | None:
         """This sample for time t alone, or None if t was not foreseen."""
@@ -96,6 +98,7 @@ class Packing:
     memories: list[Sequence[KeysValues]]
     modulation: Modulation
     record: list[KeysValues] | None = None
+    sights: Sequence[Sight | None] = ()
 
     @staticmethod
     def of(
@@ -110,7 +113,8 @@ class Packing:
         pairs = [(Span(i, s.target_tokens, True), Span(i, len(s.references))) for i, s in own]
         pictures = Rows(tuple(span for pair in pairs for span in pair))
         table = Rope.cat([s.rope for _, s in own])
-        return Packing(texts, pictures, table, [s.memory for _, s in own], modulation.of(samples), record)
+        memories, sights = [s.memory for _, s in own], [s.sight for _, s in own]
+        return Packing(texts, pictures, table, memories, modulation.of(samples), record, sights)
 
     @cached_property
     def streams(self) -> Rows:
@@ -502,9 +506,11 @@ def attend_together(
         keys, values = ([None if kv is None else kv[i] for kv in remembered] for i in (0, 1))
         k, v = weave(k.split(lengths), keys), weave(v.split(lengths), values)
         visible = [n if past is None else n + len(past) for n, past in zip(lengths, keys)]
+    sights = batch.sights
     if targets_only:
         q, lengths = batch.woven.targets_of(q), batch.woven.targets.lengths
-    return attend(q, k, v, lengths, visible, by=by).flatten(1)
+        sights = [sight and sight.targets for sight in sights]
+    return attend(q, k, v, lengths, visible, by=by, sights=sights).flatten(1)
 
 
 def weave(*streams: Iterable[Tensor | None]) -> Tensor:

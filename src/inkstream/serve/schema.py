@@ -311,7 +311,9 @@ class Field_(BaseModel):
     name: str
     title: str
     help: str
-    type: Literal["text", "integer", "number", "boolean", "choice", "picture", "pictures", "loras", "control_nets"]
+    type: Literal[
+        "text", "integer", "number", "boolean", "choice", "picture", "pictures", "loras", "control_nets", "regions"
+    ]
     default: Any = None
     minimum: float | None = None
     maximum: float | None = None

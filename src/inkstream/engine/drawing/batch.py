@@ -59,7 +59,8 @@ def tokens_of(run: Run, cond: Conditioning, side: int) -> int:
     if run.windows is not None:
         picture = picture * run.windows.side[0] * run.windows.side[1] // (run.windows.h * run.windows.w)
     pictures = sum(latents[0].numel() for latents in (run.estimate, *cond.references)) / run.estimate[0].numel()
-    return round(picture * pictures) + max(cond.lengths)
+    texts = cond.lengths[0] + sum(len(region.tokens) for region in cond.regions)
+    return round(picture * pictures) + max(texts, *cond.lengths)
 
 
 def within(tokens: int) -> Admits:

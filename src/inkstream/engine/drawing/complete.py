@@ -10,7 +10,7 @@ from inkstream.engine.drawing.options import refuse
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.families import family_of
 from inkstream.sampling.schedules import dynamic_shift, empirical_shift
-from inkstream.types import LONGEST, Enlargement, InputError, Request, ScheduleName, SolverName, Spec
+from inkstream.types import LONGEST, Enlargement, InputError, Region, Request, ScheduleName, SolverName, Spec
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -105,6 +105,11 @@ class Complete(Request, frozen=True):
         copy.__dict__["start"] = image  # where the cached property looks
         return copy
 
+    def boxes(self, spec: Spec) -> list[tuple[Region, tuple[int, int, int, int]]]:
+        """The regions, each with its box in the model's image tokens. Raises InputError if a box does not fit."""
+        regions = [Region.read(region) for region in self.regions]
+        return [(region, region.on_grid(self.width, self.height, spec.multiple)) for region in regions]
+
     def plain(self) -> Request:
         """Return the plain Request that draws the same picture again."""
         given = self.model_fields_set
@@ -156,6 +161,7 @@ def complete(request: Request, spec: Spec) -> Complete:
         defaults["upsample"] = writes_out(request, spec)
     whole = whole.model_copy(update={name: value for name, value in defaults.items() if name not in given})
     whole.final_size(spec.multiple)
+    whole.boxes(spec)
     return whole
 
 

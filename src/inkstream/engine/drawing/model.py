@@ -34,6 +34,7 @@ from inkstream.sampling.windows import Windows
 from inkstream.types import (
     Conditioning,
     ControlUse,
+    Encoded,
     InputError,
     LoraUse,
     Query,
@@ -109,6 +110,8 @@ class Model:
         cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
         inpainting = (whole.edit.shown, whole.edit.mask) if whole.edit else ()
         cond = self.family.look(cond, Pictures(whole.width, whole.height, whole.shown, *inpainting))
+        texts = [(self.family.encode(region.text).tokens, region, box) for region, box in whole.boxes(self.spec)]
+        cond = replace(cond, regions=tuple(Encoded(tokens, box, region.strength) for tokens, region, box in texts))
         if not whole.control:
             return cond
         pictures = [Pictures(whole.width, whole.height, [picture], *inpainting) for picture in whole.followed]

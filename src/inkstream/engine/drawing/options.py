@@ -39,6 +39,7 @@ def options(spec: Spec, request: Request | None = None) -> dict[str, Option]:
         **_guidance(spec, request),
         **_pictures(spec, request),
         **_prompt(spec, request),
+        **_regions(spec, request),
         **_cache(spec, request),
         **_enlarging(spec, request),
     }
@@ -97,6 +98,18 @@ def _prompt(spec: Spec, request: Request | None) -> dict[str, Option]:
         why = f"{spec.name} cannot upsample a prompt with references: leave upsample out, or take {other}"
         table["upsample"] = Option("rejects", why)
     return table
+
+
+def _regions(spec: Spec, request: Request | None) -> dict[str, Option]:
+    """The option of boxes with texts of their own."""
+    if "regions" not in spec.abilities:
+        return {"regions": Option("rejects", f"{spec.name} takes no regions: leave them out")}
+    if request is None or not request.regions:
+        return {}
+    for other in ("tile", "crop"):
+        if getattr(request, other) is not None:
+            return {"regions": Option("rejects", f"regions are boxes of the whole picture: leave out {other}")}
+    return {}
 
 
 def _one_with(ability: str) -> str:

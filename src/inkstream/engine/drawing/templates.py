@@ -12,8 +12,9 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
-from inkstream.types import InputError, Machine, Request, Wish
+from inkstream.types import InputError, Machine, Region, Request, Wish
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 """The innermost braces."""
@@ -47,8 +48,9 @@ def is_template(prompt: str) -> bool:
 
 
 def has_template(request: Request) -> bool:
-    """Whether a request's prompt or negative prompt is a template."""
-    return is_template(request.prompt) or is_template(request.negative_prompt)
+    """Whether a request's prompt, its negative prompt or the text of a region is a template."""
+    regions = (Region.read(region).text for region in request.regions)
+    return any(map(is_template, (request.prompt, request.negative_prompt, *regions)))
 
 
 def filled(request: Wish, folder: Path) -> Wish:
@@ -58,7 +60,11 @@ def filled(request: Wish, folder: Path) -> Wish:
     """
     chooser = random.Random(request.seed or 0)  # only its `random` is used: its results stay the same over versions
     files = lru_cache(maxsize=None)(partial(_lines, folder))
-    update = {name: fill(getattr(request, name), files, chooser) for name in ("prompt", "negative_prompt")}
+    update: dict[str, Any] = {
+        name: fill(getattr(request, name), files, chooser) for name in ("prompt", "negative_prompt")
+    }
+    regions = map(Region.read, request.regions)
+    update["regions"] = tuple(str(one._replace(text=fill(one.text, files, chooser))) for one in regions)
     return request.model_copy(update={name: text for name, text in update.items() if text != getattr(request, name)})
 
 

@@ -96,7 +96,7 @@ class Placing:
         spec = self.opened.source.spec
         request = complete(request, spec)
         asked = (request.width, request.height, guided(request, spec), len(request.reference), request.image is None)
-        asked = (*asked, request.repaints, request.tile, request.control_nets)
+        asked = (*asked, request.repaints, request.tile, request.control_nets, request.regions)
         asked = (*asked, request.final_size(spec.multiple), request.upscale_strength > 0, request.upscaler)
         texts = (len(request.prompt) // 64, len(request.negative_prompt) // 64)
         if (key := (*asked, *texts)) not in self._known:

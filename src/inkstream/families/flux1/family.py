@@ -205,7 +205,8 @@ class Flux1:
         texts = cond.tokens.split(list(cond.lengths))
         assert cond.pooled is not None
         pooled = cond.pooled.unbind()
-        return self.transformer.prepare(texts, pooled, h, w, cond.guidance, times, cond.beside, cond.references, around)
+        given = (cond.guidance, times, cond.beside, cond.references, around, cond.regions)
+        return self.transformer.prepare(texts, pooled, h, w, *given)
 
     def answer(self, samples: Sequence[Sample]) -> list[Tensor]:
         return self.transformer(samples)

@@ -33,7 +33,9 @@ from inkstream.nn.flux import (
 from inkstream.nn.forward import Forward, Rows, Sample, Span
 from inkstream.nn.linear import linear
 from inkstream.nn.rope import rope
+from inkstream.nn.sight import sight_of, texts_of
 from inkstream.nn.stack import Blocks
+from inkstream.types import Encoded
 
 PATCH = 2
 MLP_RATIO = 4
@@ -75,6 +77,7 @@ class Flux1Transformer(nn.Module):
         channels: Tensor | None = None,
         references: Sequence[Tensor] = (),
         around: Around = NOTHING,
+        regions: Sequence[Encoded] = (),
     ) -> list[Prepared]:
         """Computes what is constant over the steps of a picture, for each of several prompts.
 
@@ -82,21 +85,26 @@ class Flux1Transformer(nn.Module):
         (pooled_projection_dim,). height, width: of the latents, even. guidance: a number for a guidance-distilled
         model, else None (InputError otherwise). times: the times to come. channels: (C', height, width) latents
         appended to the target's channels at every step (Fill, Canny, Depth). references: latents (C, h, w) of reference
-        pictures (Kontext). around: of the picture.
+        pictures (Kontext). around: of the picture. regions: with texts of their own, of the first prompt's picture.
         """
         forward = Forward.ahead(around, self.attention_by)
         dtype, device = self.img_in.weight.dtype, self.img_in.weight.device
         grid, grids = grid_of(height, width), [grid_of(*r.shape[1:]) for r in references]
-        lengths = [len(text) for text in texts]
-        embedded = linear(self.txt_in, torch.cat(list(texts)).to(dtype), forward, Rows.alone(sum(lengths)))
+        every = texts_of(texts, regions)
+        lengths = [[len(text) for text in own] for own in every]
+        tokens = torch.cat([text for own in every for text in own]).to(dtype)
+        embedded = linear(self.txt_in, tokens, forward, Rows.alone(len(tokens)))
         patches = [patchify(r, PATCH).to(dtype) for r in references]
         rows = Rows.alone(sum(len(x) for x in patches))
         seen = linear(self.img_in, torch.cat(patches), forward, rows) if patches else embedded[:0]
         embeddings = self.vector_in(torch.stack(list(pooled)), forward, Rows.alone(len(pooled)))
         guided = embed_guidance(self.guidance_in, guidance, forward)
         embeddings = embeddings if guided is None else embeddings + guided
-        return [
-            Prepared(
+        cells = grid[0] * grid[1]
+
+        def prepared(text: Tensor, embedding: Tensor, lengths: list[int], regions: Sequence[Encoded]) -> Prepared:
+            targets, count = range(len(text), len(text) + cells), len(text) + cells + len(seen)
+            return Prepared(
                 text=text,
                 references=seen,
                 rope=rope(positions(len(text), grid, grids), self.config.axes_dims_rope, THETA, device),
@@ -104,9 +112,11 @@ class Flux1Transformer(nn.Module):
                 embedding=embedding,
                 channels=None if channels is None else patchify(channels, PATCH).to(dtype),
                 modulation=foresee(times, embedding, self.modulate, forward),
+                sight=sight_of(regions, lengths, 0, targets, grid, count, count, device),
             )
-            for text, embedding in zip(embedded.split(lengths), embeddings, strict=True)
-        ]
+
+        entries = zip(embedded.split([sum(own) for own in lengths]), embeddings, lengths, strict=True)
+        return [prepared(*entry, () if i else regions) for i, entry in enumerate(entries)]
 
     def modulate(self, times: Sequence[float], embeddings: Tensor, forward: Forward, rows: Rows) -> Modulation:
         """The modulation of every block at T times.

@@ -85,7 +85,7 @@ _TINY = Spec(
     shift=1.0,
     guides="none",
     size=(64, 64),
-    abilities=frozenset({"image", "mask", "control"}),
+    abilities=frozenset({"image", "mask", "regions", "control"}),
     licence="apache-2.0",
     commercial=True,
 )  # fmt: skip
@@ -102,7 +102,7 @@ SCHNELL = Spec(
     guidance=1.0,
     shift=1.0,
     guides="none",
-    abilities=frozenset({"image", "mask", "control"}),
+    abilities=frozenset({"image", "mask", "regions", "control"}),
     repo="black-forest-labs/FLUX.1-schnell",
     download_bytes=33_700_000_000,
     licence="apache-2.0",
@@ -119,7 +119,7 @@ _TINY_DEV = replace(
     guides="read",
     shift_rule="dynamic",
     table=10_000,
-    abilities=frozenset({"image", "mask", "control", "guidance"}),
+    abilities=frozenset({"image", "mask", "regions", "control", "guidance"}),
 )
 DEV = replace(
     SCHNELL,
@@ -131,7 +131,7 @@ DEV = replace(
     guides="read",
     shift_rule="dynamic",
     table=10_000,
-    abilities=frozenset({"image", "mask", "control", "guidance"}),
+    abilities=frozenset({"image", "mask", "regions", "control", "guidance"}),
     repo="black-forest-labs/FLUX.1-dev",
     licence=NON_COMMERCIAL,
     commercial=False,

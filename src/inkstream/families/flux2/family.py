@@ -222,7 +222,8 @@ class Flux2:
         _, h, w = self.latent_shape(width, height)
         texts = cond.tokens.split(list(cond.lengths))
         reads_once = "references_once" in self.spec.abilities
-        return self.transformer.prepare(texts, h, w, cond.guidance, times, cond.references, reads_once, around)
+        given = (cond.guidance, times, cond.references, reads_once, around, cond.regions)
+        return self.transformer.prepare(texts, h, w, *given)
 
     def answer(self, samples: Sequence[Sample]) -> list[Tensor]:
         return self.transformer(samples)

@@ -34,7 +34,9 @@ from inkstream.nn.flux import (
 from inkstream.nn.forward import Forward, Rows, Sample, Span
 from inkstream.nn.linear import linear
 from inkstream.nn.rope import Rope, rope
+from inkstream.nn.sight import sight_of, texts_of
 from inkstream.nn.stack import Blocks
+from inkstream.types import Encoded
 
 REFERENCE_SPACING = 10
 """The distance of references on the first rotary axis. The target is at 0."""
@@ -78,6 +80,7 @@ class Flux2Transformer(nn.Module):
         references: Sequence[Tensor] = (),
         read_once: bool = False,
         around: Around = NOTHING,
+        regions: Sequence[Encoded] = (),
     ) -> list[Prepared]:
         """Computes what is constant over the steps of a picture, for each of several prompts.
 
@@ -85,12 +88,15 @@ class Flux2Transformer(nn.Module):
         number for a guidance-distilled model, else None (InputError otherwise). times: the times to come. references:
         latents (C, h, w) of reference pictures. read_once, for weights trained so (klein 9B KV): the references attend
         only to each other, at time 0, and their KV cache for all steps is computed here. around: of the picture.
+        regions: with texts of their own, of the first prompt's picture.
         """
         forward = Forward.ahead(around, self.attention_by)
         weight = self.img_in.weight
         grid, grids = (height, width), [(r.shape[1], r.shape[2]) for r in references]
-        lengths = [len(text) for text in texts]
-        embedded = linear(self.txt_in, torch.cat(list(texts)).to(weight.dtype), forward, Rows.alone(sum(lengths)))
+        every = texts_of(texts, regions)
+        lengths = [[len(text) for text in own] for own in every]
+        tokens = torch.cat([text for own in every for text in own]).to(weight.dtype)
+        embedded = linear(self.txt_in, tokens, forward, Rows.alone(len(tokens)))
         patches = [patchify(r, 1).to(weight.dtype) for r in references]
         rows = Rows.alone(sum(len(x) for x in patches))
         seen = linear(self.img_in, torch.cat(patches), forward, rows) if patches else embedded[:0]
@@ -101,18 +107,23 @@ class Flux2Transformer(nn.Module):
         seen, reference_rope = (seen[:0], reference_rope[:0]) if memory else (seen, reference_rope)
         target_rope = self._rope(plane(0, *grid, axes=4))
         modulation = foresee(times, embedding, self.modulate, forward)
-        return [
-            Prepared(
+        cells, remembered = grid[0] * grid[1], len(memory[0][0]) if memory else 0
+
+        def prepared(text: Tensor, lengths: list[int], regions: Sequence[Encoded]) -> Prepared:
+            targets, count = range(len(text), len(text) + cells), len(text) + cells + len(seen)
+            return Prepared(
                 text=text,
                 references=seen,
-                rope=Rope.cat([self._rope(text_positions(len(text))), target_rope, reference_rope]),
+                rope=Rope.cat([*(self._rope(text_positions(n)) for n in lengths), target_rope, reference_rope]),
                 grid=grid,
                 embedding=embedding,
                 memory=memory,
                 modulation=modulation,
+                sight=sight_of(regions, lengths, 0, targets, grid, count, count + remembered, weight.device),
             )
-            for text in embedded.split(lengths)
-        ]
+
+        entries = zip(embedded.split([sum(own) for own in lengths]), lengths)
+        return [prepared(*entry, () if i else regions) for i, entry in enumerate(entries)]
 
     def modulate(self, times: Sequence[float], embeddings: Tensor, forward: Forward, rows: Rows) -> Modulation:
         """The modulation of every block at T times.

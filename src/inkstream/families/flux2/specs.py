@@ -10,7 +10,7 @@ from inkstream.types import Spec
 
 MOST_REFERENCES = 10
 NON_COMMERCIAL = "FLUX non-commercial"
-ABLE = frozenset({"image", "mask", "source", "references", "json", "upsample"})
+ABLE = frozenset({"image", "mask", "regions", "source", "references", "json", "upsample"})
 """Abilities of all FLUX.2 models."""
 
 

@@ -25,6 +25,7 @@ from inkstream.nn.around.residuals import Hints, Residual
 from inkstream.nn.forward import ANY, PLAIN, Forward, Rows, Sample
 from inkstream.nn.linear import linear
 from inkstream.nn.rope import Rope
+from inkstream.nn.sight import Sight
 from inkstream.nn.stack import Blocks, visits
 from inkstream.types import Conditioning, ControlUse, InputError
 from inkstream.weights.keymap import Rule, drop, fuse, rename
@@ -174,8 +175,9 @@ class Union(nn.Module):
             first = next(iter(refined.values()))  # samples that are alike have one picture
             streams = [s for i, context in zip(rows.samples, contexts) for s in (refined.get(i, first), context)]
             c = linear(self.before_layers, torch.cat(streams), PLAIN, ANY) + x
-            table = Rope.cat([s.rope for s in own])
-            return through(c, self.control_layers, self.after_layers, norms.layers, table, rows.lengths, forward)
+            table, sights = Rope.cat([s.rope for s in own]), [s.sight for s in own]
+            stack = (self.control_layers, self.after_layers, norms.layers)
+            return through(c, *stack, table, rows.lengths, forward, sights)
 
         owners: Sequence[int] = ()
 
@@ -217,14 +219,15 @@ def through(
     table: Rope,
     lengths: Sequence[int],
     forward: Forward,
+    sights: Sequence[Sight | None] = (),
 ) -> Run:
-    """Runs a control stream through blocks. c: (N, D), with the layout of `table` and `lengths`.
+    """Runs a control stream through blocks. c: (N, D), with the layout of `table`, `lengths` and `sights`.
 
     after: the layer that makes the hint of each block; None: the blocks make none.
     """
     makers = None if after is None else iter(visits(after))
     for i, block in visits(blocks):
-        c = block(c, norms[i], None, table, lengths, None, forward, ANY)
+        c = block(c, norms[i], None, table, lengths, None, forward, ANY, sights)
         if makers is not None:
             _, make = next(makers)
             yield linear(make, c, PLAIN, ANY)

@@ -132,7 +132,7 @@ class ZImage:
     ) -> list[Prepared]:
         _, h, w = self.latent_shape(width, height)
         scales = self.transformer.scales([1 - t for t in dict.fromkeys(times)], around) if times else {}
-        samples = self.transformer.prepare_all(cond.tokens.split(list(cond.lengths)), h, w, around)
+        samples = self.transformer.prepare_all(cond.tokens.split(list(cond.lengths)), h, w, around, cond.regions)
         return [replace(sample, scales=scales) for sample in samples] if scales else samples
 
     def answer(self, samples: Sequence[Sample]) -> list[Tensor]:

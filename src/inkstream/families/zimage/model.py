@@ -27,7 +27,9 @@ from inkstream.nn.layers import SwiGLU, TimestepEmbedder, add_norm, rms_norm_int
 from inkstream.nn.linear import Chain, linear
 from inkstream.nn.quant import Rounded
 from inkstream.nn.rope import Rope, norm_rope, rope
+from inkstream.nn.sight import Sight, sight_of, texts_of
 from inkstream.nn.stack import Blocks
+from inkstream.types import Encoded
 
 PAD_MULTIPLE = 32
 """Captions and pictures are each padded to a multiple of this with a learned token that takes part in attention."""
@@ -50,12 +52,13 @@ class Scales:
 class Prepared:
     """The parts of one sample that are constant over its steps. Token order: target picture, references, context."""
 
-    context: Tensor  # (P, D) refined caption tokens, then SigLIP's if any
+    context: Tensor  # (P, D) refined caption tokens, then those of regions, then SigLIP's if any
     references: Tensor  # (R, D) embedded reference pictures with their pads
     rope: Rope  # rotary table of all tokens
     grid: tuple[int, int]  # rows and columns of the target's patches
     clean: Tensor | None = None  # (target + references + context) booleans: tokens modulated at time CLEAN
     scales: Mapping[float, Scales] = field(default_factory=dict)  # by the model's time, for foreseen times
+    sight: Sight | None = None  # what each token sees, if not all see all
 
     def at(self, t: float) -> Prepared | None:
         """This sample for time t alone, or None if t was not foreseen."""
@@ -72,6 +75,7 @@ class Targets(NamedTuple):
 
     rows: Rows
     which: Tensor | None  # (N,) the norm weights' row of each token, as in `Block`
+    sights: Sequence[Sight | None] = ()
 
 
 class Layout(NamedTuple):
@@ -82,6 +86,7 @@ class Layout(NamedTuple):
     norms: Tensor  # (R, M, 4, D): norm weights at the times of these samples
     which: Tensor | None
     targets: Targets
+    sights: Sequence[Sight | None] = ()
 
 
 class ZImageTransformer(nn.Module):
@@ -115,24 +120,43 @@ class ZImageTransformer(nn.Module):
         return self.prepare_all([caption], height, width)[0]
 
     def prepare_all(
-        self, captions: Sequence[Tensor], height: int, width: int, around: Around = NOTHING
+        self,
+        captions: Sequence[Tensor],
+        height: int,
+        width: int,
+        around: Around = NOTHING,
+        regions: Sequence[Encoded] = (),
     ) -> list[Prepared]:
-        """`prepare` for many captions of one picture, in one pass.
+        """`prepare` for many captions of one picture, in one pass. regions: of the first caption.
 
         Positions on the axes (sequence, row, column): caption token k is at (1 + k, 0, 0), the picture's patch (r, c)
         at (1 + caption length, r, c), the picture's pads at 0. The length includes the caption's pads, but not in Omni.
+        With regions, all their texts end where the longest does: each lies before the picture as it would alone.
         """
         grid = (height // self.config.patch_size, width // self.config.patch_size)
-        lengths = [padded(len(caption)) for caption in captions]
-        caption_rope = {n: self._rope(line(1, n)) for n in set(lengths)}
-        ends = lengths if self.config.siglip_feat_dim is None else [len(caption) for caption in captions]
-        picture_rope = {n: self._rope(with_pads(plane(n + 1, *grid))) for n in set(ends)}
-        whole = {both: Rope.cat([picture_rope[both[0]], caption_rope[both[1]]]) for both in set(zip(ends, lengths))}
-        table = Rope.cat([caption_rope[n] for n in lengths])
+        texts = texts_of(captions, regions)
+        lines: list[list[tuple[int, int]]] = []  # the first position of each text, and its length
+        last: list[int] = []  # the position before the picture
+        for own in texts:
+            lengths = [padded(len(text)) for text in own]
+            ends = lengths if self.config.siglip_feat_dim is None else [len(text) for text in own]
+            last.append(max(ends))
+            lines.append([(max(ends) - end + 1, n) for end, n in zip(ends, lengths)])
+        every = [one for own in lines for one in own]
+        caption_rope = {one: self._rope(line(*one)) for one in set(every)}
+        picture_rope = {n: self._rope(with_pads(plane(n + 1, *grid))) for n in set(last)}
+        keys = [(n, *own) for n, own in zip(last, lines)]
+        whole = {key: Rope.cat([picture_rope[key[0]], *(caption_rope[one] for one in key[1:])]) for key in set(keys)}
         forward = Forward.ahead(around, self.attention_by)
-        embedded = self._embed_caption(captions, forward)
-        context = self._refine("context_refiner", embedded, table, lengths, forward)
-        return [Prepared(c, c[:0], whole[both], grid) for c, both in zip(context.split(lengths), zip(ends, lengths))]
+        embedded = self._embed_caption([text for own in texts for text in own], forward)
+        table = Rope.cat([caption_rope[one] for one in every])
+        refined = self._refine("context_refiner", embedded, table, [n for _, n in every], forward)
+        contexts = refined.split([sum(n for _, n in own) for own in lines])
+        samples = [Prepared(context, context[:0], whole[key], grid) for context, key in zip(contexts, keys)]
+        first, *others = samples
+        targets, count = range(first.target_tokens), first.target_tokens + len(first.context)
+        sight = sight_of(regions, [n for _, n in lines[0]], targets.stop, targets, grid, count, count, embedded.device)
+        return [replace(first, sight=sight), *others]
 
     def prepare_omni(
         self,
@@ -228,7 +252,8 @@ class ZImageTransformer(nn.Module):
             # Only the target rows of the last block are read, so only they are computed.
             own = whole_layout(rows.samples)
             keep = own.targets if i == last else None
-            return block(x, own.norms[:, first + i], own.which, own.table, rows.lengths, keep, forward, rows)
+            norms = own.norms[:, first + i]
+            return block(x, norms, own.which, own.table, rows.lengths, keep, forward, rows, own.sights)
 
         firsts = alike(samples)
         chosen = tuple(dict.fromkeys(firsts))
@@ -240,7 +265,7 @@ class ZImageTransformer(nn.Module):
         refined = run_blocks("noise_refiner", self.noise_refiner, torch.cat(filled), call_refiner, forward, rows)
         pictures = dict(zip(chosen, refined.split(rows.lengths)))
         x = torch.cat([t for i, s in zip(firsts, prepared) for t in (pictures[i], s.context)])
-        rows, _, _, _, targets = whole_layout(tuple(range(len(samples))))
+        rows, _, _, _, targets, _ = whole_layout(tuple(range(len(samples))))
         x = run_blocks("layers", self.layers, x, call_layer, forward, rows, narrows=True)
         x = self.final_layer(x, finals if targets.which is None else finals[targets.which], forward, targets.rows)
         return [
@@ -338,13 +363,15 @@ class Block(nn.Module):
         keep: Targets | None = None,  # compute only these tokens
         forward: Forward = PLAIN,
         rows: Rows = ANY,
+        sights: Sequence[Sight | None] = (),
     ) -> Tensor:
         q, k, v = self.enter(x, weights, which, table, forward, rows)
         counts = lengths
         if keep is not None:
             x, q = rows.targets_of(x), rows.targets_of(q)
-            rows, which, counts = keep.rows, keep.which, keep.rows.lengths
-        return self.leave(x, attend(q, k, v, counts, lengths, by=forward.attention_by), weights, which, forward, rows)
+            rows, which, counts, sights = keep.rows, keep.which, keep.rows.lengths, keep.sights
+        seen = attend(q, k, v, counts, lengths, by=forward.attention_by, sights=sights)
+        return self.leave(x, seen, weights, which, forward, rows)
 
     def enter(
         self, x: Tensor, weights: Tensor, which: Tensor | None, table: Rope, forward: Forward, rows: Rows
@@ -436,8 +463,10 @@ def lay(prepared: Sequence[Prepared], norms: Tensor, whole: bool, samples: tuple
     table = Rope.cat([s.rope if whole else s.rope[:n] for s, n in zip(own, rows.lengths)])
     if len(norms) > 1 and len(own) < len(prepared):
         norms = norms.unflatten(0, (-1, len(prepared)))[:, list(samples)].flatten(0, 1)
-    targets = Targets(rows.targets, rows_of(own, rows.targets.lengths, len(norms)))
-    return Layout(rows, table, norms, rows_of(own, rows.lengths, len(norms)), targets)
+    sights = [s.sight for s in own] if whole else []
+    of_targets = [sight and sight.targets for sight in sights]
+    targets = Targets(rows.targets, rows_of(own, rows.targets.lengths, len(norms)), of_targets)
+    return Layout(rows, table, norms, rows_of(own, rows.lengths, len(norms)), targets, sights)
 
 
 def rows_of(prepared: Sequence[Prepared], counts: Sequence[int], rows: int) -> Tensor | None:

@@ -46,7 +46,7 @@ _TINY = Spec(
     guidance=1.0,
     shift=3.0,
     size=(64, 64),
-    abilities=frozenset({"image", "mask", "control"}),
+    abilities=frozenset({"image", "mask", "regions", "control"}),
     licence="apache-2.0",
     commercial=True,
 )
@@ -61,7 +61,7 @@ TURBO = Spec(
     steps=8,
     guidance=1.0,
     shift=3.0,
-    abilities=frozenset({"image", "mask", "control"}),
+    abilities=frozenset({"image", "mask", "regions", "control"}),
     repo="Tongyi-MAI/Z-Image-Turbo",
     download_bytes=32_900_000_000,
     licence="apache-2.0",
@@ -76,7 +76,7 @@ BASE = replace(
     steps=50,
     guidance=5.0,
     shift=6.0,
-    abilities=frozenset({"image", "mask", "control", "guidance"}),
+    abilities=frozenset({"image", "mask", "regions", "control", "guidance"}),
     repo="Tongyi-MAI/Z-Image",
     download_bytes=20_700_000_000,
     tiny=replace(
@@ -85,7 +85,7 @@ BASE = replace(
         steps=50,
         shift=6.0,
         guidance=5.0,
-        abilities=frozenset({"image", "mask", "control", "guidance"}),
+        abilities=frozenset({"image", "mask", "regions", "control", "guidance"}),
     ),
 )
 

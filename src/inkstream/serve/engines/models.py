@@ -24,6 +24,7 @@ from inkstream.types import REPAINTING, InputError, Request, Spec
 
 GROUPS = {
     "prompt": "prompt", "negative_prompt": "prompt", "upsample": "prompt", "loras": "prompt",
+    "regions": "prompt",
     "width": "size", "height": "size", "count": "size", "tile": "size",
     "upscale": "size", "upscaler": "size", "upscale_strength": "size",
     "steps": "sampling", "seed": "sampling", "solver": "sampling", "schedule": "sampling", "shift": "sampling",
@@ -189,7 +190,7 @@ def _kind(name: str, field: FieldInfo) -> tuple[Any, list[str] | None]:
     kind = next((k for k in get_args(field.annotation) if k is not type(None)), field.annotation)
     if name in PICTURE_FIELDS:
         return ("pictures" if field.default == () else "picture"), None
-    if name in ("loras", "control_nets"):
+    if name in ("loras", "control_nets", "regions"):
         return name, None
     while get_origin(kind) is Annotated:
         kind = get_args(kind)[0]

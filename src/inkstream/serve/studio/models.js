@@ -29,9 +29,12 @@ export async function formOf(name) {
 /** Return whether a model takes a field. The page does not offer fields that the model ignores or rejects. */
 export const takes = (form, name) => form.get(name)?.effect === "honours";
 
-/** Return the fields that a form shows. The control of `control` shows control_nets, too. */
+/** Fields that the form does not have: control_nets are beside the control of `control`, regions come from programs. */
+const WITHOUT = ["control_nets", "regions"];
+
+/** Return the fields that a form shows. */
 export const shown = (form) =>
-  [...form.values()].filter((field) => field.effect === "honours" && field.name !== "control_nets");
+  [...form.values()].filter((field) => field.effect === "honours" && !WITHOUT.includes(field.name));
 
 async function patiently(work, tries = 30) {
   for (;;) {
