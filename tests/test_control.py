@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from inkstream.engine.files.parts import Unset, locate_control
 from inkstream.engine.machine.install import Placement
 from inkstream.engine.machine.loader import load, open_model, read
 from inkstream.engine.machine.memory import Placing
+from inkstream.families.flux1.clip_vision import VisionConfig
 from inkstream.families.flux1.control import CONTROLNET, ControlConfig
+from inkstream.families.flux1.ip_adapter import IP_ADAPTER, IPAdapterConfig
 from inkstream.families.flux1.specs import DEV as FLUX1_DEV
 from inkstream.families.flux2.control import FUN, FunConfig
 from inkstream.families.flux2.specs import DEV as FLUX2_DEV
@@ -244,6 +247,10 @@ def test_wrong_nets_are_told_in_one_line(engine, nets, tiny_base_folder, tmp_pat
         engine.generate(Request(prompt="x", control=[picture()], control_nets=["union-2.1"]))
 
 
+IP = IPAdapterConfig(
+    dim=64, num_layers=2, tokens=4, token_width=32, vector_width=24,
+    vision=VisionConfig(28, 14, hidden_size=64, intermediate_size=64, num_hidden_layers=1, projection_dim=24),
+)  # fmt: skip
 SMALL = {
     "num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32,
     "pooled_projection_dim": 64,
@@ -260,6 +267,7 @@ FLUX = {
         FLUX2_DEV, FUN, "published", FunConfig(control_in_dim=36, num_layers=1, attention_head_dim=32,
                                                num_attention_heads=2), "",
     ),
+    "ip-adapter": (FLUX1_DEV, IP_ADAPTER, "xlabs", IP, ""),
 }  # fmt: skip
 
 
@@ -310,6 +318,25 @@ def test_a_union_net_of_flux1_wants_a_mode_that_it_has(build):
         plain.check(family, ControlUse("net", mode="pose"))
 
 
+def test_an_ip_adapter_without_its_image_encoder_or_for_other_blocks_is_refused(build):
+    family = build(FLUX1_DEV.tiny).family
+    with torch.device("meta"):
+        alone = IP_ADAPTER.build(replace(IP, vision=None))
+        wide = IP_ADAPTER.build(replace(IP, dim=128))
+        whole = IP_ADAPTER.build(IP)
+    whole.check(family, ControlUse("face"))
+    with pytest.raises(
+        InputError, match=r"face has no image encoder: give a folder with its file and model\.safetensor"
+    ):
+        alone.check(family, ControlUse("face"))
+    with pytest.raises(
+        InputError, match="face is for 2 blocks of width 128, tiny-flux1-dev has 2 of 64: take one made"
+    ):
+        wide.check(family, ControlUse("face"))
+    with pytest.raises(InputError, match="face has no modes: leave out #canny"):
+        whole.check(family, ControlUse("face", mode="canny"))
+
+
 FLUX_PUBLISHED = {
     "InstantX Union": (CONTROLNET, "diffusers", ControlConfig(num_mode=10)),
     "Union-Pro": (CONTROLNET, "diffusers", ControlConfig(num_mode=10)),
@@ -318,6 +345,8 @@ FLUX_PUBLISHED = {
         CONTROLNET, "native", ControlConfig(num_layers=2, num_single_layers=0, conditioning_embedding_channels=16)
     ),
     "FLUX.2 Fun Union": (FUN, "published", FunConfig()),
+    "XLabs IP-Adapter": (IP_ADAPTER, "xlabs", IPAdapterConfig(tokens=4, vision=VisionConfig())),
+    "XLabs IP-Adapter 2": (IP_ADAPTER, "xlabs", IPAdapterConfig()),
 }  # fmt: skip
 
 
@@ -333,6 +362,8 @@ def test_published_files_of_flux_are_recognised_at_full_size(name):
     telling = {
         "InstantX Union": "controlnet_mode_embedder.weight", "XLabs v3": "pos_embed_input.weight",
         "FLUX.2 Fun Union": "control_transformer_blocks.3.attn.to_q.weight",
+        "XLabs IP-Adapter": "vision_model.encoder.layers.23.self_attn.q_proj.weight",
+        "XLabs IP-Adapter 2": "double_blocks.18.processor.ip_adapter_double_stream_k_proj.weight",
     }  # fmt: skip
     assert telling.get(name, "controlnet_x_embedder.weight") in theirs
 

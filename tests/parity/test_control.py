@@ -148,7 +148,7 @@ class Alone:
 def answers(model: Any, net: Any, x: Tensor, t: float, cond: Conditioning, seen: Tensor, scale: float) -> list[Tensor]:
     """Our forward of all prompts of a picture with a net. model, t: with the release's time."""
     use = ControlUse("net", scale)
-    residual = net.follow(Alone(model), seen, use, cond, [1 - t], Around())
+    (residual,) = net.follow(Alone(model), seen, use, cond, [1 - t], Around()).residuals
     around = Around(residuals=(residual,))
     prepared = model.prepare_all(cond.tokens.split(list(cond.lengths)), *x.shape[1:], around)
     return model([Sample(x, t, one, around, i) for i, one in enumerate(prepared)])
@@ -216,7 +216,7 @@ def test_a_net_for_flux1_equals_the_reference(name, spelling):
         agree(hint, net.input_hint_block(expected_hint)[0], 64)
     cond = Conditioning(torch.cat(texts), lengths, pooled, guidance)
     use = ControlUse("net", 0.6, mode="pose" if name == "union" else "")
-    around = Around(residuals=(own.follow(Alone(ours), hint, use, cond, [t], Around()),))
+    around = own.follow(Alone(ours), hint, use, cond, [t], Around())
     prepared = ours.prepare(texts, pooled.unbind(), 12, 8, guidance, (), around=around)
     got = ours([Sample(x, t, one, around, i) for i, one in enumerate(prepared)])
     for y, text, vector in zip(got, texts, pooled):
@@ -261,7 +261,7 @@ def test_a_union_net_for_flux2_equals_videox_funs_formula(references):
     x, seen, text, t, guidance = torch.randn(16, 6, 4), torch.randn(36, 6, 4), torch.randn(7, 96), 0.7, 3.0
     reference = [torch.randn(16, 4, 4)] * references
     cond = Conditioning(text, (7,), guidance=guidance, references=tuple(reference))
-    around = Around(residuals=(own.follow(Alone(ours), seen, ControlUse("net", 0.6), cond, [t], Around()),))
+    around = own.follow(Alone(ours), seen, ControlUse("net", 0.6), cond, [t], Around())
     (prepared,) = ours.prepare([text], 6, 4, guidance, (), reference, around=around)
     (got,) = ours([Sample(x, t, prepared, around)])
     blocks = [deepcopy(theirs.transformer_blocks[0]) for _ in range(2)]

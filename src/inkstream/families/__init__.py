@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from inkstream.nn.around import Around
-    from inkstream.nn.around.residuals import Residual
     from inkstream.nn.forward import Sample
     from inkstream.weights.keymap import Rule
     from inkstream.weights.lora.names import Names
@@ -121,8 +120,11 @@ class ControlNet(Protocol):
 
     def follow(
         self, family: Any, seen: Tensor, use: ControlUse, cond: Conditioning, times: Sequence[float], around: Around
-    ) -> Residual:
-        """The residual of one picture. seen: from `look`. cond, times, around: as in `Family.prepare`."""
+    ) -> Around:
+        """What the net does around the blocks of one picture: its residuals, and adapters if it has some.
+
+        seen: from `look`. cond, times, around: as in `Family.prepare`; around is without this net.
+        """
         ...
 
 

@@ -15,7 +15,7 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     (r"(^|\.)(controlnet_|control_layers\.|control_(all_)?x_embedder|control_transformer_blocks\.|zero_convs\.)",
      "a ControlNet", _NET),
     (r"(^|\.)input_hint_block\.", "a ControlNet", _NET),
-    (r"(^|\.)(ip_adapter|image_proj|double_blocks\.\d+\.processor\.ip_adapter)", "an IP-Adapter", _WHOLE),
+    (r"(^|\.)(ip_adapter|image_proj|double_blocks\.\d+\.processor\.ip_adapter)", "an IP-Adapter", _NET),
     (r"^redux_(up|down)\.", "FLUX.1 Redux's image embedder",
      "put it into a FLUX.1 model's image_embedder/, or into ComfyUI's style_models/"),
     (r"\._weight_qdata$|_weight_qdata\b", "packed by torchao", _BF16),

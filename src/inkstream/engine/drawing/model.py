@@ -210,12 +210,15 @@ class Model:
         for begins, own, on in stretches([*loras, *nets], schedule, times):
             adapters = tuple(self.adapters.get(use) for use in loras if use in on)
             here = replace(around, adapters=(*around.adapters, *adapters)) if adapters else around
-            residuals = tuple(
+            guides = [
                 self._net(use).follow(self.family, seen, use, entries, own, here)
                 for use, seen in zip(nets, cond.controls)
                 if use in on
-            )
-            here = replace(here, residuals=(*here.residuals, *residuals)) if residuals else here
+            ]
+            if guides:
+                more = [adapter for guide in guides for adapter in guide.adapters]
+                residuals = [residual for guide in guides for residual in guide.residuals]
+                here = replace(here, adapters=(*here.adapters, *more), residuals=(*here.residuals, *residuals))
             prepared = self.family.prepare(entries, width, height, own, here)
             legs.append(Leg(begins, here, prepared))
         return Run(request, solver, legs, len(times), start, windows)

@@ -23,7 +23,7 @@ from inkstream.families.flux1.specs import DEV, Flux1Config
 from inkstream.families.nets import CONTROL_MODES
 from inkstream.families.parts import latents_to_follow, to_pixels
 from inkstream.nn.around import Around
-from inkstream.nn.around.residuals import Hints, Residual
+from inkstream.nn.around.residuals import Hints
 from inkstream.nn.flux import (
     FREQUENCIES,
     DoubleBlock,
@@ -143,7 +143,7 @@ class FluxControlNet(nn.Module):
 
     def follow(
         self, family: Any, seen: Tensor, use: ControlUse, cond: Conditioning, times: Sequence[float], around: Around
-    ) -> Residual:
+    ) -> Around:
         dtype = self.img_in.weight.dtype
         control = linear(self.controlnet_x_embedder, patchify(seen, PATCH).to(dtype), PLAIN, ANY)
         grid = seen.shape[1] // PATCH, seen.shape[2] // PATCH
@@ -177,7 +177,7 @@ class FluxControlNet(nn.Module):
 
             return hint
 
-        return begin
+        return Around(residuals=(begin,))
 
     def _prepare(
         self, cond: Conditioning, grid: tuple[int, int], mode: int | None, times: Sequence[float]

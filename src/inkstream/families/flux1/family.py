@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from inkstream.families import Documents, Part, Pictures
 from inkstream.families.flux1.control import CONTROLNET
 from inkstream.families.flux1.documents import documents
+from inkstream.families.flux1.ip_adapter import IP_ADAPTER
 from inkstream.families.flux1.keys import DIFFUSERS, NUNCHAKU, SINGLE_FILE, XLABS
 from inkstream.families.flux1.kontext import kontext_size, prepare_reference
 from inkstream.families.flux1.model import PATCH, Flux1Transformer
@@ -82,7 +83,7 @@ class Flux1:
         "image_encoder": SIGLIP,
         "image_embedder": REDUX,
     }
-    controls: ClassVar[Mapping[str, Part]] = {"FLUX.1": CONTROLNET}
+    controls: ClassVar[Mapping[str, Part]] = {"FLUX.1": CONTROLNET, "IP-Adapter": IP_ADAPTER}
     way = None
     joints = (
         ("transformer.pooled_projection_dim", "text_encoder.hidden_size"),

@@ -21,7 +21,7 @@ from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import Flux2Config
 from inkstream.families.parts import inpainting_to_follow, latents_to_follow
 from inkstream.nn.around import Around
-from inkstream.nn.around.residuals import Hints, Residual
+from inkstream.nn.around.residuals import Hints
 from inkstream.nn.flux import DoubleBlock, Packing, Prepared, modulation_of, patchify
 from inkstream.nn.forward import ANY, PLAIN, Forward, Rows, Sample
 from inkstream.nn.linear import linear
@@ -91,7 +91,7 @@ class FunUnion(nn.Module):
 
     def follow(
         self, family: Any, seen: Tensor, use: ControlUse, cond: Conditioning, times: Sequence[float], around: Around
-    ) -> Residual:
+    ) -> Around:
         model: Flux2Transformer = family.transformer
         control = patchify(seen, 1).to(model.img_in.weight.dtype)
         forward = Forward(attention_by=model.attention_by)
@@ -112,7 +112,7 @@ class FunUnion(nn.Module):
 
             return hint
 
-        return begin
+        return Around(residuals=(begin,))
 
     def _run(
         self, model: Flux2Transformer, samples: Sequence[Sample], control: Tensor, x: Tensor, forward: Forward

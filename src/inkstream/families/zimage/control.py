@@ -21,7 +21,7 @@ from inkstream.families.parts import inpainting_to_follow, latents_to_follow
 from inkstream.families.zimage.model import Block, Prepared, ZImageTransformer, fill, patchify
 from inkstream.families.zimage.specs import ZImageConfig
 from inkstream.nn.around import Around
-from inkstream.nn.around.residuals import Hints, Residual
+from inkstream.nn.around.residuals import Hints
 from inkstream.nn.forward import ANY, PLAIN, Forward, Rows, Sample
 from inkstream.nn.linear import linear
 from inkstream.nn.rope import Rope
@@ -99,7 +99,7 @@ class Union(nn.Module):
 
     def follow(
         self, family: Any, seen: Tensor, use: ControlUse, cond: Conditioning, times: Sequence[float], around: Around
-    ) -> Residual:
+    ) -> Around:
         model: ZImageTransformer = family.transformer
         patches = patchify(seen, self.config.patch_size).to(model.x_pad_token.dtype)
         embedded = fill(linear(self.control_x_embedder, patches, PLAIN, ANY), model.x_pad_token)
@@ -111,7 +111,7 @@ class Union(nn.Module):
             norms = known.get(t) or self.norm_weights(model, [t], around)[t]
             return self._hints(model, embedded, norms, samples, use.scale, by_layers)
 
-        return begin
+        return Around(residuals=(begin,))
 
     def norm_weights(self, model: ZImageTransformer, times: Sequence[float], around: Around) -> dict[float, Norms]:
         """The weights of the blocks' norms at each time, the model's own. The time's embedding is the model's too."""
