@@ -11,7 +11,8 @@ from PIL import Image
 
 from inkstream.families import Pictures
 from inkstream.families.flux1.kontext import SIZES, kontext_size, prepare_reference
-from inkstream.families.flux2.references import (
+from inkstream.families.flux2.specs import KLEIN_4B
+from inkstream.families.references import (
     MULTIPLE,
     ONE_AREA,
     SEVERAL_AREA,
@@ -26,7 +27,6 @@ from inkstream.families.flux2.references import (
     prepare_references,
     tokens_of,
 )
-from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.types import Conditioning, InputError
 
 SIDES = st.integers(64, 6000)

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from inkstream.families.flux2.autoencoder import AUTOENCODER
-from inkstream.families.flux2.references import SEVERAL_AREA, join_references, prepare_references
+from inkstream.families.references import SEVERAL_AREA, join_references, prepare_references
 from inkstream.nn.config import Flux2VAEConfig, read_config
 from inkstream.nn.vae import Flux2Autoencoder
 from inkstream.weights.keymap import translate

@@ -18,9 +18,9 @@ from transformers.models.pixtral.image_processing_pil_pixtral import PixtralImag
 
 import inkstream
 from inkstream.families.flux2 import upsample
-from inkstream.families.flux2.references import cap_area, join_references
 from inkstream.families.flux2.specs import DEV, KLEIN_4B
 from inkstream.families.flux2.upsample import dev_task, klein_task, write
+from inkstream.families.references import cap_area, join_references
 from inkstream.nn.config import Qwen3Config
 from rounding import agree, roundings
 

@@ -80,10 +80,10 @@ class Toy:
 
     # Prompts ----------------------------------------------------------------------------------------------------------
 
-    def encode(self, prompt: str) -> Conditioning:
+    def encode(self, prompt: str, references: int = 0) -> Conditioning:
         return self._encode_once(self.tokens(prompt))
 
-    def tokens(self, prompt: str) -> tuple[int, ...]:
+    def tokens(self, prompt: str, references: int = 0) -> tuple[int, ...]:
         return tuple(tokenize(self.tokenizer, chat_prompt(prompt)))
 
     def cut_at(self, prompt: str) -> int | None:

@@ -110,6 +110,15 @@ class Part:
 class ControlNet(Protocol):
     """A loaded control net, the module of a Part in `Family.controls`: weights beside a model's that guide it."""
 
+    @staticmethod
+    def sizes_for(transformer: Any) -> Any:
+        """The config of a new net for a transformer with this config."""
+        ...
+
+    def begin(self, family: Any) -> None:
+        """Sets the weights of a new net: copies of the model's blocks, and hints of zero, so that nothing changes."""
+        ...
+
     def check(self, family: Any, use: ControlUse) -> None:
         """Raises InputError if the net is for a model of other sizes, or does not know the use's mode."""
         ...
@@ -184,12 +193,15 @@ class Family(Protocol):
         """The JSON files of a published diffusers folder: path in the folder -> content."""
         ...
 
-    def encode(self, prompt: str) -> Conditioning:
-        """Encodes one prompt as a single entry, without gradients. The result is cached."""
+    def encode(self, prompt: str, references: int = 0) -> Conditioning:
+        """Encodes one prompt as a single entry, without gradients. The result is cached. references: as in `tokens`."""
         ...
 
-    def tokens(self, prompt: str) -> tuple[int, ...]:
-        """The prompt's token ids, template included. `encode_tokens` depends on nothing else."""
+    def tokens(self, prompt: str, references: int = 0) -> tuple[int, ...]:
+        """The prompt's token ids, template included. `encode_tokens` depends on nothing else.
+
+        references: the number of reference pictures, for models whose template has a place for each.
+        """
         ...
 
     def cut_at(self, prompt: str) -> int | None:

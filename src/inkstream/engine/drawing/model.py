@@ -107,7 +107,7 @@ class Model:
         whole = complete(request, self.spec)
         prompt = self.told(whole)
         prompts = [prompt, whole.negative_prompt] if guided(whole, self.spec) else [prompt]
-        cond = Conditioning.pack([self.family.encode(prompt) for prompt in prompts])
+        cond = Conditioning.pack([self.family.encode(prompt, len(whole.shown)) for prompt in prompts])
         inpainting = (whole.edit.shown, whole.edit.mask) if whole.edit else ()
         cond = self.family.look(cond, Pictures(whole.width, whole.height, whole.shown, *inpainting))
         texts = [(self.family.encode(region.text).tokens, region, box) for region, box in whole.boxes(self.spec)]

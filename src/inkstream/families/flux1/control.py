@@ -97,6 +97,36 @@ class FluxControlNet(nn.Module):
         if c.conditioning_embedding_channels is not None:
             self.input_hint_block = convolutions(c.conditioning_embedding_channels)
 
+    @staticmethod
+    def sizes_for(transformer: Any) -> ControlConfig:
+        """Six double blocks at most and no mode, as Shakker's Union-Pro-2.0."""
+        c: Flux1Config = transformer
+        return ControlConfig(
+            in_channels=c.patch_channels,
+            num_layers=min(c.num_layers, 6),
+            num_single_layers=0,
+            attention_head_dim=c.attention_head_dim,
+            num_attention_heads=c.num_attention_heads,
+            joint_attention_dim=c.joint_attention_dim,
+            pooled_projection_dim=c.pooled_projection_dim,
+            guidance_embeds=c.guidance_embeds,
+            control_channels=c.patch_channels,
+        )
+
+    @torch.no_grad()
+    def begin(self, family: Any) -> None:
+        model = family.transformer
+        for name in ("txt_in", "time_in", "vector_in", "guidance_in", "double_blocks", "single_blocks"):
+            own, theirs = getattr(self, name), getattr(model, name)
+            if own is not None and theirs is not None:
+                kept = own.state_dict()
+                own.load_state_dict({key: weight for key, weight in theirs.state_dict().items() if key in kept})
+        self.img_in.weight.copy_(model.img_in.weight[:, : self.config.in_channels])
+        self.img_in.bias.copy_(model.img_in.bias)
+        for layer in (self.controlnet_x_embedder, *self.controlnet_blocks, *self.controlnet_single_blocks):
+            nn.init.zeros_(cast(nn.Linear, layer).weight)
+            nn.init.zeros_(cast(nn.Linear, layer).bias)
+
     def check(self, family: Any, use: ControlUse) -> None:
         ours, theirs = self.config, cast(Flux1Config, family.transformer.config)
         for name in ("dim", "num_attention_heads", "joint_attention_dim", "pooled_projection_dim"):

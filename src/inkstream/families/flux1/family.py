@@ -131,10 +131,10 @@ class Flux1:
         takes_pictures = spec.abilities & {"references", "fill", "map"}
         return with_redux(spec, **redux) if len(redux) == 2 and not takes_pictures else spec
 
-    def encode(self, prompt: str) -> Conditioning:
+    def encode(self, prompt: str, references: int = 0) -> Conditioning:
         return self._encode_once(self.tokens(prompt))
 
-    def tokens(self, prompt: str) -> tuple[int, ...]:
+    def tokens(self, prompt: str, references: int = 0) -> tuple[int, ...]:
         """CLIP's 77 tokens, then T5's tokens."""
         length = SCHNELL_TOKENS if self.spec.guides == "none" else T5_TOKENS
         return clip_tokens(self.clip_tokenizer, prompt) + t5_tokens(self.t5_tokenizer, prompt, length)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,34 @@ class FunUnion(nn.Module):
             DoubleBlock(*sizes, gated=True, bias=False, modulated=False) for _ in range(c.num_layers)
         )
         self.after_proj = Blocks(nn.Linear(c.dim, c.dim) for _ in range(c.num_layers))
+
+    @staticmethod
+    def sizes_for(transformer: Any) -> FunConfig:
+        """Half as many blocks as the model has double blocks, as in the published net."""
+        c: Flux2Config = transformer
+        return FunConfig(
+            control_in_dim=2 * c.in_channels + MASK_CHANNELS,
+            num_layers=max(c.num_layers // 2, 1),
+            attention_head_dim=c.attention_head_dim,
+            num_attention_heads=c.num_attention_heads,
+            mlp_ratio=c.mlp_ratio,
+        )
+
+    @torch.no_grad()
+    def begin(self, family: Any) -> None:
+        model: Flux2Transformer = family.transformer
+        every = max(len(model.double_blocks) // self.config.num_layers, 1)
+        for i, block in enumerate(self.control_transformer_blocks):
+            block.load_state_dict(model.double_blocks[i * every].state_dict())
+        own = model.img_in.weight.shape[1]
+        nn.init.zeros_(self.control_img_in.weight)
+        self.control_img_in.weight[:, :own] = model.img_in.weight
+        nn.init.zeros_(self.control_img_in.bias)
+        nn.init.eye_(self.before_proj.weight)
+        nn.init.zeros_(self.before_proj.bias)
+        for layer in self.after_proj:
+            nn.init.zeros_(cast(nn.Linear, layer).weight)
+            nn.init.zeros_(cast(nn.Linear, layer).bias)
 
     def check(self, family: Any, use: ControlUse) -> None:
         model: Flux2Config = family.transformer.config

@@ -21,7 +21,6 @@ from inkstream.families.flux2.documents import documents
 from inkstream.families.flux2.keys import CUT_SHORT, DIFFUSERS, SINGLE_FILE
 from inkstream.families.flux2.mistral import count_mistral
 from inkstream.families.flux2.model import Flux2Transformer
-from inkstream.families.flux2.references import check_references, default_size, prepare_references
 from inkstream.families.flux2.specs import (
     DEV,
     KLEIN_4B,
@@ -47,6 +46,7 @@ from inkstream.families.flux2.text import (
 )
 from inkstream.families.flux2.writers import WRITER
 from inkstream.families.parts import decode, encode, load_tokenizer
+from inkstream.families.references import check_references, default_size, prepare_references
 from inkstream.families.scheduler import read_scheduler
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.config import MistralConfig, Qwen3Config
@@ -178,10 +178,10 @@ class Flux2:
         known = KLEIN_9B_KV if kv else base if is_base else distilled
         return scheduled(known)
 
-    def encode(self, prompt: str) -> Conditioning:
+    def encode(self, prompt: str, references: int = 0) -> Conditioning:
         return self._encode_once(self.tokens(prompt))
 
-    def tokens(self, prompt: str) -> tuple[int, ...]:
+    def tokens(self, prompt: str, references: int = 0) -> tuple[int, ...]:
         return (klein_tokens if self._is_klein else dev_tokens)(self.tokenizer, prompt)
 
     def cut_at(self, prompt: str) -> int | None:

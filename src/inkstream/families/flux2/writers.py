@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from inkstream.families import Part, Shapes
 from inkstream.families.flux2.mistral import MistralText, build_mistral, infer_mistral, their_config
-from inkstream.families.flux2.references import cap_area, join_references
 from inkstream.families.flux2.text import depths, pad_id
 from inkstream.families.flux2.upsample import (
     AREA,
@@ -29,6 +28,7 @@ from inkstream.families.flux2.upsample import (
     write,
 )
 from inkstream.families.parts import infer_qwen3
+from inkstream.families.references import cap_area, join_references
 from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.nn.quant import full_weight
 from inkstream.nn.qwen3 import Layer, Past, Qwen3, rope

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,40 @@ class Union(nn.Module):
         if c.refiner == "own":
             self.before_refiner = nn.Linear(c.dim, c.dim)
             self.after_refiner = Blocks(nn.Linear(c.dim, c.dim) for _ in range(c.n_refiner_layers))
+
+    @staticmethod
+    def sizes_for(transformer: Any) -> UnionConfig:
+        """Half as many layers as the model, as in the published nets; no inpainting."""
+        c: ZImageConfig = transformer
+        return UnionConfig(
+            dim=c.dim,
+            n_heads=c.n_heads,
+            norm_eps=c.norm_eps,
+            control_in_dim=c.in_channels,
+            n_layers=max(c.n_layers // 2, 1),
+            n_refiner_layers=c.n_refiner_layers,
+            patch_size=c.patch_size,
+        )
+
+    @torch.no_grad()
+    def begin(self, family: Any) -> None:
+        model: ZImageTransformer = family.transformer
+        every = max(len(model.layers) // self.config.n_layers, 1)
+        for i, block in enumerate(self.control_layers):
+            block.load_state_dict(model.layers[i * every].state_dict())
+        for block, theirs in zip(self.control_noise_refiner, model.noise_refiner):
+            block.load_state_dict(theirs.state_dict())
+        embedder, theirs = self.control_x_embedder, model.x_embedder
+        nn.init.zeros_(embedder.weight)  # a patch has its channels together, so the control picture's come first
+        width, own = self.config.control_in_dim, model.config.in_channels
+        embedder.weight.unflatten(1, (-1, width))[..., :own] = theirs.weight.unflatten(1, (-1, own))
+        embedder.bias.copy_(theirs.bias)
+        for layer in (self.before_layers, self.before_refiner):
+            nn.init.eye_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        for layer in (*self.after_layers, *self.after_refiner):
+            nn.init.zeros_(cast(nn.Linear, layer).weight)
+            nn.init.zeros_(cast(nn.Linear, layer).bias)
 
     def check(self, family: Any, use: ControlUse) -> None:
         model: ZImageConfig = family.transformer.config

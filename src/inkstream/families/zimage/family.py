@@ -19,13 +19,16 @@ from inkstream.families.parts import (
     decode,
     encode,
     load_tokenizer,
+    to_pixels,
     tokenize,
 )
+from inkstream.families.references import check_references, fitted_size, prepare_references
 from inkstream.families.scheduler import SCHEDULER, read_scheduler
 from inkstream.families.zimage.control import UNION
 from inkstream.families.zimage.documents import documents
 from inkstream.families.zimage.keys import DIFFUSERS, NATIVE, NUNCHAKU, PACKS
-from inkstream.families.zimage.model import Prepared, ZImageTransformer
+from inkstream.families.zimage.model import CLEAN, Prepared, ZImageTransformer
+from inkstream.families.zimage.segments import segment_lengths, segments_of, template
 from inkstream.families.zimage.specs import BASE, OMNI, TURBO, ZImageConfig
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.forward import Sample
@@ -33,6 +36,7 @@ from inkstream.nn.offload import where_it_computes
 from inkstream.types import Conditioning, Spec
 
 PROMPTS_KEPT = 64
+MOST_REFERENCES = 10
 
 
 def infer_config(shapes: Shapes) -> ZImageConfig:
@@ -101,20 +105,22 @@ class ZImage:
         side = configs["vae"].downscale * configs["transformer"].patch_size
         return read_scheduler(replace(known, name=name, multiple=side, **configs), documents)
 
-    def encode(self, prompt: str) -> Conditioning:
-        return self._encode_once(self.tokens(prompt))
+    def encode(self, prompt: str, references: int = 0) -> Conditioning:
+        return self._encode_once(self.tokens(prompt, references))
 
-    def tokens(self, prompt: str) -> tuple[int, ...]:
-        return tuple(tokenize(self.tokenizer, chat_prompt(prompt)))
+    def tokens(self, prompt: str, references: int = 0) -> tuple[int, ...]:
+        segments = template(prompt, references) if references else [chat_prompt(prompt)]
+        return tuple(i for segment in segments for i in tokenize(self.tokenizer, segment))
 
     def cut_at(self, prompt: str) -> int | None:
         return PROMPT_TOKENS if len(self.tokens(prompt)) >= PROMPT_TOKENS else None
 
     def encode_tokens(self, prompts: Sequence[tuple[int, ...]]) -> Conditioning:
+        """A prompt with references is encoded segment by segment, and its states are packed as one entry."""
         device, _ = where_it_computes(self.text_encoder)
-        lengths = tuple(len(ids) for ids in prompts)
+        segments = [len(segment) for ids in prompts for segment in segments_of(self.tokenizer, ids)]
         ids = torch.tensor([i for ids in prompts for i in ids], device=device)
-        return Conditioning(self.text_encoder(ids, lengths), lengths)
+        return Conditioning(self.text_encoder(ids, segments), tuple(len(ids) for ids in prompts))
 
     def _encode_once(self, ids: tuple[int, ...]) -> Conditioning:
         with torch.inference_mode(False), torch.no_grad():  # no inference tensors: a trainer may use the cached result
@@ -122,17 +128,34 @@ class ZImage:
 
     @staticmethod
     def size_for(spec: Spec, reference: tuple[int, int]) -> tuple[int, int]:
-        return reference
+        return fitted_size(reference, spec.size[0] * spec.size[1])
 
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
-        return cond
+        """Adds the latents of the references. A reference has at most the pixels of the model's default size."""
+        if not pictures.references:
+            return cond
+        area = self.spec.size[0] * self.spec.size[1]
+        sizes = [picture.size for picture in pictures.references]
+        check_references(sizes, (pictures.width, pictures.height), MOST_REFERENCES, area=area)
+        device, _ = where_it_computes(self.transformer)
+        seen = [to_pixels(picture).to(device)[None] for picture in prepare_references(pictures.references, area)]
+        return replace(cond, references=tuple(self.encode_image(pixels)[0] for pixels in seen))
 
     def prepare(
         self, cond: Conditioning, width: int, height: int, times: Sequence[float], around: Around = NOTHING
     ) -> list[Prepared]:
         _, h, w = self.latent_shape(width, height)
-        scales = self.transformer.scales([1 - t for t in dict.fromkeys(times)], around) if times else {}
-        samples = self.transformer.prepare_all(cond.tokens.split(list(cond.lengths)), h, w, around, cond.regions)
+        ours = [1 - t for t in times] + ([CLEAN] if cond.references else [])
+        scales = self.transformer.scales(list(dict.fromkeys(ours)), around) if times else {}
+        prompts = cond.tokens.split(list(cond.lengths))
+        if cond.references:
+            lengths = segment_lengths(self.tokenizer, len(cond.references))
+            samples = [
+                self.transformer.prepare_omni(prompt.split(lengths(len(prompt))), cond.references, (), h, w, around)
+                for prompt in prompts
+            ]
+        else:
+            samples = self.transformer.prepare_all(prompts, h, w, around, cond.regions)
         return [replace(sample, scales=scales) for sample in samples] if scales else samples
 
     def answer(self, samples: Sequence[Sample]) -> list[Tensor]:

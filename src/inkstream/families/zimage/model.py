@@ -62,7 +62,10 @@ class Prepared:
 
     def at(self, t: float) -> Prepared | None:
         """This sample for time t alone, or None if t was not foreseen."""
-        return replace(self, scales={t: self.scales[t]}) if t in self.scales else None
+        if t not in self.scales:
+            return None
+        needed = (t,) if self.clean is None else (t, CLEAN)
+        return replace(self, scales={one: self.scales[one] for one in needed})
 
     @property
     def target_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""FLUX.2's reference pictures: limits, the size that the model sees, and joining of several. Needs only PIL."""
+"""Reference pictures of Z-Image and FLUX.2: limits, the size that a model sees, joining of several. Needs only PIL."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ Size = tuple[int, int]
 """Width and height in pixels."""
 
 
-def check_references(sizes: Sequence[Size], output: Size, most: int, tokens: int = TOKENS, sources: int = 0) -> None:
+def check_references(
+    sizes: Sequence[Size], output: Size, most: int, tokens: int = TOKENS, sources: int = 0, area: int | None = None
+) -> None:
     """Raises InputError where references do not fit, before anything is decoded or scaled.
 
     sizes: of the unchanged references. output: of the picture to draw. most: the most references the model can take.
-    sources: 1 if the start picture, at the size of the output, is a reference too.
+    sources: 1 if the start picture, at the size of the output, is a reference too. area: as in `prepare_references`.
     """
     if len(sizes) + sources > most:
         given = f"{len(sizes)} references{' and a start picture' if sources else ''}"
@@ -38,7 +40,7 @@ def check_references(sizes: Sequence[Size], output: Size, most: int, tokens: int
             raise InputError(f"reference {number} is {width} by {height} pixels: both sides need {MIN_SIDE} or more")
         if max(width, height) > MAX_RATIO * min(width, height):
             raise InputError(f"reference {number} is {width} by {height} pixels: crop it to {MAX_RATIO} to 1 or less")
-    area = area_for(len(sizes))
+    area = area_for(len(sizes)) if area is None else area
     drawn = tokens_of(output)
     seen = sum(tokens_of(fitted_size(size, area)) for size in sizes) + drawn * sources
     if drawn + seen > tokens:
@@ -51,7 +53,7 @@ def check_references(sizes: Sequence[Size], output: Size, most: int, tokens: int
 def prepare_references(images: Sequence[Image.Image], area: int | None = None) -> list[Image.Image]:
     """Scales each picture down to `area` pixels if it is larger, crops its middle to whole tokens, makes it RGB.
 
-    area: None takes the release's limit, which depends on the number of pictures.
+    area: None takes FLUX.2's limit, which depends on the number of pictures.
     """
     area = area_for(len(images)) if area is None else area
     return [crop_to_multiple(cap_area(image.convert("RGB"), area)) for image in images]
