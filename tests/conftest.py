@@ -126,7 +126,7 @@ def build_model(spec: Spec) -> Model:
     sizes = spec.transformer
     width = sizes.cap_feat_dim if spec.family == "zimage" else sizes.joint_attention_dim
 
-    def encode(prompt: str) -> Conditioning:
+    def encode(prompt: str, references: int = 0) -> Conditioning:
         noise = torch.Generator().manual_seed(len(prompt))
         pooled = torch.randn(1, getattr(sizes, "pooled_projection_dim", 1), generator=noise)
         return Conditioning(torch.randn(5, width, generator=noise), (5,), pooled if spec.family == "flux1" else None)

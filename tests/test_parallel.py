@@ -118,9 +118,9 @@ def sample(count: int = 1, **asked: Any) -> Callable[[Model], list[Tensor]]:
     return lambda model: [model.sample(request, model.encode(request))]
 
 
-def encode(width: int) -> Callable[[str], Conditioning]:
+def encode(width: int) -> Callable[..., Conditioning]:
     """An encoder for tests: one token for each letter, from noise seeded by the prompt."""
-    return lambda prompt: Conditioning(normal(len(prompt), width, seed=len(prompt)), (len(prompt),))
+    return lambda prompt, references=0: Conditioning(normal(len(prompt), width, seed=len(prompt)), (len(prompt),))
 
 
 def packed(name: str) -> Callable[[Any], None]:

@@ -218,7 +218,7 @@ def test_pictures_of_the_prior_teach_what_the_model_answers_without_the_adapter(
     points = torch.lerp(batch.images, noise, t.view(-1, 1, 1, 1))
     with torch.no_grad():
         later = {name: flow_error(task.family, batch, t, noise, *way) for name, way in ways.items()}
-        answers = [velocity_of(task.family, points, t, cond, around) for around in (task.around, task.before)]
+        answers = [velocity_of(task.family, points, t, [cond], [around]) for around in (task.around, task.before)]
     distance = (answers[0] - answers[1]).square().mean((1, 2, 3))
     assert distance.min() > 0
     assert torch.allclose(later["kept"][[0, 2]], distance[[0, 2]], rtol=1e-3)

@@ -175,7 +175,7 @@ def _english_writing(writing: Writing, style: Style, stated: frozenset[str], rng
 
 # Chinese
 
-_PLACES = {
+CHINESE_PLACES = {
     "top left": "左上角", "top": "上方", "top right": "右上角", "left": "左侧", "center": "中间", "right": "右侧",
     "bottom left": "左下角", "bottom": "下方", "bottom right": "右下角", "middle": "中间",
 }  # fmt: skip
@@ -226,11 +226,11 @@ def _chinese_thing(
     name = SHAPES[thing.name] if thing.colour else CHINESE_EMOJI[thing.name]
     described = (CHINESE_COLOURS[thing.colour] if thing.colour else "") + name
     if style == "tags" and number == "一":
-        return _PLACES[thing.place] + described if placed else described
+        return CHINESE_PLACES[thing.place] + described if placed else described
     counted = f"{number}{MEASURES.get(thing.name, '个')}{_SIZES[thing.size] if 'size' in stated else ''}{described}"
     if not placed:
         return counted
-    return _PLACES[thing.place] + _one(rng, ["", "有", "是"]) + counted
+    return CHINESE_PLACES[thing.place] + _one(rng, ["", "有", "是"]) + counted
 
 
 def _chinese_writing(writing: Writing, style: Style, stated: frozenset[str], rng: Random | None) -> str:
@@ -241,7 +241,7 @@ def _chinese_writing(writing: Writing, style: Style, stated: frozenset[str], rng
         return f"{colour}文字{quoted}" if "writing colour" in stated else f"文字{quoted}"
     if not stated & {"writing colour", "writing place"}:
         return _one(rng, [f"文字{quoted}", f"写着{quoted}", f"写着{quoted}的海报", quoted])
-    place = _PLACES[writing.place] if "writing place" in stated else ""
+    place = CHINESE_PLACES[writing.place] if "writing place" in stated else ""
     face = _one(rng, [FACES[writing.face], ""])
     look = f"{colour}{face}" if "writing colour" in stated else ""
     return f"{place}写着{look}{_one(rng, ['的', '文字'])}{quoted}"

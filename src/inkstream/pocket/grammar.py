@@ -330,7 +330,7 @@ def _writing(
     rng: Random, grammar: Grammar, ground: Background, row: int, largest: float, taken: Sequence[str]
 ) -> Writing | None:
     latin = rng.random() < grammar.english
-    text = _english(rng, grammar) if latin else _chinese(rng, grammar)
+    text = new_text(rng, grammar, latin)
     faces = [face for face in grammar.faces if latin or face in HANZI_FACES]
     if latin and grammar.tidy and "mono" in faces:
         faces = ["mono"]
@@ -363,6 +363,11 @@ def tidy_writing(text: str, face: str, colour: str, row: int, largest: float) ->
     if not fitting:
         return None
     return Writing(text, face, colour, 0.5, (row + 1) / 4, fitting[0] / pitch)
+
+
+def new_text(rng: Random, grammar: Grammar, latin: bool) -> str | None:
+    """Draw a text in Latin letters or in Hanzi; None if the grammar has none."""
+    return _english(rng, grammar) if latin else _chinese(rng, grammar)
 
 
 def _english(rng: Random, grammar: Grammar) -> str | None:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from inkstream.disk import whole_file, whole_folder
-from inkstream.families import Family
+from inkstream.families import Family, Pictures
 from inkstream.nn.offload import where_it_computes
 from inkstream.train.objectives import Batch
 from inkstream.train.pictures import Folder, Size, Source, draw_all
@@ -74,6 +74,26 @@ class States:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Cached tensors of all pictures of a source, such as latents of references. Each picture has equally many."""
+
+    values: np.ndarray  # (V,) float16, all one after the other, memory-mapped
+    shapes: np.ndarray  # (N, R, 3) shape (C, h, w) of each picture's tensors
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        return np.cumsum(self.shapes.prod(-1).reshape(-1))
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        each = self.shapes.shape[1]
+        found = []
+        for number, shape in enumerate(self.shapes[index], index * each):
+            end = int(self.ends[number])
+            found.append(torch.from_numpy(self.values[end - shape.prod() : end].reshape(shape).astype(np.float32)))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
 class Samples:
     """Pictures of one size. images: (N, H, W, 3) uint8 pixels, or (N, C, h, w) float16 latents."""
 
@@ -117,13 +137,16 @@ class Data:
 
     def __init__(
         self, samples: Sequence[Samples], captions: Captions | None, order: Order, cond: States | None = None,
-        stress: Stress | None = None,
+        stress: Stress | None = None, references: Kept | None = None,
+        seen: Kept | None = None,
     ):  # fmt: skip
         self.samples = samples
         self.captions = captions
         self.order = order
         self.cond = cond
         self.stress = stress
+        self.references = references
+        self.seen = seen
         self._epoch = lru_cache(2)(self._epoch)
 
     def place(self, number: int) -> Place:
@@ -142,14 +165,15 @@ class Data:
             return Batch(images)
         chosen = place.captions[piece]
         weights = masks = prior = None
+        pictures = self.samples[place.samples].indices[place.rows[piece]]
+        beside = [() if kept is None else [kept[i] for i in pictures] for kept in (self.seen, self.references)]
         if self.stress is not None:
-            pictures = self.samples[place.samples].indices[place.rows[piece]]
             weights, prior = (torch.from_numpy(each[pictures]) for each in (self.stress.weights, self.stress.prior))
             if self.stress.masks is not None:
                 masks = torch.from_numpy(np.stack([self.stress.masks[i] for i in pictures]))
         if self.cond is None:
-            return Batch(images, [self.captions[i] for i in chosen], None, weights, masks, prior)
-        return Batch(images, (), Conditioning.pack([self.cond[i] for i in chosen]), weights, masks, prior)
+            return Batch(images, [self.captions[i] for i in chosen], None, weights, masks, prior, *beside)
+        return Batch(images, (), Conditioning.pack([self.cond[i] for i in chosen]), weights, masks, prior, *beside)
 
     def batch_size(self, samples: Samples) -> int:
         """Return the batch size of a size: about as many tokens as a batch of the first size, in equal pieces."""
@@ -292,9 +316,12 @@ def keep_latents(
 
 
 def keep_captions(
-    source: Source, count: int, each: int, folder: Path, family: Family, words_key: str
+    source: Source, count: int, each: int, folder: Path, family: Family, words_key: str, references: int = 0
 ) -> Iterator[Preparing | Captions]:
-    """Tokenize up to `each` captions of each picture, or read the cache. Yields Preparing messages, then Captions."""
+    """Tokenize up to `each` captions of each picture, or read the cache. Yields Preparing messages, then Captions.
+
+    references: the number of reference pictures of each picture.
+    """
     path = folder / f"captions-{cache_key(source.key(), count, each, words_key)}.npz"
     if not path.is_file():
         tokens: list[tuple[int, ...]] = []
@@ -302,9 +329,9 @@ def keep_captions(
         for index in range(count):
             if index % 500 == 0:
                 yield Preparing("reading captions", index, count)
-            tokens += [family.tokens(text) for text in source.captions(index, each)]
+            tokens += [family.tokens(text, references) for text in source.captions(index, each)]
             firsts.append(len(tokens))
-        tokens.append(family.tokens(""))
+        tokens.append(family.tokens("", references))
         folder.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary, temporary.open("wb") as file:
             np.savez(
@@ -313,6 +340,43 @@ def keep_captions(
             )  # fmt: skip
     with np.load(path, allow_pickle=False) as file:
         yield Captions(file["tokens"], file["ends"], file["firsts"])
+
+
+def keep_seen(
+    what: str, source: Source, count: int, folder: Path, see: Callable[[int], Sequence[Tensor]], key: Any
+) -> Iterator[Preparing | Kept]:
+    """Keep what a model sees of each picture beside it, or read the cache. Yields Preparing messages, then Kept.
+
+    see: index of a picture -> tensors (C, h, w). key: what they depend on, beside the source.
+    """
+    path = folder / f"{what}-{cache_key(source.key(), count, key)}"
+    if not path.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_folder(path) as temporary:
+            shapes = []
+            with (temporary / "values.bin").open("wb") as file:
+                for index in range(count):
+                    with torch.no_grad():
+                        seen = [tensor.to("cpu", torch.float16).contiguous() for tensor in see(index)]
+                    shapes.append([tensor.shape for tensor in seen])
+                    for tensor in seen:
+                        tensor.numpy().tofile(file)
+                    if index % ENCODED_AT_ONCE == 0:
+                        yield Preparing(f"encoding {what}", index, count)
+            np.save(temporary / "shapes.npy", np.array(shapes))
+    yield Kept(np.memmap(path / "values.bin", np.float16, "r"), np.load(path / "shapes.npy"))
+
+
+def look_at(source: Source, family: Family, index: int) -> Sequence[Tensor]:
+    """Return the latents of a picture's references, as drawing sees them.
+
+    Raises InputError if the family does not read references as latents.
+    """
+    pictures = Pictures(*source.size(index), source.references(index))
+    seen = family.look(family.encode(""), pictures).references
+    if not seen:
+        raise InputError(f"{family.spec.name} does not read references as latents: take a model that does")
+    return seen
 
 
 def keep_states(

@@ -53,7 +53,7 @@ class Learner:
                 checkpoint_blocks(module)
             if team.count > 1 and self.run.parallel == "fsdp":
                 share_out(module, device, team, dtype)
-        self.weights = Weights(modules, dtype, team)
+        self.weights = Weights(modules, dtype, team, recipe.model.only or ("*",))
         kept = self.weights.masters.items() if self.settings.ema else ()
         self.ema = {name: w.clone() for name, w in kept}
         self.optimisers = make_optimiser(self.weights, self.settings)

@@ -17,13 +17,14 @@ from inkstream.engine.drawing.model import Model
 from inkstream.engine.machine.loader import choose_device
 from inkstream.train.adapterfile import adapter_name, write_adapter
 from inkstream.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
+from inkstream.train.controls import part_of, write_net
 from inkstream.train.few_steps import check_transfer, is_distilled, softened, unlearning
 from inkstream.train.metrics import Metrics
 from inkstream.train.models import DTYPES, Start, export, start
 from inkstream.train.parallel import Team, join_team, own_device
 from inkstream.train.recipe import Recipe, as_tables, as_toml, completed, differences
 from inkstream.train.speed import count_flops, cpu_seconds, measure_peak
-from inkstream.train.tasks import TASKS, Preparing, Task
+from inkstream.train.tasks import TASKS, Preparing, Task, taught
 from inkstream.types import InputError
 
 
@@ -157,12 +158,15 @@ def export_last(recipe: Recipe, folder: Path | str) -> tuple[int, Path]:
         path = folder / f"{adapter_name(recipe, folder)}.safetensors"
         return saved.step, write_adapter(path, recipe, start(frozen), saved.ema or saved.weights, saved.step)
     begun = start(recipe)
+    if "control" in recipe.model.train:
+        path = folder / f"{adapter_name(recipe, folder)}.safetensors"
+        return saved.step, write_net(path, part_of(recipe, begun), saved.ema or saved.weights, recipe)
     states: dict[str, dict[str, Tensor]] = {name: {} for name in begun.modules}
     for key, tensor in (saved.ema or saved.weights).items():
         part, _, name = key.partition(".")
         if part in states:
             states[part][name] = tensor
-    return saved.step, export(begun, begun.spec, states, folder / "model", recipe.run.export)
+    return saved.step, export(begun, taught(begun.spec, recipe), states, folder / "model", recipe.run.export)
 
 
 def _run(
@@ -399,6 +403,14 @@ class Training:
             path = folder / f"{adapter_name(self.recipe, folder)}.safetensors"
             if self.team.leads:
                 write_adapter(path, self.recipe, self.begun, learner.ema or learner.weights.masters, self.step)
+            self.team.wait()
+            return path
+        if "control" in self.recipe.model.train:
+            (learner,) = self.task.learners
+            path = folder / f"{adapter_name(self.recipe, folder)}.safetensors"
+            tensors = learner.weights.whole(learner.ema or learner.weights.masters)
+            if self.team.leads:
+                write_net(path, part_of(self.recipe, self.begun), tensors, self.recipe)
             self.team.wait()
             return path
         with self.averaged():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,12 +13,15 @@ from torch.nn import functional as F
 from inkstream.families import Family
 from inkstream.flow import add_noise
 from inkstream.nn.around import NOTHING, Around
+from inkstream.nn.around.residuals import Residual
 from inkstream.nn.forward import Sample
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.recipe import Objective
 from inkstream.types import Conditioning
 
 Prompts = Sequence[tuple[int, ...]]
+Follow = Callable[[Family, Tensor, Conditioning], Residual]
+"""Returns the residual by which a sample follows what a control net sees of it."""
 TAUGHT_GUIDANCE = 1.0
 """Guidance value that a guidance-distilled model gets in training: training pictures have no guidance effect."""
 
@@ -33,6 +36,8 @@ class Batch:
     weights: Tensor | None = None  # (B,) of each sample's loss
     masks: Tensor | None = None  # (B, h, w) of the latents: how much the error counts there
     prior: Tensor | None = None  # (B,) bool: the samples that keep what the model knows
+    seen: Sequence[tuple[Tensor, ...]] = ()  # what a control net sees of each sample, one tensor
+    references: Sequence[tuple[Tensor, ...]] = ()  # latents (C, h, w) of each sample's reference pictures
 
 
 def draw_times(count: int, settings: Objective, generator: torch.Generator) -> Tensor:
@@ -64,21 +69,28 @@ def flow(
     settings: Objective,
     around: Around = NOTHING,
     before: Around | None = None,
+    follow: Follow | None = None,
 ) -> Tensor:
     """Return the velocity loss of each sample, (B,): the mean over a sample's latents, so all sizes have equal weight.
 
     t: (B,); noise: same shape as batch.images. around: what is done around the blocks, such as adapters. before: the
     same without the adapter that learns. If it is given, the target of the samples of batch.prior is the velocity
-    that the model answers with it (output preservation); else it is that of their pictures.
+    that the model answers with it (output preservation); else it is that of their pictures. follow: of a control net.
     """
-    error = flow_error(family, batch, t, noise, around, before)
+    error = flow_error(family, batch, t, noise, around, before, follow)
     if settings.weight == "image":  # |image - estimate|^2 / max(t, floor)^2 = |v - estimate|^2 min(1, t / floor)^2
         error = error * (t / settings.floor).clamp(max=1) ** 2
     return error if batch.weights is None else error * batch.weights
 
 
 def flow_error(
-    family: Family, batch: Batch, t: Tensor, noise: Tensor, around: Around = NOTHING, before: Around | None = None
+    family: Family,
+    batch: Batch,
+    t: Tensor,
+    noise: Tensor,
+    around: Around = NOTHING,
+    before: Around | None = None,
+    follow: Follow | None = None,
 ) -> Tensor:
     """Return the mean squared error of each sample's velocity, (B,), without a weight over time.
 
@@ -94,19 +106,40 @@ def flow_error(
         rows = batch.prior.nonzero()[:, 0]
         with torch.no_grad():
             known = Conditioning.pack([cond[i] for i in rows.tolist()])
-            target[rows] = velocity_of(family, points[rows], t[rows], known, before)
-    squares = (velocity_of(family, points, t, cond, around) - target).square()
+            target[rows] = velocity_of(family, points[rows], t[rows], [known], [before])
+    entries, arounds = [cond], [around]
+    if batch.references:
+        entries = [replace(cond[i], references=references) for i, references in enumerate(batch.references)]
+    elif follow is not None:
+        entries = [cond[i] for i in range(len(points))]
+    if follow is not None:
+        residuals = [follow(family, seen, entry) for (seen,), entry in zip(batch.seen, entries, strict=True)]
+        arounds = [replace(around, residuals=(residual,)) for residual in residuals]
+    elif len(entries) > 1:
+        arounds = [around] * len(entries)
+    squares = (velocity_of(family, points, t, entries, arounds) - target).square()
     if batch.masks is None:
         return squares.mean((1, 2, 3))
     return (squares.mean(1) * batch.masks).sum((1, 2)) / batch.masks.sum((1, 2))
 
 
-def velocity_of(family: Family, points: Tensor, t: Tensor, cond: Conditioning, around: Around) -> Tensor:
-    """Return the velocity that a model answers at each point, (B, C, h, w). cond: one entry for each point."""
+def velocity_of(
+    family: Family, points: Tensor, t: Tensor, entries: Sequence[Conditioning], arounds: Sequence[Around]
+) -> Tensor:
+    """Return the velocity that a model answers at each point, (B, C, h, w).
+
+    entries: what the points are conditioned on, in order; one entry may have the prompts of several. arounds: of each
+    entry.
+    """
     down = family.spec.vae.downscale
     height, width = (side * down for side in points.shape[-2:])
-    prepared = family.prepare(cond, width, height, (), around)
-    return torch.stack(family.answer([Sample(*each, around) for each in zip(points.unbind(), t.tolist(), prepared)]))
+    prepared = [
+        (one, around)
+        for cond, around in zip(entries, arounds, strict=True)
+        for one in family.prepare(cond, width, height, (), around)
+    ]
+    samples = [Sample(x, at, *own) for x, at, own in zip(points.unbind(), t.tolist(), prepared)]
+    return torch.stack(family.answer(samples))
 
 
 def autoencode(vae: Autoencoder, pixels: Tensor, noise: Tensor, settings: Objective) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,7 +20,9 @@ from PIL import Image, ImageOps
 
 from inkstream.pocket.captions import Wording, caption, draw_caption
 from inkstream.pocket.draw import render
+from inkstream.pocket.edits import Edit, instruction, sample_edit
 from inkstream.pocket.grammar import Grammar, sample, stretch
+from inkstream.pocket.scenes import Scene
 from inkstream.train import recipe as recipes
 from inkstream.types import InputError
 
@@ -47,6 +49,10 @@ class Source(Protocol):
 
     def captions(self, index: int, count: int) -> list[str]:
         """Return 1 to `count` captions of a picture."""
+        ...
+
+    def references(self, index: int) -> list[Image.Image]:
+        """Return the pictures, RGB, that a picture is drawn from. All pictures of a source have equally many."""
         ...
 
     def key(self) -> Any:
@@ -77,12 +83,39 @@ class Scenes:
         rng = Random(self.first + index)
         return [draw_caption(scene, self.wording, rng) for _ in range(count)]
 
+    def references(self, index: int) -> list[Image.Image]:
+        return []
+
     def key(self) -> Any:
         own = {f.name: getattr(self, f.name) for f in fields(self)}
         return {**own, "grammar": asdict(self.grammar), "wording": asdict(self.wording), "renderer": _renderer()}
 
-    def _scene(self, index: int) -> Any:
+    def _scene(self, index: int) -> Scene:
         return sample(self.grammar, self.first + index, self.split)
+
+
+@dataclass(frozen=True)
+class Edits(Scenes):
+    """Scenes after an edit. The scene before it is the reference, and the captions are instructions."""
+
+    def picture(self, index: int) -> np.ndarray:
+        return np.array(self._draw(self._edit(index).after, index))
+
+    def captions(self, index: int, count: int) -> list[str]:
+        edit, rng = self._edit(index), Random(self.first + index)
+        if self.split == "held_out":
+            return [instruction(edit)]
+        languages = rng.choices(("en", "zh"), (self.wording.english, 1 - self.wording.english), k=count)
+        return [instruction(edit, language, rng) for language in languages]
+
+    def references(self, index: int) -> list[Image.Image]:
+        return [self._draw(self._edit(index).before, index)]
+
+    def _draw(self, scene: Scene, index: int) -> Image.Image:
+        return render(stretch(scene, *self.size(index)), *self.size(index))
+
+    def _edit(self, index: int) -> Edit:
+        return sample_edit(self.grammar, self.first + index, self.split)
 
 
 @dataclass(frozen=True)
@@ -97,6 +130,7 @@ class Folder:
     weights: tuple[float, ...]  # of each picture's loss
     prior: tuple[bool, ...]  # whether a picture is of the folder `prior`
     masks: tuple[str, ...]  # each picture's mask: a file, "alpha" for its own transparency, or "" for none
+    others: tuple[tuple[str, ...], ...]  # files of the references of each picture
 
     def size(self, index: int) -> Size:
         return self.places[index]
@@ -118,15 +152,18 @@ class Folder:
         return np.array(fitted.resize(grid, Image.Resampling.BOX), np.float32) / 255
 
     def _fit(self, file: str, mode: str, size: Size) -> Image.Image:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert(mode)
-        return ImageOps.fit(upright, size, Image.Resampling.LANCZOS)
+        return ImageOps.fit(open_upright(file, mode), size, Image.Resampling.LANCZOS)
 
     def captions(self, index: int, count: int) -> list[str]:
         return list(self.texts[index][:count])
 
+    def references(self, index: int) -> list[Image.Image]:
+        return [open_upright(file, "RGB") for file in self.others[index]]
+
     def key(self) -> Any:
-        return {"files": self.files, "texts": self.texts, "places": self.places, "stamps": self.stamps}
+        stamps = [[_stamp(file) for file in files] for files in self.others]
+        own = {"references": [self.others, stamps]} if any(self.others) else {}
+        return {**own, "files": self.files, "texts": self.texts, "places": self.places, "stamps": self.stamps}
 
     def __len__(self) -> int:
         return len(self.files)
@@ -140,14 +177,18 @@ class Folder:
         return Folder(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Folder)))
 
 
+SCENES = {"scenes": Scenes, "edits": Edits}
+"""Values of [data] source that name what the renderer draws. Others are folders."""
+
+
 def open_source(data: recipes.Data, split: Split = "train", hold_out: bool = False) -> tuple[Source, int]:
     """Return a recipe's pictures and their number; 0 means endless. Raises InputError if there are none.
 
     hold_out: hold out one picture in twenty of a folder, chosen by the hash of its name. Pictures of `prior` are all
     for training.
     """
-    if data.source == "scenes":
-        scenes = Scenes(
+    if kind := SCENES.get(data.source):
+        scenes = kind(
             data.sizes, Grammar.from_table(data.grammar), _wording(data.wording),
             data.first if split == "train" else HELD_OUT_FROM, split,
         )  # fmt: skip
@@ -197,9 +238,11 @@ def _open_folder(root: Path, data: recipes.Data, key: Literal["source", "prior"]
         raise InputError(f"[data] {key} = {str(root)!r} is not a folder: give a folder of pictures")
     listed = _listed(root)
     masks = data.mask and data.mask != "alpha" and Path(data.mask).expanduser()
+    others = [Path(folder).expanduser() for folder in data.references]
+    beside_it = [*others, *([masks] if masks else [])]
     rows = []
     for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES):
-        if masks and path.is_relative_to(masks):
+        if any(path.is_relative_to(folder) for folder in beside_it):
             continue
         beside = path.with_suffix(".txt")
         text = [beside.read_text("utf-8").strip()] if beside.is_file() else listed.get(path.resolve(), [])
@@ -219,24 +262,42 @@ def _open_folder(root: Path, data: recipes.Data, key: Literal["source", "prior"]
             size = f"{shape[0]}x{shape[1]}"
             raise InputError(f"{path} is {size}, smaller than [data] buckets = {data.buckets}: remove it or lower this")
         place = bucket_size(shape, data.sizes[0], data.buckets) if data.buckets else nearest_size(shape, data.sizes)
-        stat = path.stat()
         texts = tuple(with_trigger(one, data.trigger) for one in text or [""])
         weight = 1.0 if key == "source" else data.prior_weight
-        mask = _mask_of(path, masks) if masks else data.mask
-        rows.append(
-            (str(path), texts, place, (stat.st_size, stat.st_mtime_ns), data.repeats, weight, key == "prior", mask)
-        )
+        mask = namesake(path, masks, "mask") if masks else data.mask
+        seen = tuple(namesake(path, folder, "references") for folder in others)
+        rows.append((str(path), texts, place, _stamp(path), data.repeats, weight, key == "prior", mask, seen))
     if not rows:
         raise InputError(f"{root} holds no picture: add {', '.join(SUFFIXES)} files")
     return Folder(*map(tuple, zip(*rows)))
 
 
-def _mask_of(picture: Path, folder: Path) -> str:
-    """Return the file of a picture's mask. Raises InputError if it is not there."""
+def namesake(picture: Path, folder: Path, key: Literal["mask", "references", "map"]) -> str:
+    """Return the file in another folder that has a picture's name. Raises InputError if it is not there."""
     found = next((file for s in SUFFIXES if (file := folder / f"{picture.stem}{s}").is_file()), None)
     if found is None:
-        raise InputError(f"[data] mask = {str(folder)!r} holds no {picture.stem}.png: add it, white where it counts")
+        what = {
+            "mask": "white where it counts",
+            "references": f"the picture that {picture.name} is drawn from",
+            "map": f"the control picture of {picture.name}",
+        }[key]
+        table = "control" if key == "map" else "data"
+        raise InputError(f"[{table}] {key} = {str(folder)!r} holds no {picture.stem}.png: add it, {what}")
     return str(found)
+
+
+def open_upright(file: str, mode: str) -> Image.Image:
+    """Return the picture in a file, upright. Raises InputError if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert(mode)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} cannot be read as a picture ({error}): remove it or save it again") from error
+
+
+def _stamp(file: Path | str) -> tuple[int, int]:
+    stat = Path(file).stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def with_trigger(caption: str, trigger: str) -> str:

@@ -8,11 +8,23 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from inkstream.train.recipe import TABLES, Data, Objective, Optimiser, Recipe, Table, nearest, read_table, spoken
+from inkstream.train.pictures import SCENES
+from inkstream.train.recipe import (
+    TABLES,
+    Control,
+    Data,
+    Objective,
+    Optimiser,
+    Recipe,
+    Table,
+    nearest,
+    read_table,
+    spoken,
+)
 from inkstream.train.tasks import TASKS, Task
 from inkstream.types import InputError
 
-FOLDERS = [f for f in fields(Data) if f.name in ("buckets", "trigger", "repeats", "prior", "mask")]
+FOLDERS = [f for f in fields(Data) if f.name in ("buckets", "trigger", "repeats", "prior", "mask", "references")]
 """Keys of [data] that mean something for a folder of pictures only."""
 
 
@@ -96,7 +108,7 @@ def _check(recipe: Recipe) -> None:
     if data.buckets % 16:
         raise InputError(f"[data] buckets = {data.buckets}: give a multiple of 16, such as 32")
     own = [f.name for f in FOLDERS if getattr(data, f.name) != f.default]
-    if data.source == "scenes" and own:
+    if data.source in SCENES and own:
         raise InputError(f"[data] {own[0]} is for a folder of pictures: name one in [data] source")
     if objective.kind == "autoencoder" and (unread := [name for name in own if name != "buckets"]):
         raise InputError(f"[data] {unread[0]} is for a transformer, not for an autoencoder: leave it out")
@@ -104,13 +116,19 @@ def _check(recipe: Recipe) -> None:
         raise InputError("[data] prior_by = model needs pictures whose captions it answers: name a folder in prior")
     if data.prior_by == "model" and recipe.adapter.kind == "none":
         raise InputError("[data] prior_by = model needs a model that stays as it is: train an [adapter] beside it")
+    if data.prior and data.references:
+        raise InputError("[data] prior holds pictures without references: leave it out, or leave out references")
+    if (data.references or data.source == "edits") and (run.prompts or run.graded):
+        key = "prompts" if run.prompts else "graded"
+        raise InputError(f"[run] {key} draws without references: leave it out, previews draw held-out pairs")
     kind, lr = recipe.optimiser.kind, recipe.optimiser.lr
     if kind == "prodigy" and lr < 0.1:
         raise InputError(f"[optimiser] lr = {lr:g}: prodigy multiplies the rate that it finds by this, set it to 1")
     if run.parallel == "fsdp" and kind not in ("adamw", "muon"):
         raise InputError(f"[optimiser] kind = {kind} cannot be sharded: take adamw, or [run] parallel = ddp")
     _check_adapter(recipe)
-    if objective.kind == "flow" and data.source == "scenes" and not data.count:
+    _check_control(recipe)
+    if objective.kind == "flow" and data.source in SCENES and not data.count:
         raise InputError("[data] count = 0 does not cache scenes, but flow needs cached scenes: give their number")
     if not data.count and len(data.sizes) > 1:
         raise InputError(f"[data] count = 0 allows one size, but sizes has {len(data.sizes)}: keep one")
@@ -148,6 +166,24 @@ def _check_adapter(recipe: Recipe) -> None:
         raise InputError("[adapter] transfer draws the prompts of previews: give some in [run] prompts")
     if adapter.stream and run.compile:
         raise InputError("[run] compile compiles resident blocks, and [adapter] stream moves them: set one to false")
+
+
+def _check_control(recipe: Recipe) -> None:
+    """Check rules about a control net. Raises InputError."""
+    train, settings = recipe.model.train, recipe.own.get("control", Control())
+    if "control" not in train:
+        if changed := [f.name for f in fields(Control) if getattr(settings, f.name) != Control().__dict__[f.name]]:
+            raise InputError(f'[control] has {changed[0]}, but no net is trained: add [model] train = ["control"]')
+        return
+    if train != ("control",):
+        raise InputError(f"[model] train = {list(train)}: the model stays while a control net learns, name it alone")
+    if not recipe.model.from_:
+        raise InputError("[control] needs a model to guide: name one in [model] from")
+    if recipe.run.prompts or recipe.run.graded:
+        key = "prompts" if recipe.run.prompts else "graded"
+        raise InputError(f"[run] {key} draws without control pictures: leave it out, previews follow held-out maps")
+    if recipe.run.parallel == "fsdp":
+        raise InputError("[run] parallel = fsdp shards weights that learn, and a control net's are not: take ddp")
 
 
 def describe() -> str:

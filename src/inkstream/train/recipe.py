@@ -34,8 +34,11 @@ class Model:
     family: str = key("zimage", "Family of a new model.")
     train: tuple[str, ...] = key(
         (),
-        "Parts to train. flow: transformer (if empty), text_encoder, or both. autoencoder: vae (if empty) or "
-        "vae.decoder.",
+        "Parts to train. flow: transformer (if empty), text_encoder, or both; or control alone. autoencoder: vae (if "
+        "empty) or vae.decoder.",
+    )
+    only: tuple[str, ...] = key(
+        (), "Patterns of the weights that learn, such as `layers.*.attention.*`; the others stay. If empty, all."
     )
     tokenizer: str = key("pocket", "Tokenizer of a new model: a folder with tokenizer.json, or pocket.")
     transformer: Table = key({}, "Sizes of a new transformer, named as in its config; or `from`, a folder or file.")
@@ -90,10 +93,33 @@ class Adapter:
 
 
 @dataclass(frozen=True)
+class Control:
+    """A ControlNet, if [model] train = ["control"]. The model itself stays as it is."""
+
+    kind: str = key("", "Kind of net, of those that the family has. If empty, the family's first.")
+    map: str = key(
+        "canny",
+        "The map of each picture that the net sees: one that `inkstream control` draws, or a folder that has a picture "
+        "with the name of each picture of `source`.",
+    )
+    mode: str = key("", "Mode that the net is told, for kinds of nets that are told one.")
+    sizes: Table = key({}, "Sizes of the net, named as in its config. The defaults fit the model.")
+
+
+@dataclass(frozen=True)
 class Data:
     """The training data."""
 
-    source: str = key("scenes", "scenes, or a folder of pictures with captions.")
+    source: str = key(
+        "scenes",
+        "scenes: rendered scenes with captions. edits: pairs of scenes, before and after an edit, with instructions. "
+        "Else a folder of pictures with captions.",
+    )
+    references: tuple[str, ...] = key(
+        (),
+        "Folders of reference pictures: each has a picture with the name of each picture of `source`, which is drawn "
+        "from them. The captions are then instructions.",
+    )
     sizes: tuple[tuple[int, int], ...] = key(
         ((128, 128),), "Widths and heights in pixels. Each picture gets the size with the nearest aspect ratio."
     )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.model import Model, advance
@@ -18,6 +19,7 @@ from inkstream.engine.files.merging import names_of
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.adapters import AdapterWeights, fixed
+from inkstream.train.controls import Maps, begin_net, settings_of
 from inkstream.train.data import (
     Data,
     Endless,
@@ -28,7 +30,9 @@ from inkstream.train.data import (
     keep_captions,
     keep_latents,
     keep_pixels,
+    keep_seen,
     keep_states,
+    look_at,
     stress_of,
     weights_key,
 )
@@ -46,8 +50,8 @@ from inkstream.train.objectives import (
     psnr,
 )
 from inkstream.train.parallel import Team, compile_blocks
-from inkstream.train.pictures import Source, Split, open_source
-from inkstream.train.recipe import Recipe
+from inkstream.train.pictures import SCENES, Source, Split, open_source
+from inkstream.train.recipe import Control, Recipe
 from inkstream.train.stream import recompute_blocks
 from inkstream.types import InputError, Request, Spec
 from inkstream.weights.lora.read import read_lora
@@ -102,10 +106,13 @@ class Task(Protocol):
 
 
 class Flow:
-    """Flow matching: trains a transformer, with or without its text encoder, to predict velocities of latents."""
+    """Flow matching: trains a transformer, with or without its text encoder, to predict velocities of latents.
 
-    learns: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder")
-    tables: ClassVar[Mapping[str, type]] = {}
+    Instead, a control net may learn beside a model that stays as it is.
+    """
+
+    learns: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "control")
+    tables: ClassVar[Mapping[str, type]] = {"control": Control}
     learners: Sequence[Learner]
 
     def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
@@ -126,6 +133,11 @@ class Flow:
         else:
             self._adapt(begun.modules["transformer"], begun.adapter)
         self.family = begun.family()
+        self.net = begin_net(recipe, begun, self.family) if "control" in self.learning else None
+        self.follow = None
+        if self.net is not None:
+            self.net.weights.to(device).requires_grad_(False)
+            self.follow = self.net.follow
 
     def _adapt(self, transformer: nn.Module, adapter: AdapterWeights) -> None:
         """Let the adapter learn in the transformer's place."""
@@ -162,6 +174,10 @@ class Flow:
         if self.data.cond is not None and not run.preview and not run.graded:
             for name in self._encoders:
                 self.begun.modules[name].to("cpu")  # all captions are encoded: free GPU memory
+        if self.net is not None:
+            net = {"control": self.net.weights}
+            self.learners = [Learner("control", net, self.recipe, self.device, self.team)]
+            return
         self.learners = [model_learner(self.recipe, self.begun, self.learning, self.device, self.team)]
 
     def _load(self, split: Split, order: Order) -> Iterator[Any]:
@@ -171,14 +187,29 @@ class Flow:
         vae_key = weights_key(self.begun.modules["vae"].state_dict(), self.begun.spec.vae)
         words = words_key(self.begun.words)
         samples = yield from last_of(keep_latents(source, count, cache, data.workers, self.family, vae_key))
-        captions = yield from last_of(keep_captions(source, count, data.captions, cache, self.family, words))
+        each, references = len(source.references(0)), None
+        captions = yield from last_of(keep_captions(source, count, data.captions, cache, self.family, words, each))
+        if each:
+            see = partial(look_at, source, self.family)
+            references = yield from last_of(keep_seen("references", source, count, cache, see, [vae_key, *self._sizes]))
+        seen = None
+        if self.net is not None:
+            maps = Maps(source, settings_of(self.recipe).map)
+            see, key = partial(maps.seen, self.net.module, self.family), [vae_key, maps.key(), *self._sizes]
+            seen = yield from last_of(keep_seen("maps", source, count, cache, see, [*key, self.net.config]))
         cond = None
         if "text_encoder" not in self.learning:
             begun = self.begun
             keys = [weights_key(begun.modules[name].state_dict(), getattr(begun.spec, name)) for name in self._encoders]
-            key = [*keys, words, data.captions]
+            key = [*keys, words, data.captions, each]
             cond = yield from last_of(keep_states(source, count, captions, cache, self.family, key))
-        yield Data(samples, captions, order, cond, stress_of(source, count, self.family, data.mask_floor))
+        stress = stress_of(source, count, self.family, data.mask_floor)
+        yield Data(samples, captions, order, cond, stress, references, seen)
+
+    @property
+    def _sizes(self) -> list[Any]:
+        """What the size that a model sees pictures at depends on."""
+        return [self.begun.spec.family, self.begun.spec.size]
 
     def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
         return [(self.learners[0], partial(self._loss, step, self.data.place(step)))]
@@ -193,7 +224,8 @@ class Flow:
         t = draw_times(shape[0], settings, generator)  # times and noise do not depend on the number of pieces
         noise = torch.randn(shape, generator=generator, device=self.device)  # of the whole batch
         batch = self._move(self.data.load(place, piece))
-        return flow(self.family, batch, t[piece], noise[piece], settings, self.around, self.before).mean()
+        arounds = self.around, self.before, self.follow
+        return flow(self.family, batch, t[piece], noise[piece], settings, *arounds).mean()
 
     def _move(self, batch: Batch) -> Batch:
         cond = batch.cond
@@ -202,7 +234,11 @@ class Flow:
             cond = replace(cond, tokens=cond.tokens.to(self.device), pooled=pooled)
         own = {"weights": batch.weights, "masks": batch.masks, "prior": batch.prior}
         moved = {name: each.to(self.device) for name, each in own.items() if each is not None}
-        return replace(batch, images=batch.images.to(self.device), cond=cond, **moved)
+        images = batch.images.to(self.device)
+        references, seen = (
+            [tuple(one.to(self.device) for one in each) for each in found] for found in (batch.references, batch.seen)
+        )
+        return replace(batch, images=images, cond=cond, references=references, seen=seen, **moved)
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:
@@ -216,13 +252,16 @@ class Flow:
                 generator = torch.Generator(self.device).manual_seed(mix(SALT_HELD_OUT, number))
                 noise = torch.randn(batch.images.shape, generator=generator, device=self.device)
                 times = torch.full((len(noise),), t, device=self.device)
-                errors.append(flow_error(self.family, batch, times, noise, self.around))
+                errors.append(flow_error(self.family, batch, times, noise, self.around, follow=self.follow))
             found[f"{t:g}"] = torch.cat(errors).mean().item()
         return {"mean": sum(found.values()) / len(found), **found}
 
     @torch.no_grad()
     def sheet(self) -> Image.Image:
-        """Draw the prompts with the inference engine and its default settings. Picture i has seed i."""
+        """Draw the prompts with the inference engine and its default settings. Picture i has seed i.
+
+        Of pairs, each picture stands behind its first reference.
+        """
         run = self.recipe.run
         prompts = [self.family.tokens(prompt) for prompt in run.prompts]
         if not prompts:
@@ -231,23 +270,33 @@ class Flow:
             assert captions is not None
             prompts = [captions[int(i)] for i in captions.firsts[:-1][: run.preview_count]]
         model = self.model()
-        empty, pictures = self.family.tokens(""), []
+        seen = None if self.held_out is None else self.held_out.references
+        empty, pictures = self.family.tokens("", 0 if seen is None else seen.shapes.shape[1]), []
         for i, ids in enumerate(prompts):
             cond = self.family.encode_tokens([ids, empty])
-            drawn = model.start(
-                complete(Request.model_validate({"seed": i}), model.spec), cond, None, around=self.drawing
-            )
+            if seen is not None:
+                cond = replace(cond, references=tuple(one.to(self.device) for one in seen[i]))
+                before = model.decode(seen[i][0][None])[0].cpu()
+                pictures.append(F.interpolate(before[None], self.begun.spec.size[::-1])[0])
+            around = self.drawing
+            if self.net is not None:
+                assert self.held_out is not None
+                assert self.held_out.seen is not None
+                (map_seen,) = self.held_out.seen[i]
+                residual = self.net.follow(self.family, map_seen.to(self.device), cond)
+                around = replace(around, residuals=(residual,))
+            drawn = model.start(complete(Request.model_validate({"seed": i}), model.spec), cond, None, around=around)
             while drawn.query is not None:
                 advance(model.family, [drawn])
             pictures.append(model.decode(drawn.result[None])[0].cpu())
-        return tile(torch.stack(pictures))
+        return tile(torch.stack(pictures), 0 if seen is None else 6)
 
     def model(self) -> Model:
         """Return a model with a new family object: a family caches encoded prompts, and the text encoder may change."""
         return Model(self.begun.family(), self.device, DTYPES[self.recipe.run.dtype])
 
     def finish(self) -> Spec:
-        return self.begun.spec
+        return taught(self.begun.spec, self.recipe)
 
 
 class Autoencoding:
@@ -344,6 +393,17 @@ class Autoencoding:
         return replace(self.begun.spec, vae=vae)
 
 
+def taught(spec: Spec, recipe: Recipe) -> Spec:
+    """Return the spec of a model that a recipe trained: after pairs it takes references.
+
+    Instructions about scenes are written out by the grammar of edits.
+    """
+    if recipe.data.source == "edits":
+        abilities = spec.abilities | {"references", "upsample", "upsample_references"}
+        return replace(spec, abilities=abilities, writer="edits")
+    return replace(spec, abilities=spec.abilities | {"references"}) if recipe.data.references else spec
+
+
 TASKS: dict[str, type[Task]] = {"flow": Flow, "autoencoder": Autoencoding}
 """Task classes by [objective] kind."""
 
@@ -364,7 +424,7 @@ def pictures_of(recipe: Recipe, split: Split) -> tuple[Source, int]:
     """Return the pictures of a split and the number to use."""
     source, count = open_source(recipe.data, split, hold_out=bool(recipe.run.held_out))
     if split == "held_out":
-        count = recipe.run.held_out_count if recipe.data.source == "scenes" else min(recipe.run.held_out_count, count)
+        count = recipe.run.held_out_count if recipe.data.source in SCENES else min(recipe.run.held_out_count, count)
     return source, count
 
 

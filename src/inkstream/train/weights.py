@@ -3,26 +3,41 @@
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from inkstream.train.parallel import ALONE, Team, cut, own_part, whole
+from inkstream.types import InputError
 
 
 class Weights:
     """Master weights, which the optimiser changes. `masters`: this process's float32 weights or shards, by `part.name`.
 
     If modules compute in float32, the masters share the memory of their weights. If modules compute in bfloat16, their
-    weights are copies, which `publish` updates.
+    weights are copies, which `publish` updates. only: patterns of the weights that learn, without the part's name.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], dtype: torch.dtype, team: Team = ALONE):
+    def __init__(
+        self, modules: Mapping[str, nn.Module], dtype: torch.dtype, team: Team = ALONE, only: Sequence[str] = ("*",)
+    ):
         self.team = team
-        self.live = {f"{part}.{name}": p for part, module in modules.items() for name, p in module.named_parameters()}
+        self.live = {
+            f"{part}.{name}": p
+            for part, module in modules.items()
+            for name, p in module.named_parameters()
+            if any(fnmatchcase(name, pattern) for pattern in only)
+        }
+        if not self.live:
+            raise InputError(f"[model] only = {list(only)} names no weight: take a pattern such as layers.*")
+        learning = {id(p) for p in self.live.values()}
+        for p in (p for module in modules.values() for p in module.parameters()):
+            if id(p) not in learning and not isinstance(p, DTensor):
+                p.data = p.data.to(dtype)
         self.masters: dict[str, Tensor] = {}
         for name, p in self.live.items():
             own = own_part(p.detach())

@@ -20,7 +20,7 @@ from inkstream.types import Done, LoraUse, Request, Spec
 if TYPE_CHECKING:
     from inkstream.pocket.writer import Written
 
-WRITERS = {"scenes": "inkstream.pocket.writer:write"}
+WRITERS = {"scenes": "inkstream.pocket.writer:write", "edits": "inkstream.pocket.editor:write"}
 """Spec.writer -> the path of the function (prompt, seed, negative prompt, keep) -> Written: the expanded prompt, notes.
 
 keep: as from `kept_words`.
@@ -30,9 +30,12 @@ REAL_MODEL = "z-image-turbo"
 
 
 def writes_out(request: Request, spec: Spec) -> bool:
-    """Whether the model's grammar expands the prompt. `upsample` decides; by default, only without a start picture."""
+    """Whether the model's grammar expands the prompt. `upsample` decides; by default, only without a start picture.
+
+    A grammar of edits reads prompts with references, and another one only those without.
+    """
     asked = request.image is None if request.upsample is None else request.upsample
-    return bool(spec.writer) and asked
+    return bool(spec.writer) and asked and bool(request.reference) == (spec.writer == "edits")
 
 
 def kept_words(request: Request, loras: Path) -> bool | frozenset[str]:

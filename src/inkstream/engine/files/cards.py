@@ -38,7 +38,7 @@ class _Card(BaseModel):
     guides: GuidanceKind | None = None
     size: tuple[int, int] | None = None
     abilities: frozenset[str] | None = None
-    writer: Literal["", "scenes"] | None = None
+    writer: Literal["", "scenes", "edits"] | None = None
 
 
 def read_card(card: Mapping[str, Any], path: Path) -> dict[str, Any]:
