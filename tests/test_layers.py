@@ -104,13 +104,11 @@ def upward_arrows_between_rooms(sources: Sources) -> list[str]:
 
 
 def arrows_between_families(sources: Sources) -> list[str]:
+    shared = ("nets", "parts", "references", "scheduler")
+
     def family(module: str) -> str:
         parts = module.split(".")
-        return (
-            parts[2]
-            if len(parts) > 2 and parts[1] == "families" and parts[2] not in ("nets", "parts", "scheduler")
-            else ""
-        )
+        return parts[2] if len(parts) > 2 and parts[1] == "families" and parts[2] not in shared else ""
 
     return [
         f"{module} -> {target}"

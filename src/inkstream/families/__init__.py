@@ -112,11 +112,14 @@ class ControlNet(Protocol):
 
     @staticmethod
     def sizes_for(transformer: Any) -> Any:
-        """The config of a new net for a transformer with this config."""
+        """The config of a new net for a transformer with this config. Only nets that are trained here have this."""
         ...
 
     def begin(self, family: Any) -> None:
-        """Sets the weights of a new net: copies of the model's blocks, and hints of zero, so that nothing changes."""
+        """Sets the weights of a new net: copies of the model's blocks, and hints of zero, so that nothing changes.
+
+        Only nets that are trained here have this.
+        """
         ...
 
     def check(self, family: Any, use: ControlUse) -> None:

@@ -14,11 +14,10 @@ from torch import Tensor, nn
 from inkstream.engine.pictures.maps import MAPS, map_of
 from inkstream.families import ControlNet, Family, Part, Pictures
 from inkstream.nn.around import NOTHING
-from inkstream.nn.around.residuals import Residual
 from inkstream.train.adapterfile import adapter_name
 from inkstream.train.models import DTYPES, Start, build, read_sizes
 from inkstream.train.pictures import Folder, Source, namesake, open_upright
-from inkstream.train.recipe import Control, Recipe
+from inkstream.train.recipe import Recipe
 from inkstream.types import Conditioning, ControlUse, InputError
 from inkstream.weights.files import write_state
 from inkstream.weights.keymap import translate
@@ -37,13 +36,14 @@ class NewNet:
     def weights(self) -> nn.Module:
         return cast(nn.Module, self.module)
 
-    def follow(self, family: Family, seen: Tensor, cond: Conditioning) -> Residual:
+    def follow(self, family: Family, seen: Tensor, cond: Conditioning) -> Around:
         return self.module.follow(family, seen, self.use, cond, (), NOTHING)
 
 
 def part_of(recipe: Recipe, begun: Start) -> Part:
     """Return the kind of net that a recipe trains. Raises InputError if the family has no such kind."""
-    settings, kinds = settings_of(recipe), begun.kind.controls
+    settings = recipe.control
+    kinds = {kind: part for kind, part in begun.kind.controls.items() if hasattr(part.build, "begin")}
     kind = settings.kind or next(iter(kinds), "")
     if kind not in kinds:
         known = f"take {' or '.join(kinds)}" if kinds else f"{begun.kind.__name__} has none"
@@ -53,7 +53,7 @@ def part_of(recipe: Recipe, begun: Start) -> Part:
 
 def begin_net(recipe: Recipe, begun: Start, family: Family) -> NewNet:
     """Build a net for the model, which changes nothing yet. Raises InputError if there is no such kind of net."""
-    settings, part = settings_of(recipe), part_of(recipe, begun)
+    settings, part = recipe.control, part_of(recipe, begun)
     net: type[ControlNet] = part.build  # type: ignore[assignment]
     config = read_sizes(part, "control", settings.sizes, asdict(net.sizes_for(begun.spec.transformer)))
     module = build(part, config, recipe.run.seed)
@@ -61,12 +61,6 @@ def begin_net(recipe: Recipe, begun: Start, family: Family) -> NewNet:
     use = ControlUse(path=adapter_name(recipe, Path("control")), scale=1.0, mode=settings.mode)
     cast(ControlNet, module).check(family, use)
     return NewNet(cast(ControlNet, module), part, config, use)
-
-
-def settings_of(recipe: Recipe) -> Control:
-    settings = recipe.own["control"]
-    assert isinstance(settings, Control)
-    return settings
 
 
 @dataclass(frozen=True)

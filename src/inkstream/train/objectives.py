@@ -13,15 +13,14 @@ from torch.nn import functional as F
 from inkstream.families import Family
 from inkstream.flow import add_noise
 from inkstream.nn.around import NOTHING, Around
-from inkstream.nn.around.residuals import Residual
 from inkstream.nn.forward import Sample
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.recipe import Objective
 from inkstream.types import Conditioning
 
 Prompts = Sequence[tuple[int, ...]]
-Follow = Callable[[Family, Tensor, Conditioning], Residual]
-"""Returns the residual by which a sample follows what a control net sees of it."""
+Follow = Callable[[Family, Tensor, Conditioning], Around]
+"""Returns what a control net does around the blocks of a sample, from what it sees of the sample."""
 TAUGHT_GUIDANCE = 1.0
 """Guidance value that a guidance-distilled model gets in training: training pictures have no guidance effect."""
 
@@ -113,8 +112,7 @@ def flow_error(
     elif follow is not None:
         entries = [cond[i] for i in range(len(points))]
     if follow is not None:
-        residuals = [follow(family, seen, entry) for (seen,), entry in zip(batch.seen, entries, strict=True)]
-        arounds = [replace(around, residuals=(residual,)) for residual in residuals]
+        arounds = [follow(family, seen, entry) for (seen,), entry in zip(batch.seen, entries, strict=True)]
     elif len(entries) > 1:
         arounds = [around] * len(entries)
     squares = (velocity_of(family, points, t, entries, arounds) - target).square()

@@ -170,9 +170,9 @@ def _check_adapter(recipe: Recipe) -> None:
 
 def _check_control(recipe: Recipe) -> None:
     """Check rules about a control net. Raises InputError."""
-    train, settings = recipe.model.train, recipe.own.get("control", Control())
+    train, settings = recipe.model.train, recipe.control
     if "control" not in train:
-        if changed := [f.name for f in fields(Control) if getattr(settings, f.name) != Control().__dict__[f.name]]:
+        if changed := [f.name for f in fields(Control) if getattr(settings, f.name) != getattr(Control(), f.name)]:
             raise InputError(f'[control] has {changed[0]}, but no net is trained: add [model] train = ["control"]')
         return
     if train != ("control",):

@@ -242,6 +242,7 @@ class Recipe:
 
     model: Model = field(default_factory=Model)
     adapter: Adapter = field(default_factory=Adapter)
+    control: Control = field(default_factory=Control)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
     optimiser: Optimiser = field(default_factory=Optimiser)
@@ -250,7 +251,8 @@ class Recipe:
 
 
 TABLES: dict[str, type] = {
-    "model": Model, "adapter": Adapter, "data": Data, "objective": Objective, "optimiser": Optimiser, "run": Run,
+    "model": Model, "adapter": Adapter, "control": Control, "data": Data, "objective": Objective,
+    "optimiser": Optimiser, "run": Run,
 }  # fmt: skip
 """The tables that every recipe has."""
 

@@ -19,7 +19,7 @@ from inkstream.engine.files.merging import names_of
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.vae import Autoencoder
 from inkstream.train.adapters import AdapterWeights, fixed
-from inkstream.train.controls import Maps, begin_net, settings_of
+from inkstream.train.controls import Maps, begin_net
 from inkstream.train.data import (
     Data,
     Endless,
@@ -51,7 +51,7 @@ from inkstream.train.objectives import (
 )
 from inkstream.train.parallel import Team, compile_blocks
 from inkstream.train.pictures import SCENES, Source, Split, open_source
-from inkstream.train.recipe import Control, Recipe
+from inkstream.train.recipe import Recipe
 from inkstream.train.stream import recompute_blocks
 from inkstream.types import InputError, Request, Spec
 from inkstream.weights.lora.read import read_lora
@@ -112,7 +112,7 @@ class Flow:
     """
 
     learns: ClassVar[tuple[str, ...]] = ("transformer", "text_encoder", "control")
-    tables: ClassVar[Mapping[str, type]] = {"control": Control}
+    tables: ClassVar[Mapping[str, type]] = {}
     learners: Sequence[Learner]
 
     def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
@@ -194,7 +194,7 @@ class Flow:
             references = yield from last_of(keep_seen("references", source, count, cache, see, [vae_key, *self._sizes]))
         seen = None
         if self.net is not None:
-            maps = Maps(source, settings_of(self.recipe).map)
+            maps = Maps(source, self.recipe.control.map)
             see, key = partial(maps.seen, self.net.module, self.family), [vae_key, maps.key(), *self._sizes]
             seen = yield from last_of(keep_seen("maps", source, count, cache, see, [*key, self.net.config]))
         cond = None
