@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
+from inkstream.evaluate.edits import edit_cases
 
 from inkstream.cli import main
 from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.writing import notes, written_out
-from inkstream.evaluate.edits import edit_cases
 from inkstream.families import SPECS
 from inkstream.families.zimage.specs import POCKET_EDIT
 from inkstream.pocket.draw import render

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from inkstream.engine.pictures.maps import MAPS, map_of
 from inkstream.families import ControlNet, Family, Part, Pictures
-from inkstream.nn.around import NOTHING
+from inkstream.nn.around import NOTHING, Around
 from inkstream.train.adapterfile import adapter_name
 from inkstream.train.models import DTYPES, Start, build, read_sizes
 from inkstream.train.pictures import Folder, Source, namesake, open_upright

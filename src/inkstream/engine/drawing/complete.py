@@ -102,7 +102,7 @@ class Complete(Request, frozen=True):
     def starting_from(self, image: Image.Image) -> Complete:
         """Return a copy that starts from this picture (RGB) in place of its own."""
         copy = self.model_copy()
-        copy.__dict__["start"] = image  # where the cached property looks
+        vars(copy)["start"] = image  # where the cached property looks
         return copy
 
     def boxes(self, spec: Spec) -> list[tuple[Region, tuple[int, int, int, int]]]:

@@ -40,21 +40,35 @@ class ClipVision(nn.Module):
 
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.config = c = config
-        self.vision_model = nn.Module()
-        self.vision_model.embeddings = Embeddings(c)
-        self.vision_model.pre_layrnorm = nn.LayerNorm(c.hidden_size, EPS)
-        self.vision_model.encoder = nn.Module()
-        self.vision_model.encoder.layers = Blocks(Layer(c) for _ in range(c.num_hidden_layers))
-        self.vision_model.post_layernorm = nn.LayerNorm(c.hidden_size, EPS)
-        self.visual_projection = nn.Linear(c.hidden_size, c.projection_dim, bias=False)
+        self.config = config
+        self.vision_model = VisionModel(config)
+        self.visual_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        model = self.vision_model
-        x = model.pre_layrnorm(model.embeddings(pixels))
-        for _, layer in visits(model.encoder.layers):  # type: ignore[arg-type]
+        return linear(self.visual_projection, self.vision_model(pixels), PLAIN, ANY)
+
+
+class VisionModel(nn.Module):
+    """(B, 3, S, S) -> (B, hidden_size), the state of the class token."""
+
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.embeddings = Embeddings(c)
+        self.pre_layrnorm = nn.LayerNorm(c.hidden_size, EPS)
+        self.encoder = Encoder(c)
+        self.post_layernorm = nn.LayerNorm(c.hidden_size, EPS)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        x = self.pre_layrnorm(self.embeddings(pixels))
+        for _, layer in visits(self.encoder.layers):
             x = layer(x)
-        return linear(self.visual_projection, model.post_layernorm(x[:, 0]), PLAIN, ANY)
+        return self.post_layernorm(x[:, 0])
+
+
+class Encoder(nn.Module):
+    def __init__(self, c: VisionConfig):
+        super().__init__()
+        self.layers = Blocks(Layer(c) for _ in range(c.num_hidden_layers))
 
 
 class Embeddings(nn.Module):
@@ -104,7 +118,9 @@ def pixels_of(pictures: Sequence[Image.Image], side: int) -> Tensor:
         left, top = ((edge - side) // 2 for edge in size)
         resized = picture.convert("RGB").resize((size[0], size[1]), Image.Resampling.BICUBIC)
         square = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32) / 255
-        squares.append(torch.from_numpy((square - np.float32(MEAN)) / np.float32(DEVIATION)).permute(2, 0, 1))
+        squares.append(
+            torch.from_numpy((square - np.array(MEAN, np.float32)) / np.array(DEVIATION, np.float32)).permute(2, 0, 1)
+        )
     return torch.stack(squares)
 
 

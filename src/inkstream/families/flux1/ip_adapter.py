@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -105,7 +105,7 @@ class IPAdapter(nn.Module):
                 linear(layer, tokens, PLAIN, ANY).unflatten(-1, (heads, -1)).split(c.tokens)
                 for layer in (block.k, block.v)
             ]
-            for _, block in visits(self.blocks)
+            for block in (cast(KeyValue, block) for _, block in visits(self.blocks))
         ]  # by block, then keys or values, then by prompt
         device = self.proj.weight.device
         norms = [block.img_attn.norm.query_norm.scale.to(device) for block in model.double_blocks]

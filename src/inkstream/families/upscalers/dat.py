@@ -95,25 +95,24 @@ class Block(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-def shared_layers(config: DATConfig) -> dict[str, nn.Module]:
+class Gated(nn.Module):
     """What both kinds of attention have: projections, and a convolution of the values beside them, with two gates."""
-    dim = config.embed_dim
-    return {
-        "qkv": nn.Linear(dim, 3 * dim, bias=config.qkv_bias),
-        "proj": nn.Linear(dim, dim),
-        "dwconv": nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.BatchNorm2d(dim), nn.GELU()),
-        "channel_interaction": nn.Sequential(nn.AdaptiveAvgPool2d(1), *gate(dim, dim // 8, dim)),
-        "spatial_interaction": nn.Sequential(*gate(dim, dim // 16, 1)),
-    }
+
+    def __init__(self, config: DATConfig):
+        super().__init__()
+        dim = config.embed_dim
+        self.qkv = nn.Linear(dim, 3 * dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.dwconv = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, groups=dim), nn.BatchNorm2d(dim), nn.GELU())
+        self.channel_interaction = nn.Sequential(nn.AdaptiveAvgPool2d(1), *gate(dim, dim // 8, dim))
+        self.spatial_interaction = nn.Sequential(*gate(dim, dim // 16, 1))
 
 
-class PlaceAttention(nn.Module):
+class PlaceAttention(Gated):
     """Attention in windows: one half of the channels in upright ones, the other in turned ones."""
 
     def __init__(self, config: DATConfig, heads: int, shifted: bool):
-        super().__init__()
-        for name, layer in shared_layers(config).items():
-            self.add_module(name, layer)
+        super().__init__(config)
         high, wide = config.split
         self.windows: list[Sides] = [(high, wide), (wide, high)]
         self.shifted = shifted
@@ -134,13 +133,11 @@ class PlaceAttention(nn.Module):
         return self.proj(out.movedim(1, -1))
 
 
-class ChannelAttention(nn.Module):
+class ChannelAttention(Gated):
     """Each channel of a head attends to the others, by their products over all places of the picture."""
 
     def __init__(self, config: DATConfig, heads: int):
-        super().__init__()
-        for name, layer in shared_layers(config).items():
-            self.add_module(name, layer)
+        super().__init__(config)
         self.heads = heads
         self.temperature = nn.Parameter(torch.ones(heads, 1, 1))
 
