@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 
@@ -50,16 +50,6 @@ def names_in(folder: Path) -> dict[str, Path]:
     files = sorted(folder.rglob("*.safetensors")) if folder.is_dir() else []
     names = {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
     return {name: file for name, file in names.items() if name.isprintable()}
-
-
-def named_loras(name: str, known: Collection[str]) -> list[str]:
-    """Return the known names that another program's name of an adapter means: that name, or one inside a folder.
-
-    Other programs write a name with or without folders and .safetensors.
-    """
-    name = name.removesuffix(".safetensors").replace("\\", "/")
-    short = name.rpartition("/")[2]
-    return [one for one in known if one == name] or [one for one in known if one.rpartition("/")[2] == short]
 
 
 def check_loras(loras: Sequence[str], folder: Path) -> None:

@@ -14,7 +14,8 @@ from fastapi import APIRouter, Path, Response
 from PIL import Image
 
 from inkstream.engine.files.lora_facts import find_preview, picture_beside, read_facts
-from inkstream.engine.files.loras import lora_folder, named_loras, names_in
+from inkstream.engine.files.loras import lora_folder, names_in
+from inkstream.engine.pictures.foreign.reading import named_loras
 from inkstream.engine.pictures.inputs import open_picture
 from inkstream.families import SPECS
 from inkstream.families.fits import Sizes, fits, sizes_of

@@ -9,7 +9,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard, get_args
 
-from inkstream.engine.files.loras import named_loras
 from inkstream.families.names import SCHEDULES, named
 from inkstream.types import LoraUse, MaskFill, ScheduleName, SolverName, Spec
 
@@ -174,6 +173,16 @@ def add_loras(loras: Iterable[str], reading: Reading) -> None:
     told = {str(name).partition(":")[0] for name in reading.ignored.get("loras", [])}
     if new := [lora for lora in loras if lora.partition(":")[0] not in told]:
         reading.ignored.setdefault("loras", []).extend(new)
+
+
+def named_loras(name: str, known: Collection[str]) -> list[str]:
+    """The known names that another program's name of an adapter means: that name, or one inside a folder.
+
+    Other programs write a name with or without folders and .safetensors.
+    """
+    name = name.removesuffix(".safetensors").replace("\\", "/")
+    short = name.rpartition("/")[2]
+    return [one for one in known if one == name] or [one for one in known if one.rpartition("/")[2] == short]
 
 
 # Values -------------------------------------------------------------------------------------------------------------
