@@ -110,6 +110,7 @@ def test_the_options_of_a_mask_become_ours(given, fields):
     [
         ({"enable_hr": True, "hr_upscaler": "Latent"}, "hr_upscaler", "take one of /sdapi/v1/upscalers"),
         ({"enable_hr": True, "hr_prompt": "a cat"}, "hr_prompt", "leave it out"),
+        ({"enable_hr": True, "hr_scale": 99}, "hr_scale", "less than or equal to 16"),
         ({"enable_hr": True, "hr_resize_x": 1024}, "upscale", "more than this server's limit of 0.25 megapixels"),
         ({"styles": ["noir"]}, "styles", "noir"),
         ({"alwayson_scripts": {"ADetailer": {"args": [{}]}}}, "alwayson_scripts", "ADetailer"),

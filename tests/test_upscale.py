@@ -20,7 +20,7 @@ from inkstream.cli import main
 from inkstream.engine.drawing.upscaling import Enlarging, Loaded, Upscalers, enlarge, in_tiles, read_upscaler
 from inkstream.engine.files.upscalers import find_upscaler, upscalers_in
 from inkstream.engine.pictures.metadata import describe, read_request, save_picture
-from inkstream.families.upscalers import build_upscaler
+from inkstream.families.upscalers import build_upscaler, dat, hat, plksr, span, swinir
 from inkstream.families.upscalers.compact import CompactConfig, SRVGGNetCompact
 from inkstream.families.upscalers.esrgan import RRDBConfig, RRDBNet
 from inkstream.types import Enlargement, InputError, Request
@@ -150,6 +150,60 @@ def test_the_sizes_of_an_esrgan_follow_from_its_shapes(config, tmp_path):
         assert found.network(x).shape == (1, 3, 6 * found.network.scale, 7 * found.network.scale)
 
 
+OTHERS = {
+    "PLKSR": (plksr.PLKSR, plksr.PLKSRConfig(8, 2, 2, kernel_size=5, part=2)),
+    "PLKSR of 3 x 3": (plksr.PLKSR, plksr.PLKSRConfig(8, 1, 4, kernel_size=5, part=4, mixer=(1, 3), attention=False)),
+    "PLKSR real": (plksr.PLKSR, plksr.PLKSRConfig(8, 2, 3, kernel_size=5, part=2, mixer=(3, 3), norm="group")),
+    "PLKSR real with samples": (
+        plksr.PLKSR, plksr.PLKSRConfig(8, 2, 2, kernel_size=5, part=2, mixer=(3, 3), norm="layer", samples=True),
+    ),
+    "SwinIR": (swinir.SwinIR, swinir.SwinIRConfig(12, (2, 1), (2, 3), 4, 24, num_feat=8)),
+    "SwinIR classical": (swinir.SwinIR, swinir.SwinIRConfig(12, (2,), (2,), 4, 24, 2, "pixelshuffle", "3conv", 8)),
+    "SwinIR light": (swinir.SwinIR, swinir.SwinIRConfig(12, (2,), (2,), 4, 24, 3, "pixelshuffledirect")),
+    "SwinIR of blocks": (swinir.SwinIR, swinir.SwinIRConfig(12, (2,), (2,), 4, 24, num_feat=8, unshuffle=2)),
+    "DAT": (dat.DAT, dat.DATConfig(32, (3, 2), (2, 4), (2, 4), 64, num_feat=8)),
+    "DAT light": (dat.DAT, dat.DATConfig(32, (2,), (2,), (4, 4), 64, upscale=2, narrow=True, direct=True)),
+    "HAT": (hat.HAT, hat.HATConfig(12, (2, 1), (2, 3), 4, 6, 4, 2, 24, 2, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+@torch.no_grad()
+def test_the_sizes_of_the_other_architectures_follow_from_their_shapes(name):
+    build, config = OTHERS[name]
+    own = build(config).eval()
+    randomised(own)
+    if name.startswith("DAT"):  # a file holds these tables
+        for attention in (m for m in own.modules() if isinstance(m, dat.WindowAttention)):
+            attention.relative_position_index.random_(0, len(attention.rpe_biases)).round_()
+    state = published({key: weight.clone() for key, weight in own.state_dict().items()})
+    found, network = build_upscaler(state)
+    assert found == name.split()[0]
+    assert {key: w.shape for key, w in network.state_dict().items()} == {
+        k: w.shape for k, w in own.state_dict().items()
+    }
+    x = torch.rand(1, 3, 11, 9)
+    assert network.scale == own.scale
+    result = network(x)
+    assert result.shape == (1, 3, 11 * own.scale, 9 * own.scale)
+    assert torch.allclose(result, own(x))
+
+
+@torch.no_grad()
+def test_the_parts_of_a_convolution_of_span_become_one():
+    generator = torch.Generator().manual_seed(0)
+    parts = {
+        "sk": nn.Conv2d(3, 4, 1), "conv.0": nn.Conv2d(3, 6, 1), "conv.1": nn.Conv2d(6, 8, 3),
+        "conv.2": nn.Conv2d(8, 4, 1), "eval_conv": nn.Conv2d(3, 4, 3),
+    }  # fmt: skip
+    state = {f"c.{name}.{key}": weight for name, layer in parts.items() for key, weight in layer.state_dict().items()}
+    folded = span.fold(state)
+    assert folded.keys() == {"c.weight", "c.bias"}
+    x = torch.randn(2, 3, 7, 6, generator=generator)
+    chain = parts["conv.2"](parts["conv.1"](parts["conv.0"](x))) + parts["sk"](x)[:, :, 1:-1, 1:-1]
+    assert torch.allclose(nn.functional.conv2d(x, folded["c.weight"], folded["c.bias"]), chain, atol=1e-5)
+
+
 def test_files_that_are_no_upscaler_are_told_in_one_line(tmp_path):
     def refused(state: dict[str, Tensor]) -> str:
         write_state(tmp_path / "x.safetensors", state)
@@ -159,7 +213,7 @@ def test_files_that_are_no_upscaler_are_told_in_one_line(tmp_path):
 
     whole = compact()
     assert refused({"layers.0.weight": torch.zeros(2, 2)}).startswith(
-        "is no upscaler that is known here, it holds layers.0.weight: take one of ESRGAN, Compact"
+        "is no upscaler that is known here, it holds layers.0.weight: take one of ESRGAN, Compact, SPAN"
     )
     assert refused({n: w for n, w in whole.items() if n != "body.2.bias"}) == (
         "lacks body.2.bias of Compact: download it again"

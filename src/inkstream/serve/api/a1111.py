@@ -197,7 +197,10 @@ class Drawing(BaseModel):
         drawing._ignored = [name for name in masked if fields.get(name) is not None]
         if fields.get("enable_hr"):
             given = {name: value for name, value in _without(fields, HIRES).items() if value is not None}
-            drawing._hires = Hires.model_validate(given)
+            try:
+                drawing._hires = Hires.model_validate(given)
+            except ValidationError as error:
+                raise explain_invalid(error) from None
             beside = ("hr_second_pass_steps", "hr_cfg", "hr_distilled_cfg")
             drawing._ignored += [name for name in beside if given.get(name)]
         return drawing
