@@ -45,6 +45,6 @@ def second_pass(request: Complete, spec: Spec) -> Complete | None:
         "upscaler": None,
     }
     if request.shift == shift_for(spec, request.width, request.height, request.steps):
-        side = tile or max(width, height)
-        fields["shift"] = shift_for(spec, min(width, side), min(height, side), request.steps)
+        wide, high = (min(side, tile or side) for side in (width, height))  # what the model sees at once
+        fields["shift"] = shift_for(spec, wide, high, request.steps)
     return request.model_copy(update=fields)

@@ -111,6 +111,12 @@ class Gated(nn.Module):
 class PlaceAttention(Gated):
     """Attention in windows: one half of the channels in upright ones, the other in turned ones."""
 
+    qkv: nn.Linear
+    proj: nn.Linear
+    dwconv: nn.Sequential
+    channel_interaction: nn.Sequential
+    spatial_interaction: nn.Sequential
+
     def __init__(self, config: DATConfig, heads: int, shifted: bool):
         super().__init__(config)
         high, wide = config.split
@@ -135,6 +141,12 @@ class PlaceAttention(Gated):
 
 class ChannelAttention(Gated):
     """Each channel of a head attends to the others, by their products over all places of the picture."""
+
+    qkv: nn.Linear
+    proj: nn.Linear
+    dwconv: nn.Sequential
+    channel_interaction: nn.Sequential
+    spatial_interaction: nn.Sequential
 
     def __init__(self, config: DATConfig, heads: int):
         super().__init__(config)
