@@ -1,4 +1,4 @@
-"""Measure how often Pocket draws two things in their own boxes: by the words of one prompt, by regions, and by both.
+"""Measure how often Pocket draws two things in their own boxes: by regions, and by the same words in one prompt.
 
     python scripts/measure_regions.py --date 2026-11-30 [--prompts 20] [--steps 8] [--record NAME] [--picture FILE]
 
@@ -49,7 +49,7 @@ def main() -> None:
     pairs = [two_things(number) for number in range(options.prompts)]
     rows: list[dict[str, Any]] = []
     drawn: list[list[Image.Image]] = []
-    for name in ("one prompt", "regions", "one prompt and regions"):
+    for name in ("regions", "one prompt"):
         fields = {"steps": options.steps}
         drawn.append([draw(model, fields | fields_of(name, pair, i), i) for i, pair in enumerate(pairs)])
         rows.append({"setting": name, "prompts": len(pairs), "steps": options.steps, **judge(pairs, drawn[-1])})
@@ -73,11 +73,10 @@ def fields_of(setting: str, pair: tuple[Thing, Thing], number: int) -> dict[str,
     """The fields of a request for two things, in one of the settings."""
     first, second = (f"a {colour} {shape}" for colour, shape in pair)
     places, boxes = list(SIDES.items())[number % 2]
-    regions = [f"{box}:{text}" for box, text in zip(boxes, (first, second))]
     if setting == "regions":
+        regions = [f"{box}:{text}" for box, text in zip(boxes, (first, second))]
         return {"prompt": "two things on a white background", "regions": regions}
-    prompt = f"{first} {places[0]} and {second} {places[1]} on a white background"
-    return {"prompt": prompt, "regions": regions if setting == "one prompt and regions" else []}
+    return {"prompt": f"{first} {places[0]} and {second} {places[1]} on a white background"}
 
 
 def draw(model: inkstream.Model, fields: dict[str, Any], seed: int) -> Image.Image:

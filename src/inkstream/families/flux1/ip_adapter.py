@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from inkstream.families import Part, Pictures, Shapes
 from inkstream.families.flux1.clip_vision import ClipVision, VisionConfig, infer_vision, pixels_of
 from inkstream.nn.around import Around
-from inkstream.nn.around.adapters import Adapter
+from inkstream.nn.around.adapters import Adapter, Product
 from inkstream.nn.around.residuals import Hints
 from inkstream.nn.attention import attend
 from inkstream.nn.flux import EPS
@@ -54,6 +54,9 @@ class KeyValue(nn.Module):
         super().__init__()
         self.k = nn.Linear(width, dim)
         self.v = nn.Linear(width, dim)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        return linear(self.k, tokens, PLAIN, ANY), linear(self.v, tokens, PLAIN, ANY)
 
 
 class IPAdapter(nn.Module):
@@ -101,17 +104,14 @@ class IPAdapter(nn.Module):
         tokens = linear(self.proj, vectors, PLAIN, ANY).unflatten(-1, (c.tokens, c.token_width))
         tokens = self.norm(tokens).flatten(0, 1)
         known = [
-            [
-                linear(layer, tokens, PLAIN, ANY).unflatten(-1, (heads, -1)).split(c.tokens)
-                for layer in (block.k, block.v)
-            ]
-            for block in (cast(KeyValue, block) for _, block in visits(self.blocks))
+            [each.unflatten(-1, (heads, -1)).split(c.tokens) for each in block(tokens)]
+            for _, block in visits(self.blocks)
         ]  # by block, then keys or values, then by prompt
         device = self.proj.weight.device
         norms = [block.img_attn.norm.query_norm.scale.to(device) for block in model.double_blocks]
         queries: dict[int, list[Tensor]] = {}  # by block, in the forward that is running
 
-        def keep(index: int) -> Any:
+        def keep(index: int) -> Product:
             def product(x: Tensor, plain: Tensor, out: Tensor) -> None:
                 q = out[:, : c.dim].unflatten(-1, (heads, -1))
                 queries.setdefault(index, []).append(rms_norm(q, norms[index], EPS))
