@@ -180,6 +180,16 @@ TABLES: Mapping[str, Columns] = {
             "Objects right": percent("objects"),
         },
     ),
+    "pocket-edit-": (
+        {"Graded": field("graded"), "Kind": field("kind")},
+        {
+            "Pictures": field("pictures"),
+            "Asked change": percent("asked"),
+            "Things and grounds that stayed": percent("facts"),
+            "All else stayed": percent("kept"),
+            "Both": percent("both"),
+        },
+    ),
     "pocket-inpaint-": (
         {"Kind": field("kind")},
         {

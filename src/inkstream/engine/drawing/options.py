@@ -97,6 +97,9 @@ def _prompt(spec: Spec, request: Request | None) -> dict[str, Option]:
         other = _one_with("upsample_references")
         why = f"{spec.name} cannot upsample a prompt with references: leave upsample out, or take {other}"
         table["upsample"] = Option("rejects", why)
+    elif request is not None and request.upsample and not request.reference and spec.writer == "edits":
+        why = f"{spec.name} writes out instructions about a picture: give it as reference, or leave upsample out"
+        table["upsample"] = Option("rejects", why)
     return table
 
 
