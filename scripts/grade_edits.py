@@ -1,6 +1,6 @@
 """Grade a model's edits of held-out scenes: the change that was asked for, and all that should stay.
 
-    python scripts/grade_edits.py --date 2026-11-30 [--model pocket-edit] [--each 10] [--record pocket-edit-cpu]
+    python scripts/grade_edits.py --date 2026-11-30 --model runs/edit/model [--each 10] [--record pocket-edit-cpu]
 
 The suite is `inkstream.evaluate.edits`: `--each` edits of each kind, of scenes that no training run sees, in words that
 no training instruction has; one in three is Chinese. Picture i has seed i, and none is chosen. Beside the model, the
@@ -25,7 +25,6 @@ from PIL import Image
 import inkstream
 from inkstream import Request
 from inkstream.bench.records import write_record
-from inkstream.cli.edit import EDITOR
 from inkstream.engine.pictures.inputs import to_image, to_pixels
 from inkstream.evaluate.edits import EditCase, EditMarks, edit_cases, grade_edit
 from inkstream.pocket.draw import render
@@ -38,7 +37,7 @@ SIDE = 128
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--date", required=True, help="date of the record")
-    parser.add_argument("--model", default=EDITOR)
+    parser.add_argument("--model", required=True, help="a name or a folder, such as runs/edit/model")
     parser.add_argument("--name", help="the model's name in the record; default: --model")
     parser.add_argument("--each", type=int, default=10, help="edits of each kind")
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")

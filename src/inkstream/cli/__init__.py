@@ -47,6 +47,12 @@ The folder gets the drafts, the contact sheet, the refined pictures and the stat
 --resume FOLDER, resumes an interrupted run: no picture is drawn twice."""
 app.command("inkstream.cli.draft:draft", help=DRAFT)
 
+EDIT = """Change a picture as an instruction says.
+
+The instruction is in words, such as "make the circle blue". The rest of the picture stays, as far as the model can. To
+keep it exactly, mark the part to change with a mask: see `inkstream generate --image --mask`."""
+app.command("inkstream.cli.edit:edit", help=EDIT)
+
 CONTROL = """Draw a map of a picture for models that follow one, or list the maps.
 
 Maps are edges, lines, tones, poses and depth. The map is a picture file, whose path goes to stdout."""

@@ -1,4 +1,4 @@
-"""Pocket Edit's prompt writer: it reads an instruction as people type it, and writes it as Pocket Edit was taught.
+"""The prompt writer of a Pocket that edits: it reads an instruction as people type it, and writes it as it was taught.
 
 It sees the words alone, not the picture. It has the role of the prompt enhancers of edit models.
 """
@@ -40,7 +40,7 @@ class Named:
 
 
 def write(instruction: str, seed: int = 0, negative: str = "", keep: bool = False) -> Written:
-    """Write an instruction as Pocket Edit was taught. What is not understood stays as it was typed, with a note."""
+    """Write an instruction as training words it. What is not understood stays as it was typed, with a note."""
     found = read_edit(instruction)
     if found is None:
         return Written(instruction, None, (f"{KNOWN}; this one stays as typed",))
