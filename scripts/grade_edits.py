@@ -27,6 +27,7 @@ from inkstream import Request
 from inkstream.bench.records import write_record
 from inkstream.engine.pictures.inputs import to_image, to_pixels
 from inkstream.evaluate.edits import EditCase, EditMarks, edit_cases, grade_edit
+from inkstream.families import Family
 from inkstream.pocket.draw import render
 from inkstream.pocket.edits import EDIT_KINDS
 
@@ -45,12 +46,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     engine = inkstream.Engine(inkstream.Machine("cpu"))
+    family = inkstream.load(options.model, inkstream.Machine("cpu")).family
     cases = list(edit_cases(options.each))
     drawn = [edited(engine, options.model, case, number) for number, case in enumerate(cases)]
     found = {
         "model": [grade_edit(picture, case.edit) for picture, case in zip(drawn, cases)],
         "nothing done": [grade_edit(render(case.edit.before, SIDE), case.edit) for case in cases],
-        "at best": [grade_edit(through(engine, options.model, case), case.edit) for case in cases],
+        "at best": [grade_edit(through(family, case), case.edit) for case in cases],
     }
     rows = [
         row(name, kind, [mark for mark, case in zip(marks, cases) if kind in ("all", case.edit.kind)])
@@ -79,9 +81,8 @@ def edited(engine: inkstream.Engine, model: str, case: EditCase, seed: int) -> I
     return picture
 
 
-def through(engine: inkstream.Engine, model: str, case: EditCase) -> Image.Image:
+def through(family: Family, case: EditCase) -> Image.Image:
     """Return the wanted picture after the autoencoder, which limits what a model can draw."""
-    family = engine.load(model).family
     pixels = to_pixels(render(case.edit.after, SIDE), SIDE, SIDE)
     with torch.inference_mode():
         return to_image(family.decode(family.encode_image(pixels[None]))[0].float())

@@ -35,9 +35,9 @@ def pictures(folder):
     return folder
 
 
-def recipe(model, folder, tmp_path, **tables):
+def recipe(path, folder, tmp_path, **tables):
     own = {
-        "model": {"from": str(model), "name": "mine", "train": ["control"]},
+        "model": {"from": str(path), "name": "mine", "train": ["control"]},
         "data": {"source": str(folder), "sizes": [[64, 64]], "cache": str(tmp_path / "cache"), "workers": 0},
         "optimiser": {"warmup": 0, "lr": 3e-3},
         "run": {"steps": 4, "batch": 4, "log": 1, "save": 2, "device": "cpu"},
