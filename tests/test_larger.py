@@ -151,6 +151,7 @@ PICTURE = Image.new("RGB", (64, 64), "white")
     ("model", "fields", "told"),
     [
         ("z-image-turbo", {"image": PICTURE, "mask": PICTURE}, "a second pass changes what the mask keeps"),
+        ("z-image-turbo", {"regions": ["0,0,0.5x1:a star"]}, "a second pass is drawn in windows without regions"),
         ("flux1-fill-dev", {"image": PICTURE, "mask": PICTURE}, "does not draw a picture again"),
         ("z-image-turbo", {"width": 8192, "height": 8192}, "upscale 2x makes 16384x16384, and a side of a"),
     ],

@@ -167,6 +167,9 @@ def _enlarging(spec: Spec, request: Request | None) -> dict[str, Option]:
     elif request.upscale_strength > 0 and request.repaints:
         why = "a second pass changes what the mask keeps: take upscale_strength 0, or leave upscale out"
         table["upscale"] = Option("rejects", why)
+    elif request.upscale_strength > 0 and request.regions:
+        why = "a second pass is drawn in windows without regions: take upscale_strength 0, or leave upscale out"
+        table["upscale"] = Option("rejects", why)
     return table
 
 
