@@ -411,7 +411,7 @@ SWARM = [
             png(parameters=swarm("z_image_bf16", cfgscale=4.0, negativeprompt="dog", sigmashift=6.0,
                                  initimagecreativity=0.6, loras=["pixel"], loraweights=["0.7"])),
             SWARMED | {"model": "z-image", "guidance": 4, "negative_prompt": "dog", "shift": 6, "strength": 0.6},
-            ["loras", "loraweights"]),
+            ["loras"]),
     Foreign("SwarmUI: klein, sections of the prompt, a variation", "0.9.8",
             png(parameters=swarm("flux-2-klein-9b-kv-fp8", prompt="a face <segment:face,0.6> blue eyes",
                                  fluxguidancescale=3.5, variationseed=5, variationseedstrength=0.2)),

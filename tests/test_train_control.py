@@ -35,7 +35,7 @@ def pictures(folder):
     return folder
 
 
-def recipe(path, folder, tmp_path, **tables):
+def recipe(path, folder, tmp_path, /, **tables):
     own = {
         "model": {"from": str(path), "name": "mine", "train": ["control"]},
         "data": {"source": str(folder), "sizes": [[64, 64]], "cache": str(tmp_path / "cache"), "workers": 0},

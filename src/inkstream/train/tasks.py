@@ -283,8 +283,7 @@ class Flow:
                 assert self.held_out is not None
                 assert self.held_out.seen is not None
                 (map_seen,) = self.held_out.seen[i]
-                residual = self.net.follow(self.family, map_seen.to(self.device), cond)
-                around = replace(around, residuals=(residual,))
+                around = self.net.follow(self.family, map_seen.to(self.device), cond)
             drawn = model.start(complete(Request.model_validate({"seed": i}), model.spec), cond, None, around=around)
             while drawn.query is not None:
                 advance(model.family, [drawn])

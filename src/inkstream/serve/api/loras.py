@@ -123,6 +123,7 @@ def find_use(tag: str, known: Collection[str]) -> LoraUse:
     Raises Refused for tags that mean no file or several.
     """
     name, _, strength = tag.partition(":")
+    name = name.removesuffix(".safetensors")
     found = named_loras(name, known)
     if len(found) != 1:
         problem = f"means {' and '.join(found)}" if found else "is not one of /v1/loras"
