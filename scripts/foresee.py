@@ -93,7 +93,8 @@ class Undecided(TorchDispatchMode):
 
 def build(source: Source, dtypes: dict[str, torch.dtype]) -> Model:
     modules = {part: at_home(source, part, dtypes[part]) for part in source.parts}
-    tokenizers = dict.fromkeys(source.family.tokenizers, SimpleNamespace(token_to_id=len))
+    tokenizer = SimpleNamespace(token_to_id=len, encode=lambda text, **_: SimpleNamespace(ids=[0]))
+    tokenizers = dict.fromkeys(source.family.tokenizers, tokenizer)
     model = on_meta(source, modules, tokenizers, dtypes, {}, Path())
     model.family.tokens = lambda prompt, references=0: (1,) * TOKENS[source.spec.family]  # type: ignore[method-assign]
     return model
