@@ -200,7 +200,7 @@ def test_a_job_is_cancelled_in_the_queue(served, page):
 
 
 def test_a_reload_in_the_middle_loses_nothing(served, page):
-    ask_for(page, "drawn on the server", steps=40)
+    ask_for(page, "drawn on the server", steps=40, count=8)
     page.locator(".job[data-state=running] progress[value]").wait_for()
     page.reload()
     card = page.locator(".job[data-state=running]", has_text="drawn on the server")
