@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,25 @@ class Bomb:
 
     def __reduce__(self) -> Any:
         return os.mkdir, (str(self.place),)
+
+
+def test_a_torch_file_that_is_a_bomb_is_refused_at_once(tmp_path):
+    """Tuples of tuples, which would be compared for ever as a key; and zeros, packed to a thousandth of their size."""
+    path = tmp_path / "net.pth"
+    deep = b"\x80\x02})q\0"  # an empty dict, and an empty tuple, which is kept as 0
+    deep += b"".join(b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(200))  # each holds the last twice
+    deep += b"K\x01s."
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("net/data.pkl", deep)
+    with pytest.raises(InputError, match=r"net.pth has a name that is no text: take a .safetensors file"):
+        read_torch_file(path)
+    torch.save({"a": torch.zeros(1_000_000)}, tmp_path / "whole.pth")
+    with zipfile.ZipFile(tmp_path / "whole.pth") as whole, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in whole.namelist():
+            packed.writestr(name, whole.read(name))
+    assert path.stat().st_size < 20_000
+    with pytest.raises(InputError, match=r"net.pth is compressed, which torch does not do: take a .safetensors file"):
+        read_torch_file(path)
 
 
 @pytest.mark.parametrize("how", ["zip", "old", "plain"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import pickletools
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
@@ -93,6 +93,8 @@ def _read_zip(file: BinaryIO) -> dict[str, Tensor]:
         members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
         if members["data.pkl"].file_size > LONGEST:
             raise Unreadable("has too long a list of its tensors")
+        if any(info.compress_type != zipfile.ZIP_STORED for info in members.values()):
+            raise Unreadable("is compressed, which torch does not do")  # so no file is larger than it looks
         if "byteorder" in members and archive.read(members["byteorder"]).strip() != b"little":
             raise Unreadable("has its bytes in another order")
         content = Pickle(archive.read(members["data.pkl"])).read()
@@ -196,21 +198,21 @@ class Pickle:
         elif name in ("TUPLE", "LIST", "DICT"):
             items = self.since_mark()
             pairs = zip(items[::2], items[1::2])
-            self.stack.append(tuple(items) if name == "TUPLE" else items if name == "LIST" else dict(pairs))
+            self.stack.append(tuple(items) if name == "TUPLE" else items if name == "LIST" else entries_of(pairs))
         elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
             count = int(name[-1])
             items, self.stack[-count:] = self.stack[-count:], []
             self.stack.append(tuple(items))
         elif name in ("SETITEM", "SETITEMS"):
             items = self.since_mark() if name == "SETITEMS" else [self.stack.pop(-2), self.stack.pop()]
-            self.stack[-1].update(zip(items[::2], items[1::2]))
+            self.stack[-1].update(entries_of(zip(items[::2], items[1::2])))
         elif name in ("APPEND", "APPENDS"):
             items = self.since_mark() if name == "APPENDS" else [self.stack.pop()]
             self.stack[-1].extend(items)
         elif name == "GLOBAL":
             self.stack.append(Name(*argument.split(" ", 1)))
         elif name == "STACK_GLOBAL":
-            self.stack.append(Name(self.stack.pop(-2), self.stack.pop()))
+            self.stack.append(Name(text_of(self.stack.pop(-2)), text_of(self.stack.pop())))
         elif name == "BINPERSID":
             self.stack.append(storage_of(self.stack.pop()))
         elif name == "REDUCE":
@@ -243,18 +245,33 @@ WRITTEN = (
 """Operations whose argument is a value."""
 
 
+def entries_of(pairs: Iterable[tuple[Any, Any]]) -> dict[str | int, Any]:
+    """The entries of a dict. A key is a text or a number: a tuple of tuples could take for ever to compare."""
+    entries = dict[str | int, Any]()
+    for key, value in pairs:
+        entries[key if isinstance(key, int) else text_of(key)] = value
+    return entries
+
+
+def text_of(value: Any) -> str:
+    """A value that must be a text. Raises Unreadable."""
+    if not isinstance(value, str):
+        raise Unreadable("has a name that is no text")
+    return value
+
+
 def storage_of(given: Any) -> Storage:
     """The storage that a persistent id means: ("storage", its type, its key, its place, its number of elements)."""
     kind, type_, key, _, count = given[:5]
     if kind != "storage" or not isinstance(type_, Name) or type_.name not in STORAGES:
-        raise Unreadable(f"holds numbers of an unknown type ({type_})")
-    return Storage(STORAGES[type_.name], str(key), int(count))
+        raise Unreadable(f"holds numbers of an unknown type ({type_ if isinstance(type_, Name) else 'no name'})")
+    return Storage(STORAGES[type_.name], text_of(key), int(count))
 
 
 def meant_by(called: Any, given: Any) -> Any:
     """What a call stands for. Raises Unreadable for a call of anything but torch's makers of tensors, and dicts."""
     if called == ("collections", "OrderedDict"):
-        return dict(given[0]) if given else {}
+        return entries_of(given[0]) if given else {}
     if called == ("torch._utils", "_rebuild_tensor_v2") and isinstance(given[0], Storage):
         storage, offset, shape, stride = given[:4]
         return View(storage, int(offset), tuple(map(int, shape)), tuple(map(int, stride)))
