@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from random import Random
@@ -160,8 +161,9 @@ _MAKERS: dict[EditKind, Callable[[Random, Grammar, Scene], Made | None]] = {
 
 
 def _pick(rng: Random, scene: Scene, coloured: bool = False) -> Thing | None:
-    """Return one thing whose name and colour no other thing has."""
-    own = [thing for thing in scene.things if thing.colour or not coloured]
+    """Return one thing whose name and colour no other thing has; None if there is none. coloured: of a shape."""
+    looks = Counter((thing.name, thing.colour) for thing in scene.things)
+    own = [one for one in scene.things if looks[one.name, one.colour] == 1 and (one.colour or not coloured)]
     return rng.choice(own) if own else None
 
 
