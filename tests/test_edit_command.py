@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -60,9 +61,9 @@ def test_what_is_wrong_is_said_in_one_line(words, error, scene, capsys, monkeypa
 
 def test_a_grammar_of_edits_reads_only_prompts_with_a_picture(scene):
     told = Request(prompt="get rid of the star", reference=(str(scene),), seed=1)
-    assert written_out(complete(told, EDITOR), EDITOR) == "remove the star"
+    assert written_out(complete(told, EDITOR), EDITOR, Path()) == "remove the star"
     typed = told.model_copy(update={"upsample": False})
-    assert written_out(complete(typed, EDITOR), EDITOR) == "get rid of the star"
-    assert "stays as typed" in notes(told.model_copy(update={"prompt": "make it winter"}), EDITOR)[0]
+    assert written_out(complete(typed, EDITOR), EDITOR, Path()) == "get rid of the star"
+    assert "stays as typed" in notes(told.model_copy(update={"prompt": "make it winter"}), EDITOR, Path())[0]
     with pytest.raises(InputError, match="writes out instructions about a picture"):
         complete(Request(prompt="a star", upsample=True), EDITOR)

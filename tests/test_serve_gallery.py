@@ -166,7 +166,7 @@ def test_the_prompts_route_gives_the_prompt_that_a_drawing_uses(server):
     body = {"prompt": "a dragon and a red heart", "negative_prompt": "blue", "seed": 3}
     status, _, answer = server.ask("POST", "/v1/prompts", body)
     request = Request.model_validate(body)
-    assert (status, answer["told"]) == (200, written_out(request, SPECS["pocket"]))
+    assert (status, answer["told"]) == (200, written_out(request, SPECS["pocket"], Path()))
     assert answer["told"].startswith("a ")
     assert "red heart" in answer["told"]
     assert "dragon" in answer["notes"][0]

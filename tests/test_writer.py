@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from inkstream.engine.drawing.writing import kept_words
+from inkstream.engine.drawing.writing import written_out
 from inkstream.evaluate.grades import grade
 from inkstream.evaluate.report import Judged
 from inkstream.evaluate.suites import open_suite
+from inkstream.families import SPECS
 from inkstream.pocket.captions import Wording, caption, draw_caption
 from inkstream.pocket.draw import render
 from inkstream.pocket.grammar import Grammar, sample, stretch
@@ -244,18 +245,29 @@ def test_of_unknown_words_only_an_adapter_s_triggers_stay(prompt, there, gone):
     assert any(gone[-1] in note for note in written.notes)
 
 
+WHOSE = {
+    (): [False, False, False],
+    ("zorp",): [True, False, False],
+    ("zorp", "dusk"): [True, True, False],
+    ("zorp", "none"): [True, True, True],
+}
+"""LoRAs of a request -> whether "zorp", "dusk style" and "fog" stay in the prompt."""
+
+
 def test_the_words_that_stay_are_the_triggers_in_the_files_or_all_if_a_file_names_none(tmp_path):
     weight = {"lora_unet_layers_0_attention_qkv.lora_down.weight": torch.zeros(4, 8)}
     save_file(weight, tmp_path / "zorp.safetensors", {"modelspec.trigger_phrase": "Zorp"})
     save_file(weight, tmp_path / "dusk.safetensors", {"ss_trigger": "dusk style, evening"})
     save_file(weight, tmp_path / "none.safetensors")
 
-    def words(*names: str) -> bool | frozenset[str]:
-        return kept_words(Request(loras=[f"{name}:0.5" for name in names]), tmp_path)
+    def told(*names: str) -> str:
+        request = Request(
+            prompt="a star and a zorp in fog, dusk style", seed=1, loras=[f"{name}:0.5" for name in names]
+        )
+        return written_out(request, SPECS["pocket"], tmp_path)
 
-    assert words("zorp", "dusk") == {"zorp", "dusk", "style", "evening"}
-    assert words("zorp", "none") is True
-    assert not words()
+    said = {names: [word in told(*names) for word in ("zorp", "dusk style", "fog")] for names in WHOSE}
+    assert said == WHOSE
 
 
 @settings(deadline=None)

@@ -16,7 +16,7 @@ from inkstream.engine.drawing.complete import Complete
 from inkstream.engine.drawing.larger import evaluations_of, second_pass
 from inkstream.engine.drawing.model import Model, Original, Run, advance
 from inkstream.engine.drawing.upscaling import Upscalers, enlarge, missing, weights_of, work_of
-from inkstream.engine.drawing.writing import kept_words, notes, writes_out
+from inkstream.engine.drawing.writing import notes, writes_out
 from inkstream.engine.files.controls import uses_of
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.families import Family, Way
@@ -68,11 +68,11 @@ class Flow:
         model, request = job.model, job.request
         by_grammar = writes_out(request, model.spec)
         yield Loading("prompt")
-        for line in notes(request, model.spec, kept_words(request, model.loras)):
+        for line in notes(request, model.spec, model.loras):
             yield Loading("prompt", note=line)
         cond = model.encode(request)
         request = yield from enlarging_start(model, request)
-        original = model.open_original(request)
+        original = None if request.keeps_start else model.open_original(request)
         job.end_phase()
         own = job.crew.own if job.crew else slice(None)
         pictures = list(singles(request))

@@ -17,7 +17,7 @@ from inkstream.engine.drawing.controls import Controls
 from inkstream.engine.drawing.larger import times_of
 from inkstream.engine.drawing.options import cached, guided
 from inkstream.engine.drawing.upscaling import Upscalers
-from inkstream.engine.drawing.writing import kept_words, written_out
+from inkstream.engine.drawing.writing import written_out
 from inkstream.engine.files.controls import uses_of
 from inkstream.engine.pictures.inputs import to_pixels
 from inkstream.engine.pictures.preview import fit_preview
@@ -96,7 +96,7 @@ class Model:
 
     def told(self, request: Complete) -> str:
         """Return the prompt that the model gets for the request's first picture: with a grammar, the expanded one."""
-        return written_out(request, self.spec, kept_words(request, self.loras))
+        return written_out(request, self.spec, self.loras)
 
     @torch.inference_mode()
     def encode(self, request: Request) -> Conditioning:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 WRITERS = {"scenes": "inkstream.pocket.writer:write", "edits": "inkstream.pocket.editor:write"}
 """Spec.writer -> the path of the function (prompt, seed, negative prompt, keep) -> Written: the expanded prompt, notes.
 
-keep: as from `kept_words`.
+keep: whether words that the grammar does not know stay: all, none, or these.
 """
 REAL_MODEL = "z-image-turbo"
 """The model that the notes recommend for prompts outside the grammar."""
@@ -38,31 +38,22 @@ def writes_out(request: Request, spec: Spec) -> bool:
     return bool(spec.writer) and asked and bool(request.reference) == (spec.writer == "edits")
 
 
-def kept_words(request: Request, loras: Path) -> bool | frozenset[str]:
-    """The words that stay in the prompt although the grammar does not know them, because an adapter knows them.
-
-    The adapters' files name them as triggers; True, which is all words, if a file names none. loras: the folder of the
-    adapters that requests name.
-    """
-    facts = [read_facts(find_lora(LoraUse.read(lora).path, loras)) for lora in request.loras]
-    if not all(each.triggers for each in facts):
-        return True
-    return frozenset(word for each in facts for phrase in each.triggers for word in phrase.casefold().split())
-
-
-def written_out(request: Request, spec: Spec, keep: bool | frozenset[str] = False) -> str:
+def written_out(request: Request, spec: Spec, loras: Path) -> str:
     """The prompt that the model gets for the request's first picture. The request must have a seed.
 
-    keep: from `kept_words`.
+    loras: the folder of the adapters that requests name.
     """
-    return _write(request, spec, keep).prompt if writes_out(request, spec) else request.prompt
+    return _write(request, spec, loras).prompt if writes_out(request, spec) else request.prompt
 
 
-def notes(request: Request, spec: Spec, keep: bool | frozenset[str] = False) -> list[str]:
-    """A line for each part of the prompt that the grammar did not understand, and one with a model to take instead."""
+def notes(request: Request, spec: Spec, loras: Path) -> list[str]:
+    """A line for each part of the prompt that the grammar did not understand, and one with a model to take instead.
+
+    loras: as in `written_out`.
+    """
     if not writes_out(request, spec):
         return []
-    lines = list(_write(request, spec, keep).notes)
+    lines = list(_write(request, spec, loras).notes)
     if lines:
         lines.append(f"for anything else: inkstream generate {shlex.quote(request.prompt)} -m {REAL_MODEL}")
     return lines
@@ -79,7 +70,19 @@ def wording(typed: str, done: Done) -> dict[str, str]:
     return kept
 
 
-def _write(request: Request, spec: Spec, keep: bool | frozenset[str]) -> Written:
+def _kept_words(request: Request, loras: Path) -> bool | frozenset[str]:
+    """The words that stay in the prompt although the grammar does not know them, because an adapter knows them.
+
+    The adapters' files name them as triggers; True, which is all words, if a file names none.
+    """
+    facts = [read_facts(find_lora(LoraUse.read(lora).path, loras)) for lora in request.loras]
+    if not all(each.triggers for each in facts):
+        return True
+    return frozenset(word for each in facts for phrase in each.triggers for word in phrase.casefold().split())
+
+
+def _write(request: Request, spec: Spec, loras: Path) -> Written:
+    keep = _kept_words(request, loras)
     return _write_once(spec.writer, request.prompt, request.seed or 0, request.negative_prompt, keep)
 
 

@@ -145,9 +145,8 @@ async def write_prompt(parts: Parts, who: Who, body: schema.PromptBody) -> schem
     def write() -> schema.PromptTold:
         folder = lora_folder(parts.settings.machine)
         check_loras(request, folder)
-        keep = writing.kept_words(request, folder)
-        told, lines = writing.written_out(request, spec, keep), writing.notes(request, spec, keep)
-        return schema.PromptTold(told=told, notes=lines)
+        told = writing.written_out(request, spec, folder)
+        return schema.PromptTold(told=told, notes=writing.notes(request, spec, folder))
 
     return await to_thread.run_sync(write)
 
