@@ -55,6 +55,11 @@ def as_object(value: Any) -> dict[str, Any] | None:
     return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
+def as_list(value: Any) -> list[Any]:
+    """Return a value of parsed JSON if it is a list, else an empty list."""
+    return cast("list[Any]", value) if isinstance(value, list) else []
+
+
 def _picture_to_text(value: Any) -> Any:
     """Turn a PIL image or encoded bytes into a data URL, so that a Request is always JSON. A path stays a path."""
     if isinstance(value, Path):

@@ -153,7 +153,7 @@ class Writer(Protocol):
 
 
 class Way(Protocol):
-    """How an engine draws with a family. A family of upscalers, which has no steps, brings a way of its own."""
+    """How an engine draws with a family. A family without steps brings a way of its own."""
 
     def phases(self, model: Any, request: Any) -> Mapping[str, Callable[[], object]]:
         """Phase -> a function that computes the phase once. They are called in turn on meta, to count memory.

@@ -106,15 +106,14 @@ def flow_error(
         with torch.no_grad():
             known = Conditioning.pack([cond[i] for i in rows.tolist()])
             target[rows] = velocity_of(family, points[rows], t[rows], [known], [before])
-    entries, arounds = [cond], [around]
+    entries = [cond]
     if batch.references:
         entries = [replace(cond[i], references=references) for i, references in enumerate(batch.references)]
     elif follow is not None:
         entries = [cond[i] for i in range(len(points))]
+    arounds = [around] * len(entries)
     if follow is not None:
         arounds = [follow(family, seen, entry) for (seen,), entry in zip(batch.seen, entries, strict=True)]
-    elif len(entries) > 1:
-        arounds = [around] * len(entries)
     squares = (velocity_of(family, points, t, entries, arounds) - target).square()
     if batch.masks is None:
         return squares.mean((1, 2, 3))

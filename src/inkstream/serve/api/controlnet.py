@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, m
 
 from inkstream.engine.files.controls import control_folder
 from inkstream.engine.files.loras import names_in
+from inkstream.engine.pictures.foreign.reading import files_named
 from inkstream.engine.pictures.inputs import open_picture
 from inkstream.engine.pictures.maps import MAPS, missing
 from inkstream.serve.api.controls import draw_picture
@@ -216,7 +217,7 @@ async def follow(parts: Service, units: list[Unit], start: str | None, size: Siz
 def use_of(unit: Unit, known: Collection[str]) -> ControlUse:
     """How a unit uses a net. known: the names in the server's folder. Raises Refused."""
     name = re.sub(r"(\.safetensors)?( \[[0-9a-f]+\])?$", "", unit.model or "None")
-    found = [one for one in known if one == name] or [one for one in known if one.rpartition("/")[2] == name]
+    found = files_named(name, known)
     if len(found) != 1:
         problem = f"means {' and '.join(sorted(found))}" if found else "is not one of /controlnet/model_list"
         raise Refused(400, f"model {name[:100]} of ControlNet {problem}: give one name", param="model")

@@ -15,7 +15,7 @@ from PIL import Image
 
 from inkstream.engine.files.lora_facts import find_preview, picture_beside, read_facts
 from inkstream.engine.files.loras import lora_folder, names_in
-from inkstream.engine.pictures.foreign.reading import named_loras
+from inkstream.engine.pictures.foreign.reading import files_named
 from inkstream.engine.pictures.inputs import open_picture
 from inkstream.families import SPECS
 from inkstream.families.fits import Sizes, fits, sizes_of
@@ -124,7 +124,7 @@ def find_use(tag: str, known: Collection[str]) -> LoraUse:
     """
     name, _, strength = tag.partition(":")
     name = name.removesuffix(".safetensors")
-    found = named_loras(name, known)
+    found = files_named(name, known)
     if len(found) != 1:
         problem = f"means {' and '.join(found)}" if found else "is not one of /v1/loras"
         raise Refused(400, f"prompt has the LoRA {name[:100]}, which {problem}: give one name", param="prompt")

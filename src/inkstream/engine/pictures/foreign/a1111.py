@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from inkstream.engine.pictures.foreign.reading import (
     A1111_SCHEDULES,
@@ -28,7 +28,7 @@ from inkstream.engine.pictures.foreign.reading import (
     take_variation,
 )
 from inkstream.families.names import named
-from inkstream.types import LoraUse, Request, Variation, as_object
+from inkstream.types import LoraUse, Request, Variation, as_list, as_object
 
 # Writing ------------------------------------------------------------------------------------------------------------
 
@@ -164,7 +164,7 @@ def _read_names(pairs: dict[str, Any], reading: Reading) -> None:
 
 def _checkpoints(resources: Any) -> Iterator[str]:
     """The titles of the models in Civitai's list of resources: each with its version, then alone."""
-    for entry in cast("list[Any]", resources) if isinstance(resources, list) else []:
+    for entry in as_list(resources):
         resource = as_object(entry) or {}
         kind = resource.get("type") or (str(resource.get("air")).split(":") + [""] * 4)[3]
         title = str(resource.get("modelName", ""))
@@ -184,7 +184,7 @@ def _read_details(details: Mapping[str, Any], reading: Reading) -> None:
     if (strength := details.get("strength")) not in (None, _UNUSED_STRENGTH):
         reading.ignored["strength"] = strength
     entries = details.get("loras")
-    loras = [as_object(entry) or {} for entry in cast("list[Any]", entries)] if isinstance(entries, list) else []
+    loras = [as_object(entry) or {} for entry in as_list(entries)]
     add_loras([f"{lora.get('name')}:{lora.get('multiplier')}" for lora in loras], reading)
 
 

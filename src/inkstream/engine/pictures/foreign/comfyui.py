@@ -18,7 +18,7 @@ from inkstream.engine.pictures.foreign.reading import (
     take_loras,
 )
 from inkstream.engine.pictures.foreign.workflow import Node, to_prompt
-from inkstream.types import as_object
+from inkstream.types import as_list, as_object
 
 _PROMPTS = ("text", "prompt", "user_prompt", "t5xxl", "text_g", "clip_l", "populated_text")
 _VALUES = ("value", "text", "string", "int", "float", "number", "seed", "noise_seed", "populated_text", "prompt")
@@ -130,7 +130,7 @@ def _follow(nodes: Mapping[str, Node], value: Any) -> tuple[Node, Any] | None:
     None if `value` is not a link or the node does not exist.
     """
     for _ in range(_PASSED):
-        link = cast("list[Any]", value) if isinstance(value, list) else []
+        link = as_list(value)
         node = nodes.get(str(link[0])) if len(link) == 2 and isinstance(link[0], str | int) else None
         if node is None:
             return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any, cast
+from typing import Any
 
 from inkstream.engine.pictures.foreign.reading import (
     Reading,
@@ -19,15 +19,11 @@ from inkstream.engine.pictures.foreign.reading import (
     take_variation,
 )
 from inkstream.families.names import named
-from inkstream.types import as_object
+from inkstream.types import as_list, as_object
 
 _SIZED = {"prompt": "prompt", "seed": "seed", "steps": "steps", "width": "width", "height": "height"}
 _SECTIONS = re.compile(r"<(segment|object|region|refiner|base|video|extend)[:>]", re.IGNORECASE)
 """Where SwarmUI's prompt turns to another part of the picture or another pass."""
-
-
-def _as_list(value: Any) -> list[Any]:
-    return cast("list[Any]", value) if isinstance(value, list) else []
 
 
 def read_swarmui(data: Mapping[str, Any]) -> Reading | None:
@@ -59,7 +55,7 @@ def read_swarmui(data: Mapping[str, Any]) -> Reading | None:
         reading.embedded, reading.embedded_as = params["fluxguidancescale"], "fluxguidancescale"
     harmless = {"aspectratio", "images", "imageformat", "nopreviews", "swarm_version", "date", "generation_time"}
     harmless |= {"automaticvae", "wildcardseed", "fluxguidancescale", "loras", "loraweights"}
-    loras, weights = (_as_list(params.get(key)) for key in ("loras", "loraweights"))
+    loras, weights = (as_list(params.get(key)) for key in ("loras", "loraweights"))
     add_loras([f"{lora}:{weight}" for lora, weight in zip_longest(loras, weights[: len(loras)], fillvalue=1)], reading)
     leftovers(params, set(names) | harmless, reading)
     return reading
@@ -98,7 +94,7 @@ def read_invokeai(data: Mapping[str, Any]) -> Reading | None:
         off |= {"z_image_seed_variance_randomize_percent"}
     off |= {"dype_preset"} if data.get("dype_preset") == "off" else set()
     harmless = {"app_version", "generation_mode", "rand_device", "model", "canvas_v2_metadata", "guidance", "loras"}
-    for lora in map(as_object, _as_list(data.get("loras"))):
+    for lora in map(as_object, as_list(data.get("loras"))):
         file = as_object((lora or {}).get("model") or (lora or {}).get("lora")) or {}
         add_loras([f"{file.get('name') or file.get('model_name')}:{(lora or {}).get('weight', 1)}"], reading)
     leftovers(data, set(names) | harmless | off | {"z_image_shift"}, reading)

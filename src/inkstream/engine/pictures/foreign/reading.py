@@ -68,7 +68,7 @@ class Reading:
         left: list[str] = []
         for told in self.ignored.pop("loras", []):
             name, _, strength = str(told).partition(":")
-            number, names = as_number(strength.partition(":")[0]), named_loras(name.strip(), known)
+            number, names = as_number(strength.partition(":")[0]), files_named(name.strip(), known)
             if number is None or len(names) != 1:
                 left.append(told)
             else:
@@ -175,8 +175,8 @@ def add_loras(loras: Iterable[str], reading: Reading) -> None:
         reading.ignored.setdefault("loras", []).extend(new)
 
 
-def named_loras(name: str, known: Collection[str]) -> list[str]:
-    """The known names that another program's name of an adapter means: that name, or one inside a folder.
+def files_named(name: str, known: Collection[str]) -> list[str]:
+    """The known names that another program's name of a file means: that name, or one inside a folder.
 
     Other programs write a name with or without folders and .safetensors.
     """

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, cast
 
-from inkstream.types import as_object
+from inkstream.types import as_list, as_object
 
 Node = dict[str, Any]
 """{"class_type": str, "inputs": {name: value, or [id of another node, number of its output]}}"""
@@ -132,7 +132,7 @@ def _links(graph: Mapping[str, Any]) -> Iterator[tuple[str, str, int, str, int]]
     """Id, origin, its output, target and its input of each link. A link is a list, or in newer files an object."""
     names = ("id", "origin_id", "origin_slot", "target_id", "target_slot")
     links = graph.get("links")
-    for given in cast("list[Any]", links) if isinstance(links, list) else []:
+    for given in as_list(links):
         link = as_object(given)
         parts = [link.get(name) for name in names] if link else given
         if isinstance(parts, list) and len(parts := cast("list[Any]", parts)) >= 5:
@@ -161,7 +161,7 @@ def _widgets(node: Node) -> dict[str, Any]:
     values = node.get("widgets_values")
     if isinstance(values, dict):
         return dict(cast("dict[str, Any]", values))
-    values = cast("list[Any]", values) if isinstance(values, list) else []
+    values = as_list(values)
     names = WIDGETS.get(_id(node.get("type")), "").split()
     if not names:
         named = [str(entry.get("name"))[:200] for entry in _objects(node, "inputs") if "widget" in entry]
@@ -208,7 +208,7 @@ def _promoted(level: Level, slot: int) -> Value | None:
     The values of a use are those of the inputs that lead to a widget, in the order of the inputs.
     """
     values = level.instance.get("widgets_values")
-    values = cast("list[Any]", values) if isinstance(values, list) else []
+    values = as_list(values)
     wired = {_id(entry.get("link")) for node in level.nodes.values() for entry in _objects(node, "inputs")
              if "widget" in entry}  # fmt: skip
     shown: list[int] = []
@@ -248,7 +248,7 @@ def _entry(node: Node, name: Any) -> Node:
 def _objects(holder: Mapping[str, Any] | None, key: str) -> Iterator[Node]:
     """The objects in a list."""
     values = (holder or {}).get(key)
-    for value in cast("list[Any]", values) if isinstance(values, list) else []:
+    for value in as_list(values):
         if (entry := as_object(value)) is not None:
             yield entry
 
