@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 import pytest
-from inkstream.evaluate.edits import GRAMMAR, edit_cases, grade_edit
 
+from inkstream.evaluate.edits import GRAMMAR, edit_cases, grade_edit
 from inkstream.pocket.draw import render
 from inkstream.pocket.editor import read_edit, write
 from inkstream.pocket.edits import EDIT_KINDS, instruction, plain, sample_edit
