@@ -24,6 +24,7 @@ from inkstream.evaluate.suites import open_suite, thin
 from inkstream.nn.attention import attend
 from inkstream.train import optim
 from inkstream.train.checkpoint import list_checkpoints, load_checkpoint
+from inkstream.train.kinds import TASKS
 from inkstream.train.learner import Learner
 from inkstream.train.loop import Finished, Graded, Preparing, Progress, Resumed, Saved, train
 from inkstream.train.objectives import mix
@@ -31,7 +32,6 @@ from inkstream.train.plot import plot
 from inkstream.train.reading import as_recipe, read_recipe
 from inkstream.train.recipe import Optimiser, as_tables, as_toml
 from inkstream.train.speed import ON_CPU, FlopCounterMode, count_flops, measure_peak
-from inkstream.train.tasks import TASKS
 from inkstream.types import InputError
 
 SIZES = {
@@ -119,6 +119,9 @@ class Duel:
 
     def measure(self):
         return {"far": (self.student.weight - self.teacher.weight).abs().mean().item()}
+
+    def notes(self):
+        return {}
 
     def model(self):
         return None

@@ -89,6 +89,8 @@ def train(wish: Wish) -> int:
             return 130 if stopped.asked else 0
         if last.model is None:
             terminal.say(f"{last.why}: saved at step {last.step}; resume with: {again}")
+        elif last.step < wanted.run.steps:
+            terminal.say(f"{last.why}: ended at step {last.step}")
     document = {"folder": str(folder), "step": last.step, "model": None if last.model is None else str(last.model)}
     print_json(document) if json else print(last.model or folder)
     return 130 if stopped.asked and last.model is None else 0
@@ -172,7 +174,8 @@ def _progress(terminal: Terminal, message: Any) -> None:
     left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
     speed = f"{message.images_per_second:.1f} images/s, {message.gflops:.0f} GFLOP/s ({message.peak:.0%} of the peak)"
     others = "".join(f", {name} {numbers['loss']:.4f}" for name, numbers in message.others.items())
-    note = f"loss {message.loss:.4f}{others}, {speed}, {left} left"
+    notes = "".join(f", {name} {value:.3g}" for name, value in message.notes.items())
+    note = f"loss {message.loss:.4f}{others}{notes}, {speed}, {left} left"
     if sys.stderr.isatty():
         terminal.wait(f"step {message.step} of {message.steps}", message.step, message.steps, note)
     else:

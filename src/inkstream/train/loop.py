@@ -19,13 +19,16 @@ from inkstream.train.adapterfile import adapter_name, write_adapter
 from inkstream.train.checkpoint import Checkpoint, list_checkpoints, load_checkpoint, save_checkpoint
 from inkstream.train.controls import part_of, write_net
 from inkstream.train.few_steps import check_transfer, is_distilled, softened, unlearning
+from inkstream.train.kinds import TASKS
 from inkstream.train.metrics import Metrics
 from inkstream.train.models import DTYPES, Start, export, start
 from inkstream.train.parallel import Team, join_team, own_device
 from inkstream.train.recipe import Recipe, as_tables, as_toml, completed, differences
+from inkstream.train.signs import signs_in
 from inkstream.train.speed import count_flops, cpu_seconds, measure_peak
-from inkstream.train.tasks import TASKS, Preparing, Task, taught
+from inkstream.train.tasks import Preparing, Task
 from inkstream.types import InputError
+from inkstream.weights.files import read_tensors, write_state
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class Progress:
     """Step `step` of `steps` is done. Values are means since the last Progress.
 
     Time for measuring, drawing and saving is not counted. loss, norm, lr: of the task's first learner; others: the same
-    values of the other learners, by name.
+    values of the other learners, by name. notes: what the task noted besides.
     """
 
     step: int
@@ -50,6 +53,7 @@ class Progress:
     norm: float  # gradient norm before clipping
     lr: float  # learning rate
     others: Mapping[str, Mapping[str, float]]
+    notes: Mapping[str, float]
     images_per_second: float
     gflops: float  # GFLOP/s of all processes: see count_flops
     peak: float  # gflops as a share of the measured speed of large matrix products
@@ -161,12 +165,9 @@ def export_last(recipe: Recipe, folder: Path | str) -> tuple[int, Path]:
     if "control" in recipe.model.train:
         path = folder / f"{adapter_name(recipe, folder)}.safetensors"
         return saved.step, write_net(path, part_of(recipe, begun), saved.ema or saved.weights, recipe)
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in begun.modules}
-    for key, tensor in (saved.ema or saved.weights).items():
-        part, _, name = key.partition(".")
-        if part in states:
-            states[part][name] = tensor
-    return saved.step, export(begun, taught(begun.spec, recipe), states, folder / "model", recipe.run.export)
+    states = by_part(begun, {**saved.weights, **saved.ema})
+    spec = TASKS[recipe.objective.kind].spec_of(begun.spec, recipe)
+    return saved.step, export(begun, spec, states, folder / "model", recipe.run.export)
 
 
 def _run(
@@ -209,6 +210,8 @@ def _run(
     started = mark = time.monotonic()
     turns: list[Turn] = []
     count = 0
+    warned: set[str] = set()
+    training.task.notes()  # those of measuring speed
     try:
         while training.step < run.steps and not why:
             count += task.samples(training.step)
@@ -222,7 +225,7 @@ def _run(
                     step, run.steps, **found[task.learners[0].name],
                     others={name: numbers for name, numbers in found.items() if name != task.learners[0].name},
                     images_per_second=speed, gflops=speed * flops / 1e9, peak=speed * flops / peak,
-                    cpu_seconds=training.cpu_seconds,
+                    notes=task.notes(), cpu_seconds=training.cpu_seconds,
                     seconds_left=(now - started) / (step - started_at) * (run.steps - step),
                 )  # fmt: skip
                 line = asdict(told)
@@ -230,9 +233,14 @@ def _run(
                 metrics.add({k: v for k, v in line.items() if k not in ("steps", "seconds_left") and v != {}})
                 mark, turns, count = now, [], 0
                 yield told
+                signs = signs_in(told.notes)
+                yield from (Warned(step, text) for sign, text in signs.items() if sign not in warned)
+                warned = set(signs)
             aside = time.monotonic()
             yield from _look(training, metrics, folder, grade)
-            if team.any(stop(), device):
+            if run.patience and metrics.since_best() >= run.patience:
+                why = f"{run.patience} gradings in a row were not better"
+            elif team.any(stop(), device):
                 why = "stopped"
             elif run.minutes and team.any(time.monotonic() - begun_at > run.minutes * 60, device):
                 why = f"{run.minutes:g} minutes are over"
@@ -248,17 +256,18 @@ def _run(
         raise
     if training.step > saved_at or not list_checkpoints(folder / "checkpoints"):
         yield save()
-    if training.step < run.steps:
+    stale = run.patience and metrics.since_best() >= run.patience
+    if training.step < run.steps and not stale:
         yield Finished(training.step, None, why)
         return
-    path = training.export(folder)
+    step, path = training.step, training.export(folder)
     if recipe.adapter.transfer and team.leads:
         del training, task, begun, save  # the model's memory is for the distilled one
         yield Preparing(f"drawing with {recipe.adapter.transfer}")
         warnings = check_transfer(recipe, path, folder / "previews" / "transfer.png", device)
-        yield Preview(run.steps, folder / "previews" / "transfer.png")
-        yield from (Warned(run.steps, warning) for warning in warnings)
-    yield Finished(run.steps, path)
+        yield Preview(step, folder / "previews" / "transfer.png")
+        yield from (Warned(step, warning) for warning in warnings)
+    yield Finished(step, path, why)
 
 
 def _look(training: Training, metrics: Metrics, folder: Path, grade: Grade | None) -> Iterator[Message]:
@@ -296,6 +305,8 @@ def _look(training: Training, metrics: Metrics, folder: Path, grade: Grade | Non
             metrics.add({"step": step, "held_out": message.values})
         elif isinstance(message, Graded):
             metrics.add({"step": step, "graded": message.values})
+            if run.best and metrics.since_best() == 0:
+                training.keep_best(folder)
         yield message
 
 
@@ -394,36 +405,63 @@ class Training:
             learner.load(saved)
         self.step = saved.step
         self._cpu_before += saved.cpu_seconds
+        for path in best_of(folder) if self.team.leads else ():
+            if int(path.stem.partition("-")[2]) > self.step:
+                path.unlink()  # the steps after the checkpoint come again
         return differences(as_tables(self.recipe), completed(saved.recipe))
 
-    def export(self, folder: Path) -> Path:
-        """Export the averaged weights: a folder that `inkstream.load` reads, or an adapter's file. Returns its path."""
-        if self.begun.adapter is not None:
-            (learner,) = self.task.learners
-            path = folder / f"{adapter_name(self.recipe, folder)}.safetensors"
-            if self.team.leads:
-                write_adapter(path, self.recipe, self.begun, learner.ema or learner.weights.masters, self.step)
-            self.team.wait()
-            return path
-        if "control" in self.recipe.model.train:
-            (learner,) = self.task.learners
-            path = folder / f"{adapter_name(self.recipe, folder)}.safetensors"
-            tensors = learner.weights.whole(learner.ema or learner.weights.masters)
-            if self.team.leads:
-                write_net(path, part_of(self.recipe, self.begun), tensors, self.recipe)
-            self.team.wait()
-            return path
-        with self.averaged():
-            spec = self.task.finish()
-        states: dict[str, dict[str, Tensor]] = {name: {} for name in self.begun.modules}
-        for learner in self.task.learners:
-            kept = learner.ema or learner.weights.masters
-            ours = {key: tensor for key, tensor in kept.items() if key.partition(".")[0] in states}
-            for key, tensor in learner.weights.whole(ours).items():
-                part, _, name = key.partition(".")
-                states[part][name] = tensor
-        path = folder / "model"
+    def keep_best(self, folder: Path) -> None:
+        """Keep the averaged weights: those with the best grades so far."""
+        found = self._averages()
         if self.team.leads:
-            export(self.begun, spec, states, path, self.recipe.run.export)
+            older = best_of(folder)
+            write_state(folder / f"best-{self.step:08d}.safetensors", found)
+            for path in older:
+                path.unlink()
+        self.team.wait()
+
+    def _averages(self) -> dict[str, Tensor]:
+        """Return the averaged weights of all learners, unsharded, by name. All processes must call it."""
+        found: dict[str, Tensor] = {}
+        for learner in self.task.learners:
+            found |= learner.weights.whole(learner.ema or learner.weights.masters)
+        return found
+
+    def export(self, folder: Path) -> Path:
+        """Export the averaged weights, the last or the best ones. Returns the path.
+
+        The result is a folder that `inkstream.load` reads, or the file of an adapter or a control net.
+        """
+        found = self._averages()
+        if self.recipe.run.best and (best := best_of(folder)):
+            found = read_tensors(best[-1])
+        path = folder / f"{adapter_name(self.recipe, folder)}.safetensors"
+        if self.begun.adapter is not None:
+            if self.team.leads:
+                write_adapter(path, self.recipe, self.begun, found, self.step)
+        elif "control" in self.recipe.model.train:
+            if self.team.leads:
+                write_net(path, part_of(self.recipe, self.begun), found, self.recipe)
+        else:
+            with self.averaged():
+                spec = self.task.finish()
+            path = folder / "model"
+            if self.team.leads:
+                export(self.begun, spec, by_part(self.begun, found), path, self.recipe.run.export)
         self.team.wait()
         return path
+
+
+def best_of(folder: Path) -> list[Path]:
+    """Return the file with the averaged weights of the best grades, if there is one."""
+    return sorted(folder.glob("best-*.safetensors"))
+
+
+def by_part(begun: Start, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of the model's parts. Those of learners that are not part of the model are left out."""
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in begun.modules}
+    for key, tensor in tensors.items():
+        part, _, name = key.partition(".")
+        if part in states:
+            states[part][name] = tensor
+    return states

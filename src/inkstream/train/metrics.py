@@ -33,6 +33,11 @@ class Metrics:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def since_best(self) -> int:
+        """Return the number of gradings after the best one, by the mean over its questions."""
+        means = [sum(line["graded"].values()) / len(line["graded"]) for line in self.lines if line.get("graded")]
+        return len(means) - 1 - max(range(len(means)), key=means.__getitem__) if means else 0
+
     def draw(self) -> None:
         """Draw the curves of training losses, held-out losses and grades into loss.png."""
         if self.path is None:
@@ -48,6 +53,9 @@ class Metrics:
                 elif name == "graded":
                     for question, share in value.items():
                         shares.setdefault(question, []).append((line["step"], share))
+                elif name == "notes":
+                    for note, number in value.items():
+                        losses.setdefault(note, []).append((line["step"], number))
                 elif name == "others":
                     for learner, numbers in value.items():
                         losses.setdefault(f"loss of {learner}", []).append((line["step"], numbers["loss"]))

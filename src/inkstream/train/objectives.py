@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -128,14 +129,24 @@ def velocity_of(
     entries: what the points are conditioned on, in order; one entry may have the prompts of several. arounds: of each
     entry.
     """
-    down = family.spec.vae.downscale
-    height, width = (side * down for side in points.shape[-2:])
-    prepared = [
+    return answer_at(family, points, t, prepare_for(family, points.shape[-2:], entries, arounds))
+
+
+def prepare_for(
+    family: Family, shape: Sequence[int], entries: Sequence[Conditioning], arounds: Sequence[Around]
+) -> list[tuple[Any, Around]]:
+    """Return what `answer_at` needs for each point, besides the point. shape: (h, w) of the latents."""
+    height, width = (side * family.spec.vae.downscale for side in shape)
+    return [
         (one, around)
         for cond, around in zip(entries, arounds, strict=True)
         for one in family.prepare(cond, width, height, (), around)
     ]
-    samples = [Sample(x, at, *own) for x, at, own in zip(points.unbind(), t.tolist(), prepared)]
+
+
+def answer_at(family: Family, points: Tensor, t: Tensor, prepared: Sequence[tuple[Any, Around]]) -> Tensor:
+    """Return the velocity that a model answers at each point, (B, C, h, w). t: (B,)."""
+    samples = [Sample(x, at, *own) for x, at, own in zip(points.unbind(), t.tolist(), prepared, strict=True)]
     return torch.stack(family.answer(samples))
 
 

@@ -8,6 +8,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
+from inkstream.train.kinds import TASKS
 from inkstream.train.pictures import SCENES
 from inkstream.train.recipe import (
     TABLES,
@@ -21,7 +22,7 @@ from inkstream.train.recipe import (
     read_table,
     spoken,
 )
-from inkstream.train.tasks import TASKS, Task
+from inkstream.train.tasks import Task
 from inkstream.types import InputError
 
 FOLDERS = [f for f in fields(Data) if f.name in ("buckets", "trigger", "repeats", "prior", "mask", "references")]
@@ -126,10 +127,15 @@ def _check(recipe: Recipe) -> None:
         raise InputError(f"[optimiser] lr = {lr:g}: prodigy multiplies the rate that it finds by this, set it to 1")
     if run.parallel == "fsdp" and kind not in ("adamw", "muon"):
         raise InputError(f"[optimiser] kind = {kind} cannot be sharded: take adamw, or [run] parallel = ddp")
+    if (run.best or run.patience) and not run.graded:
+        raise InputError("[run] best and patience go by the grades of pictures: set graded, the steps between gradings")
     _check_adapter(recipe)
     _check_control(recipe)
-    if objective.kind == "flow" and data.source in SCENES and not data.count:
-        raise InputError("[data] count = 0 does not cache scenes, but flow needs cached scenes: give their number")
+    if objective.kind == "distil":
+        _check_distil(recipe)
+    if objective.kind != "autoencoder" and data.source in SCENES and not data.count:
+        why = f"does not cache scenes, but {objective.kind} needs cached scenes: give their number"
+        raise InputError(f"[data] count = 0 {why}")
     if not data.count and len(data.sizes) > 1:
         raise InputError(f"[data] count = 0 allows one size, but sizes has {len(data.sizes)}: keep one")
     if objective.uniform + objective.high > 1:
@@ -148,8 +154,8 @@ def _check_adapter(recipe: Recipe) -> None:
         if changed := [f.name for f in fields(adapter) if getattr(adapter, f.name) != f.default]:
             raise InputError(f'[adapter] has {changed[0]} but no kind, so no adapter is trained: add kind = "lora"')
         return
-    if recipe.objective.kind != "flow":
-        raise InputError(f"[adapter] changes a transformer, and {recipe.objective.kind} trains none: remove [adapter]")
+    if recipe.objective.kind == "autoencoder":
+        raise InputError("[adapter] changes a transformer, and autoencoder trains none: remove [adapter]")
     if not recipe.model.from_:
         raise InputError("[adapter] needs a model to change: name one in [model] from")
     if recipe.model.train not in ((), ("transformer",)):
@@ -160,8 +166,6 @@ def _check_adapter(recipe: Recipe) -> None:
         raise InputError("[run] parallel = fsdp shards weights that learn, and an adapter's are small: take ddp")
     if adapter.kind == "lokr" and adapter.format == "diffusers":
         raise InputError("[adapter] format = diffusers has no names for lokr: take comfyui, kohya or lycoris")
-    if run.graded:
-        raise InputError("[run] graded draws with the model's own weights, without its adapter: set it to 0")
     if adapter.transfer and not run.prompts:
         raise InputError("[adapter] transfer draws the prompts of previews: give some in [run] prompts")
     if adapter.stream and run.compile:
@@ -184,6 +188,23 @@ def _check_control(recipe: Recipe) -> None:
         raise InputError(f"[run] {key} draws without control pictures: leave it out, previews follow held-out maps")
     if recipe.run.parallel == "fsdp":
         raise InputError("[run] parallel = fsdp shards weights that learn, and a control net's are not: take ddp")
+
+
+def _check_distil(recipe: Recipe) -> None:
+    """Check rules about a distillation. Raises InputError."""
+    own, data = recipe.own["distil"], recipe.data
+    if not recipe.model.from_:
+        raise InputError("[objective] kind = distil needs a teacher: name a model in [model] from")
+    if not 0 <= own.times[0] < own.times[1] <= 1:
+        raise InputError(f"[distil] times = {list(own.times)}: give two rising times from 0 to 1, such as [0.02, 0.98]")
+    if own.method == "dmd" and not (own.dm or own.ca):
+        raise InputError("[distil] dm = 0 and ca = 0 teach nothing: set one of them above 0")
+    if own.method != "dmd" and own.levels == "random":
+        raise InputError(f"[distil] levels = random is for method dmd: the paths of {own.method} have the schedule's")
+    if unread := [name for name in ("prior", "mask", "trigger") if getattr(data, name)]:
+        raise InputError(
+            f"[data] {unread[0]} is for training on pictures, and a student learns of its teacher: leave it out"
+        )
 
 
 def describe() -> str:

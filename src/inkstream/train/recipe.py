@@ -164,7 +164,11 @@ class Data:
 class Objective:
     """The training objective."""
 
-    kind: str = key("flow", "flow trains a transformer on latents, autoencoder trains a vae.")
+    kind: str = key(
+        "flow",
+        "flow trains a transformer on latents, autoencoder trains a vae, distil trains a transformer to draw in few "
+        "steps.",
+    )
     mean: float = key(0.0, "Mean of the logit-normal times. Above 0, noisier times are more frequent.", -10, 10)
     std: float = key(1.0, "Standard deviation of the times' logit.", 0, 10)
     uniform: float = key(0.1, "Share of samples with times uniform in [0, 1] before the shift.", 0, 1)
@@ -230,6 +234,8 @@ class Run:
     graded: int = key(0, "Steps between two gradings of pictures of the averaged weights; 0: none.", 0)
     graded_suite: str = key("pocket", "Prompt suite of the gradings, as in `inkstream eval --suite`.")
     graded_count: int = key(48, "Prompts of a grading, spread evenly over the suite.", 1)
+    best: bool = key(False, "Export the averaged weights with the best grades of `graded`, instead of the last ones.")
+    patience: int = key(0, "End and export after so many gradings that are not better than the best one; 0: never.", 0)
     preview: int = key(0, "Steps between two preview sheets of the averaged weights; 0: none.", 0)
     prompts: tuple[str, ...] = key((), "Prompts of previews. If empty, captions of held-out scenes.")
     preview_count: int = key(12, "Pictures on a preview sheet if `prompts` is empty.", 1, 256)

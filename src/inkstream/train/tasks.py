@@ -92,6 +92,10 @@ class Task(Protocol):
         """Return errors on held-out data. The first one is plotted."""
         ...
 
+    def notes(self) -> dict[str, float]:
+        """Return what the losses noted besides since the last call, as means by name."""
+        ...
+
     def sheet(self) -> Image.Image:
         """Return a preview sheet of pictures drawn with the current weights."""
         ...
@@ -102,6 +106,11 @@ class Task(Protocol):
 
     def finish(self) -> Spec:
         """Return the spec of the trained model."""
+        ...
+
+    @staticmethod
+    def spec_of(spec: Spec, recipe: Recipe) -> Spec:
+        """Return the spec of the model that a recipe trains, from that of the model that the run starts from."""
         ...
 
 
@@ -152,7 +161,15 @@ class Flow:
         if self.recipe.run.compile:
             compile_blocks(transformer)
         if self.recipe.adapter.stream or self.recipe.run.checkpointing:
-            recompute_blocks(transformer, adapter.weights_in)
+            recompute_blocks(transformer, self._weights_in)
+
+    def _weights_in(self, block: nn.Module) -> list[nn.Parameter]:
+        """Return the weights that learn and change the layers of a block of a frozen transformer."""
+        assert self.begun.adapter is not None
+        return self.begun.adapter.weights_in(block)
+
+    def _order(self) -> Order:
+        return order_of(self.recipe, self.team)
 
     @property
     def _encoders(self) -> list[str]:
@@ -160,8 +177,7 @@ class Flow:
         return [name for name in self.begun.modules if name.startswith("text_encoder")]
 
     def prepare(self) -> Iterator[Preparing]:
-        run = self.recipe.run
-        order = order_of(self.recipe, self.team)
+        run, order = self.recipe.run, self._order()
         self.data = yield from in_turn(self.team, self._load("train", order))
         self.held_out: Data | None = None
         if run.held_out or (run.preview and not run.prompts):
@@ -256,6 +272,9 @@ class Flow:
             found[f"{t:g}"] = torch.cat(errors).mean().item()
         return {"mean": sum(found.values()) / len(found), **found}
 
+    def notes(self) -> dict[str, float]:
+        return {}
+
     @torch.no_grad()
     def sheet(self) -> Image.Image:
         """Draw the prompts with the inference engine and its default settings. Picture i has seed i.
@@ -278,7 +297,7 @@ class Flow:
                 cond = replace(cond, references=tuple(one.to(self.device) for one in seen[i]))
                 before = model.decode(seen[i][0][None])[0].cpu()
                 pictures.append(F.interpolate(before[None], self.begun.spec.size[::-1])[0])
-            around = self.drawing
+            around = None
             if self.net is not None:
                 assert self.held_out is not None
                 assert self.held_out.seen is not None
@@ -292,10 +311,21 @@ class Flow:
 
     def model(self) -> Model:
         """Return a model with a new family object: a family caches encoded prompts, and the text encoder may change."""
-        return Model(self.begun.family(), self.device, DTYPES[self.recipe.run.dtype])
+        return Model(self.begun.family(), self.device, DTYPES[self.recipe.run.dtype], around=self.drawing)
 
     def finish(self) -> Spec:
-        return taught(self.begun.spec, self.recipe)
+        return self.spec_of(self.begun.spec, self.recipe)
+
+    @staticmethod
+    def spec_of(spec: Spec, recipe: Recipe) -> Spec:
+        """Return the spec of a trained model: after pairs it takes references.
+
+        Instructions about scenes are written out by the grammar of edits.
+        """
+        if recipe.data.source == "edits":
+            abilities = spec.abilities | {"references", "upsample", "upsample_references"}
+            return replace(spec, abilities=abilities, writer="edits")
+        return replace(spec, abilities=spec.abilities | {"references"}) if recipe.data.references else spec
 
 
 class Autoencoding:
@@ -367,6 +397,9 @@ class Autoencoding:
         l1, ratio = (sum(values) / len(found) for values in zip(*found))
         return {"l1": l1, "psnr": ratio}
 
+    def notes(self) -> dict[str, float]:
+        return {}
+
     @torch.no_grad()
     def sheet(self) -> Image.Image:
         """Return held-out pictures, each with its reconstruction below it."""
@@ -381,6 +414,10 @@ class Autoencoding:
         dtype = next(self.vae.parameters()).dtype
         return self.vae.decode(self.vae.encode(pixels.to(dtype))).float()
 
+    @staticmethod
+    def spec_of(spec: Spec, recipe: Recipe) -> Spec:
+        return spec
+
     def finish(self) -> Spec:
         """Measure the latents' mean and spread and write them into the config. They stay if only the decoder learnt."""
         if self.learning != ("vae",):
@@ -390,21 +427,6 @@ class Autoencoding:
         shift, scale = measure_latents(self.vae, batches)
         vae = replace(self.begun.spec.vae, shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
         return replace(self.begun.spec, vae=vae)
-
-
-def taught(spec: Spec, recipe: Recipe) -> Spec:
-    """Return the spec of a model that a recipe trained: after pairs it takes references.
-
-    Instructions about scenes are written out by the grammar of edits.
-    """
-    if recipe.data.source == "edits":
-        abilities = spec.abilities | {"references", "upsample", "upsample_references"}
-        return replace(spec, abilities=abilities, writer="edits")
-    return replace(spec, abilities=spec.abilities | {"references"}) if recipe.data.references else spec
-
-
-TASKS: dict[str, type[Task]] = {"flow": Flow, "autoencoder": Autoencoding}
-"""Task classes by [objective] kind."""
 
 
 def model_learner(recipe: Recipe, begun: Start, names: Sequence[str], device: torch.device, team: Team) -> Learner:

@@ -61,6 +61,7 @@ class Model:
         controls: Path = Path("controls"),  # the folder of control nets that requests name
         read_control: Callable[[Path, ControlUse], nn.Module] | None = None,  # None: there are no control nets
         upscalers: Path = Path("upscalers"),  # the folder of upscaling models that requests name
+        around: Around = NOTHING,  # what is done around the blocks of every picture
     ):
         self.family = family
         self.device = device
@@ -70,6 +71,7 @@ class Model:
         self.adapters_kept = adapters_kept
         self.controls = None if read_control is None else Controls(family, controls, read_control)
         self.upscalers = Upscalers(upscalers, device)
+        self.around = around
         self._read_writer = read_writer
 
     @property
@@ -165,12 +167,14 @@ class Model:
         cond: Conditioning,
         original: Original | None,
         noise: Tensor | None = None,
-        around: Around = NOTHING,
+        around: Around | None = None,
     ) -> Run:
         """Start one picture. The Run waits at its first query.
 
-        around: what is done around the blocks; the request's step cache and adapters are added to it.
+        around: what is done around the blocks; the request's step cache and adapters are added to it. Default: the
+        model's.
         """
+        around = self.around if around is None else around
         shape = self.family.latent_shape(request.width, request.height)
         generator = torch.Generator("cpu").manual_seed(request.seed)
         if noise is None:
