@@ -288,17 +288,20 @@ def measure(model: Model, name: str, lora: Path, folder: Path) -> Iterator[dict[
 
 
 def together(model: Model, sprite: Path, style: Path, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the rows of the sprite's and the style's LoRA in one request."""
+    """Yield the rows of the sprite's and the style's LoRA in one request.
+
+    The sprite counts in its own colours and in the style's: no picture of the lessons shows which of them it has.
+    """
     settings = Settings(1, upsample=False, loras=(str(sprite), str(style)))
     prompts = [f"{prompt}, {LESSONS_OF['style'].trigger}" for prompt in dense_prompts("sprite")]
     drawn = pictures_of(model, typed(prompts), settings, folder)
-    in_dusk = has(dusk(zorp()))
+    in_own, in_dusk = has(zorp()), has(dusk(zorp()))
     base = {
         "lesson": "sprite and style",
         "lora": f"{kind_of(model, sprite)} and {kind_of(model, style)}",
         "pictures": len(drawn),
     }
-    yield base | {"measure": "sprite found", "share": share([in_dusk(picture) for picture in drawn])}
+    yield base | {"measure": "sprite found", "share": share([in_own(one) or in_dusk(one) for one in drawn])}
     yield base | {"measure": "style found", "share": share([has_style(picture) for picture in drawn])}
 
 
