@@ -74,7 +74,7 @@ class Duel:
     through = True
     """Whether the student's loss passes through the critic itself, or through a frozen copy of it."""
 
-    def __init__(self, recipe, begun, device, team):
+    def __init__(self, recipe, begun, device, team, reward=None):
         self.recipe, self.begun, self.device, self.team = recipe, begun, device, team
 
     def prepare(self):

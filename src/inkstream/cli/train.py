@@ -60,7 +60,7 @@ def train(wish: Wish) -> int:
         print_json({"folder": str(folder), "step": step, "model": str(model)}) if json else print(model)
         return 0
     with Terminal() as terminal, stopped:
-        for message in run(wanted, folder, resume, lambda: stopped.asked, _grader(wanted.run)):
+        for message in run(wanted, folder, resume, lambda: stopped.asked, _grader(wanted.run), _reward(wanted)):
             if isinstance(message, Progress):
                 _progress(terminal, message)
             elif isinstance(message, Saved):
@@ -156,6 +156,16 @@ def _grader(run: Any) -> Any:
 
     cases = thin(open_suite(run.graded_suite), run.graded_count)
     return lambda model: grade_drawings(model, cases)
+
+
+def _reward(recipe: Any) -> Any:
+    """Return the function that values pictures, or None if the recipe learns from no rewards."""
+    if "reinforce" not in recipe.own:
+        return None
+    from inkstream.evaluate.rewards import rewards_of
+    from inkstream.train.rewards import weights_of
+
+    return rewards_of(list(weights_of(recipe.own["reinforce"].rewards)))
 
 
 def _prepare(terminal: Terminal, message: Any, told: float) -> float:

@@ -45,6 +45,7 @@ from inkstream.train.models import DTYPES, Start
 from inkstream.train.objectives import TAUGHT_GUIDANCE, Batch, answer_at, mix, prepare_for, shift_time
 from inkstream.train.parallel import Team, compile_blocks
 from inkstream.train.recipe import Optimiser, Recipe, key
+from inkstream.train.rewards import Reward
 from inkstream.train.tasks import SALT_HELD_OUT, Flow, in_turn, order_of
 from inkstream.types import Conditioning, InputError, Request, Spec
 
@@ -126,7 +127,9 @@ class Distillation(Flow):
     tables: ClassVar[Mapping[str, type]] = {"distil": Distil, "critic": Optimiser}
     learners: Sequence[Learner]
 
-    def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
+    def __init__(
+        self, recipe: Recipe, begun: Start, device: torch.device, team: Team, reward: Reward | None = None
+    ):  # fmt: skip
         self.critic_adapter: AdapterWeights | None = None
         if begun.adapter is not None:  # before the blocks learn what to compute again
             adapter, seed = begun.adapter, mix(recipe.run.seed, 1)

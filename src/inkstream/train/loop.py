@@ -24,6 +24,7 @@ from inkstream.train.metrics import Metrics
 from inkstream.train.models import DTYPES, Start, export, start
 from inkstream.train.parallel import Team, join_team, own_device
 from inkstream.train.recipe import Recipe, as_tables, as_toml, completed, differences
+from inkstream.train.rewards import Reward
 from inkstream.train.signs import signs_in
 from inkstream.train.speed import count_flops, cpu_seconds, measure_peak
 from inkstream.train.tasks import Preparing, Task
@@ -121,14 +122,15 @@ TELL_EVERY = 10.0
 
 def train(
     recipe: Recipe, folder: Path | str, resume: bool = False, stop: Callable[[], bool] = lambda: False,
-    grade: Grade | None = None,
+    grade: Grade | None = None, reward: Reward | None = None,
 ) -> Iterator[Message]:  # fmt: skip
     """Train a recipe in the run's own folder and yield messages.
 
     The folder gets recipe.toml, checkpoints/, metrics.jsonl, loss.png, previews/ and at the end model/. A run of an
     adapter writes adapters/ and at the end NAME.safetensors instead. The run saves and ends when the iterator is
     closed, or when `stop()`, called after each step, returns true. Under torchrun all processes call this function and
-    only the first yields messages. `grade` is the grader that [run] graded uses. Raises InputError before the first
+    only the first yields messages. `grade` is the grader that [run] graded uses, `reward` is what
+    reinforcement learns from. Raises InputError before the first
     step if the recipe is not valid or the folder holds another run.
     """
     folder = Path(folder).expanduser()
@@ -138,7 +140,7 @@ def train(
         torch.set_num_threads(recipe.run.threads)
     device = choose_device(own_device(recipe.run.device) or None)
     with join_team(device) as team:
-        messages = _run(recipe, folder, resume, stop, grade, device, team)
+        messages = _run(recipe, folder, resume, stop, grade, reward, device, team)
         if team.leads:
             yield from messages
         else:
@@ -171,14 +173,14 @@ def export_last(recipe: Recipe, folder: Path | str) -> tuple[int, Path]:
 
 
 def _run(
-    recipe: Recipe, folder: Path, resume: bool, stop: Callable[[], bool], grade: Grade | None, device: torch.device,
-    team: Team,
+    recipe: Recipe, folder: Path, resume: bool, stop: Callable[[], bool], grade: Grade | None, reward: Reward | None,
+    device: torch.device, team: Team,
 ) -> Iterator[Message]:  # fmt: skip
     run = recipe.run
     begun_at = time.monotonic()
     yield Preparing("building the model")
     begun = start(recipe, device)
-    task = TASKS[recipe.objective.kind](recipe, begun, device, team)
+    task = TASKS[recipe.objective.kind](recipe, begun, device, team, reward)
     if run.graded and (grade is None or task.model() is None):
         why = "needs a grader: give `train` one, or" if grade is None else f"cannot grade {recipe.objective.kind}:"
         raise InputError(f"[run] graded = {run.graded} {why} set it to 0")

@@ -74,7 +74,11 @@ class Scenes:
         return self.sizes[index % len(self.sizes)]
 
     def picture(self, index: int) -> np.ndarray:
-        return np.array(render(stretch(self._scene(index), *self.size(index)), *self.size(index)))
+        return np.array(render(self.scene(index), *self.size(index)))
+
+    def scene(self, index: int) -> Scene:
+        """Return a picture's scene as it lies in a picture of its size."""
+        return stretch(self._scene(index), *self.size(index))
 
     def captions(self, index: int, count: int) -> list[str]:
         scene = self._scene(index)

@@ -22,6 +22,7 @@ from inkstream.train.recipe import (
     read_table,
     spoken,
 )
+from inkstream.train.rewards import weights_of
 from inkstream.train.tasks import Task
 from inkstream.types import InputError
 
@@ -133,6 +134,8 @@ def _check(recipe: Recipe) -> None:
     _check_control(recipe)
     if objective.kind == "distil":
         _check_distil(recipe)
+    if objective.kind == "reinforce":
+        _check_reinforce(recipe)
     if objective.kind != "autoencoder" and data.source in SCENES and not data.count:
         why = f"does not cache scenes, but {objective.kind} needs cached scenes: give their number"
         raise InputError(f"[data] count = 0 {why}")
@@ -205,6 +208,20 @@ def _check_distil(recipe: Recipe) -> None:
         raise InputError(
             f"[data] {unread[0]} is for training on pictures, and a student learns of its teacher: leave it out"
         )
+
+
+def _check_reinforce(recipe: Recipe) -> None:
+    """Check rules about reinforcement learning. Raises InputError."""
+    own, data = recipe.own["reinforce"], recipe.data
+    weights_of(own.rewards)
+    if own.method == "dpo" and own.beta < 10:
+        raise InputError(f"[reinforce] beta = {own.beta:g} is too little for dpo: take about 2000")
+    if not recipe.model.from_:
+        raise InputError("[objective] kind = reinforce needs a model that draws: name one in [model] from")
+    if data.references or data.source == "edits":
+        raise InputError("[objective] kind = reinforce draws without references: leave them out")
+    if unread := [name for name in ("prior", "mask") if getattr(data, name)]:
+        raise InputError(f"[data] {unread[0]} is for training on pictures, and rewards value others: leave it out")
 
 
 def describe() -> str:

@@ -167,7 +167,7 @@ class Objective:
     kind: str = key(
         "flow",
         "flow trains a transformer on latents, autoencoder trains a vae, distil trains a transformer to draw in few "
-        "steps.",
+        "steps, reinforce trains a transformer on rewards of its pictures.",
     )
     mean: float = key(0.0, "Mean of the logit-normal times. Above 0, noisier times are more frequent.", -10, 10)
     std: float = key(1.0, "Standard deviation of the times' logit.", 0, 10)

@@ -52,6 +52,7 @@ from inkstream.train.objectives import (
 from inkstream.train.parallel import Team, compile_blocks
 from inkstream.train.pictures import SCENES, Source, Split, open_source
 from inkstream.train.recipe import Recipe
+from inkstream.train.rewards import Reward
 from inkstream.train.stream import recompute_blocks
 from inkstream.types import InputError, Request, Spec
 from inkstream.weights.lora.read import read_lora
@@ -74,7 +75,11 @@ class Task(Protocol):
     learners: Sequence[Learner]
     """All learners, set by `prepare`. The first has a turn at every step, and its loss is the run's loss."""
 
-    def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team) -> None: ...
+    def __init__(
+        self, recipe: Recipe, begun: Start, device: torch.device, team: Team, reward: Reward | None = None
+    ) -> None:
+        """reward: values pictures, for tasks that learn from rewards."""
+        ...
 
     def prepare(self) -> Iterator[Preparing]:
         """Draw, encode and read the training data, then create the learners."""
@@ -124,7 +129,9 @@ class Flow:
     tables: ClassVar[Mapping[str, type]] = {}
     learners: Sequence[Learner]
 
-    def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
+    def __init__(
+        self, recipe: Recipe, begun: Start, device: torch.device, team: Team, reward: Reward | None = None
+    ):  # fmt: skip
         self.recipe = recipe
         self.begun = begun
         self.device = device
@@ -335,7 +342,9 @@ class Autoencoding:
     tables: ClassVar[Mapping[str, type]] = {}
     learners: Sequence[Learner]
 
-    def __init__(self, recipe: Recipe, begun: Start, device: torch.device, team: Team):
+    def __init__(
+        self, recipe: Recipe, begun: Start, device: torch.device, team: Team, reward: Reward | None = None
+    ):  # fmt: skip
         self.recipe = recipe
         self.begun = begun
         self.device = device
