@@ -91,7 +91,7 @@ def as_recipe(table: Mapping[str, Any]) -> Recipe:
 def _task(kind: Any) -> type[Task]:
     """Return the task class of an objective's kind. Raises InputError for an unknown kind."""
     if not isinstance(kind, str) or kind not in TASKS:
-        raise InputError(f"[objective] kind = {kind!r}: take {' or '.join(TASKS)}")
+        raise InputError(f"[objective] kind = {kind!r}: take one of {', '.join(TASKS)}")
     return TASKS[kind]
 
 
