@@ -240,6 +240,17 @@ def test_weights_that_no_adapter_changes_stay_views_of_the_file(make_folder, sav
     assert len(copied) >= 3
 
 
+def test_a_merged_file_is_read_once_and_its_memory_is_freed(tiny_folder, save):
+    path = save(TURBO.tiny, make_lora(TURBO.tiny))
+    opened = open_model(tiny_folder, Machine("cpu", "fp32", merge_lora=(str(path),)))
+    names = opened.merged
+    path.unlink()
+    read_model(opened, "resident")
+    assert opened.merge is not None
+    assert opened.merge.adapters == ()
+    assert opened.merged == names != frozenset()
+
+
 @pytest.mark.parametrize("quant", [None, "int8"])
 def test_changed_weights_count_as_copied(quant, make_folder, save, tmp_path):
     spec = TURBO.tiny

@@ -67,7 +67,12 @@ class Opened:
     dtype: torch.dtype
     numbers: Mapping[str, int]  # part -> number of parameters
     crew: Sharing | None = None  # the processes that share the transformer, if there are several
-    merged: frozenset[str] = frozenset()  # names of the transformer's weights that adapters change, see `merge_of`
+    merge: Merge | None = None  # the adapters to merge into the transformer, until its weights are read
+
+    @property
+    def merged(self) -> frozenset[str]:
+        """The names of the transformer's weights that adapters change."""
+        return self.merge.names if self.merge else frozenset()
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
@@ -84,12 +89,11 @@ def open_model(name: Path | str, machine: Machine = ANY, progress: Progress | No
     }
     check_vocabulary(source, tokenizers)
     numbers = {part: sum(p.numel() for p in found.module.parameters()) for part, found in source.parts.items()}
-    merge = merge_of(source, machine)
-    return Opened(source, tokenizers, machine, device, dtype, numbers, merged=merge.names if merge else frozenset())
+    return Opened(source, tokenizers, machine, device, dtype, numbers, merge=merge_of(source, machine))
 
 
 def merge_of(source: Source, machine: Machine) -> Merge | None:
-    """Return the adapters to merge into the transformer, or None.
+    """Read the adapters to merge into the transformer; None if there are none to merge.
 
     Raises InputError if one is for another model, or if a weight that it changes has a format that is only read here.
     """
@@ -104,7 +108,7 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
     """Read an opened model's weights: the second half of `load`. An opened model can be read once."""
     tell: Progress = progress or (lambda event: None)
     source, device, dtypes = opened.source, opened.device, opened.dtypes
-    merge = merge_of(source, opened.machine)
+    merge = opened.merge
     modules = {
         part: read(
             found,
@@ -119,6 +123,7 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
     }
     if merge:
         tell(Loading("transformer", note=merge.line()))
+        merge.let_go()
 
     def read_writer() -> Writer:
         found = locate_writer(source.family, source.parts["text_encoder"], source.spec.name)

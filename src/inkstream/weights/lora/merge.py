@@ -67,6 +67,11 @@ class Merge:
         hint = "; --lora, which needs no merge, keeps all of it" if self.share < MUCH_LOST else ""
         return f"merged {names}: {self.share:.1%} of the change is kept ({forms}){hint}"
 
+    def let_go(self) -> None:
+        """Free the memory of the adapters once all weights are changed. The names of these weights stay known."""
+        _ = self.names
+        self.adapters = ()
+
     def check(self, weights: Mapping[str, Weight]) -> None:
         """Raise InputError if a changed weight is not there, or is packed in a format that is not written here.
 
