@@ -14,6 +14,7 @@ from PIL import Image
 from inkstream.cli import main
 from inkstream.cli.train import Wish, command_of, continuing
 from inkstream.engine.machine.memory import SPARE, count_weights
+from inkstream.engine.machine.placement import BESIDE
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_BASE_4B
 from inkstream.families.zimage.specs import BASE, POCKET
@@ -62,6 +63,29 @@ def test_the_parts_of_a_plan_are_what_they_are_by_hand():
     streamed = plan(side=256, adapter={"stream": True})
     assert streamed.step == again.step
     assert streamed.base < 0.1 * again.base
+
+
+@pytest.mark.slow
+def test_streamed_blocks_on_a_cpu_count_by_how_they_are_at_home():
+    """Packed when they are read: all of them, and no copies. In the files' bfloat16: the pages and a copy of one."""
+    dim, layers = 3840, 1
+    spec = replace(BASE, transformer=replace(BASE.transformer, n_layers=layers, n_refiner_layers=1))
+    found = {
+        base: foresee(
+            as_recipe({
+                "model": {"from": spec.name}, "data": {"source": "photos", "sizes": [[64, 64]]},
+                "adapter": {"kind": "lora", "rank": 4, "base": base, "stream": True}, "run": {"dtype": "fp32"},
+            }),
+            spec,
+            torch.device("cpu"),
+        ).base
+        for base in ("", "int8")
+    }  # fmt: skip
+    block = 12 * dim**2  # numbers in the products of a block
+    always = 4 * (BASE.transformer.cap_feat_dim + 256) * dim  # the embedder of captions and of the time
+    modulation = 256 * 4 * dim * (2 + 4)  # of one block: pages in bfloat16, and a copy
+    assert found[""] == pytest.approx(BESIDE + always + block * (2 + 4), rel=0.02)
+    assert found["int8"] == pytest.approx(BESIDE + always + (layers + 2) * block + modulation, rel=0.02)
 
 
 @pytest.mark.parametrize("spec", [BASE, DEV, KLEIN_BASE_4B], ids=lambda spec: spec.family)

@@ -18,6 +18,7 @@ from inkstream.engine.machine.placement import BESIDE, Placed, pages_seen
 from inkstream.families import Family, family_of
 from inkstream.nn.around import Around
 from inkstream.nn.forward import Sample
+from inkstream.nn.offload import is_number
 from inkstream.nn.quant import place as put_packed
 from inkstream.quant.packed import Weight
 from inkstream.train.adapters import AdapterWeights, slots_of
@@ -71,9 +72,7 @@ def foresee(
     placed = Placed(transformer, place, device, dtype)
     base = placed.always + placed.working
     if device.type == "cpu":
-        base += BESIDE
-        if settings.base and settings.stream:  # the blocks at home are no views of a file
-            base += weights - max(pages_seen(guest) for each in placed.streams.values() for guest in each.guests)
+        base = placed.always + BESIDE + _at_home(placed, packed_here=bool(settings.base))
     Placed(transformer, "resident", META, dtype).settle()
 
     slots = slots_of(spec, settings)
@@ -90,6 +89,24 @@ def foresee(
     family = kind(spec, modules, dict.fromkeys(kind.tokenizers))  # type: ignore[arg-type]
     step, flops = _measure(family, spec, recipe, Around(adapters=(adapter.apply_to(transformer),)), tokens)
     return Foreseen(base, int(numbers * each), step, weights, numbers, flops * run.accumulate)
+
+
+def _at_home(placed: Placed, packed_here: bool) -> int:
+    """Return the bytes on a CPU of the weights that visit: a copy of those in another dtype, and what is read at home.
+
+    Packed bytes are computed with where they are, so there is no copy of them. packed_here: they were packed when they
+    were read, so they are no views of a file, and all of them are in memory at all times.
+    """
+    held, rooms = 0, [0]
+    streams = placed.streams.values()
+    for guest in (*placed.guests, *(guest for each in streams for guest in (*each.guests, *each.apart))):
+        away = zip(guest.away, guest.types)
+        copies = sum(weight.home.numel() * dtype.itemsize for weight, dtype in away if weight.home.dtype != dtype)
+        packed = sum(weight.home.nbytes for weight in (*guest.away, *guest.here) if not is_number(weight.home))
+        stays = packed if packed_here else 0
+        held += stays
+        rooms.append(copies + pages_seen(guest) - stays)
+    return held + max(rooms)
 
 
 def _frozen(
