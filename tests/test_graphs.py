@@ -24,6 +24,7 @@ from inkstream.families.flux2.specs import KLEIN_4B
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO
 from inkstream.nn.around import Around
+from inkstream.nn.around.adapters import Adapter
 from inkstream.nn.around.cache import StepCache
 from inkstream.nn.forward import Sample
 from inkstream.nn.qwen3 import Qwen3
@@ -173,6 +174,68 @@ def test_large_unprepared_or_wrapped_samples_are_not_recorded(monkeypatch):
     monkeypatch.setattr(graphs, "SMALL", 16)
     thrice([sample], [0.5])
     assert recorder.count == 1
+
+
+class Scale:
+    """An adapter's product that makes a layer's output larger."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def __call__(self, x: torch.Tensor, plain: torch.Tensor, out: torch.Tensor) -> None:
+        out.mul_(self.factor)
+
+
+@pytest.mark.parametrize("family", [zimage, flux])
+def test_forwards_with_adapters_are_recorded_for_these_adapters(family):
+    model, sample = family(5, 4)
+    path = "layers.0.attention.out" if family is zimage else "single_blocks.0.linear2"
+    arounds = [Around(adapters=(Adapter.of(model, {path: Scale(factor)}),)) for factor in (0.5, 2.0)]
+    recorder = Recorder()
+    replayed = partial(forward_transformer, Recordings(recorder), model.forward)
+
+    def draw_with(*chosen: Around, seed: int = 0) -> torch.Tensor:
+        size = [n * getattr(model.config, "patch_size", 1) for n in sample.grid]
+        xs = [normal(model.config.in_channels, *size, seed=seed + i) for i in range(len(chosen))]
+        asked = [Sample(x, 0.5, sample, around) for x, around in zip(xs, chosen)]
+        plain, ours = model.forward(asked), replayed(asked)
+        assert all(torch.equal(a, b) for a, b in zip(ours, plain))
+        return ours[0]
+
+    outputs = [[draw_with(around, seed=seed) for seed in range(3)] for around in arounds]
+    assert recorder.count == 2  # one for each adapter
+    assert not torch.equal(outputs[0][0], outputs[1][0])
+    for seed in range(3):
+        draw_with(Around(adapters=arounds[0].adapters), seed=seed)  # another picture with the same adapter
+    assert recorder.count == 2
+    for seed in range(3):
+        draw_with(*arounds, seed=seed)
+    assert recorder.count == 3
+    for seed in range(3):
+        draw_with(*arounds[::-1], seed=seed)
+    assert recorder.count == 4
+
+
+def test_a_recording_ends_with_the_adapters_that_it_reads():
+    class Held:
+        """Stands for an adapter, which a CUDA graph does not keep alive."""
+
+    made = []
+
+    def record(compute):
+        outputs = compute()
+        made.append(1)
+        return outputs, lambda: None
+
+    recordings, held, other = Recordings(record), Held(), Held()
+    for owners in ([held, other], [other], [held]):
+        for _ in range(3):
+            recordings.run((), [torch.ones(2)], lambda given: [given[0] + 1], owners)
+    assert len(made) == len(recordings._kept) == 3
+    del held, owners
+    assert len(recordings._kept) == 1
+    recordings.run((), [torch.ones(2)], lambda given: [given[0] + 1], [other])
+    assert len(made) == 3
 
 
 def test_recording_is_tried_once_if_it_fails():

@@ -1,13 +1,15 @@
 """CUDA graphs for small forwards, where a GPU would wait for Python between its kernels.
 
 A recording holds for input shapes: another time, prompt or seed replays the same recording. Before a replay, the inputs
-are copied into the memory that the recording reads. Not recorded: large pictures, which keep the GPU busy anyway;
-training; samples with an `around`; and modules whose weights are streamed.
+are copied into the memory that the recording reads. A recording with adapters holds for these adapters, and is dropped
+with them. Not recorded: large pictures, which keep the GPU busy anyway; training; samples with a step cache or
+residuals; and modules whose weights are streamed.
 """
 
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -18,7 +20,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from inkstream.nn.around import NOTHING
 from inkstream.nn.forward import Sample
 from inkstream.nn.qwen3 import Qwen3
 from inkstream.nn.stack import Blocks
@@ -64,14 +65,22 @@ def forward_transformer(
     times = [sample.t for sample in samples]
     asked = [sample.prepared.at(sample.t) for sample in samples]
     small = sum(sample.x.shape[-2] * sample.x.shape[-1] for sample in samples) <= SMALL
-    plain = all(sample.around is NOTHING for sample in samples)
-    if torch.is_grad_enabled() or not plain or not small or any(prepared is None for prepared in asked):
+    arounds = [sample.around for sample in samples]
+    fixed = all(around.cache is None and not around.residuals for around in arounds)
+    if torch.is_grad_enabled() or not fixed or not small or any(prepared is None for prepared in asked):
         return forward(samples)
-    alike = tuple(times.index(t) for t in times)  # samples of the same time share its modulation
+    # Samples of the same time share its modulation, and those of the same `around` share more.
+    alike = tuple((times.index(t), arounds.index(around)) for t, around in zip(times, arounds))
+    counts = tuple(len(around.adapters) for around in arounds)
     # New tensor objects: a recording copies only tensors that are not the objects of the step before.
     fresh = {id(sample.x): sample.x.view_as(sample.x) for sample in samples}
     given = [(fresh[id(sample.x)], prepared) for sample, prepared in zip(samples, asked)]
-    return recordings.run(alike, given, lambda given: forward([Sample(x, t, p) for (x, p), t in zip(given, times)]))
+    return recordings.run(
+        (alike, counts),
+        given,
+        lambda given: forward([Sample(x, t, p, around) for (x, p), t, around in zip(given, times, arounds)]),
+        [adapter for around in arounds for adapter in around.adapters],
+    )
 
 
 def forward_text_encoder(
@@ -97,10 +106,21 @@ class Recordings:
         self._record = record
         self._kept: OrderedDict[Any, Recording | None] = OrderedDict()  # None: run once, or not recordable
         self._refused: set[Any] = set()
+        self._owners: set[int] = set()
 
-    def run(self, key: Any, given: Any, compute: Callable[[Any], list[Tensor]]) -> list[Tensor]:
-        """compute(given). The second call with the same key and shapes is recorded; later ones replay it."""
-        key = (key, shapes_of(given))
+    def run(
+        self, key: Any, given: Any, compute: Callable[[Any], list[Tensor]], owners: Sequence[object] = ()
+    ) -> list[Tensor]:
+        """compute(given). The second call with the same key, owners and shapes is recorded; later ones replay it.
+
+        owners: of memory that `compute` reads beside what is given. A recording does not keep them alive: it is dropped
+        with the first of them.
+        """
+        key = (key, tuple(map(id, owners)), shapes_of(given))
+        for owner in owners:
+            if id(owner) not in self._owners:
+                self._owners.add(id(owner))
+                weakref.finalize(owner, self._drop, id(owner)).atexit = False
         recording = self._kept.get(key)
         if recording is None:
             if key not in self._kept or key in self._refused:
@@ -113,6 +133,12 @@ class Recordings:
                 return compute(given)
         self._keep(key, recording)
         return recording.run(given)
+
+    def _drop(self, owner: int) -> None:
+        self._owners.discard(owner)
+        for key in [key for key in self._kept if owner in key[1]]:
+            del self._kept[key]
+        self._refused = {key for key in self._refused if owner not in key[1]}
 
     def _keep(self, key: Any, recording: Recording | None) -> None:
         self._kept[key] = recording
