@@ -247,7 +247,7 @@ def test_streamed_blocks_are_adapted_as_resident_ones(build):
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.family)
-def test_compiled_regions_serve_plain_forwards_and_adapted_ones_compile_nothing(build, spec):
+def test_compiled_regions_serve_adapted_forwards_and_another_adapter_compiles_nothing(build, spec):
     torch.compiler.reset()
     graphs: list[int] = []
 
@@ -258,16 +258,25 @@ def test_compiled_regions_serve_plain_forwards_and_adapted_ones_compile_nothing(
     with torch.no_grad():
         plain, compiled = build(spec.tiny), build(spec.tiny)
     compile_blocks(compiled.family.transformer, backend=count)
-    sizes = [(wish(plain, seed=i, width=64 + 32 * i), i) for i in range(2)]
-    wishes = [(request, Around()) for request, _ in sizes]
-    for ours, expected in zip(draw(compiled, wishes), draw(plain, wishes)):
-        assert decibels(expected, ours) >= 80
-    before = len(graphs)
-    assert before
-    (expected,) = draw(plain, [(sizes[0][0], adapter(plain, 1))])
-    (ours,) = draw(compiled, [(sizes[0][0], adapter(compiled, 1))])
-    assert decibels(expected, ours) >= 80
-    assert len(graphs) == before
+    sizes = [wish(plain, seed=i, width=64 + 32 * i) for i in range(3)]
+
+    def agree(*seeds: int | None) -> int:
+        """Draw with these adapters, or none, in one batch. Returns the number of graphs that were compiled."""
+        before = len(graphs)
+        ours, expected = (
+            draw(model, [(one, Around() if seed is None else adapter(model, seed)) for one, seed in zip(sizes, seeds)])
+            for model in (compiled, plain)
+        )
+        assert min(map(decibels, expected, ours)) >= 80
+        return len(graphs) - before
+
+    assert agree(None, None) > 0
+    agree(None, None, None)
+    assert agree(None, None) == agree(None, None, None) == 0
+    assert agree(1) > 0
+    agree(None, 2)  # several pictures: dimensions become dynamic
+    agree(1, 2, 3)
+    assert agree(4) == agree(5, None, 6) == agree(7, 8) == agree(None, 9) == agree(None, None, None) == 0
     torch.compiler.reset()
 
 

@@ -133,6 +133,7 @@ class Forward:
         self.times = times
         self.attention_by = attention_by
         self.adapted = any(around.adapters for around in arounds)
+        self.product_by = adapted_product  # a compiler takes a function that it does not trace
         self.hints: list[tuple[Container[int], Hints]] = []  # each residual, and the samples of its picture
         self.pictures: dict[StepCache, tuple[int, ...]] = {}  # each step cache, and the samples of its picture
         for i, around in enumerate(arounds):
@@ -158,31 +159,23 @@ class Forward:
 
     # Linear layers ----------------------------------------------------------------------------------------------------
 
-    def adapt(self, layer: nn.Module, x: Any, out: Tensor, rows: Rows) -> Tensor:
-        """A layer's output, changed in place by the adapters of each row's sample. x: (N, I), out: (N, O) -> (N, O).
+    def product(self, layer: nn.Module, x: Any, rows: Rows) -> Tensor:
+        """A layer's output, changed by the adapters of each row's sample. x: (N, I) -> (N, O).
 
         x has full precision where a layer is adapted: see `unadapted`.
         """
-        if not self.adapted:
-            return out
-        products = [products_of(layer, around) for around in self.arounds]
-        if not any(products) or len(out) == 0:
-            return out
-        assert len(rows) == len(x), f"a layer got {len(x)} rows, but {len(rows)} rows have an owner"
-        runs = [[*run] for _, run in groupby(rows.spans, lambda span: [id(one) for one in products[span.owner]])]
-        start = 0
-        for run in runs:
-            own = slice(start, start := start + sum(span.length for span in run))
-            changes = products[run[0].owner]
-            plain = out[own].clone() if len(changes) > 1 else out[own]
-            for change in changes:
-                change(x[own], plain, out[own])
-        return out
+        return self.product_by(self, layer, x, rows) if self.adapted else layer(x)
 
     def unadapted(self, *layers: nn.Module) -> Sequence[nn.Module]:
-        """Returns the layers if their input may be rounded for them; () if an adapter of one needs full precision."""
-        adapts = self.adapted and any(products_of(layer, around) for layer in layers for around in self.arounds)
-        return () if adapts else layers
+        """Returns the layers if their input may be rounded for them; () if an adapter of one needs full precision.
+
+        If products are computed in another way, that is not looked at for each layer, so that a compiler sees one case.
+        """
+        if not self.adapted:
+            return layers
+        if self.product_by is not adapted_product:
+            return ()
+        return () if any(products_of(layer, around) for layer in layers for around in self.arounds) else layers
 
     # Blocks -----------------------------------------------------------------------------------------------------------
 
@@ -212,13 +205,31 @@ class Forward:
             cache.decide(change, picture)
 
 
-PLAIN, ANY = Forward(), Rows()
-"""A forward and rows for layers without adapters, where the layout of the rows does not matter."""
+def adapted_product(forward: Forward, layer: nn.Module, x: Any, rows: Rows) -> Tensor:
+    """A layer's output, changed in place by the adapters of each row's sample. x: (N, I) -> (N, O)."""
+    out: Tensor = layer(x)
+    products = [products_of(layer, around) for around in forward.arounds]
+    if not any(products) or len(out) == 0:
+        return out
+    assert len(rows) == len(x), f"a layer got {len(x)} rows, but {len(rows)} rows have an owner"
+    runs = [[*run] for _, run in groupby(rows.spans, lambda span: [id(one) for one in products[span.owner]])]
+    start = 0
+    for run in runs:
+        own = slice(start, start := start + sum(span.length for span in run))
+        changes = products[run[0].owner]
+        plain = out[own].clone() if len(changes) > 1 else out[own]
+        for change in changes:
+            change(x[own], plain, out[own])
+    return out
 
 
 def products_of(layer: nn.Module, around: Around) -> list[Product]:
     """The changes that a sample's adapters make to a layer, in their order."""
     return [adapter.products[layer] for adapter in around.adapters if layer in adapter.products]
+
+
+PLAIN, ANY = Forward(), Rows()
+"""A forward and rows for layers without adapters, where the layout of the rows does not matter."""
 
 
 def run_blocks(

@@ -13,7 +13,7 @@ def linear(layer: nn.Module, x: Tensor | Rounded, forward: Forward, rows: Rows) 
 
     If the layer's inputs are shared with other processes (`parallel.share_layers`), the outputs are all-reduced.
     """
-    out = forward.adapt(layer, x, layer(x), rows)
+    out = forward.product(layer, x, rows)
     group = layer.__dict__.get("group")  # a failing getattr of a module takes as long as a small product
     return out if group is None else group.sum(out)
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from inkstream.nn.forward import Forward
+from inkstream.nn.forward import Forward, Rows, adapted_product
 from inkstream.nn.rope import Rope
 from inkstream.nn.stack import Blocks
 
@@ -20,7 +20,8 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     A region is a method of a block that maps tensors to tensors. Its first dimension (tokens, or rows of the
     modulation) is dynamic, and blocks of one class share the compiled code: another prompt, size or number of pictures
     compiles nothing. Attention depends on the sequence lengths and is not compiled, nor are streaming and caching.
-    With adapters a region runs uncompiled.
+    In a forward with adapters, the products of linear layers run outside the compiled code, which is the same for all
+    adapters: another adapter, strength or number of them compiles nothing.
     """
     blocks = [block for stack in model.modules() if isinstance(stack, Blocks) for block in stack]
     kinds = {(type(block), name) for block in blocks for name in getattr(block, "regions", ())}
@@ -31,18 +32,32 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
 
 
 def compile_region(region: Callable[..., Any], backend: str | Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled function; it compiles at its first call. A forward with adapters calls the original function."""
+    """The compiled function. It compiles at its first call, and once more at its first call with adapters."""
     compiled: Callable[..., Any] = torch.compile(region, backend=backend)  # pyright: ignore[reportUnknownMemberType]
+    untraced = untraced_product()
 
     @wraps(region)
     def call(*given: Any) -> Any:
-        if any(isinstance(one, Forward) and one.adapted for one in given):
-            return region(*given)
+        for one in given:
+            if isinstance(one, Forward) and one.adapted:
+                one.product_by = untraced
         for tensor in tensors_of(given):
             torch._dynamo.maybe_mark_dynamic(tensor, 0)  # pyright: ignore[reportPrivateUsage]
         return compiled(*given)
 
     return call
+
+
+@cache
+def untraced_product() -> Callable[[Forward, nn.Module, Any, Rows], Tensor]:
+    """`adapted_product` as a function that is called between two pieces of compiled code."""
+
+    def product(forward: Forward, layer: nn.Module, x: Any, rows: Rows) -> Tensor:
+        out = adapted_product(forward, layer, x, rows)
+        torch._dynamo.maybe_mark_dynamic(out, 0)  # pyright: ignore[reportPrivateUsage]
+        return out
+
+    return torch.compiler.disable(product)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
 
 
 def tensors_of(given: Any) -> Iterator[Tensor]:
