@@ -383,3 +383,88 @@ def test_a_download_shows_size_and_licence_first(fake, tmp_path, tiny_folder):
     assert [what, size, size] in events
     assert events[-1][0] == "vae"
     assert "README.md" not in fake.downloads()
+
+
+ASK_FOR_LORAS = """
+import json, sys
+from pathlib import Path
+from inkstream.cli.download import agree_to_loras
+from inkstream.cli.terminal import Terminal
+from inkstream.engine.files.loras import find_lora
+from inkstream.types import InputError, LoraUse, Machine
+machine = Machine(lora_folder=sys.argv[1])
+for lora in sys.argv[2:]:
+    yes, lora = lora.startswith("yes "), lora.removeprefix("yes ")
+    try:
+        with Terminal(quiet=True) as terminal:
+            agree_to_loras([lora], machine, yes, terminal)
+        print(json.dumps(str(find_lora(LoraUse.read(lora).path, Path(sys.argv[1])))))
+    except InputError as error:
+        print(json.dumps("error: " + str(error)))
+"""
+
+
+def ask_for_loras(fake: FakeHub | str, home: Path, *loras: str, **more: str) -> list[str]:
+    """Name adapters on a command line, one after the other. Returns their files, or the errors."""
+    command = [sys.executable, "-W", "error", "-c", ASK_FOR_LORAS, str(home / "loras"), *loras]
+    done = subprocess.run(command, env=environment(fake, home, **more), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_an_adapter_is_named_by_its_place_on_the_hub(fake, tmp_path):
+    fake.files = {
+        "style.safetensors": b"style" * 1000,
+        "old/style.safetensors": b"old" * 1000,
+        "peft/adapter_model.safetensors": b"peft" * 1000,
+        "peft/adapter_config.json": b"{}",
+        "picture.png": b"png",
+    }
+    asked, file, again, folder, several, missing = ask_for_loras(
+        fake, tmp_path, f"{REPO}/style.safetensors:0.8", f"yes {REPO}/style.safetensors:0.8@0-0.5",
+        f"{REPO}/style.safetensors", f"yes {REPO}/peft/adapter_model.safetensors", f"yes {REPO}",
+        f"yes {REPO}/new.safetensors",
+    )  # fmt: skip
+    assert asked == (
+        f"error: {REPO}/style.safetensors is not downloaded yet ({REPO}: 0 MB, licence apache-2.0): "
+        "add --yes to download it, or give --lora a local path"
+    )
+    assert Path(file).read_bytes() == fake.files["style.safetensors"]
+    assert again == file
+    assert Path(folder).with_name("adapter_config.json").read_bytes() == b"{}"
+    assert several == (
+        f"error: {REPO} has 3 files (style.safetensors, old/style.safetensors, peft/adapter_model.safetensors): "
+        f"name one, such as --lora {REPO}/style.safetensors"
+    )
+    assert missing == f"error: {REPO} on the hub has no new.safetensors: look at its files there"
+    assert fake.downloads() == ["peft/adapter_config.json", "peft/adapter_model.safetensors", "style.safetensors"]
+    (offline,) = ask_for_loras(fake, tmp_path, f"{REPO}/style.safetensors", HF_HUB_OFFLINE="1")
+    assert offline == file
+
+
+def test_the_only_adapter_of_a_repository_needs_no_file_name(fake, tmp_path):
+    fake.files = {"style.safetensors": b"style" * 1000, "picture.png": b"png"}
+    file, again = ask_for_loras(fake, tmp_path, f"yes {REPO}:0.8", REPO)
+    assert Path(file).read_bytes() == fake.files["style.safetensors"]
+    assert again == file
+
+
+def test_an_adapter_that_no_hub_has_is_told_in_one_line(fake, tmp_path):
+    (tmp_path / "loras" / "people").mkdir(parents=True)
+    (tmp_path / "loras" / "people" / "ann.safetensors").write_bytes(b"ann")
+    fake.status, fake.code = 404, "RepoNotFound"
+    here, unknown, word, path = ask_for_loras(
+        fake, tmp_path, "people/ann", f"yes {REPO}", "style", "runs/style.safetensors"
+    )  # fmt: skip
+    assert Path(here).read_bytes() == b"ann"
+    assert not fake.downloads()
+    assert unknown.startswith(f"error: lora {REPO} is not a file here, and {fake.address} has no repository {REPO}")
+    assert word.startswith("error: lora style is neither a file nor a name in")
+    assert path.startswith("error: lora runs/style.safetensors is neither a file nor a name in")
+    (offline,) = ask_for_loras(fake, tmp_path, f"yes {REPO}", HF_HUB_OFFLINE="1")
+    assert offline == (
+        f"error: lora {REPO} is not a file here, and {REPO} is not complete in the cache and HF_HUB_OFFLINE is set: "
+        "unset it once, or give a local path"
+    )
+    (unreachable,) = ask_for_loras("http://127.0.0.1:9", tmp_path, f"yes {REPO}")
+    assert f"{REPO} could not be downloaded from http://127.0.0.1:9" in unreachable

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 from pydantic import Field, ValidationError
 
-from inkstream.cli.download import agree_to_download
+from inkstream.cli.download import agree_to_download, agree_to_loras
 from inkstream.cli.errors import explain_value, one_line
 from inkstream.cli.generate import as_options, check_pictures, slug
 from inkstream.cli.lines import print_json
@@ -93,6 +93,8 @@ def batch(
     if engines is not None and not ray:
         raise InputError(f"--engines {engines} is for Ray: add --ray, or leave it out")
     with Terminal(quiet) as terminal:
+        if machine.server is None:
+            agree_to_loras([*common.loras, *machine.merge_lora], machine, yes, terminal)
         wanted = understand(prompts, common, machine, terminal)
         if machine.server is None:
             check_machine(machine)

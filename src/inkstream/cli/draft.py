@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Group, Parameter
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from inkstream.cli.download import agree_to_download, is_downloaded
+from inkstream.cli.download import agree_to_download, agree_to_loras, is_downloaded
 from inkstream.cli.generate import as_options, check, draw, slug, try_folder, understand
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE, RUN, Here, check_machine, make_engine, words_of
@@ -116,6 +116,7 @@ def draft(
         folder, state = resumed(wish, resume, output) if resume else begun(wish, json_prompt, output, terminal)
         state = settled(state, folder, pick, choose, refine_with, refine_strength)
         if missing(folder, state, "drafts"):
+            agree_to_loras([*state.request.loras, *machine.merge_lora], machine, yes, terminal)
             check(state.request, machine)
         check_machine(machine)
         spec = look_ahead(folder, state, yes, machine, terminal)

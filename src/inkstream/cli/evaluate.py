@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from inkstream.cli.download import agree_to_download
+from inkstream.cli.download import agree_to_download, agree_to_loras
 from inkstream.cli.generate import check, slug, try_folder
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE, RUN, Here, make_engine
@@ -101,6 +101,7 @@ def evaluate(
         whole = open_suite(suite)
         cases = thin(whole, limit)
         settings = Settings(seeds, steps, guidance, width, height, None if upsample else False, loras)
+        agree_to_loras([*loras, *machine.merge_lora], machine, yes, terminal)
         check(Request.model_validate({"model": model, **settings.fields()}), machine)
         if ocr:
             open_reader()

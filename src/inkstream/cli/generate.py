@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from inkstream.cli.crew import follow, follows, join
-from inkstream.cli.download import agree_to_download
+from inkstream.cli.download import agree_to_download, agree_to_loras
 from inkstream.cli.lines import in_gibibytes, print_facts, print_json
 from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, make_drawer, make_engine, options_of
 from inkstream.cli.terminal import Terminal
@@ -113,6 +113,7 @@ def generate(
                 raise InputError("--dry-run is for a model on this machine: leave it out, or leave --server out")
             check_pictures(request)
         else:
+            agree_to_loras([*request.loras, *machine.merge_lora], machine, yes, terminal)
             check(request, machine)
         place = None if piped else find_place(output, request.count)
         if machine.server is None:

@@ -90,15 +90,17 @@ def merge(
     lora_folder
         Folder of LoRA files that can be named; default: `loras` in the data folder of inkstream.
     """
-    from inkstream.cli.download import agree_to_download
+    from inkstream.cli.download import agree_to_download, agree_to_loras
     from inkstream.engine.files.loras import check_loras, read_merges
     from inkstream.engine.files.loras import lora_folder as folder_of
 
     if not loras:
         raise InputError("no adapter was given: name one or more after the model, each as PATH[:STRENGTH]")
-    uses, folder = read_merges(loras), folder_of(Machine(lora_folder=lora_folder))
-    check_loras(loras, folder)
+    machine = Machine(lora_folder=lora_folder)
+    uses, folder = read_merges(loras), folder_of(machine)
     with Terminal() as terminal:
+        agree_to_loras(loras, machine, yes, terminal)
+        check_loras(loras, folder)
         agree_to_download(model, yes, terminal, commercial_only=False)  # nothing is drawn
         from inkstream.engine.files.convert import convert as write_model
 

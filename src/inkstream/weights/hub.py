@@ -81,6 +81,14 @@ def offer(repo: str, patterns: Sequence[str]) -> Offer:
     return Offer(sum(missing.values()), sum(sizes.values()), licence)
 
 
+def names(repo: str, pattern: str) -> list[str]:
+    """Ask the hub for the names of the matching files. Raises InputError as `fetch` does."""
+    try:
+        return [*_ask(repo, [pattern])[1]]
+    except Exception as error:  # network errors have many types
+        _explain(repo, error)
+
+
 def fetch(repo: str, patterns: Sequence[str], progress: Callable[[int], None] | None = None) -> Path:
     """Download the matching files into the cache and return their folder. A complete cached folder is used as it is.
 

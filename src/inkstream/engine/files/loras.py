@@ -6,9 +6,10 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from inkstream.types import InputError, LoraUse, Machine
+from inkstream.weights.lora.keys import FOLDERS
 
 
 def lora_folder(machine: Machine) -> Path:
@@ -21,8 +22,46 @@ def lora_folder(machine: Machine) -> Path:
 
 
 def find_lora(name: str, folder: Path) -> Path:
-    """Return the file or folder of an adapter. Raises InputError if there is none."""
-    return find_file("lora", name, folder)
+    """Return the file or folder of an adapter. Raises InputError if there is none. Uses no network.
+
+    name: in the folder, a path, or on the hub: OWNER/NAME or OWNER/NAME/FILE, if the hub's cache holds it.
+    """
+    try:
+        return find_file("lora", name, folder)
+    except InputError as error:
+        if misread := re.fullmatch(r"(.+\.safetensors)([:@#].*)", name):
+            raise InputError(
+                f"lora {misread[1]}: {misread[2]} is no strength, steps or blocks: "
+                "write PATH[:STRENGTH][@FROM-UNTIL][#BLOCKS=FACTOR,...]"
+            ) from error
+        if (published := on_hub(name)) is None:
+            raise
+        if (file := find_cached(*published)) is None:
+            raise InputError(f"{error}; as a name on the hub, inkstream generate --lora {name} downloads it") from error
+        return file
+
+
+def on_hub(name: str) -> tuple[str, str] | None:
+    """Return the repository on the hub that an adapter's name means, and its file, "" for the only one; else None."""
+    found = re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:/((?:\w[^/\\]*/)*\w[^/\\]*\.safetensors))?", name)
+    return None if found is None or found[1].endswith(".safetensors") else (found[1], found[2] or "")
+
+
+def find_cached(repo: str, file: str) -> Path | None:
+    """Return an adapter's file in the hub's cache. file: "" for the only one, or the one with a usual name."""
+    from inkstream.weights import hub  # a slow import, only needed for names on the hub
+
+    for name in (file,) if file else (*FOLDERS, "*.safetensors"):
+        folder = hub.cached(repo, files_of(name))
+        found = [] if folder is None else [*folder.rglob(name)] if "*" in name else [folder / name]
+        if len(found) == 1 and found[0].is_file():
+            return found[0]
+    return None
+
+
+def files_of(name: str) -> tuple[str, str]:
+    """Return an adapter's file in a repository, and that of PEFT's configuration beside it."""
+    return name, str(PurePosixPath(name).with_name("adapter_config.json"))
 
 
 def find_file(what: str, name: str, folder: Path) -> Path:

@@ -12,6 +12,9 @@ TRIGGERS = ("modelspec.trigger_phrase", "trigger_word", "trigger", "ss_trigger")
 BASES = ("ss_base_model_version", "modelspec.architecture", "base_model", "base_model_name_or_path")
 """Entries of the metadata, the best first."""
 
+FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
+"""What PEFT and diffusers call the file in a folder."""
+
 DOTTED = {
     "base_model.model.": "peft",
     "model.": "comfyui",

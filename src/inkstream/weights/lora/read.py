@@ -15,11 +15,8 @@ from inkstream.weights.lora import peft
 from inkstream.weights.lora.algebras import Layer, bias_of, by, changes_of
 from inkstream.weights.lora.changes import Change, LayerChange, Lora, Part, Report
 from inkstream.weights.lora.cuts import reorder
-from inkstream.weights.lora.keys import BASES, TEXT, TRIGGERS, read_key
+from inkstream.weights.lora.keys import BASES, FOLDERS, TEXT, TRIGGERS, read_key
 from inkstream.weights.lora.names import COMMON, Names, Place
-
-FOLDERS = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
-"""What PEFT and diffusers call the file in a folder."""
 
 
 def read_lora(path: Path | str, names: Names) -> Lora:
@@ -45,6 +42,8 @@ def adapter_file(path: Path) -> Path:
         raise InputError(f"{path} is a pickle, which can run code when opened: convert it to safetensors first")
     if path.suffix == ".gguf":
         raise InputError(f"{path} is a GGUF file: take the adapter's safetensors file")
+    if path.is_file() and path.suffix != ".safetensors":
+        raise InputError(f"{path} is not a .safetensors file: take the adapter's safetensors file")
     if not path.is_dir():
         return path
     for name in FOLDERS:
