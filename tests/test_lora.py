@@ -230,13 +230,15 @@ def test_the_same_use_is_the_same_adapter_and_the_least_recent_files_are_dropped
     assert held.get(uses[0]) is kept
 
 
-@pytest.mark.parametrize("form", ["int8", "e4m3", "q8_0", "nf4"])
+@pytest.mark.parametrize("form", ["int8", "e4m3", "q8_0", "nf4", "q4_k"])
 def test_an_adapter_changes_packed_weights_as_it_changes_full_ones(build, form, tmp_path):
     from inkstream.nn.quant import place
     from inkstream.quant.pack import fits, pack
     from inkstream.quant.packed import unpack
 
     spec = BASE.tiny
+    if form == "q4_k":  # its blocks have 256 numbers
+        spec = replace(spec, transformer=replace(spec.transformer, dim=256, n_heads=8))
     with torch.no_grad():
         packed, full = build(spec), build(spec)
     transformer = packed.family.transformer
@@ -279,7 +281,7 @@ def test_the_engine_tells_what_an_adapter_is_and_keeps_its_use_with_the_picture(
     request = Request(prompt="a red circle", steps=2, seed=1, loras=["style:0.5"])
     happened = events(request, lora_folder=str(for_pocket.parent))
     notes = [event.note for event in happened if isinstance(event, Loading) and event.note.startswith("lora")]
-    assert notes == [f"lora style: LoRA of rank 2, {notes[0].split(', ')[1]}"]
+    assert notes == [f"lora style: LoRA of rank 2 at strength 0.5, {notes[0].split(', ')[1]}"]
     done = next(event for event in happened if isinstance(event, Done))
     assert done.request.loras == ("style:0.5",)
     plain = next(event for event in events(request.model_copy(update={"loras": ()})) if isinstance(event, Done))
@@ -307,6 +309,9 @@ def test_names_come_before_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_lora("people/ann", folder) == folder / "people" / "ann.safetensors"
     assert find_lora("people", folder) == Path("people")
+    for wrong in (":abc", "@0.5", ":0,8"):
+        with pytest.raises(InputError, match=f"lora ann.safetensors: {wrong} is no strength, steps or blocks: write"):
+            find_lora(f"ann.safetensors{wrong}", folder)
 
 
 @pytest.mark.parametrize(

@@ -489,8 +489,15 @@ def test_a_damaged_tensor_or_a_missing_one_is_refused_or_read_whole(kind, tmp_pa
 
 def test_pickles_ggufs_and_folders_without_an_adapter_are_refused(tmp_path):
     names = NAMES["zimage"]
-    for name, said in (("a.pt", "is a pickle, which can run code"), ("a.ckpt", "pickle"), ("a.gguf", "is a GGUF file")):
-        (tmp_path / name).write_bytes(b"x")
+    for name, data, said in (
+        ("a.pt", b"x", "is a pickle, which can run code"),
+        ("a.ckpt", b"x", "pickle"),
+        ("new.safetensors", b"PK\x03\x04 of torch.save", "is a pickle, which can run code"),
+        ("old.safetensors", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j", "is a pickle, which can run code"),
+        ("a.gguf", b"x", "is a GGUF file"),
+        ("notes.txt", b"x", "is not a .safetensors file: take the adapter's safetensors file"),
+    ):
+        (tmp_path / name).write_bytes(data)
         with pytest.raises(InputError, match=said):
             read_lora(tmp_path / name, names)
     folder = tmp_path / "folder"

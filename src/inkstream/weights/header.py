@@ -29,6 +29,8 @@ def read_raw_header(path: Path) -> RawHeader:
             first = file.read(8)
             if first == b"version ":
                 raise InputError(f"{path} is a git-lfs pointer, not the weights: run `git lfs pull`")
+            if first.startswith((b"PK\x03\x04", b"\x80\x02")):  # of torch.save, in its new and its old form
+                raise InputError(f"{path} is a pickle, which can run code when opened: convert it to safetensors first")
             length = int.from_bytes(first, "little")
             if len(first) < 8 or 8 + length > size:
                 raise InputError(f"{path} is cut short or not a safetensors file: download it again")

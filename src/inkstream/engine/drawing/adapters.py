@@ -123,7 +123,7 @@ class Adapters:
             one.users += 1
         try:
             self._trim()
-            lines = [line for use, one in zip(uses, held) for line in describe(Path(use.path).stem, one.report)]
+            lines = [line for use, one in zip(uses, held) for line in describe(use, one.report)]
             together = sum(abs(use.strength) for use in uses)
             if self.spec.steps <= FEW and len(uses) > 1 and together > MUCH:
                 lines.append(
@@ -226,11 +226,13 @@ def share_of(change: LayerChange, kept: Kept, name: str, size: tuple[int, int], 
     return LayerChange(parts, change.bias if first else None)
 
 
-def describe(name: str, report: Report) -> list[str]:
-    """Return lines about an adapter: what it is, and what of its file changes nothing."""
+def describe(use: LoraUse, report: Report) -> list[str]:
+    """Return lines about an adapter: what it is, how strong, and what of its file changes nothing."""
+    name = Path(use.path).stem
+    strength = f" at strength {use.strength:g}" if use.strength != 1 else ""
     ranks = f" of rank {' and '.join(map(str, report.ranks))}" if report.ranks else ""
     trigger = f"; trigger: {report.trigger}" if report.trigger else ""
-    what = f"{' and '.join(report.algebras)}{ranks}, {report.matched} tensors used{trigger}"
+    what = f"{' and '.join(report.algebras)}{ranks}{strength}, {report.matched} tensors used{trigger}"
     return [f"lora {name}: {line}" for line in (what, *report.remarks())]
 
 
