@@ -319,6 +319,7 @@ def test_the_model_of_a_file_is_found_by_its_layers(name, tmp_path):
         (["resize", "{a}", "-o", "b.safetensors", "--keep", "1.5"], "--keep 1.5 is out of range"),
         (["extract", "{base}", "{base}", "-o", "b.safetensors", "--rank", "4"], "have equal weights"),
         (["compare", "{a}", "{flux}", "-m", "{base}"], "has a layer in this model"),
+        (["compare", "{a}", "{flux}", "-m", "{base}"], "a.safetensors is for tiny-turbo)"),
     ],
 )
 def test_wrong_arguments_are_told_in_one_line(words, said, save, tiny_folder, tmp_path, monkeypatch, capsys):

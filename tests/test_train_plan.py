@@ -174,6 +174,7 @@ def test_a_dry_run_tells_memory_and_time_and_reads_nothing(photos, tmp_path, cap
         (["quick", "nothing", "--trigger", "sks"], "is not a folder: give a folder of pictures"),
         (["recipe.toml", "--trigger", "sks"], "--trigger sks is for `inkstream train quick`"),
         (["recipe.toml", "--for", "T4"], "--for T4 is for --dry-run"),
+        (["quick", "nowhere", "--trigger", "sks"], "inkstream: nowhere is not a folder: give a folder of pictures"),
     ],
 )
 def test_arguments_that_do_not_go_together_are_named(words, line, capsys):

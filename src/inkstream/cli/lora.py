@@ -232,12 +232,12 @@ def compare(a: str, b: str, *, model: For = None, json: Json = False) -> None:
 
     with Terminal() as terminal:
         ours, weights = read(a, model, terminal)
-        theirs = lora_tools.AdapterFile(
-            path := lora_tools.adapter_file(Path(b).expanduser()),
-            lora_tools.read(path, ours.names),
-            ours.names,
-            ours.models,
-        )
+        path = lora_tools.adapter_file(Path(b).expanduser())
+        try:
+            lora = lora_tools.read(path, ours.names)
+        except InputError as error:
+            raise InputError(f"{error} ({a} is for {' or '.join(ours.models)})") from error
+        theirs = lora_tools.AdapterFile(path, lora, ours.names, ours.models)
         facts = lora_tools.compare(ours, theirs, weights, lambda i, total: terminal.wait("layers", i, total))
     if json:
         print_json(facts)

@@ -124,6 +124,10 @@ class Rows:
         return chosen[0] if len(chosen) == 1 else torch.cat(chosen)
 
 
+ProductBy = Callable[["Forward", nn.Module, Any, Rows], Tensor]
+"""Computes `Forward.product` where there are adapters."""
+
+
 class Forward:
     """One pass of a model over samples."""
 
@@ -133,7 +137,7 @@ class Forward:
         self.times = times
         self.attention_by = attention_by
         self.adapted = any(around.adapters for around in arounds)
-        self.product_by = adapted_product  # a compiler takes a function that it does not trace
+        self.product_by: ProductBy = adapted_product  # a compiler takes a function that it does not trace
         self.hints: list[tuple[Container[int], Hints]] = []  # each residual, and the samples of its picture
         self.pictures: dict[StepCache, tuple[int, ...]] = {}  # each step cache, and the samples of its picture
         for i, around in enumerate(arounds):

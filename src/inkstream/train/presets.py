@@ -55,6 +55,8 @@ def quick_recipe(
     key of PRESETS; None for a small model. changes: as in `read_recipe`. Raises InputError if the pictures cannot be
     learnt from.
     """
+    if not photos.is_dir():
+        raise InputError(f"{photos} is not a folder: give a folder of pictures")
     data: dict[str, Any] = {"source": str(photos), "trigger": trigger, "buckets": 2 * spec.multiple}
     _, count = open_source(Data(**data, sizes=(spec.size,)))
     small = numbers < SMALL

@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from inkstream.nn.forward import Forward, Rows, adapted_product
+from inkstream.nn.forward import Forward, ProductBy, Rows, adapted_product
 from inkstream.nn.rope import Rope
 from inkstream.nn.stack import Blocks
 
@@ -49,7 +49,7 @@ def compile_region(region: Callable[..., Any], backend: str | Callable[..., Any]
 
 
 @cache
-def untraced_product() -> Callable[[Forward, nn.Module, Any, Rows], Tensor]:
+def untraced_product() -> ProductBy:
     """`adapted_product` as a function that is called between two pieces of compiled code."""
 
     def product(forward: Forward, layer: nn.Module, x: Any, rows: Rows) -> Tensor:
@@ -57,7 +57,8 @@ def untraced_product() -> Callable[[Forward, nn.Module, Any, Rows], Tensor]:
         torch._dynamo.maybe_mark_dynamic(out, 0)  # pyright: ignore[reportPrivateUsage]
         return out
 
-    return torch.compiler.disable(product)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    untraced: Any = torch.compiler.disable(product)  # pyright: ignore[reportUnknownMemberType]
+    return untraced
 
 
 def tensors_of(given: Any) -> Iterator[Tensor]:
