@@ -151,7 +151,6 @@ PICTURE = Image.new("RGB", (64, 64), "white")
     ("model", "fields", "told"),
     [
         ("z-image-turbo", {"image": PICTURE, "mask": PICTURE}, "a second pass changes what the mask keeps"),
-        ("z-image-turbo", {"regions": ["0,0,0.5x1:a star"]}, "a second pass is drawn in windows without regions"),
         ("flux1-fill-dev", {"image": PICTURE, "mask": PICTURE}, "does not draw a picture again"),
         ("z-image-turbo", {"width": 8192, "height": 8192}, "upscale 2x makes 16384x16384, and a side of a"),
     ],
@@ -160,6 +159,18 @@ def test_what_has_no_second_pass_is_told(model, fields, told):
     with pytest.raises(InputError, match=told):
         complete(Request(prompt="x", upscale="2x", **fields), SPECS[model])
     complete(Request(prompt="x", upscale="2x", upscale_strength=0, **fields), SPECS[model])
+
+
+def test_regions_and_control_pictures_are_in_the_second_pass_too_unless_it_crops():
+    spec = SPECS["z-image-turbo"]
+    wishes = [{"regions": ["0,0,32x64:a star", "0,0,0.5x1:a fox"]}, {"control": [PICTURE], "control_nets": ["net"]}]
+    for fields in wishes:
+        again = second_pass(complete(Request(prompt="x", upscale="2x", width=64, height=64, **fields), spec), spec)
+        assert again is not None
+        assert (again.width, again.tile) == (128, 1024)
+        assert again.regions == (("0,0,0.5x1:a star", "0,0,0.5x1:a fox") if "regions" in fields else ())
+        with pytest.raises(InputError, match="upscale 128x96 crops a picture of 64x64, and control pictures and reg"):
+            complete(Request(prompt="x", upscale="128x96", width=64, height=64, **fields), spec)
 
 
 def test_options_without_effect_are_told():

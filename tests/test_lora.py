@@ -163,7 +163,7 @@ def test_an_adapter_works_in_a_part_of_the_steps_only(model, save):
     seen: list[list[bool]] = []
     (run,) = [model.start(wish(model, [f"{path}@0-0.5"], seed=5), model.encode(wish(model)), None)]  # type: ignore
     while run.query is not None:
-        seen.append([bool(sample.around.adapters) for samples in run.samples() for sample in samples])
+        seen.append([bool(sample.around.adapters) for sample in run.samples()])
         advance(model.family, [run])
     assert [any(one) for one in seen] == [True, True, False, False]
     assert all(len(set(one)) == 1 for one in seen)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -36,6 +37,7 @@ from inkstream.types import Conditioning, Encoded, InputError, Machine, Region, 
 FAMILIES = {"Z-Image": BASE, "FLUX.1": DEV, "FLUX.2": KLEIN_BASE_4B}
 LEFT, RIGHT = "0,0,0.5x1:a red circle", "0.5,0,0.5x1:a blue star on the right"
 CPU = torch.device("cpu")
+PICTURE = Image.new("RGB", (64, 64), "white")
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -327,7 +329,10 @@ def test_a_bad_region_is_told_in_one_line(given, says):
     [
         ({"regions": ["32,0,64x64:a"]}, "region 32,0,64x64 leaves the picture, which is 64x64"),
         ({"regions": ["0,0,4x64:a"]}, "region 0,0,4x64 is too small: the model sees units of 16x16 pixels"),
-        ({"regions": [LEFT], "tile": 64}, "regions are boxes of the whole picture: leave out tile"),
+        (
+            {"regions": [LEFT], "image": PICTURE, "mask": PICTURE, "crop": "2"},
+            "regions are boxes of the whole picture: leave out crop",
+        ),
     ],
 )
 def test_a_region_that_does_not_fit_the_picture_is_refused_before_anything_is_loaded(fields, says):

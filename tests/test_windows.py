@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from inkstream.engine.drawing.complete import complete
-from inkstream.engine.drawing.model import advance, windows_of
+from inkstream.engine.drawing.model import advance, part_of, windows_of
 from inkstream.engine.drawing.options import options
 from inkstream.families import SPECS
 from inkstream.sampling.windows import OVERLAP, Windows
-from inkstream.types import InputError, Request
+from inkstream.types import Conditioning, Encoded, InputError, Request
 
 WISH = {"prompt": "a fox", "steps": 2, "seed": 3, "width": 160, "height": 96}
 
@@ -27,12 +27,12 @@ def test_windows_cover_latents_and_their_blend_is_the_whole(h, w, side):
     if windows is None:
         return
     x = torch.randn(2, h, w, generator=torch.Generator().manual_seed(h * 100 + w))
-    pieces = windows.cut(x)
+    pieces = [windows.cut(x, corner) for corner in windows.corners]
     assert len(pieces) == len(windows)
     assert {piece.shape for piece in pieces} == {(2, min(h, side), min(w, side))}
     assert torch.allclose(windows.blend(pieces), x, atol=1e-5)
-    for corners, length in ((windows.rows, windows.side[0]), (windows.columns, windows.side[1])):
-        steps = [b - a for a, b in pairwise(corners)]
+    for firsts, length in ((windows.rows, windows.side[0]), (windows.columns, windows.side[1])):
+        steps = [b - a for a, b in pairwise(firsts)]
         assert all(step <= max(1, length * (1 - OVERLAP)) for step in steps)
 
 
@@ -55,7 +55,7 @@ def test_windows_move_from_step_to_step_and_always_cover():
     x = torch.randn(1, 100, 64, generator=torch.Generator().manual_seed(0))
     for one in moved:
         assert (one.rows[0], one.rows[-1], len(one)) == (0, 68, len(windows))
-        assert torch.allclose(one.blend(one.cut(x)), x, atol=1e-5)
+        assert torch.allclose(one.blend([one.cut(x, corner) for corner in one.corners]), x, atol=1e-5)
         assert all(b - a < 32 for a, b in pairwise(one.rows))
     inside = [set(one.rows[1:-1]) for one in moved]
     assert not set.intersection(*inside)
@@ -112,3 +112,32 @@ def test_models_that_see_whole_pictures_refuse_windows():
         complete(Request(prompt="x", model="flux2-klein-4b", reference=("a.png",), tile=512), SPECS["flux2-klein-4b"])
     with pytest.raises(InputError, match="tile 100 is not a multiple of 16: take 96 or 112"):
         complete(Request(**WISH, tile=100), SPECS["z-image-turbo"])
+
+
+def test_a_window_has_its_part_of_maps_and_the_regions_in_it():
+    windows = Windows.over(8, 16, 8)
+    assert windows is not None
+    assert windows.columns == (0, 4, 8)
+    rows = torch.arange(16.0).expand(1, 8, 16)
+    vector = torch.zeros(2, 7)
+    regions = [Encoded(torch.zeros(number + 1, 3), box) for number, box in enumerate([(0, 0, 3, 2), (6, 0, 8, 4)])]
+    cond = Conditioning(torch.zeros(1, 3), (1,), controls=(rows, vector), regions=tuple(regions))
+    left, middle, right = (part_of(cond, windows, corner, token=2) for corner in windows.corners)
+    assert [part.controls[0][0, 0, 0].item() for part in (left, middle, right)] == [0, 4, 8]
+    assert all(part.controls[0].shape == (1, 8, 8) and part.controls[1] is vector for part in (left, middle, right))
+    assert [[region.box for region in part.regions] for part in (left, middle, right)] == [
+        [(0, 0, 3, 2)],
+        [(0, 0, 1, 2)],
+        [(2, 0, 4, 4)],
+    ]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["z-image-turbo", "flux1-dev", "flux2-klein-4b"])
+def test_a_region_changes_the_windows_that_it_is_in_and_no_other(name, build):
+    model = build(SPECS[name].tiny)
+    wishes = [Request(**{**WISH, "steps": 1}, tile=64, regions=regions) for regions in ((), ("0,0,32x96:a long text",))]
+    plain, ours = (model.sample(one, model.encode(one))[0] for one in wishes)
+    cells = plain.shape[2] * 64 // 160
+    assert torch.equal(plain[:, :, cells:], ours[:, :, cells:])
+    assert not torch.allclose(plain[:, :, : cells // 2], ours[:, :, : cells // 2])

@@ -258,6 +258,14 @@ class Region(NamedTuple):
         x, y, width, height = map(_digits, self[1:5])
         return f"{x},{y},{width}x{height}"
 
+    def as_shares(self, width: int, height: int) -> Region:
+        """Return the same region in shares of a picture, which is of this size in pixels."""
+        if self.in_shares:
+            return self
+        return Region(
+            self.text, self.x / width, self.y / height, self.width / width, self.height / height, self.strength
+        )
+
     def on_grid(self, width: int, height: int, unit: int) -> tuple[int, int, int, int]:
         """Return left, top, right and bottom in units of so many pixels. width, height: of the picture, in pixels.
 

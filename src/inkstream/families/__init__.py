@@ -127,7 +127,10 @@ class ControlNet(Protocol):
         ...
 
     def look(self, family: Any, pictures: Pictures) -> Tensor:
-        """What the net sees, once for each request: of the only reference, and of the inpainting if it can."""
+        """What the net sees, once for each request: of the only reference, and of the inpainting if it can.
+
+        A map at the latents' size, (C, h, w), is cut for windows. Anything else is the same for all windows.
+        """
         ...
 
     def follow(

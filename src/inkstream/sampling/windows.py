@@ -16,6 +16,8 @@ from torch import Tensor
 
 OVERLAP = 0.25
 """Share of a window's side that it has in common with its neighbour, at least."""
+Corner = tuple[int, int]
+"""The top and left of a window, in latents."""
 TURNS = (0.0, 0.5, -0.5, 0.25, -0.25)
 """Where the windows are in successive evaluations, as shares of what neighbours have in common."""
 
@@ -36,7 +38,7 @@ class Windows:
         if max(h, w) <= side:
             return None
         high, wide = min(h, side), min(w, side)
-        rows, columns = (corners(whole, own, math.ceil(own * OVERLAP)) for whole, own in ((h, high), (w, wide)))
+        rows, columns = (firsts_of(whole, own, math.ceil(own * OVERLAP)) for whole, own in ((h, high), (w, wide)))
         return Windows(h, w, rows, columns, (high, wide))
 
     def moved(self, turn: int) -> Windows:
@@ -54,17 +56,25 @@ class Windows:
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
 
-    def cut(self, x: Tensor) -> list[Tensor]:
-        """(C, h, w) -> each window, (C, *side)."""
-        high, wide = self.side
-        return [x[:, top : top + high, left : left + wide] for top in self.rows for left in self.columns]
+    @property
+    def corners(self) -> list[Corner]:
+        """The top and left of each window."""
+        return [(top, left) for top in self.rows for left in self.columns]
+
+    def fit(self, x: Tensor) -> bool:
+        """Whether a tensor is of the whole latents, (C, h, w), and can be cut."""
+        return x.shape[1:] == (self.h, self.w)
+
+    def cut(self, x: Tensor, corner: Corner) -> Tensor:
+        """(C, h, w) -> the window at a corner, (C, *side)."""
+        (top, left), (high, wide) = corner, self.side
+        return x[:, top : top + high, left : left + wide]
 
     def blend(self, pieces: Sequence[Tensor]) -> Tensor:
         """Each window (C, *side) -> (C, h, w), the weighted mean where they overlap."""
         high, wide = self.side
         whole = torch.zeros(pieces[0].shape[0], self.h, self.w, device=pieces[0].device)
-        places = [(top, left) for top in self.rows for left in self.columns]
-        for (top, left), weights, piece in zip(places, _weights(self, whole.device), pieces):
+        for (top, left), weights, piece in zip(self.corners, _weights(self, whole.device), pieces):
             whole[:, top : top + high, left : left + wide] += weights * piece
         return whole
 
@@ -79,7 +89,7 @@ def _weights(windows: Windows, device: torch.device) -> list[Tensor]:
     return [down[:, None] * across for down in downs for across in acrosses]
 
 
-def corners(length: int, side: int, overlap: int) -> tuple[int, ...]:
+def firsts_of(length: int, side: int, overlap: int) -> tuple[int, ...]:
     """The first positions of windows that cover a length, evenly spaced, with `overlap` or more over the one before."""
     last = length - side
     if last <= 0:

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from inkstream.engine.pictures.edits import Canvas, Edit
 
 
+SKEW = 0.05
+"""How much a second pass may change the aspect ratio of control pictures and regions: by rounding, not more."""
+
+
 class Complete(Request, frozen=True):
     """A Request without open fields. `complete` makes it from a request and a model's Spec.
 
@@ -96,6 +100,11 @@ class Complete(Request, frozen=True):
             raise InputError(
                 f"upscale {self.upscale} makes {width}x{height}, and a side of a drawn picture has {LONGEST} pixels at "
                 "most: take a smaller one, or upscale_strength 0"
+            )
+        if (self.control or self.regions) and abs(width * own[1] / (height * own[0]) - 1) > SKEW:
+            raise InputError(
+                f"upscale {self.upscale} crops a picture of {own[0]}x{own[1]}, and control pictures and regions are of "
+                "the whole: take a factor such as 2x"
             )
         return width, height
 

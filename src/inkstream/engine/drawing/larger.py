@@ -9,7 +9,7 @@ from inkstream.engine.drawing.options import options
 from inkstream.sampling.masks import start_index
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import times_asked
-from inkstream.types import Spec
+from inkstream.types import Region, Spec
 
 
 def times_of(request: Complete, spec: Spec, from_picture: bool) -> tuple[list[float], list[float]]:
@@ -41,6 +41,9 @@ def second_pass(request: Complete, spec: Spec) -> Complete | None:
         "tile": tile,
         "image": "the enlarged picture",
         "strength": request.upscale_strength,
+        "regions": tuple(
+            str(Region.read(region).as_shares(request.width, request.height)) for region in request.regions
+        ),
         "upscale": None,
         "upscaler": None,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,7 +30,7 @@ from inkstream.sampling.guidance import guide, is_on
 from inkstream.sampling.masks import keep, latent_mask, latent_strengths
 from inkstream.sampling.solvers import SOLVERS, times_asked
 from inkstream.sampling.variety import varied_noise, varied_prompt
-from inkstream.sampling.windows import Windows
+from inkstream.sampling.windows import Corner, Windows
 from inkstream.types import (
     Conditioning,
     ControlUse,
@@ -214,18 +214,36 @@ class Model:
         for begins, own, on in stretches([*loras, *nets], schedule, times):
             adapters = tuple(self.adapters.get(use) for use in loras if use in on)
             here = replace(around, adapters=(*around.adapters, *adapters)) if adapters else around
-            guides = [
-                self._net(use).follow(self.family, seen, use, entries, own, here)
-                for use, seen in zip(nets, cond.controls)
-                if use in on
-            ]
-            if guides:
-                more = [adapter for guide in guides for adapter in guide.adapters]
-                residuals = [residual for guide in guides for residual in guide.residuals]
-                here = replace(here, adapters=(*here.adapters, *more), residuals=(*here.residuals, *residuals))
-            prepared = self.family.prepare(entries, width, height, own, here)
-            legs.append(Leg(begins, here, prepared))
+            followed = tuple(use if use in on else None for use in nets)
+            see = partial(self._see, uses=followed, width=width, height=height, around=here)
+            if windows is None or not (entries.regions or any(map(windows.fit, entries.controls))):
+                legs.append(Leg(begins, *see(entries, own)))
+                continue
+            token = self.spec.multiple * shape[2] // request.width
+            window = partial(view_of, see, entries, windows, token)
+            legs.append(Leg(begins, *window(windows.corners[0], own[0]), window))
         return Run(request, solver, legs, len(times), start, windows)
+
+    def _see(
+        self,
+        cond: Conditioning,
+        times: Sequence[float],
+        uses: Sequence[ControlUse | None],
+        width: int,
+        height: int,
+        around: Around,
+    ) -> View:
+        """Prepare the forwards of a picture or of one window. uses: of each of `cond.controls`, None if it is off."""
+        guides = [
+            self._net(use).follow(self.family, seen, use, cond, times, around)
+            for use, seen in zip(uses, cond.controls)
+            if use is not None
+        ]
+        if guides:
+            adapters = [adapter for guide in guides for adapter in guide.adapters]
+            residuals = [residual for guide in guides for residual in guide.residuals]
+            around = replace(around, adapters=(*around.adapters, *adapters), residuals=(*around.residuals, *residuals))
+        return View(around, self.family.prepare(cond, width, height, times, around))
 
     def finish(self, run: Run) -> Tensor:
         """Return the pixels (3, H, W) of a finished run. Raises InputError if a number is not finite."""
@@ -256,12 +274,20 @@ class Original:
     mask: Tensor | None
 
 
+class View(NamedTuple):
+    """What is done around the blocks, and what is constant over the steps for each prompt."""
+
+    around: Around
+    prepared: Sequence[Any]
+
+
 class Leg(NamedTuple):
     """A stretch of a run in which the same is done around the blocks."""
 
     begins: float  # the first time t
     around: Around
     prepared: Sequence[Any]  # of each prompt
+    window: Callable[[Corner, float], View] | None = None  # corner, time -> its own, if windows are unlike
 
 
 class Run:
@@ -293,26 +319,32 @@ class Run:
         t = 1.0 if self.query is None else self.query.t
         return next((leg for leg in reversed(self._legs) if t <= leg.begins), self._legs[0])
 
-    def samples(self) -> list[list[Sample]]:
-        """Return the samples of the pending query: of both prompts if guidance is on, else of the first.
+    @property
+    def forwards(self) -> int:
+        """The number of forwards that answer the pending query: one, or one for each window."""
+        return 1 if self.windows is None else len(self.windows)
 
-        There is a list for each forward: one, or one for each window.
-        """
+    def samples(self, number: int = 0) -> list[Sample]:
+        """Return the samples of one forward of the pending query: of both prompts if guidance is on, else of one."""
         assert self.query is not None
-        x, t = self.query
-        pieces = [x] if self.windows is None else self.windows.cut(x)
-        around = self.leg.around
-        return [[Sample(piece, t, entry, around, i) for i, entry in enumerate(self.entries())] for piece in pieces]
+        (x, t), leg = self.query, self.leg
+        view = View(leg.around, leg.prepared)
+        if self.windows is not None:
+            corner = self.windows.corners[number]
+            x = self.windows.cut(x, corner)
+            view = leg.window(corner, t) if leg.window else view
+        prepared = view.prepared[: len(self.entries())]
+        return [Sample(x, t, entry, view.around, i) for i, entry in enumerate(prepared)]
 
     def entries(self) -> Sequence[Any]:
-        """Return the prepared prompts of `samples`."""
+        """Return the prepared prompts that the pending query is answered with."""
         assert self.query is not None
         r = self.request
         on = is_on(self.query.t, r.guidance, r.cfg_truncation, r.guidance_from, r.guidance_until)
         return self.leg.prepared if on else self.leg.prepared[:1]
 
     def answer(self, answers: Sequence[Sequence[Tensor]]) -> None:
-        """Send the velocity at the pending query, and get the next query. answers: shaped as `samples`.
+        """Send the velocity at the pending query, and get the next query. answers: of each forward, of its samples.
 
         The windows are blended, then guidance makes one of two velocities.
         """
@@ -367,6 +399,37 @@ def windows_of(request: Complete, shape: tuple[int, int, int]) -> Windows | None
     return Windows.over(*shape[1:], side=request.tile * shape[2] // request.width)
 
 
+def view_of(
+    see: Callable[[Conditioning, Sequence[float]], View],
+    cond: Conditioning,
+    windows: Windows,
+    token: int,
+    corner: Corner,
+    t: float,
+) -> View:
+    """What one window has, at one time. see: prepares a conditioning; the others: as in `part_of`."""
+    return see(part_of(cond, windows, corner, token), [t])
+
+
+def part_of(cond: Conditioning, windows: Windows, corner: Corner, token: int) -> Conditioning:
+    """The conditioning of one window: its part of what control nets see, and the regions in it.
+
+    token: latents along a side of an image token. Edges of boxes are rounded to the window's own tokens.
+    """
+    starts, sides = corner[::-1] * 2, windows.side[::-1] * 2
+    regions: list[Encoded] = []
+    for region in cond.regions:
+        edges = [
+            min(max(round(edge - start / token), 0), side // token)
+            for edge, start, side in zip(region.box, starts, sides)
+        ]
+        left, top, right, bottom = edges
+        if left < right and top < bottom:
+            regions.append(replace(region, box=(left, top, right, bottom)))
+    controls = tuple(windows.cut(seen, corner) if windows.fit(seen) else seen for seen in cond.controls)
+    return replace(cond, regions=tuple(regions), controls=controls)
+
+
 def time_at(schedule: Sequence[float], share: float) -> float:
     """Return the time t after a share of a schedule's steps."""
     return schedule[round(share * (len(schedule) - 1))]
@@ -378,12 +441,10 @@ def advance(family: Family, runs: Sequence[Run]) -> None:
 
     Runs in windows take more forwards, one for each window, so that they need no more memory than a window does.
     """
-    asked = [run.samples() for run in runs]
-    forwards = max(len(samples) for samples in asked)
     answers: list[list[list[Tensor]]] = [[] for _ in runs]
     try:
-        for number in range(forwards):
-            own = [(place, samples[number]) for place, samples in enumerate(asked) if number < len(samples)]
+        for number in range(max(run.forwards for run in runs)):
+            own = [(place, run.samples(number)) for place, run in enumerate(runs) if number < run.forwards]
             velocities = iter(family.answer([sample for _, samples in own for sample in samples]))
             for place, samples in own:
                 answers[place].append([next(velocities) for _ in samples])

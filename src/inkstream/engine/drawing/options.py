@@ -109,9 +109,8 @@ def _regions(spec: Spec, request: Request | None) -> dict[str, Option]:
         return {"regions": Option("rejects", f"{spec.name} takes no regions: leave them out")}
     if request is None or not request.regions:
         return {}
-    for other in ("tile", "crop"):
-        if getattr(request, other) is not None:
-            return {"regions": Option("rejects", f"regions are boxes of the whole picture: leave out {other}")}
+    if request.crop is not None:
+        return {"regions": Option("rejects", "regions are boxes of the whole picture: leave out crop")}
     return {}
 
 
@@ -167,9 +166,6 @@ def _enlarging(spec: Spec, request: Request | None) -> dict[str, Option]:
     elif request.upscale_strength > 0 and request.repaints:
         why = "a second pass changes what the mask keeps: take upscale_strength 0, or leave upscale out"
         table["upscale"] = Option("rejects", why)
-    elif request.upscale_strength > 0 and request.regions:
-        why = "a second pass is drawn in windows without regions: take upscale_strength 0, or leave upscale out"
-        table["upscale"] = Option("rejects", why)
     return table
 
 
@@ -201,9 +197,9 @@ def _pictures(spec: Spec, request: Request | None) -> dict[str, Option]:
     if able & {"fill", "map"} or (request is not None and request.reference):
         why = "draws whole pictures" if able & {"fill", "map"} else "sees its references whole"
         table["tile"] = Option("rejects", f"{name} {why}, not windows: leave tile out")
-    elif request is not None and (request.control or ("source" in able and request.repaints)):
-        what = "control pictures are seen" if request.control else f"{name} sees the picture that it repaints"
-        table["tile"] = Option("rejects", f"{what} whole, not in windows: leave tile out")
+    elif request is not None and "source" in able and request.repaints:
+        why = f"{name} sees the picture that it repaints whole, not in windows: leave tile out"
+        table["tile"] = Option("rejects", why)
     if "map" in able:
         table["reference"] = Option("honours", f"{name} follows one map: give it as reference", needed=True)
     elif "references" not in able:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inkstream.engine.files.upscalers import find_upscaler
 from inkstream.families.upscalers import Upscaler, build_upscaler
-from inkstream.sampling.windows import corners
+from inkstream.sampling.windows import firsts_of
 from inkstream.types import InputError
 from inkstream.weights import torch_file
 from inkstream.weights.files import read_tensors
@@ -135,7 +135,7 @@ def in_tiles(image: Image.Image, loaded: Loaded, tile: int = TILE, overlap: int 
     pixels = np.asarray(image.convert("RGB"))
     height, width = pixels.shape[:2]
     high, wide, overlap = min(height, tile), min(width, tile), min(overlap, tile // 3)
-    rows, columns = corners(height, high, overlap), corners(width, wide, overlap)
+    rows, columns = firsts_of(height, high, overlap), firsts_of(width, wide, overlap)
     downs, acrosses = (
         [fade(first, side, firsts, scale) for first in firsts] for firsts, side in ((rows, high), (columns, wide))
     )
