@@ -24,7 +24,9 @@ from inkstream.engine.machine.memory import Placing
 from inkstream.families.flux1.clip_vision import VisionConfig
 from inkstream.families.flux1.control import CONTROLNET, ControlConfig
 from inkstream.families.flux1.ip_adapter import IP_ADAPTER, IPAdapterConfig
+from inkstream.families.flux1.ip_adapter_instantx import IP_ADAPTER_INSTANTX, InstantXConfig
 from inkstream.families.flux1.specs import DEV as FLUX1_DEV
+from inkstream.families.flux1.specs import SiglipConfig
 from inkstream.families.flux2.control import FUN, FunConfig
 from inkstream.families.flux2.specs import DEV as FLUX2_DEV
 from inkstream.families.zimage.control import UNION, UnionConfig
@@ -97,6 +99,24 @@ def test_each_version_changes_the_picture_and_the_control_picture_counts(engine,
     assert len({plain, first, other}) == 3
     again = drawn(engine, wish(tiny_base_folder, control=[picture()], control_nets=[f"union-{version}:0"]))
     assert again == plain
+
+
+def test_each_window_follows_its_part_of_the_control_picture(engine, nets, tiny_base_folder):
+    left, right = picture(size=(96, 64)), picture(size=(96, 64)).transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    fields = {"width": 96, "tile": 64, "steps": 2, "control_nets": ["union-2.1:2"]}
+    maps = [wish(tiny_base_folder, control=[one], **fields) for one in (left, right)]
+    model = load(tiny_base_folder, Machine(device="cpu", dtype="fp32", control_folder=str(nets)))
+    runs = [model.start(one, model.encode(one), None) for one in (complete(one, model.spec) for one in maps)]
+    assert [run.forwards for run in runs] == [2, 2]
+    with torch.inference_mode():
+        answers = [[model.family.answer(run.samples(number))[0] for number in range(2)] for run in runs]
+    for number in range(2):
+        assert not torch.allclose(answers[0][number], answers[1][number])
+    assert drawn(engine, maps[0]) != drawn(engine, maps[1])
+    small = {"width": 64, "control": [left], "control_nets": ["union-2.1"]}
+    assert drawn(engine, wish(tiny_base_folder, **small, tile=64)) == drawn(engine, wish(tiny_base_folder, **small))
+    again = engine.generate(wish(tiny_base_folder, **small, upscale="2x", upscale_strength=0.5, tile=64))
+    assert again.images[0].size == (128, 128)
 
 
 def test_nets_add_up_and_are_on_in_their_steps_only(engine, tiny_base_folder):
@@ -251,6 +271,10 @@ IP = IPAdapterConfig(
     dim=64, num_layers=2, tokens=4, token_width=32, vector_width=24,
     vision=VisionConfig(28, 14, hidden_size=64, intermediate_size=64, num_hidden_layers=1, projection_dim=24),
 )  # fmt: skip
+INSTANTX = InstantXConfig(
+    dim=64, num_blocks=4, tokens=4, token_width=32, vector_width=72,
+    vision=SiglipConfig(28, 14, hidden_size=72, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1),
+)  # fmt: skip
 SMALL = {
     "num_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 32,
     "pooled_projection_dim": 64,
@@ -268,6 +292,7 @@ FLUX = {
                                                num_attention_heads=2), "",
     ),
     "ip-adapter": (FLUX1_DEV, IP_ADAPTER, "xlabs", IP, ""),
+    "ip-adapter-instantx": (FLUX1_DEV, IP_ADAPTER_INSTANTX, "instantx", INSTANTX, ""),
 }  # fmt: skip
 
 
@@ -318,20 +343,22 @@ def test_a_union_net_of_flux1_wants_a_mode_that_it_has(build):
         plain.check(family, ControlUse("net", mode="pose"))
 
 
-def test_an_ip_adapter_without_its_image_encoder_or_for_other_blocks_is_refused(build):
+@pytest.mark.parametrize(
+    ("part", "config", "blocks"), [(IP_ADAPTER, IP, (2, 2)), (IP_ADAPTER_INSTANTX, INSTANTX, (4, 4))]
+)
+def test_an_ip_adapter_without_its_image_encoder_or_for_other_blocks_is_refused(part, config, blocks, build):
     family = build(FLUX1_DEV.tiny).family
     with torch.device("meta"):
-        alone = IP_ADAPTER.build(replace(IP, vision=None))
-        wide = IP_ADAPTER.build(replace(IP, dim=128))
-        whole = IP_ADAPTER.build(IP)
+        alone = part.build(replace(config, vision=None))
+        wide = part.build(replace(config, dim=128))
+        whole = part.build(config)
     whole.check(family, ControlUse("face"))
     with pytest.raises(
         InputError, match=r"face has no image encoder: give a folder with its file and model\.safetensor"
     ):
         alone.check(family, ControlUse("face"))
-    with pytest.raises(
-        InputError, match="face is for 2 blocks of width 128, tiny-flux1-dev has 2 of 64: take one made"
-    ):
+    told = f"face is for {blocks[0]} blocks of width 128, tiny-flux1-dev has {blocks[1]} of 64: take one made"
+    with pytest.raises(InputError, match=told):
         wide.check(family, ControlUse("face"))
     with pytest.raises(InputError, match="face has no modes: leave out #canny"):
         whole.check(family, ControlUse("face", mode="canny"))
@@ -347,6 +374,7 @@ FLUX_PUBLISHED = {
     "FLUX.2 Fun Union": (FUN, "published", FunConfig()),
     "XLabs IP-Adapter": (IP_ADAPTER, "xlabs", IPAdapterConfig(tokens=4, vision=VisionConfig())),
     "XLabs IP-Adapter 2": (IP_ADAPTER, "xlabs", IPAdapterConfig()),
+    "InstantX IP-Adapter": (IP_ADAPTER_INSTANTX, "instantx", InstantXConfig(vision=SiglipConfig())),
 }  # fmt: skip
 
 
@@ -363,6 +391,7 @@ def test_published_files_of_flux_are_recognised_at_full_size(name):
         "InstantX Union": "controlnet_mode_embedder.weight", "XLabs v3": "pos_embed_input.weight",
         "FLUX.2 Fun Union": "control_transformer_blocks.3.attn.to_q.weight",
         "XLabs IP-Adapter": "vision_model.encoder.layers.23.self_attn.q_proj.weight",
+        "InstantX IP-Adapter": "ip_adapter.56.to_k_ip.weight",
         "XLabs IP-Adapter 2": "double_blocks.18.processor.ip_adapter_double_stream_k_proj.weight",
     }  # fmt: skip
     assert telling.get(name, "controlnet_x_embedder.weight") in theirs

@@ -17,6 +17,7 @@ from inkstream.families import Documents, Part, Pictures
 from inkstream.families.flux1.control import CONTROLNET
 from inkstream.families.flux1.documents import documents
 from inkstream.families.flux1.ip_adapter import IP_ADAPTER
+from inkstream.families.flux1.ip_adapter_instantx import IP_ADAPTER_INSTANTX
 from inkstream.families.flux1.keys import DIFFUSERS, NUNCHAKU, SINGLE_FILE, XLABS
 from inkstream.families.flux1.kontext import kontext_size, prepare_reference
 from inkstream.families.flux1.model import PATCH, Flux1Transformer
@@ -83,7 +84,11 @@ class Flux1:
         "image_encoder": SIGLIP,
         "image_embedder": REDUX,
     }
-    controls: ClassVar[Mapping[str, Part]] = {"FLUX.1": CONTROLNET, "IP-Adapter": IP_ADAPTER}
+    controls: ClassVar[Mapping[str, Part]] = {
+        "FLUX.1": CONTROLNET,
+        "IP-Adapter": IP_ADAPTER,
+        "InstantX IP-Adapter": IP_ADAPTER_INSTANTX,
+    }
     way = None
     joints = (
         ("transformer.pooled_projection_dim", "text_encoder.hidden_size"),

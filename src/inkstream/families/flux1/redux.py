@@ -18,13 +18,15 @@ from inkstream.weights.keymap import Rule, drop, rename
 
 
 class Siglip(nn.Module):
-    """SigLIP's vision model without its pooling head: pixels (B, 3, S, S) in [-1, 1] -> states (B, patches, D)."""
+    """SigLIP's vision model: pixels (B, 3, S, S) in [-1, 1] -> states (B, patches, D). pooled: with its head."""
 
-    def __init__(self, config: SiglipConfig):
+    def __init__(self, config: SiglipConfig, pooled: bool = False):
         super().__init__()
         self.config = config
         transformers = need_transformers()
-        model = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**asdict(config), vision_use_head=False))
+        model = transformers.SiglipVisionModel(
+            transformers.SiglipVisionConfig(**asdict(config), vision_use_head=pooled)
+        )
         self.vision_model: Any = getattr(model, "vision_model", model)  # earlier versions wrap it
         with torch.device("cpu"):  # no file holds this buffer
             self.vision_model.embeddings.position_ids = torch.arange(config.patches)[None]
@@ -34,6 +36,10 @@ class Siglip(nn.Module):
         patches = embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
         x = patches + embeddings.position_embedding.weight  # not by position_ids, which may be on another device
         return model.post_layernorm(model.encoder(inputs_embeds=x).last_hidden_state)
+
+    def pool(self, pixels: Tensor) -> Tensor:
+        """pixels (B, 3, S, S) in [-1, 1] -> a vector of each picture, (B, D)."""
+        return self.vision_model.head(self(pixels))
 
 
 class ReduxEmbedder(nn.Module):
@@ -50,10 +56,15 @@ class ReduxEmbedder(nn.Module):
 
 def to_tokens(encoder: Siglip, embedder: ReduxEmbedder, picture: Image.Image) -> Tensor:
     """The transformer's tokens of a picture, squeezed into SigLIP's square as in the release: (729, 4096)."""
-    side = encoder.config.image_size
-    pixels = np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
     like = embedder.redux_up.bias
-    return embedder(encoder(torch.from_numpy(pixels).permute(2, 0, 1)[None].to(like.device, like.dtype)))[0]
+    pixels = siglip_pixels(picture, encoder.config.image_size)
+    return embedder(encoder(pixels[None].to(like.device, like.dtype)))[0]
+
+
+def siglip_pixels(picture: Image.Image, side: int) -> Tensor:
+    """A picture as SigLIP reads it, squeezed into its square: (3, side, side) in [-1, 1]."""
+    pixels = np.asarray(picture.convert("RGB").resize((side, side), Image.Resampling.BICUBIC), np.float32) / 127.5 - 1
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def infer_siglip(shapes: Shapes) -> SiglipConfig:
