@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from inkstream.cli import main
 from inkstream.cli.doctor import recommend
@@ -133,6 +134,27 @@ def test_the_time_of_a_picture_counts_steps_and_prompts(monkeypatch):
     assert seconds([torch.ones(1), fast], steps=10) == pytest.approx(one / 3, rel=0.1)
     assert seconds([replace(fast, dynamic=False)], steps=10) == one
     assert seconds(steps=10, width=2048, height=2048) > 4 * one
+
+
+def test_control_nets_take_time_in_the_steps_in_which_they_are_on(monkeypatch, tmp_path):
+    monkeypatch.setattr(fit, "measure_products", lambda device, dtype, precision=None: 1e12)
+    spec, controls = SPECS["z-image"], SimpleNamespace(folder=tmp_path)
+    model = SimpleNamespace(spec=spec, device=torch.device("cpu"), dtype=torch.float32, controls=controls)
+    encoder = {"vision_model.encoder.layers.0.fc1.weight": torch.ones(64, 64)}
+    state = {"control_layers.0.out.weight": torch.ones(8, 8), "control_layers.0.norm.weight": torch.ones(8), **encoder}
+    save_file(state, tmp_path / "net.safetensors")
+    weights = [torch.ones(8, 16), torch.ones(16)]
+
+    def seconds(*nets: str) -> float:
+        wish = Request(prompt="x", model="z-image", seed=1, control=["a.png"] * len(nets), control_nets=nets)
+        found = seconds_of(complete(wish, spec), model, weights)  # type: ignore[arg-type]
+        assert found is not None
+        return found
+
+    plain = seconds()
+    assert seconds("net") == pytest.approx(1.5 * plain, rel=0.05)
+    assert seconds("net:0.3@0-0.5") == pytest.approx(1.25 * plain, rel=0.05)
+    assert seconds("net", "net") == pytest.approx(2 * plain, rel=0.05)
 
 
 def test_a_long_picture_is_announced_before_it_starts_and_once(tiny_folder, monkeypatch):

@@ -295,7 +295,7 @@ class Engine:
 
     def _foretell(self, request: Complete) -> str | None:
         """Return a line with the time of a picture that takes over a minute, or None. The same is not told twice."""
-        told = (request.model, request.width, request.height, request.steps)
+        told = (request.model, request.width, request.height, request.steps, request.control_nets)
         if told == self._told or self.crew or self._placing is None:
             return None
         self._told = told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,8 +16,12 @@ from torch import nn
 from inkstream.engine.drawing.adapters import identity
 from inkstream.engine.files.controls import find_control, uses_of
 from inkstream.families import ControlNet, Family
+from inkstream.quant.packed import Weight
 from inkstream.types import ControlUse, InputError, Request
 from inkstream.weights.files import read_header
+
+BLOCK = re.compile(r"^(?!vision_model|text_model).*\.\d+\.")
+"""Names of weights in blocks that each step runs. Those of an image encoder run once."""
 
 
 @dataclass(eq=False)
@@ -76,6 +81,23 @@ class Controls:
 
     def _key(self, use: ControlUse) -> tuple[object, ...]:
         return identity(find_control(use.path, self.folder))
+
+
+def control_work(request: Request, folder: Path, weights: Iterable[Weight]) -> float:
+    """Return the work of a request's control nets as a share of the model's, over all steps of a picture.
+
+    The weights of blocks are compared, from the headers of the nets' files. weights: the transformer's.
+    """
+    uses = uses_of(request)
+    if not uses:
+        return 0.0
+    own = sum(math.prod(weight.shape) for weight in weights if len(weight.shape) == 2)
+    work = 0.0
+    for use in uses:
+        tensors = read_header(find_control(use.path, folder)).tensors
+        blocks = [weight.shape for name, weight in tensors.items() if BLOCK.search(name) and len(weight.shape) == 2]
+        work += sum(map(math.prod, blocks)) * (use.ends - use.begins)
+    return work / own
 
 
 def control_bytes(request: Request, folder: Path, dtype: torch.dtype) -> int:

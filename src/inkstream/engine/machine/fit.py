@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from inkstream.engine.drawing.complete import Complete, complete
+from inkstream.engine.drawing.controls import control_work
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import guided
 from inkstream.engine.machine.loader import choose_device
@@ -127,11 +128,12 @@ def operations(spec: Spec, width: int, height: int) -> Mapping[str, float]:
     return {"prompt": facts["flops"]["prompt"], "steps": scale("steps", text), "picture": scale("picture", 0.0)}
 
 
-def seconds_of(request: Complete, model: Model, weights: Iterable[Weight]) -> float | None:
+def seconds_of(request: Complete, model: Model, weights: Collection[Weight]) -> float | None:
     """An estimate of the seconds for one picture of a request with a loaded model.
 
     None: its architecture is not known, or the picture is small work for any machine. weights: the transformer's. Only
-    the products are counted: references, step caches, unpacking and streaming are left out.
+    the products of the model and of control nets are counted: references, step caches, unpacking and streaming are
+    left out.
     """
     spec = model.spec
     like = next((one for one in known() if one.transformer == spec.transformer), None)
@@ -141,6 +143,8 @@ def seconds_of(request: Complete, model: Model, weights: Iterable[Weight]) -> fl
     prompts = (1 + guided(request, spec)) / (1 + guided(complete(typical(like), like), like))
     steps = len(times_asked(request.solver, SCHEDULES[request.schedule](request.steps, request.shift, spec.table)))
     evaluating = flops["steps"] * prompts * max(1.0, steps * request.strength)
+    if request.control_nets and model.controls is not None:
+        evaluating *= 1 + control_work(request, model.controls.folder, weights)
     once = flops["prompt"] + flops["picture"]
     if evaluating + once < LITTLE:
         return None
