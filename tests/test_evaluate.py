@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,7 @@ from inkstream.evaluate.variety import PROPERTIES, open_things, spread, variety
 from inkstream.families.zimage.specs import BASE
 from inkstream.pocket.captions import STATES
 from inkstream.pocket.draw import render
+from inkstream.pocket.edits import EDIT_KINDS
 from inkstream.pocket.scenes import Background, Scene, Thing, is_held_out
 from inkstream.pocket.wishes import read_wish
 from inkstream.pocket.writer import write
@@ -145,6 +147,21 @@ def test_a_line_that_is_no_case_is_named(tmp_path, line, said):
         read_suite(path)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_suite_edits_judges_the_asked_change_and_all_that_stays(model, tmp_path):
+    cases = open_suite("edits")
+    assert Counter(case.group for case in cases) == dict.fromkeys(EDIT_KINDS, 20)
+    for number in range(3, 120, 17):
+        case = cases[number]
+        for name, scene in (("after", case.edit.after), ("before", case.edit.before)):
+            render(scene, 128).save(tmp_path / f"{name}.png")
+        after, before = (judge.judge(tmp_path / f"{name}.png", number, 0, case) for name in ("after", "before"))
+        assert (after.right, after.marks.asked, after.marks.kept) == (True, True, True)
+        assert (before.right, before.marks.asked) == (False, False)
+    with pytest.raises(InputError, match="takes no references: leave them out, or take a model that does"):
+        run.plan(model, {0: cases[0]}, SMALL)
+    assert digest([replace(cases[0], edit=None)]) != digest(cases[:1])
 
 
 def test_unknown_suites_missing_files_and_empty_ones_are_refused(tmp_path):

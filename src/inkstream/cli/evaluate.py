@@ -55,8 +55,9 @@ def evaluate(
     model
         A model's name, a repository on the hub, or a local path.
     suite
-        pocket: 200 scenes outside the training data; text: 200 strings; people, people2: 300 and 160 prompts as people
-        type them; or a .jsonl file with one {"prompt": ...} a line.
+        pocket: 200 scenes outside the training data; text: 200 strings; edits: 120 edits of scenes, for models that
+        take references; people, people2: 300 and 160 prompts as people type them; or a .jsonl file with one
+        {"prompt": ...} a line.
     seeds
         Pictures per prompt, each with its own seed.
     limit

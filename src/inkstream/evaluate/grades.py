@@ -39,6 +39,8 @@ class Marks:
     ned: float | None = None  # 1 - edit distance / the longer of the two lengths
     script: str | None = None  # script of the first text: latin or hanzi
     length: int | None = None  # length of the first text in characters
+    asked: bool | None = None  # of an edit: the change is there
+    kept: bool | None = None  # of an edit: all else is there, and nothing else
 
 
 def grade(

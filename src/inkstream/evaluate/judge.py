@@ -12,7 +12,8 @@ from PIL import Image
 
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.pictures.inputs import to_image, to_pixels
-from inkstream.evaluate.grades import grade
+from inkstream.evaluate.edits import grade_edit
+from inkstream.evaluate.grades import Marks, grade
 from inkstream.evaluate.measures import diversity, features, frechet_distance, held_out_loss, psnr
 from inkstream.evaluate.ocr import read
 from inkstream.evaluate.report import Judged, Row, shares
@@ -37,7 +38,12 @@ def judge(path: Path, number: int, seed: int, case: Case, ocr: bool = False) -> 
     ocr: also use the second reader if the case has a text. Raises InputError if the extra `ocr` is not installed.
     """
     picture = open_picture(path)
-    marks = None if case.scene is None else grade(picture, case.scene, case.stated, case.open_colour)
+    marks = None
+    if case.edit is not None:
+        found = grade_edit(picture, case.edit)
+        marks = Marks(asked=found.asked, kept=found.kept)
+    elif case.scene is not None:
+        marks = grade(picture, case.scene, case.stated, case.open_colour)
     reading = read(picture, case.text) if ocr and case.text else None
     return Judged(path, number, seed, case.group, marks, reading)
 
@@ -58,7 +64,11 @@ def judge_drawings(
     different = diversity(seen, [job.case for job in jobs])
     if different is not None:
         rows.append(Row("drawn", "diversity over seeds", "all", different, pictures=len(jobs)))
-    shown = ((cases[job.case].prompt, job.request.seed, open_picture(job.path(folder))) for job in jobs)
+    shown = (
+        (cases[job.case].prompt, job.request.seed, open_picture(job.path(folder)))
+        for job in jobs
+        if cases[job.case].edit is None
+    )
     for name, found in variety(shown).items():
         rows.append(Row("drawn", "diversity against the renderer", name, found.ratio, pictures=found.pictures))
     known = [job for job in jobs if cases[job.case].scene is not None]
@@ -123,7 +133,7 @@ def judge_sweep(model: Model, cases: Cases, settings: Settings, folder: Path, sh
 
 def measure_loss(model: Model, cases: Cases, jobs: Sequence[Job], show: Show) -> list[Row]:
     """Measure the held-out loss on true pictures of at most MOST_LOSSES cases: the mean and the loss at each time."""
-    known = [job for job in _first_of_each(jobs) if cases[job.case].scene is not None]
+    known = [job for job in _first_of_each(jobs) if cases[job.case].scene and not cases[job.case].edit]
     chosen = known[:: max(1, -(-len(known) // MOST_LOSSES))]
     if not chosen:
         return []

@@ -23,6 +23,8 @@ QUESTIONS: dict[str, str] = {
     "relation": "relation",
     "count": "count",
     "text_exact": "text exact",
+    "asked": "asked change",
+    "kept": "all else stayed",
 }
 """Graded fields of Marks -> their names in the table."""
 

@@ -18,6 +18,7 @@ from inkstream.engine.drawing.options import guided
 from inkstream.engine.pictures.inputs import to_image
 from inkstream.engine.pictures.metadata import save_picture
 from inkstream.evaluate.suites import Case, digest
+from inkstream.pocket.draw import render
 from inkstream.types import InputError, LoraUse, Request, Spec, Step, singles
 
 T = TypeVar("T")
@@ -64,6 +65,8 @@ def plan(model: Model, cases: Mapping[int, Case], settings: Settings) -> list[Jo
         own: dict[str, Any] = {
             side: value for side, value in (("width", case.width), ("height", case.height)) if value is not None
         }
+        if case.edit is not None:
+            own["reference"] = (render(case.edit.before, *model.spec.size),)
         asked = settings.fields() | own
         request = Request(prompt=case.prompt, seed=1000 * number, count=settings.seeds, **asked)
         jobs += [Job(number, seed, one) for seed, one in enumerate(singles(complete(request, model.spec)))]

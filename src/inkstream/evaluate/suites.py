@@ -11,8 +11,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from inkstream.evaluate.edits import edit_cases
 from inkstream.pocket.captions import STATES, caption
 from inkstream.pocket.draw import render
+from inkstream.pocket.edits import Edit
 from inkstream.pocket.grammar import Grammar, sample
 from inkstream.pocket.scenes import Kind, Scene
 from inkstream.types import InputError, Request
@@ -36,6 +38,7 @@ class Case:
     text: str | None = None  # text to be written; "\\n" separates lines
     width: int | None = None
     height: int | None = None
+    edit: Edit | None = None  # the prompt is an instruction, and the scene is the one after the edit
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,22 @@ parser was finished: it is for measuring only.
 """
 
 
+EDITS = "edits"
+"""The suite of edits, for models that take references: the prompt says what to change in a scene's picture."""
+EACH = 20
+"""Edits of each kind in it."""
+
+
 def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
     """Return the cases of a suite, given its name or the path of a .jsonl file. Raises InputError if it is neither."""
     if name in SUITES:
         return list(held_out_cases(SUITES[name], grammar or Grammar()))
+    if name == EDITS:
+        return [Case(one.instruction, one.edit.kind, one.edit.after, edit=one.edit) for one in edit_cases(EACH)]
     if name in FILES:
         return read_suite(Path(__file__).parent / f"{name}.jsonl")
     if not name.endswith(".jsonl"):
-        known = ", ".join([*SUITES, *FILES])
+        known = ", ".join([*SUITES, EDITS, *FILES])
         raise InputError(f"there is no suite {name}: take {known} or give a file that ends in .jsonl")
     return read_suite(Path(name))
 
@@ -154,6 +165,7 @@ def thin(cases: Sequence[Case], limit: int | None) -> dict[int, Case]:
 def digest(cases: Sequence[Case]) -> str:
     """Return a hash of the cases. Suites with equal cases have equal hashes."""
     tables = [{**asdict(case), "stated": sorted(case.stated)} for case in cases]
+    tables = [{name: value for name, value in table.items() if name != "edit" or value} for table in tables]
     return hashlib.sha256(json.dumps(tables, sort_keys=True).encode()).hexdigest()[:16]
 
 
