@@ -98,6 +98,19 @@ def test_every_family_is_planned_with_every_base(spec):
     assert more.step > 2 * plan(small, side=64, adapter={"rank": 4}).step
 
 
+@pytest.mark.parametrize("spec", [BASE, KLEIN_BASE_4B], ids=lambda spec: spec.family)
+def test_references_count_in_the_memory_and_the_work_of_a_step(spec):
+    small = replace(spec.tiny, name=spec.name)
+    one, two, three = (
+        plan(small, side=64, adapter={"rank": 4}, data={"references": ["before"] * count}) for count in range(3)
+    )
+    assert one.step < two.step < three.step
+    assert one.flops < two.flops < three.flops
+    assert one.adapter == two.adapter
+    edits = plan(small, side=64, adapter={"rank": 4}, data={"source": "edits"})
+    assert edits == two
+
+
 def test_the_counter_of_operations_keeps_no_activations():
     layer, seen = torch.nn.Linear(8, 8), []
     with counting() as counter:

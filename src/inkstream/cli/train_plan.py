@@ -12,7 +12,7 @@ def dry_run(recipe: Any, card: str | None, json: bool) -> int:
     """
     from inkstream.cli.lines import in_gibibytes, print_facts, print_json
     from inkstream.engine.machine.memory import SPARE
-    from inkstream.train.plan import foresee, seconds_of
+    from inkstream.train.plan import foresee, references_of, seconds_of
     from inkstream.types import InputError
 
     if recipe.adapter.kind == "none":
@@ -32,10 +32,12 @@ def dry_run(recipe: Any, card: str | None, json: bool) -> int:
         return 0 if fits else 2
     width, height = recipe.data.sizes[0]
     kind, rank, steps = recipe.adapter.kind, recipe.adapter.rank, recipe.run.steps
+    seen = references_of(recipe)
+    beside = f", each from {seen} reference{'s' if seen > 1 else ''} of that size" if seen else ""
     said = {
         "model": spec.name,
         "adapter": f"{kind} of rank {rank}, {found.numbers / 1e6:.1f} million weights that learn",
-        "step": f"{recipe.run.batch} of {width}x{height}",
+        "step": f"{recipe.run.batch} of {width}x{height}{beside}",
         "frozen model": in_gibibytes(found.base),
         "adapter and optimiser": in_gibibytes(found.adapter),
         "computing": in_gibibytes(found.step),

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,7 +88,8 @@ def foresee(
     if settings.stream or run.checkpointing:
         recompute_blocks(transformer, adapter.weights_in)
     modules = dict.fromkeys(kind.parts) | {"transformer": transformer}
-    family = kind(spec, modules, dict.fromkeys(kind.tokenizers))  # type: ignore[arg-type]
+    words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))  # its texts have a token, where few tokens do not count
+    family = kind(spec, modules, dict.fromkeys(kind.tokenizers, words))  # type: ignore[arg-type]
     step, flops = _measure(family, spec, recipe, Around(adapters=(adapter.apply_to(transformer),)), tokens)
     return Foreseen(base, int(numbers * each), step, weights, numbers, flops * run.accumulate)
 
@@ -125,6 +128,11 @@ def _frozen(
     return module, sum(tensor.nbytes for tensor in module.state_dict().values())
 
 
+def references_of(recipe: Recipe) -> int:
+    """Return the number of reference pictures of each picture. They are planned at the picture's size."""
+    return 1 if recipe.data.source == "edits" else len(recipe.data.references)
+
+
 def _measure(family: Family, spec: Spec, recipe: Recipe, around: Around, tokens: int) -> tuple[int, int]:
     """Run a piece of a batch forward and backward on meta. Returns the peak of bytes and the operations."""
     width, height = recipe.data.sizes[0]
@@ -139,7 +147,8 @@ def _measure(family: Family, spec: Spec, recipe: Recipe, around: Around, tokens:
         if spec.guides == "read":
             cond = replace(cond, guidance=TAUGHT_GUIDANCE)
         images, noise = (torch.empty(count, *family.latent_shape(width, height), device=META) for _ in range(2))
-        prepared = family.prepare(cond, width, height, (), around)
+        seen = tuple(torch.empty_like(images[0]) for _ in range(references_of(recipe)))
+        prepared = family.prepare(replace(cond, references=seen), width, height, (), around)
         times = [0.5 + i / 1000 for i in range(count)]  # each sample has a time of its own
         points = torch.lerp(images, noise, 0.5)
         samples = [Sample(x, t, own, around) for x, t, own in zip(points.unbind(), times, prepared)]

@@ -212,7 +212,7 @@ class ZImageTransformer(nn.Module):
         clean += [torch.full((padded(len(s)),), i < len(references)) for i, s in enumerate(captions)]
         clean += [torch.ones(padded(s.shape[0] * s.shape[1]), dtype=torch.bool) for s in siglip]
         clean += [torch.zeros(PAD_MULTIPLE if siglip else 0, dtype=torch.bool)]
-        patches = [patchify(r, p) for r in references]
+        patches = [patchify(r, p).to(self.x_embedder.weight.dtype) for r in references]
         pictures = [fill(linear(self.x_embedder, x, forward, Rows.alone(len(x))), self.x_pad_token) for x in patches]
         return Prepared(
             context=torch.cat(context),
