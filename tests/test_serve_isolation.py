@@ -77,7 +77,10 @@ class World:
         self.keys = {name: {"Authorization": f"Bearer {key}"} for name, key in keys.items()}
         loras = write_lora_folder(folder / "loras")
         (loras / "styles" / "bold.png").write_bytes(picture("gold"))
-        machine = Machine(lora_folder=str(loras))
+        upscalers = folder / "upscalers"
+        upscalers.mkdir()
+        (upscalers / "dark.pth").write_bytes(b"dark")
+        machine = Machine(lora_folder=str(loras), upscaler_folder=str(upscalers))
         self.served = start_server(Settings(folder, models=("pocket", "second=pocket"), machine=machine))
         self.sent = picture("teal")
         self.upload = self.bob("POST", "/v1/uploads", self.sent)["id"]
@@ -324,6 +327,14 @@ def all_keys_see_the_loras_and_no_path(world: World) -> None:
             assert world.ann("GET", f"/v1/loras/{given}/preview")[0] == 404
     assert world.served.ask("GET", "/v1/loras")[0] == 401
     assert world.served.ask("GET", "/v1/loras/styles/bold/preview")[0] == 401
+
+
+@case("GET /v1/upscalers")
+def all_keys_see_the_upscaling_models_and_no_path(world: World) -> None:
+    status, answer = world.ann("GET", "/v1/upscalers")
+    assert status == 200
+    assert answer == world.ask("bob", "GET", "/v1/upscalers")[1] == {"data": [{"name": "dark", "bytes": 4}]}
+    assert world.served.ask("GET", "/v1/upscalers")[0] == 401
 
 
 @case(

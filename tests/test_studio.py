@@ -25,7 +25,7 @@ from inkstream.engine.pictures.maps import map_of
 from inkstream.serve.api import studio
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Limits, Settings
-from inkstream.types import Machine, Request
+from inkstream.types import Machine, Region, Request
 from test_control import write_union
 
 playwright = pytest.importorskip("playwright.sync_api", reason="THE STUDIO WAS NOT TESTED: pip install playwright")
@@ -46,7 +46,9 @@ def served(tmp_path_factory, start_server, tiny_folder) -> Iterator[Any]:
     limits = Limits(pictures=4, steps=200)
     loras, nets = fill_loras(write_lora_folder(tmp_path_factory.mktemp("loras"))), tmp_path_factory.mktemp("nets")
     write_union(nets / "union.safetensors")
-    machine = Machine(lora_folder=str(loras), control_folder=str(nets))
+    upscalers = tmp_path_factory.mktemp("upscalers")
+    (upscalers / "dark.pth").write_bytes(b"dark")
+    machine = Machine(lora_folder=str(loras), control_folder=str(nets), upscaler_folder=str(upscalers))
     data = tmp_path_factory.mktemp("studio")
     served = start_server(Settings(data, models=models, limits=limits, preload=False, machine=machine))
     fill(served.service.store)
@@ -859,6 +861,59 @@ def test_two_pictures_are_compared(page):
 
 
 # Languages, looks, keys ---------------------------------------------------------------------------------------------
+
+
+def test_regions_are_drawn_moved_resized_and_told(served, page):
+    page.click("summary >> text=Regions")
+    for label in ("Width", "Height"):
+        page.get_by_label(label, exact=True).fill("64")
+        page.keyboard.press("Tab")
+    stage = page.locator(".regions-page")
+    stage.scroll_into_view_if_needed()
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        box = stage.bounding_box()
+        return box["x"] + 1 + x * (box["width"] - 2), box["y"] + 1 + y * (box["height"] - 2)
+
+    drag(page, at(0.0, 0.0), at(0.25, 0.5))
+    assert page.evaluate("document.activeElement.ariaLabel") == "Text of region 1"
+    page.keyboard.type("a red circle")
+    drag(page, at(0.1, 0.3), at(0.35, 0.3))  # the box moves to the right by a quarter
+    drag(page, at(0.497, 0.497), at(0.747, 0.997))  # and grows by its corner
+    page.keyboard.press("Tab")
+    page.click("#add-region")
+    page.keyboard.type("a blue star")
+    page.get_by_label("Strength of region 2").fill("2")
+    page.get_by_role("button", name="Region 2: 25% from the left").focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Shift+ArrowDown")
+    drag(page, at(0.9, 0.1), at(0.902, 0.102))  # too small for a box
+    assert stage.locator(".region-box").count() == 2
+    assert complaints(page) == {"light": [], "dark": []}
+    page.fill("#prompt", "with regions")
+    page.fill("#field-steps", "2")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".tile img[alt='with regions']")
+    first, second = (Region.read(one) for one in jobs(served, "succeeded")[0]["request"]["regions"])
+    assert (first.text, first.strength) == ("a red circle", 1)
+    assert first[1:5] == pytest.approx((0.25, 0, 0.5, 1), abs=0.02)
+    assert second == ("a blue star", 0.2188, 0.25, 0.5, 0.5313, 2)
+    page.get_by_role("button", name="Remove region 1").click()
+    page.locator(".tile-open").first.click()
+    page.locator("dialog").get_by_role("button", name="Use these settings").click()
+    assert page.get_by_label("Text of region 1").input_value() == "a red circle"
+
+
+def test_an_upscaling_model_of_the_server_is_chosen(page):
+    page.click("summary >> text=Finer control")
+    page.get_by_label("Upscale", exact=True).fill("2x")
+    chooser = page.get_by_label("Upscaler", exact=True)
+    chooser.select_option("dark")
+    page.reload()
+    page.wait_for_selector("#field-upscaler >> option[value=dark]", state="attached")
+    assert chooser.input_value() == "dark"
+    chooser.select_option("None (Lanczos)")
+    assert complaints(page) == {"light": [], "dark": []}
 
 
 def test_both_languages_say_everything_that_the_page_says(page):

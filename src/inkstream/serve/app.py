@@ -25,7 +25,19 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from inkstream import __version__
-from inkstream.serve.api import a1111, comfyui, controlnet, controls, gallery, loras, native, openai, status, studio
+from inkstream.serve.api import (
+    a1111,
+    comfyui,
+    controlnet,
+    controls,
+    gallery,
+    loras,
+    native,
+    openai,
+    status,
+    studio,
+    upscalers,
+)
 from inkstream.serve.api.service import Service
 from inkstream.serve.engines.models import offer, read_aliases
 from inkstream.serve.engines.process import EngineProcess, MakeEngine
@@ -42,6 +54,7 @@ ROUTERS = (
     gallery.router,
     loras.router,
     controls.router,
+    upscalers.router,
     openai.router,
     a1111.router,
     controlnet.router,

@@ -262,6 +262,19 @@ class ControlNets(BaseModel):
     data: list[ControlNet]
 
 
+class Upscaler(BaseModel):
+    """An upscaling model's file in the server's folder."""
+
+    name: str = Field(description="The name for requests.")
+    bytes: int
+
+
+class Upscalers(BaseModel):
+    """All upscaling models of the server, by name."""
+
+    data: list[Upscaler]
+
+
 class MapSetting(BaseModel):
     """A number that a map takes."""
 

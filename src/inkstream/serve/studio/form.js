@@ -15,7 +15,9 @@ import { netsControl } from "./nets.js";
 import { slots } from "./pictures.js";
 import { promptControl } from "./prompt.js";
 import { openPicture } from "./recall.js";
+import { regionsControl } from "./regions.js";
 import { shapeControl } from "./shape.js";
+import { upscalersControl } from "./upscalers.js";
 import { chooseModel, chosenModel, give, isGiven, matters, openForm, PICTURES, request } from "./wish.js";
 import { known, t } from "./words.js";
 import { gridControl, gridOf } from "./xy.js";
@@ -25,12 +27,27 @@ const OPEN = ["prompt", "loras", "upsample", "width", "height", "count", "seed",
 const SECTIONS = [
   ["negative", (field) => field.name === "negative_prompt"],
   ["control", (field) => field.name === "control"],
+  ["regions", (field) => field.name === "regions"],
   ["pictures", (field) => field.group === "pictures"],
   ["finer", () => true],
 ];
 
 /** Control -> fields whose changes it also shows. */
-const FOLLOWS = { size: ["width", "height"], upsample: ["image"], loras: ["prompt"], control: ["control_nets"] };
+const FOLLOWS = {
+  size: ["width", "height"],
+  upsample: ["image"],
+  loras: ["prompt"],
+  control: ["control_nets"],
+  regions: ["width", "height", "image"],
+};
+
+/** Fields with a control of their own kind. */
+const SPECIAL = {
+  prompt: (field, form) => promptControl(field, form),
+  control: (field, form) => netsControl(form),
+  regions: (field, form) => regionsControl(form),
+  upscaler: (field) => upscalersControl(field),
+};
 
 let form = null; // of the chosen model, by field
 let controls = new Map();
@@ -72,15 +89,8 @@ export async function showForm() {
 }
 
 function add(name, field = form.get(name), make = null) {
-  const made = make
-    ? make()
-    : name === "prompt"
-      ? promptControl(field, form)
-      : name === "control"
-        ? netsControl(form)
-        : PICTURES.includes(name)
-          ? slots(field, toolsOf(name))
-        : control(field);
+  const own = SPECIAL[name] ?? (PICTURES.includes(name) ? (one) => slots(one, toolsOf(name)) : (one) => control(one));
+  const made = make ? make() : own(field, form);
   controls.set(name, made);
   return made.element;
 }

@@ -29,8 +29,8 @@ export async function formOf(name) {
 /** Return whether a model takes a field. The page does not offer fields that the model ignores or rejects. */
 export const takes = (form, name) => form.get(name)?.effect === "honours";
 
-/** Fields that the form does not have: control_nets are beside the control of `control`, regions come from programs. */
-const WITHOUT = ["control_nets", "regions"];
+/** A field that the form does not have: it is beside the control of `control`. */
+const WITHOUT = ["control_nets"];
 
 /** Return the fields that a form shows. */
 export const shown = (form) =>
