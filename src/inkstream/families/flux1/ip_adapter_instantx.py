@@ -70,7 +70,7 @@ class InstantXAdapter(nn.Module):
         super().__init__()
         self.config = c = config
         width = 2 * c.vector_width
-        self.image_proj = nn.ModuleDict(
+        self.image_proj: Any = nn.ModuleDict(
             {
                 "proj": nn.Sequential(
                     nn.Linear(c.vector_width, width), nn.GELU(), nn.Linear(width, c.tokens * c.token_width)
