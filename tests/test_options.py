@@ -67,9 +67,9 @@ OTHER = {
 }
 """For every option outside APART, a value that would change the picture."""
 ENLARGING = ("upscale", "upscaler", "upscale_strength")
-APART = ("model", "count", "upsample", "control", "control_nets", "tile", *ENLARGING)
-"""Options that are not tested here: `upsample` needs a language model, `tile` a larger picture, control and enlarging
-have their own tests, the others do not change the picture."""
+APART = ("model", "count", "until_verified", "upsample", "control", "control_nets", "tile", *ENLARGING)
+"""Options that are not tested here: `upsample` needs a language model, `until_verified` chooses among pictures, `tile`
+needs a larger picture, control and enlarging have their own tests, the others do not change the picture."""
 
 
 def draw(model: Model, fields: dict) -> tuple[bytes, bytes]:

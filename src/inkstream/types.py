@@ -633,6 +633,13 @@ class Request(BaseModel, frozen=True):
     )
     seed: int | None = Field(None, ge=0, lt=2**63, description="Seed of the first picture; random if not given.")
     count: int = Field(1, ge=1, le=10_000, description="Number of pictures; picture i has seed + i.")
+    until_verified: int = Field(
+        0,
+        ge=0,
+        le=100,
+        description="Draw a picture again, at most this often, until the texts that the prompt quotes and the colours "
+        "that it gives as hex codes are in it; the best one is kept. Texts need the extra ocr.",
+    )
     variation: VariationText | None = Field(
         None,
         description="Vary a seed's picture, as SEED:STRENGTH: its noise is turned towards another seed's, by a "
@@ -1028,6 +1035,7 @@ class Done:
     """Picture `index` of `count` is finished. `request` is the complete Request that draws only this picture.
 
     told: the prompt that the model's grammar made of the request's; empty if no grammar did.
+    checked: whether the asked texts and colours are in the picture; empty if nothing was checked.
     """
 
     image: Image
@@ -1036,6 +1044,7 @@ class Done:
     count: int
     seconds: float
     told: str = ""
+    checked: str = ""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,12 @@ The table of results goes to stdout. A folder gets the pictures, a contact sheet
 command resumes an interrupted run: finished pictures are not drawn again."""
 app.command("inkstream.cli.evaluate:evaluate", name="eval", help=EVALUATE)
 
+VERIFY = """Verify that pictures show what was asked for: texts, colours, counts and relations.
+
+Without --text and --colour, what was asked for is in the picture's metadata: the texts that the prompt quotes, its
+colours as hex codes, and, of flat pictures, its things. The exit code is 1 if a picture is wrong."""
+app.command("inkstream.cli.verify:verify", help=VERIFY)
+
 SERVE = """Serve pictures over HTTP, with a queue that survives crashes.
 
 Only this machine can connect, until you make a key with `inkstream serve keys add NAME`. Ctrl-C stops the server.

@@ -363,15 +363,18 @@ def follow(
     progress = Progress(len(todo), terminal)
     for place, event in told:
         if isinstance(event, Loading):
-            terminal.show(event)
+            if event.what == "checked":
+                terminal.say(f"line {todo[place].row}: {event.note}")
+            else:
+                terminal.show(event)
             continue
         one = todo[place]
         if isinstance(event, Failed):
             manifest.fail(one, event.error)
             failed.append((one, event.error))
         elif not isinstance(event, Step):
-            path = manifest.add(one, event.data, event.seconds)
-            drawn.append({"path": str(path), "row": one.row, "index": one.index, "seed": one.request.seed})
+            path = manifest.add(one, event.data, event.seconds, event.seed)
+            drawn.append({"path": str(path), "row": one.row, "index": one.index, "seed": event.seed})
             if not json:
                 terminal.print(str(path))
         progress.move(place, event.step / event.steps if isinstance(event, Step) else None, len(failed))

@@ -311,12 +311,21 @@ def write_sheet(folder: Path, state: State) -> None:
         picture = open_picture(str(state.path(folder, number, "drafts")))
         width, height = picture.size
         picture.thumbnail((size, size), Resampling.LANCZOS)  # many large pictures would not fit into memory
-        tiles.append(Tile(picture, f"seed {state.draft(number).seed}", label=str(number)))
+        tiles.append(Tile(picture, f"seed {seed_of(folder, state, number)}", label=str(number)))
     note = f"{Path(state.request.model).name}, {width} x {height}"
     columns = math.ceil(math.sqrt(count * height / width))
     buffer = io.BytesIO()
     contact_sheet(tiles, columns, size, state.request.prompt, note).save(buffer, "PNG")
     replace_file(folder / SHEET, buffer.getvalue())
+
+
+def seed_of(folder: Path, state: State, number: int) -> int | None:
+    """Return the seed of a draft that is there: of its own, or, if it was drawn until it passed, in its metadata."""
+    if not state.request.until_verified:
+        return state.draft(number).seed
+    from inkstream.engine.pictures.metadata import read_request
+
+    return read_request(state.path(folder, number, "drafts")).request.seed
 
 
 def ask(folder: Path, state: State, terminal: Terminal) -> tuple[int, ...]:
@@ -399,7 +408,11 @@ def describe(folder: Path, state: State, again: str | None) -> dict[str, Any]:
         "folder": str(folder),
         "sheet": str(sheet) if sheet.exists() else None,
         "drafts": [
-            {"number": number, "path": str(state.path(folder, number, "drafts")), "seed": state.draft(number).seed}
+            {
+                "number": number,
+                "path": str(state.path(folder, number, "drafts")),
+                "seed": seed_of(folder, state, number),
+            }
             for number in range(1, state.request.count + 1)
             if number not in undrawn
         ],

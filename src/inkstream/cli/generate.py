@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 import shlex
 import sys
 import tempfile
@@ -123,6 +124,8 @@ def generate(
         if dry_run:
             print_plans(make_engine(machine).placing(request), request, json)
             return 0
+        if request.until_verified and request.seed is None:
+            request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
         drawer = make_drawer(machine, crew)
         done: list[dict[str, Any]] = []
         try:
@@ -359,8 +362,9 @@ def draw(
 
 
 def repeat(request: Request, seed: int, machine: Machine, crew: Crew | None) -> str:
-    """Return the command that draws the same pictures again."""
-    fields = request.model_copy(update={"seed": seed}).model_dump(exclude_defaults=True)
+    """Return the command that draws the same pictures again. seed: of the first picture, as it was kept."""
+    update = {} if request.until_verified and request.count > 1 else {"seed": seed, "until_verified": 0}
+    fields = request.model_copy(update=update).model_dump(exclude_defaults=True)
     fields |= options_of(machine)
     start = ["inkstream"]
     if crew is not None:

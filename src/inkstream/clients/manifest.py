@@ -80,12 +80,12 @@ class Manifest:
         line = self._lines.get(one.key)
         return line is not None and "file" in line and line["digest"] != one.digest
 
-    def add(self, one: Wanted, data: bytes, seconds: float) -> Path:
+    def add(self, one: Wanted, data: bytes, seconds: float, seed: int | None) -> Path:
         """Save a finished picture and its line. Both are on disk (fsync) when this returns."""
         sha256 = hashlib.sha256(data).hexdigest()
         with self._writing():
             path = self._write(one.file, data)
-        self._append(one, {"file": one.file, "seed": one.request.seed, "sha256": sha256, "seconds": round(seconds, 3)})
+        self._append(one, {"file": one.file, "seed": seed, "sha256": sha256, "seconds": round(seconds, 3)})
         return path
 
     def fail(self, one: Wanted, error: str) -> None:

@@ -22,6 +22,7 @@ class Drawn:
 
     data: bytes
     seconds: float
+    seed: int | None  # of the kept picture
 
 
 Told = tuple[int, Loading | Step | Drawn | Failed]
@@ -93,7 +94,7 @@ def _draw(
             if stop.is_set():
                 return
             if isinstance(event, Done):
-                yield Drawn(_encode(drawer, event, request, metadata), event.seconds)
+                yield Drawn(_encode(drawer, event, request, metadata), event.seconds, event.request.seed)
                 return
             if isinstance(event, Loading | Step | Failed):
                 yield event

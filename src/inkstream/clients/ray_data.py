@@ -35,14 +35,14 @@ class Actor:
         self.metadata: Literal["full", "minimal", "none"] = metadata
 
     def __call__(self, group: Mapping[str, Any]) -> dict[str, list[Any]]:
-        """Columns `place` and `request` -> `place`, `data` (a PNG, or nothing), `seconds` and `error`."""
+        """Columns `place` and `request` -> `place`, `data` (a PNG, or nothing), `seconds`, `seed` and `error`."""
         requests = [Request.model_validate_json(text) for text in group["request"]]
-        told: dict[str, list[Any]] = {"place": [], "data": [], "seconds": [], "error": []}
+        told: dict[str, list[Any]] = {"place": [], "data": [], "seconds": [], "seed": [], "error": []}
         for place, event in draw_many(self.engine, requests, len(requests), self.metadata):
             if isinstance(event, Drawn | Failed):
-                drawn = event if isinstance(event, Drawn) else Drawn(b"", 0.0)
+                drawn = event if isinstance(event, Drawn) else Drawn(b"", 0.0, requests[place].seed)
                 error = event.error if isinstance(event, Failed) else ""
-                row = (int(group["place"][place]), drawn.data, drawn.seconds, error)
+                row = (int(group["place"][place]), drawn.data, drawn.seconds, drawn.seed or 0, error)
                 for name, value in zip(told, row):
                     told[name].append(value)
         return told
@@ -100,7 +100,7 @@ def draw_on_ray(
         warnings.filterwarnings(
             "ignore", "`ray_remote_args_fn` is deprecated"
         )  # no other argument sets the number of tries
-        drawn = ray.data.from_arrow(tables).map_batches(
+        groups = ray.data.from_arrow(tables).map_batches(
             Actor,
             batch_size=None,
             fn_constructor_args=(make, metadata),
@@ -110,10 +110,12 @@ def draw_on_ray(
             ray_remote_args_fn=lambda: {"max_task_retries": TRIES - 1},
         )
         left = set(order)
-        for group in drawn.iter_batches(batch_size=None, prefetch_batches=0):
-            for place, data, seconds, error in zip(*(group[name] for name in ("place", "data", "seconds", "error"))):
+        for group in groups.iter_batches(batch_size=None, prefetch_batches=0):
+            names = ("place", "data", "seconds", "seed", "error")
+            for place, data, seconds, seed, error in zip(*(group[name] for name in names)):
                 left.discard(int(place))
-                yield int(place), Failed(str(error)) if error else Drawn(bytes(data), float(seconds))
+                drawn = Drawn(bytes(data), float(seconds), int(seed))
+                yield int(place), Failed(str(error)) if error else drawn
         for place in sorted(left):
             yield place, Failed(f"the engine died {TRIES} times while it drew this request, or one beside it")
     finally:

@@ -20,6 +20,7 @@ from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import options
 from inkstream.engine.drawing.templates import filled, has_template, wildcard_folder
 from inkstream.engine.drawing.upscaling import Upscalers, enlarge, with_alpha
+from inkstream.engine.drawing.verifying import draw_until_verified
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.engine.files.sources import locate
 from inkstream.engine.files.upscalers import upscaler_folder
@@ -87,7 +88,12 @@ class Engine:
         """
         yield Queued(request, self._batch.ahead(shares=self._name == request.model))
         try:
-            yield from self._batch.join(self._draw_all(request))
+            if request.until_verified and not request.only_enlarges:
+                if self.crew:
+                    raise InputError("until_verified is for one process: leave it out, or torchrun")
+                yield from draw_until_verified(self._draw_in_batch, request)
+            else:
+                yield from self._draw_in_batch(request)
         except InputError as error:
             yield Failed(str(error), "input")
         except RuntimeError as error:
@@ -210,6 +216,10 @@ class Engine:
         """The model that was loaded last."""
         assert self._model is not None, "load a model first"
         return self._model
+
+    def _draw_in_batch(self, request: Request) -> Generator[Event, None, None]:
+        """Draw all pictures of a request once. Their forwards are shared with those of other requests."""
+        yield from self._batch.join(self._draw_all(request))
 
     def _draw_all(self, request: Request) -> Drawing:
         """Draw all pictures. If the prompt is a template, each picture has its own prompt."""

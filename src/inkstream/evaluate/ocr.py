@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from inkstream.engine.pictures.ocr import fold, lines_in
+from inkstream.engine.pictures.ocr import distance, fold, lines_in
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,3 @@ def compare(lines: Sequence[str], wanted: Sequence[str]) -> Reading:
         right, total = right + likeness * len(line), total + len(line)
         exact = exact and line in found
     return Reading(tuple(lines), exact, right / max(total, 1))
-
-
-def distance(a: str, b: str) -> int:
-    """Return the Levenshtein distance: the fewest insertions, deletions and replacements."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        before, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
-    return row[-1]

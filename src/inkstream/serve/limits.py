@@ -97,6 +97,11 @@ def check(request: Request, spec: Spec | None, limits: Limits) -> None:
         raise Refused(
             400, f"count {request.count} is too many for one job: take at most {limits.pictures}", param="count"
         )
+    if (most := request.count * (1 + request.until_verified)) > limits.pictures:
+        line = (
+            f"until_verified {request.until_verified} may draw {most} pictures: take at most {limits.pictures} in all"
+        )
+        raise Refused(400, line, param="until_verified")
     if (request.steps or 0) > limits.steps:
         raise Refused(400, f"steps {request.steps} is too many: take at most {limits.steps}", param="steps")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from inkstream.engine.files.controls import uses_of
+from inkstream.engine.pictures.asked import asked_in
 from inkstream.families import SPECS
 from inkstream.types import REPAINTING, InputError, Request, Spec
 
@@ -45,6 +46,8 @@ def options(spec: Spec, request: Request | None = None) -> dict[str, Option]:
     }
     if request is not None and (schedule := request.schedule or spec.schedule) in UNSHIFTED:
         table["shift"] = Option("ignores", f"schedule {schedule} uses no shift")
+    if request is not None and (why := _nothing_to_verify(request, spec)):
+        table["until_verified"] = Option("ignores", why)
     return table
 
 
@@ -68,6 +71,15 @@ def guided(request: Request, spec: Spec) -> bool:
 def cached(request: Request, spec: Spec) -> bool:
     """Whether a request uses a step cache, in which a step reuses results of earlier steps."""
     return request.cache != "none" and spec.steps > FEW
+
+
+def _nothing_to_verify(request: Request, spec: Spec) -> str:
+    """Why no picture of a request is drawn again to be verified; empty if one may be."""
+    if request.only_enlarges:
+        return "nothing is drawn"
+    if spec.writer or asked_in(request.prompt):  # a grammar finds texts without quotes too
+        return ""
+    return "the prompt asks for nothing to check: quote the text, or give colours as hex codes"
 
 
 def _cache(spec: Spec, request: Request | None) -> dict[str, Option]:

@@ -62,9 +62,9 @@ def notes(request: Request, spec: Spec, loras: Path) -> list[str]:
 def wording(typed: str, done: Done) -> dict[str, str]:
     """The metadata of a written-out prompt: the typed one, and the one that a grammar made of the request's.
 
-    typed: a template, or what a language model expanded.
+    And what was checked of the picture. typed: a template, or what a language model expanded.
     """
-    kept = {"told": done.told} if done.told else {}
+    kept = {name: text for name in ("told", "checked") if (text := getattr(done, name))}
     if typed != done.request.prompt:
         kept["template" if is_template(typed) else "upsampled_from"] = typed
     return kept

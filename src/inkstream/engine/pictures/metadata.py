@@ -249,8 +249,18 @@ def read_request(source: str | Path, spec: Spec | None = None, loras: Collection
 
 def told_in(image: Image.Image) -> str:
     """The prompt that a grammar told the model, in the metadata of a PNG of ours; empty if there is none."""
-    record = as_object(parse_json(str(image.info.get("inkstream", "")))) or {}
-    told = (as_object(record.get("extra")) or {}).get("told")
+    return _told(str(image.info.get("inkstream", "")))
+
+
+def prompt_in(source: str | Path) -> str:
+    """The prompt that the model was told, in a picture's metadata; empty if there is none."""
+    texts, _ = read_texts(open_header(str(source)))
+    found = _find_request(texts)
+    return _told(texts.get("inkstream", "")) or ("" if found is None else found.request.prompt)
+
+
+def _told(record: str) -> str:
+    told = (as_object((as_object(parse_json(record)) or {}).get("extra")) or {}).get("told")
     return told if isinstance(told, str) else ""
 
 
@@ -277,7 +287,7 @@ def describe(source: str | Path) -> dict[str, Any]:
             known = ("model", "licence", "commercial", "software")
             facts |= {key: _short(record[key]) for key in known if key in record}
             extra = as_object(record.get("extra")) or {}
-            for name in ("template", "upsampled_from", "told", "merged_loras"):
+            for name in ("template", "upsampled_from", "told", "checked", "merged_loras"):
                 if isinstance(given := extra.get(name), str):
                     facts[name] = _short(given)
             if origin := as_object(extra.get("refined_from")):

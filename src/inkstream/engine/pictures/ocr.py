@@ -69,6 +69,16 @@ def fold(text: str) -> str:
     return "".join(unicodedata.normalize("NFKC", text).casefold().split()).translate(ALIKE)
 
 
+def distance(a: str, b: str) -> int:
+    """Return the Levenshtein distance: the fewest insertions, deletions and replacements."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
 @lru_cache(maxsize=1)
 def open_reader() -> Any:
     """Load rapidocr with its models, once. Raises InputError if the extra is not installed."""

@@ -28,7 +28,7 @@ GROUPS = {
     "width": "size", "height": "size", "count": "size", "tile": "size",
     "upscale": "size", "upscaler": "size", "upscale_strength": "size",
     "steps": "sampling", "seed": "sampling", "solver": "sampling", "schedule": "sampling", "shift": "sampling",
-    "variation": "sampling", "seed_variance": "sampling",
+    "variation": "sampling", "seed_variance": "sampling", "until_verified": "sampling",
     "guidance": "guidance", "cfg_normalization": "guidance", "cfg_truncation": "guidance", "guidance_from": "guidance",
     "guidance_until": "guidance",
     "image": "pictures", **dict.fromkeys(REPAINTING, "pictures"), "strength": "pictures", "reference": "pictures",

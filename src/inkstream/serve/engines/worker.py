@@ -108,6 +108,8 @@ class Worker:
                 if isinstance(event, Loading):
                     written = event.text or written
                     noted += [event.note] if event.note else []
+                    if event.note and advised:
+                        self.say(run=run, event="noted", remark=event.note)
                     if not advised:  # between two pictures of a job, Loading only means that a prompt is written out
                         done, total = event.done_bytes, event.total_bytes
                         self.say(run=run, event="loading", what=event.what, done=done, total=total)

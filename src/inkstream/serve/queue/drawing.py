@@ -192,6 +192,7 @@ class Drawing:
         handlers: dict[str, Callable[[Run, dict[str, Any]], None]] = {
             "loading": self._loading,
             "remarks": self._remarks,
+            "noted": lambda run, message: self._remark(run, [message["remark"]]),
             "step": self._step,
             "picture": self._picture,
         }
@@ -256,9 +257,13 @@ class Drawing:
         if self.loaded not in (None, run.model):
             self.switch = (self.switch + seconds) / 2
         self.loaded = run.model
+        self._remark(run, message["remarks"])
+
+    def _remark(self, run: Run, lines: list[str]) -> None:
+        """Add lines to the job's remarks."""
         known = self.store.job(run.job.id)
-        if message["remarks"] and known is not None:
-            self.store.remark(run.job.id, list(dict.fromkeys([*known.remarks, *message["remarks"]])))
+        if lines and known is not None:
+            self.store.remark(run.job.id, list(dict.fromkeys([*known.remarks, *lines])))
 
     def _step(self, run: Run, message: dict[str, Any]) -> None:
         seconds = message["seconds"]
