@@ -34,7 +34,7 @@ from inkstream.engine.pictures.metadata import (
     save_picture,
 )
 from inkstream.families import SPECS
-from inkstream.types import InputError, Request, ScheduleName, SolverName
+from inkstream.types import InputError, Request, Saving, ScheduleName, SolverName
 
 PICTURE = Image.linear_gradient("L").resize((16, 16)).convert("RGB")
 FULL = Request(
@@ -165,11 +165,11 @@ def test_png_and_lossless_webp_keep_every_pixel():
 def test_minimal_metadata_is_the_mark_alone(kind):
     secret = FULL.model_copy(update={"prompt": "ZEBRA"})
     for amount, mark in (("minimal", MADE_BY_A_MODEL), ("none", None)):
-        source = drawn(secret, kind, metadata=amount)
+        source = drawn(secret, kind, saving=Saving(amount))
         facts = describe(source)
         assert facts.get("digital_source_type") == mark
         assert "request" not in facts
-        data = encode_picture(PICTURE, kind, secret, metadata=amount)
+        data = encode_picture(PICTURE, kind, secret, saving=Saving(amount))
         assert b"ZEBRA" not in data
         assert b"inkstream 0" not in data
         assert b"Z\0E\0" not in data
@@ -180,7 +180,7 @@ def test_metadata_of_the_input_image_is_not_written():
     picture = PICTURE.copy()
     picture.info = {"icc_profile": b"x" * 200, "exif": b"Exif\0\0secret", "comment": b"secret", "xmp": b"secret"}
     for kind in ("PNG", "WEBP", "JPEG"):
-        data = encode_picture(picture, kind, FULL, metadata="none")
+        data = encode_picture(picture, kind, FULL, saving=Saving("none"))
         assert b"secret" not in data
         assert b"xxxx" not in data
 
@@ -881,7 +881,7 @@ def test_the_mark_is_read_from_an_attribute_too():
 
 
 def test_texts_behind_the_pixels_are_read():
-    data = encode_picture(PICTURE, "PNG", FULL, metadata="none")
+    data = encode_picture(PICTURE, "PNG", FULL, saving=Saving("none"))
     body = b"parameters\0" + FORGE.encode()
     chunk = struct.pack(">I", len(body)) + b"tEXt" + body + struct.pack(">I", zlib.crc32(b"tEXt" + body))
     check_forge(read_request(url(data[:-12] + chunk + data[-12:])))

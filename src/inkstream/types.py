@@ -979,6 +979,30 @@ class Machine:
         return None if self.memory is None else read_size(self.memory)
 
 
+ProvenanceName = Literal["none", "basic", "eu", "cn"]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """What a picture's file carries beside the picture.
+
+    Parameters
+    ----------
+    metadata
+        full: the request, and the marks of --provenance; minimal: only the marks; none: nothing.
+    provenance
+        Marks that a model made the picture. basic: IPTC's digital source type; eu: also an invisible mark and a C2PA
+        signature; cn: also an invisible mark, a visible label and the AIGC metadata of GB 45438-2025; none: no marks.
+    """
+
+    metadata: Literal["full", "minimal", "none"] = "full"
+    provenance: ProvenanceName = "basic"
+
+
+SAVING = Saving()
+"""What files carry unless something else is asked for."""
+
+
 class Query(NamedTuple):
     """A point where a solver needs the velocity. x: float32, any shape. t: the time, from 1 (noise) to 0 (image)."""
 

@@ -81,6 +81,9 @@ Without --text and --colour, what was asked for is in the picture's metadata: th
 colours as hex codes, and, of flat pictures, its things. The exit code is 1 if a picture is wrong."""
 app.command("inkstream.cli.verify:verify", help=VERIFY)
 
+PROVENANCE = """Make the certificate with which --provenance eu signs pictures."""
+app.command("inkstream.cli.provenance:provenance", help=PROVENANCE)
+
 SERVE = """Serve pictures over HTTP, with a queue that survives crashes.
 
 Only this machine can connect, until you make a key with `inkstream serve keys add NAME`. Ctrl-C stops the server.
@@ -103,11 +106,14 @@ app.command("inkstream.cli.bench:bench", help=BENCH)
 
 @app.command
 def info(picture: Annotated[str, Parameter(help="A PNG, WebP or JPEG of any program.")], *, json: Json = False) -> None:
-    """Show a picture's format and the request in its metadata."""
+    """Show a picture's format, the request in its metadata, and the verified marks that a model made it."""
     from inkstream.cli.lines import print_facts, print_json
     from inkstream.engine.pictures.metadata import describe
+    from inkstream.engine.pictures.provenance import verify_provenance
 
     facts = describe(picture)
+    if marks := verify_provenance(picture):
+        facts["provenance"] = marks
     print_json(facts) if json else print_facts(facts)
 
 

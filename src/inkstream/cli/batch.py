@@ -13,18 +13,18 @@ from collections.abc import Callable, Collection, Generator, Iterator, Mapping, 
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field, ValidationError
 
 from inkstream.cli.download import agree_to_download, agree_to_loras
 from inkstream.cli.errors import explain_value, one_line
-from inkstream.cli.generate import as_options, check_pictures, slug
+from inkstream.cli.generate import as_options, check_files, check_pictures, slug
 from inkstream.cli.lines import print_json
-from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, check_machine, make_drawer, make_engine
+from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, Files, check_machine, make_drawer, make_engine
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Failed, InputError, Loading, Request, Spec, Step, singles
+from inkstream.types import SAVING, Failed, InputError, Loading, Request, Saving, Spec, Step, singles
 
 if TYPE_CHECKING:
     from inkstream.clients.manifest import Manifest, Wanted
@@ -56,7 +56,7 @@ def batch(
     slots: Annotated[int, Parameter(group=RUN)] = 4,
     ray: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     engines: Annotated[int | None, Parameter(show_default=False, group=RUN)] = None,
-    metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
+    files: Files = SAVING,
     machine: Anywhere = ANYWHERE,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
@@ -76,8 +76,6 @@ def batch(
         Draw with Ray and several engines, on the cluster of RAY_ADDRESS, or on a new one on this machine.
     engines
         Number of engines with Ray; default: one for each GPU.
-    metadata
-        Metadata of pictures. full: the request, and a mark that a model made the picture; minimal: only the mark.
     json
         Print one JSON document on stdout at the end.
     quiet
@@ -92,6 +90,7 @@ def batch(
         raise InputError("--ray and --server are both given: give one of them")
     if engines is not None and not ray:
         raise InputError(f"--engines {engines} is for Ray: add --ray, or leave it out")
+    check_files(files)
     with Terminal(quiet) as terminal:
         if machine.server is None:
             agree_to_loras([*common.loras, *machine.merge_lora], machine, yes, terminal)
@@ -111,7 +110,7 @@ def batch(
             drawn: list[dict[str, Any]] = []
             failed: list[tuple[Wanted, str]] = []
             try:
-                with closing(way(todo, machine, slots, ray, engines, metadata)) as told:
+                with closing(way(todo, machine, slots, ray, engines, files)) as told:
                     follow(told, todo, manifest, drawn, failed, terminal, json)
             except KeyboardInterrupt:
                 there = len(wanted) - len(todo) + len(drawn)
@@ -334,7 +333,7 @@ def way(
     slots: int,
     ray: bool,
     engines: int | None,
-    metadata: Literal["full", "minimal", "none"],
+    files: Saving,
 ) -> Generator[Told, None, None]:
     """Yield events of the missing pictures, with their places in `todo`."""
     requests = [one.request for one in todo]
@@ -343,11 +342,11 @@ def way(
     if ray:
         from inkstream.clients.ray_data import draw_on_ray
 
-        yield from draw_on_ray(requests, partial(make_engine, machine), slots, engines, metadata)
+        yield from draw_on_ray(requests, partial(make_engine, machine), slots, engines, files)
         return
     from inkstream.clients.many import draw_many
 
-    yield from draw_many(make_drawer(machine), requests, slots, metadata)
+    yield from draw_many(make_drawer(machine), requests, slots, files)
 
 
 def follow(

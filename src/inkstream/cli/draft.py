@@ -23,7 +23,7 @@ from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE, RUN, Here, check_machine, make_engine, words_of
 from inkstream.cli.refine import find_spec, plan, read_draft
 from inkstream.cli.terminal import Terminal
-from inkstream.types import InputError, Machine, Request, Spec, singles
+from inkstream.types import SAVING, InputError, Machine, Request, Spec, singles
 
 if TYPE_CHECKING:
     from inkstream.engine.engine import Engine
@@ -285,7 +285,7 @@ def draw_drafts(engine: Engine, folder: Path, state: State, terminal: Terminal) 
             engine,
             state.draft(number),
             lambda request, index: state.path(folder, index + 1, "drafts"),
-            "full",
+            SAVING,
             terminal,
             before=number - 1,
             total=total,
@@ -360,7 +360,7 @@ def refine_chosen(
             found = plan(wish, one, picture, spec, False, engine.machine, terminal)
             said = {"refined_from": origin(picture, one)}
             total = len(state.chosen)
-            for drawn in draw(engine, found.request, lambda *_, path=path: path, "full", terminal, said, index, total):
+            for drawn in draw(engine, found.request, lambda *_, path=path: path, SAVING, terminal, said, index, total):
                 terminal.say(f"draft {number}, refined: {drawn['seconds']} s")
         if not json:
             terminal.print(str(path))

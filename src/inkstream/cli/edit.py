@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from cyclopts import Parameter
 from pydantic import Field
 
 from inkstream.cli.generate import Wish, as_options, generate
-from inkstream.cli.machine import ANYWHERE, RUN, Anywhere
+from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, Files
 from inkstream.families import SPECS
 from inkstream.families.names import named
-from inkstream.types import REPAINTING, InputError, Request
+from inkstream.types import REPAINTING, SAVING, InputError, Request
 
 EDITOR = "flux2-klein-4b"
 """The model that edits if none is named."""
@@ -32,7 +32,7 @@ def edit(
     wish: Annotated[Change, Parameter(name="*")] = NOTHING,
     *,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
-    metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
+    files: Files = SAVING,
     machine: Anywhere = ANYWHERE,
     dry_run: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
@@ -47,8 +47,6 @@ def edit(
         The picture to change. It is 'image 1' in the instruction; --reference adds more.
     output
         Output file (.png, .webp, .jpg) or folder; default: the current folder. Existing files are not overwritten.
-    metadata
-        Metadata of pictures. full: the request, and a mark that a model made the picture; minimal: only the mark.
     dry_run
         Print the memory of each placement for this request, and the chosen placement; draw nothing.
     json
@@ -71,5 +69,5 @@ def edit(
     given = {name: getattr(wish, name) for name in wish.model_fields_set}
     whole = Wish.model_validate({**given, "model": wish.model, "reference": (picture, *wish.reference)})
     return generate(
-        whole, output=output, metadata=metadata, machine=machine, dry_run=dry_run, json=json, quiet=quiet, yes=yes
+        whole, output=output, files=files, machine=machine, dry_run=dry_run, json=json, quiet=quiet, yes=yes
     )

@@ -17,9 +17,9 @@ from cyclopts import Parameter
 from inkstream.cli.crew import follow, follows, join
 from inkstream.cli.download import agree_to_download, agree_to_loras
 from inkstream.cli.lines import in_gibibytes, print_facts, print_json
-from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, make_drawer, make_engine, options_of
+from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, Files, make_drawer, make_engine, options_of
 from inkstream.cli.terminal import Terminal
-from inkstream.types import Done, Drawer, Failed, InputError, Loading, Machine, Request, Spec, Step
+from inkstream.types import SAVING, Done, Drawer, Failed, InputError, Loading, Machine, Request, Saving, Spec, Step
 
 if TYPE_CHECKING:
     from inkstream.engine.machine.memory import Placing
@@ -67,7 +67,7 @@ def generate(
     json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
     source: Annotated[Path | None, Parameter(name="--from", group=RUN)] = None,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
-    metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
+    files: Files = SAVING,
     machine: Anywhere = ANYWHERE,
     parallel: Annotated[
         Literal["replicas", "cfg", "context", "tensor"] | None, Parameter(show_default=False, group=RUN)
@@ -87,8 +87,6 @@ def generate(
         Read the request from this picture's metadata. Given options override it.
     output
         Output file (.png, .webp, .jpg) or folder; default: the current folder. Existing files are not overwritten.
-    metadata
-        Metadata of pictures. full: the request, and a mark that a model made the picture; minimal: only the mark.
     parallel
         How the processes of torchrun, one for each GPU, share the work: by pictures (replicas), by the two prompts of
         guidance (cfg), by a picture's tokens (context) or by weights (tensor); default: the best for the request.
@@ -116,6 +114,7 @@ def generate(
         else:
             agree_to_loras([*request.loras, *machine.merge_lora], machine, yes, terminal)
             check(request, machine)
+        check_files(files)
         place = None if piped else find_place(output, request.count)
         if machine.server is None:
             agree_to_download(request.model, yes, terminal, machine.commercial_only)
@@ -129,7 +128,7 @@ def generate(
         drawer = make_drawer(machine, crew)
         done: list[dict[str, Any]] = []
         try:
-            for picture in draw(drawer, request, place, metadata, terminal):
+            for picture in draw(drawer, request, place, files, terminal):
                 done.append(picture)
                 if not (piped or json):
                     terminal.print(picture["path"])
@@ -286,6 +285,14 @@ def check(request: Request, machine: Machine) -> None:
         complete(request, SPECS[request.model])
 
 
+def check_files(files: Saving) -> None:
+    """Raise InputError if pictures cannot be saved so: a certificate is missing, for example."""
+    if files != SAVING:
+        from inkstream.engine.pictures.provenance import check_saving
+
+        check_saving(files)
+
+
 def check_pictures(request: Request) -> None:
     """Raise InputError if an input picture of the request cannot be read."""
     given = (request.image, request.mask, *request.reference, *request.control)
@@ -301,7 +308,7 @@ def draw(
     drawer: Drawer,
     request: Request,
     place: Callable[[Request, int], Path] | None,
-    metadata: Literal["full", "minimal", "none"],
+    files: Saving,
     terminal: Terminal,
     extra: Mapping[str, Any] | None = None,
     before: int = 0,
@@ -341,7 +348,7 @@ def draw(
             spec, runs = known = known or (drawer.spec(model), drawer.ran_on(model))
             ran = runs | wording(request.prompt, event)
             kept = {**ran, **(extra or {})}
-            facts: Any = {"request": event.request, "spec": spec, "metadata": metadata, "extra": kept}
+            facts: Any = {"request": event.request, "spec": spec, "saving": files, "extra": kept}
             try:
                 save_picture(event.image, path or sys.stdout.buffer, **facts)
             except InputError as error:  # a JPEG has little room for metadata; the picture must not be lost

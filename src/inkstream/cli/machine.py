@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Group, Parameter
 
 from inkstream.engine.machine.processes import count_processes
-from inkstream.types import AttentionName, Drawer, InputError, Machine, PlacementName  # noqa: F401
+from inkstream.types import AttentionName, Drawer, InputError, Machine, PlacementName, Saving  # noqa: F401
 
 # cyclopts looks up the types of inherited fields in the module of the subclass.
 
@@ -33,6 +33,7 @@ class Anywhere(Machine):
 
 
 HERE = Machine()
+Files = Annotated[Saving, Parameter(name="*", group=RUN)]
 ANYWHERE = Anywhere()
 
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from pydantic import Field
 
 from inkstream.cli.download import agree_to_download
-from inkstream.cli.generate import as_options, check, draw, find_place, read_json_prompt
+from inkstream.cli.generate import as_options, check, check_files, draw, find_place, read_json_prompt
 from inkstream.cli.lines import print_json
-from inkstream.cli.machine import HERE, RUN, Here, make_engine
+from inkstream.cli.machine import HERE, RUN, Files, Here, make_engine
 from inkstream.cli.terminal import Terminal
-from inkstream.types import REPAINTING, InputError, Machine, Request, Spec
+from inkstream.types import REPAINTING, SAVING, InputError, Machine, Request, Spec
 
 if TYPE_CHECKING:
     from inkstream.engine.drawing.refine import Refinement
@@ -43,7 +43,7 @@ def refine(
     reference: Annotated[bool, Parameter(show_default=False)] = False,
     json_prompt: Annotated[str | None, Parameter(group=RUN)] = None,
     output: Annotated[str | None, Parameter(alias="-o", group=RUN)] = None,
-    metadata: Annotated[Literal["full", "minimal", "none"], Parameter(group=RUN)] = "full",
+    files: Files = SAVING,
     machine: Here = HERE,
     json: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     quiet: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
@@ -61,8 +61,6 @@ def refine(
         File with a JSON prompt for FLUX.2, with fields such as scene, subjects, style, camera; - reads stdin.
     output
         Output file (.png, .webp, .jpg) or folder; default: the current folder. Existing files are not overwritten.
-    metadata
-        Metadata of pictures. full: the request, and a mark that a model made the picture; minimal: only the mark.
     json
         Print one JSON document on stdout at the end.
     quiet
@@ -83,6 +81,7 @@ def refine(
     with Terminal(quiet) as terminal:
         drafts = {picture: read_draft(picture, wish, terminal) for picture in pictures}
         stems = [f"{Path(picture).stem}-refined" for picture in drafts]
+        check_files(files)
         place = find_place(output, len(drafts), lambda request, index: stems[index])
         spec = find_spec(wish.model, yes, terminal, machine)
         plans = [plan(wish, draft, picture, spec, reference, machine, terminal) for picture, draft in drafts.items()]
@@ -91,7 +90,7 @@ def refine(
         try:
             for index, (found, (picture, draft)) in enumerate(zip(plans, drafts.items())):
                 said = {"refined_from": origin(picture, draft)}
-                for drawn in draw(engine, found.request, place, metadata, terminal, said, index, len(plans)):
+                for drawn in draw(engine, found.request, place, files, terminal, said, index, len(plans)):
                     done.append({**drawn, **said, "way": found.way})
                     if not json:
                         terminal.print(drawn["path"])

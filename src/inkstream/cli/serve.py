@@ -11,7 +11,7 @@ from cyclopts import App, Parameter
 
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE
-from inkstream.types import InputError, Machine
+from inkstream.types import InputError, Machine, ProvenanceName, Saving
 
 serve = App(name="serve", help_format="plaintext", default_parameter=Parameter(negative=""))
 keys = App(name="keys", help="Make, list and remove the API keys of a server.", help_format="plaintext")
@@ -37,6 +37,7 @@ def run(
     max_pictures: int = 64,
     max_body: int = 64,
     time_limit: float = 4 * 3600,
+    provenance: ProvenanceName = "basic",
     fetch: Annotated[bool, Parameter(show_default=False)] = False,
     log_prompts: Annotated[bool, Parameter(show_default=False)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False)] = False,
@@ -72,6 +73,9 @@ def run(
         Largest request body in MiB.
     time_limit
         Longest time of a job in seconds.
+    provenance
+        Marks that a model made the pictures. basic: IPTC's digital source type; eu: also an invisible mark and a C2PA
+        signature; cn: also an invisible mark, a visible label and the AIGC metadata of GB 45438-2025; none: no marks.
     fetch
         Also take input pictures by URL, but not from private addresses.
     log_prompts
@@ -89,6 +93,10 @@ def run(
         existing(part, path)
     read_merges(machine.merge_lora)
     check_loras(machine.merge_lora, lora_folder(machine))
+    if provenance != "basic":
+        from inkstream.engine.pictures.provenance import check_saving
+
+        check_saving(Saving(provenance=provenance))
     import uvicorn
 
     from inkstream.serve import logs
@@ -113,6 +121,7 @@ def run(
         slots=slots,
         limits=limits,
         log_prompts=log_prompts,
+        provenance=provenance,
         fetch=fetch,
     )
     logs.set_up()

@@ -6,11 +6,10 @@ import queue
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from inkstream.engine.drawing.writing import wording
 from inkstream.engine.pictures.metadata import encode_picture
-from inkstream.types import Done, Drawer, Event, Failed, Loading, Request, Step
+from inkstream.types import SAVING, Done, Drawer, Event, Failed, Loading, Request, Saving, Step
 
 PATIENCE = 10.0
 """Seconds to wait for the threads to stop after the iterator was closed."""
@@ -33,7 +32,7 @@ def draw_many(
     drawer: Drawer,
     requests: Sequence[Request],
     slots: int,
-    metadata: Literal["full", "minimal", "none"] = "full",
+    saving: Saving = SAVING,
 ) -> Iterator[Told]:
     """Yield the events of requests of one picture each. Each request ends with one Drawn or Failed.
 
@@ -43,7 +42,7 @@ def draw_many(
     models = dict.fromkeys(request.model for request in requests)
     for model in models:
         places = [place for place, request in enumerate(requests) if request.model == model]
-        yield from _draw_group(drawer, requests, places, slots, metadata)
+        yield from _draw_group(drawer, requests, places, slots, saving)
 
 
 def _draw_group(
@@ -51,7 +50,7 @@ def _draw_group(
     requests: Sequence[Request],
     places: Sequence[int],
     slots: int,
-    metadata: Literal["full", "minimal", "none"],
+    saving: Saving,
 ) -> Iterator[Told]:
     """`draw_many` for requests of one model."""
     told: queue.SimpleQueue[Told] = queue.SimpleQueue()
@@ -66,7 +65,7 @@ def _draw_group(
                 place = todo.get_nowait()
             except queue.Empty:
                 return
-            for event in _draw(drawer, requests[place], stop, metadata):
+            for event in _draw(drawer, requests[place], stop, saving):
                 told.put((place, event))
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(slots, len(places)))]
@@ -85,7 +84,7 @@ def _draw_group(
 
 
 def _draw(
-    drawer: Drawer, request: Request, stop: threading.Event, metadata: Literal["full", "minimal", "none"]
+    drawer: Drawer, request: Request, stop: threading.Event, saving: Saving
 ) -> Iterator[Loading | Step | Drawn | Failed]:
     """Yield the events of one request, until `stop` is set."""
     events: Iterator[Event] = drawer.submit(request)
@@ -94,7 +93,7 @@ def _draw(
             if stop.is_set():
                 return
             if isinstance(event, Done):
-                yield Drawn(_encode(drawer, event, request, metadata), event.seconds, event.request.seed)
+                yield Drawn(_encode(drawer, event, request, saving), event.seconds, event.request.seed)
                 return
             if isinstance(event, Loading | Step | Failed):
                 yield event
@@ -104,7 +103,7 @@ def _draw(
         events.close()  # type: ignore[attr-defined]
 
 
-def _encode(drawer: Drawer, done: Done, request: Request, metadata: Literal["full", "minimal", "none"]) -> bytes:
+def _encode(drawer: Drawer, done: Done, request: Request, saving: Saving) -> bytes:
     spec = drawer.spec(done.request.model)
     extra = drawer.ran_on(done.request.model) | wording(request.prompt, done)
-    return encode_picture(done.image, "PNG", done.request, spec, metadata=metadata, extra=extra)
+    return encode_picture(done.image, "PNG", done.request, spec, saving=saving, extra=extra)

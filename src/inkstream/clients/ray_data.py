@@ -11,12 +11,12 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from inkstream.clients.many import Drawn, Told, draw_many
 from inkstream.engine.pictures.inputs import read_source
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
-from inkstream.types import Failed, InputError, Request
+from inkstream.types import SAVING, Failed, InputError, Request, Saving
 
 if TYPE_CHECKING:
     from inkstream.engine.engine import Engine
@@ -30,15 +30,15 @@ TRIES = 3
 class Actor:
     """An engine in a Ray actor. It draws groups of requests."""
 
-    def __init__(self, make: Callable[[], Engine], metadata: Literal["full", "minimal", "none"]):
+    def __init__(self, make: Callable[[], Engine], saving: Saving):
         self.engine = make()
-        self.metadata: Literal["full", "minimal", "none"] = metadata
+        self.saving = saving
 
     def __call__(self, group: Mapping[str, Any]) -> dict[str, list[Any]]:
         """Columns `place` and `request` -> `place`, `data` (a PNG, or nothing), `seconds`, `seed` and `error`."""
         requests = [Request.model_validate_json(text) for text in group["request"]]
         told: dict[str, list[Any]] = {"place": [], "data": [], "seconds": [], "seed": [], "error": []}
-        for place, event in draw_many(self.engine, requests, len(requests), self.metadata):
+        for place, event in draw_many(self.engine, requests, len(requests), self.saving):
             if isinstance(event, Drawn | Failed):
                 drawn = event if isinstance(event, Drawn) else Drawn(b"", 0.0, requests[place].seed)
                 error = event.error if isinstance(event, Failed) else ""
@@ -53,7 +53,7 @@ def draw_on_ray(
     make: Callable[[], Engine],
     slots: int,
     engines: int | None = None,
-    metadata: Literal["full", "minimal", "none"] = "full",
+    saving: Saving = SAVING,
 ) -> Iterator[Told]:
     """Yield one Drawn or Failed for each request. Each request has one picture. Groups of `slots` are drawn together.
 
@@ -103,7 +103,7 @@ def draw_on_ray(
         groups = ray.data.from_arrow(tables).map_batches(
             Actor,
             batch_size=None,
-            fn_constructor_args=(make, metadata),
+            fn_constructor_args=(make, saving),
             concurrency=count,
             num_gpus=min(1.0, gpus / count) if gpus else None,
             num_cpus=1 if gpus else max(1, cores),

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 from pathlib import Path
 
 from inkstream.serve.errors import Refused
-from inkstream.types import Enlargement, InputError, Machine, Request, Spec
+from inkstream.types import Enlargement, InputError, Machine, ProvenanceName, Request, Spec
 
 LOCAL_NAMES = ("localhost", "127.0.0.1", "::1")
 
@@ -46,6 +46,7 @@ class Settings:
     fetch: bool = False  # download pictures that are given by URL
     preload: bool = True
     aliases: tuple[str, ...] = ()  # NAME=MODEL: more names of models in OpenAI's API
+    provenance: ProvenanceName = "basic"  # the marks that a model made the pictures
     strict: bool = False  # True: OpenAI's model names do not mean the only model
 
     @property

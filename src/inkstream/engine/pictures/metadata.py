@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -22,8 +22,10 @@ from inkstream.engine.pictures.foreign import READERS, SEVERAL, Program
 from inkstream.engine.pictures.foreign.a1111 import read_a1111, write_a1111
 from inkstream.engine.pictures.foreign.reading import Reading, is_number, parse_json
 from inkstream.engine.pictures.inputs import open_header, read_source, short_name
+from inkstream.engine.pictures.provenance import aigc_of, check_saving, mark_pixels
+from inkstream.engine.pictures.signing import COMPOSITE, sign
 from inkstream.engine.pictures.texts import NAMESPACES, read_texts
-from inkstream.types import InputError, Request, Spec, as_object
+from inkstream.types import SAVING, InputError, Request, Saving, Spec, as_object
 
 SOFTWARE = f"inkstream {__version__}"
 VERSION = 1
@@ -36,7 +38,6 @@ PNG_EFFORT = 4
 """zlib's level. The default of 6 takes up to ten times as long, and the files are at most a few percent smaller."""
 MADE_BY_A_MODEL = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
-Amount = Literal["full", "minimal", "none"]
 Source = Literal["inkstream", "a1111"] | Program
 
 
@@ -54,11 +55,12 @@ class Found:
 
 @dataclass(frozen=True)
 class Texts:
-    """The metadata to write: our JSON, other programs' texts by their keys, and IPTC's DigitalSourceType."""
+    """The metadata to write: our JSON, other programs' texts by their keys, IPTC's DigitalSourceType, and AIGC."""
 
     record: str | None = None
     others: Mapping[str, str] = field(default_factory=dict[str, str])
     mark: str | None = MADE_BY_A_MODEL
+    aigc: str | None = None
 
 
 # Writing ------------------------------------------------------------------------------------------------------------
@@ -73,19 +75,18 @@ def save_picture(
     format: str | None = None,
     quality: int = 95,
     lossless: bool = False,
-    metadata: Amount = "full",
+    saving: Saving = SAVING,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a picture with the complete Request that draws it. A file is written whole or not at all.
 
     target: a path that does not exist yet, or a binary stream. format: png, webp or jpeg; the default is the path's
-    ending, or png for a stream. lossless: for WebP. metadata: `full` is the Request, its A1111 text and the mark that a
-    model made the picture; `minimal` is the mark alone; `none` is nothing. extra: JSON to keep beside the Request.
+    ending, or png for a stream. lossless: for WebP. extra: JSON to keep beside the Request.
     InputError if the path exists or cannot be written, or the metadata is too large for the format.
     """
     path = Path(target) if isinstance(target, str | Path) else None
     kind = picture_format(format if format else path if path else "png")
-    data = encode_picture(image, kind, request, spec, quality, lossless, metadata, extra)
+    data = encode_picture(image, kind, request, spec, quality, lossless, saving, extra)
     if isinstance(target, str | Path):
         write_new(Path(target), data)
     else:
@@ -116,17 +117,28 @@ def encode_picture(
     spec: Spec | None = None,
     quality: int = 95,
     lossless: bool = False,
-    metadata: Amount = "full",
+    saving: Saving = SAVING,
     extra: Mapping[str, Any] | None = None,
+    marked: bool = False,
 ) -> bytes:
-    """The bytes of a picture file. kind: as `picture_format` returns; other arguments: as in `save_picture`."""
+    """The bytes of a picture file. kind: as `picture_format` returns; other arguments: as in `save_picture`.
+
+    marked: whether the pixels have the profile's marks already, because they come from a file of ours.
+    """
     if not 1 <= quality <= 100:
         raise InputError(f"quality {quality} is not between 1 and 100: take 95")
-    if metadata == "full":
-        texts = Texts(_record(request, spec, extra), {"parameters": write_a1111(request, SOFTWARE)})
-    else:
-        texts = Texts(mark=MADE_BY_A_MODEL if metadata == "minimal" else None)
-    return encode_with(image, kind, texts, quality, lossless)
+    check_saving(saving)
+    profile = "none" if saving.metadata == "none" else saving.provenance
+    record = _record(request, spec, extra)
+    texts = Texts(mark=None if profile == "none" else MADE_BY_A_MODEL, aigc=aigc_of(profile, record))
+    if saving.metadata == "full":
+        texts = replace(texts, record=record, others={"parameters": write_a1111(request, SOFTWARE)})
+    if not marked:
+        image = mark_pixels(image, profile, record)
+    data = encode_with(image, kind, texts, quality, lossless)
+    if profile == "eu":  # the last write: whatever is written later breaks the signature
+        data = sign(data, kind, COMPOSITE if request.image else MADE_BY_A_MODEL, "picture")
+    return data
 
 
 def encode_with(image: Image.Image, kind: str, texts: Texts, quality: int, lossless: bool) -> bytes:
@@ -134,7 +146,7 @@ def encode_with(image: Image.Image, kind: str, texts: Texts, quality: int, lossl
     buffer = io.BytesIO()
     image = image.copy()
     image.info = {}  # otherwise Pillow writes the metadata of the input file too
-    xmp = _xmp(texts.mark, None if kind == "PNG" else texts.record)
+    xmp = _xmp(texts.mark, None if kind == "PNG" else texts.record, texts.aigc)
     if kind == "PNG":
         chunks = PngImagePlugin.PngInfo()
         for key, text in texts.others.items():
@@ -179,16 +191,19 @@ def _record(request: Request, spec: Spec | None, extra: Mapping[str, Any] | None
     return json.dumps(record)
 
 
-def _xmp(mark: str | None, record: str | None) -> str:
-    """An XMP packet of IPTC's DigitalSourceType and our JSON; empty without both."""
+def _xmp(mark: str | None, record: str | None, aigc: str | None) -> str:
+    """An XMP packet of IPTC's DigitalSourceType, our JSON and China's AIGC; empty without all."""
     properties: dict[str, str] = {}
     if mark is not None:
         properties["Iptc4xmpExt:DigitalSourceType"] = mark
     if record is not None:
         properties |= {"xmp:CreatorTool": SOFTWARE, "inkstream:Record": record}
+    if aigc is not None:
+        properties["TC260:AIGC"] = aigc
     if not properties:
         return ""
-    spaces = " ".join(f'xmlns:{prefix}="{uri}"' for prefix, uri in NAMESPACES.items())
+    used = {prefix: uri for prefix, uri in NAMESPACES.items() if prefix != "TC260" or aigc is not None}
+    spaces = " ".join(f'xmlns:{prefix}="{uri}"' for prefix, uri in used.items())
     body = "".join(f"<{name}>{escape(value)}</{name}>" for name, value in properties.items())
     return (
         '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?><x:xmpmeta xmlns:x="adobe:ns:meta/">'

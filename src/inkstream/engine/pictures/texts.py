@@ -19,6 +19,7 @@ NAMESPACES = {
     "Iptc4xmpExt": "http://iptc.org/std/Iptc4xmpExt/2008-02-29/",
     "xmp": "http://ns.adobe.com/xap/1.0/",
     "inkstream": "urn:inkstream:xmp:1/",
+    "TC260": "http://www.tc260.org.cn/ns/AIGC/1.0/",
 }
 """Of the XMP that is written."""
 _EXIF_TEXTS = {0x010E: "ImageDescription", 0x010F: "Make", 0x0110: "Model", 0x010D: "", 0x010C: "", 0x010B: ""}
@@ -28,6 +29,7 @@ _XMP_TEXTS = {
     f"{{{NAMESPACES['inkstream']}}}Record": "inkstream",
     "{https://github.com/leejet/stable-diffusion.cpp/ns/1.0/}parameters": "parameters",
     "{http://ns.adobe.com/exif/1.0/}UserComment": "comment",
+    f"{{{NAMESPACES['TC260']}}}AIGC": "AIGC",
 }
 """Property of XMP -> the key of its text."""
 

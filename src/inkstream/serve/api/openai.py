@@ -30,7 +30,7 @@ from inkstream.serve.engines.models import choose, spec_of
 from inkstream.serve.errors import KINDS, Refused, answers, explain_invalid
 from inkstream.serve.queue.inputs import PREFIX
 from inkstream.serve.queue.store import Job, Picture
-from inkstream.types import InputError, Request, Spec
+from inkstream.types import InputError, Request, Saving, Spec
 
 router = APIRouter(tags=["openai"])
 
@@ -546,6 +546,7 @@ async def encode(parts: Service, picture: Picture, output_format: Format, qualit
     """A picture's bytes in a format, with its metadata. Raises Refused if its file is missing."""
     model = parts.models.get(picture.model)
     path = parts.store.pictures / picture.file
+    files, short = (Saving(amount, parts.settings.provenance) for amount in ("full", "minimal"))
 
     def work() -> bytes:
         data = path.read_bytes()
@@ -556,9 +557,9 @@ async def encode(parts: Service, picture: Picture, output_format: Format, qualit
         spec = None if model is None else model.spec
         with Image.open(io.BytesIO(data)) as image:
             try:
-                return encode_picture(image, kind, request, spec, max(1, quality))
+                return encode_picture(image, kind, request, spec, max(1, quality), saving=files, marked=True)
             except InputError:  # the metadata is too long for a JPEG
-                return encode_picture(image, kind, request, spec, max(1, quality), metadata="minimal")
+                return encode_picture(image, kind, request, spec, max(1, quality), saving=short, marked=True)
 
     try:
         return await to_thread.run_sync(work)

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inkstream.families.fits import Sizes, sizes_of
-from inkstream.types import Done, Failed, InputError, Loading, Machine, Request, Spec, Step
+from inkstream.types import Done, Failed, InputError, Loading, Machine, Request, Saving, Spec, Step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -142,7 +142,8 @@ class Worker:
         typed = message.get("upsampled_from") or request.prompt
         extra = self.engine.ran_on(message["name"]) | wording(typed, done)
         complete = done.request.model_copy(update={"model": message["name"]})
-        data = encode_picture(done.image, "PNG", complete, spec, extra=extra)
+        saving = Saving(provenance=message.get("provenance", "basic"))
+        data = encode_picture(done.image, "PNG", complete, spec, saving=saving, extra=extra)
         path = self.parts / f"{run}-{done.index}.png"
         try:
             path.write_bytes(data)

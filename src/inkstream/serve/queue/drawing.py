@@ -147,7 +147,10 @@ class Drawing:
         self.runs[run.id] = run
         self._tell(run, *run.last)
         fields["model"] = model.source
-        self.engine.send({"draw": run.id, "name": model.name, "request": fields, "upsampled_from": given})
+        marks = self.settings.provenance
+        self.engine.send(
+            {"draw": run.id, "name": model.name, "request": fields, "upsampled_from": given, "provenance": marks}
+        )
 
     def stop(self, job: str) -> None:
         """Cancel a job's run; it stops within one step. Its slot is free when the engine confirms the stop."""
