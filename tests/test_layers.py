@@ -12,7 +12,7 @@ import pytest
 SOURCE = Path(__file__).parent.parent / "src"
 
 LAYERS = [["types", "flow", "disk", "quant", "pocket"], ["nn", "weights"], ["sampling", "families"], ["engine"],
-          ["clients", "train", "evaluate", "bench", "serve"], ["cli"], ["__main__"]]  # fmt: skip
+          ["clients", "train", "evaluate", "bench", "serve", "advice"], ["cli"], ["__main__"]]  # fmt: skip
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 STRANGERS = [{"nn", "weights"}, {"sampling", "families"}]
 """Layers of one rank that do not know each other either."""

@@ -75,6 +75,12 @@ The table of results goes to stdout. A folder gets the pictures, a contact sheet
 command resumes an interrupted run: finished pictures are not drawn again."""
 app.command("inkstream.cli.evaluate:evaluate", name="eval", help=EVALUATE)
 
+ADVISE = """Advise a model, a precision and a placement, and compare the costs of own card, rented card and API.
+
+All arithmetic is shown, and the source and the date of every figure. The figures are in a TOML file: copy it, edit it,
+and give it with --figures."""
+app.command("inkstream.cli.advise:advise", help=ADVISE)
+
 VERIFY = """Verify that pictures show what was asked for: texts, colours, counts and relations.
 
 Without --text and --colour, what was asked for is in the picture's metadata: the texts that the prompt quotes, its
