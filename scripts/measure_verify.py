@@ -15,6 +15,7 @@ import shlex
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -25,6 +26,7 @@ from inkstream.bench.records import write_record
 from inkstream.engine.pictures.asked import Asked
 from inkstream.engine.pictures.checks import check_picture, check_text, delta_e2000
 from inkstream.engine.pictures.ocr import fold, lines_in
+from inkstream.engine.pictures.sheet import Tile, contact_sheet
 from inkstream.evaluate.verify import check_things
 from inkstream.pocket.captions import caption
 from inkstream.pocket.colours import lab
@@ -46,7 +48,11 @@ def main() -> None:
     parser.add_argument("--colours", type=int, default=100)
     parser.add_argument("--scenes", type=int, default=100)
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
+    parser.add_argument("--picture", type=Path, help="write pictures with verdicts, and end")
     options = parser.parse_args()
+    if options.picture:
+        show().save(options.picture)
+        return
     rows: list[dict[str, Any]] = []
     for kind, judge, count in (
         ("English text", lambda number: texts(number, False), options.texts // 2 // LINES),
@@ -67,6 +73,25 @@ def main() -> None:
         print(row)
     if options.record:
         print(write_record(options.record, options.date, shlex.join(["python", *sys.argv]), {}, rows))
+
+
+def show() -> Image.Image:
+    """A contact sheet of pictures that were asked for the same, and their verdicts."""
+    chooser, tiles = Random("picture"), []
+    for asked, drawn in (
+        ("SALE 50", "SALE 50"),
+        ("SALE 50", "SLAE 50"),
+        ("春天大吉", "春天大吉"),
+        ("春天大吉", "春天太吉"),
+    ):
+        image = poster([drawn], chooser).crop((0, 0, SIDE, SIDE // 3))
+        tiles.append((image, check_picture(image, Asked((asked,)))))
+    for colour in ("#dc1e26", "#b04a3a"):
+        image = Image.new("RGB", (SIDE, SIDE // 3), "white")
+        image.paste(colour, (SIDE // 4, 30, 3 * SIDE // 4, SIDE // 3 - 30))
+        tiles.append((image, check_picture(image, Asked(colours=("#dc1e26",)))))
+    shown = [Tile(image, checks.line, "right" if checks.passed else "wrong") for image, checks in tiles]
+    return contact_sheet(shown, 2, 320)
 
 
 def tally(truths: list[bool], wrong: list[bool]) -> Counter[str]:

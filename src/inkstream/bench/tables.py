@@ -97,6 +97,40 @@ PLANS: Columns = (
     },
 )
 TABLES: Mapping[str, Columns] = {
+    "verify": (
+        {"Asked for": field("kind")},
+        {
+            "True pictures": field("truths"),
+            "Accepted": field("true_right", ".1%"),
+            "Wrong pictures": field("wrong"),
+            "Refused": field("wrong_right", ".1%"),
+        },
+    ),
+    "until-verified": (
+        {"Drawn": field("drawings")},
+        {
+            "Prompts": field("prompts"),
+            "Exact text, by rapidocr": field("exact", ".1%"),
+            "Exact text, by inkstream's own reader": field("exact_by_own_reader", ".1%"),
+            "Drawings a picture": field("drawings_a_picture", ".2f"),
+        },
+    ),
+    "marks": (
+        {"Pictures": field("kind")},
+        {
+            "Number": field("pictures"),
+            "PSNR": field("psnr", ".1f", " dB"),
+            "Unchanged": percent("unchanged"),
+            "JPEG 80": percent("jpeg_80"),
+            "75 %": percent("resized_75"),
+            "75 %, JPEG 80": percent("resized_75_jpeg_80"),
+            "JPEG 50": percent("jpeg_50"),
+            "50 %": percent("resized_50"),
+            "10 % brighter": percent("brighter_10"),
+            "5 % cropped": percent("cropped_5"),
+            "Found where none is": field("found_in_unmarked"),
+        },
+    ),
     "plans": PLANS,
     "memory-gpu": PLANS,
     "train": (
