@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from inkstream.clients.http import Client
+    from inkstream.clients.remote.drawer import Remote
     from inkstream.clients.router import Router
     from inkstream.engine.drawing.model import Model
     from inkstream.engine.engine import Engine
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Client": "inkstream.clients.http",
+    "Remote": "inkstream.clients.remote.drawer",
     "Router": "inkstream.clients.router",
     "Engine": "inkstream.engine.engine",
     "load": "inkstream.engine.machine.loader",
@@ -35,6 +37,7 @@ __all__ = [
     "InputError",
     "Machine",
     "Model",
+    "Remote",
     "Request",
     "Result",
     "Router",

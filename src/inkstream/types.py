@@ -839,6 +839,7 @@ class Spec:
     download_bytes: int | None = None
     licence: str = "unknown"
     commercial: bool = False  # True if the licence lets a business use the model and sell its pictures
+    takes: frozenset[str] | None = None  # fields of a Request that a remote model reads; None: it is drawn with here
     title: str = ""
     tiny: Spec | None = field(default=None, repr=False, compare=False)  # the same model with 2 blocks of width 64
 
@@ -950,6 +951,14 @@ class Machine:
         LoRA to merge into the transformer's weights while they are read, as PATH[:STRENGTH]; repeat for more.
     wildcards
         Folder of text files that prompts can name as __FILE__; default: `wildcards` in the data folder of inkstream.
+    enhancer
+        What writes prompts out for --upsample, which is then on by default: the address of a chat server with OpenAI's
+        API, such as http://127.0.0.1:8080/v1 (its key is INKSTREAM_ENHANCER_KEY), or a model here that can upsample,
+        such as flux2-klein-4b.
+    enhancer_model
+        Name of the enhancer's model at its server; default: the first that the server lists.
+    max_cost
+        Most US dollars that remote models may take in this run; a request that would take more is refused.
     """
 
     device: str | None = None
@@ -966,6 +975,9 @@ class Machine:
     upscaler_folder: str | None = None
     merge_lora: tuple[str, ...] = ()
     wildcards: str | None = None
+    enhancer: str | None = None
+    enhancer_model: str | None = None
+    max_cost: float | None = None
 
     @property
     def chosen(self) -> dict[str, str]:
@@ -1058,8 +1070,9 @@ class Step:
 class Done:
     """Picture `index` of `count` is finished. `request` is the complete Request that draws only this picture.
 
-    told: the prompt that the model's grammar made of the request's; empty if no grammar did.
-    checked: whether the asked texts and colours are in the picture; empty if nothing was checked.
+    told: the prompt that the model's grammar, or a remote model, made of the request's; empty if none did. checked:
+    whether the asked texts and colours are in the picture; empty if nothing was checked. cost: US dollars that a remote
+    model takes for the picture.
     """
 
     image: Image
@@ -1069,6 +1082,7 @@ class Done:
     seconds: float
     told: str = ""
     checked: str = ""
+    cost: float | None = None
 
 
 @dataclass(frozen=True)

@@ -125,16 +125,17 @@ def info(picture: Annotated[str, Parameter(help="A PNG, WebP or JPEG of any prog
 
 @app.command
 def models(*, json: Json = False) -> None:
-    """List the known models."""
+    """List the known models, and apart from them those that others draw with for money."""
     from inkstream.cli.lines import print_json
-    from inkstream.cli.models import add_fits, list_models, print_models
+    from inkstream.cli.models import add_fits, list_models, list_remote, print_models, print_remote
 
     known = list_models()
     if json:
         add_fits(known)
-        print_json(known)
+        print_json([*known, *({**model, "remote": True} for model in list_remote())])
     else:
         print_models(known)
+        print_remote(list_remote())
 
 
 @app.command

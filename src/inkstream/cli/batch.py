@@ -24,6 +24,7 @@ from inkstream.cli.generate import as_options, check_files, check_pictures, slug
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, Files, check_machine, make_drawer, make_engine
 from inkstream.cli.terminal import Terminal
+from inkstream.clients.remote.catalogue import is_remote
 from inkstream.types import SAVING, Failed, InputError, Loading, Request, Saving, Spec, Step, singles
 
 if TYPE_CHECKING:
@@ -95,16 +96,23 @@ def batch(
         if machine.server is None:
             agree_to_loras([*common.loras, *machine.merge_lora], machine, yes, terminal)
         wanted = understand(prompts, common, machine, terminal)
-        if machine.server is None:
+        models = list(dict.fromkeys(one.request.model for one in wanted))
+        remote = [model for model in models if is_remote(model)] if machine.server is None else []
+        if ray and remote:
+            raise InputError(f"{remote[0]} is not drawn on a cluster: leave --ray out")
+        if machine.server is None and remote != models:
             check_machine(machine)
-            for model in dict.fromkeys(one.request.model for one in wanted):
-                agree_to_download(model, yes, terminal, machine.commercial_only)
+            for model in models:
+                if model not in remote:
+                    agree_to_download(model, yes, terminal, machine.commercial_only)
         from inkstream.clients.manifest import Manifest
 
         with closing(Manifest(out)) as manifest:
             changed = sum(manifest.changed(one) for one in wanted)
             todo = manifest.missing(wanted)
             terminal.say(f"{len(wanted) - len(todo)} of {len(wanted)} pictures are there, {len(todo)} to draw")
+            if remote:
+                foresee([one.request for one in todo], machine, terminal)
             if changed:
                 terminal.say(f"{changed} rows have changed: they are drawn again, and the old pictures stay")
             drawn: list[dict[str, Any]] = []
@@ -213,6 +221,7 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
 
         return look
     from inkstream.engine.drawing.complete import complete
+    from inkstream.engine.drawing.enhancer import able
     from inkstream.engine.engine import remarks
     from inkstream.engine.files.controls import check_controls, control_folder
     from inkstream.engine.files.loras import check_loras, lora_folder
@@ -238,16 +247,34 @@ def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
 
     def look_here(request: Request) -> Collection[str]:
         check_pictures(request)
+        if is_remote(request.model):
+            from inkstream.clients.remote.drawer import Remote
+
+            Remote(request.model, machine).check(request)
+            return ()
         check_loras(request.loras, lora_folder(machine))
         check_controls(request, control_folder(machine))
         check_upscaler(request, upscaler_folder(machine))
         spec = spec_of(request.model)
         if spec is None:
             return ()
+        spec = able(spec, machine)
         complete(request, spec)
         return remarks(request, spec)
 
     return look_here
+
+
+def foresee(requests: Sequence[Request], machine: Anywhere, terminal: Terminal) -> None:
+    """Say what the remote models among the requests will take. Raises InputError if that is more than `--max-cost`."""
+    from inkstream.clients.remote.budget import Budget, money
+    from inkstream.clients.remote.drawer import Remote
+
+    costs = [Remote(one.model, machine).check(one) for one in requests if is_remote(one.model)]
+    if costs:
+        what = f"{len(costs)} remote pictures" if len(costs) > 1 else "a remote picture"
+        Budget(machine.max_cost).check(sum(costs), what)
+        terminal.say(f"{what}: about {money(sum(costs))}")
 
 
 # Reading the file
@@ -346,7 +373,8 @@ def way(
         return
     from inkstream.clients.many import draw_many
 
-    yield from draw_many(make_drawer(machine), requests, slots, files)
+    drawer = make_drawer(machine, models=dict.fromkeys(request.model for request in requests))
+    yield from draw_many(drawer, requests, slots, files)
 
 
 def follow(

@@ -48,7 +48,8 @@ def edit(
     output
         Output file (.png, .webp, .jpg) or folder; default: the current folder. Existing files are not overwritten.
     dry_run
-        Print the memory of each placement for this request, and the chosen placement; draw nothing.
+        Print the memory of each placement for this request, and the chosen placement, or the cost of a remote model;
+        draw nothing.
     json
         Print one JSON document on stdout at the end.
     quiet

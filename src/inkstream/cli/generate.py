@@ -19,6 +19,7 @@ from inkstream.cli.download import agree_to_download, agree_to_loras
 from inkstream.cli.lines import in_gibibytes, print_facts, print_json
 from inkstream.cli.machine import ANYWHERE, RUN, Anywhere, Files, make_drawer, make_engine, options_of
 from inkstream.cli.terminal import Terminal
+from inkstream.clients.remote.catalogue import is_remote
 from inkstream.types import SAVING, Done, Drawer, Failed, InputError, Loading, Machine, Request, Saving, Spec, Step
 
 if TYPE_CHECKING:
@@ -91,7 +92,8 @@ def generate(
         How the processes of torchrun, one for each GPU, share the work: by pictures (replicas), by the two prompts of
         guidance (cfg), by a picture's tokens (context) or by weights (tensor); default: the best for the request.
     dry_run
-        Print the memory of each placement for this request, and the chosen placement; draw nothing.
+        Print the memory of each placement for this request, and the chosen placement, or the cost of a remote model;
+        draw nothing.
     json
         Print one JSON document on stdout at the end.
     quiet
@@ -117,22 +119,26 @@ def generate(
         check_files(files)
         place = None if piped else find_place(output, request.count)
         if machine.server is None:
-            agree_to_download(request.model, yes, terminal, machine.commercial_only)
+            if not is_remote(request.model):
+                agree_to_download(request.model, yes, terminal, machine.commercial_only)
             if "model" not in wish.model_fields_set and source is None:
                 terminal.say(f"drawing with {request.model}, the small built-in model; {THE_REAL_ONE}")
         if dry_run:
-            print_plans(make_engine(machine).placing(request), request, json)
+            if is_remote(request.model):
+                print_price(request, machine, json)
+            else:
+                print_plans(make_engine(machine).placing(request), request, json)
             return 0
         if request.until_verified and request.seed is None:
             request = request.model_copy(update={"seed": secrets.randbelow(2**32)})
-        drawer = make_drawer(machine, crew)
+        drawer = make_drawer(machine, crew, [request.model])
         done: list[dict[str, Any]] = []
         try:
             for picture in draw(drawer, request, place, files, terminal):
                 done.append(picture)
                 if not (piped or json):
                     terminal.print(picture["path"])
-                terminal.say(f"seed {picture['seed']}, {picture['seconds']} s")
+                terminal.say(f"seed {picture['seed']}, {picture['seconds']} s" + priced(picture.get("cost_usd")))
         except KeyboardInterrupt:
             terminal.say(f"stopped; {len(done)} of {request.count} done")
             raise
@@ -143,6 +149,26 @@ def generate(
                 if json:
                     print_json({"pictures": done, "again": again})
     return 0
+
+
+def print_price(request: Request, machine: Machine, as_json: bool) -> None:
+    """Print what a remote model would take for a request. Nothing is sent."""
+    from inkstream.clients.remote.budget import money
+    from inkstream.clients.remote.drawer import Remote
+
+    remote = Remote(request.model, machine)
+    cost, offer = remote.check(request), remote.offer
+    if as_json:
+        print_json({"model": offer.name, "cost_usd": round(cost, 6), "source": offer.source, "date": offer.date})
+        return
+    print_facts({"model": offer.name, "about": money(cost), "prices of": offer.date, "source": offer.source})
+
+
+def priced(cost: float | None) -> str:
+    """Return the end of a line about a picture: its cost, if a remote model drew it."""
+    from inkstream.clients.remote.budget import money
+
+    return "" if cost is None else f", {money(cost)}"
 
 
 def print_plans(placing: Placing, request: Request, as_json: bool) -> None:
@@ -267,6 +293,7 @@ def slug(prompt: str) -> str:
 def check(request: Request, machine: Machine) -> None:
     """Check a request before anything big is downloaded or read. Raises InputError."""
     from inkstream.engine.drawing.complete import complete
+    from inkstream.engine.drawing.enhancer import able
     from inkstream.engine.drawing.templates import filled, wildcard_folder
     from inkstream.engine.files.controls import check_controls, control_folder
     from inkstream.engine.files.loras import check_loras, lora_folder, read_merges
@@ -275,6 +302,12 @@ def check(request: Request, machine: Machine) -> None:
     from inkstream.families import SPECS
 
     check_pictures(request)
+    if is_remote(request.model):
+        from inkstream.clients.remote.drawer import Remote
+
+        Remote(request.model, machine).check(request)
+        filled(request, wildcard_folder(machine))
+        return
     read_merges(machine.merge_lora)
     check_loras([*request.loras, *machine.merge_lora], lora_folder(machine))
     check_controls(request, control_folder(machine))
@@ -282,7 +315,7 @@ def check(request: Request, machine: Machine) -> None:
     check_name(request.model)
     filled(request, wildcard_folder(machine))
     if request.model in SPECS:
-        complete(request, SPECS[request.model])
+        complete(request, able(SPECS[request.model], machine))
 
 
 def check_files(files: Saving) -> None:
@@ -320,7 +353,7 @@ def draw(
     the number of earlier pictures and of all pictures, for the progress.
     """
     from inkstream.engine.drawing.templates import is_template
-    from inkstream.engine.drawing.writing import wording
+    from inkstream.engine.drawing.writing import cost_of, wording
     from inkstream.engine.pictures.metadata import free_name, save_picture
 
     written, known = "", None
@@ -346,7 +379,7 @@ def draw(
             path = place(event.request, before + event.index) if place else None
             model = event.request.model
             spec, runs = known = known or (drawer.spec(model), drawer.ran_on(model))
-            ran = runs | wording(request.prompt, event)
+            ran = runs | wording(request.prompt, event) | cost_of(event)
             kept = {**ran, **(extra or {})}
             facts: Any = {"request": event.request, "spec": spec, "saving": files, "extra": kept}
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,10 +49,25 @@ def make_engine(machine: Machine, crew: Crew | None = None) -> Engine:
     return Engine(machine, crew=crew)
 
 
-def make_drawer(machine: Anywhere, crew: Crew | None = None) -> Drawer:
-    """Make what draws requests. Raises InputError if there is no such machine, or no such address."""
+def make_drawer(machine: Anywhere, crew: Crew | None = None, models: Iterable[str] = ()) -> Drawer:
+    """Make what draws requests. Raises InputError if there is no such machine, or no such address.
+
+    models: those that the user named. Only remote models among them can be drawn with. If all are, no engine is made.
+    """
     if machine.server is None:
-        return make_engine(machine, crew)
+        from inkstream.clients.remote.catalogue import is_remote
+
+        named = list(models)
+        remote = [name for name in named if is_remote(name)]
+        if remote and crew is not None:
+            raise InputError(f"{remote[0]} is not drawn in {crew.count} processes here: start this without torchrun")
+        if not remote:
+            return make_engine(machine, crew)
+        from inkstream.clients.remote.drawer import remote_drawers
+        from inkstream.clients.router import Router
+
+        drawers = remote_drawers(remote, machine)
+        return drawers[remote[0]] if remote == named and len(drawers) == 1 else Router(make_engine(machine), drawers)
     if crew is not None:
         raise InputError(f"--server {machine.server} draws there, not in {crew.count} processes here: leave one out")
     from inkstream.clients.http import Client

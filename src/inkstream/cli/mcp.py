@@ -17,6 +17,7 @@ from inkstream.cli.download import agree_to_download
 from inkstream.cli.generate import check, find_place
 from inkstream.cli.machine import ANYWHERE, Anywhere, make_drawer
 from inkstream.cli.terminal import Terminal
+from inkstream.clients.remote.catalogue import is_remote
 from inkstream.types import REPAINTING, Done, Drawer, Event, Failed, InputError, Request, Step
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 FROM_PICTURES = ("image", *REPAINTING, "strength", "reference")
 """Fields of a Request that only `edit` takes."""
+OWN = "pocket"
+"""The model that is always here."""
 TOOLS = {
     "generate": "Draw pictures of a prompt. Returns each at reduced size, with its seed and the path of the full file.",
     "edit": "Draw from pictures: start from one (image), repaint a part of it (mask, mask_from), draw beyond its "
@@ -79,7 +82,7 @@ def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool =
 
     from inkstream import __version__
 
-    drawer = make_drawer(machine)
+    drawer = make_drawer(machine, models=[model or OWN, OWN])
     place = find_place(f"{folder}/", 1)
     schemas = {"generate": _schema(FROM_PICTURES), "edit": _schema(()), "list_models": {"type": "object"}}
     tools = [protocol.Tool(name=name, description=text, input_schema=schemas[name]) for name, text in TOOLS.items()]
@@ -94,8 +97,11 @@ def build(machine: Anywhere, folder: Path, model: str | None = None, yes: bool =
             if params.name not in TOOLS:
                 raise InputError(f"there is no tool {params.name}: take {', '.join(TOOLS)}")
             request = understand(params.name, params.arguments or {}, model)
+            if is_remote(request.model) and request.model != model:
+                raise InputError(f"{request.model} would send the request away: only inkstream mcp -m allows that")
             if machine.server is None:
                 check(request, machine)
+            if machine.server is None and not is_remote(request.model):
                 agree_to_download(request.model, yes, Terminal(quiet=True), machine.commercial_only)
             content: list[ContentBlock] = []
             with closing(drawer.submit(request)) as events:  # type: ignore[type-var]

@@ -85,6 +85,31 @@ def print_models(known: list[dict[str, Any]]) -> None:
     print(advise(known))
 
 
+def list_remote() -> list[dict[str, Any]]:
+    """Return the facts of each remote model as JSON. Nothing is sent."""
+    from inkstream.clients.remote.catalogue import offers
+    from inkstream.clients.remote.drawer import describe
+
+    return [describe(offer) for offer in offers().values()]
+
+
+def print_remote(known: list[dict[str, Any]]) -> None:
+    """Print a line for each remote model: its price and its terms."""
+    from inkstream.clients.remote.budget import money
+    from inkstream.engine.keys import find_key
+
+    print("\ndrawn by others, only if named; the prompt goes there (see docs/remote.md):")
+    for provider in dict.fromkeys(model["provider"] for model in known):
+        own = [model for model in known if model["provider"] == provider]
+        there = "is set" if find_key(own[0]["key"]) else "is not set"
+        terms = own[0]["licence"]
+        print(f"  {provider}, {own[0]['address'].partition('//')[2]} ({own[0]['key']} {there}; {terms})")
+        for model in own:
+            free = ", commercial use allowed" if model["commercial"] else ""
+            size = f"{model['width']}x{model['height']}"
+            print(f"    {model['name']}: about {money(model['price'])} for {size} ({model['date']}){free}")
+
+
 def in_a_word(option: Mapping[str, Any]) -> str:
     """Return what a model does with an option: needs, takes, bears, ignores or rejects."""
     if option["effect"] != "honours":

@@ -19,6 +19,7 @@ from PIL import Image
 
 from inkstream.engine.pictures.inputs import read_source
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS, told_in
+from inkstream.engine.wire import Direct, read_events
 from inkstream.types import Done, Event, Failed, InputError, Loading, Queued, Request, Result, Spec, Step
 
 SILENCE = 60.0
@@ -56,7 +57,7 @@ class Client:
         self.patience = patience
         self._key = key
         self._reached = False
-        self._opener = urllib.request.build_opener(_Direct)
+        self._opener = urllib.request.build_opener(Direct)
 
     def submit(self, request: Request) -> Iterator[Event]:
         """Yield the events of a request, and a Done for each picture. Closing the iterator cancels at the next step.
@@ -243,26 +244,6 @@ class Client:
 
     def _gone(self, reason: str) -> InputError:
         return InputError(f"the server at {self.url} does not answer ({reason}): start it, or give another address")
-
-
-class _Direct(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect, because the API key must not go to another host."""
-
-    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> None:
-        return None
-
-
-def read_events(lines: Iterator[bytes] | HTTPResponse) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Yield the server-sent events: name, id, data."""
-    event: dict[str, str] = {}
-    for line in lines:
-        name, _, value = line.decode().rstrip("\r\n").partition(": ")
-        if name:
-            event[name] = value
-            continue
-        if "data" in event:
-            yield event.get("event", ""), event.get("id", ""), json.loads(event["data"])
-        event = {}
 
 
 def _read(data: bytes) -> Any:

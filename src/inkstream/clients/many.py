@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from inkstream.engine.drawing.writing import wording
+from inkstream.engine.drawing.writing import cost_of, wording
 from inkstream.engine.pictures.metadata import encode_picture
 from inkstream.types import SAVING, Done, Drawer, Event, Failed, Loading, Request, Saving, Step
 
@@ -105,5 +105,5 @@ def _draw(
 
 def _encode(drawer: Drawer, done: Done, request: Request, saving: Saving) -> bytes:
     spec = drawer.spec(done.request.model)
-    extra = drawer.ran_on(done.request.model) | wording(request.prompt, done)
+    extra = drawer.ran_on(done.request.model) | wording(request.prompt, done) | cost_of(done)
     return encode_picture(done.image, "PNG", done.request, spec, saving=saving, extra=extra)

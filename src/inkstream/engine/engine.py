@@ -15,6 +15,7 @@ import torch
 
 from inkstream.engine.drawing.batch import Alone, Batch, Drawing
 from inkstream.engine.drawing.complete import Complete, complete
+from inkstream.engine.drawing.enhancer import able
 from inkstream.engine.drawing.flow import Job, expand, way_of
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import options
@@ -116,7 +117,8 @@ class Engine:
         """
         if self._name == name and self._model is not None:
             return self._model.spec
-        return SPECS[name] if name in SPECS else locate(name, chosen=self.machine.chosen).spec
+        spec = SPECS[name] if name in SPECS else locate(name, chosen=self.machine.chosen).spec
+        return able(spec, self.machine)
 
     def remarks(self, request: Request) -> list[str]:
         """Return one line for each option of the request that has no effect on the loaded model, or a poor one."""

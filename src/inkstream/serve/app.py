@@ -80,7 +80,7 @@ def build(settings: Settings, make: MakeEngine = EngineProcess) -> FastAPI:
     """
     keys = Keys(settings.keys)
     check_address(settings.host, bool(keys))
-    models = offer(settings.models, settings.machine.commercial_only)
+    models = offer(settings.models, settings.machine)
     aliases = read_aliases(settings.aliases, models)
     store = Store(settings.data)
     metrics = Metrics()

@@ -16,14 +16,15 @@ import os
 import socket
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from inkstream.serve.engines.worker import Worker, make_engine, memory, open_gate, read_pictures
+from inkstream.clients.remote.catalogue import is_remote
+from inkstream.serve.engines.worker import Worker, make_engine, memory, open_gate, read_pictures, with_remote
 from inkstream.serve.limits import Settings
 from inkstream.types import InputError, Machine
 
@@ -107,13 +108,14 @@ def app(args: dict[str, Any]) -> Any:
         max_ongoing_requests=1000,  # each stream of events is one long request
         ray_actor_options={"num_cpus": 0},
     )
-    return server.bind(engines.bind(asdict(settings.machine)))
+    sources = [name.rpartition("=")[2] for name in settings.models]
+    return server.bind(engines.bind(asdict(settings.machine), [name for name in sources if is_remote(name)]))
 
 
 class Engine:
     """A replica: one engine. Like the worker of `inkstream serve`, it does not know queues, keys or HTTP."""
 
-    def __init__(self, machine: Mapping[str, Any]):
+    def __init__(self, machine: Mapping[str, Any], remote: Sequence[str] = ()):
         self.name = f"{socket.gethostname()}:{os.getpid()}"
         self.drawn = 0
         self.threads: list[threading.Thread] = []
@@ -122,6 +124,7 @@ class Engine:
         self.trouble = ""
         try:
             self.engine = make_engine(machine)
+            self.drawer = with_remote(self.engine, remote)
         except InputError as error:
             self.trouble = str(error)
 
@@ -153,7 +156,7 @@ class Engine:
         def say(**told: Any) -> None:
             loop.call_soon_threadsafe(letters.put_nowait, told)
 
-        worker = Worker(self.engine, self.parts, say, self.free)
+        worker = Worker(self.engine, self.parts, say, self.free, self.drawer)
         worker.live.add(message["draw"])
         thread = threading.Thread(target=worker.draw, args=(message,), daemon=True)
         thread.start()

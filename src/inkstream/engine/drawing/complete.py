@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from inkstream.engine.drawing.options import refuse
+from inkstream.engine.drawing.templates import JSON
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.families import family_of
 from inkstream.sampling.schedules import dynamic_shift, empirical_shift
@@ -168,6 +169,8 @@ def complete(request: Request, spec: Spec) -> Complete:
         defaults["strength"] = 1.0 if request.repaints else spec.strength
     if spec.writer:
         defaults["upsample"] = writes_out(request, spec)
+    elif "enhanced" in spec.abilities:
+        defaults["upsample"] = request.image is None and bool(request.prompt.strip()) and not JSON.match(request.prompt)
     whole = whole.model_copy(update={name: value for name, value in defaults.items() if name not in given})
     whole.final_size(spec.multiple)
     whole.boxes(spec)

@@ -35,6 +35,8 @@ def options(spec: Spec, request: Request | None = None) -> dict[str, Option]:
 
     For fields that `request` leaves open, the model's own values count.
     """
+    if spec.takes is not None:
+        return _remote(spec, spec.takes)
     table = {
         **dict.fromkeys(Request.model_fields, HONOURED),
         **_guidance(spec, request),
@@ -80,6 +82,19 @@ def _nothing_to_verify(request: Request, spec: Spec) -> str:
     if spec.writer or asked_in(request.prompt):  # a grammar finds texts without quotes too
         return ""
     return "the prompt asks for nothing to check: quote the text, or give colours as hex codes"
+
+
+def _remote(spec: Spec, takes: frozenset[str]) -> dict[str, Option]:
+    """The options of a remote model. It draws without a seed too, but never the same picture again."""
+    no_seed = Option("ignores", f"{spec.name} takes no seed and draws another picture each time")
+    return {
+        name: HONOURED
+        if name in takes
+        else no_seed
+        if name == "seed"
+        else Option("rejects", f"{spec.name} takes no {name}: leave {name} out, or draw with a local model")
+        for name in Request.model_fields
+    }
 
 
 def _cache(spec: Spec, request: Request | None) -> dict[str, Option]:

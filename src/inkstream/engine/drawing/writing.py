@@ -70,6 +70,11 @@ def wording(typed: str, done: Done) -> dict[str, str]:
     return kept
 
 
+def cost_of(done: Done) -> dict[str, float]:
+    """The metadata of what a remote model took for a picture, in US dollars; empty for a picture drawn here."""
+    return {} if done.cost is None else {"cost_usd": done.cost}
+
+
 def _kept_words(request: Request, loras: Path) -> bool | frozenset[str]:
     """The words that stay in the prompt although the grammar does not know them, because an adapter knows them.
 

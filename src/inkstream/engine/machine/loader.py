@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from inkstream.engine.drawing.adapters import KEPT
+from inkstream.engine.drawing.enhancer import ChatWriter, able, is_address
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.files.controls import control_folder
 from inkstream.engine.files.licences import is_commercial_only
@@ -84,6 +85,7 @@ def open_model(name: Path | str, machine: Machine = ANY, progress: Progress | No
     """Find and check a model's files: the first half of `load`."""
     device, dtype = check_machine(machine)
     source = locate(name, progress, is_commercial_only(machine.commercial_only), machine.chosen)
+    source = replace(source, spec=able(source.spec, machine))
     tokenizers = {
         name: open_tokenizer(source.family.tokenizers[name], place) for name, place in source.tokenizers.items()
     }
@@ -126,6 +128,8 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
         merge.let_go()
 
     def read_writer() -> Writer:
+        if opened.machine.enhancer is not None:
+            return open_enhancer(opened.machine, opened.device)
         found = locate_writer(source.family, source.parts["text_encoder"], source.spec.name)
         writer: Any = read(found, Placement(device, opened.dtype, rules=found.rules))
         writer.attach(modules["text_encoder"], opened.tokenizers["tokenizer"])
@@ -142,6 +146,21 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
     loras, controls = lora_folder(opened.machine), control_folder(opened.machine)
     upscalers = upscaler_folder(opened.machine)
     return Model(family, device, opened.dtype, placement, read_writer, loras, kept, controls, read_control, upscalers)
+
+
+def open_enhancer(machine: Machine, device: torch.device) -> Writer:
+    """Return what writes prompts out in place of the model's own language model: a server, or another model's."""
+    assert machine.enhancer is not None  # or there is none
+    if is_address(machine.enhancer):
+        return ChatWriter(machine.enhancer, machine.enhancer_model)
+    opened = open_model(machine.enhancer, Machine(str(device), machine.dtype))
+    source = opened.source
+    written = locate_writer(source.family, source.parts["text_encoder"], source.spec.name)
+    place = Placement(device, opened.dtypes["text_encoder"], rules=source.parts["text_encoder"].rules)
+    encoder = read(source.parts["text_encoder"], place)
+    writer: Any = read(written, Placement(device, opened.dtype, rules=written.rules))
+    writer.attach(encoder, opened.tokenizers["tokenizer"])
+    return writer
 
 
 def check_vocabulary(source: Source, tokenizers: Mapping[str, Any]) -> None:

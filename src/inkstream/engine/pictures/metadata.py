@@ -305,6 +305,8 @@ def describe(source: str | Path) -> dict[str, Any]:
             for name in ("template", "upsampled_from", "told", "checked", "merged_loras"):
                 if isinstance(given := extra.get(name), str):
                     facts[name] = _short(given)
+            if is_number(cost := extra.get("cost_usd")):
+                facts["cost_usd"] = cost
             if origin := as_object(extra.get("refined_from")):
                 facts["refined_from"] = {_short(key): _short(value) for key, value in islice(origin.items(), 10)}
     if enlarged := (as_object(parse_json(texts.get("inkstream", ""))) or {}).get("enlarged"):

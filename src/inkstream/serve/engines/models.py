@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
+from inkstream.clients.remote.catalogue import is_remote, offer_of
+from inkstream.engine.drawing.enhancer import able
 from inkstream.engine.drawing.options import options
 from inkstream.engine.drawing.writing import writes_out
 from inkstream.engine.files.licences import check_licence, is_commercial_only
@@ -20,7 +22,7 @@ from inkstream.families.fits import Sizes, sizes_of
 from inkstream.serve.errors import Refused
 from inkstream.serve.limits import Limits
 from inkstream.serve.schema import Details, Field_, Form, Model
-from inkstream.types import REPAINTING, InputError, Request, Spec
+from inkstream.types import REPAINTING, InputError, Machine, Request, Spec
 
 GROUPS = {
     "prompt": "prompt", "negative_prompt": "prompt", "upsample": "prompt", "loras": "prompt",
@@ -39,6 +41,9 @@ STEPS = {"guidance": 0.1, "shift": 0.1, "strength": 0.01, "cfg_truncation": 0.05
          "guidance_until": 0.05, "cfg_normalization": 0.1, "seed_variance": 0.05, "upscale_strength": 0.05}  # fmt: skip
 
 
+ANY = Machine()
+
+
 @dataclass
 class Offered:
     """A model that requests may name.
@@ -53,28 +58,35 @@ class Offered:
     sizes: Sizes | None = None
 
     def __post_init__(self) -> None:
-        if self.spec is not None:
+        if self.spec is not None and not self.remote:
             self.sizes = sizes_of(self.spec)
 
+    @property
+    def remote(self) -> bool:
+        """Whether somebody else draws with it."""
+        return self.spec is not None and self.spec.takes is not None
 
-def offer(asked: Sequence[str], commercial_only: bool | None = None) -> dict[str, Offered]:
+
+def offer(asked: Sequence[str], machine: Machine = ANY) -> dict[str, Offered]:
     """The offered models by name. The first is the default.
 
-    asked: known names, paths, or NAME=PATH; empty for all known models that are downloaded. Raises InputError if one
-    does not exist or its licence is not allowed.
+    asked: known names, paths, NAME=PATH, or names of remote models; empty for all known models that are downloaded.
+    Raises InputError if one does not exist or its licence is not allowed.
     """
+    only = is_commercial_only(machine.commercial_only)
     if not asked:
-        only = is_commercial_only(commercial_only)
         here = [spec for spec in SPECS.values() if is_here(spec) and (spec.commercial or not only)]
         here.sort(key=lambda spec: spec.folder is None)  # the model in the package comes first and is the default
-        return {spec.name: Offered(spec.name, spec.name, spec) for spec in here}
+        return {spec.name: Offered(spec.name, spec.name, able(spec, machine)) for spec in here}
     models: dict[str, Offered] = {}
     for one in asked:
         model = _offered(one)
         if model.name in models:
             raise InputError(f"two models are called {model.name}: rename one, as in --model other=PATH")
-        if is_commercial_only(commercial_only) and model.spec is not None:
-            check_licence(model.name, model.spec)
+        if model.spec is not None:
+            if only:
+                check_licence(model.name, model.spec)
+            model.spec = able(model.spec, machine)
         models[model.name] = model
     return models
 
@@ -157,7 +169,7 @@ def spec_of(model: Offered) -> Spec:
 def _fields(spec: Spec, limits: Limits) -> Iterator[Field_]:
     table = options(spec)
     sides = {"width": spec.size[0], "height": spec.size[1]}
-    own = {**sides, "upsample": writes_out(Request.model_validate({}), spec)}
+    own = {**sides, "upsample": writes_out(Request.model_validate({}), spec) or "enhanced" in spec.abilities}
     most = {"count": limits.pictures, "steps": limits.steps}
     for name, field in Request.model_fields.items():
         if name == "model":
@@ -214,6 +226,9 @@ def _bounds(field: FieldInfo) -> tuple[float | None, float | None]:
 
 def _offered(asked: str) -> Offered:
     name, equals, path = asked.partition("=")
+    if is_remote(path if equals else asked):
+        spec = offer_of(path if equals else asked).spec
+        return Offered(_slug(name) if equals else spec.name, spec.name, spec)
     if not equals and asked in SPECS:
         return Offered(asked, asked, SPECS[asked])
     source = Path(path if equals else asked).expanduser()

@@ -18,13 +18,13 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from inkstream.families.fits import Sizes, sizes_of
-from inkstream.types import Done, Failed, InputError, Loading, Machine, Request, Saving, Spec, Step
+from inkstream.types import Done, Drawer, Failed, InputError, Loading, Machine, Request, Saving, Spec, Step
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -61,13 +61,21 @@ class Voice:
 class Worker:
     """An engine and its present runs.
 
-    parts: folder for finished pictures. say: called with the fields of each message. free: cleared while a model is
-    preloaded; runs wait until it is set, because their model would replace the preloaded one in the engine's memory.
-    Workers that share an engine share `free`.
+    drawer: what draws; default: the engine. parts: folder for finished pictures. say: called with the fields of each
+    message. free: cleared while a model is preloaded; runs wait until it is set, because their model would replace the
+    preloaded one in the engine's memory. Workers that share an engine share `free`.
     """
 
-    def __init__(self, engine: Engine, parts: Path, say: Callable[..., None], free: threading.Event | None = None):
+    def __init__(
+        self,
+        engine: Engine,
+        parts: Path,
+        say: Callable[..., None],
+        free: threading.Event | None = None,
+        drawer: Drawer | None = None,
+    ):
         self.engine = engine
+        self.drawer = drawer or engine
         self.parts = parts
         self.say = say
         self.free = free or open_gate()
@@ -100,7 +108,7 @@ class Worker:
     def _draw(self, run: str, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
         written, advised = "", False
         noted: list[str] = []
-        events = self.engine.submit(request)
+        events = self.drawer.submit(request)
         try:
             for event in events:
                 if run in self.cancelled:
@@ -117,8 +125,8 @@ class Worker:
                     if not advised:
                         advised = True
                         as_drawn = request.model_copy(update={"prompt": written} if written else {})
-                        self.say(run=run, event="remarks", device=self.engine.ran_on(message["name"])["device"],
-                             remarks=noted + self.engine.remarks(as_drawn))  # fmt: skip
+                        self.say(run=run, event="remarks", device=self.drawer.ran_on(request.model)["device"],
+                             remarks=noted + self.drawer.remarks(as_drawn))  # fmt: skip
                     preview = None if event.preview is None else data_url(event.preview)
                     self.say(run=run, event="step", picture=event.index, of=event.count, step=event.step,
                              steps=event.steps, t=event.t, seconds=round(event.seconds, 4),
@@ -135,12 +143,12 @@ class Worker:
 
     def _save(self, run: str, done: Done, request: Request, message: Mapping[str, Any]) -> dict[str, Any]:
         """Write a picture into the folder `parts`, where the server takes it. Its metadata contains no path."""
-        from inkstream.engine.drawing.writing import wording
+        from inkstream.engine.drawing.writing import cost_of, wording
         from inkstream.engine.pictures.metadata import PICTURE_FIELDS, encode_picture
 
-        spec = self.engine.spec(request.model)
+        spec = self.drawer.spec(request.model)
         typed = message.get("upsampled_from") or request.prompt
-        extra = self.engine.ran_on(message["name"]) | wording(typed, done)
+        extra = self.drawer.ran_on(request.model) | wording(typed, done) | cost_of(done)
         complete = done.request.model_copy(update={"model": message["name"]})
         saving = Saving(provenance=message.get("provenance", "basic"))
         data = encode_picture(done.image, "PNG", complete, spec, saving=saving, extra=extra)
@@ -177,10 +185,11 @@ class Worker:
 
     def describe(self, name: str, source: str) -> None:
         """Send the description of a model that is given by its path. The weights are not read."""
+        from inkstream.engine.drawing.enhancer import able
         from inkstream.engine.files.sources import locate
 
         try:
-            spec = locate(source, chosen=self.engine.machine.chosen).spec
+            spec = able(locate(source, chosen=self.engine.machine.chosen).spec, self.engine.machine)
             facts = {field: getattr(spec, field) for field in FACTS}
             said = {**facts, "abilities": sorted(spec.abilities)}
             self.say(event="described", model=name, spec=said, sizes=write_sizes(sizes_of(spec)))
@@ -274,6 +283,16 @@ def make_engine(machine: Mapping[str, Any]) -> Engine:
     return Engine(Machine(**machine), previews=True)
 
 
+def with_remote(engine: Engine, names: Sequence[str]) -> Drawer:
+    """Return what draws: the engine, and the remote models that the server's owner named."""
+    if not names:
+        return engine
+    from inkstream.clients.remote.drawer import remote_drawers
+    from inkstream.clients.router import Router
+
+    return Router(engine, remote_drawers(names, engine.machine, previews=True))
+
+
 def listen(messages: queue.SimpleQueue[dict[str, Any]]) -> None:
     """Put each message from stdin into the queue. End the process when stdin closes: the server is gone."""
     for line in sys.stdin.buffer:
@@ -309,10 +328,11 @@ def main() -> None:
     began = time.perf_counter()
     try:
         engine = make_engine(first["machine"])
+        drawer = with_remote(engine, first["remote"])
     except InputError as error:
         voice.say(event="unusable", error=str(error))
         return
-    worker = Worker(engine, Path(first["parts"]), voice.say)
+    worker = Worker(engine, Path(first["parts"]), voice.say, drawer=drawer)
     threads = ThreadPoolExecutor(THREADS)  # reused, because each new thread would cost memory and helper threads
     voice.say(event="ready", seconds=round(time.perf_counter() - began, 3), memory=memory())
     while True:

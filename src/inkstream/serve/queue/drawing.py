@@ -100,7 +100,8 @@ class Drawing:
         self.feed = feed
         self.queue = queue
         self.pace = Pace(models)
-        first = {"machine": asdict(settings.machine), "parts": str(store.parts.resolve())}
+        remote = [model.source for model in models.values() if model.remote]
+        first = {"machine": asdict(settings.machine), "parts": str(store.parts.resolve()), "remote": remote}
         self.engine = make(first, self._receive, self._died)
         self.ready = False
         self.unusable = ""  # why no engine can be made with the server's options
@@ -134,7 +135,7 @@ class Drawing:
             update: dict[str, Any] = {
                 "seed": first_one.seed, "variation": first_one.variation, "count": request.count - skip
             }  # fmt: skip
-            given = request.prompt if request.upsample and not is_template(request.prompt) else ""
+            given = request.prompt if request.upsample is not False and not is_template(request.prompt) else ""
             # The first seed chose the written-out prompt, so a run that starts later must reuse that prompt.
             if skip and given and not drawn[start].request["upsample"]:
                 update |= {"upsample": False, "prompt": drawn[start].request["prompt"]}
@@ -233,8 +234,9 @@ class Drawing:
                     self.engine.send({"describe": model.name, "source": model.source})
             self.queue.changed()
             if self.settings.preload and not self.runs:
-                first = next(iter(self.models.values()))
-                self.engine.send({"load": first.name, "source": first.source})
+                first = next((model for model in self.models.values() if not model.remote), None)
+                if first is not None:
+                    self.engine.send({"load": first.name, "source": first.source})
         elif event == "loaded":
             self.loaded, self.device = message["model"], message["device"]
         elif event == "described":

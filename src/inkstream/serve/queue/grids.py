@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from inkstream.clients.remote.catalogue import offer_of
+from inkstream.clients.remote.drawer import check_request
 from inkstream.engine.drawing.options import refuse
 from inkstream.engine.drawing.templates import filled
 from inkstream.engine.files.loras import names_in
@@ -106,6 +108,9 @@ def _check_template(request: Request, folder: Path) -> None:
 
 def _check_spec(request: Request, spec: Spec) -> None:
     try:
+        if spec.takes is not None:
+            check_request(offer_of(spec.name), spec, request)
+            return
         refuse(request, spec)
     except InputError as error:
         raise Refused(400, str(error)) from None
