@@ -19,7 +19,7 @@ from inkstream.types import InputError
 
 ALL = Machine(
     "cpu", "bf16", "8GiB", "parked", "sdpa", True, True, "t5.safetensors", "ae.safetensors", "loras", "nets", "nets2",
-    ("a:0.5", "b"), "cards", "http://127.0.0.1:9/v1", "qwen3", 0.5,
+    ("a:0.5", "b"), "cards", "http://127.0.0.1:7", "http://127.0.0.1:9/v1", "qwen3", 0.5,
 )  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_the_server_hands_every_option_on(monkeypatch, tmp_path):
     words = ["--device=cpu", "--dtype=bf16", "--memory=8GiB", "--placement=parked", "--attention=sdpa", "--compile",
              "--commercial-only", "--text-encoder=t5.safetensors", "--vae=ae.safetensors", "--lora-folder=loras",
              "--control-folder=nets", "--upscaler-folder=nets2", "--merge-lora=a:0.5", "--merge-lora=b",
-             "--wildcards=cards",
+             "--wildcards=cards", "--text-encoder-server=http://127.0.0.1:7",
              "--enhancer=http://127.0.0.1:9/v1", "--enhancer-model=qwen3", "--max-cost=0.5"]  # fmt: skip
     assert main(["serve", f"--data={tmp_path}", *words]) == 2
     assert settings[0].machine == ALL

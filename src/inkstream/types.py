@@ -951,6 +951,9 @@ class Machine:
         LoRA to merge into the transformer's weights while they are read, as PATH[:STRENGTH]; repeat for more.
     wildcards
         Folder of text files that prompts can name as __FILE__; default: `wildcards` in the data folder of inkstream.
+    text_encoder_server
+        Address of an `inkstream serve --encode-only` with the same model, which encodes the prompts: its text encoders
+        take no memory here. INKSTREAM_API_KEY is its key.
     enhancer
         What writes prompts out for --upsample, which is then on by default: the address of a chat server with OpenAI's
         API, such as http://127.0.0.1:8080/v1 (its key is INKSTREAM_ENHANCER_KEY), or a model here that can upsample,
@@ -975,6 +978,7 @@ class Machine:
     upscaler_folder: str | None = None
     merge_lora: tuple[str, ...] = ()
     wildcards: str | None = None
+    text_encoder_server: str | None = None
     enhancer: str | None = None
     enhancer_model: str | None = None
     max_cost: float | None = None

@@ -245,6 +245,16 @@ TABLES: Mapping[str, Columns] = {
             "Slowest": field("slowest_seconds", ".1f", " s"),
         },
     ),
+    "text-server-": (
+        {"Model": field("model"), "": field("how")},
+        {
+            "Tokens": field("tokens"),
+            "Bytes of states": field("bytes", ",.0f"),
+            "Encoded here": field("seconds_here", ".1f", " ms", 1000),
+            "By the server": field("seconds_away", ".1f", " ms", 1000),
+            "Weights not read": gibibytes("weights_bytes"),
+        },
+    ),
     "start-": (
         {"Stage": field("stage")},
         {"Seconds": field("seconds", ".2f"), "CPU seconds": field("cpu_seconds", ".2f")},

@@ -40,6 +40,7 @@ def run(
     provenance: ProvenanceName = "basic",
     fetch: Annotated[bool, Parameter(show_default=False)] = False,
     log_prompts: Annotated[bool, Parameter(show_default=False)] = False,
+    encode_only: Annotated[bool, Parameter(show_default=False)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False)] = False,
 ) -> None:
     """Serve pictures over HTTP.
@@ -80,6 +81,8 @@ def run(
         Also take input pictures by URL, but not from private addresses.
     log_prompts
         Write prompts to the log.
+    encode_only
+        Draw nothing: only encode prompts for the --text-encoder-server of other machines, with one --model.
     yes
         Download missing files without asking.
     """
@@ -106,6 +109,9 @@ def run(
 
     for name in model or []:
         agree(name, yes)
+    if encode_only:
+        serve_encoder(model or [], host, port, api_key_file or folder(data) / "keys.json", machine)
+        return
     limits = Limits(
         queue=queue, pixels=max_pixels, pictures=max_pictures, body_bytes=max_body << 20, seconds=time_limit
     )
@@ -133,6 +139,27 @@ def run(
     asyncio.run(listen(server, jobs))
     if jobs.drawing.unusable:
         raise InputError(jobs.drawing.unusable)
+
+
+def serve_encoder(models: list[str], host: str, port: int, key_file: Path, machine: Machine) -> None:
+    """Serve the text encoders of a model. Only they are read. Raises InputError."""
+    import uvicorn
+
+    from inkstream.engine.machine.text_encoder import TextEncoder
+    from inkstream.serve import logs
+    from inkstream.serve.encoding import build
+    from inkstream.serve.keys import Keys
+    from inkstream.serve.limits import check_address
+
+    if len(models) != 1:
+        raise InputError(f"--encode-only takes one --model, {len(models)} are given: start a server for each")
+    if machine.text_encoder_server is not None:
+        raise InputError("--encode-only and --text-encoder-server are both given: leave one out")
+    keys = Keys(key_file)
+    check_address(host, bool(keys))
+    logs.set_up()
+    encoder = TextEncoder(models[0], machine)
+    uvicorn.run(build(encoder.encode, keys), host=host, port=port, log_config=None, access_log=False)
 
 
 async def listen(server: Any, jobs: Any) -> None:

@@ -97,6 +97,16 @@ def ask(
     return found
 
 
+def ask_bytes(peer: Peer, path: str, body: Any) -> Lines:
+    """Send a POST that changes nothing at the peer, and return the answer's bytes. Raises InputError.
+
+    It is sent again if its connection breaks.
+    """
+    asked = _request(peer, "POST", path, body, (), {"Accept": "*/*"})
+    answer = yield from _patiently(peer, asked, _read, safe=True)
+    return answer.data
+
+
 def stream(
     peer: Peer, path: str, body: Any = None, *, form: Sequence[tuple[str, str | bytes]] = ()
 ) -> Generator[str | tuple[str, Any], None, None]:
@@ -259,9 +269,10 @@ def _patiently(
     asked: urllib.request.Request,
     use: Callable[[HTTPResponse], Answer],
     opener: urllib.request.OpenerDirector = _DIRECT,
+    safe: bool = False,
 ) -> Generator[str, None, Answer]:
-    """Open the request and use its answer. See `ask` for what is tried again."""
-    began, pause, safe = time.monotonic(), PAUSE, asked.get_method() == "GET"
+    """Open the request and use its answer. See `ask` for what is tried again. safe: as a GET is."""
+    began, pause, safe = time.monotonic(), PAUSE, safe or asked.get_method() == "GET"
     while True:
         try:
             return (yield from _aside(lambda: _open(peer, asked, use, opener), f"waiting for {peer.title}"))

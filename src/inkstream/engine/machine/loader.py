@@ -24,6 +24,7 @@ from inkstream.engine.files.parts import Found, locate_control, locate_writer
 from inkstream.engine.files.sources import Source, locate
 from inkstream.engine.files.tokenizers import encoder_of, open_tokenizer
 from inkstream.engine.files.upscalers import upscaler_folder
+from inkstream.engine.machine.encoding import FarEncoder, text_parts
 from inkstream.engine.machine.install import Placement, install
 from inkstream.engine.machine.placement import PLACEMENTS, Sharing, place_of
 from inkstream.families import ControlNet, Writer
@@ -76,6 +77,11 @@ class Opened:
         return self.merge.names if self.merge else frozenset()
 
     @property
+    def away(self) -> list[str]:
+        """The parts that work on another machine."""
+        return [] if self.machine.text_encoder_server is None else text_parts(self.source)
+
+    @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """Part -> the dtype that it computes in."""
         return {part: dtype_of(part, self.dtype, self.device) for part in self.source.parts}
@@ -112,7 +118,9 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
     source, device, dtypes = opened.source, opened.device, opened.dtypes
     merge = opened.merge
     modules = {
-        part: read(
+        part: found.module
+        if part in opened.away
+        else read(
             found,
             Placement(device, dtypes[part], place_of(placement, part), found.rules),
             partial(_tell, tell, part),
@@ -130,12 +138,17 @@ def read_model(opened: Opened, placement: str, progress: Progress | None = None)
     def read_writer() -> Writer:
         if opened.machine.enhancer is not None:
             return open_enhancer(opened.machine, opened.device)
+        if opened.away:
+            raise InputError("upsample needs the text encoder here: leave text_encoder_server out, or give an enhancer")
         found = locate_writer(source.family, source.parts["text_encoder"], source.spec.name)
         writer: Any = read(found, Placement(device, opened.dtype, rules=found.rules))
         writer.attach(modules["text_encoder"], opened.tokenizers["tokenizer"])
         return writer
 
-    family = source.family(source.spec, modules, opened.tokenizers)
+    family: Any = source.family(source.spec, modules, opened.tokenizers)
+    if opened.machine.text_encoder_server is not None:
+        far = FarEncoder(opened.machine.text_encoder_server, source, device, dtypes[opened.away[0]])
+        family.encode_tokens = far.encode_tokens
     kept = KEPT if opened.machine.memory is None else 0
 
     def read_control(path: Path, use: ControlUse) -> nn.Module:

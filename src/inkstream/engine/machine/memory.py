@@ -113,13 +113,16 @@ class Placing:
                 {path: locate_control(opened.source.family, spec.name, path) for path in paths},
                 control_folder(opened.machine),
                 upscaler_folder(opened.machine),
+                opened.away,
             )
         return self._known[key]
 
     def _is_plenty(self, request: Complete) -> bool:
         """Whether the model is so small that it can be resident without a closer look."""
         opened = self.opened
-        weights = sum(count * opened.dtypes[part].itemsize for part, count in opened.numbers.items())
+        weights = sum(
+            count * opened.dtypes[part].itemsize for part, count in opened.numbers.items() if part not in opened.away
+        )
         weights += control_bytes(request, control_folder(opened.machine), opened.dtypes["transformer"])
         weights += UPSCALING if request.upscaler else 0
         pixels = math.prod(request.final_size(opened.source.spec.multiple))

@@ -189,13 +189,14 @@ def plan_request(
     source: Source, tokenizers: Mapping[str, Any], request: Complete, device: torch.device,
     dtypes: Mapping[str, torch.dtype], crew: Sharing | None = None, merged: Collection[str] = (),
     controls: Mapping[Path, Found] = NO_CONTROLS, control_folder: Path = Path("controls"),
-    upscaler_folder: Path = Path("upscalers"),
+    upscaler_folder: Path = Path("upscalers"), away: Collection[str] = (),
 ) -> list[Plan]:  # fmt: skip
     """Return the plan of each placement for a request, the fastest placement first.
 
     dtypes: part -> the dtype that it computes in. crew: cuts the transformer to this process's share. merged: the names
     of the transformer's weights that adapters change. controls: the control nets of the request, which are in the
-    folder or elsewhere. upscaler_folder: of the upscaling models that requests name. Weights count as they are in the
+    folder or elsewhere. upscaler_folder: of the upscaling models that requests name. away: the parts that work on
+    another machine. Weights count as they are in the
     files or on the device. Computed tensors are counted by running the request on meta. Memory of drivers and of the
     process itself is not counted.
     """
@@ -204,7 +205,8 @@ def plan_request(
     }
     if crew:
         crew.share(modules["transformer"])
-    weights = weigh(source, modules, device, dtypes, merged)
+    here = {part: module for part, module in modules.items() if part not in away}
+    weights = weigh(source, here, device, dtypes, merged)
     nets = {path: net_at_home(found, dtypes["transformer"]) for path, found in controls.items()}
     for name, phases in weights.items():
         beside = sum(weigh_net(controls[path], net, name, device, dtypes["transformer"]) for path, net in nets.items())
@@ -239,7 +241,7 @@ def weigh(
         }
         always = sum(part.always for part in placed.values())
         weights[name] = {
-            phase: always + max((placed[part].working for part in parts), default=0)
+            phase: always + max((placed[part].working for part in parts if part in placed), default=0)
             for phase, parts in phases_of(source).items()
         }
     return weights
