@@ -224,8 +224,10 @@ def test_the_same_use_is_the_same_adapter_and_the_least_recent_files_are_dropped
     with held.use([uses[0]]):
         with held.use(uses[1:]) as lines:
             assert held.bytes == 3 * one
+            assert held.taken([]) == 3 * one
+            assert held.taken([str(paths[1]), f"{paths[2]}:0.5"]) == one
             assert len(lines) == 2
-        assert held.bytes == one  # the one in use stays, though it is the oldest
+        assert held.bytes == held.taken([]) == one  # the one in use stays, though it is the oldest
         kept = held.get(uses[0])
     assert held.get(uses[0]) is kept
 
@@ -407,3 +409,6 @@ def test_a_placement_is_chosen_with_the_memory_of_the_adapters(for_pocket):
     placing.budget = next(plan.peak for plan in placing.plans(request) if plan.placement == "resident")
     assert "resident" in placing.suiting(request)
     assert "resident" not in placing.suiting(with_adapter)
+    placing.budget += needs
+    assert "resident" in placing.suiting(with_adapter)
+    assert "resident" not in placing.suiting(with_adapter, taken=1)  # another request's adapters

@@ -187,7 +187,8 @@ class Engine:
         # With several processes, some may have room where others have not.
         if request is None or placing is None or self.crew:
             return whole
-        return whole if model.placement in placing.suiting(whole) else None
+        taken = model.adapters.taken(whole.loras)  # without room beside them, the request waits for their end
+        return whole if model.placement in placing.suiting(whole, taken) else None
 
     def _forget(self) -> None:
         self._model = self._name = self._placing = None  # which holds the modules too

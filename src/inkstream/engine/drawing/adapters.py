@@ -99,6 +99,11 @@ class Adapters:
         """The memory of all adapters on the device."""
         return sum(held.bytes for held in self._held.values())
 
+    def taken(self, loras: Sequence[str]) -> int:
+        """Return the bytes of the adapters that are in use, without those that a request with `loras` shares."""
+        own = {identity(find_lora(LoraUse.read(lora).path, self.folder)) for lora in loras}
+        return sum(held.bytes for key, held in self._held.items() if held.users and key not in own)
+
     def get(self, use: LoraUse) -> Adapter:
         """Return an adapter as a request uses it. The same use returns the same object. Raises InputError."""
         held = self._hold(use)

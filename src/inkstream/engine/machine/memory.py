@@ -73,12 +73,17 @@ class Placing:
         self.placement = suiting[0] if suiting else self.names[-1]  # an estimate of free memory may be too low
         return self.placement
 
-    def suiting(self, request: Request) -> list[str]:
-        """Return the placements that keep within the budget, the fastest first."""
+    def suiting(self, request: Request, taken: int = 0) -> list[str]:
+        """Return the placements that keep within the budget, the fastest first.
+
+        taken: bytes of the adapters with which other requests are being drawn.
+        """
         request = complete(request, self.opened.source.spec)
-        if len(self.names) == 1 or self.budget is None or self._is_plenty(request):
+        if len(self.names) == 1 or self.budget is None:
             return self.names
-        adapters = self.adapters(request)
+        adapters = self.adapters(request) + taken
+        if self._is_plenty(request, adapters):
+            return self.names
         fitting = [plan.placement for plan in self.plans(request) if plan.peak + adapters <= self.budget]
         return [name for name in fitting if name in self.names]
 
@@ -117,8 +122,8 @@ class Placing:
             )
         return self._known[key]
 
-    def _is_plenty(self, request: Complete) -> bool:
-        """Whether the model is so small that it can be resident without a closer look."""
+    def _is_plenty(self, request: Complete, adapters: int) -> bool:
+        """Whether the model is so small that it can be resident without a closer look. adapters: their bytes."""
         opened = self.opened
         weights = sum(
             count * opened.dtypes[part].itemsize for part, count in opened.numbers.items() if part not in opened.away
@@ -126,7 +131,7 @@ class Placing:
         weights += control_bytes(request, control_folder(opened.machine), opened.dtypes["transformer"])
         weights += UPSCALING if request.upscaler else 0
         pixels = math.prod(request.final_size(opened.source.spec.multiple))
-        return 2 * weights + PLENTY * pixels + self.adapters(request) <= (self.budget or 0)
+        return 2 * weights + PLENTY * pixels + adapters <= (self.budget or 0)
 
 
 def typical(spec: Spec) -> Request:
