@@ -112,7 +112,7 @@ def function_named(name: str) -> Callable[[Image.Image, str], float]:
         raise InputError(f"[reinforce] rewards: {name} cannot be imported ({error}): write module:NAME") from error
     if not callable(found):
         raise InputError(f"[reinforce] rewards: {name} is no function: name one of (picture, prompt)")
-    return found
+    return found  # type: ignore[return-value]
 
 
 def ask_server(url: str, pictures: Sequence[Image.Image], asked: Sequence[Asked]) -> list[float]:
