@@ -235,6 +235,21 @@ TABLES: Mapping[str, Columns] = {
             "Mean largest step in the new space": field("steepest_levels", ".2g"),
         },
     ),
+    "larger-": (
+        {"Pixels": field("pixels"), "Window": field("tile"), "Strength": field("strength")},
+        {
+            "Windows": field("windows"),
+            "Evaluations": field("evaluations"),
+            "Seconds": field("seconds"),
+            "Memory foreseen": gibibytes("foreseen"),
+            "Memory measured": gibibytes("measured"),
+            "Foreseen / measured": field("foreseen_share", ".2f"),
+            "Seam ratio, rows": field("drawn_rows", ".3f"),
+            "Seam ratio, columns": field("drawn_columns", ".3f"),
+            "Start picture, rows": field("start_rows", ".3f"),
+            "Start picture, columns": field("start_columns", ".3f"),
+        },
+    ),
     "fuzz-": (
         {"Input": field("kind")},
         {

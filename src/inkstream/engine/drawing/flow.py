@@ -14,7 +14,7 @@ from PIL import Image
 from inkstream.engine.drawing.batch import Alone, Ask, Drawing, tokens_of
 from inkstream.engine.drawing.complete import Complete
 from inkstream.engine.drawing.larger import evaluations_of, second_pass
-from inkstream.engine.drawing.model import Model, Original, Run, advance
+from inkstream.engine.drawing.model import Model, Original, Run
 from inkstream.engine.drawing.upscaling import Upscalers, enlarge, missing, weights_of, work_of
 from inkstream.engine.drawing.writing import notes, writes_out
 from inkstream.engine.files.controls import uses_of
@@ -144,7 +144,10 @@ class Flow:
         def step() -> None:
             beside = weights_of(loaded)
             for one, (cond, original) in zip(passes, told):
-                advance(model.family, [model.start(one, cond, original)])
+                run = model.start(one, cond, original)
+                samples = run.samples()  # of one window; all are alike, and the answers of all are held
+                others = [[torch.empty_like(sample.x) for sample in samples] for _ in range(run.forwards - 1)]
+                run.answer([model.family.answer(samples), *others])
             del beside
 
         def decode() -> None:
