@@ -122,7 +122,7 @@ def _why_not(spec: Spec | None, wish: Wish, figures: Figures) -> str:
         return "is not known here"
     if wish.commercial and not spec.commercial:
         return f"its licence, {spec.licence}, does not allow commercial use"
-    known = figures.languages.__pydantic_extra__
+    known = {language.name: language.models for language in figures.language}
     for language in wish.languages:
         if language != "en" and language not in known:
             raise InputError(f"--language {language} is not known: take {', '.join(['en', *known])}")

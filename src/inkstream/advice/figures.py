@@ -71,10 +71,9 @@ class Use(Figure):
     why: Text
 
 
-class Languages(Figure):
-    model_config = ConfigDict(frozen=True, extra="allow")
-
-    __pydantic_extra__: dict[str, tuple[str, ...]] = Field(init=False)
+class Language(Figure):
+    name: Text
+    models: tuple[str, ...] = Field(min_length=1)
 
 
 class Figures(BaseModel):
@@ -90,7 +89,7 @@ class Figures(BaseModel):
     api: tuple[Api, ...] = ()
     time: tuple[Time, ...] = ()
     use: tuple[Use, ...] = ()
-    languages: Languages
+    language: tuple[Language, ...] = ()
 
 
 def read_figures(path: Path = FILE) -> Figures:

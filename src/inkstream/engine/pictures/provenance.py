@@ -91,7 +91,7 @@ def _letters(em: int) -> Image.Image:
     width = round((line_width(LABEL, FACE) + 1) * em)
     writing = Writing(LABEL, FACE, "white", 0.5, 0.5, em / min(width, 2 * em))
     drawn = render(Scene("text", Background("flat", ("black",)), (), (writing,)), width, 2 * em).convert("L")
-    mask = drawn.point(lambda value: max(value - 20, 0) * 255 // 232)
+    mask = drawn.point([min(max(value - 20, 0) * 255 // 232, 255) for value in range(256)])
     return mask.crop(mask.getbbox())
 
 

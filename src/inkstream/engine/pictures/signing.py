@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Mapping
 from functools import lru_cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,7 @@ def sign(data: bytes, kind: str, source_type: str, title: str) -> bytes:
     kind: PNG, JPEG or WEBP. source_type: IPTC's. Raises InputError if pictures cannot be signed here.
     """
     check_signing()
-    import c2pa
-
+    c2pa = _library()
     action = {"action": "c2pa.created", "digitalSourceType": source_type}
     manifest = {
         "claim_generator_info": [{"name": "inkstream", "version": __version__}],
@@ -136,6 +136,11 @@ def sign(data: bytes, kind: str, source_type: str, title: str) -> bytes:
     return signed.getvalue()
 
 
+def _library() -> Any:
+    """c2pa-python, which is typed as Any, because it need not be installed."""
+    return import_module("c2pa")
+
+
 def _context() -> Any:
     folder = provenance_folder()
     return _context_of((folder / CERTIFICATE).read_text(), (folder / KEY).read_text())
@@ -144,8 +149,7 @@ def _context() -> Any:
 @lru_cache(maxsize=2)
 def _context_of(certificate: str, key: str) -> Any:
     """A context that signs with a certificate, adds no thumbnail, and asks no server for a time."""
-    import c2pa
-
+    c2pa = _library()
     signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo("es256", certificate.encode(), key.encode(), None))
     settings = c2pa.Settings.from_dict({"builder": {"thumbnail": {"enabled": False}}})
     return c2pa.ContextBuilder().with_settings(settings).with_signer(signer).build()
@@ -157,8 +161,7 @@ def verify_signature(data: bytes, kind: str | None) -> Mapping[str, str]:
         return {}
     if find_spec("c2pa") is None:
         return {"state": f"not verified: {INSTALL}"}
-    import c2pa
-
+    c2pa = _library()
     try:
         reader = c2pa.Reader.try_create(TYPES[kind], io.BytesIO(data))
         if reader is None:

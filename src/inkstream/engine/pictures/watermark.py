@@ -19,7 +19,7 @@ SIDE = 256
 BLOCK = 8
 PLACES = ((0, 2), (1, 1), (2, 0), (1, 2), (2, 1), (2, 2))
 """The DCT coefficients of a block that carry the mark."""
-STEP = 30.0
+STEP = 20.0
 """Distance of two points of a lattice. Larger is more robust and more visible."""
 ROUNDS = 4
 """Times that the mark is corrected for what resampling and rounding have lost."""
