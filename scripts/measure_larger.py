@@ -69,8 +69,8 @@ def main() -> None:
     row = json.loads(done.stdout.splitlines()[-1])
     print(json.dumps(row, indent=2))
     if options.record:
-        kept = (["--save", options.save], [f"--save={options.save}"])  # a place on one machine is no part of a record
-        words = shlex.join(word for word in ("python", *sys.argv) if word not in sum(kept, []))
+        place_of_its_own = {"--save", options.save, f"--save={options.save}"}  # on this machine
+        words = shlex.join(word for word in ("python", *sys.argv) if word not in place_of_its_own)
         print(write_record(options.record, options.date, words, {}, [row]))
 
 
