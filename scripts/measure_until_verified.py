@@ -13,6 +13,7 @@ import os
 import shlex
 import sys
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch is imported: waiting threads must not spin
@@ -34,6 +35,8 @@ def main() -> None:
     parser.add_argument("--date", required=True, help="date of the record")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--resume", type=Path, help="lines of an earlier run: those are not drawn again")
+    parser.add_argument("--limit", type=int, help="most prompts, with those of --resume")
     parser.add_argument("--record", help="write benchmarks/records/NAME.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -46,11 +49,18 @@ def main() -> None:
                 drawn.append(event)
             yield event
 
+    earlier = read_lines(options.resume) if options.resume else {}
     found: dict[str, list[Any]] = {
         name: [] for name in ("first", "kept", "own_first", "own_kept", "drawings", "seconds")
     }
     for number, case in thin(open_suite("text"), options.prompts).items():
         assert case.scene is not None
+        if options.limit is not None and len(found["first"]) == options.limit:
+            break
+        if number in earlier:
+            for name, value in zip(found, earlier[number]):
+                found[name].append(value)
+            continue
         drawn.clear()
         request = Request(prompt=case.prompt, seed=number, until_verified=options.times)
         (kept,) = (event for event in draw_until_verified(draw, request) if isinstance(event, Done))
@@ -76,6 +86,12 @@ def main() -> None:
         print(row)
     if options.record:
         print(write_record(options.record, options.date, shlex.join(["python", *sys.argv]), {}, rows))
+
+
+def read_lines(path: Path) -> dict[int, list[Any]]:
+    """Prompt's number -> its values in the order of `found`, from what `main` prints."""
+    lines = [line.rsplit(None, 5) for line in path.read_text("utf-8").splitlines() if line[:1].isdigit()]
+    return {int(head.split()[0]): [*(mark == "True" for mark in marks), int(drawn)] for head, drawn, *marks in lines}
 
 
 if __name__ == "__main__":
