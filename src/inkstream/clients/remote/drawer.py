@@ -176,7 +176,7 @@ class Remote:
         seconds = time.perf_counter() - began
         yield Step(steps, steps, index, count, 0.0, seconds)
         done = one.model_copy(update={"model": self.offer.name, "width": size[0], "height": size[1]})
-        yield Done(image, done, index, count, seconds, drawn.told, round(cost, 6))
+        yield Done(image, done, index, count, seconds, drawn.told, cost=round(cost, 6))
 
     def _enhanced(self, one: Request, enhancer: str, references: Sequence[bytes]) -> Generator[Event, None, Request]:
         """Write a request's prompt out by the enhancer. What the provider's own expansion would do is done then."""
