@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 from inkstream.engine.keys import find_key
-from inkstream.engine.wire import Peer, ask, open_peer, stream
+from inkstream.engine.wire import Lines, Peer, ask, open_peer, stream
 from inkstream.types import InputError, Machine, Spec, as_list, as_object
 
 KEY = "INKSTREAM_ENHANCER_KEY"
@@ -107,8 +107,9 @@ class ChatWriter:
     def write(self, prompt: str, references: Sequence[object], seed: int) -> Iterator[str]:
         """Yield a fuller prompt as it grows; before its first words, empty texts while it is waited for."""
         if self.model is None:
-            self.model = yield from _waiting(_first_model(self.peer))
-        asked = {
+            first: str = yield from _waiting(_first_model(self.peer))
+            self.model = first
+        asked: dict[str, Any] = {
             "model": self.model,
             "messages": [
                 {"role": "system", "content": instruct(prompt, len(references))},
@@ -140,7 +141,7 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _first_model(peer: Peer) -> Any:
+def _first_model(peer: Peer) -> Lines:
     """The first model that a server lists. Raises InputError if it lists none."""
     listed = as_object((yield from ask(peer, "GET", "models"))) or {}
     names = [str((as_object(one) or {}).get("id", "")) for one in as_list(listed.get("data"))]
@@ -149,7 +150,7 @@ def _first_model(peer: Peer) -> Any:
     return names[0]
 
 
-def _waiting(lines: Any) -> Any:
+def _waiting(lines: Lines) -> Generator[str, None, Any]:
     """Yield an empty text for each line of a request, and return its answer."""
     while True:
         try:

@@ -17,6 +17,7 @@ from torch import Tensor
 from inkstream.engine.files.sources import Source
 from inkstream.engine.keys import find_key
 from inkstream.engine.wire import Peer, ask_bytes, open_peer
+from inkstream.quant.packed import Weight
 from inkstream.types import Conditioning, InputError
 from inkstream.weights.files import in_section, read_state
 
@@ -37,11 +38,18 @@ def fingerprint(source: Source) -> str:
     for part in text_parts(source):
         found = source.parts[part]
         raw = in_section(read_state(found.path), found.section)
-        hashed.update(repr(sorted((name, tuple(w.shape), str(w.dtype)) for name, w in raw.items())).encode())
+        hashed.update(repr(sorted((name, tuple(w.shape), _kind(w)) for name, w in raw.items())).encode())
         plain = (name for name in sorted(raw) if isinstance(raw[name], Tensor) and raw[name].nbytes <= SMALL)
         for name in list(plain)[-SAMPLES:]:
             hashed.update(raw[name].contiguous().view(torch.uint8).numpy().tobytes())  # type: ignore[union-attr]
     return hashed.hexdigest()[:32]
+
+
+def _kind(weight: Weight) -> str:
+    """The type of a weight's numbers; of a packed one, the type and the number of its packed bytes."""
+    if isinstance(weight, Tensor):
+        return str(weight.dtype)
+    return f"packed {weight.data.dtype} {weight.data.nbytes}"
 
 
 class FarEncoder:
