@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from importlib import import_module
+from typing import Any
 
 from inkstream.types import InputError
 
@@ -16,9 +18,8 @@ def find_key(variable: str) -> str:
     if key := os.environ.get(variable, "").strip():
         return key
     with suppress(Exception):  # not installed, or the system has no keyring
-        import keyring  # pyright: ignore[reportMissingImports]
-
-        return (keyring.get_password(SERVICE, variable) or "").strip()
+        keyring: Any = import_module("keyring")
+        return str(keyring.get_password(SERVICE, variable) or "").strip()
     return ""
 
 
