@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     return {
         "layers": options.layers, "rank": options.rank, "pixels": options.pixels, "base": options.base[0] or "bf16",
         "foreseen": foreseen.peak, "measured": measured, "error": foreseen.peak / measured - 1,
-        "of_which": {"base": foreseen.base, "adapter": foreseen.adapter, "step": foreseen.step},
+        "of_which": {"base": foreseen.base, "adapter": foreseen.learners, "step": foreseen.step},
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
 

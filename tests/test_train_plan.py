@@ -45,7 +45,7 @@ def test_a_presets_step_of_the_6b_model_keeps_within_its_card(preset):
     found = plan(preset=preset)
     assert found.numbers == 70_041_600
     assert found.peak <= SPARE * preset * 2**30
-    assert found.peak == found.base + found.adapter + found.step
+    assert found.peak == found.base + found.learners + found.step
 
 
 @pytest.mark.slow
@@ -53,7 +53,7 @@ def test_the_parts_of_a_plan_are_what_they_are_by_hand():
     numbers = count_weights(BASE)["transformer"]
     plain = plan(side=256)
     assert plain.base == pytest.approx(2 * numbers, rel=0.01)
-    assert plain.adapter == plain.numbers * (4 + 4 + 8 + 2 + 4)  # master, gradient, Adam, bfloat16, average
+    assert plain.learners == plain.numbers * (4 + 4 + 8 + 2 + 4)  # master, gradient, Adam, bfloat16, average
     tokens = 256 + 128
     products = 2 * numbers * tokens  # of one pass
     assert plain.flops == pytest.approx(2 * products, rel=0.1)  # forward, and the gradients of the inputs
@@ -106,7 +106,7 @@ def test_references_count_in_the_memory_and_the_work_of_a_step(spec):
     )
     assert one.step < two.step < three.step
     assert one.flops < two.flops < three.flops
-    assert one.adapter == two.adapter
+    assert one.learners == two.learners
     edits = plan(small, side=64, adapter={"rank": 4}, data={"source": "edits"})
     assert edits == two
 
@@ -153,6 +153,41 @@ def test_a_quick_recipe_needs_photos_and_words_alone(photos):
     assert small.run.prompts[0] == "sks mug"
 
 
+def distillation(spec: Spec = POCKET, processes: int = 1, adapter: str = "none", **run: Any) -> Foreseen:
+    own = {
+        "model": {"from": spec.name},
+        "adapter": {} if adapter == "none" else {"kind": adapter, "rank": 32},
+        "data": {"source": "photos", "sizes": [[128, 128]]},
+        "objective": {"kind": "distil"},
+        "run": {"batch": 8, "dtype": "bf16", **run},
+    }
+    return foresee(as_recipe(own), spec, CUDA, processes=processes)
+
+
+def test_a_distillation_has_a_teacher_a_student_and_a_critic():
+    numbers = count_weights(POCKET)["transformer"]
+    whole = distillation()
+    assert (whole.numbers, whole.base) == (numbers, 2 * numbers)
+    assert whole.learners == 2 * numbers * (4 + 4 + 8 + 2 + 4)  # master, gradient, Adam, bfloat16, average
+    beside = distillation(adapter="lora")
+    assert beside.base == pytest.approx(2 * numbers, rel=0.01)
+    assert beside.learners == 2 * beside.numbers * (4 + 4 + 8 + 2 + 4)
+    assert beside.peak < whole.peak / 2
+
+
+def test_shards_share_what_learns_and_not_the_teacher():
+    one, four = distillation(parallel="fsdp"), distillation(parallel="fsdp", processes=4)
+    assert one.base == four.base
+    assert one.learners / 4 < four.learners < one.learners / 2
+    assert four.flops == pytest.approx(one.flops / 4, rel=0.01)
+
+
+def test_pieces_of_a_batch_take_less_memory_and_the_same_work():
+    whole, pieces = distillation(), distillation(accumulate=4)
+    assert pieces.step < whole.step / 2
+    assert pieces.flops == pytest.approx(whole.flops, rel=0.01)
+
+
 @pytest.mark.slow
 def test_quick_teaches_pocket_and_leaves_an_adapter(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -172,12 +207,24 @@ def test_a_dry_run_tells_memory_and_time_and_reads_nothing(photos, tmp_path, cap
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["fits"]
-    assert found["peak_bytes"] == found["base_bytes"] + found["adapter_bytes"] + found["step_bytes"]
+    assert found["peak_bytes"] == found["base_bytes"] + found["learners_bytes"] + found["step_bytes"]
     assert found["seconds"] == pytest.approx(1000 * found["seconds_per_step"])
     assert main(words) == 0
     assert "RTX 3060 12GB\n  model:" in capsys.readouterr().out
     assert main([*words[:-1], "0.01GiB"]) == 2
     assert "it does not fit" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_a_distillation_tells_of_several_cards(photos, tmp_path, capsys):
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'[model]\nfrom = "pocket"\n[objective]\nkind = "distil"\n[data]\nsource = "{photos}"\n')
+    words = ["train", str(recipe), "--set", "run.batch=8", "--set", "run.parallel=fsdp", "--dry-run", "--for"]
+    assert main([*words, "8x h100"]) == 0
+    told = capsys.readouterr().out
+    assert "8 processes, each on H100 80GB" in told
+    assert "2 times (student and critic)" in told
+    assert main([*words, "0x h100"]) == 2
+    assert "--for 0x is no card" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -254,10 +254,15 @@ def train(
         Parameter(show_default=False, help="Settings for an adapter on a card of 8, 12, 16, 24 or 80 GiB."),
     ] = None,
     dry_run: Annotated[
-        bool, Parameter(show_default=False, help="Print the memory and time of an adapter's training, and end.")
+        bool, Parameter(show_default=False, help="Print the memory and time of a training, and end.")
     ] = False,
     other: Annotated[
-        str | None, Parameter(name="--for", show_default=False, help="With --dry-run: a card, or its memory.")
+        str | None,
+        Parameter(
+            name="--for",
+            show_default=False,
+            help="With --dry-run: a card, its memory, or several cards, as in `8x h100`.",
+        ),
     ] = None,
     set_: Annotated[
         list[str] | None,

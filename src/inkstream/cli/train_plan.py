@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
 def dry_run(recipe: Any, card: str | None, json: bool) -> int:
-    """Print what a recipe with an adapter needs. card: its name or memory; None: this machine. Reads no weights.
+    """Print what a recipe needs. card: its name or memory, `8x NAME` for eight of them; None: this machine.
 
-    Returns the exit code: 0 if it fits, 2 if not.
+    Reads no weights. Returns the exit code: 0 if it fits, 2 if not.
     """
     from inkstream.cli.lines import in_gibibytes, print_facts, print_json
     from inkstream.engine.machine.memory import SPARE
-    from inkstream.train.plan import foresee, references_of, seconds_of
+    from inkstream.train.plan import foresee, optimisers_of, references_of, seconds_of
     from inkstream.types import InputError
 
-    if recipe.adapter.kind == "none":
-        raise InputError("--dry-run is for adapters, and this recipe trains all weights: add [adapter] kind")
+    if recipe.objective.kind == "autoencoder" or not recipe.model.from_:
+        raise InputError("--dry-run is for models that are trained on: name one in [model] from")
+    cards = re.fullmatch(r"(\d+)\s*x\s*(\D.*)", card or "")
+    processes, card = (int(cards[1]), cards[2]) if cards else (1, card)
+    if processes < 1:
+        raise InputError("--for 0x is no card: write a number from 1 on, as in --for '8x h100'")
     place, device, memory, speed = _place(card, recipe)
     spec, stored = model_of(recipe.model.from_)
-    found = foresee(recipe, spec, device, stored)
+    found = foresee(recipe, spec, device, stored, processes=processes)
     seconds = None if speed is None else seconds_of(found, recipe, spec, speed)
     fits = memory is None or found.peak <= SPARE * memory
     facts: dict[str, Any] = {
         "model": spec.name, "place": place, "weights_that_learn": found.numbers, "base_bytes": found.base,
-        "adapter_bytes": found.adapter, "step_bytes": found.step, "peak_bytes": found.peak, "memory_bytes": memory,
+        "learners_bytes": found.learners, "step_bytes": found.step, "peak_bytes": found.peak, "memory_bytes": memory,
         "fits": fits, "seconds_per_step": seconds, "seconds": None if seconds is None else seconds * recipe.run.steps,
     }  # fmt: skip
     if json:
@@ -32,22 +37,25 @@ def dry_run(recipe: Any, card: str | None, json: bool) -> int:
         return 0 if fits else 2
     width, height = recipe.data.sizes[0]
     kind, rank, steps = recipe.adapter.kind, recipe.adapter.rank, recipe.run.steps
+    trains = "all weights" if kind == "none" else f"{kind} of rank {rank}"
+    learners = len(optimisers_of(recipe))
+    twice = "" if learners == 1 else f", {learners} times (student and critic)"
     seen = references_of(recipe)
     beside = f", each from {seen} reference{'s' if seen > 1 else ''} of that size" if seen else ""
     said = {
         "model": spec.name,
-        "adapter": f"{kind} of rank {rank}, {found.numbers / 1e6:.1f} million weights that learn",
+        "learns": f"{trains}, {found.numbers / 1e6:.1f} million{twice}",
         "step": f"{recipe.run.batch} of {width}x{height}{beside}",
         "frozen model": in_gibibytes(found.base),
-        "adapter and optimiser": in_gibibytes(found.adapter),
+        "what learns, and optimisers": in_gibibytes(found.learners),
         "computing": in_gibibytes(found.step),
         "peak": in_gibibytes(found.peak) + (f" of {in_gibibytes(memory)}" if memory else ""),
     }
     if seconds is not None:
         said["time"] = f"about {seconds:.2g} s a step, {in_hours(seconds * steps)} for {steps} steps"
-    print(place)
+    print(place if processes == 1 else f"{processes} processes, each on {place}")
     print_facts(said, "  ")
-    print("it fits" if fits else "it does not fit: try --preset 8, smaller [data] sizes or a smaller [run] batch")
+    print("it fits" if fits else "it does not fit: try --preset 8, smaller [data] sizes or more [run] accumulate")
     return 0 if fits else 2
 
 

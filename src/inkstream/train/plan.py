@@ -1,8 +1,8 @@
-"""Memory and time of an adapter's training, computed before anything is read: the step runs on meta tensors."""
+"""Memory and time of training, computed before anything is read: the step runs on meta tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from inkstream.engine.machine.fit import BESIDES, Speed
 from inkstream.engine.machine.peak import Counting
 from inkstream.engine.machine.placement import BESIDE, Placed, pages_seen
 from inkstream.families import Family, family_of
-from inkstream.nn.around import Around
+from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.forward import Sample
 from inkstream.nn.offload import is_number
 from inkstream.nn.quant import place as put_packed
@@ -26,7 +26,8 @@ from inkstream.quant.packed import Weight
 from inkstream.train.adapters import AdapterWeights, slots_of
 from inkstream.train.models import DTYPES
 from inkstream.train.objectives import TAUGHT_GUIDANCE
-from inkstream.train.recipe import Recipe
+from inkstream.train.parallel import blocks_of, checkpoint_blocks
+from inkstream.train.recipe import Optimiser, Recipe
 from inkstream.train.speed import counting
 from inkstream.train.stream import recompute_blocks
 from inkstream.types import Conditioning, Spec
@@ -42,13 +43,14 @@ META = torch.device("meta")
 class Foreseen:
     """The memory of a step on the device in bytes, and the work of a step.
 
-    base: the frozen transformer, or the blocks of it that are there at the same time. adapter: its weights in float32
-    and in the compute dtype, gradients, averages and the optimiser's state. step: the most that is computed at the same
-    time. weights: of the frozen transformer, wherever it is. flops: floating-point operations.
+    base: the frozen transformer, or the blocks of it that are there at the same time. learners: weights that learn, in
+    float32 and in the compute dtype, gradients, averages and the optimisers' states; with fsdp, this process's shards.
+    step: the most that is computed at the same time. weights: of the frozen transformer, wherever it is. flops:
+    floating-point operations.
     """
 
     base: int
-    adapter: int
+    learners: int
     step: int
     weights: int
     numbers: int  # of weights that learn
@@ -56,17 +58,21 @@ class Foreseen:
 
     @property
     def peak(self) -> int:
-        return self.base + self.adapter + self.step
+        return self.base + self.learners + self.step
 
 
 def foresee(
-    recipe: Recipe, spec: Spec, device: torch.device, stored: Mapping[str, Weight] | None = None, tokens: int = 0
-) -> Foreseen:
-    """Compute the memory and work of one step of a recipe with an adapter, for the first of its sizes.
+    recipe: Recipe, spec: Spec, device: torch.device, stored: Mapping[str, Weight] | None = None, tokens: int = 0,
+    processes: int = 1,
+) -> Foreseen:  # fmt: skip
+    """Compute the memory and work of one step of a recipe on one device, for the first of its sizes.
 
     spec: of the model. device: cpu or cuda, which need not be here. stored: the transformer's weights as they are in
-    its files, on meta; None: in bfloat16. tokens: of a caption, 0: CAPTION.
+    its files, on meta; None: in bfloat16. tokens: of a caption, 0: CAPTION. processes: that train together. The
+    autoencoder and the text encoders are not counted: they work before the first step.
     """
+    if recipe.adapter.kind == "none":
+        return _foresee_whole(recipe, spec, tokens, processes)
     settings, run = recipe.adapter, recipe.run
     kind, dtype = family_of(spec.family), DTYPES[run.dtype]
     transformer, weights = _frozen(kind, spec, recipe, stored)
@@ -81,17 +87,56 @@ def foresee(
     with META:
         adapter = AdapterWeights(transformer, slots, settings, 0)
     numbers = sum(weight.numel() for weight in adapter.parameters())
-    each = 8.0 + STATES[recipe.optimiser.kind]  # master and its gradient
-    each += dtype.itemsize if dtype != torch.float32 else 0
-    each += 4 if recipe.optimiser.ema else 0
+    learners = sum(numbers * _bytes_each(optimiser, dtype) for optimiser in optimisers_of(recipe))
     adapter.to(META, dtype).requires_grad_(True)
     if settings.stream or run.checkpointing:
         recompute_blocks(transformer, adapter.weights_in)
     modules = dict.fromkeys(kind.parts) | {"transformer": transformer}
     words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))  # its texts have a token, where few tokens do not count
     family = kind(spec, modules, dict.fromkeys(kind.tokenizers, words))  # type: ignore[arg-type]
-    step, flops = _measure(family, spec, recipe, Around(adapters=(adapter.apply_to(transformer),)), tokens)
-    return Foreseen(base, int(numbers * each), step, weights, numbers, flops * run.accumulate)
+    weights_that_learn = list(adapter.parameters())
+    around = Around(adapters=(adapter.apply_to(transformer),))
+    step, flops = _measure(family, spec, recipe, around, tokens, weights_that_learn, processes)
+    return Foreseen(base, int(learners), step, weights, numbers, flops)
+
+
+def _foresee_whole(recipe: Recipe, spec: Spec, tokens: int, processes: int) -> Foreseen:
+    """Compute the memory and work of a step that trains all weights. A distillation has a frozen teacher beside it."""
+    kind, run, dtype = family_of(spec.family), recipe.run, DTYPES[recipe.run.dtype]
+    with META, Unset():
+        transformer = kind.parts["transformer"].build(spec.transformer)
+    transformer.to(dtype).requires_grad_(True)
+    weights = list(transformer.parameters())
+    numbers = sum(weight.numel() for weight in weights)
+    sharded = 0
+    if run.parallel == "fsdp":
+        layers = [layer for block in blocks_of(transformer) for layer in block.modules()]
+        linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        sharded = sum(weight.numel() for layer in linears for weight in layer.parameters())
+    here = numbers - sharded + sharded / processes
+    if run.checkpointing:
+        checkpoint_blocks(transformer)
+    learners = sum(here * _bytes_each(optimiser, dtype) for optimiser in optimisers_of(recipe))
+    words = Tokenizer(WordLevel({"?": 0}, unk_token="?"))
+    modules = dict.fromkeys(kind.parts) | {"transformer": transformer}
+    family = kind(spec, modules, dict.fromkeys(kind.tokenizers, words))  # type: ignore[arg-type]
+    step, flops = _measure(family, spec, recipe, NOTHING, tokens, weights, processes)
+    teacher = numbers * dtype.itemsize if recipe.objective.kind == "distil" else 0
+    return Foreseen(teacher, int(learners), step, numbers * dtype.itemsize, numbers, flops)
+
+
+def _bytes_each(optimiser: Optimiser, dtype: torch.dtype) -> float:
+    """Return the bytes that a weight takes while it learns: itself, its gradient, its average and its state."""
+    copies = 0 if dtype == torch.float32 else dtype.itemsize  # the gradient in this dtype is freed as it is moved
+    return 8.0 + STATES[optimiser.kind] + copies + (4 if optimiser.ema else 0)
+
+
+def optimisers_of(recipe: Recipe) -> list[Optimiser]:
+    """Return the settings of each learner of a run: of a distillation, those of the student and of the critic."""
+    own = recipe.own.get("distil")
+    if own is None or own.method != "dmd" or not (own.dm or own.gan):
+        return [recipe.optimiser]
+    return [recipe.optimiser, recipe.own["critic"]]
 
 
 def _at_home(placed: Placed, packed_here: bool) -> int:
@@ -133,10 +178,19 @@ def references_of(recipe: Recipe) -> int:
     return 1 if recipe.data.source == "edits" else len(recipe.data.references)
 
 
-def _measure(family: Family, spec: Spec, recipe: Recipe, around: Around, tokens: int) -> tuple[int, int]:
-    """Run a piece of a batch forward and backward on meta. Returns the peak of bytes and the operations."""
+def _measure(
+    family: Family, spec: Spec, recipe: Recipe, around: Around, tokens: int, weights: Sequence[Tensor], processes: int
+) -> tuple[int, int]:
+    """Run a piece of a batch forward and backward on meta. Returns the peak of bytes and the operations of a step.
+
+    weights: that learn; their gradients are not counted. In a distillation, the teacher is asked twice for each sample
+    while the student's forward waits for its backward.
+    """
     width, height = recipe.data.sizes[0]
-    count = recipe.run.batch // recipe.run.accumulate
+    count = max(recipe.run.batch // (recipe.run.accumulate * processes), 1)
+    asked = 2 if recipe.objective.kind == "distil" else 0
+    for weight in weights:
+        weight.grad = torch.empty_like(weight)
     length = tokens or (CAPTION if spec.family == "zimage" else 512)
     sizes = spec.transformer
     wide = sizes.cap_feat_dim if spec.family == "zimage" else sizes.joint_attention_dim
@@ -153,14 +207,32 @@ def _measure(family: Family, spec: Spec, recipe: Recipe, around: Around, tokens:
         points = torch.lerp(images, noise, 0.5)
         samples = [Sample(x, t, own, around) for x, t, own in zip(points.unbind(), times, prepared)]
         velocity = torch.stack(family.answer(samples))
+        if asked:
+            with torch.no_grad():
+                again = [Sample(x, t, own, around) for x, t, own in zip(points.unbind(), times, prepared)]
+                before = flops.get_total_flops() + attention.flops
+                family.answer(again * asked)
+                forward = (flops.get_total_flops() + attention.flops - before) // asked
         loss = (velocity - (noise - images)).square().mean((1, 2, 3)).mean()
         loss.backward()
-        learnt = 0
-        for adapter in around.adapters:
-            for product in adapter.products.values():
-                assert isinstance(product, nn.Module)
-                learnt += sum(p.grad.nbytes for p in product.parameters() if p.grad is not None)
-    return max(counted.most, learnt), flops.get_total_flops() + attention.flops
+    work = (flops.get_total_flops() + attention.flops) * recipe.run.accumulate
+    if asked:
+        work += _others_work(recipe, forward, work - asked * forward * recipe.run.accumulate)
+    return counted.most, work
+
+
+def _others_work(recipe: Recipe, forward: int, step: int) -> int:
+    """Return the operations of a distillation's step besides the student's and the teacher's guidance.
+
+    These are backward simulation, which has half the steps on average, distribution matching, and the critic's turns.
+    forward: operations of a piece's forward; step: of the student's own forward and backward of all pieces.
+    """
+    own, pieces = recipe.own["distil"], recipe.run.accumulate
+    rollout = forward * pieces * (own.steps - 1) // 2
+    if own.method != "dmd":
+        return rollout
+    critic = own.critic_turns * (rollout + forward * pieces + step) if len(optimisers_of(recipe)) > 1 else 0
+    return rollout + 2 * forward * pieces + critic
 
 
 class _Attention:
