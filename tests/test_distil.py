@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -227,6 +228,23 @@ def test_the_teachers_path_is_what_the_teacher_draws_with_guidance(make):
     assert torch.equal(task.paths[0], path)
 
 
+def test_rewards_take_part_at_the_same_time(tmp_path, make):
+    """DMDR: the student's pictures get brighter while distribution matching holds it."""
+    rewards = {"rewards": ["bright"], "group": 3}
+    recipe = make(distil={**PATHS, "critic_turns": 1, "reward": 0.5}, reinforce=rewards)
+
+    def bright(pictures, asked):
+        return {"bright": [float(np.asarray(picture).mean()) / 255 for picture in pictures]}
+
+    told = [m for m in train(recipe, tmp_path, reward=bright) if isinstance(m, Progress)]
+    assert {"ca", "dm", "bright", "useful"} <= told[-1].notes.keys()
+    plain = list(train(make(), tmp_path / "plain"))
+    assert isinstance(plain[-1], Finished)
+    ours, theirs = (load_checkpoint(folder / "checkpoints").weights for folder in (tmp_path, tmp_path / "plain"))
+    name = "transformer.layers.0.feed_forward.w1.weight"
+    assert not torch.equal(ours[name], theirs[name])
+
+
 # Adapters -----------------------------------------------------------------------------------------------------------
 
 
@@ -332,6 +350,8 @@ def test_the_best_grades_are_exported_and_a_run_that_gets_no_better_ends(tmp_pat
         ({"distil": {"times": [0.9, 0.1]}}, "two rising times"),
         ({"distil": {"method": "direct", "levels": "random"}}, "levels = random"),
         ({"data": {"trigger": "mug"}}, "trigger"),
+        ({"reinforce": {"group": 4}}, "no effect without a weight"),
+        ({"distil": {"method": "direct", "reward": 0.1}}, "reward is for method dmd"),
         ({"run": {"best": True}}, "set graded"),
         ({"distil": {"method": "magic"}}, "magic"),
     ],

@@ -160,7 +160,7 @@ def _grader(run: Any) -> Any:
 
 def _reward(recipe: Any) -> Any:
     """Return the function that values pictures, or None if the recipe learns from no rewards."""
-    if "reinforce" not in recipe.own:
+    if recipe.objective.kind != "reinforce" and not (recipe.objective.kind == "distil" and recipe.own["distil"].reward):
         return None
     from inkstream.evaluate.rewards import rewards_of
     from inkstream.train.rewards import weights_of

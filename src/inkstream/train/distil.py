@@ -23,9 +23,7 @@ from torch.nn import functional as F
 from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.larger import times_of
 from inkstream.engine.drawing.model import Model
-from inkstream.families import Family
 from inkstream.flow import add_noise, to_image
-from inkstream.nn.around import NOTHING, Around
 from inkstream.train.adapters import AdapterWeights
 from inkstream.train.data import Place, Preparing, cache_key, weights_key
 from inkstream.train.learner import Learner, Loss
@@ -42,16 +40,16 @@ from inkstream.train.matching import (
     unshift_time,
 )
 from inkstream.train.models import DTYPES, Start
-from inkstream.train.objectives import TAUGHT_GUIDANCE, Batch, answer_at, mix, prepare_for, shift_time
+from inkstream.train.objectives import TAUGHT_GUIDANCE, Batch, Prepared, Voice, mix, shift_time
 from inkstream.train.parallel import Team, compile_blocks
 from inkstream.train.recipe import Optimiser, Recipe, key
+from inkstream.train.reinforce import Reinforce, Rewarding
 from inkstream.train.rewards import Reward
 from inkstream.train.tasks import SALT_HELD_OUT, Flow, in_turn, order_of
 from inkstream.types import Conditioning, InputError, Request, Spec
 
 SALT_STUDENT, SALT_CRITIC, SALT_PATHS = range(100, 103)
 Method = Literal["dmd", "direct", "trajectory"]
-Prepared = Sequence[tuple[Any, Around]]
 
 
 @dataclass(frozen=True)
@@ -90,22 +88,12 @@ class Distil:
         "euler",
         "How the student gets to a level. euler: as it draws. fresh: each time with new noise, as in DMD2.",
     )
+    reward: float = key(
+        0.0,
+        "dmd: weight of reinforcement learning at the same time (DMDR): see [reinforce].",
+        0,
+    )
     critic_turns: int = key(2, "dmd: optimiser steps of the critic for each step of the student.", 1, 100)
-
-
-@dataclass(frozen=True)
-class Voice:
-    """A model, or an adapter of it, that answers velocities."""
-
-    family: Family
-    around: Around = NOTHING
-
-    def prepare(self, shape: Sequence[int], entries: Sequence[Conditioning]) -> Prepared:
-        """Return what `answer` needs besides points. shape: (..., h, w) of the latents."""
-        return prepare_for(self.family, shape[-2:], entries, [self.around] * len(entries))
-
-    def answer(self, points: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
-        return answer_at(self.family, points, t, prepared)
 
 
 @dataclass(frozen=True)
@@ -124,7 +112,7 @@ class Distillation(Flow):
     """Distils a model to few steps without guidance."""
 
     learns: ClassVar[tuple[str, ...]] = ("transformer",)
-    tables: ClassVar[Mapping[str, type]] = {"distil": Distil, "critic": Optimiser}
+    tables: ClassVar[Mapping[str, type]] = {"distil": Distil, "critic": Optimiser, "reinforce": Reinforce}
     learners: Sequence[Learner]
 
     def __init__(
@@ -160,6 +148,9 @@ class Distillation(Flow):
             torch.manual_seed(mix(recipe.run.seed, 2))
             self.discriminator = Discriminator(channels).to(device) if self.settings.gan else None
         self.noted: dict[str, list[Tensor]] = {}
+        self.rewarding: Rewarding | None = None
+        if self.settings.reward:
+            self.rewarding = Rewarding(recipe, begun, self.finish(), device, self.student, reward)
 
     def _voice(self, transformer: nn.Module) -> Voice:
         return Voice(replace(self.begun, modules={**self.begun.modules, "transformer": transformer}).family())
@@ -176,6 +167,8 @@ class Distillation(Flow):
         assert self.data.captions is not None
         assert self.data.cond is not None
         self.empty = self.data.cond[int(self.data.captions.firsts[-1])]
+        if self.rewarding is not None:
+            self.rewarding.open(self.data, self.learners[0])
         if self.settings.method == "dmd":
             make = partial(Learner, recipe=self.recipe, device=self.device, team=self.team)
             own = self.recipe.own["critic"]
@@ -347,6 +340,9 @@ class Distillation(Flow):
         place = self._place(step, 0)
         batch = self._move(self.data.load(place, piece))
         shape = (len(place.rows), *batch.images.shape[1:])
+        rewarded = None
+        if self.rewarding is not None:  # first, because its pictures are drawn with the averaged weights
+            rewarded = self.rewarding.loss(step, place, batch, piece)
         generator = self._generator(SALT_STUDENT, step)
         entries = self._entries(batch)
         with torch.no_grad():
@@ -362,7 +358,7 @@ class Distillation(Flow):
             image = to_image(points, self.student.answer(points, further, prepared), _wide(further))
             more = self._dmd_loss(image, further, batch, shape, step, piece, generator)
             loss = loss + self.settings.beyond * more
-        return loss.mean()
+        return loss.mean() if rewarded is None else loss.mean() + self.settings.reward * rewarded
 
     def _dmd_loss(
         self, x: Tensor, t: Tensor, batch: Batch, shape: Sequence[int], step: int, piece: slice,
@@ -507,7 +503,7 @@ class Distillation(Flow):
         self.noted = {}
         if found.get("ca"):
             found["ratio"] = found.get("dm", 0.0) / found["ca"]
-        return found
+        return found if self.rewarding is None else found | self.rewarding.notes()
 
     @torch.no_grad()
     def measure(self) -> dict[str, float]:

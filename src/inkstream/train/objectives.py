@@ -19,6 +19,8 @@ from inkstream.nn.vae import Autoencoder
 from inkstream.train.recipe import Objective
 from inkstream.types import Conditioning
 
+Prepared = Sequence[tuple[Any, Around]]
+"""What an answer at a point needs besides the point, for each point: prepared conditions, and what is done around."""
 Prompts = Sequence[tuple[int, ...]]
 Follow = Callable[[Family, Tensor, Conditioning], Around]
 """Returns what a control net does around the blocks of a sample, from what it sees of the sample."""
@@ -134,7 +136,7 @@ def velocity_of(
 
 def prepare_for(
     family: Family, shape: Sequence[int], entries: Sequence[Conditioning], arounds: Sequence[Around]
-) -> list[tuple[Any, Around]]:
+) -> Prepared:
     """Return what `answer_at` needs for each point, besides the point. shape: (h, w) of the latents."""
     height, width = (side * family.spec.vae.downscale for side in shape)
     return [
@@ -144,10 +146,25 @@ def prepare_for(
     ]
 
 
-def answer_at(family: Family, points: Tensor, t: Tensor, prepared: Sequence[tuple[Any, Around]]) -> Tensor:
+def answer_at(family: Family, points: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
     """Return the velocity that a model answers at each point, (B, C, h, w). t: (B,)."""
     samples = [Sample(x, at, *own) for x, at, own in zip(points.unbind(), t.tolist(), prepared, strict=True)]
     return torch.stack(family.answer(samples))
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A model, or an adapter of it, that answers velocities."""
+
+    family: Family
+    around: Around = NOTHING
+
+    def prepare(self, shape: Sequence[int], entries: Sequence[Conditioning]) -> Prepared:
+        """Return what `answer` needs besides points. shape: (..., h, w) of the latents."""
+        return prepare_for(self.family, shape[-2:], entries, [self.around] * len(entries))
+
+    def answer(self, points: Tensor, t: Tensor, prepared: Prepared) -> Tensor:
+        return answer_at(self.family, points, t, prepared)
 
 
 def autoencode(vae: Autoencoder, pixels: Tensor, noise: Tensor, settings: Objective) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,7 @@ from inkstream.train.recipe import (
     read_table,
     spoken,
 )
+from inkstream.train.reinforce import Reinforce
 from inkstream.train.rewards import weights_of
 from inkstream.train.tasks import Task
 from inkstream.types import InputError
@@ -202,6 +203,12 @@ def _check_distil(recipe: Recipe) -> None:
         raise InputError(f"[distil] times = {list(own.times)}: give two rising times from 0 to 1, such as [0.02, 0.98]")
     if own.method == "dmd" and not (own.dm or own.ca):
         raise InputError("[distil] dm = 0 and ca = 0 teach nothing: set one of them above 0")
+    if own.reward:
+        if own.method != "dmd":
+            raise InputError(f"[distil] reward is for method dmd: {own.method} imitates the teacher, leave reward out")
+        _check_rewards(recipe)
+    elif recipe.own["reinforce"] != Reinforce():
+        raise InputError("[reinforce] has no effect without a weight: set [distil] reward above 0, such as 0.05")
     if own.method != "dmd" and own.levels == "random":
         raise InputError(f"[distil] levels = random is for method dmd: the paths of {own.method} have the schedule's")
     if unread := [name for name in ("prior", "mask", "trigger") if getattr(data, name)]:
@@ -210,16 +217,22 @@ def _check_distil(recipe: Recipe) -> None:
         )
 
 
-def _check_reinforce(recipe: Recipe) -> None:
-    """Check rules about reinforcement learning. Raises InputError."""
-    own, data = recipe.own["reinforce"], recipe.data
+def _check_rewards(recipe: Recipe) -> None:
+    """Check the table of rewards. Raises InputError."""
+    own = recipe.own["reinforce"]
     weights_of(own.rewards)
     if own.method == "dpo" and own.beta < 10:
         raise InputError(f"[reinforce] beta = {own.beta:g} is too little for dpo: take about 2000")
+    if recipe.data.references or recipe.data.source == "edits":
+        raise InputError("[reinforce] draws without references: leave them out")
+
+
+def _check_reinforce(recipe: Recipe) -> None:
+    """Check rules about reinforcement learning. Raises InputError."""
+    data = recipe.data
+    _check_rewards(recipe)
     if not recipe.model.from_:
         raise InputError("[objective] kind = reinforce needs a model that draws: name one in [model] from")
-    if data.references or data.source == "edits":
-        raise InputError("[objective] kind = reinforce draws without references: leave them out")
     if unread := [name for name in ("prior", "mask") if getattr(data, name)]:
         raise InputError(f"[data] {unread[0]} is for training on pictures, and rewards value others: leave it out")
 

@@ -20,11 +20,10 @@ from inkstream.engine.drawing.larger import times_of
 from inkstream.engine.pictures.inputs import to_image as to_picture
 from inkstream.flow import add_noise
 from inkstream.nn.around import NOTHING
-from inkstream.train.data import Place, Preparing
-from inkstream.train.distil import Voice
+from inkstream.train.data import Data, Place, Preparing
 from inkstream.train.learner import Learner, Loss
 from inkstream.train.models import Start
-from inkstream.train.objectives import TAUGHT_GUIDANCE, Batch, mix, shift_time
+from inkstream.train.objectives import TAUGHT_GUIDANCE, Batch, Voice, mix, shift_time
 from inkstream.train.parallel import Team
 from inkstream.train.pictures import open_source
 from inkstream.train.preferences import (
@@ -38,7 +37,7 @@ from inkstream.train.preferences import (
 from inkstream.train.recipe import Recipe, key
 from inkstream.train.rewards import Asked, Reward, weights_of
 from inkstream.train.tasks import Flow, order_of
-from inkstream.types import Conditioning, InputError, Request
+from inkstream.types import Conditioning, InputError, Request, Spec
 
 SALT_DRAW, SALT_LEARN = range(200, 202)
 
@@ -77,49 +76,45 @@ class Drawn:
     path: Tensor | None = None  # grpo: (steps + 1, N, C, h, w)
 
 
-class Reinforcement(Flow):
-    """Trains a transformer on the rewards of its own pictures."""
+class Rewarding:
+    """Draws groups of pictures with a learner's averaged weights, values them, and says what the learner should lower.
 
-    learns: ClassVar[tuple[str, ...]] = ("transformer",)
-    tables: ClassVar[Mapping[str, type]] = {"reinforce": Reinforce}
-    learners: Sequence[Learner]
+    spec: how the pictures are drawn, where [reinforce] does not say it. policy: the model that learns. Raises
+    InputError without a reward.
+    """
 
     def __init__(
-        self, recipe: Recipe, begun: Start, device: torch.device, team: Team, reward: Reward | None = None
+        self, recipe: Recipe, begun: Start, spec: Spec, device: torch.device, policy: Voice, reward: Reward | None
     ):  # fmt: skip
-        super().__init__(recipe, begun, device, team)
         if reward is None:
-            raise InputError("[objective] kind = reinforce needs rewards: give `train` a function of pictures")
+            raise InputError("[reinforce] needs rewards: give `train` a function of pictures")
+        self.recipe = recipe
+        self.begun = begun
+        self.spec = spec
+        self.device = device
+        self.policy = policy
         self.reward = reward
         self.settings: Reinforce = recipe.own["reinforce"]
-        self.policy = Voice(self.family, self.around)
         self.first = self._as_it_began()
         self.noted: dict[str, list[float]] = {}
+
+    def open(self, data: Data, learner: Learner) -> None:
+        """Set the captions that are asked for, and the learner."""
+        assert data.captions is not None
+        assert data.cond is not None
+        self.data, self.learner, self.captions = data, learner, data.captions
+        self.source, _ = open_source(self.recipe.data, "train", hold_out=bool(self.recipe.run.held_out))
+        self.empty = data.cond[int(data.captions.firsts[-1])]
 
     def _as_it_began(self) -> Voice | None:
         """Return the model at the start, if a loss needs it: of an adapter, the model without it."""
         if not self.settings.stay and self.settings.method != "dpo":
             return None
         if self.begun.adapter is not None:
-            return Voice(self.family, replace(self.around, adapters=self.around.adapters[:-1]))
+            around = self.policy.around
+            return Voice(self.policy.family, replace(around, adapters=around.adapters[:-1]))
         module = copy.deepcopy(self.begun.modules["transformer"]).requires_grad_(False)
         return Voice(replace(self.begun, modules={**self.begun.modules, "transformer": module}).family(), NOTHING)
-
-    def _order(self) -> Any:
-        return replace(order_of(self.recipe, self.team), dropout=0.0)
-
-    def prepare(self) -> Iterator[Preparing]:
-        yield from super().prepare()
-        assert self.data.captions is not None
-        assert self.data.cond is not None
-        self.source, _ = open_source(self.recipe.data, "train", hold_out=bool(self.recipe.run.held_out))
-        self.empty = self.data.cond[int(self.data.captions.firsts[-1])]
-
-    def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
-        return [(self.learners[0], partial(self._learn, step, self.data.place(step)))]
-
-    def samples(self, step: int) -> int:
-        return len(self.data.place(step).rows) * self.settings.group
 
     # Drawing ----------------------------------------------------------------------------------------------------
 
@@ -131,15 +126,15 @@ class Reinforcement(Flow):
         cond = Conditioning.pack([one for one in each for _ in range(group)])
         pooled = None if cond.pooled is None else cond.pooled.to(self.device)
         cond = replace(cond, tokens=cond.tokens.to(self.device), pooled=pooled)
-        return replace(cond, guidance=TAUGHT_GUIDANCE) if self.begun.spec.guides == "read" else cond
+        return replace(cond, guidance=TAUGHT_GUIDANCE) if self.spec.guides == "read" else cond
 
     def _schedule(self, shape: Sequence[int]) -> tuple[list[float], float]:
         """Return the times of a picture's steps for latents of a shape, and their shift."""
-        height, width = (side * self.begun.spec.vae.downscale for side in shape[-2:])
-        steps = self.settings.steps or self.begun.spec.steps
+        height, width = (side * self.spec.vae.downscale for side in shape[-2:])
+        steps = self.settings.steps or self.spec.steps
         request = Request.model_validate({"width": width, "height": height, "steps": steps})
-        whole = complete(request, self.begun.spec)
-        return times_of(whole, self.begun.spec, from_picture=False)[0], whole.shift
+        whole = complete(request, self.spec)
+        return times_of(whole, self.spec, from_picture=False)[0], whole.shift
 
     @torch.no_grad()
     def _draw(self, batch: Batch, place: Place, piece: slice, generator: torch.Generator) -> Drawn:
@@ -150,17 +145,16 @@ class Reinforcement(Flow):
         def noise() -> Tensor:
             return torch.randn(shape, generator=generator, device=self.device)[piece].flatten(0, 1)
 
-        guidance = own.guidance or self.begun.spec.guidance
-        twice = guidance > 1 and self.begun.spec.guides == "twice"
+        guidance = own.guidance or self.spec.guidance
+        twice = guidance > 1 and self.spec.guides == "twice"
         entries = [self._entries(batch)]
-        if self.begun.spec.guides == "read":
+        if self.spec.guides == "read":
             entries = [replace(entries[0], guidance=guidance)]
         if twice:
             entries.append(self._entries(batch, empty=True))
-        (learner,) = self.learners
         x = noise()
         path = [x]
-        with learner.weights.using(learner.ema):
+        with self.learner.weights.using(self.learner.ema):
             prepared = [self.policy.prepare(shape, [cond]) for cond in entries]
             times = self._schedule(shape)[0]
             for t, after in pairwise(times):
@@ -179,14 +173,12 @@ class Reinforcement(Flow):
 
     def _value(self, latents: Tensor, place: Place, piece: slice) -> Tensor:
         """Return the weighted mean of the rewards of each picture, (N,)."""
-        pictures = [to_picture(one) for one in self.family.decode(latents).float().cpu()]
-        captions = self.data.captions
-        assert captions is not None
+        pictures = [to_picture(one) for one in self.policy.family.decode(latents).float().cpu()]
         asked = []
         indices = self.data.samples[place.samples].indices[place.rows[piece]]
         for index, caption in zip(indices.tolist(), place.captions[piece].tolist()):
             texts = self.source.captions(index, self.recipe.data.captions)
-            prompt = texts[caption - int(captions.firsts[index])]
+            prompt = texts[caption - int(self.captions.firsts[index])]
             asked += [Asked(prompt, index, self.source)] * self.settings.group
         found = self.reward(pictures, asked)
         weights = weights_of(self.settings.rewards)
@@ -198,8 +190,8 @@ class Reinforcement(Flow):
 
     # Learning ---------------------------------------------------------------------------------------------------
 
-    def _learn(self, step: int, place: Place, piece: slice) -> Tensor:
-        batch = self._move(self.data.load(place, piece))
+    def loss(self, step: int, place: Place, batch: Batch, piece: slice) -> Tensor:
+        """Return the mean loss of a piece. batch: that piece's prompts, on the device."""
         generator = torch.Generator(self.device).manual_seed(mix(self.recipe.run.seed, SALT_DRAW, step))
         drawn = self._draw(batch, place, piece, generator)
         better = advantages(drawn.rewards)
@@ -219,8 +211,7 @@ class Reinforcement(Flow):
         t = t.clamp(min=1e-3)
         noise = torch.randn((count, group, *shape[1:]), generator=learning, device=self.device)[piece].flatten(0, 1)
         points = add_noise(drawn.images, noise, t.view(-1, 1, 1, 1))
-        (learner,) = self.learners
-        with torch.no_grad(), learner.weights.using(learner.ema):
+        with torch.no_grad(), self.learner.weights.using(self.learner.ema):
             old = self.policy.answer(points, t, self.policy.prepare(shape, [entries]))
         v = self.policy.answer(points, t, self.policy.prepare(shape, [entries]))
         good = (better.flatten() / 5).clamp(-1, 1) / 2 + 0.5
@@ -245,7 +236,6 @@ class Reinforcement(Flow):
         times = self._schedule(path.shape)[0]
         order = torch.Generator().manual_seed(mix(self.recipe.run.seed, SALT_LEARN, step))
         chosen = torch.randperm(len(times) - 2, generator=order)[: own.kept_steps].tolist()
-        (learner,) = self.learners
 
         def answer(number: int) -> Tensor:
             x = path[number]
@@ -256,7 +246,7 @@ class Reinforcement(Flow):
             mean, std = sde_step(path[number], v, times[number], times[number + 1], own.noise)
             return log_probability(path[number + 1], mean, std)
 
-        with torch.no_grad(), learner.weights.using(learner.ema):
+        with torch.no_grad(), self.learner.weights.using(self.learner.ema):
             old = [probability(number, answer(number)) for number in chosen]
         losses = []
         for number, before in zip(chosen, old):
@@ -290,3 +280,37 @@ class Reinforcement(Flow):
         found = {name: sum(values) / len(values) for name, values in self.noted.items()}
         self.noted = {}
         return found
+
+
+class Reinforcement(Flow):
+    """Trains a transformer on the rewards of its own pictures."""
+
+    learns: ClassVar[tuple[str, ...]] = ("transformer",)
+    tables: ClassVar[Mapping[str, type]] = {"reinforce": Reinforce}
+    learners: Sequence[Learner]
+
+    def __init__(
+        self, recipe: Recipe, begun: Start, device: torch.device, team: Team, reward: Reward | None = None
+    ):  # fmt: skip
+        super().__init__(recipe, begun, device, team)
+        policy = Voice(self.family, self.around)
+        self.rewarding = Rewarding(recipe, begun, begun.spec, device, policy, reward)
+
+    def _order(self) -> Any:
+        return replace(order_of(self.recipe, self.team), dropout=0.0)
+
+    def prepare(self) -> Iterator[Preparing]:
+        yield from super().prepare()
+        self.rewarding.open(self.data, self.learners[0])
+
+    def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
+        return [(self.learners[0], partial(self._learn, step, self.data.place(step)))]
+
+    def samples(self, step: int) -> int:
+        return len(self.data.place(step).rows) * self.rewarding.settings.group
+
+    def _learn(self, step: int, place: Place, piece: slice) -> Tensor:
+        return self.rewarding.loss(step, place, self._move(self.data.load(place, piece)), piece)
+
+    def notes(self) -> dict[str, float]:
+        return self.rewarding.notes()
