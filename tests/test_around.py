@@ -276,6 +276,7 @@ def test_compiled_regions_serve_adapted_forwards_and_another_adapter_compiles_no
     assert agree(1) > 0
     agree(None, 2)  # several pictures: dimensions become dynamic
     agree(1, 2, 3)
+    agree(None, None, None)  # a forward without adapters may compile once more after the first with adapters
     assert agree(4) == agree(5, None, 6) == agree(7, 8) == agree(None, 9) == agree(None, None, None) == 0
     torch.compiler.reset()
 

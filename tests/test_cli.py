@@ -341,7 +341,7 @@ def test_the_models_are_listed(capsys):
     assert all(fit["seconds"] > 0 for fit in known["pocket"]["fits"])
     assert main(["models"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"{name}  (" in shown for name in known)
+    assert all((f"{name}: " if "provider" in model else f"{name}  (") in shown for name, model in known.items())
     assert "\nrecommended: " in shown
 
 

@@ -121,6 +121,7 @@ def test_the_option_reaches_the_engine_and_the_repeat_command():
 
 def test_a_block_region_is_traced_without_graph_breaks():
     """The region arrives as a real compiler gets it: basic torch operations with dynamic sizes."""
+    torch._dynamo.utils.counters.clear()
     plain, model = zimage(), zimage()
     compile_blocks(model, backend="aot_eager")
     for size in [(20, 4, 4), (50, 6, 4)]:

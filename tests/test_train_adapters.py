@@ -333,7 +333,6 @@ def test_pictures_that_lost_their_edges_are_warned_of():
         ({"optimiser": {"kind": "muon"}}, r"take adamw for an adapter"),
         ({"run": {"parallel": "fsdp"}}, r"take ddp"),
         ({"adapter": {"kind": "lokr", "format": "diffusers"}}, r"take comfyui, kohya or lycoris"),
-        ({"run": {"graded": 2}}, r"\[run\] graded"),
         ({"run": {"compile": True}, "adapter": {"stream": True}}, r"set one to false"),
         ({"data": {"prior_by": "model"}}, r"name a folder in prior"),
         ({"data": {"prior_by": "model", "prior": "class"}, "adapter": {"kind": "none"}}, r"train an \[adapter\]"),
