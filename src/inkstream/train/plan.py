@@ -188,7 +188,7 @@ def _measure(
     """
     width, height = recipe.data.sizes[0]
     count = max(recipe.run.batch // (recipe.run.accumulate * processes), 1)
-    asked = 2 if recipe.objective.kind == "distil" else 0
+    asked, forward = (2 if recipe.objective.kind == "distil" else 0), 0
     for weight in weights:
         weight.grad = torch.empty_like(weight)
     length = tokens or (CAPTION if spec.family == "zimage" else 512)
