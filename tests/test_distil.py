@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -129,6 +130,24 @@ def test_teacher_and_critic_are_one_at_the_start_so_only_guidance_teaches(make):
     assert notes["dm"] == 0
     assert notes["cosine"] == pytest.approx(1, abs=1e-5)
     assert notes["ca"] > 0
+
+
+def test_distribution_matching_looks_at_no_training_picture(make):
+    """Student and critic learn from the student's own pictures; the training pictures only tell what is healthy."""
+    found = []
+    for blank in (False, True):
+        task = prepared(make())
+        if blank:
+            task.data.samples = [dataclasses.replace(one, images=one.images * 0) for one in task.data.samples]
+        found.append([loss(slice(None)).item() for _, loss in task.turns(0)])
+    assert found[0] == found[1]
+    assert all(value > 0 for value in found[0])
+
+
+def test_early_steps_prefer_noisy_times(make):
+    task = prepared(make(distil={**PATHS, "noisy_first": 100}))
+    early, late = (task._matching_times((512, 16, 4, 4), s, torch.Generator().manual_seed(0)).mean() for s in (0, 100))
+    assert early > late + 0.1
 
 
 def test_a_critic_that_moved_makes_distribution_matching_speak(make):

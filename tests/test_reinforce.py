@@ -121,6 +121,30 @@ def test_pictures_get_what_is_rewarded(tmp_path, make, own):
     assert sum(seen[-8:]) / 8 > sum(seen[:8]) / 8 + 0.015
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("family", ["zimage", "flux1"])
+def test_grpos_probabilities_are_those_of_the_drawing_at_the_first_update(make, family, guidance):
+    """The ratio is 1, so the loss is minus the mean advantage, which is 0; another model's is not."""
+    recipe = make(family, reinforce={**OWN, "method": "grpo", "guidance": guidance, "clip": 100.0})
+    task = Reinforcement(recipe, start(recipe, CPU), CPU, ALONE, bright)
+    list(task.prepare())
+    ((learner, loss),) = task.turns(0)
+    assert abs(loss(slice(None)).item()) < 1e-5
+    with torch.no_grad():
+        for weight in learner.weights.masters.values():  # the averages, which draw, stay
+            weight += 0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    assert abs(loss(slice(None)).item()) > 1e-4
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1.5, -0.1])
+def test_a_reward_that_is_no_share_is_told_by_its_name(make, value):
+    task = Reinforcement(make(), start(make(), CPU), CPU, ALONE, lambda p, asked: {"bright": [value] * len(p)})
+    list(task.prepare())
+    ((_, loss),) = task.turns(0)
+    with pytest.raises(InputError, match=r"bright gave .+: it must give numbers from 0 to 1"):
+        loss(slice(None))
+
+
 def test_a_group_of_equal_rewards_leaves_the_model_as_it_is(tmp_path, make):
     recipe = make(optimiser={"lr": 1e-3, "weight_decay": 0.0}, reinforce={"steps": 2, "group": 3, "rewards": ["same"]})
     before = start(recipe, CPU).modules["transformer"].state_dict()
@@ -242,6 +266,8 @@ def test_weights_of_rewards():
         ({"model": {"from": ""}}, "needs a model"),
         ({"reinforce": {"method": "dpo"}}, "too little for dpo"),
         ({"reinforce": {"rewards": []}}, "is empty"),
+        ({"reinforce": {"method": "grpo", "noise": 0.0}}, "noise = 0 leaves grpo no stochastic step"),
+        ({"reinforce": {"method": "grpo", "steps": 1}}, "steps = 1 leaves grpo no stochastic step"),
         ({"data": {"source": "edits"}}, "without references"),
     ],
 )

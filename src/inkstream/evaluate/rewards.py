@@ -6,13 +6,13 @@ import base64
 import importlib
 import io
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
 from PIL import Image
 
+from inkstream.engine.pictures.asked import asked_in
 from inkstream.evaluate.grades import Marks, grade
 from inkstream.evaluate.ocr import read
 from inkstream.evaluate.report import QUESTIONS
@@ -21,7 +21,6 @@ from inkstream.train.rewards import Asked, Reward
 from inkstream.types import InputError
 
 One = Callable[[Image.Image, Asked], float]
-QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”|「([^」]+)」')
 PATIENCE = 120.0
 """Seconds that a server has to value the pictures of a step."""
 
@@ -99,7 +98,7 @@ GRADERS: dict[str, Callable[[Marks], float]] = {
 
 def read_again(picture: Image.Image, asked: Asked) -> float:
     """Return how near the text that the second reader reads is to the texts in quotation marks; 1 without any."""
-    texts = ["".join(groups) for groups in QUOTED.findall(asked.prompt)]
+    texts = asked_in(asked.prompt).texts
     return read(picture, "\n".join(texts)).ned if texts else 1.0
 
 

@@ -64,7 +64,7 @@ class Distil:
     steps: int = key(8, "Evaluations that the student draws a picture in.", 1, 100)
     guidance: float = key(0.0, "Guidance of the teacher; 0: its default.", 0, 100)
     teacher_steps: int = key(0, "Steps of the teacher's pictures; 0: its default.", 0, 1000)
-    pictures: int = key(2048, "direct, trajectory, and held-out: pictures that the teacher draws in advance.", 1)
+    pictures: int = key(2048, "direct, trajectory: pictures that the teacher draws in advance.", 1)
     dm: float = key(1.0, "dmd: weight of distribution matching, which holds the student near the teacher.", 0)
     ca: float = key(1.0, "dmd: weight of CFG augmentation, which turns many steps into few.", 0)
     coupled: bool = key(False, "dmd: both terms at one noisy point with one norm, as in DMD and DMD2.")

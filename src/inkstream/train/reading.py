@@ -223,6 +223,9 @@ def _check_rewards(recipe: Recipe) -> None:
     weights_of(own.rewards)
     if own.method == "dpo" and own.beta < 10:
         raise InputError(f"[reinforce] beta = {own.beta:g} is too little for dpo: take about 2000")
+    if own.method == "grpo" and (own.noise == 0 or own.steps == 1):
+        key = "noise = 0" if own.noise == 0 else "steps = 1"
+        raise InputError(f"[reinforce] {key} leaves grpo no stochastic step: raise it, or take method nft")
     if recipe.data.references or recipe.data.source == "edits":
         raise InputError("[reinforce] draws without references: leave them out")
 

@@ -6,7 +6,7 @@ The maths is in `preferences`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -59,12 +59,16 @@ class Reinforce:
     )
     group: int = key(8, "Pictures of each prompt, which are compared with each other.", 2, 256)
     steps: int = key(0, "Steps of the pictures; 0: the model's default.", 0, 1000)
-    guidance: float = key(0.0, "Guidance of the pictures; 0: the model's default. The model learns without it.", 0, 100)
+    guidance: float = key(0.0, "Guidance of the pictures; 0: the model's. nft and dpo learn without it.", 0, 100)
     beta: float = key(1.0, "nft: how far the model is seen ahead of the one that drew. dpo: 2000 or more.", 0)
     noise: float = key(0.7, "grpo: noise that the stochastic steps add.", 0, 10)
     clip: float = key(1e-4, "grpo: how far the ratio of probabilities may go from 1 and still teach.", 0)
     kept_steps: int = key(2, "grpo: steps of each picture that are learnt from, chosen at random.", 1)
     stay: float = key(0.0, "Weight of the squared distance to the velocities of the model at the start.", 0)
+
+
+Velocity = Callable[[Tensor, Tensor], Tensor]
+"""Answers velocities at points, (N, C, h, w), of times, (N,)."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Drawn:
 
     images: Tensor  # (N, C, h, w) latents
     rewards: Tensor  # (P, K)
-    path: Tensor | None = None  # grpo: (steps + 1, N, C, h, w)
+    path: Sequence[Tensor] = ()  # grpo: the noise, and the result of each stochastic step, (N, C, h, w)
+    probabilities: Sequence[Tensor] = ()  # grpo: the log-probability of each of these results, (N,)
 
 
 class Rewarding:
@@ -95,6 +100,7 @@ class Rewarding:
         self.policy = policy
         self.reward = reward
         self.settings: Reinforce = recipe.own["reinforce"]
+        self.guidance = self.settings.guidance or spec.guidance
         self.first = self._as_it_began()
         self.noted: dict[str, list[float]] = {}
 
@@ -145,31 +151,37 @@ class Rewarding:
         def noise() -> Tensor:
             return torch.randn(shape, generator=generator, device=self.device)[piece].flatten(0, 1)
 
-        guidance = own.guidance or self.spec.guidance
-        twice = guidance > 1 and self.spec.guides == "twice"
-        entries = [self._entries(batch)]
-        if self.spec.guides == "read":
-            entries = [replace(entries[0], guidance=guidance)]
-        if twice:
-            entries.append(self._entries(batch, empty=True))
         x = noise()
-        path = [x]
+        path, probabilities = [x], []
         with self.learner.weights.using(self.learner.ema):
-            prepared = [self.policy.prepare(shape, [cond]) for cond in entries]
-            times = self._schedule(shape)[0]
-            for t, after in pairwise(times):
-                at = torch.full((len(x),), t, device=self.device)
-                v = self.policy.answer(x, at, prepared[0])
-                if twice:
-                    v = v + (guidance - 1) * (v - self.policy.answer(x, at, prepared[1]))
+            velocity = self._velocity(self.policy, batch, self.guidance)
+            for t, after in pairwise(self._schedule(shape)[0]):
+                v = velocity(x, torch.full((len(x),), t, device=self.device))
                 if own.method == "grpo" and after > 0:
                     mean, std = sde_step(x, v, t, after, own.noise)
                     x = mean + std * noise()
+                    path.append(x)
+                    probabilities.append(log_probability(x, mean, std))
                 else:
                     x = x + (after - t) * v
-                path.append(x)
         rewards = self._value(x, place, piece).view(-1, own.group)
-        return Drawn(x, rewards, torch.stack(path) if own.method == "grpo" else None)
+        return Drawn(x, rewards, path, probabilities)
+
+    def _velocity(self, voice: Voice, batch: Batch, guidance: float) -> Velocity:
+        """Return the function that answers a voice's velocities for a batch's groups, with guidance."""
+        entries, shape = self._entries(batch), batch.images.shape
+        if self.spec.guides == "read":
+            entries = replace(entries, guidance=guidance)
+        prepared = voice.prepare(shape, [entries])
+        if guidance <= 1 or self.spec.guides != "twice":
+            return lambda x, t: voice.answer(x, t, prepared)
+        empty = voice.prepare(shape, [self._entries(batch, empty=True)])
+
+        def guided(x: Tensor, t: Tensor) -> Tensor:
+            v = voice.answer(x, t, prepared)
+            return v + (guidance - 1) * (v - voice.answer(x, t, empty))
+
+        return guided
 
     def _value(self, latents: Tensor, place: Place, piece: slice) -> Tensor:
         """Return the weighted mean of the rewards of each picture, (N,)."""
@@ -184,6 +196,8 @@ class Rewarding:
         weights = weights_of(self.settings.rewards)
         total = torch.zeros(len(pictures))
         for name, values in found.items():
+            if wrong := [value for value in values if not 0 <= value <= 1]:
+                raise InputError(f"[reinforce] rewards: {name} gave {wrong[0]}: it must give numbers from 0 to 1")
             self.noted.setdefault(name, []).append(sum(values) / len(values))
             total += weights[name] * torch.tensor(list(values))
         return (total / sum(weights.values())).to(self.device)
@@ -196,9 +210,8 @@ class Rewarding:
         drawn = self._draw(batch, place, piece, generator)
         better = advantages(drawn.rewards)
         self.noted.setdefault("useful", []).append((better != 0).any(1).float().mean().item())
-        entries = self._entries(batch)
         if self.settings.method == "grpo":
-            return self._grpo(drawn, better.flatten(), entries, step)
+            return self._grpo(drawn, better.flatten(), batch, step)
         count, group = len(place.rows), self.settings.group
         shape = (count, *batch.images.shape[1:])
         learning = torch.Generator(self.device).manual_seed(mix(self.recipe.run.seed, SALT_LEARN, step))
@@ -212,48 +225,35 @@ class Rewarding:
         noise = torch.randn((count, group, *shape[1:]), generator=learning, device=self.device)[piece].flatten(0, 1)
         points = add_noise(drawn.images, noise, t.view(-1, 1, 1, 1))
         with torch.no_grad(), self.learner.weights.using(self.learner.ema):
-            old = self.policy.answer(points, t, self.policy.prepare(shape, [entries]))
-        v = self.policy.answer(points, t, self.policy.prepare(shape, [entries]))
+            old = self._velocity(self.policy, batch, TAUGHT_GUIDANCE)(points, t)
+        v = self._velocity(self.policy, batch, TAUGHT_GUIDANCE)(points, t)
         good = (better.flatten() / 5).clamp(-1, 1) / 2 + 0.5
         loss = nft_loss(v, old, points, t, drawn.images, good, self.settings.beta)
-        return (loss + self._stay(v, points, t, entries)).mean()
+        return (loss + self._stay(v, points, t, batch, TAUGHT_GUIDANCE)).mean()
 
-    def _stay(self, v: Tensor, points: Tensor, t: Tensor, entries: Conditioning) -> Tensor:
-        """Return the weighted squared distance of velocities to those of the model at the start, (B,)."""
+    def _stay(self, v: Tensor, points: Tensor, t: Tensor, batch: Batch, guidance: float) -> Tensor:
+        """Return the weighted squared distance of velocities to those of the model at the start, (N,)."""
         if not self.settings.stay or self.first is None:
             return torch.zeros(len(points), device=self.device)
         with torch.no_grad():
-            before = self.first.answer(points, t, self.first.prepare(points.shape, [entries]))
+            before = self._velocity(self.first, batch, guidance)(points, t)
         return self.settings.stay * (v - before).square().mean((1, 2, 3))
 
-    def _grpo(self, drawn: Drawn, better: Tensor, entries: Conditioning, step: int) -> Tensor:
-        """Return GRPO's loss, summed over some of the stochastic steps. Their probabilities are those without guidance.
-
-        The old probability is that of the averaged weights.
-        """
-        assert drawn.path is not None
-        own, path = self.settings, drawn.path
-        times = self._schedule(path.shape)[0]
+    def _grpo(self, drawn: Drawn, better: Tensor, batch: Batch, step: int) -> Tensor:
+        """Return GRPO's loss, the mean over some of the stochastic steps, with the guidance of the pictures."""
+        times = self._schedule(batch.images.shape)[0]
         order = torch.Generator().manual_seed(mix(self.recipe.run.seed, SALT_LEARN, step))
-        chosen = torch.randperm(len(times) - 2, generator=order)[: own.kept_steps].tolist()
-
-        def answer(number: int) -> Tensor:
-            x = path[number]
-            t = torch.full((len(x),), times[number], device=self.device)
-            return self.policy.answer(x, t, self.policy.prepare(x.shape, [entries]))
-
-        def probability(number: int, v: Tensor) -> Tensor:
-            mean, std = sde_step(path[number], v, times[number], times[number + 1], own.noise)
-            return log_probability(path[number + 1], mean, std)
-
-        with torch.no_grad(), self.learner.weights.using(self.learner.ema):
-            old = [probability(number, answer(number)) for number in chosen]
+        chosen = torch.randperm(len(drawn.probabilities), generator=order)[: self.settings.kept_steps].tolist()
+        velocity = self._velocity(self.policy, batch, self.guidance)
         losses = []
-        for number, before in zip(chosen, old):
-            v, x = answer(number), path[number]
+        for number in chosen:
+            x = drawn.path[number]
             t = torch.full((len(x),), times[number], device=self.device)
-            loss = grpo_loss(probability(number, v), before, better, own.clip)
-            losses.append(loss + self._stay(v, x, t, entries))
+            v = velocity(x, t)
+            mean, std = sde_step(x, v, times[number], times[number + 1], self.settings.noise)
+            now = log_probability(drawn.path[number + 1], mean, std)
+            loss = grpo_loss(now, drawn.probabilities[number], better, self.settings.clip)
+            losses.append(loss + self._stay(v, x, t, batch, self.guidance))
         return torch.stack(losses).mean()
 
     def _dpo(self, drawn: Drawn, batch: Batch, t: Tensor, noise: Tensor) -> Tensor:
