@@ -97,6 +97,48 @@ def test_a_students_error_to_its_teacher_falls(tmp_path, make, family, method):
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["zimage", "flux1", "flux2"])
+def test_a_student_learns_what_guidance_adds(tmp_path, make, family):
+    optimiser = {"warmup": 0, "lr": 1e-4, "decay": 0.0}
+    own = {**PATHS, "method": "guidance", "times": (0.5, 0.51)}  # errors of one time can be compared
+    recipe = make(family, distil=own, run={"steps": 40, "save": 40}, optimiser=optimiser)
+    losses = [m.loss for m in train(recipe, tmp_path) if isinstance(m, Progress)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_a_student_without_guidance_to_learn_has_nothing_to_learn(make):
+    losses = []
+    for guidance in (1.0001, 3.0):
+        task = prepared(make(distil={"method": "guidance", "guidance": guidance}))
+        [(_, loss)] = task.turns(0)
+        losses.append(loss(slice(None)).item())
+    assert losses[0] < 1e-6 < losses[1]
+
+
+def test_a_student_from_an_earlier_stage_has_the_first_teacher(tmp_path, make):
+    """The student of the second stage differs from its teacher from the start, so distribution matching speaks."""
+    first = make(distil={**PATHS, "method": "guidance"}, run={"steps": 6})
+    list(train(first, tmp_path / "first"))
+    second = {"from": str(tmp_path / "first" / "model"), "name": "fewer"}
+    with pytest.raises(InputError, match="has none to distil: take another model"):
+        prepared(make(model=second))
+    task = prepared(make(model=second, distil={"steps": 2, "teacher": first.model.from_, "guidance": 3.0}))
+    ours, theirs = (voice.family.transformer for voice in (task.student, task.teacher))
+    wanted = start(first, CPU).modules["transformer"].state_dict()
+    assert all(torch.equal(theirs.state_dict()[key], wanted[key]) for key in wanted)
+    assert any(not torch.equal(ours.state_dict()[key], wanted[key]) for key in wanted)
+
+
+def test_a_teacher_that_is_no_relative_is_refused(make, folders, make_folder, tmp_path):
+    stranger = make_folder(tmp_path / "stranger", BASE.tiny, seed=3)
+    with pytest.raises(InputError, match="its text_encoder is not the student's; take a relative of it"):
+        prepared(make(distil={"teacher": str(stranger)}))
+    own = {"kind": "lora", "rank": 2}
+    with pytest.raises(InputError, match="an adapter's teacher is its base; leave teacher out"):
+        prepared(make(adapter=own, distil={"teacher": str(folders["zimage"])}))
+
+
 def test_held_out_pictures_are_measured_against_the_teachers(tmp_path, make):
     """The teacher itself, in as many steps and with guidance 1 + a little, has almost no error."""
     scenes = {"source": "scenes", "count": 4, "captions": 1}

@@ -39,7 +39,7 @@ from inkstream.train.matching import (
     rms,
     unshift_time,
 )
-from inkstream.train.models import DTYPES, Start
+from inkstream.train.models import DTYPES, Start, start
 from inkstream.train.objectives import TAUGHT_GUIDANCE, Batch, Prepared, Voice, mix, shift_time
 from inkstream.train.parallel import Team, compile_blocks
 from inkstream.train.recipe import Optimiser, Recipe, key
@@ -49,7 +49,7 @@ from inkstream.train.tasks import SALT_HELD_OUT, Flow, in_turn, order_of
 from inkstream.types import Conditioning, InputError, Request, Spec
 
 SALT_STUDENT, SALT_CRITIC, SALT_PATHS = range(100, 103)
-Method = Literal["dmd", "direct", "trajectory"]
+Method = Literal["dmd", "guidance", "direct", "trajectory"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,14 @@ class Distil:
 
     method: Method = key(
         "dmd",
-        "dmd: distribution matching, see `dm` and `ca`. direct: from each level to the picture that the teacher draws "
-        "from the same noise. trajectory: from each point of the teacher's path to the next.",
+        "dmd: distribution matching, see `dm` and `ca`. guidance: the teacher's guided velocity at noisy training "
+        "pictures. direct: from each level to the picture that the teacher draws from the same noise. trajectory: from "
+        "each point of the teacher's path to the next.",
+    )
+    teacher: str = key(
+        "",
+        "Model that teaches: a known model, OWNER/NAME, a folder or a file. Default: the model that the student starts "
+        "from. Give it where the student starts from an earlier stage.",
     )
     steps: int = key(8, "Evaluations that the student draws a picture in.", 1, 100)
     guidance: float = key(0.0, "Guidance of the teacher; 0: its default.", 0, 100)
@@ -125,24 +131,32 @@ class Distillation(Flow):
             self.critic_adapter = AdapterWeights(transformer, adapter.slots, recipe.adapter, seed).to(device)
         super().__init__(recipe, begun, device, team)
         self.settings: Distil = recipe.own["distil"]
-        self.guidance = self.settings.guidance or begun.spec.guidance
-        if self.guidance <= 1 or begun.spec.guides == "none":
+        self.master = open_teacher(recipe, begun) if self.settings.teacher else begun
+        self.taught = self.master.spec
+        self.guidance = self.settings.guidance or self.taught.guidance
+        if self.guidance <= 1 or self.taught.guides == "none" or "guidance" not in self.taught.abilities:
             raise InputError(
-                f"{begun.spec.name} with guidance {self.guidance:g} has none to distil: take another model"
+                f"{self.taught.name} with guidance {self.guidance:g} has none to distil: take another model"
             )
         self.student = Voice(self.family, self.around)
-        self.critic_module: nn.Module
+        self.critic_module: nn.Module | None = None
         if self.critic_adapter is None:
-            teacher, self.critic_module = (copy.deepcopy(begun.modules["transformer"]) for _ in range(2))
-            teacher.to(DTYPES[recipe.run.dtype])
+            transformer = self.master.modules["transformer"]
+            teacher = transformer if self.settings.teacher else copy.deepcopy(transformer)
+            if self.settings.method == "dmd":
+                self.critic_module = copy.deepcopy(transformer)
+                self.critic = self._voice(self.critic_module)
+            teacher.to(device, DTYPES[recipe.run.dtype])
             if recipe.run.compile:
                 compile_blocks(teacher)
-            self.teacher, self.critic = (self._voice(module) for module in (teacher, self.critic_module))
+            self.teacher = self._voice(teacher)
         else:
             self.critic_module = self.critic_adapter
             self.teacher = Voice(self.family, replace(self.around, adapters=self.around.adapters[:-1]))
             own = self.critic_adapter.apply_to(begun.modules["transformer"])
             self.critic = Voice(self.family, replace(self.around, adapters=(*self.around.adapters[:-1], own)))
+        self.unprompted: dict[tuple[int, ...], Any] = {}  # the teacher's empty prompt, prepared, by the latents' size
+        self.schedules: dict[tuple[int, ...], tuple[list[float], float]] = {}  # by the latents' size
         channels = begun.spec.vae.latent_channels
         with torch.random.fork_rng(devices=()):
             torch.manual_seed(mix(recipe.run.seed, 2))
@@ -173,12 +187,13 @@ class Distillation(Flow):
             make = partial(Learner, recipe=self.recipe, device=self.device, team=self.team)
             own = self.recipe.own["critic"]
             if self.settings.dm or self.discriminator is not None:
+                assert self.critic_module is not None
                 self.learners = [*self.learners, make("critic", {"critic": self.critic_module}, settings=own)]
             if self.discriminator is not None:
                 judge = {"discriminator": self.discriminator}
                 self.learners = [*self.learners, make("discriminator", judge, settings=replace(own, kind="adamw"))]
-            return
-        self.paths = yield from in_turn(self.team, self._draw_paths())
+        if self.settings.method in ("direct", "trajectory"):
+            self.paths = yield from in_turn(self.team, self._draw_paths())
 
     def turns(self, step: int) -> Iterable[tuple[Learner, Loss]]:
         student, *others = self.learners
@@ -190,7 +205,7 @@ class Distillation(Flow):
 
     def _place(self, step: int, turn: int) -> Place:
         """Return the batch of a turn: 0 is the student's, and the critic's follow."""
-        if self.settings.method != "dmd":
+        if self.settings.method in ("direct", "trajectory"):
             return self.data.place(step % self.paths.count)
         each = 1 + self.settings.critic_turns if len(self.learners) > 1 else 1
         return self.data.place(step * each + turn)
@@ -214,10 +229,13 @@ class Distillation(Flow):
 
     def _schedule(self, shape: Sequence[int]) -> tuple[list[float], float]:
         """Return the times of the student's steps for latents of a shape, from 1 to 0, and their shift."""
-        height, width = (side * self.begun.spec.vae.downscale for side in shape[-2:])
-        asked = {"width": width, "height": height, "steps": self.settings.steps}
-        request = complete(Request.model_validate(asked), self.begun.spec)
-        return times_of(request, self.begun.spec, from_picture=False)[0], request.shift
+        size = tuple(shape[-2:])
+        if size not in self.schedules:
+            height, width = (side * self.begun.spec.vae.downscale for side in size)
+            asked = {"width": width, "height": height, "steps": self.settings.steps}
+            request = complete(Request.model_validate(asked), self.begun.spec)
+            self.schedules[size] = times_of(request, self.begun.spec, from_picture=False)[0], request.shift
+        return self.schedules[size]
 
     def _levels(self, shape: Sequence[int], generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw each sample's times, (B, n + 1), and which of them the student is asked at, (B,): equally often each."""
@@ -281,19 +299,26 @@ class Distillation(Flow):
     def _guided(self, points: Tensor, t: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the teacher's velocity with the prompt, and how it differs from that without: its guidance."""
         entries = self._entries(batch)
-        if self.begun.spec.guides == "read":
-            others = [replace(cond, guidance=self.guidance) for cond in entries]
+        if self.taught.guides == "read":
+            others = self.teacher.prepare(points.shape, [replace(cond, guidance=self.guidance) for cond in entries])
+        elif batch.references:
+            others = self.teacher.prepare(points.shape, self._entries(batch, empty=True))
         else:
-            others = self._entries(batch, empty=True)
-        prepared = [*self.teacher.prepare(points.shape, entries), *self.teacher.prepare(points.shape, others)]
+            size = tuple(points.shape[-2:])
+            if size not in self.unprompted:
+                alone = replace(batch, images=batch.images[:1])
+                shape = (1, *points.shape[1:])
+                self.unprompted[size] = self.teacher.prepare(shape, self._entries(alone, empty=True))
+            others = self.unprompted[size] * len(points)
+        prepared = [*self.teacher.prepare(points.shape, entries), *others]
         plain, other = self.teacher.answer(torch.cat([points] * 2), torch.cat([t] * 2), prepared).chunk(2)
-        return plain, (other - plain) / (self.guidance - 1) if self.begun.spec.guides == "read" else plain - other
+        return plain, (other - plain) / (self.guidance - 1) if self.taught.guides == "read" else plain - other
 
     @torch.no_grad()
     def _teach(self, batch: Batch, noise: Tensor) -> Tensor:
         """Draw with the teacher. Returns the points at the student's levels, (steps + 1, B, C, h, w)."""
         ladder, shift = self._schedule(noise.shape)
-        pieces = max(1, round((self.settings.teacher_steps or self.begun.spec.steps) / self.settings.steps))
+        pieces = max(1, round((self.settings.teacher_steps or self.taught.steps) / self.settings.steps))
         x, found = noise, [noise]
         for now, then in pairwise(ladder):
             first, last = unshift_time(torch.tensor([now, then]), shift).tolist()
@@ -306,7 +331,7 @@ class Distillation(Flow):
 
     def _draw_paths(self) -> Iterator[Preparing | Paths]:
         """Draw the teacher's paths of the run's first batches, or find them in the cache."""
-        teacher = weights_key(self.begun.modules["transformer"].state_dict(), self.begun.spec.transformer)
+        teacher = weights_key(self.master.modules["transformer"].state_dict(), self.taught.transformer)
         own = self.settings
         wanted = [teacher, own.steps, own.teacher_steps, self.guidance, self.recipe.run.seed, self.recipe.run.batch]
         captions = self.data.captions
@@ -335,6 +360,8 @@ class Distillation(Flow):
         return torch.Generator(self.device).manual_seed(mix(self.recipe.run.seed, *numbers))
 
     def _student_loss(self, step: int, piece: slice) -> Tensor:
+        if self.settings.method == "guidance":
+            return self._guidance_loss(step, piece)
         if self.settings.method != "dmd":
             return self._imitation_loss(step, piece)
         place = self._place(step, 0)
@@ -457,6 +484,19 @@ class Distillation(Flow):
         v = self.critic.answer(points, t, self.critic.prepare(points.shape, self._entries(batch)))
         return self.discriminator(points, v, t)
 
+    def _guidance_loss(self, step: int, piece: slice) -> Tensor:
+        """Return the error to the teacher's guided velocity at noisy training pictures (arXiv 2210.03142)."""
+        place = self._place(step, 0)
+        batch = self._move(self.data.load(place, piece))
+        shape = (len(place.rows), *batch.images.shape[1:])
+        generator = self._generator(SALT_STUDENT, step)
+        t = self._times(shape, generator)[piece]
+        points = add_noise(batch.images, self._noise(shape, generator)[piece], _wide(t))
+        plain, gap = self._guided(points, t, batch)
+        v = self.student.answer(points, t, self.student.prepare(shape, self._entries(batch)))
+        self._note_images(to_image(points, v, _wide(t)).detach(), batch)
+        return (v - (plain + (self.guidance - 1) * gap)).square().mean()
+
     def _imitation_loss(self, step: int, piece: slice) -> Tensor:
         """Return the error to the teacher's picture, or to the next point of its path."""
         number = step % self.paths.count
@@ -543,6 +583,20 @@ class Distillation(Flow):
         student = Flow.spec_of(spec, recipe)
         steps = recipe.own["distil"].steps
         return replace(student, steps=steps, guidance=1.0, abilities=student.abilities - {"guidance"})
+
+
+def open_teacher(recipe: Recipe, begun: Start) -> Start:
+    """Read the model that teaches. Raises InputError if more than the transformer's weights differ from the student."""
+    name = recipe.own["distil"].teacher
+    if begun.adapter is not None:
+        raise InputError(f"[distil] teacher = {name!r}: an adapter's teacher is its base; leave teacher out")
+    master = start(replace(recipe, model=replace(recipe.model, from_=name, name="")))
+    for part in sorted({*begun.modules, *master.modules}):
+        one, other = (each.modules[part].state_dict() if part in each.modules else {} for each in (begun, master))
+        alike = one.keys() == other.keys() and all(one[key].shape == other[key].shape for key in one)
+        if not alike or (part != "transformer" and any(not torch.equal(one[key], other[key]) for key in one)):
+            raise InputError(f"[distil] teacher = {name!r}: its {part} is not the student's; take a relative of it")
+    return replace(master, modules={"transformer": master.modules["transformer"]})
 
 
 class Discriminator(nn.Module):

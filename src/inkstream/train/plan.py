@@ -225,12 +225,13 @@ def _others_work(recipe: Recipe, forward: int, step: int) -> int:
     """Return the operations of a distillation's step besides the student's and the teacher's guidance.
 
     These are backward simulation, which has half the steps on average, distribution matching, and the critic's turns.
+    Of the other methods, only `direct` simulates.
     forward: operations of a piece's forward; step: of the student's own forward and backward of all pieces.
     """
     own, pieces = recipe.own["distil"], recipe.run.accumulate
     rollout = forward * pieces * (own.steps - 1) // 2
     if own.method != "dmd":
-        return rollout
+        return rollout if own.method == "direct" else 0
     critic = own.critic_turns * (rollout + forward * pieces + step) if len(optimisers_of(recipe)) > 1 else 0
     return rollout + 2 * forward * pieces + critic
 
