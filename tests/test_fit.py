@@ -133,7 +133,13 @@ def test_the_time_of_a_picture_counts_steps_and_prompts(monkeypatch):
     fast = pack("int8", torch.ones(8, 8), dynamic=True)
     assert seconds([torch.ones(1), fast], steps=10) == pytest.approx(one / 3, rel=0.1)
     assert seconds([replace(fast, dynamic=False)], steps=10) == one
-    assert seconds(steps=10, width=2048, height=2048) > 4 * one
+    large = seconds(steps=10, width=2048, height=2048)
+    assert large > 4 * one
+    tiled = seconds(steps=10, width=2048, height=2048, tile=1024)  # in nine windows, which overlap
+    assert 8.5 * one < tiled < 9.5 * one
+    enlarged = seconds(steps=10, upscale="2x", upscale_strength=0.3)
+    assert enlarged == pytest.approx(one + 0.3 * tiled, rel=0.1)
+    assert seconds(steps=10, upscale="2x", upscale_strength=0) < 1.1 * one
 
 
 def test_control_nets_take_time_in_the_steps_in_which_they_are_on(monkeypatch, tmp_path):

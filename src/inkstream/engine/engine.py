@@ -308,14 +308,14 @@ class Engine:
 
     def _foretell(self, request: Complete) -> str | None:
         """Return a line with the time of a picture that takes over a minute, or None. The same is not told twice."""
-        told = (request.model, request.width, request.height, request.steps, request.control_nets)
+        size = "x".join(map(str, request.final_size(self.model.spec.multiple)))
+        told = (request.model, size, request.steps, request.tile, request.upscale_strength, request.control_nets)
         if told == self._told or self.crew or self._placing is None:
             return None
         self._told = told
         seconds = seconds_of(request, self.model, self._placing.opened.source.parts["transformer"].tensors.values())
         if seconds is None or seconds < LONG:
             return None
-        size = f"{request.width}x{request.height}"
         return f"a picture of {size} in {request.steps} steps takes about {in_time(seconds)} here"
 
     def _end_phase(self) -> None:

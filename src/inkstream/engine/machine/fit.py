@@ -14,6 +14,7 @@ import torch
 
 from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.controls import control_work
+from inkstream.engine.drawing.larger import second_pass
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import guided
 from inkstream.engine.machine.loader import choose_device
@@ -25,6 +26,7 @@ from inkstream.quant.pack import pack
 from inkstream.quant.packed import Packed, Weight, unpack
 from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import times_asked
+from inkstream.sampling.windows import Windows
 from inkstream.types import Spec
 
 ORDER = {
@@ -132,20 +134,19 @@ def seconds_of(request: Complete, model: Model, weights: Collection[Weight]) -> 
     """An estimate of the seconds for one picture of a request with a loaded model.
 
     None: its architecture is not known, or the picture is small work for any machine. weights: the transformer's. Only
-    the products of the model and of control nets are counted: references, step caches, unpacking and streaming are
-    left out.
+    the products of the model and of control nets are counted, in all windows and in the second pass of an enlarged
+    picture. References, step caches, unpacking, streaming and upscalers are left out.
     """
     spec = model.spec
     like = next((one for one in known() if one.transformer == spec.transformer), None)
     if like is None:
         return None
-    flops = operations(like, request.width, request.height)
-    prompts = (1 + guided(request, spec)) / (1 + guided(complete(typical(like), like), like))
-    steps = len(times_asked(request.solver, SCHEDULES[request.schedule](request.steps, request.shift, spec.table)))
-    evaluating = flops["steps"] * prompts * max(1.0, steps * request.strength)
+    second = second_pass(request, spec)
+    passes = [_work(one, spec, like) for one in (request, second) if one is not None]
+    evaluating = sum(steps for steps, _ in passes)
     if request.control_nets and model.controls is not None:
         evaluating *= 1 + control_work(request, model.controls.folder, weights)
-    once = flops["prompt"] + flops["picture"]
+    once = operations(like, *spec.size)["prompt"] + sum(picture for _, picture in passes)
     if evaluating + once < LITTLE:
         return None
     packed = {weight.format for weight in weights if isinstance(weight, Packed) and weight.dynamic}
@@ -153,6 +154,16 @@ def seconds_of(request: Complete, model: Model, weights: Collection[Weight]) -> 
     products = measure_products(model.device, model.dtype)
     fast = products if precision is None else measure_products(model.device, model.dtype, precision)
     return (evaluating / fast + once / products) * BESIDES
+
+
+def _work(request: Complete, spec: Spec, like: Spec) -> tuple[float, float]:
+    """The operations of a pass: of all evaluations of the model, and of decoding the picture. like: a known model."""
+    prompts = (1 + guided(request, spec)) / (1 + guided(complete(typical(like), like), like))
+    steps = len(times_asked(request.solver, SCHEDULES[request.schedule](request.steps, request.shift, spec.table)))
+    windows = None if request.tile is None else Windows.over(request.height, request.width, request.tile)
+    count, (height, width) = (1, (request.height, request.width)) if windows is None else (len(windows), windows.side)
+    evaluation = count * operations(like, width, height)["steps"] * prompts
+    return evaluation * max(1.0, steps * request.strength), operations(like, request.width, request.height)["picture"]
 
 
 def here() -> tuple[str, int | None]:
