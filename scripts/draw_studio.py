@@ -95,8 +95,7 @@ def open_page(browser: Any, address: str, size: dict[str, int], scheme: str, loc
     page = context.new_page()
     page.goto(address)
     page.wait_for_selector("#gallery .tiles", state="attached")
-    if size is DESK:
-        page.wait_for_selector(".tile.loaded")
+    page.wait_for_selector(".frame")
     return page
 
 
@@ -111,13 +110,23 @@ def shoot(page: Page, name: str) -> None:
     print(f"{path.name}: {path.stat().st_size >> 10} KB")
 
 
+def gallery(page: Page) -> None:
+    """Show the gallery."""
+    page.click("#views [data-view=gallery]")
+    page.wait_for_selector(".tile.loaded")
+
+
 def draw_desk(browser: Any, address: str) -> None:
     page = open_page(browser, address, DESK, "light")
     page.fill("#prompt", PROMPTS[1])
+    page.keyboard.press("Control+Enter")
+    page.locator(".stage-image").and_(page.get_by_alt_text(PROMPTS[1], exact=True)).wait_for(timeout=120_000)
+    shoot(page, "stage")
     page.click("#draft-now")
-    page.wait_for_selector(".job >> text=" + PROMPTS[1])
     page.fill("#prompt", CHINESE[0])
     page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".stage-progress progress[value]", timeout=120_000)
+    gallery(page)
     page.wait_for_selector(".job:nth-child(2) progress[value]", timeout=120_000)
     page.wait_for_timeout(1500)
     shoot(page, "desk-light")
@@ -125,10 +134,12 @@ def draw_desk(browser: Any, address: str) -> None:
         ask(f"{address}/v1/jobs/{job['id']}", method="DELETE")
     page = open_page(browser, address, DESK, "dark", "zh-CN")
     page.fill("#prompt", CHINESE[1])
+    gallery(page)
     for i in (0, 3):
         page.locator(".tile-open").nth(i).click(modifiers=["Control"])
     shoot(page, "desk-dark")
     page = open_page(browser, address, DESK, "light")
+    gallery(page)
     page.locator(".tile-open").nth(4).click()
     page.wait_for_selector(".facts")
     shoot(page, "viewer")
@@ -136,6 +147,7 @@ def draw_desk(browser: Any, address: str) -> None:
 
 def draw_dialogs(browser: Any, address: str) -> None:
     page = open_page(browser, address, DESK, "light")
+    gallery(page)
     page.fill("#search", str(GRID))
     page.wait_for_selector(".count >> text='12 pictures'")
     page.wait_for_selector(".tile.loaded")
@@ -153,6 +165,7 @@ def draw_dialogs(browser: Any, address: str) -> None:
 
 def draw_canvas(browser: Any, address: str) -> None:
     page = open_page(browser, address, DESK, "light")
+    gallery(page)
     page.locator(".tile-open").first.click()
     page.get_by_role("button", name="Start from this picture").click()
     page.get_by_role("button", name="Paint a mask, extend").click()
@@ -192,8 +205,7 @@ def draw_phone(browser: Any, address: str) -> None:
     page.fill("#prompt", PROMPTS[0])
     shoot(page, "phone-light")
     page = open_page(browser, address, PHONE, "dark")
-    page.click("#views [data-view=gallery]")
-    page.wait_for_selector(".tile.loaded")
+    gallery(page)
     shoot(page, "phone-dark")
 
 

@@ -107,25 +107,32 @@ def profiles(browser) -> dict[str, Any]:
     return {locale: browser.new_context(locale=locale) for locale in ("en-GB", "zh-CN")}
 
 
-ONCE = "if (!sessionStorage.getItem('begun')) (localStorage.clear(), sessionStorage.setItem('begun', '1'))"
-"""Of what was kept in the profile, a page knows nothing but what it has kept itself."""
+ONCE = """if (!sessionStorage.getItem('begun')) {
+  localStorage.clear();
+  sessionStorage.setItem('begun', '1');
+  const view = '%s';
+  if (view) localStorage.setItem('inkstream.view', JSON.stringify(view));
+}"""
+"""Of what was kept in the profile, a page knows nothing but the view and what it has kept itself."""
 
 
 @pytest.fixture
 def open_page(served, profiles) -> Iterator[Any]:
-    """`open_page(width=, height=, locale=)` is the studio, opened for the first time; errors on its console fail.
+    """`open_page(width=, height=, locale=, view=)` is the studio, opened for the first time; console errors fail.
 
     Browsers note every answer that refuses, too: those that a test is about stand in `open_page.refusals`.
     """
     errors: list[str] = []
     pages = []
 
-    def open_page(width: int = 1280, height: int = 800, locale: str = "en-GB", port: int = served.port) -> Any:
+    def open_page(
+        width: int = 1280, height: int = 800, locale: str = "en-GB", port: int = served.port, view: str = ""
+    ) -> Any:
         profiles[locale].clear_cookies()
         page = profiles[locale].new_page()
         pages.append(page)
         page.set_viewport_size({"width": width, "height": height})
-        page.add_init_script(ONCE)
+        page.add_init_script(ONCE % (view or ("gallery" if width >= 900 else "draw")))
         page.set_default_timeout(60_000)
         page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: errors.append(str(error)))
@@ -262,6 +269,83 @@ def test_each_press_of_the_keys_draws_and_a_held_key_draws_once(served, page):
     until(lambda: len([job for job in jobs(served) if job["request"]["prompt"] == "pressed twice"]) == 2)
     page.wait_for_selector("#draw-now:not([disabled])")
     assert len([job for job in jobs(served) if job["request"]["prompt"] == "pressed twice"]) == 2
+
+
+# The stage ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_preview_grows_into_the_picture_on_the_stage(served, open_page):
+    page = open_page(view="draw")
+    page.wait_for_selector(".frame")
+    assert not page.locator("#gallery").is_visible()
+    ask_for(page, "a star on the stage", steps=12, seed=11)
+    page.locator(".stage-progress progress[value]").wait_for()
+    image = page.locator(".stage-image")
+    until(lambda: (image.get_attribute("src") or "").startswith("data:image/"))
+    preview = image.bounding_box()
+    assert image.get_attribute("alt") == "Being drawn: a star on the stage"
+    page.wait_for_selector("#stage .tool")
+    assert image.get_attribute("alt") == "a star on the stage"
+    assert image.get_attribute("src") == jobs(served, "succeeded")[0]["pictures"][0]["url"]
+    assert image.bounding_box() == pytest.approx(preview, abs=40)
+    assert min(preview["width"], preview["height"]) > 300
+    assert page.locator(".frame[aria-current]").get_attribute("aria-label") == "a star on the stage"
+    assert complaints(page) == {"light": [], "dark": []}
+
+
+def test_the_tools_of_the_stage_draw_again_keep_the_seed_and_delete(served, open_page):
+    page = open_page(view="draw")
+    page.wait_for_selector(".frame")
+    ask_for(page, "tools of the stage", seed=12)
+    tool = page.locator("#stage").get_by_role("button", name="Keep this seed")
+    tool.wait_for()
+    page.fill("#field-seed", "")
+    tool.click()
+    assert page.input_value("#field-seed") == "12"
+    until(lambda: tool.get_attribute("aria-pressed") == "true")
+    tool.click()
+    assert page.input_value("#field-seed") == ""
+    page.locator("#stage").get_by_role("button", name="Variations").click()
+    made = until(lambda: jobs(served, "succeeded")[0]["request"].get("count") == 4 and jobs(served, "succeeded")[0])
+    assert made["request"]["prompt"] == "tools of the stage"
+    assert made["request"]["seed"] != 12  # the server chose one
+    page.locator(".frame[aria-current]").focus()
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("document.activeElement === document.querySelector('.frame[aria-current]')")
+    gone = until(lambda: page.locator(".stage-image").get_attribute("src") == made["pictures"][2]["url"]) and made
+    page.locator("#stage").get_by_role("button", name="Delete").click()
+    page.locator(".notice >> text=Undo").wait_for()
+    assert served.ask("GET", f"/v1/pictures/{gone['pictures'][2]['id']}")[2]["deleted"]
+    page.locator(".notice >> text=Undo").click()
+    until(lambda: not served.ask("GET", f"/v1/pictures/{gone['pictures'][2]['id']}")[2]["deleted"])
+
+
+def test_on_a_phone_the_result_is_seen_where_the_prompt_is_written(served, open_page):
+    page = open_page(390, 844)
+    page.wait_for_selector(".frame")
+    assert page.locator("#prompt").is_visible()
+    ask_for(page, "seen on a phone", seed=13)
+    until(lambda: page.locator(".stage-image").get_attribute("alt") == "seen on a phone")
+    box = until(lambda: (found := page.locator(".stage-image").bounding_box()) and found["y"] >= 0 and found)
+    assert box["y"] + box["height"] < 844
+    prompt = page.locator("#prompt").bounding_box()
+    assert box["y"] + box["height"] < prompt["y"] < 844 - 100  # above the buttons
+    small = """all => all.filter((one) => one.offsetWidth && Math.min(one.offsetWidth, one.offsetHeight) < 44)
+      .map((one) => one.outerHTML.slice(0, 80))"""
+    assert page.locator("#stage :is(button, a)").evaluate_all(small) == []
+
+
+def test_an_empty_stage_has_examples(tmp_path, start_server, open_page):
+    empty = start_server(Settings(tmp_path, models=("pocket",), preload=False))
+    try:
+        for size in ((1280, 800), (390, 844)):
+            page = open_page(*size, port=empty.port, view="draw")
+            page.locator("#stage .examples button").first.click()
+            assert page.input_value("#prompt")
+            assert complaints(page) == {"light": [], "dark": []}
+            page.close()
+    finally:
+        empty.stop()
 
 
 # The form -----------------------------------------------------------------------------------------------------------
@@ -948,9 +1032,8 @@ def test_everything_has_a_name_contrast_and_room(open_page, width, height):
     page = open_page(width, height)
     page.wait_for_selector("#draw-now")
     narrow = width < 900
-    for view in ("draw", "queue", "gallery"):
-        if narrow:
-            page.click(f"#views [data-view={view}]")
+    for view in ("draw", "queue", "gallery") if narrow else ("draw", "gallery"):
+        page.click(f"#views [data-view={view}]")
         if view == "draw":
             for summary in page.locator("summary").all():
                 summary.click()
@@ -962,8 +1045,7 @@ def test_everything_has_a_name_contrast_and_room(open_page, width, height):
             page.keyboard.press("Escape")
         if view == "gallery":
             page.wait_for_selector(".tile.loaded")
-        if narrow or view == "gallery":  # at a desk all three are seen at once
-            assert complaints(page) == {"light": [], "dark": []}
+        assert complaints(page) == {"light": [], "dark": []}
     page.locator(".tile-open").first.click()
     page.wait_for_selector("dialog .facts")
     assert complaints(page) == {"light": [], "dark": []}

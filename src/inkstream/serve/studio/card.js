@@ -65,7 +65,7 @@ export function partOf(job) {
 }
 
 /** Return a line about the job's state and progress. */
-function lineOf(job) {
+export function lineOf(job) {
   const left = job.endsAt === null ? null : Math.max(0, (job.endsAt - Date.now()) / 1000);
   const soon = left === null ? null : t("left", { time: duration(left) });
   const join = (...parts) => parts.filter(Boolean).join(" · ");

@@ -68,6 +68,7 @@ const ICONS = {
   fit: "M4 9V4h5 M15 4h5v5 M20 15v5h-5 M9 20H4v-5",
   split: "M4 5h16v14H4z M12 3v18 M12 9l7-4 M12 14l8-4.5 M13 18.5l7-4",
   map: "M4 6l5-2 6 2 5-2v14l-5 2-6-2-5 2z M9 4v14 M15 6v14",
+  lock: "M6 11h12v9H6z M8.5 11V7.500a3.5 3.5 0 0 1 7 0V11",
   more: "M6 12h.01 M12 12h.01 M18 12h.01",
 };
 

@@ -55,7 +55,8 @@ async function queue(made, beside, said) {
     await submit(made, beside);
     remember(made.prompt ?? "");
     speak(said);
-    view("queue", { onlyNarrow: true });
+    view("draw", { onlyNarrow: true });
+    document.querySelector("main").scrollTo({ top: 0, behavior: "smooth" }); // in a narrow window the stage is above the form
   } catch (error) {
     complain(error);
     point(error.param);

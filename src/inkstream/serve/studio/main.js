@@ -14,6 +14,7 @@ import { complain, notice } from "./notice.js";
 import { setUpQueue } from "./queue.js";
 import { setUpDrop } from "./recall.js";
 import { openSheet } from "./sheet.js";
+import { setUpStage } from "./stage.js";
 import { setUpViews } from "./views.js";
 import { fillIn, language, switchLanguage, t } from "./words.js";
 
@@ -28,6 +29,7 @@ async function start() {
   await loadModels();
   follow();
   await showForm();
+  setUpStage();
   setUpGallery();
   if (recollect("key")) byId("tools").prepend(iconButton("key", t("forgetKey"), forgetKey));
   await waitForEngine();

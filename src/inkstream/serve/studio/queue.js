@@ -69,6 +69,7 @@ function show(parts, empty, titles, pause) {
   byId("queue").classList.toggle("paused", paused);
   document.body.classList.toggle("busy", active > 0);
   document.body.classList.toggle("has-jobs", active + now.recent.length > 0 || paused);
+  document.body.classList.toggle("has-queue", active > 1 || paused); // the stage shows one
   document.title = now.running.length ? `${Math.round(100 * (partOf(now.running[0]) ?? 0))}% · inkstream` : "inkstream";
   countOf("queue", active);
 }

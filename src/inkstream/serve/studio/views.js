@@ -1,4 +1,5 @@
-// The three views of the page. A wide window shows all; a narrow one shows one view and a bar to switch.
+// The views of the page. A wide window shows the form beside the stage or the gallery, and the queue. A narrow one shows
+// the stage and the form, the queue, or the gallery.
 
 import { byId, h, icon } from "./dom.js";
 import { keep, recollect } from "./memory.js";
