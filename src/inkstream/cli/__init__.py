@@ -96,6 +96,9 @@ Only this machine can connect, until you make a key with `inkstream serve keys a
 Unfinished jobs start again with the next start of the server."""
 app.command("inkstream.cli.serve:serve", help=SERVE)
 
+STUDIO = """Open the studio in the browser. If no server runs at the port, one is started, until Ctrl-C."""
+app.command("inkstream.cli.serve:studio", help=STUDIO)
+
 LORA = """Describe, merge, convert, extract, resize and compare LoRA files."""
 app.command("inkstream.cli.lora:lora", help=LORA)
 

@@ -1,17 +1,23 @@
-"""`inkstream serve`: the server and its API keys. Only the engine's process imports torch."""
+"""`inkstream serve` and `inkstream studio`: the server and its API keys. Only the engine's process imports torch."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
 from inkstream.cli.lines import print_json
 from inkstream.cli.machine import HERE
 from inkstream.types import InputError, Machine, ProvenanceName, Saving
+
+if TYPE_CHECKING:
+    from inkstream.serve.limits import Settings
 
 serve = App(name="serve", help_format="plaintext", default_parameter=Parameter(negative=""))
 keys = App(name="keys", help="Make, list and remove the API keys of a server.", help_format="plaintext")
@@ -40,10 +46,13 @@ def run(
     provenance: ProvenanceName = "basic",
     fetch: Annotated[bool, Parameter(show_default=False)] = False,
     log_prompts: Annotated[bool, Parameter(show_default=False)] = False,
+    log_json: Annotated[bool, Parameter(show_default=False)] = False,
     encode_only: Annotated[bool, Parameter(show_default=False)] = False,
     yes: Annotated[bool, Parameter(alias="-y", show_default=False)] = False,
 ) -> None:
     """Serve pictures over HTTP.
+
+    On a terminal, the address of the studio is printed, with a QR code for a phone if other machines can connect.
 
     Parameters
     ----------
@@ -81,36 +90,25 @@ def run(
         Also take input pictures by URL, but not from private addresses.
     log_prompts
         Write prompts to the log.
+    log_json
+        Write the log as JSON also to a terminal. Elsewhere it always is JSON.
     encode_only
         Draw nothing: only encode prompts for the --text-encoder-server of other machines, with one --model.
     yes
         Download missing files without asking.
     """
-    from inkstream.engine.files.loras import check_loras, lora_folder, read_merges
-    from inkstream.engine.files.names import existing
-
     for option, value in {"port": port, "slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
         if value < 1:
             raise InputError(f"--{option} {value} is out of range: give 1 or more")
-    for part, path in machine.chosen.items():
-        existing(part, path)
-    read_merges(machine.merge_lora)
-    check_loras(machine.merge_lora, lora_folder(machine))
+    check(machine, model or [], yes)
     if provenance != "basic":
         from inkstream.engine.pictures.provenance import check_saving
 
         check_saving(Saving(provenance=provenance))
-    import uvicorn
-
-    from inkstream.serve import logs
-    from inkstream.serve.app import build
-    from inkstream.serve.connections import Connection, allow_many
     from inkstream.serve.limits import Limits, Settings
 
-    for name in model or []:
-        agree(name, yes)
     if encode_only:
-        serve_encoder(model or [], host, port, api_key_file or folder(data) / "keys.json", machine)
+        serve_encoder(model or [], host, port, api_key_file or folder(data) / "keys.json", machine, log_json)
         return
     limits = Limits(
         queue=queue, pixels=max_pixels, pictures=max_pictures, body_bytes=max_body << 20, seconds=time_limit
@@ -130,18 +128,147 @@ def run(
         provenance=provenance,
         fetch=fetch,
     )
-    logs.set_up()
+    serve_until_stopped(settings, log_json)
+
+
+def studio(
+    *,
+    port: int = 8400,
+    model: Annotated[list[str] | None, Parameter(alias="-m", show_default=False, negative=())] = None,
+    data: Data = None,
+    machine: Annotated[Machine, Parameter(name="*", show_default=False)] = HERE,
+    yes: Annotated[bool, Parameter(alias="-y", show_default=False)] = False,
+) -> None:
+    """Open the studio in the browser. If no server runs at the port, one is started, until Ctrl-C.
+
+    Parameters
+    ----------
+    port
+        Port of the server, on this machine.
+    model
+        A model to offer: a known name, a path, or NAME=PATH; repeat the option for more. The first is the default.
+        Without it, the studio offers all known models that are downloaded.
+    data
+        Folder of queue, history and pictures; default: a folder in your home.
+    yes
+        Download missing files without asking.
+    """
+    import webbrowser
+
+    address = f"http://127.0.0.1:{port}"
+    if is_inkstream(address):
+        print(f"a server runs at {address}: opening it", file=sys.stderr)
+        webbrowser.open(address)
+        return
+    from inkstream.serve.limits import Settings
+
+    check(machine, model or [], yes)
+    settings = Settings(folder(data), port=port, models=tuple(model or ()), machine=machine)
+    serve_until_stopped(settings, ready=lambda: webbrowser.open(address))
+
+
+def check(machine: Machine, models: Sequence[str], yes: bool) -> None:
+    """Raise InputError where a part, an adapter or a model of a server is missing, or not agreed to."""
+    from inkstream.engine.files.loras import check_loras, lora_folder, read_merges
+    from inkstream.engine.files.names import existing
+
+    for part, path in machine.chosen.items():
+        existing(part, path)
+    read_merges(machine.merge_lora)
+    check_loras(machine.merge_lora, lora_folder(machine))
+    for name in models:
+        agree(name, yes)
+
+
+def serve_until_stopped(settings: Settings, log_json: bool = False, ready: Callable[[], object] | None = None) -> None:
+    """Run the server until a signal. ready() is called once it listens. Raises InputError if no engine can start."""
+    import uvicorn
+
+    from inkstream.serve import logs
+    from inkstream.serve.app import build
+    from inkstream.serve.connections import Connection, allow_many
+    from inkstream.serve.keys import read_keys
+
+    logs.set_up(as_json=log_json)
     allow_many()
     app = build(settings)
-    config = uvicorn.Config(app, host, port, http=Connection, log_config=None, timeout_graceful_shutdown=5)
-    server = uvicorn.Server(config)
+    config = uvicorn.Config(
+        app, settings.host, settings.port, http=Connection, log_config=None, timeout_graceful_shutdown=5
+    )
     jobs = app.state.service.jobs
-    asyncio.run(listen(server, jobs))
+
+    def started() -> None:
+        if sys.stderr.isatty() and not log_json:
+            lines = banner(settings, len(read_keys(settings.keys)), lan_address())
+            print("\n".join(lines), file=sys.stderr, flush=True)
+        if ready is not None:
+            ready()
+
+    asyncio.run(listen(uvicorn.Server(config), jobs, started))
     if jobs.drawing.unusable:
         raise InputError(jobs.drawing.unusable)
 
 
-def serve_encoder(models: list[str], host: str, port: int, key_file: Path, machine: Machine) -> None:
+def banner(settings: Settings, keys: int, lan: str | None) -> list[str]:
+    """Return what a person wants to know of a server that has just started. lan: this machine's address for others."""
+    from inkstream import __version__
+    from inkstream.serve.limits import is_loopback
+
+    everywhere = settings.host in ("0.0.0.0", "::")
+    own = "127.0.0.1" if everywhere else settings.host
+    facts = [("studio", f"http://{own}:{settings.port}")]
+    outside = None
+    if not is_loopback(settings.host):
+        outside = f"http://{lan if everywhere else settings.host}:{settings.port}" if lan or not everywhere else None
+    if outside:
+        facts.append(("for others", outside))
+    facts.append(("models", ", ".join(settings.models) or "all that are downloaded"))
+    facts.append(("pictures", str(settings.data)))
+    count = f"{keys} key{'s' * (keys != 1)}"
+    facts.append(("access", f"others need a key; {count}" if outside else "this machine only"))
+    lines = [f"inkstream {__version__}", *(f"  {name:<11}{value}" for name, value in facts)]
+    if outside:
+        lines += ["", *qr_code(outside), "  Scan it with a phone in the same network, then type a key."]
+    elif not settings.models or keys:
+        lines.append("  For a phone or a team: `inkstream serve keys add NAME`, then --host 0.0.0.0")
+    return [*lines, "  Ctrl-C stops the server; unfinished jobs continue at its next start.", ""]
+
+
+def qr_code(text: str) -> list[str]:
+    """Return lines of half blocks that show a QR code, for terminals of any colours."""
+    import io
+
+    import segno
+
+    out = io.StringIO()
+    segno.make(text, micro=False).terminal(out, compact=True, border=2)
+    return out.getvalue().splitlines()
+
+
+def lan_address() -> str | None:
+    """Return the address by which machines of the network reach this one, if it has one. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way:
+        try:
+            way.connect(("192.0.2.1", 9))  # an address for documentation, RFC 5737: only the route is looked up
+            return way.getsockname()[0]
+        except OSError:
+            return None
+
+
+def is_inkstream(address: str) -> bool:
+    """Whether a server of inkstream answers at an address."""
+    import json
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(f"{address}/healthz", timeout=2) as answer:
+            return "engine" in json.loads(answer.read())
+    except (URLError, OSError, ValueError):
+        return False
+
+
+def serve_encoder(models: list[str], host: str, port: int, key_file: Path, machine: Machine, log_json: bool) -> None:
     """Serve the text encoders of a model. Only they are read. Raises InputError."""
     import uvicorn
 
@@ -157,13 +284,13 @@ def serve_encoder(models: list[str], host: str, port: int, key_file: Path, machi
         raise InputError("--encode-only and --text-encoder-server are both given: leave one out")
     keys = Keys(key_file)
     check_address(host, bool(keys))
-    logs.set_up()
+    logs.set_up(as_json=log_json)
     encoder = TextEncoder(models[0], machine)
     uvicorn.run(build(encoder.encode, keys), host=host, port=port, log_config=None, access_log=False)
 
 
-async def listen(server: Any, jobs: Any) -> None:
-    """Serve until a signal, or until the engine cannot start at all.
+async def listen(server: Any, jobs: Any, started: Callable[[], None]) -> None:
+    """Serve until a signal, or until the engine cannot start at all. started() is called once the server listens.
 
     Event streams do not end by themselves, so they are closed first.
     """
@@ -178,9 +305,16 @@ async def listen(server: Any, jobs: Any) -> None:
         jobs.feed.close()
         server.should_exit = True
 
+    async def tell() -> None:
+        while not server.started:
+            await asyncio.sleep(0.05)
+        started()
+
     server.handle_exit = leave
     jobs.drawing.give_up = give_up
+    telling = asyncio.create_task(tell())
     await server.serve()
+    telling.cancel()
 
 
 @keys.command

@@ -1,4 +1,4 @@
-"""The log: one JSON object for each line on stderr. It contains no prompts, except with --log-prompts."""
+"""The log on stderr: words on a terminal, else one JSON object for each line. Prompts are in it with --log-prompts."""
 
 from __future__ import annotations
 
@@ -27,15 +27,31 @@ class Lines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False, default=str)
 
 
-def set_up(stream: TextIO = sys.stderr) -> None:
-    """Send the records of inkstream and uvicorn to one stream."""
+class Words(logging.Formatter):
+    """Formats a log record for people: the time of day, the event, and the values given as `extra`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts = [
+            f"{name} {value}" for name, value in vars(record).items() if name not in KNOWN and value not in ("", None)
+        ]
+        if record.exc_info and record.exc_info[0] is not None:
+            facts += [record.exc_info[0].__name__, f"at {_places(record.exc_info[2])}"]
+        level = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        return "  ".join([self.formatTime(record, "%H:%M:%S"), level + record.getMessage(), *facts])
+
+
+def set_up(stream: TextIO = sys.stderr, as_json: bool = False) -> None:
+    """Send the records of inkstream and uvicorn to one stream: as words if it is a terminal and `as_json` is unset."""
+    words = stream.isatty() and not as_json
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(Lines())
+    handler.setFormatter(Words() if words else Lines())
     for name in ("inkstream.serve", "uvicorn", "uvicorn.error"):
         logger = logging.getLogger(name)
         logger.handlers = [handler] if name != "uvicorn.error" else []
         logger.propagate = name == "uvicorn.error"
         logger.setLevel(logging.INFO)
+    if words:  # the command line tells the address
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("uvicorn.access").disabled = True  # app.Guard logs the answers
 
 
