@@ -165,7 +165,7 @@ def test_suite_edits_judges_the_asked_change_and_all_that_stays(model, tmp_path)
 
 
 def test_unknown_suites_missing_files_and_empty_ones_are_refused(tmp_path):
-    with pytest.raises(InputError, match="no suite fox: take pocket, text, edits, people, people2 or"):
+    with pytest.raises(InputError, match="no suite fox: take pocket, text, edits, people, people2, posters,"):
         open_suite("fox")
     with pytest.raises(InputError, match=r"none\.jsonl cannot be read"):
         open_suite(str(tmp_path / "none.jsonl"))

@@ -56,8 +56,10 @@ def evaluate(
         A model's name, a repository on the hub, or a local path.
     suite
         pocket: 200 scenes outside the training data; text: 200 strings; edits: 120 edits of scenes, for models that
-        take references; people, people2: 300 and 160 prompts as people type them; or a .jsonl file with one
-        {"prompt": ...} a line.
+        take references; people, people2: 300 and 160 prompts as people type them; posters, products, characters,
+        scenes: 42 prompts each in English and Chinese; a .jsonl file with one {"prompt": ...} a line; a .txt file with
+        one prompt a line; or a file of others that you downloaded: geneval:FILE, dpg:FILE, cvtg:FILE, longtext:FILE,
+        oneig:FILE.
     seeds
         Pictures per prompt, each with its own seed.
     limit
@@ -96,10 +98,12 @@ def evaluate(
     from inkstream.evaluate.judge import judge_drawings, judge_sweep, judge_truths, measure_loss
     from inkstream.evaluate.report import matrix, record, table, write_sheet
     from inkstream.evaluate.run import Settings, claim, plan
-    from inkstream.evaluate.suites import open_suite, thin
+    from inkstream.evaluate.suites import about_suite, open_suite, thin
 
     with Terminal(quiet) as terminal:
         whole = open_suite(suite)
+        if line := about_suite(suite):
+            terminal.say(line)
         cases = thin(whole, limit)
         settings = Settings(seeds, steps, guidance, width, height, None if upsample else False, loras)
         agree_to_loras([*loras, *machine.merge_lora], machine, yes, terminal)

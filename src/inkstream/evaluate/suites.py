@@ -1,4 +1,4 @@
-"""Suites of prompts: Pocket's suites of held-out scenes, and files with one JSON object a line."""
+"""Suites of prompts: Pocket's suites of held-out scenes, our own files, the user's files, and those of others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from inkstream.evaluate.edits import edit_cases
+from inkstream.evaluate.importers import IMPORTERS, about, import_suite, split
 from inkstream.pocket.captions import STATES, caption
 from inkstream.pocket.draw import render
 from inkstream.pocket.edits import Edit
@@ -71,11 +72,12 @@ TEXT: tuple[Stratum, ...] = (
 SUITES: dict[str, tuple[Stratum, ...]] = {"pocket": POCKET, "text": TEXT}
 """Generated suites."""
 
-FILES = ("people", "people2")
-"""Suites that are files of prompts as users type them, written without knowing the parser.
+FILES = ("people", "people2", "posters", "products", "characters", "scenes")
+"""Suites that are files of prompts in the package.
 
-`people` has 300 prompts. Its failures were used to improve the parser. `people2` has 160 prompts, written after the
-parser was finished: it is for measuring only.
+`people` and `people2` are prompts as users type them, written without knowing the parser. `people` has 300 prompts. Its
+failures were used to improve the parser. `people2` has 160 prompts, written after the parser was finished: it is for
+measuring only. The others have 21 English and 21 Chinese prompts each, for real models; `posters` says the texts.
 """
 
 
@@ -86,17 +88,28 @@ EACH = 20
 
 
 def open_suite(name: str, grammar: Grammar | None = None) -> list[Case]:
-    """Return the cases of a suite, given its name or the path of a .jsonl file. Raises InputError if it is neither."""
+    """Return the cases of a suite. Raises InputError if there is no such suite, or its file cannot be read.
+
+    name: of a suite of ours; the path of a .jsonl file, or of a .txt file with a prompt a line; or a suite of others as
+    geneval:FILE (see `importers`).
+    """
     if name in SUITES:
         return list(held_out_cases(SUITES[name], grammar or Grammar()))
     if name == EDITS:
         return [Case(one.instruction, one.edit.kind, one.edit.after, edit=one.edit) for one in edit_cases(EACH)]
     if name in FILES:
         return read_suite(Path(__file__).parent / f"{name}.jsonl")
-    if not name.endswith(".jsonl"):
-        known = ", ".join([*SUITES, EDITS, *FILES])
-        raise InputError(f"there is no suite {name}: take {known} or give a file that ends in .jsonl")
+    if imported := split(name):
+        return [_case(row) for row in import_suite(*imported)]
+    if not name.endswith((".jsonl", ".txt")):
+        known = ", ".join([*SUITES, EDITS, *FILES, *(f"{kind}:FILE" for kind in IMPORTERS)])
+        raise InputError(f"there is no suite {name}: take {known} or give a file that ends in .jsonl or .txt")
     return read_suite(Path(name))
+
+
+def about_suite(name: str) -> str:
+    """A line about a suite of others: its licence and the hash of its file. Empty for other suites."""
+    return about(*imported) if (imported := split(name)) else ""
 
 
 def held_out_cases(strata: Sequence[Stratum], grammar: Grammar) -> Iterator[Case]:
@@ -137,17 +150,19 @@ def _narrowed(grammar: Grammar, stratum: Stratum, number: int) -> Grammar:
 def read_suite(path: Path) -> list[Case]:
     """Read cases from a file with one JSON object a line: prompt, and optionally the other fields of a Case.
 
+    A line of a .txt file is a prompt.
+
     Raises InputError; the message names the line and the error in it.
     """
     try:
         lines = path.read_text("utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}): give a file of one JSON object a line") from error
-    cases = []
+    cases, plain = [], path.suffix == ".txt"
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                cases.append(_case(json.loads(line)))
+                cases.append(_case({"prompt": line.strip()} if plain else json.loads(line)))
             except ValueError as error:  # InputError and the errors of JSON and pydantic are ValueErrors
                 reason = str(error) if isinstance(error, InputError | json.JSONDecodeError) else _first_line(error)
                 raise InputError(f"{path}, line {number}: {reason}") from error
