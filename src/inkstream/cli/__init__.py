@@ -75,6 +75,12 @@ The table of results goes to stdout. A folder gets the pictures, a contact sheet
 command resumes an interrupted run: finished pictures are not drawn again."""
 app.command("inkstream.cli.evaluate:evaluate", name="eval", help=EVALUATE)
 
+BAKEOFF = """Let several models draw the same prompts with the same seeds, and compare them.
+
+The folder gets the pictures, report.html, contact sheets, tables, and vote.html, a page for blind votes. The same
+command resumes an interrupted run: no picture is drawn twice. The exit code is 1 if some pictures failed."""
+app.command("inkstream.cli.bakeoff:bakeoff", help=BAKEOFF)
+
 ADVISE = """Advise a model, a precision and a placement, and compare the costs of own card, rented card and API.
 
 All arithmetic is shown, and the source and the date of every figure. The figures are in a TOML file: copy it, edit it,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from inkstream.engine.pictures.metadata import PICTURE_FIELDS
 from inkstream.types import InputError, Request
 
 NAME = "manifest.jsonl"
+NOTHING: Mapping[str, Any] = {}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Manifest:
             self._lock = take(folder / ".lock", refusal)
             for part in folder.glob(f".*{PART}"):  # left by a killed process
                 part.unlink()
-            self._lines = {(line["row"], line["index"]): line for line in self._read()}
+            self._lines = {(line["row"], line["index"]): line for line in read_lines(self.path)}
         self._log = None
 
     def close(self) -> None:
@@ -80,20 +81,24 @@ class Manifest:
         line = self._lines.get(one.key)
         return line is not None and "file" in line and line["digest"] != one.digest
 
-    def add(self, one: Wanted, data: bytes, seconds: float, seed: int | None) -> Path:
-        """Save a finished picture and its line. Both are on disk (fsync) when this returns."""
+    def add(
+        self, one: Wanted, data: bytes, seconds: float, seed: int | None, facts: Mapping[str, Any] = NOTHING
+    ) -> Path:
+        """Save a finished picture and its line, with further facts. Both are on disk (fsync) when this returns."""
         sha256 = hashlib.sha256(data).hexdigest()
         with self._writing():
             path = self._write(one.file, data)
-        self._append(one, {"file": one.file, "seed": seed, "sha256": sha256, "seconds": round(seconds, 3)})
+        self._append(one, {"file": one.file, "seed": seed, "sha256": sha256, "seconds": round(seconds, 3), **facts})
         return path
 
-    def fail(self, one: Wanted, error: str) -> None:
-        """Add a line for a picture that could not be drawn."""
-        self._append(one, {"error": error})
+    def fail(self, one: Wanted, error: str, facts: Mapping[str, Any] = NOTHING) -> None:
+        """Add a line for a picture that could not be drawn. It is missing, unless the facts say that it is `final`."""
+        self._append(one, {"error": error, **facts})
 
     def _holds(self, one: Wanted) -> bool:
         line = self._lines.get(one.key)
+        if line is not None and line.get("final") and line["digest"] == one.digest:
+            return True
         if line is None or "file" not in line or line["digest"] != one.digest:
             return False
         with suppress(OSError):
@@ -125,14 +130,15 @@ class Manifest:
             part.write_bytes(data)
         return path
 
-    def _read(self) -> Iterator[dict[str, Any]]:
-        """Yield the complete lines. A killed process may leave an incomplete last line."""
-        with suppress(FileNotFoundError):
-            for text in self.path.read_bytes().splitlines():
-                with suppress(ValueError):
-                    line = json.loads(text)
-                    if isinstance(line, dict) and {"row", "index", "digest"} <= line.keys():
-                        yield line
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of a manifest. A killed process may leave an incomplete last line."""
+    with suppress(FileNotFoundError):
+        for text in path.read_bytes().splitlines():
+            with suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and {"row", "index", "digest"} <= line.keys():
+                    yield line
 
 
 def digest(request: Request) -> str:

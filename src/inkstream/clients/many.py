@@ -93,7 +93,7 @@ def _draw(
             if stop.is_set():
                 return
             if isinstance(event, Done):
-                yield Drawn(_encode(drawer, event, request, saving), event.seconds, event.request.seed)
+                yield Drawn(encode_done(drawer, event, request, saving), event.seconds, event.request.seed)
                 return
             if isinstance(event, Loading | Step | Failed):
                 yield event
@@ -103,7 +103,8 @@ def _draw(
         events.close()  # type: ignore[attr-defined]
 
 
-def _encode(drawer: Drawer, done: Done, request: Request, saving: Saving) -> bytes:
+def encode_done(drawer: Drawer, done: Done, request: Request, saving: Saving = SAVING) -> bytes:
+    """The bytes of a PNG of a finished picture, with its request and what drew it. request: as it was submitted."""
     spec = drawer.spec(done.request.model)
     extra = drawer.ran_on(done.request.model) | wording(request.prompt, done) | cost_of(done)
     return encode_picture(done.image, "PNG", done.request, spec, saving=saving, extra=extra)

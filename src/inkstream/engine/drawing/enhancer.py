@@ -107,7 +107,7 @@ class ChatWriter:
     def write(self, prompt: str, references: Sequence[object], seed: int) -> Iterator[str]:
         """Yield a fuller prompt as it grows; before its first words, empty texts while it is waited for."""
         if self.model is None:
-            first: str = yield from _waiting(_first_model(self.peer))
+            first: str = yield from _waiting(first_model(self.peer, "--enhancer-model"))
             self.model = first
         asked: dict[str, Any] = {
             "model": self.model,
@@ -122,7 +122,7 @@ class ChatWriter:
         text = ""
         for item in stream(self.peer, "chat/completions", asked):
             if not isinstance(item, str):
-                text += _content(item[1])
+                text += content_of(item[1])
                 if len(text) > 4 * LONGEST:
                     raise InputError(f"the enhancer writes more than {4 * LONGEST} characters: take another model")
             yield plain(text)
@@ -141,12 +141,12 @@ def plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _first_model(peer: Peer) -> Lines:
-    """The first model that a server lists. Raises InputError if it lists none."""
+def first_model(peer: Peer, option: str) -> Lines:
+    """The first model that a server lists. Raises InputError if it lists none. option: names one."""
     listed = as_object((yield from ask(peer, "GET", "models"))) or {}
     names = [str((as_object(one) or {}).get("id", "")) for one in as_list(listed.get("data"))]
     if not names or not names[0]:
-        raise InputError("the enhancer lists no model: name one with --enhancer-model")
+        raise InputError(f"{peer.title} lists no model: name one with {option}")
     return names[0]
 
 
@@ -160,7 +160,7 @@ def _waiting(lines: Lines) -> Generator[str, None, Any]:
         yield ""
 
 
-def _content(event: Any) -> str:
+def content_of(event: Any) -> str:
     """The text in one event of a chat's stream, or in a whole answer."""
     choice = as_object((as_list((as_object(event) or {}).get("choices")) or [None])[0]) or {}
     found = as_object(choice.get("delta")) or as_object(choice.get("message")) or {}
