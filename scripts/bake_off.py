@@ -52,7 +52,8 @@ def main() -> None:
         sys.executable, "-m", "inkstream", "bakeoff", "pocket", "--models", ",".join([*models, REMOTE]),
         "--seeds", str(options.seeds), "--limit", str(options.prompts), "--out", str(options.folder), "--device", "cpu",
     ]  # fmt: skip
-    total, runs = (len(models) + 1) * options.prompts * options.seeds, []
+    total, log = (len(models) + 1) * options.prompts * options.seeds, options.folder / "runs.jsonl"
+    runs = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     for share in (*KILLED_AT, None):
         before = drawn_in(options.folder)
         if share is not None and len(before) >= share * total:
@@ -66,9 +67,11 @@ def main() -> None:
         process.wait()
         after = drawn_in(options.folder)
         again = sum(after.get(file) != at for file, at in before.items())
-        runs.append({"of": "run", "measure": "killed" if share else "finished", "there_before": len(before),
-                     "there_after": len(after), "drawn_again": again})  # fmt: skip
+        ending = "killed" if share else "to the end"
+        runs.append({"of": f"run {len(runs) + 1}, {ending}", "pictures": len(after), "drawn_again": again})
         print(json.dumps(runs[-1]), flush=True)
+        with log.open("a") as file:
+            file.write(json.dumps(runs[-1]) + "\n")
     if options.record:
         words = shlex.join(["python", *sys.argv]).replace(str(options.folder), "FOLDER")
         print(as_record(read_results(options.folder), options.record, words, runs))

@@ -41,6 +41,7 @@ from inkstream.evaluate.report import QUESTIONS
 from inkstream.evaluate.suites import Case, open_suite
 from inkstream.families.zimage.specs import BASE
 from inkstream.pocket.draw import render
+from inkstream.serve.limits import Settings
 from inkstream.types import InputError
 
 REMOTE = "together:flux-1-schnell"
@@ -234,6 +235,25 @@ def test_the_kinds_of_failure_are_told_apart():
     peer = wire.open_peer("Somebody", "https://example.com", "")
     assert failure_of(str(wire.refusal(peer, "rules"))) == "refusal"
     assert failure_of("the server cannot be reached") == "error"
+
+
+@pytest.mark.slow
+def test_a_server_is_a_contender_and_its_own_machine_is_not_told(start_server, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    served = start_server(Settings(tmp_path / "data", models=(f"turbo={tiny_folder}",), preload=False))
+    url = f"http://127.0.0.1:{served.port}"
+    Path("mine.txt").write_text("a fox\n")
+    models = f"{tiny_folder}{SMALL}@name=here,turbo{SMALL}@server={url}"
+    words_ = ["bakeoff", "mine.txt", "--models", models, "--seeds", "1", "--out", "out", "--device", "cpu", "--quiet"]
+    assert main(words_) == 0
+    served.stop()
+    here, there = json.loads(Path("out/plan.json").read_text())["models"]
+    assert (there["name"], there["where"], there["weights"]) == (f"turbo{SMALL}", "a server", None)
+    assert here["evaluations"] == 2
+    assert url not in Path("out/report.html").read_text()
+    ours, theirs = (np.asarray(Image.open(path)) for path in sorted(Path("out/pictures").glob("*.png")))
+    assert (ours == theirs).all()
+    assert read_results(Path("out")).pictures[1].peak_bytes is None
 
 
 # Measuring

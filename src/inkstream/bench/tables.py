@@ -61,6 +61,17 @@ def percent(name: str) -> Cell:
     return field(name, ".0%")
 
 
+def within(name: str) -> Cell:
+    """Return a cell that shows a share and its interval."""
+
+    def cell(row: Row) -> str:
+        if row.get(name) is None:
+            return ""
+        return f"{row[name]:.1%} ({row[f'{name}_low']:.0%} to {row[f'{name}_high']:.0%})"
+
+    return cell
+
+
 def picture(row: Row) -> str:
     return f"{row['width']}x{row['height']}" + (f", {row['pictures']} at once" if row["pictures"] > 1 else "")
 
@@ -97,6 +108,22 @@ PLANS: Columns = (
     },
 )
 TABLES: Mapping[str, Columns] = {
+    "bakeoff-": (
+        {"": field("of")},
+        {
+            "Pictures": field("pictures"),
+            "Drawn again": field("drawn_again"),
+            "All right": within("all_right"),
+            "Text exact, by rapidocr": within("text_exact__by_rapidocr"),
+            "Object and colour": field("object_and_colour", ".1%"),
+            "Count": field("count", ".1%"),
+            "Relation": field("relation", ".1%"),
+            "Seconds": field("seconds__median", ".2f"),
+            "Memory": gibibytes("peak_memory_in_bytes"),
+            "Cost": field("cost_in_US_dollars", ".4f", " $"),
+            "Failed": field("failed", ".1%"),
+        },
+    ),
     "verify": (
         {"Asked for": field("kind")},
         {

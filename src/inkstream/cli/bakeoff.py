@@ -78,7 +78,7 @@ def run(
             raise InputError(f"{option} {value} is out of range: give 1 to 1000")
     from inkstream.clients.manifest import NAME, read_lines
     from inkstream.evaluate.bakeoff.check import check_all
-    from inkstream.evaluate.bakeoff.plan import Hashes, Plan, describe, freeze, read_entries
+    from inkstream.evaluate.bakeoff.plan import Plan, freeze, read_entries
     from inkstream.evaluate.bakeoff.run import PICTURES, draw, open_manifest
     from inkstream.evaluate.suites import about_suite, open_suite, thin
 
@@ -88,21 +88,12 @@ def run(
             terminal.say(line)
         if any(case.edit is not None for case in cases.values()):
             raise InputError(f"suite {prompts} has pictures to edit: a bake-off takes a suite of prompts")
-        entries = read_entries(models)
+        entries = [on_server(entry, machine.server) for entry in read_entries(models)]
         folder = out or Path("bakeoffs") / slug(Path(prompts).stem)
         try_folder(folder)
         places = {entry.name: machine_of(entry, machine) for entry in entries}
-        for entry in entries:
-            if not entry.elsewhere and places[entry.name].server is None:
-                agree_to_loras(
-                    [*entry.asked(prompt="a prompt").loras, *places[entry.name].merge_lora], machine, yes, terminal
-                )
-                check(entry.asked(prompt="a prompt"), places[entry.name])
-                agree_to_download(entry.model, yes, terminal, machine.commercial_only)
         remote = _remote([entry.model for entry in entries if is_remote(entry.model)], machine)
-        hashes = Hashes(folder, lambda done, total: terminal.wait("hashing weights", done, total, in_gigabytes(done)))
-        facts = [describe(entry, remote.get(entry.model) or make_drawer(places[entry.name]), places[entry.name], hashes)
-                 for entry in entries]  # fmt: skip
+        facts = [examine(entry, places[entry.name], remote, folder, yes, terminal) for entry in entries]
         sources = [entry.model if entry.quant is None else str(written(entry, folder)) for entry in entries]
         plan = Plan(prompts_name(prompts), cases, entries, sources, facts, seeds, seed)
         freeze(plan, folder)
@@ -133,22 +124,38 @@ def prompts_name(prompts: str) -> str:
     return f"{kind}{colon}{Path(path).name}"
 
 
+def on_server(entry: Entry, server: str | None) -> Entry:
+    """A model, drawn by the command's server unless it says where. Raises InputError if it would be quantised there."""
+    if server is not None and not entry.elsewhere:
+        entry = replace(entry, machine=(*entry.machine, ("server", server)))
+    if entry.elsewhere and entry.quant:
+        raise InputError(f"model {entry.name} is on a server, which has its own weights: leave @{entry.quant} out")
+    return entry
+
+
 def machine_of(entry: Entry, machine: Anywhere) -> Anywhere:
-    """The machine that a model is drawn on: the command's, with the model's own options. Raises InputError."""
-    known = {field.name: field for field in fields(Anywhere)}
+    """The machine that a model is drawn on: the command's, with the model's own options; or a server."""
+    known = {field.name: field.type for field in fields(Anywhere)}
     own: dict[str, Any] = {}
     for name, text in entry.machine:
-        if known[name].type == "bool":
-            own[name] = text.lower() in ("1", "true", "yes")
-        else:
-            own[name] = (text,) if name == "merge_lora" else text
-    if is_remote(entry.model):
-        return replace(machine, server=None)
-    if own.get("server", machine.server) is not None and entry.quant:
-        raise InputError(
-            f"model {entry.name} is drawn by a server, which has its own weights: leave @{entry.quant} out"
-        )
-    return replace(machine, **own)
+        is_switch = known[name] == "bool"
+        own[name] = text.lower() in ("1", "true", "yes") if is_switch else (text,) if name == "merge_lora" else text
+    return replace(ANYWHERE if entry.elsewhere else machine, **own)
+
+
+def examine(
+    entry: Entry, place: Anywhere, remote: dict[str, Any], folder: Path, yes: bool, terminal: Terminal
+) -> dict[str, Any]:
+    """Check a model before anything big is read, and return the facts that are frozen. Raises InputError."""
+    from inkstream.evaluate.bakeoff.plan import Hashes, describe
+
+    asked = entry.asked(prompt="a prompt")
+    if not entry.elsewhere:
+        agree_to_loras([*asked.loras, *place.merge_lora], place, yes, terminal)
+        check(asked, place)
+        agree_to_download(entry.model, yes, terminal, place.commercial_only)
+    hashes = Hashes(folder, lambda done, total: terminal.wait("hashing weights", done, total, in_gigabytes(done)))
+    return describe(entry, remote.get(entry.model) or make_drawer(place), place, hashes)
 
 
 def _remote(names: Sequence[str], machine: Anywhere) -> dict[str, Any]:

@@ -269,8 +269,9 @@ def _reason(error: BaseException) -> str:
 
 
 def _spec(model: Mapping[str, Any]) -> Spec:
-    """A Spec from an entry of /v1/models."""
-    facts, defaults = model["inkstream"], model["inkstream"]["defaults"]
+    """A Spec from an entry of /v1/models. The server does not know the defaults of a model that it has not read yet."""
+    facts = model["inkstream"]
+    defaults = {"steps": 0, "guidance": 1.0, **facts["defaults"]}
     own = ("steps", "guidance", "solver", "schedule", "strength")
     return Spec(
         name=model["id"],
@@ -285,7 +286,7 @@ def _spec(model: Mapping[str, Any]) -> Spec:
         licence=facts["licence"],
         commercial=facts["commercial"],
         title=facts["title"],
-        **{field: defaults[field] for field in own},
+        **{field: defaults[field] for field in own if field in defaults},
     )
 
 

@@ -66,7 +66,8 @@ class Entry:
         if len(quants) > 1 or (quants and is_remote(model)):
             raise InputError(f"model {text} cannot be quantised so: give one of {', '.join(QUANTS)} to a model here")
         given = dict(end.split("=", 1) for end in ends if end not in QUANTS)
-        name = given.pop("name", "") or "@".join([_short(model), *ends])
+        shown = [end for end in ends if not end.startswith("server=")]  # a report names no address
+        name = given.pop("name", "") or "@".join([_short(model), *shown])
         on = {field.name for field in fields(Machine)} - {*OF_THE_RUN} | {"server"}
         own = Request.model_fields.keys() - {*OF_THE_PLAN}
         for option in given:
@@ -168,17 +169,19 @@ def describe(entry: Entry, drawer: Drawer, here: Machine, hashes: Hashes) -> dic
         "device": None,
         "dtype": None,
     }
-    if is_remote(entry.model):
+    if entry.elsewhere:
         return facts
     whole = complete(entry.asked(prompt="a prompt", seed=0), spec)
     times = len(times_asked(whole.solver, times_of(whole, spec, from_picture=False)[0]))
     shown = ("steps", "guidance", "solver", "schedule", "width", "height")
     facts |= {name: getattr(whole, name) for name in shown}
     facts["evaluations"] = times * (2 if guided(whole, spec) else 1)
-    if not entry.elsewhere:
-        device, dtype = check_machine(here)
-        facts |= {"device": str(device), "dtype": str(dtype).removeprefix("torch."), "weights": hashes.of(entry, here)}
-    return facts
+    device, dtype = check_machine(here)
+    return facts | {
+        "device": str(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "weights": hashes.of(entry, here),
+    }
 
 
 class Hashes:

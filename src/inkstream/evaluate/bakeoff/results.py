@@ -262,19 +262,25 @@ def write_tables(results: Results, more: Mapping[str, Any]) -> None:
 
 
 def as_record(results: Results, name: str, command: str = "", more: Sequence[Mapping[str, Any]] = ()) -> Path:
-    """Write a record of a bake-off: how each model was drawn with, and its rows. It names no path of this machine.
+    """Write a record of a bake-off with a row for each model: how it was drawn with, and its measures over all groups.
 
-    command: that repeats it; default: that of `inkstream bakeoff`. more: further rows.
+    It names no path of this machine. command: repeats it; default: that of `inkstream bakeoff`. more: further rows.
     """
     plan = results.plan
-    ran = [{"of": "bake-off", **{key: plan[key] for key in ("suite", "prompts", "seeds", "cases")}}]
-    for model in plan["models"]:
+    rows = []
+    for number, model in enumerate(plan["models"]):
         kept = {key: value for key, value in model.items() if key not in ("name", "options", "on", "weights")}
-        ran.append({"of": model["name"], **kept, **model["options"], **model["on"]})
-    told = [{key: value for key, value in asdict(row).items() if value is not None} for row in results.rows]
+        row = {"of": model["name"], **kept, **model["options"], **model["on"]}
+        row["pictures"] = sum(one.model == number and one.file is not None for one in results.pictures)
+        for found in results.rows:
+            if found.of == model["name"] and found.group == "all":
+                key = "".join(char if char.isalnum() else "_" for char in found.measure)
+                told = {key: found.value, f"{key}_low": found.low, f"{key}_high": found.high}
+                row |= {key: round(value, 5) for key, value in told.items() if value is not None}
+        rows.append(row)
     models = ",".join(model["name"] for model in plan["models"])
     usual = f"inkstream bakeoff {plan['suite']} --models {models} --seeds {plan['seeds']} --limit {plan['prompts']}"
-    return write_record(name, date.today().isoformat(), command or usual, {}, [*ran, *more, *told])
+    return write_record(name, date.today().isoformat(), command or usual, {}, [*rows, *more])
 
 
 def shown(measure: str, value: float) -> str:
