@@ -1020,10 +1020,15 @@ SAVING = Saving()
 
 
 class Query(NamedTuple):
-    """A point where a solver needs the velocity. x: float32, any shape. t: the time, from 1 (noise) to 0 (image)."""
+    """A point where a solver needs the velocity. x: float32, any shape. t: the time, from 1 (noise) to 0 (image).
+
+    to: the time that the solver follows the velocity to. A flow map answers with the mean velocity on the way there;
+    other models do not read it.
+    """
 
     x: Tensor
     t: float
+    to: float | None = None
 
 
 Solver = Generator[Query, "Tensor", "Tensor"]

@@ -28,7 +28,7 @@ class Sample:
 
     x: (C, h, w) float32. prepared: what is constant over the steps, made by the family for this picture and `around`.
     `prepared.at(t)` returns it for time t alone, as a CUDA graph recording needs it, or None if t was not foreseen.
-    prompt: which of the picture's prompts this is.
+    prompt: which of the picture's prompts this is. to: as in `Query`, for flow maps; None: the velocity at the point.
     """
 
     x: Tensor
@@ -36,6 +36,7 @@ class Sample:
     prepared: Any
     around: Around = NOTHING
     prompt: int = 0
+    to: float | None = None
 
 
 class Span(NamedTuple):

@@ -31,7 +31,7 @@ class MakeSolver(Protocol):
 def euler(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None) -> Solver:
     """First order, one model call per step. Exact for steps of any size if D is constant."""
     for t, s in pairwise(ts):
-        v = yield Query(x, t)
+        v = yield Query(x, t, s)
         x = x + (s - t) * v
     return x
 
@@ -42,9 +42,9 @@ def heun(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = Non
     The step to 0 is an Euler step. Source: Karras et al. 2022, algorithm 1.
     """
     for t, s in pairwise(ts):
-        v = yield Query(x, t)
+        v = yield Query(x, t, s)
         if s > 0:
-            v_end = yield Query(x + (s - t) * v, s)
+            v_end = yield Query(x + (s - t) * v, s, s)
             v = (v + v_end) / 2
         x = x + (s - t) * v
     return x
@@ -56,9 +56,10 @@ def ralston_2s(x: Tensor, ts: Sequence[float], generator: torch.Generator | None
     Their weights are 1/4 and 3/4. The step to 0 is an Euler step. Source: Ralston 1962.
     """
     for t, s in pairwise(ts):
-        v = yield Query(x, t)
+        later = t + (s - t) * 2 / 3 if s > 0 else s
+        v = yield Query(x, t, later)
         if s > 0:
-            v_two_thirds = yield Query(x + (s - t) * 2 / 3 * v, t + (s - t) * 2 / 3)
+            v_two_thirds = yield Query(x + (s - t) * 2 / 3 * v, later, s)
             v = (v + 3 * v_two_thirds) / 4
         x = x + (s - t) * v
     return x
@@ -73,7 +74,7 @@ def dpmpp_2m(x: Tensor, ts: Sequence[float], generator: torch.Generator | None =
     """
     before = None  # t and D of the previous step
     for t, s in pairwise(ts):
-        v = yield Query(x, t)
+        v = yield Query(x, t, s)
         image = to_image(x, v, t)
         target = image
         if before is not None and s > 0:
@@ -93,7 +94,7 @@ def res_multistep(x: Tensor, ts: Sequence[float], generator: torch.Generator | N
     """
     before = None  # t and D of the previous step
     for t, s in pairwise(ts):
-        v = yield Query(x, t)
+        v = yield Query(x, t, s)
         image = to_image(x, v, t)
         if before is None or s == 0:
             x = torch.lerp(image, x, s / t)
@@ -112,14 +113,14 @@ def res_2s(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = N
     The step to 0 is an Euler step. Source: Zhang et al. 2023 (arXiv 2308.02157), RES single-step order 2.
     """
     for t, s in pairwise(ts):
-        v = yield Query(x, t)
+        middle = math.sqrt(t * s)
+        v = yield Query(x, t, middle)
         image = to_image(x, v, t)
         if s == 0:
             return image
         h = math.log(t / s)
-        middle = math.sqrt(t * s)
         x_middle = torch.lerp(image, x, middle / t)
-        v = yield Query(x_middle, middle)
+        v = yield Query(x_middle, middle, s)
         b2 = 2 * phi2(h)
         x = s / t * x + h * ((phi1(h) - b2) * image + b2 * to_image(x_middle, v, middle))
     return x
@@ -133,8 +134,8 @@ def euler_ancestral(x: Tensor, ts: Sequence[float], generator: torch.Generator |
     form.
     """
     for t, s in pairwise(ts):
-        v = yield Query(x, t)
         down = s * s / t
+        v = yield Query(x, t, down)
         x = x + (down - t) * v
         if s > 0:
             scale = (1 - s) / (1 - down)
@@ -149,7 +150,7 @@ def lcm(x: Tensor, ts: Sequence[float], generator: torch.Generator | None = None
     algorithm 1.
     """
     for t, s in pairwise(ts):
-        v = yield Query(x, t)
+        v = yield Query(x, t, 0.0)
         x = to_image(x, v, t)
         if s > 0:
             x = add_noise(x, _noise_like(x, generator), s)

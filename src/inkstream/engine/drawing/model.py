@@ -327,14 +327,14 @@ class Run:
     def samples(self, number: int = 0) -> list[Sample]:
         """Return the samples of one forward of the pending query: of both prompts if guidance is on, else of one."""
         assert self.query is not None
-        (x, t), leg = self.query, self.leg
+        (x, t, to), leg = self.query, self.leg
         view = View(leg.around, leg.prepared)
         if self.windows is not None:
             corner = self.windows.corners[number]
             x = self.windows.cut(x, corner)
             view = leg.window(corner, t) if leg.window else view
         prepared = view.prepared[: len(self.entries())]
-        return [Sample(x, t, entry, view.around, i) for i, entry in enumerate(prepared)]
+        return [Sample(x, t, entry, view.around, i, to) for i, entry in enumerate(prepared)]
 
     def entries(self) -> Sequence[Any]:
         """Return the prepared prompts that the pending query is answered with."""
