@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from inkstream.families import parts
-from inkstream.families.flux2.autoencoder import AUTOENCODER, infer_autoencoder
+from inkstream.families.flux_autoencoder import AUTOENCODER, infer_autoencoder
 from inkstream.nn.config import Flux2VAEConfig, VAEConfig
 from inkstream.nn.vae import TILE, Flux2Autoencoder, LatentNorm, tile_area, tile_for
 from inkstream.types import InputError

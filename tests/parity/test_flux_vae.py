@@ -11,7 +11,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from PIL import Image
 from safetensors.torch import save_file
 
-from inkstream.families.flux2.autoencoder import AUTOENCODER
+from inkstream.families.flux_autoencoder import AUTOENCODER
 from inkstream.families.references import SEVERAL_AREA, join_references, prepare_references
 from inkstream.nn.config import Flux2VAEConfig, read_config
 from inkstream.nn.vae import Flux2Autoencoder

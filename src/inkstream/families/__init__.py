@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from inkstream.families.flux1 import specs as flux1
 from inkstream.families.flux2 import specs as flux2
+from inkstream.families.flux3 import specs as flux3
 from inkstream.families.zimage import specs as zimage
 from inkstream.types import Conditioning, ControlUse, Spec
 
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
     from inkstream.weights.keymap import Rule
     from inkstream.weights.lora.names import Names
 
-SPECS: dict[str, Spec] = {spec.name: spec for spec in (*zimage.SPECS, *flux1.SPECS.values(), *flux2.SPECS.values())}
+SPECS: dict[str, Spec] = {
+    spec.name: spec for spec in (*zimage.SPECS, *flux1.SPECS.values(), *flux2.SPECS.values(), *flux3.SPECS.values())
+}
 """Every known model by name."""
 
 RECOMMENDED = ("z-image-turbo", "flux2-klein-4b", "pocket")
@@ -32,6 +35,7 @@ FAMILIES: dict[str, str] = {
     "zimage": "inkstream.families.zimage.family:ZImage",
     "flux1": "inkstream.families.flux1.family:Flux1",
     "flux2": "inkstream.families.flux2.family:Flux2",
+    "flux3": "inkstream.families.flux3.family:Flux3",
 }
 """Family name -> path of its class, which is imported when a model of the family is loaded."""
 
@@ -50,7 +54,7 @@ ADAPTER_DIALECTS = {
     "lycoris": "diffusers",
 }
 """Dialect of an adapter's file -> the layout whose names programs write for a FLUX model."""
-WIDTHS = {3840: "Z-Image", 3072: "FLUX.1 or FLUX.2 klein 4B", 4096: "FLUX.2 klein 9B", 6144: "FLUX.2 dev"}
+WIDTHS = {3840: "Z-Image", 3072: "FLUX.1, FLUX.2 klein 4B or FLUX.3 klein", 4096: "FLUX.2 klein 9B", 6144: "FLUX.2 dev"}
 """Width of the transformer -> the models that have it. A test compares it with SPECS."""
 
 

@@ -74,6 +74,14 @@ def _flux2(config: Any) -> Sizes:
     return Sizes(inside | others, inside, _flux_blocks(config))
 
 
+def _flux3(config: Any) -> Sizes:
+    hidden = int(config.mlp_ratio * config.dim)
+    inside = frozenset((config.dim, hidden))
+    others = {config.in_channels, config.cond_in_channels, config.joint_attention_dim, 256}
+    blocks = {"single_blocks": config.num_single_layers, "single_transformer_blocks": config.num_single_layers}
+    return Sizes(inside | others, inside, blocks)
+
+
 def _flux_blocks(config: Any) -> dict[str, int]:
     double, single = config.num_layers, config.num_single_layers
     return {
@@ -84,5 +92,5 @@ def _flux_blocks(config: Any) -> dict[str, int]:
     }
 
 
-SIZES = {"zimage": _zimage, "flux1": _flux1, "flux2": _flux2}
+SIZES = {"zimage": _zimage, "flux1": _flux1, "flux2": _flux2, "flux3": _flux3}
 """Family -> the sizes by its config. A test compares them with the layers of each known model."""

@@ -21,6 +21,8 @@ ALIASES: Mapping[str, tuple[str, ...]] = {
     "flux2-klein-base-4b": ("flux2-klein-4b-base",),
     "flux2-klein-base-9b": ("flux2-klein-9b-base",),
     "flux2-klein-9b-kv": ("flux2-klein-kv-9b",),
+    "flux3-klein": ("flux-3-klein",),
+    "flux3-klein-base": ("flux-3-klein-base", "flux3-image-klein-base"),
 }
 """Known model -> further names of its files, beside its own name and that of its repository."""
 

@@ -30,6 +30,13 @@ class Qwen3Config:
 
 
 @dataclass(frozen=True)
+class Qwen3VLConfig(Qwen3Config):
+    """The language model of Qwen3-VL. Defaults: Qwen3-VL-4B. For text alone it is Qwen3 with another rotary base."""
+
+    rope_theta: float = 5_000_000.0
+
+
+@dataclass(frozen=True)
 class VAEConfig:
     """The convolutional autoencoder (AutoencoderKL). Defaults: FLUX.1's, which Z-Image uses too."""
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from inkstream.nn.attention import attend
 from inkstream.nn.config import Qwen3Config
@@ -21,12 +22,14 @@ class Qwen3(nn.Module):
     """The decoder of Qwen3 (arXiv 2505.09388) without its head. It returns hidden states.
 
     `depths` are the states to return: 0 is the embedding, k is the output of layer k, before any final norm. Default:
-    the last but one of the published layer count, as in Z-Image. Deeper layers are not built.
+    the last but one of the published layer count, as in Z-Image. Deeper layers are not built. pads_at: the position of
+    all padding tokens; None: padding is counted on from the text.
     """
 
-    def __init__(self, config: Qwen3Config, depths: Sequence[int] | None = None):
+    def __init__(self, config: Qwen3Config, depths: Sequence[int] | None = None, pads_at: int | None = None):
         super().__init__()
         self.config = config
+        self.pads_at = pads_at
         self.depths = tuple(depths) if depths is not None else (config.num_hidden_layers - 1,)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = Blocks(Layer(config) for _ in range(max(self.depths)))
@@ -38,7 +41,8 @@ class Qwen3(nn.Module):
         prompt, at least one; the tokens after them are padding. Default: all tokens are text.
         """
         x = self.embed_tokens(ids)  # (L, D)
-        table = rope(lengths, self.config.head_dim, self.config.rope_theta, ids.device)
+        counted = lengths if texts is None or self.pads_at is None else texts
+        table = rope(lengths, self.config.head_dim, self.config.rope_theta, ids.device, counted, self.pads_at or 0)
         read = {0: x}  # hidden states by depth, only those to return
         for i, layer in visits(self.layers):
             x = layer(x, table, lengths, lengths if texts is None else texts)
@@ -133,10 +137,22 @@ def attend_padded(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], texts
     return torch.cat(out)
 
 
-def rope(lengths: Sequence[int], dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosines and sines for every token; each prompt's positions start at 0. Two of (L, 1, E / 2), float32."""
+def rope(
+    lengths: Sequence[int],
+    dim: int,
+    theta: float,
+    device: torch.device,
+    counted: Sequence[int] | None = None,
+    others_at: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines for every token; each prompt's positions start at 0. Two of (L, 1, E / 2), float32.
+
+    counted: how many tokens of each prompt are counted, by default all. Those after them are at position `others_at`.
+    """
     frequencies = theta ** -(torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim)
-    positions = torch.cat([torch.arange(n, dtype=torch.float32, device=device) for n in lengths])
+    spans = zip(lengths, lengths if counted is None else counted, strict=True)
+    pieces = [F.pad(torch.arange(n, device=device), (0, length - n), value=others_at) for length, n in spans]
+    positions = torch.cat(pieces).float()
     angle = torch.outer(positions, frequencies).unsqueeze(1)
     return angle.cos(), angle.sin()
 

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from inkstream.families.flux2.specs import Flux2Config
+from inkstream.families.flux_autoencoder import document
 from inkstream.families.scheduler import CLASS, SCHEDULER, write_scheduler
-from inkstream.nn.config import Flux2VAEConfig, MistralConfig, Qwen3Config
+from inkstream.nn.config import MistralConfig, Qwen3Config
 from inkstream.types import Spec
 
 
@@ -31,7 +32,7 @@ def documents(spec: Spec) -> dict[str, dict[str, Any]]:
         "model_index.json": index,
         "transformer/config.json": _transformer(spec.transformer),
         "text_encoder/config.json": _qwen3(spec.text_encoder) if klein else _mistral(spec.text_encoder),
-        "vae/config.json": _vae(spec.vae),
+        "vae/config.json": document(spec.vae),
         SCHEDULER: write_scheduler(spec),
     }
 
@@ -71,21 +72,4 @@ def _mistral(config: MistralConfig) -> dict[str, Any]:
         "architectures": ["Mistral3ForConditionalGeneration"],
         "model_type": "mistral3",
         "text_config": {"model_type": "mistral", **sizes, **rope, "hidden_act": "silu", "sliding_window": None},
-    }
-
-
-def _vae(config: Flux2VAEConfig) -> dict[str, Any]:
-    sizes = asdict(config)
-    if config.decoder_block_out_channels is None:
-        del sizes["decoder_block_out_channels"]
-    levels = len(config.block_out_channels)
-    return {
-        "_class_name": "AutoencoderKLFlux2",
-        **sizes,
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "batch_norm_momentum": 0.1,
-        "patch_size": [2, 2],
-        "sample_size": 1024,
     }

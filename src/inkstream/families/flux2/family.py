@@ -15,7 +15,6 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from inkstream.families import CARD, Documents, Part, Pictures, Shapes
-from inkstream.families.flux2.autoencoder import AUTOENCODER
 from inkstream.families.flux2.control import FUN
 from inkstream.families.flux2.documents import documents
 from inkstream.families.flux2.keys import CUT_SHORT, DIFFUSERS, SINGLE_FILE
@@ -45,6 +44,7 @@ from inkstream.families.flux2.text import (
     pad_id,
 )
 from inkstream.families.flux2.writers import WRITER
+from inkstream.families.flux_autoencoder import AUTOENCODER
 from inkstream.families.parts import decode, encode, load_tokenizer
 from inkstream.families.references import check_references, default_size, prepare_references
 from inkstream.families.scheduler import read_scheduler

@@ -1,8 +1,9 @@
-"""FLUX.2's autoencoder as a Part: both published layouts, with the full or the small decoder, recognised by shapes."""
+"""The autoencoder of FLUX.2 and FLUX.3 as a Part: both published layouts, full or small decoder, known by shapes."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from inkstream.families import Part, Shapes, parts
 from inkstream.nn.config import Flux2VAEConfig
@@ -45,3 +46,21 @@ AUTOENCODER = Part(
     infer=infer_autoencoder,
 )
 """The autoencoder with the full or the small decoder. "ldm" is ae.safetensors and ComfyUI's flux2-vae."""
+
+
+def document(config: Flux2VAEConfig) -> dict[str, Any]:
+    """The autoencoder's config.json."""
+    sizes = asdict(config)
+    if config.decoder_block_out_channels is None:
+        del sizes["decoder_block_out_channels"]
+    levels = len(config.block_out_channels)
+    return {
+        "_class_name": "AutoencoderKLFlux2",
+        **sizes,
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "batch_norm_momentum": 0.1,
+        "patch_size": [2, 2],
+        "sample_size": 1024,
+    }
