@@ -17,6 +17,7 @@ from inkstream.engine.machine.compile import compile_blocks
 from inkstream.engine.machine.placement import Placed
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_9B_KV, KLEIN_BASE_4B
+from inkstream.families.flux3.specs import KLEIN, KLEIN_BASE
 from inkstream.families.zimage.specs import BASE
 from inkstream.nn.around import Around
 from inkstream.nn.around.adapters import Adapter
@@ -27,7 +28,7 @@ from inkstream.nn.quant import PackedLinear, place
 from inkstream.quant.pack import pack
 from inkstream.types import InputError, Request
 
-SPECS = [BASE, DEV, KLEIN_BASE_4B]
+SPECS = [BASE, DEV, KLEIN_BASE_4B, KLEIN_BASE, KLEIN]
 NAMED = {
     "zimage": ("layers.0.attention.qkv", "layers.1.feed_forward.w2", "context_refiner.0.attention.out",
                "noise_refiner.0.feed_forward.w1", "layers.1.adaLN_modulation.0", "cap_embedder.1"),
@@ -35,9 +36,11 @@ NAMED = {
               "single_blocks.1.linear2", "single_blocks.0.modulation.lin", "txt_in"),
     "flux2": ("double_blocks.0.txt_attn.proj", "double_blocks.1.img_mlp.0", "single_blocks.0.linear1",
               "single_blocks.1.linear2", "double_stream_modulation_img.lin", "txt_in"),
+    "flux3": ("content_mode_blocks.image.0.q_proj", "txt_mode_blocks.1.attn_out", "single_blocks.0.mlp_in",
+              "single_blocks.1.mlp_out", "single_stream_modulations.image.lin", "txt_in"),
 }  # fmt: skip
 """Of each family layers in both kinds of stacks, behind attention and before it, and outside of blocks."""
-LAST_STACK = {"zimage": "layers", "flux1": "single_blocks", "flux2": "single_blocks"}
+LAST_STACK = {"zimage": "layers", "flux1": "single_blocks", "flux2": "single_blocks", "flux3": "single_blocks"}
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,7 +104,7 @@ def upward_arrows_between_rooms(sources: Sources) -> list[str]:
 
 
 def arrows_between_families(sources: Sources) -> list[str]:
-    shared = ("nets", "parts", "references", "scheduler")
+    shared = ("flux_autoencoder", "nets", "parts", "qwen3_vl", "references", "scheduler")
 
     def family(module: str) -> str:
         parts = module.split(".")

@@ -408,8 +408,6 @@ REFUSED = (
             "is an IP-Adapter"),
     Refused("black-forest-labs/FLUX.1-Redux-dev", "flux1-redux-dev.safetensors",
             shapes("redux_up.weight", "redux_down.weight"), r"Redux's image embedder.*style_models/"),
-    Refused("Comfy-Org", "flux3-image-klein-int8-convrot.safetensors",
-            shapes("content_mode_blocks.image.0.q_proj.weight", "emb_in.image.weight"), "is FLUX.3"),
     Refused("lodestones/Chroma", "chroma-unlocked-v50.safetensors",
             shapes("distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"), "is Chroma"),
     Refused("stabilityai/sdxl", "sd_xl_base_1.0.safetensors", shapes(

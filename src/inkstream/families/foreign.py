@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_MODEL = "take a Z-Image, FLUX.1 or FLUX.2 model"
+_MODEL = "take a Z-Image, FLUX.1, FLUX.2 or FLUX.3 model"
 _BF16 = "take the bf16 file, or one that is fp8, int8, NVFP4, NF4 or GGUF"
 _WHOLE = "give the model's own file, with -m"
 _NET = "give the model's own file with -m, and this one with --control-net"
@@ -23,7 +23,6 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     (r"\.scaled_zeros$", "packed as AWQ for nunchaku's own text encoder", "take t5xxl_fp16 or t5xxl_fp8_e4m3fn"),
     (r"\.(qzeros|g_idx)$", "packed as GPTQ or AWQ", _BF16),
     (r"\.SVDQuant|\.svd_(up|down)$", "packed by SDNQ", _BF16),
-    (r"(^|\.)(content|txt)_mode_blocks\.|^mode_blocks\.", "FLUX.3", _MODEL),
     (r"(^|\.)distilled_guidance_layer\.", "Chroma", _MODEL),
     (r"(^|\.)joint_blocks\.\d+\.x_block\.", "Stable Diffusion 3", _MODEL),
     (r"^conditioner\.embedders\.|(^|\.)label_emb\.0\.", "Stable Diffusion XL", _MODEL),
@@ -41,7 +40,7 @@ KINDS: tuple[tuple[str, str, str], ...] = (
     (r"^(encoder|decoder)\.layers\.\d+\.(conv\.\d+\.)?weight$|^taesd_", "a tiny autoencoder for previews",
      "take the autoencoder published with the model, such as ae.safetensors"),
     (r"^(encoder\.)?quant_conv\.|^(decoder\.)?post_quant_conv\.", "an autoencoder with quant_conv",
-     "take ae.safetensors for FLUX.1 and Z-Image, flux2-vae.safetensors for FLUX.2"),
+     "take ae.safetensors for FLUX.1 and Z-Image, flux2-vae.safetensors for FLUX.2 and FLUX.3"),
     (r"^((vae|first_stage_model)\.)?decoder\.(up|up_blocks|mid|mid_block|conv_in)\.", "an autoencoder",
      "give the transformer's file with -m, and this one with --vae"),
     (r"^(model\.\d+\.sub\.|body\.\d+\.rdb|conv_first\.)", "an upscaler", _WHOLE),

@@ -112,10 +112,16 @@ class Flux3:
         return canvas_of(reference)[1]
 
     def look(self, cond: Conditioning, pictures: Pictures) -> Conditioning:
-        """Adds the latents of the references: of a single one whole, of several the middle, up to 1 megapixel each."""
-        given = pictures.references
+        """Adds the latents of the references: of a single one whole, of several the middle, up to 1 megapixel each.
+
+        An inpainting's start picture is the first reference, as with FLUX.2. The release has no inpainting.
+        """
+        given = [*([] if pictures.image is None else [pictures.image]), *pictures.references]
         if len(given) > MOST_REFERENCES:
-            raise InputError(f"{len(given)} references were given and the model takes at most {MOST_REFERENCES}")
+            raise InputError(
+                f"{len(given)} pictures were given to look at and the model takes at most {MOST_REFERENCES}: "
+                "leave some references out"
+            )
         seen = [on_canvas(given[0])] if len(given) == 1 else prepare_references(given, SEVERAL_AREA)
         device, _ = where_it_computes(self.transformer)
         latents = tuple(self.encode_image(to_pixels(picture).to(device)[None])[0] for picture in seen)

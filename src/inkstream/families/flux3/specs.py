@@ -11,7 +11,7 @@ from inkstream.types import Spec
 MOST_REFERENCES = 10
 LICENCE = "FLUX Kommunity v1.0 (pictures for business only below US$ 5 million of revenue a year)"
 SHIFT = 6.93
-ABLE = frozenset({"image", "mask", "regions", "references"})
+ABLE = frozenset({"image", "mask", "regions", "source", "references"})
 """Abilities of all FLUX.3 models."""
 
 
