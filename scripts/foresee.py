@@ -36,7 +36,7 @@ from inkstream.types import Request, Spec
 
 TABLE = Path(fit.__file__).with_name("foreseen.json")
 PRECISIONS = ("bf16", "fp8", "w8a8", "q8_0", "q6_k", "q5_k", "q4_k", "nf4")
-TOKENS = {"zimage": 128, "flux1": 77 + 512, "flux2": 512, "flux3": 160}
+TOKENS = {"zimage": 128, "flux1": 77 + 512, "flux2": 512, "flux3": 160, "qwenimage": 128}
 """Family -> tokens of a typical prompt."""
 COMPUTES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 

@@ -16,6 +16,7 @@ from inkstream.engine.drawing.model import advance
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_BASE_4B
 from inkstream.families.flux3.specs import KLEIN
+from inkstream.families.qwenimage.specs import BASE as QWEN
 from inkstream.families.zimage.specs import BASE
 from inkstream.nn.around import Around
 from inkstream.nn.around.cache import POINTS, StepCache, lagrange
@@ -24,7 +25,7 @@ from inkstream.nn.offload import Streamed
 from inkstream.nn.stack import Blocks
 
 KINDS = ["first-block", "taylor"]
-SPECS = [BASE, DEV, KLEIN_BASE_4B, KLEIN]
+SPECS = [BASE, DEV, KLEIN_BASE_4B, KLEIN, QWEN]
 ROWS = Rows((Span(0, 2, True), Span(0, 4)))
 
 

@@ -16,13 +16,14 @@ from inkstream.engine.files.licences import FREE, SETTING, check_licence, is_com
 from inkstream.engine.files.sources import locate
 from inkstream.families import SPECS
 from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_9B_KV, KLEIN_BASE_4B
-from inkstream.families.flux3.specs import LICENCE
+from inkstream.families.flux3 import specs as flux3
+from inkstream.families.qwenimage import specs as qwenimage
 from inkstream.types import InputError, Spec
 
 FREE_MODELS = {
     "pocket", "z-image-turbo", "z-image", "z-image-omni", "flux1-schnell", "flux2-klein-4b", "flux2-klein-base-4b",
 }  # fmt: skip
-"""By their repositories. All other models are under licences of Black Forest Labs."""
+"""By their repositories. All other models are under restricted licences."""
 
 SMALL = ["-W", "64", "-H", "48", "--steps", "1"]
 
@@ -43,7 +44,7 @@ def own_copy(folder: Path, to: Path, card: dict | None = None) -> Path:
 @pytest.mark.parametrize("spec", SPECS.values(), ids=list(SPECS))
 def test_every_known_model_has_its_licence(spec):
     free = spec.name in FREE_MODELS
-    restricted = LICENCE if spec.family == "flux3" else "FLUX non-commercial"
+    restricted = {"flux3": flux3.LICENCE, "qwenimage": qwenimage.LICENCE}.get(spec.family, "FLUX non-commercial")
     assert (spec.licence, spec.commercial) == ("apache-2.0" if free else restricted, free)
     assert spec.commercial == (spec.licence in FREE)
 

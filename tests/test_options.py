@@ -32,6 +32,13 @@ def picture(colour: str, size: tuple[int, int] = (64, 64)) -> Image.Image:
     return image
 
 
+def mask() -> Image.Image:
+    """White in the middle, so that a cell of 16 pixels is white too."""
+    image = Image.new("L", (64, 64))
+    image.paste(255, (24, 24, 40, 40))
+    return image
+
+
 OTHER = {
     "prompt": "another",
     "negative_prompt": "blurry",
@@ -53,7 +60,7 @@ OTHER = {
     "cache_threshold": 0.0,
     "image": picture("red"),
     "strength": 0.1,
-    "mask": picture("black").convert("L"),
+    "mask": mask(),
     "mask_from": "colour:#f00",
     "mask_invert": True,
     "mask_grow": 8,

@@ -829,6 +829,7 @@ class Spec:
     solver: SolverName = "euler"
     schedule: ScheduleName = "simple"
     table: int = 1000  # entries of the table of times behind most schedules
+    times: tuple[float, ...] = ()  # the times of the default steps, for a model that was distilled to some of its own
     strength: float = 0.6
     abilities: frozenset[str] = frozenset()  # any of: guidance, image, mask, control (nets), source (with a mask, the
     # start picture is the first reference), references, references_once, fill, map, regions, json (prompts), upsample,

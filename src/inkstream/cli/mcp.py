@@ -152,7 +152,7 @@ def keep(drawer: Drawer, done: Done, path: Path) -> list[ContentBlock]:
     small = done.image.copy()
     small.thumbnail((SHOWN, SHOWN))
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=85)
+    small.convert("RGB").save(buffer, "JPEG", quality=85)
     facts = {"path": str(path), "seed": done.request.seed, "width": done.image.width, "height": done.image.height}
     data = base64.b64encode(buffer.getvalue()).decode()
     return [_text(json.dumps(facts, ensure_ascii=False)), ImageContent(type="image", data=data, mime_type="image/jpeg")]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from inkstream.families.flux1 import specs as flux1
 from inkstream.families.flux2 import specs as flux2
 from inkstream.families.flux3 import specs as flux3
+from inkstream.families.qwenimage import specs as qwenimage
 from inkstream.families.zimage import specs as zimage
 from inkstream.types import Conditioning, ControlUse, Spec
 
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
     from inkstream.weights.lora.names import Names
 
 SPECS: dict[str, Spec] = {
-    spec.name: spec for spec in (*zimage.SPECS, *flux1.SPECS.values(), *flux2.SPECS.values(), *flux3.SPECS.values())
+    spec.name: spec
+    for spec in (
+        *zimage.SPECS,
+        *flux1.SPECS.values(),
+        *flux2.SPECS.values(),
+        *flux3.SPECS.values(),
+        *qwenimage.SPECS.values(),
+    )
 }
 """Every known model by name."""
 
@@ -36,6 +44,7 @@ FAMILIES: dict[str, str] = {
     "flux1": "inkstream.families.flux1.family:Flux1",
     "flux2": "inkstream.families.flux2.family:Flux2",
     "flux3": "inkstream.families.flux3.family:Flux3",
+    "qwenimage": "inkstream.families.qwenimage.family:QwenImage",
 }
 """Family name -> path of its class, which is imported when a model of the family is loaded."""
 
@@ -54,7 +63,12 @@ ADAPTER_DIALECTS = {
     "lycoris": "diffusers",
 }
 """Dialect of an adapter's file -> the layout whose names programs write for a FLUX model."""
-WIDTHS = {3840: "Z-Image", 3072: "FLUX.1, FLUX.2 klein 4B or FLUX.3 klein", 4096: "FLUX.2 klein 9B", 6144: "FLUX.2 dev"}
+WIDTHS = {
+    3840: "Z-Image",
+    3072: "FLUX.1, FLUX.2 klein 4B or FLUX.3 klein",
+    4096: "FLUX.2 klein 9B or Qwen-Image 2.1",
+    6144: "FLUX.2 dev",
+}
 """Width of the transformer -> the models that have it. A test compares it with SPECS."""
 
 
@@ -249,7 +263,10 @@ class Family(Protocol):
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: (B, C, h, w) float32 -> pixels (B, 3, H, W) float32 in [0, 1]."""
+        """latents: (B, C, h, w) float32 -> pixels (B, 3 or 4, H, W) float32 in [0, 1].
+
+        The fourth channel is the opacity, of models that draw it.
+        """
         ...
 
     def encode_image(self, pixels: Tensor) -> Tensor:

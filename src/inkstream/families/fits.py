@@ -82,6 +82,12 @@ def _flux3(config: Any) -> Sizes:
     return Sizes(inside | others, inside, blocks)
 
 
+def _qwenimage(config: Any) -> Sizes:
+    inside = frozenset((config.dim, config.mlp_ratio * config.dim))
+    others = {config.in_channels, config.context_in_dim, 256}
+    return Sizes(inside | others, inside, {"transformer_blocks": config.num_layers})
+
+
 def _flux_blocks(config: Any) -> dict[str, int]:
     double, single = config.num_layers, config.num_single_layers
     return {
@@ -92,5 +98,5 @@ def _flux_blocks(config: Any) -> dict[str, int]:
     }
 
 
-SIZES = {"zimage": _zimage, "flux1": _flux1, "flux2": _flux2, "flux3": _flux3}
+SIZES = {"zimage": _zimage, "flux1": _flux1, "flux2": _flux2, "flux3": _flux3, "qwenimage": _qwenimage}
 """Family -> the sizes by its config. A test compares them with the layers of each known model."""

@@ -14,7 +14,11 @@ from inkstream.types import Region, Spec
 
 def times_of(request: Complete, spec: Spec, from_picture: bool) -> tuple[list[float], list[float]]:
     """The times of a picture's steps, and those of the whole schedule."""
-    schedule = list(SCHEDULES[request.schedule](request.steps, request.shift, spec.table))
+    asked = request.steps, request.schedule, request.shift
+    if spec.times and asked == (spec.steps, spec.schedule, spec.shift):
+        schedule = list(spec.times)
+    else:
+        schedule = list(SCHEDULES[request.schedule](request.steps, request.shift, spec.table))
     return schedule[start_index(len(schedule) - 1, request.strength) :] if from_picture else schedule, schedule
 
 

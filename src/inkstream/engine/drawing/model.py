@@ -147,7 +147,7 @@ class Model:
 
     @torch.inference_mode()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents: (B, C, h, w) -> pixels (B, 3, H, W) in [0, 1]."""
+        """latents: (B, C, h, w) -> pixels (B, 3 or 4, H, W) in [0, 1]."""
         return self.family.decode(latents.to(self.device))
 
     @torch.inference_mode()

@@ -164,6 +164,8 @@ def encode_with(image: Image.Image, kind: str, texts: Texts, quality: int, lossl
             raise InputError(
                 f"the request has {size} bytes of metadata, a JPEG holds {JPEG_ROOM}: save it as .png or .webp"
             )
+        if image.mode == "RGBA":  # a JPEG has no transparency
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
         image.save(buffer, "JPEG", quality=quality, subsampling=0, exif=exif, xmp=xmp.encode())
     else:
         image.save(buffer, "WEBP", quality=quality, lossless=lossless, exif=exif, xmp=xmp.encode())

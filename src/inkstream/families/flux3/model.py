@@ -370,7 +370,8 @@ class Block(nn.Module):
         rows: Rows,
     ) -> Tensor:
         """The block's output, from its input x and the attention's output seen."""
-        active = silu_times(*hidden.chunk(2, dim=-1), forward.unadapted(self.mlp_out))
+        gate, up = hidden.chunk(2, dim=-1)
+        active = silu_times(gate, up, forward.unadapted(self.mlp_out))
         out = linear(self.attn_out, seen, forward, rows) + linear(self.mlp_out, active, forward, rows)
         return add_gated(x, out, modulation, which)
 
