@@ -285,7 +285,7 @@ def test_all_bad_rows_are_named_before_anything_is_drawn(words, capsys):
 def test_an_invalid_table_is_refused_with_its_line_number(text, line, says, tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(text)
-    ((where, problem),) = read_rows(path)[1]
+    ((where, problem),) = read_rows(path, {})[1]
     assert where == line
     assert says in problem
 
@@ -309,6 +309,94 @@ def test_an_invalid_command_prints_one_line_with_the_remedy(words, says, tmp_pat
     out = [] if "--out" in words else ["--out", "out"]
     assert main(["batch", *words, *out]) == 2
     assert says in problems(capsys)[-1]
+
+
+SHOP = "SKU,Title,Size,Style,Price\nA-1,a red heart,32x48,,9.5\nB 2,two blue stars,64×32,bold,3\n"
+
+
+def test_the_columns_of_a_shop_are_named_and_its_pictures_have_its_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("list.csv", SHOP)
+    words = ["--columns", "SKU=name", "--columns", "Title=prompt", "--columns", "Size=size", "--steps", "1"]
+    assert main(["batch", "list.csv", "--out", "out", *words, "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "columns that are left out: Price, Style" in shown.err
+    assert sorted(path.name for path in Path("out").glob("*.png")) == ["A-1.png", "B 2.png"]
+    assert Image.open("out/A-1.png").size == (32, 48)
+    assert Image.open("out/B 2.png").size == (64, 32)
+    before = Path("out/A-1.png").read_bytes()
+    write("list.csv", SHOP.replace("a red heart", "a green heart"))
+    assert main(["batch", "list.csv", "--out", "out", *words]) == 0
+    assert "1 rows have changed" in capsys.readouterr().err
+    kept = list(Path("out").glob("A-1-*.png"))
+    assert [path.read_bytes() for path in kept] == [before]  # nothing that was drawn is lost
+    assert Path("out/A-1.png").read_bytes() != before
+    assert main(["batch", "list.csv", "--out", "out", *words]) == 0
+    assert "2 of 2 pictures are there, 0 to draw" in capsys.readouterr().err
+    header, *rows = Path("list.csv").read_text().splitlines()
+    write("list.csv", "\n".join([header, *reversed(rows)]))  # other lines give other seeds
+    now = {path.read_bytes() for path in Path("out").glob("*.png")}
+    assert main(["batch", "list.csv", "--out", "out", *words]) == 0
+    assert now < {path.read_bytes() for path in Path("out").glob("*.png")}
+
+
+def test_names_and_sizes_need_no_columns_and_a_count_numbers_the_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write("rows.jsonl", '{"prompt": "a red disc", "name": "disc.png", "size": "32x32", "count": 2}\n')
+    assert main(["batch", "rows.jsonl", "--out", "out", "--steps", "1"]) == 0
+    assert sorted(path.name for path in Path("out").glob("*.png")) == ["disc-1.png", "disc-2.png"]
+
+
+def test_bad_rows_are_told_and_skipped_if_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        "name,prompt,size",
+        "a,a red disc,32x32",
+        "a,a blue disc,32x32",
+        "b/c,a disc,32x32",
+        "d,a disc,large",
+        "e,,32x32",
+    ]
+    write("rows.csv", "\n".join(rows) + "\n")
+    assert main(["batch", "rows.csv", "--out", "out", "--steps", "1"]) == 2
+    told = problems(capsys)
+    assert "line 3: name 'a' is that of line 2, too: give each row a name of its own" in told[0]
+    assert "line 4: name 'b/c' cannot be a file's name" in told[1]
+    assert "line 5: size 'large' is no size: write it as 1024x768" in told[2]
+    assert "line 6: there is no prompt" in told[3]
+    assert "add --skip-bad to draw the others" in told[-1]
+    assert not Path("out").exists()
+    assert main(["batch", "rows.csv", "--out", "out", "--steps", "1", "--skip-bad", "--json"]) == 1
+    shown = capsys.readouterr()
+    assert "4 rows are skipped" in shown.err
+    assert json.loads(shown.out)["bad"] == [3, 4, 5, 6]
+    assert [path.name for path in Path("out").glob("*.png")] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (["Title"], "--columns 'Title' is no COLUMN=FIELD: write it as Title=prompt"),
+        (["Title=promt"], "did you mean prompt?"),
+        (["Titel=prompt"], "list.csv has no column 'Titel': it has Price, SKU, Size, Style, Title"),
+        (["Title=prompt", "SKU=prompt"], "--columns names prompt twice: name it once"),
+    ],
+)
+def test_a_wrong_column_is_told_in_a_line(columns, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write("list.csv", SHOP)
+    words = [word for column in columns for word in ("--columns", column)]
+    assert main(["batch", "list.csv", "--out", "out", *words]) == 2
+    assert says in problems(capsys)[-1]
+
+
+def test_a_column_may_be_one_more_lora(tmp_path):
+    path = tmp_path / "list.csv"
+    path.write_text("Title,Style,Light\na disc,bold:0.5,dusk\na heart,,dusk\n")
+    rows, wrong, unused = read_rows(path, {"Title": "prompt", "Style": "lora", "Light": "lora"})
+    assert not wrong
+    assert not unused
+    assert [fields["lora"] for _, fields in rows] == [["bold:0.5", "dusk"], ["dusk"]]
 
 
 def test_a_server_draws_a_file_and_a_refused_row_is_listed_and_retried(server, tmp_path, monkeypatch, capsys):

@@ -34,6 +34,12 @@ if TYPE_CHECKING:
 EVERY = 30.0
 """Seconds between lines of progress if there is no progress bar."""
 PICTURES = ("image", "mask", "reference", "control")
+LISTS = ("reference", "control", "loras", "control_nets", "regions")
+"""Fields with several values. In a CSV file, `;` separates them."""
+NAME, SIZE, LORA = "name", "size", "lora"
+FIELDS = frozenset(Request.model_fields) | {NAME, SIZE, LORA}
+"""What a column may be: a field of a Request, the name of the file, WIDTHxHEIGHT, or one more LoRA."""
+LONGEST_NAME = 150
 
 
 class Common(Request, frozen=True):
@@ -46,7 +52,7 @@ as_options(Common, bare=())
 NOTHING = Common.model_validate({})
 
 Row = tuple[int, dict[str, Any]]
-"""The first line number of a row, and the fields of a Request that it gives."""
+"""The first line number of a row, and what it gives, by FIELDS."""
 
 
 def batch(
@@ -54,6 +60,8 @@ def batch(
     common: Annotated[Common, Parameter(name="*")] = NOTHING,
     *,
     out: Annotated[Path, Parameter(alias=("-o", "--output"), group=RUN)],
+    columns: Annotated[list[str] | None, Parameter(show_default=False, group=RUN, negative=())] = None,
+    skip_bad: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     slots: Annotated[int, Parameter(group=RUN)] = 4,
     ray: Annotated[bool, Parameter(show_default=False, group=RUN)] = False,
     engines: Annotated[int | None, Parameter(show_default=False, group=RUN)] = None,
@@ -71,6 +79,12 @@ def batch(
         A .txt file with one prompt a line, a .csv file with fields of a request in its first line, or a .jsonl file.
     out
         Folder of the pictures and of manifest.jsonl, which has a line for each picture.
+    columns
+        COLUMN=FIELD: what a column of your file is, such as Title=prompt or SKU=name; repeat for more. Columns that are
+        neither named here nor fields are then left out. `name` is the name of the picture's file, `size` is
+        WIDTHxHEIGHT, `lora` is one more LoRA.
+    skip_bad
+        Draw the other rows if some rows are invalid.
     slots
         Number of pictures drawn at once: they share each forward pass of the model.
     ray
@@ -95,7 +109,7 @@ def batch(
     with Terminal(quiet) as terminal:
         if machine.server is None:
             agree_to_loras([*common.loras, *machine.merge_lora], machine, yes, terminal)
-        wanted = understand(prompts, common, machine, terminal)
+        wanted, bad = understand(prompts, common, machine, terminal, read_columns(columns or []), skip_bad)
         models = list(dict.fromkeys(one.request.model for one in wanted))
         remote = [model for model in models if is_remote(model)] if machine.server is None else []
         if ray and remote:
@@ -131,46 +145,99 @@ def batch(
     if json:
         listed = [{"row": one.row, "index": one.index, "error": error} for one, error in failed]
         there = len(wanted) - len(todo)
-        print_json({"manifest": str(manifest.path), "there": there, "drawn": drawn, "failed": listed})
-    return 1 if failed else 0
+        print_json({"manifest": str(manifest.path), "there": there, "drawn": drawn, "failed": listed, "bad": bad})
+    return 1 if failed or bad else 0
 
 
 # Requests of the file
 
 
-def understand(prompts: Path, common: Request, machine: Anywhere, terminal: Terminal) -> list[Wanted]:
-    """Return the pictures of a file. Prints an error for each invalid row, then raises InputError if there was one."""
-    rows, problems = read_rows(prompts)
+def understand(
+    prompts: Path, common: Request, machine: Anywhere, terminal: Terminal, columns: Mapping[str, str], skip_bad: bool
+) -> tuple[list[Wanted], list[int]]:
+    """Return the pictures of a file, and the lines of invalid rows.
+
+    Prints an error for each invalid row. Raises InputError if there is one, unless `skip_bad` is set.
+    """
+    rows, problems, unused = read_rows(prompts, columns)
+    if unused:
+        terminal.say(f"columns that are left out: {', '.join(unused)}")
     check = offers(machine)
     wanted: list[Wanted] = []
+    names: dict[str, int] = {}  # of files -> line
     for line, fields in rows:
         try:
+            name = name_of(line, fields, names)
             request = complete_row(line, fields, common, prompts.parent)
             for remark in check(request):
                 terminal.say(remark, once=True)
-            wanted += pictures_of(line, request)
+            wanted += pictures_of(line, request, name)
         except ValidationError as error:
             problems += [(line, explain_value(wrong, str(wrong["loc"][0]))) for wrong in error.errors()]
         except InputError as error:
             problems.append((line, str(error)))
     for line, problem in sorted(problems):
         print(f"{prompts}, line {line}: {one_line(problem)}", file=sys.stderr)
-    if problems:
-        count = len({line for line, _ in problems})
-        raise InputError(f"{count} rows of {prompts} cannot be drawn: fix the lines named above; nothing was drawn")
+    bad = sorted({line for line, _ in problems})
+    if bad and not (skip_bad and wanted):
+        remedy = "nothing was drawn" if skip_bad else "or add --skip-bad to draw the others; nothing was drawn"
+        raise InputError(f"{len(bad)} rows of {prompts} cannot be drawn: fix the lines named above, {remedy}")
     if not rows:
         raise InputError(f"{prompts} has no rows: write one prompt a line")
-    return wanted
+    if bad:
+        terminal.say(f"{len(bad)} rows are skipped")
+    return wanted, bad
+
+
+def name_of(line: int, fields: Mapping[str, Any], names: dict[str, int]) -> str:
+    """Return the name of a row's file without its ending, or "". Raises InputError if it is taken or not possible."""
+    name = str(fields.get(NAME) or "").strip()
+    name = name[:-4] if name.lower().endswith(".png") else name
+    if not name:
+        return ""
+    if len(name) > LONGEST_NAME or name.startswith(".") or any(one in '/\\:*?"<>|' or ord(one) < 32 for one in name):
+        raise InputError(f"name {name[:100]!r} cannot be a file's name: leave out / \\ : * ? \" < > |")
+    first = names.setdefault(name.casefold(), line)
+    if first != line:
+        raise InputError(f"name {name!r} is that of line {first}, too: give each row a name of its own")
+    return name
+
+
+def read_columns(given: Sequence[str]) -> dict[str, str]:
+    """Read COLUMN=FIELD pairs. Raises InputError for others."""
+    found: dict[str, str] = {}
+    for text in given:
+        column, equals, field = (part.strip() for part in text.rpartition("="))
+        if not (column and equals):
+            raise InputError(f"--columns {text!r} is no COLUMN=FIELD: write it as Title=prompt")
+        if field not in FIELDS:
+            raise InputError(f"--columns {text!r}: {unknown_field(field)}")
+        found[column] = field
+    if twice := [field for field in found.values() if list(found.values()).count(field) > 1 and field != LORA]:
+        raise InputError(f"--columns names {twice[0]} twice: name it once")
+    return found
+
+
+def unknown_field(name: str) -> str:
+    near = difflib.get_close_matches(name, sorted(FIELDS), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"{name[:100]!r} is not a field of a request: {hint}see inkstream batch --help"
 
 
 def complete_row(line: int, fields: Mapping[str, Any], common: Request, folder: Path) -> Request:
     """Return a row's request: its fields, the common fields and a seed. Paths are relative to `folder`."""
     for name in fields:
-        if name not in Request.model_fields:
-            near = difflib.get_close_matches(name, Request.model_fields, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise InputError(f"{name[:100]!r} is not a field of a request: {hint}see inkstream batch --help")
-    given = {name: getattr(common, name) for name in common.model_fields_set} | dict(fields)
+        if name not in FIELDS:
+            raise InputError(unknown_field(name))
+    own_fields = {name: value for name, value in fields.items() if name not in (NAME, SIZE, LORA)}
+    given = {name: getattr(common, name) for name in common.model_fields_set} | own_fields
+    if size := fields.get(SIZE):
+        width, times, height = str(size).lower().replace("×", "x").partition("x")
+        if not times or not (width.strip().isdecimal() and height.strip().isdecimal()):
+            raise InputError(f"size {str(size)[:100]!r} is no size: write it as 1024x768")
+        given |= {"width": int(width), "height": int(height)}
+    if lora := fields.get(LORA):
+        given["loras"] = [*given.get("loras", ()), *([lora] if isinstance(lora, str) else lora)]
     if fields.get("seed") is None:
         given["seed"] = seed_of(line, common.seed or 0)
     request = Request.model_validate(given)
@@ -198,14 +265,15 @@ def seed_of(line: int, base: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{base} {line}".encode()).digest()[:4], "big")
 
 
-def pictures_of(line: int, request: Request) -> Iterator[Wanted]:
-    """Yield the pictures of a row, each with its own request and seed."""
+def pictures_of(line: int, request: Request, name: str = "") -> Iterator[Wanted]:
+    """Yield the pictures of a row, each with its own request and seed. name: of the file, without its ending."""
     from inkstream.clients.manifest import Wanted, digest
 
     for index, one in enumerate(singles(request)):
-        number = f"{line:05}" + (f"-{index + 1}" if request.count > 1 else "")
+        number = f"-{index + 1}" if request.count > 1 else ""
         mark = digest(one)
-        yield Wanted(line, index, one, mark, f"{number}-{slug(request.prompt)}-{mark[:6]}.png")
+        file = f"{name}{number}" if name else f"{line:05}{number}-{slug(request.prompt)}-{mark[:6]}"
+        yield Wanted(line, index, one, mark, f"{file}.png", named=bool(name))
 
 
 def offers(machine: Anywhere) -> Callable[[Request], Collection[str]]:
@@ -280,9 +348,12 @@ def foresee(requests: Sequence[Request], machine: Anywhere, terminal: Terminal) 
 # Reading the file
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[tuple[int, str]]]:
-    """Return the rows, and the line numbers and errors of invalid rows. Raises InputError for other files."""
-    readers = {".txt": read_text, ".csv": read_csv, ".jsonl": read_json_lines}
+def read_rows(path: Path, columns: Mapping[str, str]) -> tuple[list[Row], list[tuple[int, str]], list[str]]:
+    """Return the rows, the line numbers and errors of invalid rows, and the columns that are left out.
+
+    columns: the file's names for FIELDS. Raises InputError for other files.
+    """
+    readers = {".txt": read_text, ".csv": partial(read_csv, columns=columns), ".jsonl": read_json_lines}
     if path.suffix.lower() not in readers:
         raise InputError(f"{path} is not a file of requests: its name must end in {', '.join(readers)}")
     try:
@@ -293,12 +364,34 @@ def read_rows(path: Path) -> tuple[list[Row], list[tuple[int, str]]]:
         raise InputError(f"{path} is not UTF-8 text: save it as UTF-8") from None
     rows: list[Row] = []
     problems: list[tuple[int, str]] = []
+    unused: dict[str, None] = {}
+    seen: set[str] = set()
     for line, found in readers[path.suffix.lower()](text):
         if isinstance(found, str):
             problems.append((line, found))
-        else:
-            rows.append((line, found))
-    return rows, problems
+            continue
+        seen |= found.keys()
+        named = [(columns.get(name, name), value) for name, value in found.items()]
+        fields = [field for field, _ in named if field != LORA]
+        if twice := [field for field in fields if fields.count(field) > 1]:
+            problems.append((line, f"has {twice[0]} twice: name it once in --columns"))
+            continue
+        row = {field: value for field, value in named if field != LORA}
+        if loras := [value for field, value in named if field == LORA]:
+            row[LORA] = loras
+        if path.suffix.lower() == ".csv":
+            row = {name: _parts(value) if name in LISTS else value for name, value in row.items()}
+        if columns:
+            unused |= dict.fromkeys(name for name in found if columns.get(name, name) not in FIELDS)
+            row = {name: value for name, value in row.items() if name in FIELDS}
+        rows.append((line, row))
+    if missing := [name for name in columns if rows and name not in seen]:
+        raise InputError(f"{path} has no column {missing[0]!r}: it has {', '.join(sorted(seen))}")
+    return rows, problems, sorted(unused)
+
+
+def _parts(cell: str) -> list[str]:
+    return [one.strip() for one in cell.split(";") if one.strip()]
 
 
 def read_text(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
@@ -307,8 +400,8 @@ def read_text(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             yield line, {"prompt": prompt.strip()}
 
 
-def read_csv(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    """Yield rows of CSV. Empty cells set nothing; ";" separates several references in one cell."""
+def read_csv(text: str, columns: Mapping[str, str]) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    """Yield rows of CSV. Empty cells set nothing. Without `columns`, all of the first line must be FIELDS."""
     cells = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] | None = None
     while True:
@@ -324,19 +417,15 @@ def read_csv(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
             continue
         if header is None:
             header = [cell.strip() for cell in row]
-            unknown = [name for name in header if name not in Request.model_fields]
+            unknown = [] if columns else [name for name in header if name not in FIELDS]
             if unknown:
-                hint = "put commas between them" if ";" in row[0] or "\t" in row[0] else "see inkstream batch --help"
+                hint = "put commas between them" if ";" in row[0] or "\t" in row[0] else "see --columns in its help"
                 yield line, f"column {unknown[0][:100]!r} is no field of a request: name fields such as prompt, {hint}"
                 return
         elif len(row) > len(header):
             yield line, f"has {len(row)} cells under {len(header)} names: put text with commas in double quotes"
         else:
-            given = {name: cell for name, cell in zip(header, row) if cell.strip()}
-            for name in ("reference", "control"):
-                if name in given:
-                    given[name] = [one.strip() for one in given[name].split(";")]  # type: ignore[assignment]
-            yield line, given
+            yield line, {name: cell for name, cell in zip(header, row) if cell.strip()}
 
 
 def read_json_lines(text: str) -> Iterator[tuple[int, dict[str, Any] | str]]:

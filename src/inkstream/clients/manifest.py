@@ -33,6 +33,7 @@ class Wanted:
     request: Request
     digest: str  # of the request
     file: str  # its name in the folder
+    named: bool = False  # the user chose the name; else the name has the digest
 
     @property
     def key(self) -> tuple[int, int]:
@@ -84,9 +85,15 @@ class Manifest:
     def add(
         self, one: Wanted, data: bytes, seconds: float, seed: int | None, facts: Mapping[str, Any] = NOTHING
     ) -> Path:
-        """Save a finished picture and its line, with further facts. Both are on disk (fsync) when this returns."""
+        """Save a finished picture and its line, with further facts. Both are on disk (fsync) when this returns.
+
+        If another picture has the name that the user chose, that picture gets its own hash behind its name.
+        """
         sha256 = hashlib.sha256(data).hexdigest()
         with self._writing():
+            old = self.folder / one.file
+            if one.named and old.exists() and (mark := hashlib.sha256(old.read_bytes()).hexdigest()) != sha256:
+                old.rename(old.with_name(f"{old.stem}-{mark[:6]}{old.suffix}"))
             path = self._write(one.file, data)
         self._append(one, {"file": one.file, "seed": seed, "sha256": sha256, "seconds": round(seconds, 3), **facts})
         return path
