@@ -114,9 +114,11 @@ def is_there(file: str, name: str) -> bool:
     return True
 
 
-def test_the_commands_shown_in_the_readme_are_understood():
-    lines = re.findall(r"^(?:echo .* \| )?(inkstream [^|#\n]+)", (ROOT / "README.md").read_text(), re.MULTILINE)
-    assert len(lines) > 10
+@pytest.mark.parametrize("page", ["README.md", "README.zh.md", "docs/tutorial.md", "docs/tutorial.zh.md"])
+def test_the_commands_shown_to_newcomers_are_understood(page):
+    found = r"^(?:pip install .* && |echo .* \| )?(inkstream (?:'[^'\n]*'|\"[^\"\n]*\"|[^|#'\"\n])+)"
+    lines = [line for line in re.findall(found, (ROOT / page).read_text(), re.MULTILINE) if " keys " not in line]
+    assert len(lines) > 1
     for line in lines:
         words = shlex.split(line)[1:]
         command, _, _ = app.parse_args(
