@@ -80,7 +80,7 @@ def test_every_setting_is_taken_over_or_told(foreign: Foreign):
         ("flux.1-dev-de-distill", None),
         ("z-image-de-turbo", None),
         ("flux1-dev-fp8-hyper", None),
-        ("flux-3-image-klein", None),
+        ("flux-3-image-klein", "flux3-klein"),
         ("Z-Image-Edit", None),
         ("z_image_turbo_2602_controlnet_union", None),
         ("pixelwave_flux1_dev_v4", None),

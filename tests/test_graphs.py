@@ -21,6 +21,10 @@ from inkstream.engine.machine.graphs import (
 )
 from inkstream.families.flux2.model import Flux2Transformer
 from inkstream.families.flux2.specs import KLEIN_4B
+from inkstream.families.flux3.model import Flux3Transformer
+from inkstream.families.flux3.specs import KLEIN
+from inkstream.families.qwenimage.model import QwenImageTransformer
+from inkstream.families.qwenimage.specs import BASE
 from inkstream.families.zimage.model import ZImageTransformer
 from inkstream.families.zimage.specs import TURBO
 from inkstream.nn.around import Around
@@ -78,14 +82,34 @@ def flux(prompt: int, width: int, times=(0.25, 0.5), seed: int = 0):
     return model, sample
 
 
+def flow_map(prompt: int, width: int, times=(0.5, 0.25), seed: int = 0):
+    """At a time it is told the next one, and 0 at the last."""
+    config = KLEIN.tiny.transformer
+    model = random(Flux3Transformer(config))
+    (sample,) = model.prepare([normal(prompt, config.joint_attention_dim, seed=seed)], 4, width, times=times)
+    return model, sample
+
+
+def qwen(prompt: int, width: int, times=(0.25, 0.5), seed: int = 0):
+    config = BASE.tiny.transformer
+    model = random(QwenImageTransformer(config))
+    (sample,) = model.prepare([normal(prompt, config.context_in_dim, seed=seed)], 4, width, times=times)
+    return model, sample
+
+
+def told(sample, t: float):
+    """The sample, with the time that its step goes to if it is a flow map's."""
+    return replace(sample, to={0.5: 0.25, 0.25: 0.0}[t]) if hasattr(sample, "to") else sample
+
+
 def draw(model, samples, times, seed: int = 0) -> tuple[list[torch.Tensor], list[Sample]]:
     channels = model.config.in_channels
     xs = [normal(channels, *[n * getattr(model.config, "patch_size", 1) for n in s.grid], seed=seed) for s in samples]
-    asked = [Sample(*each) for each in zip(xs, times, samples)]
+    asked = [Sample(x, t, told(sample, t)) for x, t, sample in zip(xs, times, samples)]
     return model.forward(asked), asked
 
 
-@pytest.mark.parametrize("family", [zimage, flux])
+@pytest.mark.parametrize("family", [zimage, flux, flow_map, qwen])
 def test_steps_prompts_and_seeds_replay_one_recording(family):
     model, sample = family(5, 4)
     _, other = family(5, 4, seed=1)
@@ -115,7 +139,7 @@ def test_a_solver_may_overwrite_its_query():
         x.mul_(0.5)
 
 
-@pytest.mark.parametrize("family", [zimage, flux])
+@pytest.mark.parametrize("family", [zimage, flux, flow_map, qwen])
 def test_other_shapes_or_batches_have_recordings_of_their_own(family):
     model, short = family(3, 4)
     _, long = family(50, 4)

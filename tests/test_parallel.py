@@ -32,6 +32,8 @@ from inkstream.engine.machine.placement import Placed
 from inkstream.families import adapter_names
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_4B, KLEIN_BASE_4B
+from inkstream.families.flux3.specs import KLEIN
+from inkstream.families.qwenimage.specs import BASE as QWEN_BASE
 from inkstream.families.zimage.specs import BASE, TURBO
 from inkstream.nn.around import NOTHING, Around
 from inkstream.nn.around.adapters import Adapter
@@ -62,6 +64,7 @@ def with_three_heads(spec: Spec) -> Spec:
 
 
 ZIMAGE, FLUX1, FLUX2, GUIDED_FLUX2 = (with_three_heads(spec) for spec in (BASE, DEV, KLEIN_4B, KLEIN_BASE_4B))
+FLUX3, QWEN = (with_three_heads(spec) for spec in (KLEIN, QWEN_BASE))
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -171,6 +174,8 @@ CASES = {
             ("flux2 with one word", FLUX2, forward((1, 5, 3))),
             ("flux2 that looks", FLUX2, forward((5, 5, 3), looks=True)),
             ("flux2, guided", GUIDED_FLUX2, sample()),
+            ("flux3", FLUX3, sample()),
+            ("qwen", QWEN, sample()),
         )
     },
     "context z-image, adapted": Case("context", ZIMAGE, forward(*MIXED, times=TWICE, adapted=True)),

@@ -41,7 +41,8 @@ CLEAN = 0.0
 """The time of text: it has no noise."""
 
 
-class Modulation(NamedTuple):
+@dataclass(frozen=True)
+class Modulation:
     """The modulation in R rows: one for each sample, or one for all samples.
 
     blocks: (R, 6, D), of each block: shift 0, scale and gate of attention, then of the MLP. final: (R, 2, D): shift 0,
@@ -53,7 +54,7 @@ class Modulation(NamedTuple):
 
     @staticmethod
     def cat(rows: Sequence[Modulation]) -> Modulation:
-        return Modulation(*(torch.cat(each) for each in zip(*rows)))
+        return Modulation(torch.cat([m.blocks for m in rows]), torch.cat([m.final for m in rows]))
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,7 @@ class QwenImageTransformer(nn.Module):
                 seen = attend(q, k, v, lengths, lengths, causal=True, by=forward.attention_by).flatten(1)
                 x = own.leave(x, seen, still, None, forward, rows)
         memories = zip(*(zip(k.split(lengths), v.split(lengths)) for k, v in read))
-        jumps = list(dict.fromkeys(times))
-        found = self.modulate(jumps, forward, Rows.alone(len(jumps))) if jumps else None
-        foreseen = {} if found is None else {t: Modulation(*(m[i, None] for m in found)) for i, t in enumerate(jumps)}
+        foreseen = self._foresee(list(dict.fromkeys(times)), forward)
         return [
             Prepared(list(memory), self._rope(picture_positions(n, height, width)), (height, width), foreseen)
             for n, memory in zip(lengths, memories)
@@ -134,6 +133,13 @@ class QwenImageTransformer(nn.Module):
         final, zero = linear(self.norm_out["linear"], F.silu(vec), forward, rows), torch.zeros_like(vec)
         blocks = torch.stack((zero, scale1, gate1.tanh(), zero, scale2, gate2.tanh()), dim=1)
         return Modulation(blocks, torch.stack((zero, final), dim=1))
+
+    def _foresee(self, times: Sequence[float], forward: Forward) -> dict[float, Modulation]:
+        """The modulation of each time, computed in one pass."""
+        if not times:
+            return {}
+        found = self.modulate(times, forward, Rows.alone(len(times)))
+        return {t: Modulation(found.blocks[i, None], found.final[i, None]) for i, t in enumerate(times)}
 
     def _rope(self, positions: Tensor) -> Rope:
         return rope(positions, self.config.axes_dims_rope, 10_000.0, self.img_in.weight.device)
@@ -234,8 +240,8 @@ class Block(nn.Module):
         layers = (self.attn.to_q, self.attn.to_k, self.attn.to_v)
         normed = modulate(x, modulation[:, :3], which, forward.unadapted(*layers))
         q, k, v = (linear(layer, normed, forward, rows).unflatten(-1, (self.attn.heads, -1)) for layer in layers)
-        norms = self.attn.norm_q, self.attn.norm_k
-        return *(norm_rope(each, norm.weight, table, EPS) for each, norm in zip((q, k), norms)), v
+        q = norm_rope(q, self.attn.norm_q.weight, table, EPS)
+        return q, norm_rope(k, self.attn.norm_k.weight, table, EPS), v
 
     def leave(
         self, x: Tensor, seen: Tensor, modulation: Tensor, which: Tensor | None, forward: Forward, rows: Rows
