@@ -372,7 +372,7 @@ def test_every_word_of_the_pages_has_a_chinese_one(finished):
     told += [text for text in re.findall(r'\bsay\("([^"]+)"', source) if text not in ("asked change",)]
     missing = [text for text in told if text not in CHINESE and text not in ("asked change", "all else stayed")]
     assert missing == []
-    assert words("zh", "{count} votes", count=3) == "3 票"
+    assert words("zh", "Votes: {count}", count=3) == "3 票"
 
 
 def test_the_tables_have_a_row_for_each_picture(finished):

@@ -40,7 +40,7 @@ PAGE_WORDS = ("Which picture is better?", "Both pictures were drawn from the sam
               "Second picture", "Undo",
               "Download votes", "Copy votes", "Copied.", "Votes are saved.", "The picture cannot be shown.",
               "Votes stay in this browser until you download them.",
-              "The votes cannot be saved: download them.", "{count} votes")  # fmt: skip
+              "The votes cannot be saved: download them.", "Votes: {count}")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -100,26 +100,27 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]], kind: str = "") 
     return f'<div class="wide" tabindex="0"><table class="{kind}">{top}<tbody>{body}</tbody></table></div>'
 
 
+def _named(model: str) -> str:
+    """A model's name as HTML. A narrow column may break it before each option."""
+    return escape(model).replace("@", "<wbr>@")
+
+
 def _glance(results: Results, say: Any) -> str:
-    found = {(row.of, row.measure, row.group): row for row in results.rows}
-    scripts = list(dict.fromkeys(row.group for row in results.rows if row.measure.startswith("text exact, by")))
-    exact = [
-        ("Text exact" + ("" if group == "all" else f", {group}"), "text exact, by rapidocr", group) for group in scripts
-    ]
-    others = {"Seconds": "seconds", "Peak memory": "peak memory in bytes", "Energy": "energy in joules", "Cost": MONEY,
-              "Failed": "failed"}  # fmt: skip
-    columns = [("All right", "all right", "all"), *exact, *((title, name, "all") for title, name in others.items())]
-    heads = [say("Model"), *(", ".join(say(part) for part in title.split(", ")) for title, _, _ in columns)]
+    found = {(row.of, row.measure): row for row in results.rows if row.group == "all"}
+    columns = {"All right": "all right", "Text exact": "text exact, by rapidocr", "Seconds": "seconds",
+               "Peak memory": "peak memory in bytes", "Energy": "energy in joules", "Cost": MONEY,
+               "Failed": "failed"}  # fmt: skip
+    heads = [say(head) for head in ("Model", *columns)]
     rows = []
     for name in results.names:
         cells = []
-        for title, measure, group in columns:
-            row = found.get((name, measure, group))
+        for title, measure in columns.items():
+            row = found.get((name, measure))
             empty = say("not asked" if title.startswith(("All right", "Text")) else "not told")
             cells.append(
                 f'<span class="faint">{empty}</span>' if row is None else _cell(row, scaled=title == "All right")
             )
-        rows.append([escape(name), *cells])
+        rows.append([_named(name), *cells])
     return _table(heads, rows)
 
 
@@ -128,10 +129,11 @@ def _cell(row: Row, scaled: bool = False) -> str:
     text = shown(row.measure, row.value)
     if row.low is None or row.high is None:
         return text
-    text += f"<small>{shown(row.measure, row.low)} - {shown(row.measure, row.high)}</small>"
+    low, high = shown(row.measure, row.low), shown(row.measure, row.high)
+    text += "" if low == high == text else f"<small>{low} - {high}</small>"
     if scaled:
-        low, wide, middle = 100 * row.low, 100 * (row.high - row.low), 100 * row.value
-        bar = f'<i style="left:{low:.1f}%;width:{wide:.1f}%"></i><b style="left:{middle:.1f}%"></b>'
+        left, wide, middle = 100 * row.low, 100 * (row.high - row.low), 100 * row.value
+        bar = f'<i style="left:{left:.1f}%;width:{wide:.1f}%"></i><b style="left:{middle:.1f}%"></b>'
         text += f'<div class="scale" aria-hidden="true">{bar}</div>'
     return text
 
@@ -144,7 +146,7 @@ def _measures(results: Results, say: Any) -> str:
         title = say(measure) + ("" if group == "all" else f", {say(group)}")
         cells = [_cell(row) if (row := found.get((name, measure, group))) else "" for name in results.names]
         rows.append([title, *cells])
-    return _table([say("Measure"), *map(escape, results.names)], rows)
+    return _table([say("Measure"), *map(_named, results.names)], rows)
 
 
 def _settings(models: Sequence[Mapping[str, Any]], say: Any) -> str:
@@ -165,7 +167,7 @@ def _settings(models: Sequence[Mapping[str, Any]], say: Any) -> str:
     columns = {**{name: fact(name) for name in names}, "size": size, "options": options, "weights": weights}
     rows = [[say(name), *((get(model) or f'<span class="faint">{say("not told")}</span>') for model in models)]
             for name, get in columns.items()]  # fmt: skip
-    return _table([say("Model"), *(escape(model["name"]) for model in models)], rows, "left")
+    return _table([say("Model"), *(_named(model["name"]) for model in models)], rows, "left")
 
 
 def _ranking(names: Sequence[str], ranking: Mapping[str, Any], say: Any) -> str:
@@ -181,9 +183,9 @@ def _ranking(names: Sequence[str], ranking: Mapping[str, Any], say: Any) -> str:
             f"{model['points']:.0f}<small>{model['low']:.0f} - {model['high']:.0f}</small>"
             f'<div class="scale" aria-hidden="true">{bar}</div>'
         )
-        rows.append([escape(model["name"]), str(model["rank"]), points, str(model["votes"]), str(model["bad"])])
+        rows.append([_named(model["name"]), str(model["rank"]), points, str(model["votes"]), str(model["bad"])])
     order = [names.index(model["name"]) for model in models]
-    better = [[escape(names[a]), *("" if a == b else f"{ranking['better'][a][b]:.0%}" for b in order)] for a in order]
+    better = [[_named(names[a]), *("" if a == b else f"{ranking['better'][a][b]:.0%}" for b in order)] for a in order]
     voters = [
         [escape(voter["name"]), str(voter["votes"]), _bias(voter), str(voter.get("inconsistent", ""))]
         for voter in ranking["voters"]
@@ -194,7 +196,7 @@ def _ranking(names: Sequence[str], ranking: Mapping[str, Any], say: Any) -> str:
         _table([say(head) for head in ("Model", "Rank", "Points", "Votes", "Both bad")], rows),
         f"<p>{say('Models whose intervals overlap share a rank. 400 points more are odds of ten to one.')}</p>",
         f"<h3>{say('P(row is better than column)')}</h3>",
-        _table(["", *(escape(names[b]) for b in order)], better),
+        _table(["", *(_named(names[b]) for b in order)], better),
         f"<h3>{say('Voters')}</h3>",
         _table([say(head) for head in ("Voters", "Votes", "left wins", "inconsistent answers")], voters),
         f"<p>{say('share of ties between equal models')}: {ranking['ties']:.0%}"

@@ -163,11 +163,10 @@ def _texts(share: Any, mean: Any, drawn: Sequence[Picture]) -> list[Row]:
     """Exact texts, NED and wrong characters, by script. A picture is exact if all its texts are."""
     scripts = list(dict.fromkeys(text["script"] for picture in drawn for text in checked(picture)["texts"]))
     rows = []
-    for script in scripts:
-        group = "all" if len(scripts) == 1 else script
+    for group in ["all", *(scripts if len(scripts) > 1 else [])]:
 
-        def of(picture: Picture, script: str = script) -> list[Any]:
-            return [text for text in checked(picture)["texts"] if text["script"] == script]
+        def of(picture: Picture, group: str = group) -> list[Any]:
+            return [text for text in checked(picture)["texts"] if group in ("all", text["script"])]
 
         def exact(picture: Picture) -> bool | None:
             return all(text["exact"] for text in of(picture)) if of(picture) else None
@@ -270,7 +269,7 @@ def as_record(results: Results, name: str, command: str = "", more: Sequence[Map
     rows = []
     for number, model in enumerate(plan["models"]):
         kept = {key: value for key, value in model.items() if key not in ("name", "options", "on", "weights")}
-        row = {"of": model["name"], **kept, **model["options"], **model["on"]}
+        row = {"of": model["name"], **model["options"], **model["on"], **kept}
         row["pictures"] = sum(one.model == number and one.file is not None for one in results.pictures)
         for found in results.rows:
             if found.of == model["name"] and found.group == "all":

@@ -133,7 +133,7 @@ CHINESE = {
     "Votes are saved.": "投票已保存。",
     "Votes stay in this browser until you download them.": "投票保存在此浏览器中，直到您下载。",
     "The votes cannot be saved: download them.": "无法保存投票：请下载。",
-    "{count} votes": "{count} 票",
+    "Votes: {count}": "{count} 票",
     "The picture cannot be shown.": "无法显示图片。",
 }
 """English words -> Chinese. {names} are filled in."""
