@@ -25,6 +25,8 @@ from inkstream.engine.pictures.metadata import read_request, save_picture
 from inkstream.families import SPECS
 from inkstream.families.flux1.specs import DEV
 from inkstream.families.flux2.specs import KLEIN_9B_KV, KLEIN_BASE_4B
+from inkstream.families.flux3 import model as flux3
+from inkstream.families.flux3.specs import KLEIN_BASE
 from inkstream.families.zimage import model as zimage
 from inkstream.families.zimage.specs import BASE, OMNI
 from inkstream.nn import flux
@@ -34,7 +36,7 @@ from inkstream.nn.rope import Rope
 from inkstream.nn.sight import Group, Sight, sight_of
 from inkstream.types import Conditioning, Encoded, InputError, Machine, Region, Request
 
-FAMILIES = {"Z-Image": BASE, "FLUX.1": DEV, "FLUX.2": KLEIN_BASE_4B}
+FAMILIES = {"Z-Image": BASE, "FLUX.1": DEV, "FLUX.2": KLEIN_BASE_4B, "FLUX.3": KLEIN_BASE}
 LEFT, RIGHT = "0,0,0.5x1:a red circle", "0.5,0,0.5x1:a blue star on the right"
 CPU = torch.device("cpu")
 PICTURE = Image.new("RGB", (64, 64), "white")
@@ -174,7 +176,7 @@ def test_a_forward_with_regions_is_the_forward_of_all_texts_under_a_dense_mask(n
         mask = regions_mask(lengths, boxes, (4, 4), 0)
         tables = [*(one.rope[:n] for one, n in zip(singles, lengths)), singles[0].rope[lengths[0] : lengths[0] + 16]]
         plain = replace(singles[0], text=torch.cat([one.text for one in singles]), rope=Rope.cat(tables))
-        module, targets = flux, slice(sum(lengths), sum(lengths) + 16)
+        module, targets = flux3 if name == "FLUX.3" else flux, slice(sum(lengths), sum(lengths) + 16)
 
     def by_mask(q: Tensor, k: Tensor, v: Tensor, q_lengths: Any, k_lengths: Any, **_: Any) -> Tensor:
         if k_lengths[0] < len(mask):  # of the picture alone
