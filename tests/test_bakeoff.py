@@ -126,6 +126,7 @@ def test_models_that_cannot_be_are_refused_in_one_line(text, said):
 # Drawing
 
 
+@pytest.mark.slow
 def test_an_interrupted_bakeoff_is_resumed_and_no_picture_is_drawn_twice(command, monkeypatch, provider):
     from inkstream.clients.manifest import Manifest
 
@@ -177,6 +178,7 @@ def test_all_models_draw_the_same_prompts_with_the_same_seeds(command, provider)
         assert str(Path.cwd()) not in Path("out", name).read_text("utf-8"), name
 
 
+@pytest.mark.slow
 def test_a_changed_plan_is_refused_in_one_line(command, capsys):
     assert main(command) == 0
     before = pictures_of(Path("out"))
@@ -210,6 +212,7 @@ def test_changed_weights_are_a_changed_plan(command, tiny_folder, tmp_path, caps
     assert "plain weights vae" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_refused_content_is_a_result_and_other_errors_are_tried_again(command, provider):
     provider.plays = "moderation"
     assert main(command) == 0
