@@ -249,14 +249,30 @@ def test_a_refused_request_is_told_in_a_line_beside_its_field(open_page, page):
 
 def test_what_is_being_typed_counts_when_a_key_draws(served, page):
     page.fill("#prompt", "typed to the last")
-    for label, pixels in (("Height", "48"), ("Width", "33")):
+    for label, pixels in (("Height", "48"), ("Width", "32")):
         page.get_by_label(label, exact=True).fill(pixels)
     page.keyboard.press("Control+Enter")
     page.wait_for_selector(".tile img[alt='typed to the last']")
     request = jobs(served, "succeeded")[0]["request"]
     assert (request["width"], request["height"]) == (32, 48)
-    assert page.get_by_label("Width", exact=True).input_value() == "32"
     assert page.text_content("#status") == "pocket on cpu"
+
+
+def test_a_side_that_is_not_possible_is_told_and_not_changed(open_page, page):
+    width, note = page.get_by_label("Width", exact=True), page.locator("#size-note")
+    for typed, near in (("130", "128 or 144"), ("7", "16"), ("33", "32 or 48")):
+        width.fill(typed)
+        width.blur()
+        until(lambda near=near: f"take {near}." in note.text_content())
+        assert width.input_value() == typed
+        assert width.get_attribute("aria-invalid") == "true"
+    open_page.refusals.add("400")
+    page.fill("#prompt", "not possible")
+    page.keyboard.press("Control+Enter")
+    page.wait_for_selector(".notice.error >> text=33")
+    width.fill("48")
+    width.blur()
+    until(lambda: not note.is_visible())
 
 
 def test_each_press_of_the_keys_draws_and_a_held_key_draws_once(served, page):

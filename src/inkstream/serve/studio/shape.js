@@ -50,6 +50,8 @@ export function shapeControl(width, height) {
       ),
     };
   });
+  const note = h("p", { class: "size-note bad", id: "size-note", role: "status", hidden: true });
+  for (const box of [w, hgt]) box.setAttribute("aria-describedby", "size-note");
   const set = ([a, b]) => {
     give(width, a);
     give(height, b);
@@ -60,6 +62,16 @@ export function shapeControl(width, height) {
     hgt.value = isGiven(height) ? now[1] : "";
     for (const { shape, radio } of choices)
       radio.checked = sides(shape, width, height).every((side, i) => side === now[i]);
+    const wrong = [
+      [width, w],
+      [height, hgt],
+    ].map(([field, box]) => {
+      const text = isGiven(field) ? wrongSide(field, valueOf(field)) : "";
+      box.setAttribute("aria-invalid", String(Boolean(text)));
+      return text;
+    });
+    note.textContent = wrong.filter(Boolean).join(" ");
+    note.hidden = !note.textContent;
   };
   refresh();
   const shapes = h(
@@ -72,9 +84,20 @@ export function shapeControl(width, height) {
     "div",
     { class: "field", data: { field: "size" } },
     h("div", { class: "field-head" }, h("span", { class: "name" }, t("size")), numbers),
+    note,
     shapes,
   );
   return { element, refresh };
+}
+
+/** Return what is wrong with a side, or "". The side stays as it was typed. */
+function wrongSide(field, value) {
+  const { step = 1, minimum = 1, maximum = Infinity } = field;
+  if (value >= minimum && value <= maximum && value % step === 0) return "";
+  const low = Math.floor(value / step) * step;
+  const near = [low, low + step].filter((side) => side >= minimum && side <= maximum);
+  if (value % step === 0 || !near.length) near.splice(0, 2, value < minimum ? minimum : maximum);
+  return t("wrongSide", { value, step, near: near.join(t("orNear")) });
 }
 
 /** Return the box of a side in pixels. An empty box means the start picture's side, or else the model's default. */
@@ -89,10 +112,6 @@ function entry(field, label) {
     max: field.maximum,
     step: field.step,
   });
-  box.addEventListener("change", () => {
-    const unit = field.step ?? 1;
-    const value = Math.round(Number(box.value) / unit) * unit;
-    give(field, box.value === "" ? null : Math.min(field.maximum ?? value, Math.max(field.minimum ?? value, value)));
-  });
+  box.addEventListener("change", () => give(field, box.value === "" ? null : Math.round(Number(box.value))));
   return box;
 }

@@ -61,6 +61,8 @@ export const en = {
   size: "Size",
   shape: "Shape",
   swapSides: "Swap width and height",
+  wrongSide: "{value} pixels are not possible, because a side is a multiple of {step}: take {near}.",
+  orNear: " or ",
   random: "random",
   ownValue: "Reset to the model's default: {field}",
   takeAway: "Remove {what}",

@@ -59,6 +59,8 @@ export const zh = {
   noHistory: "还没有提示词",
   size: "尺寸",
   shape: "比例",
+  wrongSide: "边长必须是 {step} 的倍数，不能是 {value}：请用 {near}。",
+  orNear: " 或 ",
   swapSides: "交换宽和高",
   random: "随机",
   ownValue: "恢复模型默认的{field}",
