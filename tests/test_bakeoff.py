@@ -305,7 +305,7 @@ def test_the_energy_of_a_gpu_is_counted_by_nvml():
 def test_the_peak_of_memory_is_that_since_the_start_and_is_not_told_of_other_machines():
     meter = Meter("cpu")
     meter.start()
-    block = np.ones(1 << 25, np.uint8)
+    block = np.ones(1 << 27, np.uint8)  # so large that it is given back at once when it is freed
     high = meter.stop().peak_bytes
     del block
     meter.start()
