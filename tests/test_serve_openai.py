@@ -11,11 +11,14 @@ import sys
 import urllib.parse
 import urllib.request
 from contextlib import closing
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from inkstream.engine.pictures.metadata import read_request
+from inkstream.serve.api.openai import BODY, INSTEAD, REFUSED
 from inkstream.serve.app import build
 from inkstream.serve.keys import add_key
 from inkstream.serve.limits import Limits, Settings
@@ -194,6 +197,10 @@ def test_a_stream_whose_job_another_client_cancels_ends_with_an_error(client, se
         ({"quality": "ultra"}, "quality", "'low', 'medium', 'high'"),
         ({"background": "transparent"}, "background", "opaque: leave it out"),
         ({"style": "noir"}, "style", "'vivid' or 'natural'"),
+        ({"frame_count": 4}, "frame_count", "animations are not drawn here: leave it out"),
+        ({"svg": {"model": "x"}}, "svg", "made of pixels here: leave it out"),
+        ({"output_format": "gif"}, "output_format", "animations are not drawn here: take png, jpeg or webp"),
+        ({"output_format": "svg"}, "output_format", "made of pixels here: take png, jpeg or webp"),
         ({"extra_body": {"styles": "vivid"}}, "styles", "leave it out"),
         ({"output_compression": 50}, "output_compression", "jpeg or webp"),
         ({"partial_images": 1}, "partial_images", "stream"),
@@ -207,6 +214,18 @@ def test_an_unsupported_value_is_refused_with_the_name_of_its_field(client, fiel
     with pytest.raises(openai.BadRequestError, match=words) as refused:
         client.images.generate(**{**SMALL, **fields})
     assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
+
+
+@pytest.mark.parametrize("name", ["image_generate_params.ImageGenerate", "image_edit_params.ImageEdit"])
+def test_every_field_of_the_newest_package_is_declared_and_on_the_page(name):
+    """Honoured, ignored or refused by name: none is unknown."""
+    module, kind = name.split(".")
+    theirs = getattr(import_module(f"openai.types.{module}"), f"{kind}ParamsBase").__annotations__.keys()
+    declared = {*BODY.model_fields, *REFUSED, *INSTEAD, "image", "mask"}
+    assert theirs <= declared
+    page = (Path(__file__).parent.parent / "docs" / "serving.md").read_text()
+    told = page.partition("## OpenAI API")[2].partition("\n## ")[0]
+    assert [field for field in theirs if f"`{field}`" not in told and field not in ("prompt", "image", "mask")] == []
 
 
 def test_a_model_that_is_not_offered_is_not_found(client):
@@ -223,9 +242,21 @@ def test_quality_sets_the_steps_of_a_model_with_many_steps(client):
     same = {**SMALL, "extra_body": {"seed": 7}}
     own = steps_of(client.images.generate(**same))
     assert own == [16]
-    for quality, steps in {"auto": 16, "standard": 16, "medium": 16, "low": 8, "high": 24, "hd": 24}.items():
+    for quality, steps in {
+        "auto": 16,
+        "standard": 16,
+        "medium": 16,
+        "low": 8,
+        "high": 24,
+        "hd": 24,
+        "xhigh": 32,
+        "max": 48,
+    }.items():
         assert steps_of(client.images.generate(**same, quality=quality)) == [steps]
-    given = client.images.with_raw_response.generate(**SMALL, quality="hd", extra_body=ONE_STEP)
+    raw = client.images.with_raw_response
+    told = raw.generate(**SMALL, complexity="high", safety_identifier="anna", extra_body=ONE_STEP)
+    assert told.headers["Inkstream-Ignored"] == "complexity"
+    given = raw.generate(**SMALL, quality="hd", extra_body=ONE_STEP)
     assert given.headers["Inkstream-Ignored"] == "quality"
     assert steps_of(given.parse()) == [1]
     assert given.parse().inkstream["remarks"] == ["quality hd has no effect: steps were given"]

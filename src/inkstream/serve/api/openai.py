@@ -42,7 +42,7 @@ IMAGES = 16
 """Most pictures in one edit, as in OpenAI's API."""
 NAMES = re.compile(r"(dall-e|gpt-image|chatgpt-image)-[\w.-]{1,100}", re.ASCII)
 """OpenAI's model names. Many programs send one without being told to."""
-EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5}
+EFFORT = {"low": 0.5, "high": 1.5, "hd": 1.5, "xhigh": 2.0, "max": 3.0}
 """Quality -> factor for the model's default number of steps. All other qualities use the default."""
 
 
@@ -68,10 +68,12 @@ class Asked(BaseModel):
         pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$",
         description="WIDTHxHEIGHT, both multiples of 16, or auto: the model's default size, or the edited picture's.",
     )
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(
+    quality: Literal["auto", "low", "medium", "high", "xhigh", "max", "standard", "hd"] | None = Field(
         None,
-        description="low: half of the model's default steps; high, hd: 1.5 times. No effect if they are few.",
+        description="low: half of the model's default steps; high, hd: 1.5 times; xhigh: 2 times; max: 3 times. No "
+        "effect if they are few.",
     )
+    complexity: Literal["low", "medium", "high"] | None = Field(None, description="No effect: see quality.")
     style: Literal["vivid", "natural"] | None = Field(None, description="No effect.")
     background: Literal["auto", "opaque"] | None = Field(None, description="All pictures are opaque.")
     moderation: Literal["auto", "low"] | None = Field(None, description="No effect: there is no moderation.")
@@ -83,6 +85,9 @@ class Asked(BaseModel):
     stream: bool | None = Field(None, description="Answer with a stream of events.")
     partial_images: int | None = Field(None, ge=0, le=3, description="Number of previews in the stream.")
     user: str | None = Field(None, max_length=1000, description="Stored as the job's note.")
+    safety_identifier: str | None = Field(
+        None, max_length=1000, description="Stored as the job's note, if there is no user."
+    )
     lora: Named | None = Field(None, description="vLLM-Omni's form of `loras` for one LoRA.")
 
     _ignored: dict[str, str] = PrivateAttr(default_factory=dict)  # given field without effect -> reason
@@ -105,10 +110,18 @@ INSTEAD = {
     "guidance_scale": "guidance",
     "true_cfg_scale": "guidance",
     "input_fidelity": "strength",
-    "safety_identifier": "user",
     "reference": "image",
 }
 """Field name of other servers and tools -> the name in this API."""
+REFUSED = {
+    "frame_count": "animations are not drawn here",
+    "frame_duration_ms": "animations are not drawn here",
+    "svg": "pictures are made of pixels here",
+    "markup": "marks on a picture are not read here; a mask says what to repaint",
+}
+"""Field of OpenAI's API that this server refuses -> why. Ignored, it would give a picture that nobody asked for."""
+FORMATS = {"gif": "animations are not drawn here", "svg": "pictures are made of pixels here"}
+"""Output format of OpenAI's API that is refused -> why."""
 PARAMS = {"width": "size", "height": "size", "count": "n"}
 """Field of a Request -> its name in this API, for error messages."""
 
@@ -331,6 +344,13 @@ def understand(fields: Mapping[str, Any]) -> Asked:
     """Validate the fields of a body. Raises Refused, with the field's name, for an unknown field or a wrong value."""
     for name in INSTEAD.keys() & fields.keys():
         raise Refused(400, f"{name} is not a known field: give {INSTEAD[name]} instead", param=name)
+    for name in REFUSED.keys() & fields.keys():
+        if fields[name] is not None:
+            raise Refused(400, f"{name} is not supported, {REFUSED[name]}: leave it out", param=name)
+    fields = {name: value for name, value in fields.items() if name not in REFUSED}
+    if (kind := fields.get("output_format")) in FORMATS:
+        message = f"output_format {kind} is not supported, {FORMATS[kind]}: take png, jpeg or webp"
+        raise Refused(400, message, param="output_format")
     if fields.get("background") == "transparent":
         message = "background transparent is not supported, every picture is opaque: leave it out"
         raise Refused(400, message, param="background")
@@ -373,6 +393,8 @@ def settle(parts: Service, asked: Asked) -> Asked:
             asked = asked.model_copy(update={"steps": min(most, round(spec.steps * effort))})
     if asked.style is not None:
         ignored["style"] = f"style {asked.style} has no effect: say it in the prompt"
+    if asked.complexity is not None:
+        ignored["complexity"] = f"complexity {asked.complexity} has no effect: give quality or steps"
     asked._ignored = ignored
     return asked
 
@@ -452,7 +474,9 @@ async def draw(
         raise Refused(400, f"n {request.count} is too many for one request: take at most {most}", param="n")
     try:
         request = await parts.take_pictures(who, request)
-        job = parts.jobs.submit(who, request, note=asked.user or "", token=token, waited=True)
+        job = parts.jobs.submit(
+            who, request, note=asked.user or asked.safety_identifier or "", token=token, waited=True
+        )
     except Refused as refusal:
         raise _renamed(refusal) from None
     headers = {"Inkstream-Model": job.model}
