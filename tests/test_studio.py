@@ -290,20 +290,28 @@ def test_each_press_of_the_keys_draws_and_a_held_key_draws_once(served, page):
 # The stage ----------------------------------------------------------------------------------------------------------
 
 
+def on_stage(page: Any, prompt: str) -> Any:
+    """Wait until the finished picture of a prompt is on the stage, with its tools. Returns its element."""
+    image = page.locator(".stage-image")
+    until(lambda: image.get_attribute("alt") == prompt and page.locator("#stage .tool").count(), 180)
+    return image
+
+
 def test_the_preview_grows_into_the_picture_on_the_stage(served, open_page):
     page = open_page(view="draw")
-    page.wait_for_selector(".frame")
+    until(lambda: page.locator(".frame").count())
     assert not page.locator("#gallery").is_visible()
-    ask_for(page, "a star on the stage", steps=12, seed=11)
-    page.locator(".stage-progress progress[value]").wait_for()
-    image = page.locator(".stage-image")
-    until(lambda: (image.get_attribute("src") or "").startswith("data:image/"))
-    preview = image.bounding_box()
-    assert image.get_attribute("alt") == "Being drawn: a star on the stage"
-    page.wait_for_selector("#stage .tool")
-    assert image.get_attribute("alt") == "a star on the stage"
+    ask_for(page, "a star on the stage", steps=100, seed=11)
+    shown = """() => {
+      const image = document.querySelector(".stage-image");
+      const running = image.alt === "Being drawn: a star on the stage" && image.src.startsWith("data:image/");
+      return running && document.querySelector(".stage-progress progress").value > 0 && image.getBoundingClientRect();
+    }"""
+    preview = until(lambda: page.evaluate(shown), 180)
+    image = on_stage(page, "a star on the stage")
     assert image.get_attribute("src") == jobs(served, "succeeded")[0]["pictures"][0]["url"]
-    assert image.bounding_box() == pytest.approx(preview, abs=40)
+    box = image.bounding_box()
+    assert box == pytest.approx({name: preview[name] for name in box}, abs=40)
     assert min(preview["width"], preview["height"]) > 300
     assert page.locator(".frame[aria-current]").get_attribute("aria-label") == "a star on the stage"
     assert complaints(page) == {"light": [], "dark": []}
@@ -311,10 +319,10 @@ def test_the_preview_grows_into_the_picture_on_the_stage(served, open_page):
 
 def test_the_tools_of_the_stage_draw_again_keep_the_seed_and_delete(served, open_page):
     page = open_page(view="draw")
-    page.wait_for_selector(".frame")
+    until(lambda: page.locator(".frame").count())
     ask_for(page, "tools of the stage", seed=12)
+    on_stage(page, "tools of the stage")
     tool = page.locator("#stage").get_by_role("button", name="Keep this seed")
-    tool.wait_for()
     page.fill("#field-seed", "")
     tool.click()
     assert page.input_value("#field-seed") == "12"
@@ -322,12 +330,14 @@ def test_the_tools_of_the_stage_draw_again_keep_the_seed_and_delete(served, open
     tool.click()
     assert page.input_value("#field-seed") == ""
     page.locator("#stage").get_by_role("button", name="Variations").click()
-    made = until(lambda: jobs(served, "succeeded")[0]["request"].get("count") == 4 and jobs(served, "succeeded")[0])
+    made = until(lambda: next((job for job in jobs(served, "succeeded") if len(job["pictures"]) == 4), None), 180)
     assert made["request"]["prompt"] == "tools of the stage"
     assert made["request"]["seed"] != 12  # the server chose one
-    page.locator(".frame[aria-current]").focus()
+    last = page.locator(".frame").first
+    until(lambda: last.get_attribute("data-key") == made["pictures"][3]["id"] and last.get_attribute("aria-current"))
+    last.focus()
     page.keyboard.press("ArrowRight")
-    page.wait_for_function("document.activeElement === document.querySelector('.frame[aria-current]')")
+    until(lambda: page.evaluate("document.activeElement === document.querySelector('.frame[aria-current]')"))
     gone = until(lambda: page.locator(".stage-image").get_attribute("src") == made["pictures"][2]["url"]) and made
     page.locator("#stage").get_by_role("button", name="Delete").click()
     page.locator(".notice >> text=Undo").wait_for()
@@ -338,10 +348,10 @@ def test_the_tools_of_the_stage_draw_again_keep_the_seed_and_delete(served, open
 
 def test_on_a_phone_the_result_is_seen_where_the_prompt_is_written(served, open_page):
     page = open_page(390, 844)
-    page.wait_for_selector(".frame")
+    until(lambda: page.locator(".frame").count())
     assert page.locator("#prompt").is_visible()
     ask_for(page, "seen on a phone", seed=13)
-    until(lambda: page.locator(".stage-image").get_attribute("alt") == "seen on a phone")
+    on_stage(page, "seen on a phone")
     box = until(lambda: (found := page.locator(".stage-image").bounding_box()) and found["y"] >= 0 and found)
     assert box["y"] + box["height"] < 844
     prompt = page.locator("#prompt").bounding_box()

@@ -29,9 +29,13 @@ export function lanes() {
   };
 }
 
-/** Store a job of the server. Its preview and loading state, which come with events, are kept. */
+/**
+ * Store a job of the server. Its preview and loading state, which come with events, are kept. An answer may be older than
+ * the events that came before it: a job that has ended stays ended.
+ */
 export function take(job) {
   const before = all.get(job.id);
+  if (before && isEnded(before) && !isEnded(job)) return;
   all.set(job.id, {
     preview: null,
     loading: null,
@@ -84,7 +88,7 @@ export function follow() {
       else if (all.has(data.job)) told(all.get(data.job), data);
       else
         get(`/v1/jobs/${data.job}`).then(
-          (job) => (take(job), told(all.get(job.id), data)),
+          (job) => (take(job), told(all.get(job.id), data), say("jobs")),
           () => {},
         );
       say("jobs");
