@@ -425,7 +425,7 @@ def test_a_file_that_cannot_be_read_is_refused_in_one_line(tensors, said, tmp_pa
             DEV,
             "double_blocks.0.img_attn.proj",
             TURBO,
-            "it was made for FLUX.1 or FLUX.2 klein 4B, use one made for this",
+            "it was made for FLUX.1, FLUX.2 klein 4B or FLUX.3 klein, use one made for this",
         ),
         (KLEIN_9B, "double_blocks.0.img_attn.proj", KLEIN_4B, "4096x4096 there, but 3072x3072 .* for FLUX.2 klein 9B"),
         (FLUX2_DEV, "double_blocks.0.img_attn.qkv", DEV, "18432x6144 there, but 9216x3072 .* for FLUX.2 dev, use one"),
