@@ -182,7 +182,7 @@ def until(condition: Any, seconds: float = 60.0) -> Any:
 
 
 def test_a_picture_is_drawn_with_previews_and_becomes_the_first_of_the_gallery(served, page):
-    ask_for(page, "a red heart of the studio", steps=12, count=2)
+    ask_for(page, "a red heart of the studio", steps=100, count=2)
     card = page.locator(".job[data-state=running]")
     card.locator("progress[value]").wait_for()
     assert card.locator(".preview").get_attribute("src").startswith("data:image/")
@@ -192,7 +192,7 @@ def test_a_picture_is_drawn_with_previews_and_becomes_the_first_of_the_gallery(s
     assert page.locator(".count").first.text_content() == "25,002 pictures"
     job = jobs(served, "succeeded")[0]
     assert {name: job["request"][name] for name in ("prompt", "steps", "width", "count")} == {
-        "prompt": "a red heart of the studio", "steps": 12, "width": 32, "count": 2,
+        "prompt": "a red heart of the studio", "steps": 100, "width": 32, "count": 2,
     }  # fmt: skip
     assert "guidance" not in job["request"]  # only what differs from the model's own is sent
     page.fill("#prompt", "")
