@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import ctypes
+import hashlib
 import http.client
 import io
 import json
@@ -22,7 +23,7 @@ import pytest
 from PIL import Image
 
 import remote_providers
-from conftest import build_model
+from conftest import build_model, write_lora_folder
 from inkstream.cli import main
 from inkstream.clients.manifest import read_lines
 from inkstream.clients.remote.drawer import provider_of
@@ -32,7 +33,7 @@ from inkstream.evaluate.bakeoff.ballot import read_key
 from inkstream.evaluate.bakeoff.check import asked_of, check
 from inkstream.evaluate.bakeoff.meters import Meter, gpus, packages
 from inkstream.evaluate.bakeoff.page import NOTES
-from inkstream.evaluate.bakeoff.plan import Entry, read_entries
+from inkstream.evaluate.bakeoff.plan import Entry, Hashes, read_entries
 from inkstream.evaluate.bakeoff.polls import serve_votes
 from inkstream.evaluate.bakeoff.results import flat, read_results
 from inkstream.evaluate.bakeoff.run import failure_of
@@ -42,7 +43,7 @@ from inkstream.evaluate.suites import Case, open_suite
 from inkstream.families.zimage.specs import BASE
 from inkstream.pocket.draw import render
 from inkstream.serve.limits import Settings
-from inkstream.types import InputError
+from inkstream.types import InputError, Machine
 
 REMOTE = "together:flux-1-schnell"
 SMALL = "@steps=2@width=32@height=32"
@@ -91,6 +92,24 @@ def pictures_of(folder: Path) -> dict[str, int]:
 
 
 # Models
+
+
+def test_a_switch_of_a_model_is_true_or_false(tmp_path, capsys):
+    assert main(["bakeoff", "people", "--models", "pocket,pocket@compile=on", "--out", str(tmp_path)]) == 2
+    assert "model pocket@compile=on: compile is 'on': give true or false" in capsys.readouterr().err
+
+
+def test_a_lora_of_the_servers_folder_is_hashed_by_its_file(tmp_path):
+    """Another file under the same name is another bake-off."""
+    folder = write_lora_folder(tmp_path / "loras")
+    entry, machine = Entry.read("pocket@loras=styles/bold"), Machine(lora_folder=str(folder))
+    found = []
+    for _ in range(2):
+        found.append(Hashes(tmp_path, lambda done, total: None).of(entry, machine)["lora 1"])
+        path = folder / "styles" / "bold.safetensors"
+        path.write_bytes(path.read_bytes() + b" ")
+    assert found[0] != found[1]
+    assert found[1] == hashlib.sha256(path.read_bytes()[:-1]).hexdigest()
 
 
 def test_a_model_has_a_quantisation_options_and_a_name():

@@ -347,6 +347,15 @@ def test_names_and_sizes_need_no_columns_and_a_count_numbers_the_names(tmp_path,
     assert sorted(path.name for path in Path("out").glob("*.png")) == ["disc-1.png", "disc-2.png"]
 
 
+def test_a_name_that_a_count_makes_is_a_name_too(tmp_path, monkeypatch, capsys):
+    """Two rows with one file would be drawn again and again in turns."""
+    monkeypatch.chdir(tmp_path)
+    rows = ['{"prompt": "a disc", "name": "a", "count": 2}', '{"prompt": "a heart", "name": "A-1"}']
+    write("rows.jsonl", "\n".join(rows))
+    assert main(["batch", "rows.jsonl", "--out", "out", "--steps", "1"]) == 2
+    assert "line 2: name 'A-1.png' is that of line 1, too" in problems(capsys)[0]
+
+
 def test_bad_rows_are_told_and_skipped_if_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     rows = [
@@ -360,7 +369,7 @@ def test_bad_rows_are_told_and_skipped_if_asked(tmp_path, monkeypatch, capsys):
     write("rows.csv", "\n".join(rows) + "\n")
     assert main(["batch", "rows.csv", "--out", "out", "--steps", "1"]) == 2
     told = problems(capsys)
-    assert "line 3: name 'a' is that of line 2, too: give each row a name of its own" in told[0]
+    assert "line 3: name 'a.png' is that of line 2, too: give each row a name of its own" in told[0]
     assert "line 4: name 'b/c' cannot be a file's name" in told[1]
     assert "line 5: size 'large' is no size: write it as 1024x768" in told[2]
     assert "line 6: there is no prompt" in told[3]

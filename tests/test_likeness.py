@@ -96,8 +96,8 @@ def test_verify_tells_metrics_beside_the_checks(clip, tmp_path, capsys):
     words = ["verify", str(tmp_path / "a.png"), "--metric", f"clip:{clip}", "--prompt", "b c"]
     assert main([*words, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["pictures"][0]["metrics"]
-    assert told == {"clip": round(Metric(f"clip:{clip}")(PICTURE, "b c"), 4)}
+    assert told == {"clip:clip": round(Metric(f"clip:{clip}")(PICTURE, "b c"), 4)}
     assert main(words) == 0
-    assert f"clip: {told['clip']:g}" in capsys.readouterr().out
+    assert f"clip:clip: {told['clip:clip']:g}" in capsys.readouterr().out
     assert main(words[:4]) == 2
     assert "has no prompt in its metadata: give one with --prompt" in capsys.readouterr().err

@@ -200,6 +200,7 @@ def test_a_stream_whose_job_another_client_cancels_ends_with_an_error(client, se
         ({"frame_count": 4}, "frame_count", "animations are not drawn here: leave it out"),
         ({"svg": {"model": "x"}}, "svg", "made of pixels here: leave it out"),
         ({"output_format": "gif"}, "output_format", "animations are not drawn here: take png, jpeg or webp"),
+        ({"extra_body": {"output_format": {"of": "gif"}}}, "output_format", "'png', 'jpeg' or 'webp'"),
         ({"output_format": "svg"}, "output_format", "made of pixels here: take png, jpeg or webp"),
         ({"extra_body": {"styles": "vivid"}}, "styles", "leave it out"),
         ({"output_compression": 50}, "output_compression", "jpeg or webp"),

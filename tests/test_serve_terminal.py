@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from inkstream.cli import serve
+from inkstream.cli import main, serve
 from inkstream.serve import logs
 from inkstream.serve.limits import Settings
 
@@ -87,7 +87,7 @@ def test_a_server_for_others_tells_their_address_as_a_qr_code_that_a_camera_read
     cv2 = pytest.importorskip("cv2")
     lines = serve.banner(Settings(Path("/data"), host="0.0.0.0", port=9000), keys=2, lan="192.0.2.7")
     assert "  for others http://192.0.2.7:9000" in lines
-    assert "  access     others need a key; 2 keys" in lines
+    assert "  access     with a key (2 in use)" in lines
     code = lines[lines.index("") + 1 : next(i for i, line in enumerate(lines) if line.startswith("  Scan"))]
     plain = [line.replace("\x1b[0m", "").replace("\x1b[7m", "") for line in code]
     halves = {" ": (0, 0), "▀": (1, 0), "▄": (0, 1), "█": (1, 1)}
@@ -96,6 +96,28 @@ def test_a_server_for_others_tells_their_address_as_a_qr_code_that_a_camera_read
     light = np.array([row + [0] * (wide - len(row)) for row in rows], np.uint8)
     picture = np.pad(np.kron(light * 255, np.ones((8, 8), np.uint8)), 40, constant_values=255)
     assert cv2.QRCodeDetector().detectAndDecode(picture)[0] == "http://192.0.2.7:9000"
+
+
+def test_a_server_with_keys_on_this_machine_asks_for_one():
+    lines = serve.banner(Settings(Path("/data"), host="::1", models=("pocket",)), keys=1, lan=None)
+    assert "  studio     http://[::1]:8400" in lines
+    assert "  access     this machine only, with a key (1 in use)" in lines
+    assert any("then --host 0.0.0.0" in line for line in lines)
+
+
+@pytest.mark.parametrize("command", ["serve", "studio"])
+def test_a_port_that_is_not_possible_or_in_use_is_told_in_a_line(command, capsys):
+    for port in ("0", "99999"):
+        assert main([command, "--port", port]) == 2
+        assert f"--port {port} is out of range: give 1 to 65535" in capsys.readouterr().err
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        assert main([command, "--port", str(port)]) == 2
+        assert (
+            f"--port {port} cannot be opened (Address already in use): give another --port" in capsys.readouterr().err
+        )
 
 
 def test_a_machine_without_a_network_gets_no_address_for_others():
@@ -133,11 +155,18 @@ def test_the_studio_opens_in_the_browser_and_a_second_one_uses_the_running_serve
     port = free_port()
     seen = tmp_path / "seen.txt"
     browser = tmp_path / "browser.sh"
-    browser.write_text(f'#!/bin/sh\necho "$1" >> {seen}\n')
+    browser.write_text(
+        f"#!{sys.executable}\nimport sys, urllib.request\n"
+        f"urllib.request.urlopen(sys.argv[1], timeout=20)\nopen({str(seen)!r}, 'a').write(sys.argv[1] + '\\n')\n"
+    )  # it asks the server before it gives back control, as a browser in a terminal does
     browser.chmod(0o755)
     words = ["studio", "--port", str(port), "--data", str(tmp_path / "data")]
     with on_a_terminal(words, BROWSER=str(browser)) as (_, said):
         said.wait_for("Ctrl-C stops the server")
+        end = time.monotonic() + 30
+        while not seen.exists():
+            assert time.monotonic() < end, "the browser was not opened, or got no page"
+            time.sleep(0.05)
         again = subprocess.run(
             [*COMMAND, *words], env=os.environ | {"BROWSER": str(browser)}, capture_output=True, text=True, timeout=60
         )

@@ -344,6 +344,9 @@ def test_the_tools_of_the_stage_draw_again_keep_the_seed_and_delete(served, open
     assert served.ask("GET", f"/v1/pictures/{gone['pictures'][2]['id']}")[2]["deleted"]
     page.locator(".notice >> text=Undo").click()
     until(lambda: not served.ask("GET", f"/v1/pictures/{gone['pictures'][2]['id']}")[2]["deleted"])
+    page.locator("#stage").get_by_role("button", name="Enlarge 2x").click()
+    large = until(lambda: next((job for job in jobs(served, "succeeded") if job["request"].get("upscale")), None), 180)
+    assert (large["pictures"][0]["width"], large["pictures"][0]["height"]) == (64, 64)
 
 
 def test_on_a_phone_the_result_is_seen_where_the_prompt_is_written(served, open_page):

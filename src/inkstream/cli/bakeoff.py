@@ -31,6 +31,7 @@ Language = Annotated[Literal["en", "zh"], Parameter(help="Language of the pages:
 Json = Annotated[bool, Parameter(show_default=False, help="Print one JSON document on stdout.")]
 MODELS = "models"
 """The folder of quantised models in the folder of a bake-off."""
+SWITCH = {"true": True, "false": False}
 
 
 @bakeoff.default
@@ -138,8 +139,12 @@ def machine_of(entry: Entry, machine: Anywhere) -> Anywhere:
     known = {field.name: field.type for field in fields(Anywhere)}
     own: dict[str, Any] = {}
     for name, text in entry.machine:
-        is_switch = known[name] == "bool"
-        own[name] = text.lower() in ("1", "true", "yes") if is_switch else (text,) if name == "merge_lora" else text
+        if known[name] == "bool":
+            if text not in SWITCH:
+                raise InputError(f"model {entry.name}: {name} is {text!r}: give true or false")
+            own[name] = SWITCH[text]
+        else:
+            own[name] = (text,) if name == "merge_lora" else text
     return replace(ANYWHERE if entry.elsewhere else machine, **own)
 
 

@@ -164,14 +164,19 @@ def understand(
         terminal.say(f"columns that are left out: {', '.join(unused)}")
     check = offers(machine)
     wanted: list[Wanted] = []
-    names: dict[str, int] = {}  # of files -> line
+    lines: dict[str, int] = {}  # of the files with names
     for line, fields in rows:
         try:
-            name = name_of(line, fields, names)
+            name = name_of(fields)
             request = complete_row(line, fields, common, prompts.parent)
             for remark in check(request):
                 terminal.say(remark, once=True)
-            wanted += pictures_of(line, request, name)
+            pictures = list(pictures_of(line, request, name))
+            for one in pictures if name else ():
+                if (first := lines.get(one.file.casefold())) is not None:
+                    raise InputError(f"name {one.file!r} is that of line {first}, too: give each row a name of its own")
+            lines |= {one.file.casefold(): line for one in pictures if name}
+            wanted += pictures
         except ValidationError as error:
             problems += [(line, explain_value(wrong, str(wrong["loc"][0]))) for wrong in error.errors()]
         except InputError as error:
@@ -189,17 +194,14 @@ def understand(
     return wanted, bad
 
 
-def name_of(line: int, fields: Mapping[str, Any], names: dict[str, int]) -> str:
-    """Return the name of a row's file without its ending, or "". Raises InputError if it is taken or not possible."""
+def name_of(fields: Mapping[str, Any]) -> str:
+    """Return the name of a row's file without its ending, or "". Raises InputError if it is not possible."""
     name = str(fields.get(NAME) or "").strip()
     name = name[:-4] if name.lower().endswith(".png") else name
     if not name:
         return ""
     if len(name) > LONGEST_NAME or name.startswith(".") or any(one in '/\\:*?"<>|' or ord(one) < 32 for one in name):
         raise InputError(f"name {name[:100]!r} cannot be a file's name: leave out / \\ : * ? \" < > |")
-    first = names.setdefault(name.casefold(), line)
-    if first != line:
-        raise InputError(f"name {name!r} is that of line {first}, too: give each row a name of its own")
     return name
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,6 +25,7 @@ serve = App(name="serve", help_format="plaintext", default_parameter=Parameter(n
 keys = App(name="keys", help="Make, list and remove the API keys of a server.", help_format="plaintext")
 serve.command(keys)
 
+MOST_PORT = 65535
 Data = Annotated[Path | None, Parameter(show_default=False)]
 
 
@@ -97,7 +100,8 @@ def run(
     yes
         Download missing files without asking.
     """
-    for option, value in {"port": port, "slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
+    check_port(host, port)
+    for option, value in {"slots": slots, "queue": queue, "max-pictures": max_pictures}.items():
         if value < 1:
             raise InputError(f"--{option} {value} is out of range: give 1 or more")
     check(machine, model or [], yes)
@@ -156,15 +160,29 @@ def studio(
     import webbrowser
 
     address = f"http://127.0.0.1:{port}"
-    if is_inkstream(address):
+    if 0 < port <= MOST_PORT and is_inkstream(address):
         print(f"a server runs at {address}: opening it", file=sys.stderr)
         webbrowser.open(address)
         return
     from inkstream.serve.limits import Settings
 
+    check_port("127.0.0.1", port)
     check(machine, model or [], yes)
     settings = Settings(folder(data), port=port, models=tuple(model or ()), machine=machine)
     serve_until_stopped(settings, ready=lambda: webbrowser.open(address))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise InputError if a port is out of range or in use. An address that is not this machine's is told later."""
+    if not 0 < port <= MOST_PORT:
+        raise InputError(f"--port {port} is out of range: give 1 to {MOST_PORT}")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as way, suppress(socket.gaierror):
+        way.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server: what is closing is not in use
+        try:
+            way.bind((host, port))
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise InputError(f"--port {port} cannot be opened ({error.strerror}): give another --port") from None
 
 
 def check(machine: Machine, models: Sequence[str], yes: bool) -> None:
@@ -214,22 +232,21 @@ def banner(settings: Settings, keys: int, lan: str | None) -> list[str]:
     from inkstream import __version__
     from inkstream.serve.limits import is_loopback
 
-    everywhere = settings.host in ("0.0.0.0", "::")
-    own = "127.0.0.1" if everywhere else settings.host
-    facts = [("studio", f"http://{own}:{settings.port}")]
-    outside = None
-    if not is_loopback(settings.host):
-        outside = f"http://{lan if everywhere else settings.host}:{settings.port}" if lan or not everywhere else None
+    everywhere, here = settings.host in ("0.0.0.0", "::"), is_loopback(settings.host)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    facts = [("studio", f"http://{'127.0.0.1' if everywhere else host}:{settings.port}")]
+    reached = None if here else lan if everywhere else host
+    outside = reached and f"http://{reached}:{settings.port}"
     if outside:
         facts.append(("for others", outside))
     facts.append(("models", ", ".join(settings.models) or "all that are downloaded"))
     facts.append(("pictures", str(settings.data)))
-    count = f"{keys} key{'s' * (keys != 1)}"
-    facts.append(("access", f"others need a key; {count}" if outside else "this machine only"))
+    access = [*(["this machine only"] if here else []), *([f"with a key ({keys} in use)"] if keys else [])]
+    facts.append(("access", ", ".join(access)))
     lines = [f"inkstream {__version__}", *(f"  {name:<11}{value}" for name, value in facts)]
     if outside:
         lines += ["", *qr_code(outside), "  Scan it with a phone in the same network, then type a key."]
-    elif not settings.models or keys:
+    elif here:
         lines.append("  For a phone or a team: `inkstream serve keys add NAME`, then --host 0.0.0.0")
     return [*lines, "  Ctrl-C stops the server; unfinished jobs continue at its next start.", ""]
 
@@ -308,7 +325,7 @@ async def listen(server: Any, jobs: Any, started: Callable[[], None]) -> None:
     async def tell() -> None:
         while not server.started:
             await asyncio.sleep(0.05)
-        started()
+        await asyncio.to_thread(started)  # a browser may take its time, and ask the server meanwhile
 
     server.handle_exit = leave
     jobs.drawing.give_up = give_up

@@ -61,11 +61,10 @@ def verify(
         metrics = open_metrics(metric)
         for number, path in enumerate(dict.fromkeys(map(str, pictures))):
             terminal.wait("verifying", number, len(pictures))
-            picture, held = open_picture(path), prompt_in(path)
-            own = "" if given else held
+            picture, own = open_picture(path), "" if given else prompt_in(path)
             found[path] = verify(picture, given or asked_in(own), own)
             layouts[path] = layout_of(picture)
-            words = held if prompt is None else prompt
+            words = prompt_in(path) if metrics and prompt is None else prompt or ""
             if metrics and not words:
                 raise InputError(f"{path} has no prompt in its metadata: give one with --prompt")
             values[path] = {one.name: round(one(picture, words), 4) for one in metrics}

@@ -1,7 +1,7 @@
 """The output folder of many requests, and its manifest, which lists the pictures that are complete.
 
 A picture is written first, then its line is added to the manifest. So every picture with a line is complete, even after
-a crash. A picture without a line is drawn again under the same name, because the request determines the name.
+a crash. A picture without a line is drawn again under the same name, because the request, or its row, determines it.
 """
 
 from __future__ import annotations

@@ -47,23 +47,24 @@ class Metric:
 
     def __init__(self, name: str):
         """Read the metric that a name such as `clip:FOLDER` says. Raises InputError if that is not possible."""
-        self.name, colon, place = name.partition(":")
-        if self.name not in KINDS or not colon or not place:
+        kind, colon, place = name.partition(":")
+        if kind not in KINDS or not colon or not place:
             raise InputError(
                 f"metric {name[:100]!r} is not known: write {', '.join(f'{kind}:FOLDER' for kind in KINDS)}"
             )
-        self.kind = KINDS[self.name]
+        self.kind = KINDS[kind]
         folder = Path(place).expanduser()
+        self.name = f"{kind}:{folder.name}"
         try:
             found = json.loads((folder / "config.json").read_bytes()).get("model_type")
         except (OSError, ValueError, AttributeError):
             raise InputError(f"{place} is no folder of a model: it needs config.json and the weights") from None
         if found not in self.kind.models:
-            raise InputError(f"{place} is of the kind {found}, and {self.name} needs {' or '.join(self.kind.models)}")
+            raise InputError(f"{place} is of the kind {found}, and {kind} needs {' or '.join(self.kind.models)}")
         try:
             from transformers import AutoModel, AutoProcessor
         except ImportError:
-            raise InputError(f"metric {self.name} needs transformers: pip install 'inkstream[flux]'") from None
+            raise InputError(f"metric {kind} needs transformers: pip install 'inkstream[flux]'") from None
         try:
             self.model: Any = AutoModel.from_pretrained(folder, local_files_only=True).eval()
             self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)

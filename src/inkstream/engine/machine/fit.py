@@ -14,7 +14,7 @@ import torch
 
 from inkstream.engine.drawing.complete import Complete, complete
 from inkstream.engine.drawing.controls import control_work
-from inkstream.engine.drawing.larger import second_pass
+from inkstream.engine.drawing.larger import second_pass, times_of
 from inkstream.engine.drawing.model import Model
 from inkstream.engine.drawing.options import guided
 from inkstream.engine.machine.loader import choose_device
@@ -24,7 +24,6 @@ from inkstream.families import SPECS
 from inkstream.nn.quant import has_fp8, has_int8, multiply_fp8, multiply_int8
 from inkstream.quant.pack import pack
 from inkstream.quant.packed import Packed, Weight, unpack
-from inkstream.sampling.schedules import SCHEDULES
 from inkstream.sampling.solvers import times_asked
 from inkstream.sampling.windows import Windows
 from inkstream.types import Spec
@@ -159,7 +158,7 @@ def seconds_of(request: Complete, model: Model, weights: Collection[Weight]) -> 
 def _work(request: Complete, spec: Spec, like: Spec) -> tuple[float, float]:
     """The operations of a pass: of all evaluations of the model, and of decoding the picture. like: a known model."""
     prompts = (1 + guided(request, spec)) / (1 + guided(complete(typical(like), like), like))
-    steps = len(times_asked(request.solver, SCHEDULES[request.schedule](request.steps, request.shift, spec.table)))
+    steps = len(times_asked(request.solver, times_of(request, spec, from_picture=False)[0]))
     windows = None if request.tile is None else Windows.over(request.height, request.width, request.tile)
     count, (height, width) = (1, (request.height, request.width)) if windows is None else (len(windows), windows.side)
     evaluation = count * operations(like, width, height)["steps"] * prompts

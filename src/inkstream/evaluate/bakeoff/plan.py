@@ -17,6 +17,7 @@ from inkstream.disk import whole_file
 from inkstream.engine.drawing.complete import complete
 from inkstream.engine.drawing.larger import times_of
 from inkstream.engine.drawing.options import guided
+from inkstream.engine.files.loras import find_lora, lora_folder
 from inkstream.engine.files.sources import locate
 from inkstream.engine.machine.loader import check_machine
 from inkstream.engine.pictures.metadata import PICTURE_FIELDS
@@ -197,8 +198,9 @@ class Hashes:
         source = locate(entry.model, chosen=here.chosen)
         files = {name: _files(part.path) for name, part in source.parts.items()}
         uses = [*entry.asked(prompt="a prompt").loras, *here.merge_lora]
-        files |= {f"lora {number}": [Path(LoraUse.read(use).path)] for number, use in enumerate(uses, 1)}
-        found = {name: self._joined([path for path in paths if path.exists()]) for name, paths in files.items()}
+        folder = lora_folder(here)
+        files |= {f"lora {n}": _files(find_lora(LoraUse.read(use).path, folder)) for n, use in enumerate(uses, 1)}
+        found = {name: self._joined(paths) for name, paths in files.items()}
         with whole_file(self.path) as part:
             part.write_text(json.dumps(self._known, indent=1))
         return found

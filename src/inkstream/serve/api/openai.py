@@ -345,10 +345,8 @@ def understand(fields: Mapping[str, Any]) -> Asked:
     for name in INSTEAD.keys() & fields.keys():
         raise Refused(400, f"{name} is not a known field: give {INSTEAD[name]} instead", param=name)
     for name in REFUSED.keys() & fields.keys():
-        if fields[name] is not None:
-            raise Refused(400, f"{name} is not supported, {REFUSED[name]}: leave it out", param=name)
-    fields = {name: value for name, value in fields.items() if name not in REFUSED}
-    if (kind := fields.get("output_format")) in FORMATS:
+        raise Refused(400, f"{name} is not supported, {REFUSED[name]}: leave it out", param=name)
+    if isinstance(kind := fields.get("output_format"), str) and kind in FORMATS:
         message = f"output_format {kind} is not supported, {FORMATS[kind]}: take png, jpeg or webp"
         raise Refused(400, message, param="output_format")
     if fields.get("background") == "transparent":

@@ -231,9 +231,11 @@ function tools(picture) {
     starts && tool("picture", t("startFrom"), async () => (await start(), notice(t("putInto", { field: t("field.image") })))),
     starts &&
       takes(form, "upscale") &&
-      tool("extend", t("upscale2"), async () =>
-        submit({ ...made, count: 1, image: await uploadOf(picture), strength: 0, upscale: "2x" }),
-      ),
+      tool("extend", t("upscale2"), async () => {
+        const { model, prompt, negative_prompt, seed, loras } = made; // the rest says how the smaller picture was drawn
+        const image = await uploadOf(picture);
+        await submit({ model, prompt, negative_prompt, seed, loras, image, strength: 0, upscale: "2x" });
+      }),
     tool("spark", t("refine"), () => openRefine([picture])),
     editedOf(made)
       ? tool("split", t("beforeAfter"), () => openBefore(picture))
