@@ -56,6 +56,7 @@ class Peer:
     secret: str = field(default="", repr=False)  # the key; it is cut out of every message
     moderated: Callable[[Any], bool] = lambda body: False  # whether an error's body says that the content is refused
     patience: float = 180.0  # seconds of retries while it is busy
+    reach: float = 180.0  # seconds of retries while it cannot be reached
 
 
 def open_peer(
@@ -277,14 +278,14 @@ def _patiently(
         try:
             return (yield from _aside(lambda: _open(peer, asked, use, opener), f"waiting for {peer.title}"))
         except Busy as busy:
-            wait, trouble = max(busy.wait, pause), busy.trouble
+            wait, trouble, limit = max(busy.wait, pause), busy.trouble, peer.patience
         except LOST as error:
             why = clean(peer, getattr(error, "reason", error)) or type(error).__name__
             trouble = InputError(f"{peer.title} cannot be reached ({why}): check the network and {peer.address}")
             if not safe:
                 raise trouble from None
-            wait = pause
-        if time.monotonic() - began + wait > peer.patience:
+            wait, limit = pause, peer.reach
+        if time.monotonic() - began + wait > limit:
             raise trouble
         yield from rest(peer, wait)
         pause = min(2 * pause, LONGEST_PAUSE)

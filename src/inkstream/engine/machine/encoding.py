@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from inkstream.weights.files import in_section, read_state
 
 KEY = "INKSTREAM_API_KEY"
 """The environment variable, or the name in the keyring, of the server's key."""
+REACH = 15.0
+"""Seconds of retries while the server cannot be reached. The person who waits is told nothing meanwhile."""
 SMALL, SAMPLES = 65_536, 8
 """Bytes of the weights that are read to tell encoders apart, at most, and their number."""
 
@@ -58,7 +61,8 @@ class FarEncoder:
     def __init__(self, address: str, source: Source, device: torch.device, dtype: torch.dtype):
         key = find_key(KEY)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.peer: Peer = open_peer("the text encoder's server", address, f"check {KEY}", key, headers)
+        peer = open_peer("the text encoder's server", address, f"check {KEY}", key, headers)
+        self.peer = replace(peer, reach=REACH)
         self.device = device
         self.dtype = str(dtype).removeprefix("torch.")
         self.mark = fingerprint(source)
