@@ -29,7 +29,6 @@ from inkstream.clients.manifest import read_lines
 from inkstream.clients.remote.drawer import provider_of
 from inkstream.engine import wire
 from inkstream.evaluate.bakeoff import ballot, judge, results
-from inkstream.evaluate.bakeoff.ballot import read_key
 from inkstream.evaluate.bakeoff.check import asked_of, check
 from inkstream.evaluate.bakeoff.meters import Meter, gpus, packages
 from inkstream.evaluate.bakeoff.page import NOTES
@@ -37,6 +36,7 @@ from inkstream.evaluate.bakeoff.plan import Entry, Hashes, read_entries
 from inkstream.evaluate.bakeoff.polls import serve_votes
 from inkstream.evaluate.bakeoff.results import flat, read_results
 from inkstream.evaluate.bakeoff.run import failure_of
+from inkstream.evaluate.bakeoff.votes import all_votes, read_key, settled
 from inkstream.evaluate.bakeoff.words import CHINESE, words
 from inkstream.evaluate.report import QUESTIONS
 from inkstream.evaluate.suites import Case, open_suite
@@ -513,7 +513,7 @@ def test_the_served_page_saves_votes_and_takes_none_from_other_sites(voting):
             assert send("GET", path)[0] == 404
         votes = cast(voting, "Anna", {0: 0, 1: 0, 2: 0}, 3)
         assert send("POST", "/votes", votes, Origin=f"http://{own}")[0] == 204
-        assert len(ballot.all_votes(voting)) == 3
+        assert len(all_votes(voting)) == 3
         assert send("POST", "/votes", votes, Origin="http://evil.example")[0] == 403
         assert send("POST", "/votes", votes)[0] == 403
         assert send("GET", "/", Host="evil.example")[0] == 403
@@ -584,7 +584,7 @@ def test_a_judge_is_asked_in_both_orders_and_counts_only_where_both_agree(voting
         assert ranking["voters"][0]["inconsistent"] == 0
     else:
         assert rankings == []  # all answers depend on the order
-        assert ballot.settled(ballot.all_votes(voting)) == ([], 8)
+        assert settled(all_votes(voting)) == ([], 8)
     assert main(words_) == 0
     assert len(asked.bodies) == 16  # answered questions are not asked again
     asked.stop()

@@ -314,6 +314,35 @@ def all_keys_see_the_models(world: World) -> None:
         assert answer == world.ask("bob", "GET", path)[1]
 
 
+@case("GET /v1/advice")
+def advice_is_the_same_for_all_keys(world: World) -> None:
+    assert world.ann("GET", "/v1/advice") == world.ask("bob", "GET", "/v1/advice")
+
+
+@case("POST /v1/pictures/{id}/verify")
+def a_picture_is_verified_only_for_its_key(world: World) -> None:
+    for one in (world.picture, world.deleted):
+        world.refused("POST", f"/v1/pictures/{one}/verify", {})
+
+
+@case(
+    "GET /v1/bakeoffs",
+    "GET /v1/bakeoffs/{name}/vote",
+    "GET /v1/bakeoffs/{name}/vote/{picture}",
+    "POST /v1/bakeoffs/{name}/votes",
+    "GET /v1/bakeoffs/{name}/report",
+)
+def bakeoffs_are_for_all_keys_and_lead_nowhere_else(world: World) -> None:
+    """`test_serve_compare` tries a folder with a bake-off. Here is none."""
+    assert world.ann("GET", "/v1/bakeoffs")[1] == {"data": []}
+    for name in ("..", "../pictures", "uploads"):
+        given = f"/v1/bakeoffs/{quote(name, safe='')}"
+        assert world.ann("GET", f"{given}/vote")[0] == 404
+        assert world.ann("POST", f"{given}/votes", b"{}")[0] == 404
+        assert world.ann("GET", f"{given}/vote/{'0' * 16}.png")[0] == 404
+        assert world.ann("GET", f"{given}/report")[0] in (403, 404)
+
+
 @case("GET /v1/loras", "GET /v1/loras/{name}/preview")
 def all_keys_see_the_loras_and_no_path(world: World) -> None:
     folder = world.served.service.settings.machine.lora_folder

@@ -377,6 +377,33 @@ def test_an_empty_stage_has_examples(tmp_path, start_server, open_page):
         empty.stop()
 
 
+@pytest.mark.parametrize(("size", "locale"), [((1280, 800), "en-GB"), ((390, 844), "zh-CN")])
+def test_advice_bakeoffs_and_the_check_of_a_picture_are_reached_by_keyboard(open_page, size, locale):
+    page = open_page(*size, locale=locale)
+    until(lambda: page.locator("#decide").count())
+    page.locator("#decide").focus()
+    page.keyboard.press("Enter")
+    until(lambda: page.evaluate("document.activeElement.closest('.menu:popover-open') !== null"))
+    page.keyboard.press("Enter")
+    until(lambda: page.locator("dialog.decide select").count())
+    page.locator("dialog.decide input").first.focus()
+    page.keyboard.press("Enter")
+    until(lambda: page.locator("dialog.decide tbody tr").count() >= 2)
+    assert "$" in page.locator("dialog.decide tbody").inner_text()
+    assert complaints(page) == {"light": [], "dark": []}
+    page.keyboard.press("Escape")
+    page.locator("#decide").click()
+    page.locator(".menu:popover-open button").nth(1).click()
+    until(lambda: "inkstream bakeoff" in page.locator("dialog.decide").inner_text())
+    page.keyboard.press("Escape")
+    page.locator("#views button:visible").last.click()
+    page.locator(".tile-open").first.click()
+    page.locator("button.verify").focus()
+    page.keyboard.press("Enter")
+    until(lambda: page.locator(".verified p").count() >= 2)
+    assert complaints(page) == {"light": [], "dark": []}
+
+
 # The form -----------------------------------------------------------------------------------------------------------
 
 

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from inkstream.cli import main
-from inkstream.evaluate.bakeoff.ballot import all_votes, read_key, write_ballot
+from inkstream.evaluate.bakeoff.ballot import write_ballot
 from inkstream.evaluate.bakeoff.plan import PLAN, PROMPTS
 from inkstream.evaluate.bakeoff.polls import serve_votes
 from inkstream.evaluate.bakeoff.results import read_results
+from inkstream.evaluate.bakeoff.votes import all_votes, read_key
 from inkstream.evaluate.ranking import chances, pairs_of
 
 playwright = pytest.importorskip("playwright.sync_api", reason="THE VOTING PAGE WAS NOT TESTED: pip install playwright")

@@ -267,8 +267,9 @@ def rank(
     quiet
         Print no progress and no messages, only errors.
     """
-    from inkstream.evaluate.bakeoff.ballot import add_votes, write_ballot
+    from inkstream.evaluate.bakeoff.ballot import write_ballot
     from inkstream.evaluate.bakeoff.results import read_results
+    from inkstream.evaluate.bakeoff.votes import add_votes
 
     with Terminal(quiet) as terminal:
         write_ballot(read_results(folder), language)

@@ -47,6 +47,7 @@ def run(
     max_body: int = 64,
     time_limit: float = 4 * 3600,
     provenance: ProvenanceName = "basic",
+    bakeoffs: Annotated[Path | None, Parameter(show_default=False)] = None,
     fetch: Annotated[bool, Parameter(show_default=False)] = False,
     log_prompts: Annotated[bool, Parameter(show_default=False)] = False,
     log_json: Annotated[bool, Parameter(show_default=False)] = False,
@@ -89,6 +90,8 @@ def run(
     provenance
         Marks that a model made the pictures. basic: IPTC's digital source type; eu: also an invisible mark and a C2PA
         signature; cn: also an invisible mark, a visible label and the AIGC metadata of GB 45438-2025; none: no marks.
+    bakeoffs
+        Folder of bake-offs whose voting pages are served; default: bakeoffs in the data folder.
     fetch
         Also take input pictures by URL, but not from private addresses.
     log_prompts
@@ -130,6 +133,7 @@ def run(
         limits=limits,
         log_prompts=log_prompts,
         provenance=provenance,
+        bakeoffs=bakeoffs,
         fetch=fetch,
     )
     serve_until_stopped(settings, log_json)

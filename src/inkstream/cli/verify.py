@@ -45,7 +45,7 @@ def verify(
     """
     from inkstream.engine.pictures.asked import Asked, asked_in, read_colour
     from inkstream.engine.pictures.inputs import open_picture
-    from inkstream.engine.pictures.metadata import prompt_in
+    from inkstream.engine.pictures.metadata import prompts_in
     from inkstream.evaluate.verify import compare_layouts, layout_of, verify
 
     if prompt is not None and not metric:
@@ -61,10 +61,10 @@ def verify(
         metrics = open_metrics(metric)
         for number, path in enumerate(dict.fromkeys(map(str, pictures))):
             terminal.wait("verifying", number, len(pictures))
-            picture, own = open_picture(path), "" if given else prompt_in(path)
-            found[path] = verify(picture, given or asked_in(own), own)
+            picture, (prompt_of, own) = open_picture(path), ("", "") if given else prompts_in(path)
+            found[path] = verify(picture, given or asked_in(prompt_of, own), own)
             layouts[path] = layout_of(picture)
-            words = prompt_in(path) if metrics and prompt is None else prompt or ""
+            words = prompts_in(path)[1] if metrics and prompt is None else prompt or ""
             if metrics and not words:
                 raise InputError(f"{path} has no prompt in its metadata: give one with --prompt")
             values[path] = {one.name: round(one(picture, words), 4) for one in metrics}
@@ -76,10 +76,7 @@ def verify(
         return 0 if passed else 1
     for path, verified in found.items():
         nothing = "nothing was asked for: give --text or --colour"
-        lines = [check.line for check in (*verified.checks.texts, *verified.checks.colours)]
-        lines += [
-            f"things: {thing.found}" + ("" if thing.right else f", not {thing.wanted}") for thing in verified.things
-        ]
+        lines = [check.line for check in (*verified.checks.texts, *verified.checks.colours, *verified.things)]
         lines += ["blank: all pixels have one colour"] if verified.quality.blank else []
         verdict = "wrong" if not verified.passed else "right" if not verified.empty else nothing
         print(f"{path}: {verdict}")

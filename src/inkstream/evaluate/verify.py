@@ -43,6 +43,10 @@ class ThingCheck:
     found: str
     right: bool
 
+    @property
+    def line(self) -> str:
+        return f"things: {self.found}" + ("" if self.right else f", not {self.wanted}")
+
 
 @dataclass(frozen=True)
 class Quality:

@@ -28,6 +28,7 @@ from inkstream import __version__
 from inkstream.serve.api import (
     a1111,
     comfyui,
+    compare,
     controlnet,
     controls,
     gallery,
@@ -55,6 +56,7 @@ ROUTERS = (
     loras.router,
     controls.router,
     upscalers.router,
+    compare.router,
     openai.router,
     a1111.router,
     controlnet.router,

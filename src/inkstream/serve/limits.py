@@ -47,6 +47,7 @@ class Settings:
     preload: bool = True
     aliases: tuple[str, ...] = ()  # NAME=MODEL: more names of models in OpenAI's API
     provenance: ProvenanceName = "basic"  # the marks that a model made the pictures
+    bakeoffs: Path | None = None  # folder of bake-offs to vote on; None: bakeoffs in `data`
     strict: bool = False  # True: OpenAI's model names do not mean the only model
 
     @property

@@ -345,6 +345,98 @@ class Form(BaseModel):
     fields: list[Field_]
 
 
+class AdvisedPlace(BaseModel):
+    """Where the advised model runs."""
+
+    card: str
+    precision: str
+    placement: str
+    peak: int = Field(description="Bytes of the card's memory.")
+    seconds: float = Field(description="For one picture.")
+    measured: str = Field(description="Who measured the time; empty: it is an estimate.")
+
+
+class AdvisedCost(BaseModel):
+    """What one way to draw costs, in dollars."""
+
+    way: str
+    month: float
+    each: float = Field(description="For one picture.")
+    arithmetic: list[str] = Field(description="How it is computed, line by line.")
+
+
+class BreakEven(BaseModel):
+    """From how many pictures a month on the first way of a pair is the cheaper one."""
+
+    pair: str
+    pictures: float | None = Field(description="null: never.")
+
+
+class Advice(BaseModel):
+    """The advised model, where it runs, and the costs of each way."""
+
+    model: str
+    licence: str
+    commercial: bool = Field(description="Whether the licence allows commercial use.")
+    why: str
+    left_out: list[str] = Field(description="Models that were not taken, and why.")
+    place: AdvisedPlace | None
+    costs: list[AdvisedCost]
+    best: str | None = Field(description="The cheapest way.")
+    break_evens: list[BreakEven]
+    notes: list[str]
+    sources: list[str] = Field(description="Where each figure is from, and its date.")
+
+
+class VerifyBody(BaseModel):
+    """What a picture must show. Without both, its own prompt says it."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    texts: list[Annotated[str, Field(max_length=1000)]] = Field([], max_length=16)
+    colours: list[Annotated[str, Field(max_length=20)]] = Field([], max_length=16, description="Hex codes.")
+
+
+class Check(BaseModel):
+    """One thing that was checked."""
+
+    line: str
+    right: bool
+
+
+class Verified(BaseModel):
+    """What was found in a picture."""
+
+    passed: bool
+    empty: bool = Field(description="Whether nothing was asked for.")
+    checks: list[Check]
+    notes: list[str]
+    sharpness: float = Field(description="Variance of the Laplacian of the brightness.")
+    dark: float = Field(description="Share of black pixels.")
+    bright: float = Field(description="Share of white pixels.")
+    blank: bool = Field(description="Whether all pixels have one colour.")
+    seams: list[str] = Field(description="Straight lines across the whole picture, such as x=512.")
+
+
+class Bakeoff(BaseModel):
+    """A bake-off that people can vote on."""
+
+    name: str
+    prompts: int
+    models: int
+    pictures: int
+    votes: int
+    voters: int
+    vote: str = Field(description="Path of the voting page.")
+    report: str | None = Field(description="Path of the report, if the key may read it.")
+
+
+class Bakeoffs(BaseModel):
+    """All bake-offs of the server."""
+
+    data: list[Bakeoff]
+
+
 class Health(BaseModel):
     """State of the server."""
 

@@ -50,7 +50,7 @@ def draw_until_verified(draw: Draw, request: Request) -> Events:
                 return
             drawn, seconds = again + 1, seconds + done.seconds
             yield Loading("checking")
-            checks = check_picture(done.image, asked_in(done.told or done.request.prompt))
+            checks = check_picture(done.image, asked_in(done.request.prompt, done.told or ""))
             if best is None or checks.rank > best[0].rank:
                 best = checks, done
             if checks.passed:

@@ -27,9 +27,9 @@ class Asked:
         return bool(self.texts or self.colours)
 
 
-def asked_in(prompt: str) -> Asked:
-    """Return the quoted texts and the hex colours of a prompt. Of a JSON prompt, those in all its values."""
-    words = "\n".join(_values(prompt))
+def asked_in(*prompts: str) -> Asked:
+    """Return the quoted texts and the hex colours of prompts. Of a JSON prompt, those in all its values."""
+    words = "\n".join(value for prompt in prompts for value in _values(prompt))
     texts = (" ".join(next(filter(None, found.groups())).split()) for found in QUOTED.finditer(words))
     return Asked(_once(text for text in texts if text.strip()), _once(map(read_colour, HEX.findall(words))))
 

@@ -269,11 +269,12 @@ def told_in(image: Image.Image) -> str:
     return _told(str(image.info.get("inkstream", "")))
 
 
-def prompt_in(source: str | Path) -> str:
-    """The prompt that the model was told, in a picture's metadata; empty if there is none."""
+def prompts_in(source: str | Path) -> tuple[str, str]:
+    """The prompt in a picture's metadata, and the one that the model was told. Both are empty if there is none."""
     texts, _ = read_texts(open_header(str(source)))
     found = _find_request(texts)
-    return _told(texts.get("inkstream", "")) or ("" if found is None else found.request.prompt)
+    prompt = "" if found is None else found.request.prompt
+    return prompt, _told(texts.get("inkstream", "")) or prompt
 
 
 def _told(record: str) -> str:

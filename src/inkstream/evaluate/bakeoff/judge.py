@@ -18,8 +18,8 @@ import numpy as np
 from inkstream.engine.drawing.enhancer import content_of, first_model
 from inkstream.engine.keys import find_key
 from inkstream.engine.wire import Lines, ask, open_peer
-from inkstream.evaluate.bakeoff.ballot import JUDGE, SHOWN, VOTES, Key, all_votes, file_name, read_key, settled
 from inkstream.evaluate.bakeoff.results import Results
+from inkstream.evaluate.bakeoff.votes import JUDGE, SHOWN, VOTES, Key, all_votes, file_name, read_key, settled
 from inkstream.evaluate.ranking import Vote, count_votes, information, pairs_of
 from inkstream.types import InputError
 

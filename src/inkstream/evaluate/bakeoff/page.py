@@ -16,6 +16,7 @@ from inkstream.disk import whole_file
 from inkstream.engine.pictures.sheet import Tile, contact_sheet
 from inkstream.evaluate.bakeoff.results import MONEY, Picture, Results, shown
 from inkstream.evaluate.bakeoff.run import PICTURES
+from inkstream.evaluate.bakeoff.votes import REPORT
 from inkstream.evaluate.bakeoff.words import Language, words
 from inkstream.evaluate.report import MARKS, Row
 from inkstream.evaluate.run import open_picture
@@ -66,7 +67,7 @@ def write_report(
         title=f"{say('Bake-off')}: {escape(plan['suite'])}",
         models=len(results.names), body="\n".join(parts), close=say("close"),
     )  # fmt: skip
-    path = results.folder / "report.html"
+    path = results.folder / REPORT
     with whole_file(path) as part:
         part.write_text(page, "utf-8")
     return path

@@ -9,7 +9,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from inkstream.evaluate.bakeoff.ballot import PAGE, SHOWN, save_votes
+from inkstream.evaluate.bakeoff.votes import PAGE, SHOWN, save_votes
 from inkstream.types import InputError
 
 HOST = "127.0.0.1"

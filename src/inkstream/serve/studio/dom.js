@@ -24,6 +24,7 @@ const SVG = "http://www.w3.org/2000/svg";
 
 /** SVG paths of icons, 24 by 24. */
 const ICONS = {
+  scales: "M12 4v16 M7.5 20h9 M5 6.500h14 M5 6.5L2.5 13a2.600 2.600 0 0 0 5 0z M19 6.5L16.5 13a2.600 2.600 0 0 0 5 0z",
   draw: "M12 3c3.4 4.2 5.2 7 5.2 9.6a5.2 5.2 0 0 1-10.4 0C6.8 10 8.6 7.2 12 3z M5 21h14",
   queue: "M4 6h16 M4 12h16 M4 18h10",
   gallery: "M4 4h7v7H4z M13 4h7v7h-7z M4 13h7v7H4z M13 13h7v7h-7z",

@@ -2,6 +2,7 @@
 
 import { get } from "./api.js";
 import { hear } from "./bus.js";
+import { decideMenu } from "./decide.js";
 import { byId, h, icon, iconButton } from "./dom.js";
 import { showForm } from "./form.js";
 import { setUpGallery } from "./gallery.js";
@@ -48,6 +49,7 @@ function setUpTools() {
   look.replaceChildren(icon(dark() ? "sun" : "moon"));
   const other = language === "zh" ? "English" : "中文";
   byId("tools").append(
+    decideMenu(),
     h(
       "button",
       {

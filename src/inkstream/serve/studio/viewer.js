@@ -4,6 +4,7 @@ import { get } from "./api.js";
 import { say } from "./bus.js";
 import { editedOf, openBefore } from "./compare.js";
 import { copyMenu } from "./copy.js";
+import { verifyPart } from "./decide.js";
 import { openDialog } from "./dialog.js";
 import { h, icon, iconButton } from "./dom.js";
 import { titleOf } from "./fields.js";
@@ -113,6 +114,7 @@ function facts(picture, { close, show, next }) {
     },
     icon("save"),
   );
+  const check = verifyPart(picture);
   return [
     h("p", { class: "viewer-prompt" }, picture.prompt || t("noWords")),
     h(
@@ -141,7 +143,9 @@ function facts(picture, { close, show, next }) {
       editedOf(made) && action("split", t("beforeAfter"), () => openBefore(picture)),
       action("compare", t("compareWith"), () => (close(), compareWith(picture))),
       action("grid", t("sheet"), () => (close(), say("open sheet", picture.job))),
+      check.button,
     ),
+    check.result,
     h(
       "dl",
       { class: "facts" },
@@ -189,7 +193,7 @@ function pairs(picture) {
     [t("field.seed"), String(picture.seed)],
     [t("size"), `${picture.width} × ${picture.height}`],
     ...Object.entries(picture.request)
-      .filter(([name, value]) => !skip.has(name) && value !== null && value !== "" && !dull(name, value))
+      .filter(([name, value]) => !skip.has(name) && value !== null && value !== "" && value.length !== 0 && !dull(name, value))
       .map(([name, value]) => [fieldTitle(name), tell(value)]),
     ...(picture.request.loras ?? []).map((use) => [t("lora"), tellUse(use)]),
     ...(picture.request.control_nets ?? []).map((use) => [t("controlNet"), use]),
