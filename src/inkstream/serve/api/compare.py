@@ -139,9 +139,10 @@ async def get_report(parts: Parts, who: Who, name: Name) -> Response:
     """The report of a bake-off. It tells which model is which, so on a server with keys it needs an admin's key."""
     from inkstream.evaluate.bakeoff.votes import REPORT
 
+    path = _file(parts, name, REPORT)
     if not who.admin:
         raise Refused(403, "this key may not read the report, which names the models: use an admin's key")
-    return FileResponse(_file(parts, name, REPORT), media_type="text/html", headers=HEADERS)
+    return FileResponse(path, media_type="text/html", headers=HEADERS)
 
 
 @router.get("/v1/bakeoffs/{name}/vote", responses=HTML | answers(400, 404), response_class=Response)
@@ -157,11 +158,13 @@ async def get_shown(
     parts: Parts,
     who: Who,
     name: Name,
-    picture: Annotated[str, Path(pattern=r"^[0-9a-f]{16}\.png$", description="A picture of the voting page.")],
+    picture: Annotated[str, Path(max_length=40, description="A picture of the voting page.")],
 ) -> Response:
     """A picture of the voting page. Its name does not tell the model."""
     from inkstream.evaluate.bakeoff.votes import SHOWN
 
+    if not re.fullmatch(r"[0-9a-f]{16}\.png", picture):
+        raise Refused(404, f"there is no picture {picture}: see the voting page", code="not_found")
     return FileResponse(_file(parts, name, f"{SHOWN}/{picture}"), media_type="image/png")
 
 
